@@ -1,0 +1,134 @@
+"""Names and layouts of the published PyTorch 3SHNet and VSE-infinity modules, and of ours.
+
+A map is a flat dict: torch name -> `Slot` (where the array lives with us and how its axes are turned). It works on
+parameters, on gradients and on optimiser moments alike, in both directions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from flax import traverse_util
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Place of one torch array: collection ("params" or "batch_stats"), path, and torch axes in our order."""
+
+    collection: str
+    path: tuple[str, ...]
+    axes: tuple[int, ...] | None = None
+    squeeze: bool = False
+
+    def ours(self, array: np.ndarray) -> np.ndarray:
+        """A torch array in our layout."""
+        array = array if self.axes is None else array.transpose(self.axes)
+        return array[..., 0] if self.squeeze else array
+
+
+Slots = dict[str, Slot]
+
+
+def _linear(torch: str, *path: str, bias: bool = True) -> Slots:
+    slots = {f"{torch}.weight": Slot("params", (*path, "kernel"), (1, 0))}
+    return slots | ({f"{torch}.bias": Slot("params", (*path, "bias"))} if bias else {})
+
+
+def _norm(torch: str, *path: str) -> Slots:
+    return {
+        f"{torch}.weight": Slot("params", (*path, "scale")),
+        f"{torch}.bias": Slot("params", (*path, "bias")),
+    }
+
+
+def _batch_norm(torch: str, *path: str) -> Slots:
+    return _norm(torch, *path) | {
+        f"{torch}.running_mean": Slot("batch_stats", (*path, "mean")),
+        f"{torch}.running_var": Slot("batch_stats", (*path, "var")),
+    }
+
+
+def _mlp(torch: str, *path: str) -> Slots:
+    return (
+        _linear(f"{torch}.layers.0", *path, "in")
+        | _batch_norm(f"{torch}.bns.0", *path, "norm")
+        | _linear(f"{torch}.layers.1", *path, "out")
+    )
+
+
+def gpo_slots(torch: str, *path: str) -> Slots:
+    """GPO (`gpool` in the published encoders) at `path`."""
+    slots = {f"{torch}linear.weight": Slot("params", (*path, "score"), (1, 0), squeeze=True)}
+    for suffix, direction in (("", "forward"), ("_reverse", "backward")):
+        for kind, ours in (("ih", "input"), ("hh", "hidden")):
+            slots[f"{torch}gru.weight_{kind}_l0{suffix}"] = Slot(
+                "params", (*path, direction, f"{ours}_kernel"), (1, 0)
+            )
+            slots[f"{torch}gru.bias_{kind}_l0{suffix}"] = Slot("params", (*path, direction, f"{ours}_bias"))
+    return slots
+
+
+def image_encoder_slots(*path: str) -> Slots:
+    """3SHNet's region image encoder (`EncoderImageAggr` of the released code) at `path`."""
+    sm, sp = "crossmodalfusion_sm", "crossmodalfusion_sp"
+    conv = {
+        f"{sp}.embedding_Seg.0.weight": Slot("params", (*path, "spatial", "map", "kernel"), (2, 3, 1, 0)),
+        f"{sp}.embedding_Seg.0.bias": Slot("params", (*path, "spatial", "map", "bias")),
+    }
+    return (
+        _linear("fc", *path, "regions_linear")
+        | _mlp("mlp", *path, "regions_mlp")
+        | _linear(f"{sm}.embed_seg_HW.2", *path, "semantic", "scene", "linear")
+        | _norm(f"{sm}.embed_seg_HW.5", *path, "semantic", "scene", "norm")
+        | _mlp(f"{sm}.MLP_seg", *path, "semantic", "scene_mlp")
+        | _mlp(f"{sm}.MLP_image", *path, "semantic", "unit_mlp")
+        | _linear(f"{sm}.fc_scale", *path, "semantic", "scale")
+        | _linear(f"{sm}.fc_1", *path, "semantic", "out")
+        | conv
+        | _batch_norm(f"{sp}.embedding_Seg.1", *path, "spatial", "map", "norm")
+        | _mlp(f"{sp}.MLP_image", *path, "spatial", "query_mlp")
+        | _mlp(f"{sp}.embed_fusion", *path, "spatial", "out_mlp")
+        | _mlp("fusion_mlp", *path, "fusion_mlp")
+        | _linear("embed_seg_C.1", *path, "scene", "linear")
+        | _norm("embed_seg_C.4", *path, "scene", "norm")
+        | _mlp("seg_mlp", *path, "scene_mlp")
+        | _linear("embed_category.0", *path, "category", "linear")
+        | _norm("embed_category.3", *path, "category", "norm")
+        | gpo_slots("gpool.", *path, "pool")
+    )
+
+
+def text_head_slots(*path: str) -> Slots:
+    """Linear and GPO after the text tower (`EncoderText` of the released code) at `path`."""
+    return _linear("linear", *path, "head") | gpo_slots("gpool.", *path, "pool")
+
+
+# The second BatchNorm of each MLP is never applied, counters and position numbers carry nothing.
+UNUSED = (".bns.1.", "num_batches_tracked", "position_ids", "token_type_ids", "pooler.")
+
+
+def to_variables(arrays: Mapping[str, np.ndarray], slots: Slots) -> dict:
+    """torch arrays by name -> {"params": ..., "batch_stats": ...}.
+
+    Every array must have a slot (or be one of the published code's unused ones) and every slot of a collection that occurs
+    must be filled; else ValueError names what is left over or missing.
+    """
+    leftover = [n for n in arrays if n not in slots and not any(u in n for u in UNUSED)]
+    collections = {slots[n].collection for n in arrays if n in slots}
+    missing = [n for n, slot in slots.items() if slot.collection in collections and n not in arrays]
+    if leftover or missing:
+        raise ValueError(f"weights do not fit the model: unknown {leftover}, missing {missing}")
+    flat = {
+        (slots[n].collection, *slots[n].path): slots[n].ours(np.asarray(a))
+        for n, a in arrays.items()
+        if n in slots
+    }
+    return traverse_util.unflatten_dict(flat)
+
+
+def gpo_params(arrays: Mapping[str, np.ndarray], prefix: str = "") -> dict:
+    """Parameters of our `GPO` from torch's, whose names begin with `prefix` ("gpool." in the published encoders)."""
+    slots = gpo_slots(prefix)
+    return to_variables({n: a for n, a in arrays.items() if n in slots}, slots)["params"]

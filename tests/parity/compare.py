@@ -1,0 +1,84 @@
+"""What the parity checks share: a recorded file, and the comparison of one array."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+
+class Fixture:
+    """Arrays of one recorded `.npz` by name; remembers which were read, so that none is passed over silently."""
+
+    def __init__(self, path: Path):
+        with np.load(path, allow_pickle=False) as arrays:
+            self.arrays = {name: arrays[name] for name in arrays.files}
+        self.name = path.stem
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.seen.add(name)
+        return self.arrays[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+    def section(self, prefix: str) -> dict[str, np.ndarray]:
+        """All arrays whose name starts with `prefix`, by the rest of their name."""
+        found = {name.removeprefix(prefix): self[name] for name in self.arrays if name.startswith(prefix)}
+        if not found:
+            raise KeyError(f"{self.name}: no array starts with {prefix!r}")
+        return found
+
+    def expected(self) -> set[str]:
+        """Names of the recorded results: what a check must compare or skip with a reason."""
+        parts = ("out.", "grad.", "after", "buffer_after.")
+        return {
+            n for n in self.arrays if any(p in n for p in parts) and not n.startswith(("meta.", "ref_err."))
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One compared array: the largest error and the largest allowed, or the reason why it was skipped.
+
+    `error` is the largest |ours - reference| - rtol |reference| - atol, as a share: above 1 is a miss.
+    """
+
+    group: str
+    name: str
+    error: float = 0.0
+    tolerance: float = 0.0
+    worst: float = 0.0
+    skipped: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every element is within its tolerance."""
+        return bool(self.skipped) or self.worst <= 1.0
+
+
+def compare(group: str, name: str, ours, reference, atol: float, rtol: float = 0.0) -> Row:
+    """Compares one array; element tolerance `atol + rtol |reference|`. A wrong shape or a NaN is a miss."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    if ours.shape != reference.shape:
+        raise ValueError(f"{group} {name}: shape {ours.shape}, recorded {reference.shape}")
+    if reference.size == 0:
+        return Row(group, name, skipped="empty array")
+    error, allowed = np.abs(ours - reference), atol + rtol * np.abs(reference)
+    share = np.where(error == 0, 0.0, error / np.maximum(allowed, 1e-300))
+    worst = float(np.max(np.where(np.isnan(share), np.inf, share)))
+    return Row(group, name, float(error.max()), float(allowed.max()), worst)
+
+
+def compare_gradient(group: str, name: str, ours, reference, atol: float = 5e-6) -> Row:
+    """Gradients: 1e-3 of the array's own largest magnitude plus `atol`."""
+    reference = np.asarray(reference)
+    scale = float(np.abs(reference).max()) if reference.size else 0.0
+    return compare(group, name, ours, reference, atol=atol + 1e-3 * scale)
+
+
+def skip(group: str, name: str, reason: str) -> Row:
+    """A recorded array that is not compared, and why."""
+    return Row(group, name, skipped=reason)
