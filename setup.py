@@ -37,7 +37,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["shnet_jax", "shnet_jax.*", "configs", "data_prep"]),
+    packages=find_packages(include=["shnet_jax", "shnet_jax.*", "configs", "data_prep", "data_prep.*"]),
     py_modules=["main"],
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     model.category_token = True  # the category vector joins the pooled set
     model.num_classes = 133  # classes of the label map and of the category vector (COCO panoptic 133)
     model.map_channels = 128  # channels of the convolved label map (published 128)
-    model.map_input = "raw_id"  # label map as "raw_id" (published) | "one_hot" | "embedding" (learned, 16 channels)
+    model.map_input = "raw_id"  # label map as "raw_id" (published) | "embedding" (learned, 16 channels)
     model.map_position = "1d"  # position code of the map: "1d" flattened index (published) | "2d" row and column
     model.spatial_scale = 4.0  # factor on the logits of the spatial attention (published 4)
     model.bn_include_padding = True  # padded rows enter the BatchNorm statistics (published True)
@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     text.dtype = "float32"  # operands of matrix products: float32 | bfloat16
 
     c.loss = loss = ConfigDict()
-    loss.weights = ConfigDict({"triplet": 1.0})  # weight of each loss term; a name is a file in shnet_jax/losses
+    loss.weights = ConfigDict({"triplet": 1.0, "infonce": 0.0})  # weight of each loss term (a file in shnet_jax/losses)
     loss.triplet = triplet = ConfigDict()
     triplet.margin = 0.2  # gap wanted between a match and a negative, in cosine
     triplet.warmup_epochs = 1.0  # sum over all violations this long, then the hardest negative only (published 1)
@@ -110,7 +110,7 @@ def get_config() -> ConfigDict:
     c.eval = evaluate = ConfigDict()
     evaluate.split = "test"  # split of --mode=eval
     evaluate.batch_size = 128  # images, or captions, encoded at once on each device
-    evaluate.tile = 512  # images whose scores against all captions are held at once
+    evaluate.tile = 512  # images of a score tile; it has 8 times as many captions
     evaluate.folds = 0  # k > 1: mean over k consecutive galleries of equal size (COCO 1K: 5); 0: the whole split
     evaluate.checkpoint = "best"  # state evaluated by --mode=eval: best | last
     return c

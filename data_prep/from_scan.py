@@ -1,0 +1,290 @@
+"""Imports the SCAN layout ({split}_ims.npy, {split}_caps.txt, {split}_ids.txt) and 3SHNet's arrays beside it.
+
+    python -m data_prep.from_scan --src=DIR --name=NAME --out=DATA_DIR [--splits=train,val,test] [--overwrite]
+
+Arrays may have one row an image or, as the released ones do, one row a caption with equal rows in a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep import schema
+from data_prep.builder import write_dataset
+from data_prep.schema import DataError, Record
+
+ARRAYS = {
+    "regions": "_ims.npy",
+    "boxes": "_boxes.npy",
+    "box_classes": "_box_cls.npy",
+    "box_scores": "_box_scores.npy",
+    "grid": "_grids.npy",
+    "seg_semantic": "_segmentations.npy",
+    "seg_map": "_seg_maps.npy",
+    "categories": "_cat_onehots.npy",
+}
+USUAL_CAPTIONS = 5  # captions an image in Flickr and COCO as SCAN distributes them
+_BLOCK = 64  # images read at once
+
+
+@dataclass(frozen=True)
+class ScanSplit:
+    """The files of one split and how their rows belong to images.
+
+    arrays: field -> path; steps: field -> rows of that array for each image (1, or the captions of an image).
+    """
+
+    name: str
+    captions: tuple[str, ...]
+    ids: tuple[str, ...]
+    captions_per_image: int
+    arrays: Mapping[str, Path]
+    steps: Mapping[str, int]
+    files: Mapping[str, str]
+    feature_dtype: str | None
+
+    def __iter__(self) -> Iterator[Record]:
+        count = self.captions_per_image
+        for start in range(0, len(self.ids), _BLOCK):
+            stop = min(start + _BLOCK, len(self.ids))
+            blocks = {
+                field: _rows(path, start, stop, self.steps[field]) for field, path in self.arrays.items()
+            }
+            for image in range(start, stop):
+                where = f"split {self.name!r} row {image} (image {self.ids[image]!r})"
+                record: Record = {
+                    "image_id": self.ids[image],
+                    "captions": list(self.captions[image * count : (image + 1) * count]),
+                }
+                for field, block in blocks.items():
+                    place = f"{where}, {self.files[field]}"
+                    value = block[image - start]
+                    record[field] = schema.as_field(field, value, where=place, dtype=self.feature_dtype)
+                yield record
+
+
+def open_array(path: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise DataError(f"{path}: expected a .npy array of numbers: {error}") from error
+
+
+def _rows(path: Path, start: int, stop: int, step: int) -> np.ndarray:
+    """Rows start*step, (start+1)*step, ... copied: an open map would keep every page it read resident."""
+    return np.array(open_array(path)[start * step : stop * step : step])
+
+
+def read_lines(path: Path) -> list[str]:
+    """Stripped lines of a UTF-8 text file; an empty line is an error that names its number."""
+    if not path.is_file():
+        raise DataError(f"{path}: expected this file, found none")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text: {error}") from error
+    if lines[-1] == "":
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise DataError(f"{path} line {number}: expected text, found an empty line")
+    return lines
+
+
+def open_split(
+    src: Path,
+    split: str,
+    *,
+    captions_per_image: int | None = None,
+    feature_dtype: str | None = None,
+    need: str = "an array",
+) -> ScanSplit:
+    """Find the files of a split and work out from their counts which rows belong to which image.
+
+    `need` is "an array", or "ids" when the features lie elsewhere under the images' ids.
+    Raises DataError when files are missing or their counts do not fit together.
+    """
+    captions = read_lines(src / f"{split}_caps.txt")
+    arrays = {field: path for field, suffix in ARRAYS.items() if (path := src / f"{split}{suffix}").is_file()}
+    if need == "an array" and not arrays:
+        raise DataError(f"{src}: split {split!r}: expected {split}_ims.npy or another array, found none")
+    rows = {field: len(open_array(path)) for field, path in arrays.items()}
+    ids_file = src / f"{split}_ids.txt"
+    ids = read_lines(ids_file) if need == "ids" or ids_file.is_file() else []
+    per_image = captions_per_image or _captions_per_image(src, split, len(captions), rows, ids)
+    images, rest = divmod(len(captions), per_image)
+    if rest:
+        raise DataError(
+            f"{src / f'{split}_caps.txt'}: expected a multiple of {per_image} captions, found {len(captions)}"
+        )
+    steps = {}
+    for field, path in arrays.items():
+        if rows[field] not in (images, images * per_image):
+            raise DataError(
+                f"{path}: expected {images} rows (one an image) or {images * per_image} (one a caption) for "
+                f"{len(captions)} captions of {per_image} an image, found {rows[field]}"
+            )
+        steps[field] = rows[field] // images
+        if steps[field] > 1:
+            _check_repeated(path, images, steps[field])
+    files = {field: path.name for field, path in arrays.items()} | {
+        "captions": f"{split}_caps.txt",
+        "image_id": ids_file.name,
+    }
+    image_ids = _image_ids(ids_file, ids, images, per_image, split)
+    return ScanSplit(split, tuple(captions), image_ids, per_image, arrays, steps, files, feature_dtype)
+
+
+def _captions_per_image(src: Path, split: str, captions: int, rows: Mapping[str, int], ids: list[str]) -> int:
+    """Captions an image from counts: of rows, else of different ids, else the usual 5 when rows repeat."""
+    named = len(ids) if len(ids) != captions else sum(1 for _ in groupby(ids))
+    images = min([*rows.values(), *([named] if ids else [])])
+    if images == captions and not ids and captions % USUAL_CAPTIONS == 0:
+        return USUAL_CAPTIONS
+    if images == 0 or captions % images:
+        raise DataError(
+            f"{src}: split {split!r}: expected as many captions for each image, found {captions} for "
+            f"{images} images; give --captions_per_image if the counts mislead"
+        )
+    return captions // images
+
+
+def _check_repeated(path: Path, images: int, step: int) -> None:
+    """Look at the first, middle and last image: are its rows really copies?"""
+    array = open_array(path)
+    for image in sorted({0, images // 2, images - 1}):
+        group = np.asarray(array[image * step : (image + 1) * step])
+        if not all(np.array_equal(row, group[0]) for row in group[1:]):
+            raise DataError(
+                f"{path}: expected the row of each image {step} times, one for each caption; found "
+                f"that rows {image * step}..{(image + 1) * step - 1} differ (one caption an image: "
+                "--captions_per_image=1)"
+            )
+
+
+def _image_ids(path: Path, ids: list[str], images: int, per_image: int, split: str) -> tuple[str, ...]:
+    if not ids:
+        return tuple(f"{split}_{image}" for image in range(images))
+    if len(ids) == images:
+        return tuple(ids)
+    if len(ids) != images * per_image:
+        raise DataError(f"{path}: expected {images} or {images * per_image} lines, found {len(ids)}")
+    for line, image_id in enumerate(ids):
+        first = ids[line - line % per_image]
+        if image_id != first:
+            raise DataError(
+                f"{path} line {line + 1}: expected {first!r} as in the lines before, found {image_id!r}"
+            )
+    return tuple(ids[::per_image])
+
+
+def split_names(src: Path) -> list[str]:
+    """The splits in a folder: whatever stands before `_caps.txt`."""
+    if not src.is_dir():
+        raise DataError(f"{src}: no such folder")
+    names = sorted(path.name.removesuffix("_caps.txt") for path in src.glob("*_caps.txt"))
+    if not names:
+        raise DataError(f"{src}: expected at least one SPLIT_caps.txt, found none")
+    return names
+
+
+def class_names(path: Path, classes: int) -> list[str]:
+    """Names from a categories.txt: the name alone, or index, name, ... by tabs; void may follow the last."""
+    names = [line.split("\t")[1] if "\t" in line else line for line in read_lines(path)]
+    if len(names) not in (classes, classes + 1):
+        raise DataError(f"{path}: expected {classes} classes, perhaps and void, found {len(names)} lines")
+    return names[:classes]
+
+
+def class_metadata(src: Path, splits: Iterable[ScanSplit]) -> dict[str, list[str]]:
+    """`class_names` from categories.txt, when there is one and an array says how many classes there are."""
+    path = src / "categories.txt"
+    sized = [s.arrays[field] for s in splits for field in ("categories", "seg_semantic") if field in s.arrays]
+    return (
+        {"class_names": class_names(path, open_array(sized[0]).shape[1])} if sized and path.is_file() else {}
+    )
+
+
+def import_scan(
+    src: Path,
+    name: str,
+    out: Path,
+    *,
+    splits: list[str] | None = None,
+    captions_per_image: int | None = None,
+    feature_dtype: str | None = "float16",
+    source: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Import a folder and return the version folder of the data set; see `--help` for the arguments."""
+    opened = {
+        split: open_split(src, split, captions_per_image=captions_per_image, feature_dtype=feature_dtype)
+        for split in (splits or split_names(src))
+    }
+    metadata = {
+        "source": source or f"data_prep.from_scan of {src.resolve().name}",
+        **class_metadata(src, opened.values()),
+    }
+    files = {split: opened[split].files for split in opened}
+    return write_dataset(out, name, opened, metadata, files=files, overwrite=overwrite)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that importers of this layout share."""
+    parser.add_argument(
+        "--src", type=Path, required=True, help="folder with SPLIT_caps.txt and the files beside it"
+    )
+    parser.add_argument("--name", required=True, help="name of the data set")
+    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--splits", help="comma-separated; default: every SPLIT_caps.txt in the folder")
+    parser.add_argument(
+        "--captions_per_image", type=int, help="default: from the counts of rows, ids and captions"
+    )
+    dtypes = ("keep", *schema.FEATURE_DTYPES)
+    parser.add_argument(
+        "--feature_dtype", choices=dtypes, default="float16", help="dtype that features are stored in"
+    )
+    parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """The shared flags as keyword arguments of an importer."""
+    return {
+        "splits": args.splits.split(",") if args.splits else None,
+        "captions_per_image": args.captions_per_image,
+        "feature_dtype": None if args.feature_dtype == "keep" else args.feature_dtype,
+        "source": args.source,
+        "overwrite": args.overwrite,
+    }
+
+
+def report(run: Callable[[], Path]) -> int:
+    """Run an import, print the folder it wrote or what is wrong with the data, and return the exit status."""
+    try:
+        print(run())
+    except (DataError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="data_prep.from_scan", description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    return report(lambda: import_scan(args.src, args.name, args.out, **options(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""The record every importer yields: one per image, a dict of NumPy values, checked before it is written.
+
+Shapes are free; equal letters must agree within a record, and all records of a data set with the first.
+Required are `image_id`, `captions` and one of VISUAL_FIELDS; everything else is optional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import tensorflow_datasets as tfds
+
+Record = dict[str, Any]
+Signature = dict[str, tuple[tuple[int, ...], str]]
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FEATURE_DTYPES = ("float16", "bfloat16", "float32")
+BOX_OVERSHOOT = 1e-3  # float16 rounding of a box that touches the border
+MAP_VOID = 255  # unlabelled pixel in COCO's label maps; stored as class number C, so that ids stay contiguous
+
+
+class DataError(ValueError):
+    """A data set, or a file that should become one, is not as it has to be."""
+
+
+class Field(NamedTuple):
+    """Shape letters, accepted dtypes (`as_field` casts to the first unless FEATURE_DTYPES), meaning."""
+
+    shape: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    doc: str
+
+
+FIELDS: dict[str, Field] = {
+    "regions": Field(("K", "D"), FEATURE_DTYPES, "detector features, zero where masked"),
+    "region_mask": Field(("K",), ("bool",), "valid regions"),
+    "boxes": Field(("K", "4"), ("float32",), "x1 y1 x2 y2 divided by image width and height, 0..1"),
+    "box_classes": Field(("K",), ("int32",), "the detector's label"),
+    "box_scores": Field(("K",), ("float32",), "the detector's confidence"),
+    "grid": Field(("G", "Dg"), FEATURE_DTYPES, "grid or patch tokens, row by row"),
+    "grid_mask": Field(("G",), ("bool",), "valid tokens"),
+    "seg_semantic": Field(("C", "h", "w"), FEATURE_DTYPES, "map of each class"),
+    "seg_map": Field(("H", "W"), ("uint8",), "class of each pixel; C where there is none"),
+    "categories": Field(("C",), ("bool",), "classes present"),
+    "relations": Field(("R", "3"), ("int32",), "subject box, predicate, object box; padded rows are -1"),
+    "image_embedding": Field(("E",), ("float32",), "global vector of a pretrained model"),
+    "identity": Field((), ("int64",), "person in the image"),
+}
+TEXT_FIELDS = ("image_id", "captions", "caption_ids")
+VISUAL_FIELDS = ("regions", "grid", "seg_semantic", "image_embedding")
+_MASKED = {"region_mask": "regions", "grid_mask": "grid"}
+
+
+def _error(where: str, files: Mapping[str, str], field: str, expected: str, found: str) -> DataError:
+    place = f"{where}, {files[field]}" if field in files else where
+    return DataError(f"{place}: field {field!r}: expected {expected}, found {found}")
+
+
+def as_field(name: str, value: Any, *, where: str, dtype: str | None = None) -> np.ndarray:
+    """`value` as an array of the dtype that `name` is stored in, refusing a cast that changes what it says.
+
+    Features are cast to `dtype` ("float16", ...) or, without one, stay as they are (float64 becomes float32).
+    Raises DataError when integers or booleans do not survive the cast, or a finite feature overflows.
+    """
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf" and array.dtype != BFLOAT16:
+        raise _error(where, {}, name, "numbers", f"an array of {array.dtype}")
+    spec = FIELDS[name]
+    wanted = spec.dtypes[0]
+    if spec.dtypes is FEATURE_DTYPES:
+        as_given = array.dtype.name if array.dtype.name in FEATURE_DTYPES else "float32"
+        wanted = dtype or as_given
+    target = BFLOAT16 if wanted == "bfloat16" else np.dtype(wanted)
+    if array.dtype == target:
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(target)
+    if target.kind in "iub":
+        if not np.array_equal(cast, array):
+            raise _error(
+                where,
+                {},
+                name,
+                f"whole values that fit {wanted}",
+                f"{array.min()}..{array.max()} {array.dtype}",
+            )
+    elif not _finite(cast) and _finite(array):
+        raise _error(
+            where, {}, name, f"values that fit {wanted}", f"magnitudes up to {np.abs(array).max():.6g}"
+        )
+    return cast
+
+
+def _finite(array: Any) -> bool:
+    if array.dtype == BFLOAT16:
+        array = array.astype(np.float32)
+    return bool(np.isfinite(array).all())
+
+
+def num_classes(record: Mapping[str, Any]) -> int | None:
+    """C of a record: length of `categories`, else of `seg_semantic`; None when it has neither."""
+    for name in ("categories", "seg_semantic"):
+        if name in record:
+            return int(np.shape(record[name])[0])
+    return None
+
+
+def close_void(record: Record) -> Record:
+    """The record with the label map's 255 (COCO's void) replaced by C, where C is known."""
+    classes = num_classes(record)
+    if "seg_map" not in record or classes is None or classes > MAP_VOID:
+        return record
+    seg_map = np.asarray(record["seg_map"])
+    return record | {
+        "seg_map": np.where(seg_map == MAP_VOID, np.uint8(classes), seg_map).astype(seg_map.dtype)
+    }
+
+
+def check_record(record: Mapping[str, Any], where: str, files: Mapping[str, str] | None = None) -> None:
+    """Check one record by itself.
+
+    Args:
+      record: what an importer yields.
+      where: split, row and image, as the start of an error message.
+      files: the file that each field came from, for the message; fields may be missing.
+
+    Raises:
+      DataError: naming place, file, field, what was expected and what was found.
+    """
+    files = files or {}
+    _check_text(record, where, files)
+    sizes: dict[str, tuple[int, str]] = {}
+    for name in record:
+        if name not in TEXT_FIELDS:
+            _check_array(name, record[name], sizes, where, files)
+    if not any(name in record for name in VISUAL_FIELDS):
+        raise _error(where, files, "|".join(VISUAL_FIELDS), "at least one of these", f"only {sorted(record)}")
+    _check_boxes(record, where, files)
+    _check_labels(record, where, files)
+    for mask, masked in _MASKED.items():
+        if mask in record and masked not in record:
+            raise _error(where, files, mask, f"the field {masked!r} that it masks", "none")
+        if mask in record and not record[mask].any():
+            raise _error(where, files, mask, "at least one valid unit", f"none of {record[mask].size}")
+
+
+def _check_text(record: Mapping[str, Any], where: str, files: Mapping[str, str]) -> None:
+    for name in ("image_id", "captions"):
+        if name not in record:
+            raise _error(where, files, name, "this required field", f"only {sorted(record)}")
+    image_id, captions = record["image_id"], record["captions"]
+    if not isinstance(image_id, str) or not image_id:
+        raise _error(where, files, "image_id", "a string that is not empty", repr(image_id))
+    if not isinstance(captions, list) or not captions:
+        raise _error(where, files, "captions", "a list of at least 1 string", repr(captions))
+    for number, caption in enumerate(captions):
+        if not isinstance(caption, str) or not caption.strip():
+            raise _error(
+                where, files, "captions", "text", f"{caption!r} as caption {number} of {len(captions)}"
+            )
+    if "caption_ids" in record:
+        ids = record["caption_ids"]
+        if not isinstance(ids, np.ndarray) or ids.dtype != np.int64 or ids.shape != (len(captions),):
+            raise _error(
+                where, files, "caption_ids", f"int64 [{len(captions)}], one a caption", _describe(ids)
+            )
+
+
+def _check_array(
+    name: str, value: Any, sizes: dict[str, tuple[int, str]], where: str, files: Mapping[str, str]
+) -> None:
+    if name not in FIELDS:
+        raise _error(where, files, name, f"one of {[*TEXT_FIELDS, *FIELDS]}", "an unknown field")
+    spec = FIELDS[name]
+    expected = f"{' | '.join(spec.dtypes)} [{', '.join(spec.shape)}]"
+    if not isinstance(value, np.ndarray | np.generic) or value.dtype.name not in spec.dtypes:
+        raise _error(where, files, name, expected, _describe(value))
+    if value.ndim != len(spec.shape):
+        raise _error(where, files, name, expected, _describe(value))
+    for letter, size in zip(spec.shape, value.shape, strict=True):
+        if letter.isdigit():
+            agreed, by = int(letter), name
+        else:
+            agreed, by = sizes.setdefault(letter, (size, name))
+        if size != agreed:
+            origin = "" if by == name else f" with {letter} = {agreed} as in {by!r}"
+            raise _error(where, files, name, expected + origin, _describe(value))
+    if value.size == 0 and name != "relations":
+        raise _error(where, files, name, expected + ", not empty", _describe(value))
+    if spec.dtypes[0].startswith("float") and not _finite(value):
+        wide = np.asarray(value, dtype=np.float32)
+        bad = tuple(int(i) for i in np.argwhere(~np.isfinite(wide))[0])
+        raise _error(where, files, name, "finite values", f"{wide[bad]} at {list(bad)}")
+
+
+def _check_boxes(record: Mapping[str, Any], where: str, files: Mapping[str, str]) -> None:
+    if "boxes" in record:
+        boxes = record["boxes"]
+        outside = (boxes < -BOX_OVERSHOOT) | (boxes > 1 + BOX_OVERSHOOT)
+        if outside.any():
+            row = int(np.argwhere(outside)[0, 0])
+            raise _error(where, files, "boxes", "coordinates in 0..1", f"{boxes[row].tolist()} as box {row}")
+        swapped = (boxes[:, :2] > boxes[:, 2:]).any(axis=1)
+        if swapped.any():
+            row = int(np.argmax(swapped))
+            raise _error(
+                where, files, "boxes", "x1 <= x2 and y1 <= y2", f"{boxes[row].tolist()} as box {row}"
+            )
+    if "relations" in record:
+        relations = record["relations"]
+        count = next((len(record[name]) for name in ("regions", "boxes") if name in record), None)
+        if count is None:
+            raise _error(where, files, "relations", "regions or boxes that it relates", "neither")
+        good = (relations >= 0).all(axis=1) & (relations[:, [0, 2]] < count).all(axis=1)
+        bad = ~(good | (relations == -1).all(axis=1))
+        if bad.any():
+            row = int(np.argmax(bad))
+            expected = f"box numbers in 0..{count - 1} and a predicate >= 0, or a row of -1"
+            raise _error(where, files, "relations", expected, f"{relations[row].tolist()} in row {row}")
+
+
+def _check_labels(record: Mapping[str, Any], where: str, files: Mapping[str, str]) -> None:
+    classes = num_classes(record)
+    if "seg_map" in record and classes is not None and record["seg_map"].max() > classes:
+        expected = f"class ids 0..{classes - 1}, or {classes} for void"
+        raise _error(where, files, "seg_map", expected, f"{int(record['seg_map'].max())}")
+    for name in ("box_classes", "identity"):
+        if name in record and np.min(record[name]) < 0:
+            raise _error(where, files, name, "values >= 0", f"{np.min(record[name])}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, np.ndarray | np.generic):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"{type(value).__name__} {value!r:.80}"
+
+
+def signature(record: Mapping[str, Any]) -> Signature:
+    """Shape and dtype of each field; what differs from image to image (captions) has the shape ()."""
+    fixed = {n: (tuple(v.shape), v.dtype.name) for n, v in record.items() if n not in TEXT_FIELDS}
+    return {n: ((), "text") for n in TEXT_FIELDS if n in record} | fixed
+
+
+def check_like(
+    record: Mapping[str, Any], first: Signature, where: str, files: Mapping[str, str] | None = None
+) -> None:
+    """Raises DataError unless the record has the fields, shapes and dtypes of the data set's first record."""
+    found = signature(record)
+    if found == first:
+        return
+    files = files or {}
+    for name in [*first, *found]:
+        if name not in found:
+            raise _error(
+                where, files, name, "this field, which the first record has", f"only {sorted(found)}"
+            )
+        if name not in first:
+            raise _error(
+                where, files, name, f"only the first record's fields {sorted(first)}", "this one too"
+            )
+        if found[name] != first[name]:
+            (shape, dtype), (other, other_dtype) = first[name], found[name]
+            expected = f"{dtype} {list(shape)} as in the first record"
+            raise _error(where, files, name, expected, f"{other_dtype} {list(other)}")
+
+
+def features(example: Mapping[str, Any]) -> tfds.features.FeaturesDict:
+    """TFDS features of a data set from a record: raw bytes for tensors, packed bits for `categories`."""
+
+    def tensor(shape: tuple[int | None, ...], dtype: Any, doc: str) -> tfds.features.Tensor:
+        return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES, doc=doc)
+
+    out: dict[str, Any] = {
+        "image_id": tfds.features.Text(doc="unique in its split"),
+        "captions": tfds.features.Sequence(tfds.features.Text(), doc="sentences of the image"),
+    }
+    if "caption_ids" in example:
+        out["caption_ids"] = tensor((None,), np.int64, "one number a caption")
+    for name, field in FIELDS.items():
+        if name not in example:
+            continue
+        value = example[name]
+        if name == "categories":
+            out[name] = tensor((-(-value.size // 8),), np.uint8, field.doc + ", packed bits (numpy.packbits)")
+        else:
+            out[name] = tensor(tuple(value.shape), value.dtype, field.doc)
+    return tfds.features.FeaturesDict(out)
+
+
+def stored(record: Mapping[str, Any]) -> Record:
+    """The record as it is written: categories packed, arrays contiguous."""
+    out = dict(record)
+    if "categories" in out:
+        out["categories"] = np.packbits(out["categories"])
+    return out

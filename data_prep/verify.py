@@ -1,0 +1,272 @@
+"""Says whether a data set is usable: counts, values, duplicates, checksums, as a table for a human.
+
+    python -m data_prep.verify DATA_DIR [--sample=N]
+
+Exit status 0 when it is usable (there may be notes), 1 when it is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import schema
+from data_prep.builder import sha256
+from data_prep.schema import DataError
+from shnet_jax.data.records import CHECKSUMS, SENTENCEPIECE, DataSet, index_file, open_dataset
+
+_SHOWN = 10  # problems of one kind that are printed
+
+
+@dataclass
+class Values:
+    """Running statistics of a field."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    least: float = np.inf
+    most: float = -np.inf
+    zeros: int = 0
+
+    def add(self, array: np.ndarray) -> None:
+        """Count the values of one record in."""
+        values = np.asarray(array, dtype=np.float64)
+        if values.size:
+            self.count += values.size
+            self.total += float(values.sum())
+            self.squares += float(np.square(values).sum())
+            self.least = min(self.least, float(values.min()))
+            self.most = max(self.most, float(values.max()))
+            self.zeros += int(values.size - np.count_nonzero(values))
+
+    @property
+    def mean(self) -> float:
+        """Mean of all values."""
+        return self.total / self.count if self.count else np.nan
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation of all values."""
+        return max(self.squares / self.count - self.mean**2, 0.0) ** 0.5 if self.count else np.nan
+
+    @property
+    def zero_share(self) -> float:
+        """Share of zeros, 0..1."""
+        return self.zeros / self.count if self.count else np.nan
+
+
+@dataclass
+class Report:
+    """What was found. problems make a set unusable, notes do not."""
+
+    dataset: DataSet
+    read: dict[str, int] = field(default_factory=dict)
+    captions: dict[str, np.ndarray] = field(default_factory=dict)
+    values: dict[str, Values] = field(default_factory=lambda: defaultdict(Values))
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify(directory: str | Path, sample: int | None = None) -> Report:
+    """Check a data set.
+
+    Args:
+      directory: as for `find_dataset`.
+      sample: records of each split that are read, evenly spaced; None reads all.
+
+    Raises:
+      FileNotFoundError: no data set there.
+    """
+    report = Report(open_dataset(directory))
+    _check_fields(report)
+    _check_files(report)
+    if not report.problems:  # a damaged shard cannot be read
+        _check_records(report, sample)
+        _check_ids(report)
+    return report
+
+
+def _check_fields(report: Report) -> None:
+    dataset = report.dataset
+    missing = [name for name in ("image_id", "captions") if name not in dataset.features]
+    if not any(name in dataset.features for name in schema.VISUAL_FIELDS):
+        missing.append(" or ".join(schema.VISUAL_FIELDS))
+    report.problems += [f"missing field: {name}" for name in missing]
+    unknown = set(dataset.features) - {*schema.FIELDS, *schema.TEXT_FIELDS}
+    report.notes += [f"unknown field, ignored: {name}" for name in sorted(unknown)]
+    if not dataset.splits:
+        report.problems.append("no split")
+    if "seg_map" in dataset.features and dataset.num_classes is None:
+        report.notes.append("seg_map without num_classes in the metadata: its class ids are not checked")
+
+
+def _check_files(report: Report) -> None:
+    folder = report.dataset.path
+    wanted = [SENTENCEPIECE, *(index_file(split) for split in report.dataset.splits)]
+    report.notes += [f"no {name}" for name in wanted if not (folder / name).is_file()]
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        report.notes.append(f"no {CHECKSUMS}: files not compared")
+        return
+    for name, expected in json.loads(path.read_text()).items():
+        if not (folder / name).is_file():
+            report.problems.append(f"{name}: missing, listed in {CHECKSUMS}")
+        elif (found := sha256(folder / name)) != expected:
+            report.problems.append(f"{name}: expected sha256 {expected}, found {found}")
+
+
+def _check_records(report: Report, sample: int | None) -> None:
+    dataset = report.dataset
+    fields = [name for name in (*schema.TEXT_FIELDS, *schema.FIELDS) if name in dataset.features]
+    hashes: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
+    for split, size in dataset.splits.items():
+        records = dataset.open_split(split, fields)
+        counts, ids = dataset.caption_counts(split), dataset.image_ids(split)
+        if not len(records) == len(counts) == len(ids):
+            report.problems.append(
+                f"{index_file(split)}: expected {size} rows, found {len(ids)} and {len(counts)}"
+            )
+            continue
+        rows = np.unique(np.linspace(0, size - 1, min(sample or size, size)).astype(int))
+        for row in rows.tolist():
+            record = records[row]
+            where = f"split {split!r} row {row} (image {record['image_id']!r})"
+            if record["image_id"] != ids[row] or len(record["captions"]) != counts[row]:
+                report.problems.append(
+                    f"{where}: expected {str(ids[row])!r} with {counts[row]} captions as in "
+                    f"{index_file(split)}, found {record['image_id']!r} with {len(record['captions'])}"
+                )
+            try:
+                schema.check_record(record, where)
+            except DataError as error:
+                report.problems.append(str(error))
+                continue
+            _measure(report, record, where)
+            hashes[_hash(record)].append((split, record["image_id"]))
+        report.read[split], report.captions[split] = len(rows), counts
+    for name, values in report.values.items():
+        if values.count > 1 and values.least == values.most and not name.endswith("_mask"):
+            report.notes.append(f"field {name}: every value is {values.least:g}")
+    report.notes += [
+        "identical visual fields: " + ", ".join(f"{split} {image_id}" for split, image_id in same)
+        for same in hashes.values()
+        if len(same) > 1 and len({image_id for _, image_id in same}) > 1
+    ]
+
+
+def _measure(report: Report, record: schema.Record, where: str) -> None:
+    for name in schema.FIELDS:
+        if name in record:
+            report.values[name].add(record[name])
+    report.notes += [
+        f"{where}: field {name!r}: all zero"
+        for name in ("regions", "grid", "image_embedding")
+        if name in record and not record[name].any()
+    ]
+
+
+def _hash(record: schema.Record) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in schema.VISUAL_FIELDS:
+        if name in record:
+            digest.update(np.ascontiguousarray(record[name]).tobytes())
+    return digest.digest()
+
+
+def _check_ids(report: Report) -> None:
+    splits: dict[str, list[str]] = defaultdict(list)
+    for split in report.read:
+        for image_id in report.dataset.image_ids(split).tolist():
+            splits[image_id].append(split)
+    shared: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for image_id, found_in in splits.items():
+        if len(found_in) > 1:
+            shared[tuple(found_in)].append(image_id)
+    for names, same in shared.items():
+        line = f"{len(same)} images in {' and '.join(names)}, such as {same[0]!r}"
+        # Splits for evaluation may overlap (COCO's test and testall); training images may be in no other.
+        serious = len(set(names)) < len(names) or any(name.startswith("train") for name in names)
+        (report.problems if serious else report.notes).append(line)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in (header, *rows))
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def text(report: Report) -> str:
+    """The report as a human reads it."""
+    dataset = report.dataset
+    splits = []
+    for split, size in dataset.splits.items():
+        counts = report.captions.get(split)
+        span = ("?", "?") if counts is None else (str(counts.sum()), f"{counts.min()}..{counts.max()}")
+        splits.append((split, str(size), str(report.read.get(split, 0)), *span))
+    fields = []
+    for name in (*schema.TEXT_FIELDS, *schema.FIELDS):
+        if name not in dataset.features:
+            continue
+        shape, dtype = dataset.features[name]
+        cells = (name, ",".join("n" if s is None else str(s) for s in shape) or "-", _dtype_name(dtype))
+        values = report.values.get(name)
+        if values is None:
+            fields.append((*cells, *"-----"))
+        else:
+            numbers = (values.mean, values.std, values.least, values.most)
+            fields.append(
+                (*cells, *(f"{number:.4g}" for number in numbers), f"{100 * values.zero_share:.1f}%")
+            )
+    parts = [
+        f"{dataset.path}",
+        f"classes: {dataset.num_classes}   source: {dataset.metadata.get('source', '?')}",
+        table(("split", "records", "read", "captions", "an image"), splits),
+        table(("field", "shape", "dtype", "mean", "std", "min", "max", "zeros"), fields),
+        _listed("note", report.notes),
+        _listed("problem", report.problems),
+        f"not usable: {len(report.problems)} problems" if report.problems else "usable",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _dtype_name(dtype: np.dtype) -> str:
+    return "text" if dtype.kind == "U" else dtype.name
+
+
+def _listed(kind: str, lines: Sequence[str]) -> str:
+    shown = [f"{kind}: {line}" for line in lines[:_SHOWN]]
+    if len(lines) > _SHOWN:
+        shown.append(f"{kind}: and {len(lines) - _SHOWN} more")
+    return "\n".join(shown)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="data_prep.verify", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path, help="a data set, or a folder that holds only one")
+    parser.add_argument("--sample", type=int, help="read this many records of each split; default: all")
+    args = parser.parse_args(argv)
+    try:
+        report = verify(args.directory, args.sample)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(text(report))
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

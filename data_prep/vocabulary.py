@@ -1,0 +1,44 @@
+"""Trains the SentencePiece model that is kept beside a data set, on its own captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sentencepiece
+
+VOCAB_SIZE = 8000  # upper bound; a small set gets as many pieces as its captions support
+_MAX_CAPTION_BYTES = 8192
+_MAX_CAPTIONS = 1_000_000  # a random choice of this many is enough to learn the pieces and bounds the memory
+
+
+def train(captions_file: Path, model_file: Path) -> None:
+    """Train a unigram model on a UTF-8 file of one caption a line and write it to `model_file`.
+
+    Ids: 0 [PAD] (a batch is 0 where masked), 1 [UNK], 2 [CLS], 3 [SEP], 4 [MASK]. Case is folded, as in the
+    uncased vocabularies that retrieval models use.
+    """
+    sentencepiece.set_random_generator_seed(0)  # of the shuffling: the same captions give the same pieces
+    with model_file.open("wb") as out, captions_file.open(encoding="utf-8") as captions:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line.rstrip("\n") for line in captions),  # a path would be kept in the model
+            model_writer=out,
+            model_type="unigram",
+            vocab_size=VOCAB_SIZE,
+            hard_vocab_limit=False,
+            character_coverage=0.9995,
+            normalization_rule_name="nmt_nfkc_cf",
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece="[PAD]",
+            unk_piece="[UNK]",
+            bos_piece="[CLS]",
+            eos_piece="[SEP]",
+            control_symbols=["[MASK]"],
+            input_sentence_size=_MAX_CAPTIONS,
+            shuffle_input_sentence=True,
+            max_sentence_length=_MAX_CAPTION_BYTES,
+            num_threads=1,
+            minloglevel=2,
+        )

@@ -1,0 +1,241 @@
+"""The training stream: what step s sees is a function of (seed, s), on any number of hosts.
+
+A host's stream is a grain dataset of batches. The random choices are made per example before the examples are
+dealt to hosts, so that k hosts together see in step s exactly the examples that one host would see.
+
+Streaming and resident reading share everything but the place where image features come from: the batch
+itself, or a table that stays on the device. `gather` finishes both, so the model sees the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from shnet_jax.data.augment import Augmentation, alter_words, keep_grid, keep_regions
+from shnet_jax.data.records import DataSet, RandomAccess
+from shnet_jax.data.tokenise import Captions, Tokenizer
+from shnet_jax.types import Array, Batch
+
+HostBatch = dict[str, np.ndarray]
+
+# unit field -> its mask in the data set, and the mask of what augmentation keeps (training batches only)
+_UNITS = {"regions": ("region_mask", "region_keep"), "grid": ("grid_mask", "grid_keep")}
+
+
+def steps_per_epoch(dataset: DataSet, split: str, batch_size: int) -> int:
+    """Steps after which as many captions were seen as `split` has; `batch_size` counts pairs over all hosts.
+
+    Raises ValueError when the split has fewer captions than one batch.
+    """
+    captions = int(dataset.caption_counts(split).sum())
+    if captions < batch_size:
+        raise ValueError(
+            f"{dataset.path}: split {split!r} has {captions} captions, fewer than a batch of {batch_size}"
+        )
+    return captions // batch_size
+
+
+def train_batches(
+    config: ConfigDict,
+    dataset: DataSet,
+    captions: Captions,
+    tokenizer: Tokenizer,
+    fields: Sequence[str],
+    *,
+    batch_size: int,
+    seed: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> grain.DatasetIterator[HostBatch]:
+    """The endless stream of this host's batches, to be finished by `gather` on the device.
+
+    With data.captions_per_image = C = 1 an example is an (image, caption) pair; a pass meets every pair once,
+    in an order that changes with each pass. With C > 1 it is an image with C of its captions, drawn without
+    replacement (an image with fewer repeats them evenly). The last, partial batch of a pass is left out.
+
+    A batch has, with n = batch_size / C:
+      image_index  [n] int32, number of the image in the split
+      region_keep  [n, K] bool, units that augmentation leaves, if `fields` has regions; so grid_keep [n, G]
+      tokens       [batch_size, L] int32, 0 where masked; row j belongs to image j // C
+      token_mask   [batch_size, L] bool
+      and, unless data.resident, `fields` and the masks of their units, as stored.
+    L is the first of data.token_buckets that fits; with several hosts, which must agree on it, the largest.
+
+    Args:
+      captions: of data.train_split (`tokenise.tokenise_split`).
+      fields: image fields of the model (`image_fields`).
+      batch_size: pairs in a batch of this host.
+      seed: order and augmentation; the same on all hosts.
+      shard_index, shard_count: this host among all.
+
+    Returns:
+      An iterator whose `get_state`/`set_state` (or grain.checkpoint) resume with the next batch.
+    """
+    data = config.data
+    per_image = data.captions_per_image
+    images = _images_per_batch(batch_size, per_image)
+    examples = len(captions) if per_image == 1 else captions.images
+    whole = examples // (images * shard_count) * images * shard_count
+    if whole == 0:
+        raise ValueError(
+            f"{dataset.path}: split {data.train_split!r} has {examples} "
+            f"{'captions' if per_image == 1 else 'images'}, fewer than the {images * shard_count} of one step"
+        )
+    records = dataset.open_split(data.train_split, stored_fields(dataset, fields))
+    first = records[0]
+    draw = partial(
+        _draw,
+        captions=captions,
+        tokenizer=tokenizer,
+        rates=Augmentation.from_config(data),
+        per_image=per_image,
+        max_tokens=data.max_tokens,
+        units={unit: len(first[unit]) for unit in _UNITS if unit in first},
+    )
+    buckets = token_buckets(data)
+    collate = partial(_collate, buckets=buckets if shard_count == 1 else buckets[-1:])
+    # Explicit seeds: grain's default ones depend on the position in the pipeline, and so would a resumed run.
+    order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
+    examples_drawn = (
+        grain.MapDataset.range(examples).shuffle(seed=order_seed).random_map(draw, seed=draw_seed)
+    )
+    stream = examples_drawn[:whole][shard_index::shard_count].batch(images, batch_fn=collate).repeat()
+    if not data.resident:
+        stream = stream.map(lambda batch: batch | stack_images(records, batch["image_index"]))
+    return iter(stream.to_iter_dataset(read_options(data)))
+
+
+def read_options(data: ConfigDict) -> grain.ReadOptions:
+    """Threads, not processes: worker processes would each hold the captions and need absl's flags parsed."""
+    return grain.ReadOptions(
+        num_threads=min(data.read_threads, data.prefetch), prefetch_buffer_size=data.prefetch
+    )
+
+
+def token_buckets(data: ConfigDict) -> tuple[int, ...]:
+    """The lengths that captions are padded to, ascending, up to the first that holds data.max_tokens."""
+    if data.max_tokens < 2:
+        raise ValueError(f"data.max_tokens is {data.max_tokens}; [CLS] and [SEP] alone need 2")
+    buckets = sorted(set(data.token_buckets))
+    fitting = [length for length in buckets if length >= data.max_tokens]
+    if not fitting:
+        raise ValueError(
+            f"data.token_buckets is {tuple(buckets)}; none holds data.max_tokens = {data.max_tokens} tokens"
+        )
+    return tuple(length for length in buckets if length <= fitting[0])
+
+
+def pad_tokens(ids: Sequence[np.ndarray], buckets: Sequence[int]) -> HostBatch:
+    """Ids of t captions -> `tokens` [t, L] int32, `token_mask` [t, L] bool; L is the first bucket to fit."""
+    lengths = np.array([len(i) for i in ids])
+    width = next(bucket for bucket in buckets if bucket >= lengths.max())
+    mask = np.arange(width) < lengths[:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate(ids)
+    return {"tokens": tokens, "token_mask": mask}
+
+
+def stored_fields(dataset: DataSet, fields: Sequence[str]) -> tuple[str, ...]:
+    """`fields` and the masks of their units where the data set has any (all units are valid without)."""
+    masks = [_UNITS[unit][0] for unit in _UNITS if unit in fields]
+    wanted = [field for field in fields if field not in masks]
+    return (*wanted, *(mask for mask in masks if mask in dataset.features))
+
+
+def stack_images(records: RandomAccess, numbers: Iterable[int]) -> HostBatch:
+    """The image fields of the records `numbers`, as stored, with a leading axis."""
+    read = [records[int(number)] for number in numbers]
+    return {field: np.stack([record[field] for record in read]) for field in records.fields}
+
+
+def resident_table(dataset: DataSet, split: str, fields: Sequence[str]) -> HostBatch:
+    """All records of a split: `fields` and the masks of their units as stored, [N, ...], for `gather`."""
+    records = dataset.open_split(split, stored_fields(dataset, fields))
+    table = {
+        field: np.empty((len(records), *np.shape(value)), value.dtype) for field, value in records[0].items()
+    }
+    for number, record in enumerate(records):
+        for field, values in table.items():
+            values[number] = record[field]
+    return table
+
+
+def gather(table: Mapping[str, Array] | None, batch: Batch) -> Batch:
+    """What the model sees, from a batch of `train_batches` or a gallery; pure, part of the compiled step.
+
+    Image fields come from `table` [N, ...] by image_index, or without one from the batch itself. Masks are
+    narrowed to the units that augmentation keeps; an image that would lose all its units keeps all, as an
+    empty set has no pooled vector and keeping one unit would favour it. Units are zero where masked; float16
+    and bfloat16 are widened to float32 here, after the transfer to the device.
+    """
+    rows = {field: jnp.take(values, batch["image_index"], axis=0) for field, values in (table or {}).items()}
+    out = {field: _widen(jnp.asarray(values)) for field, values in {**batch, **rows}.items()}
+    for unit, (mask, keep) in _UNITS.items():
+        if unit in out:
+            valid = out.get(mask, jnp.ones(out[unit].shape[:2], bool))
+            kept = valid & out.pop(keep, valid)
+            out[mask] = jnp.where(kept.any(axis=1, keepdims=True), kept, valid)
+            out[unit] = jnp.where(out[mask][..., None], out[unit], 0)
+    return out
+
+
+def _widen(values: Array) -> Array:
+    narrow = jnp.issubdtype(values.dtype, jnp.floating) and values.dtype.itemsize < 4
+    return values.astype(jnp.float32) if narrow else values
+
+
+def _images_per_batch(batch_size: int, captions_per_image: int) -> int:
+    if captions_per_image < 1 or batch_size < 1 or batch_size % captions_per_image:
+        raise ValueError(
+            f"a host's batch has {batch_size} pairs; expected a multiple of data.captions_per_image, "
+            f"{captions_per_image}"
+        )
+    return batch_size // captions_per_image
+
+
+def _draw(
+    number: int,
+    rng: np.random.Generator,
+    *,
+    captions: Captions,
+    tokenizer: Tokenizer,
+    rates: Augmentation,
+    per_image: int,
+    max_tokens: int,
+    units: Mapping[str, int],
+) -> dict[str, Any]:
+    """One example: its image, the token ids of its captions, the units it keeps."""
+    if per_image == 1:
+        image, chosen = captions.image[number], [number]
+    else:
+        first, last = captions.first[number : number + 2]
+        image, chosen = number, [*(first + np.resize(rng.permutation(last - first), per_image))]
+    altered = (
+        alter_words(*captions.caption(t), rates, tokenizer.mask_id, tokenizer.random_range, rng)
+        for t in chosen
+    )
+    example: dict[str, Any] = {
+        "image_index": image,
+        "ids": [tokenizer.enclose(a, max_tokens) for a in altered],
+    }
+    if "regions" in units:
+        example["region_keep"] = keep_regions(units["regions"], rates, rng)
+    if "grid" in units:
+        example["grid_keep"] = keep_grid(units["grid"], rates, rng)
+    return example
+
+
+def _collate(examples: Sequence[dict[str, Any]], *, buckets: Sequence[int]) -> HostBatch:
+    keeps = [name for name in examples[0] if name.endswith("_keep")]
+    return {
+        "image_index": np.array([example["image_index"] for example in examples], np.int32),
+        **pad_tokens([ids for example in examples for ids in example["ids"]], buckets),
+        **{name: np.stack([example[name] for example in examples]) for name in keeps},
+    }

@@ -1,0 +1,184 @@
+"""Finds and opens a data set on disk: the only code that knows where its files lie.
+
+A data set is a TFDS version folder (array_record) as `data_prep` writes it; sets of other tools work when
+their features have the same names; only the sidecar files are then missing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+CHECKSUMS = "checksums.json"
+SENTENCEPIECE = "sentencepiece.model"
+_INFO = "dataset_info.json"
+
+log = logging.getLogger(__name__)
+
+
+def index_file(split: str) -> str:
+    """Name of the sidecar with the image ids and caption counts of a split."""
+    return f"index_{split}.npz"
+
+
+class Feature(NamedTuple):
+    """A field of one record: its `shape`, (None,) where it differs between records, and NumPy `dtype`."""
+
+    shape: tuple[int | None, ...]
+    dtype: np.dtype
+
+
+def find_dataset(directory: str | Path) -> Path:
+    """The version folder of a data set, given that folder, the one of its name, or one with only this set.
+
+    Raises FileNotFoundError, listing what is there, when there is none or more than one.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data set folder {str(root)!r}: no such folder")
+    if (root / _INFO).is_file():
+        return root
+    for pattern in ("*", "*/*"):
+        found = sorted(
+            path
+            for path in root.glob(pattern)
+            if (path / _INFO).is_file()
+            and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        )
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise FileNotFoundError(
+                f"data set folder {str(root)!r}: holds several: {', '.join(map(str, found))}"
+            )
+    entries = sorted(path.name for path in root.iterdir())
+    raise FileNotFoundError(
+        f"data set folder {str(root)!r}: no data set ({_INFO}) here or up to two folders below; "
+        f"found {', '.join(entries[:20]) or 'nothing'}"
+    )
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set on disk; reading starts with `open_split`.
+
+    path: its version folder.
+    splits: records of each split.
+    features: field -> shape and dtype as `open_split` gives them.
+    num_classes: C of `categories`, `seg_semantic` and `seg_map` (C itself is void there); None when unknown.
+    metadata: what the importer kept (`source`, `class_names`, `predicates`, ...).
+    """
+
+    path: Path
+    splits: Mapping[str, int]
+    features: Mapping[str, Feature]
+    num_classes: int | None
+    metadata: Mapping[str, Any]
+
+    def open_split(self, split: str, fields: Sequence[str]) -> RandomAccess:
+        """See `open_split`."""
+        self._check_split(split)
+        missing = [field for field in fields if field not in self.features]
+        if missing:
+            raise ValueError(f"{self.path}: no field {', '.join(missing)}; it has {', '.join(self.features)}")
+        return RandomAccess(self, split, tuple(fields))
+
+    def image_ids(self, split: str) -> np.ndarray:
+        """Image ids of a split in record order, unicode [N]."""
+        return self._index(split)["image_ids"]
+
+    def caption_counts(self, split: str) -> np.ndarray:
+        """Captions of each image of a split in record order, int32 [N]."""
+        return self._index(split)["caption_counts"]
+
+    def _check_split(self, split: str) -> None:
+        if split not in self.splits:
+            raise ValueError(f"{self.path}: no split {split!r}; it has {', '.join(self.splits)}")
+
+    def _index(self, split: str) -> Mapping[str, np.ndarray]:
+        self._check_split(split)
+        path = self.path / index_file(split)
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as index:
+                return {"image_ids": index["image_ids"], "caption_counts": index["caption_counts"]}
+        log.info("%s: no %s; scanning %d records", self.path, path.name, self.splits[split])
+        records = self.open_split(split, ("image_id", "captions"))
+        pairs = [(record["image_id"], len(record["captions"])) for record in records]
+        return {
+            "image_ids": np.array([image_id for image_id, _ in pairs], dtype=np.str_),
+            "caption_counts": np.array([count for _, count in pairs], dtype=np.int32),
+        }
+
+
+def open_dataset(directory: str | Path) -> DataSet:
+    """The data set that `find_dataset` finds in `directory`."""
+    path = find_dataset(directory)
+    info = tfds.builder_from_directory(path).info
+    metadata = dict(info.metadata.items()) if info.metadata is not None else {}
+    features = {name: _feature(name, feature, metadata) for name, feature in sorted(info.features.items())}
+    splits = {name: split.num_examples for name, split in info.splits.items() if name != "all"}
+    return DataSet(path, splits, features, metadata.get("num_classes"), metadata)
+
+
+def open_split(dataset_dir: str | Path, split: str, fields: Sequence[str]) -> RandomAccess:
+    """The records of a split by number, with only `fields` decoded.
+
+    Raises ValueError, listing what there is, for a split or field that the data set does not have.
+    """
+    return open_dataset(dataset_dir).open_split(split, fields)
+
+
+def _feature(name: str, feature: Any, metadata: Mapping[str, Any]) -> Feature:
+    if name == "categories" and feature.np_dtype == np.uint8 and "num_classes" in metadata:
+        return Feature((metadata["num_classes"],), np.dtype(bool))
+    if name in ("captions", "image_id"):
+        return Feature((None,) if name == "captions" else (), np.dtype(np.str_))
+    return Feature(tuple(feature.shape), np.dtype(feature.np_dtype))
+
+
+class RandomAccess:
+    """Records of a split by number: the data source that grain and loops read.
+
+    Values are NumPy with the stored dtype, read-only as they share the record's bytes; `captions` list[str],
+    `image_id` str, `categories` bool [C]. Several threads may read at once; a pickle holds the path only.
+    """
+
+    def __init__(self, dataset: DataSet, split: str, fields: tuple[str, ...]):
+        self.dataset, self.split, self.fields = dataset, split, fields
+
+    @cached_property
+    def _source(self) -> tuple[Any, tfds.features.FeaturesDict]:
+        """Undecoded records, and the features to decode: data sources know no PartialDecoding."""
+        builder = tfds.builder_from_directory(self.dataset.path)
+        raw = builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        return raw, tfds.features.FeaturesDict({name: builder.info.features[name] for name in self.fields})
+
+    def __reduce__(self):
+        return open_split, (self.dataset.path, self.split, self.fields)
+
+    def __len__(self) -> int:
+        return self.dataset.splits[self.split]
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        raw, features = self._source
+        return self._plain(features.deserialize_example_np(raw[number]))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[number] for number in range(len(self)))
+
+    def _plain(self, record: dict[str, Any]) -> dict[str, Any]:
+        out = dict(record)
+        if "image_id" in out:
+            out["image_id"] = out["image_id"].decode()
+        if "captions" in out:
+            out["captions"] = [caption.decode() for caption in out["captions"]]
+        if "categories" in out and out["categories"].dtype == np.uint8:
+            out["categories"] = np.unpackbits(out["categories"], count=self.dataset.num_classes).astype(bool)
+        return out

@@ -1,0 +1,260 @@
+"""WordPiece and SentencePiece behind one call, and the captions of a split as flat integer arrays.
+
+Augmentation works on words (3SHNet, text tower of the released code), so a tokenizer also says which pieces
+start a word. Both vocabularies mark that in the piece itself ("##" continues a word, "\u2581" starts one): a
+table over the vocabulary is all that is needed, and a split of half a million captions becomes three arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from ml_collections import ConfigDict
+from tokenizers import models, normalizers, pre_tokenizers
+
+from shnet_jax.data.records import SENTENCEPIECE, DataSet, find_dataset
+
+# Both kinds have these; data_prep/vocabulary.py trains SentencePiece with them.
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_CHUNK = 8192  # captions handed to a tokenizer at once: large enough for its threads, small enough for memory
+
+
+class _Vocabulary(Protocol):
+    """What differs between the two kinds."""
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary with its special tokens. Id 0 is padding and is never produced.
+
+    starts_word:  [vocab_size] bool, pieces that begin a word.
+    begin_id, end_id: tokens around every caption, [CLS] and [SEP].
+    random_range: ids first..last-1 that may be drawn as random tokens: the longest run without a special one.
+    """
+
+    vocabulary: _Vocabulary
+    starts_word: np.ndarray
+    mask_id: int
+    begin_id: int
+    end_id: int
+    random_range: tuple[int, int]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return len(self.starts_word)
+
+    def words(self, text: str) -> list[list[int]]:
+        """Pieces of each word of `text`, without special tokens."""
+        pieces, word_lengths, _ = _flatten([text], self)
+        return [pieces[a:b].tolist() for a, b in pairwise(_offsets(word_lengths))]
+
+    def encode(self, words: Iterable[Sequence[int]], max_tokens: int) -> list[int]:
+        """Ids of a caption between its begin and end token, cut to `max_tokens` in all."""
+        return self.enclose([piece for word in words for piece in word], max_tokens).tolist()
+
+    def enclose(self, pieces: Sequence[int] | np.ndarray, max_tokens: int) -> np.ndarray:
+        """`encode` for a flat sequence of pieces: [m] int32 with m <= max_tokens."""
+        kept = pieces[: max_tokens - 2]
+        ids = np.empty(len(kept) + 2, np.int32)
+        ids[0], ids[1:-1], ids[-1] = self.begin_id, kept, self.end_id
+        return ids
+
+
+@dataclass(frozen=True)
+class Captions:
+    """All captions of a split as pieces without special tokens; caption t belongs to image `image[t]`.
+
+    pieces:  [P] int32, pieces of all captions one after the other.
+    words:   [W + 1] int32, where each word begins in `pieces`.
+    offsets: [T + 1] int32, where each caption begins in `words`.
+    first:   [N + 1] int32, first caption of each image.
+    """
+
+    pieces: np.ndarray
+    words: np.ndarray
+    offsets: np.ndarray
+    first: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def images(self) -> int:
+        """N, the images of the split."""
+        return len(self.first) - 1
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """[T] int32, image of each caption."""
+        return np.repeat(np.arange(self.images, dtype=np.int32), np.diff(self.first))
+
+    def caption(self, t: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pieces [m] of caption t and the number of pieces [w] of each of its words."""
+        edges = self.words[self.offsets[t] : self.offsets[t + 1] + 1]
+        return self.pieces[edges[0] : edges[-1]], np.diff(edges)
+
+    def lengths(self) -> np.ndarray:
+        """[T] int32, pieces of each caption."""
+        return np.diff(self.words[self.offsets])
+
+
+def tokenise_captions(captions: Iterable[Sequence[str]], tokenizer: Tokenizer) -> Captions:
+    """Tokenise the captions of every image, given image by image; an iterator is read once and not kept."""
+    counts: list[int] = []
+    pending: list[str] = []
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for texts in captions:
+        counts.append(len(texts))
+        pending.extend(texts)
+        if len(pending) >= _CHUNK:
+            parts.append(_flatten(pending, tokenizer))
+            pending = []
+    parts.append(_flatten(pending, tokenizer))
+    pieces, word_lengths, caption_words = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Captions(
+        pieces, _offsets(word_lengths), _offsets(caption_words), _offsets(np.asarray(counts, np.int32))
+    )
+
+
+def tokenise_split(dataset: DataSet, split: str, tokenizer: Tokenizer) -> Captions:
+    """Tokenise all captions of a split of a data set; reads every record once."""
+    records = dataset.open_split(split, ("captions",))
+    return tokenise_captions((record["captions"] for record in records), tokenizer)
+
+
+def _flatten(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pieces [p], pieces of each word [w], words of each text [t], all int32."""
+    lists = tokenizer.vocabulary.pieces(texts)
+    lengths = np.fromiter(map(len, lists), np.int32, len(lists))
+    ends = np.cumsum(lengths)
+    pieces = np.fromiter((piece for ids in lists for piece in ids), np.int32, int(lengths.sum()))
+    first = tokenizer.starts_word[pieces]
+    first[(ends - lengths)[lengths > 0]] = True  # a caption never continues the last word of the one before
+    starts = np.flatnonzero(first)
+    words = np.searchsorted(starts, ends) - np.searchsorted(starts, ends - lengths)
+    return pieces, np.diff(starts, append=len(pieces)).astype(np.int32), words.astype(np.int32)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def load_tokenizer(config: ConfigDict) -> Tokenizer:
+    """The tokenizer that `config.tokenizer` names, of `vocabulary_file`.
+
+    Raises ValueError for an unknown kind or a vocabulary without the special tokens, FileNotFoundError for a missing file.
+    """
+    path = vocabulary_file(config)
+    return wordpiece(path) if config.tokenizer.kind == "wordpiece" else sentence_piece(path)
+
+
+def vocabulary_file(config: ConfigDict) -> Path:
+    """The file of the vocabulary: tokenizer.path, else of text.weights (wordpiece) or of data.dir (sentencepiece)."""
+    kind = config.tokenizer.kind
+    if kind not in ("wordpiece", "sentencepiece"):
+        raise ValueError(f"tokenizer.kind is {kind!r}; known: wordpiece, sentencepiece")
+    if config.tokenizer.path:
+        return Path(config.tokenizer.path)
+    return _wordpiece_file(config) if kind == "wordpiece" else find_dataset(config.data.dir) / SENTENCEPIECE
+
+
+def _wordpiece_file(config: ConfigDict) -> Path:
+    weights = config.text.weights
+    if not weights:
+        raise ValueError(
+            "tokenizer.kind is 'wordpiece' but there is no vocab.txt: set text.weights (a folder, 'minilm'), "
+            "set tokenizer.path, or use tokenizer.kind='sentencepiece' (its model lies in the data set)"
+        )
+    if weights == "minilm":
+        from shnet_jax.interop import minilm  # here, as only this choice needs the optional package
+
+        return minilm.folder() / "vocab.txt"
+    return Path(weights) / "vocab.txt"
+
+
+def wordpiece(path: Path) -> Tokenizer:
+    """The uncased BERT tokenizer of a vocab.txt (one piece per line, its line number is its id)."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: WordPiece vocabulary not found (a vocab.txt with one piece per line)"
+        )
+    pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    special = _special(path, pieces)
+    starts_word = np.array([not piece.startswith("##") for piece in pieces])
+    return _tokenizer(_WordPiece({piece: i for i, piece in enumerate(pieces)}), starts_word, special)
+
+
+def sentence_piece(path: Path) -> Tokenizer:
+    """The tokenizer of a SentencePiece model that has the pieces SPECIAL, [PAD] as id 0."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: SentencePiece model not found (data_prep trains one for every data set)"
+        )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+    special = _special(path, pieces)
+    starts_word = np.array([piece.startswith("\u2581") for piece in pieces])
+    return _tokenizer(_SentencePiece(processor), starts_word, special)
+
+
+def _tokenizer(vocabulary: _Vocabulary, starts_word: np.ndarray, special: Sequence[int]) -> Tokenizer:
+    _, _, begin_id, end_id, mask_id = special
+    return Tokenizer(
+        vocabulary, starts_word, mask_id, begin_id, end_id, _longest_run(special, len(starts_word))
+    )
+
+
+def _special(path: Path, pieces: Sequence[str]) -> list[int]:
+    """Ids of SPECIAL."""
+    missing = [name for name in SPECIAL if name not in pieces]
+    if missing:
+        raise ValueError(
+            f"{path}: {len(pieces)} pieces but no {', '.join(missing)} (needed: {', '.join(SPECIAL)})"
+        )
+    if pieces[0] != SPECIAL[0]:
+        raise ValueError(
+            f"{path}: piece 0 is {pieces[0]!r}; padding must be id 0, so {SPECIAL[0]} was expected there"
+        )
+    return [pieces.index(name) for name in SPECIAL]
+
+
+def _longest_run(special: Sequence[int], vocab_size: int) -> tuple[int, int]:
+    """The longest range first..last-1 of ids without a special one."""
+    gaps = pairwise([*sorted(special), vocab_size])
+    first, last = max(gaps, key=lambda gap: gap[1] - gap[0])
+    return first + 1, last
+
+
+class _WordPiece:
+    """BERT's basic tokenizer (lower case, no accents, punctuation apart), then greedy longest match."""
+
+    def __init__(self, ids: dict[str, int]):
+        # The special tokens are not registered: "[MASK]" written in a caption is text, not a mask.
+        self._tokenizer = tokenizers.Tokenizer(
+            models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100)
+        )
+        self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+
+class _SentencePiece:
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor):
+        self._processor = processor
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts), out_type=int)

@@ -1,0 +1,122 @@
+"""Named evaluation protocols: what is ranked against what, and a card that says so beside the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import jax
+import numpy as np
+
+from shnet_jax.evaluate.rank import check_captions, ranks, take
+from shnet_jax.evaluate.recall import Metrics, chance, mean, recalls
+from shnet_jax.types import Embedding, Score
+
+TIE_RULE = "rank = items that score strictly higher + items that score the same and have a smaller index"
+UNKNOWN = "not stated"
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a gallery is ranked: as a whole (1 fold) or in consecutive blocks of images of equal size."""
+
+    name: str
+    folds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What was evaluated, as far as the caller knows; part of the protocol card."""
+
+    dataset: str = UNKNOWN
+    split: str = UNKNOWN
+    checkpoint_step: int | str = UNKNOWN
+    parameters: str = UNKNOWN  # "trained" | "running average (decay 0.999)"
+    dtype: str = UNKNOWN  # operands of the model's matrix products
+    selected_on: str = UNKNOWN  # split that chose the checkpoint; "none" for the last one
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Metrics (see `recall.Metrics`), those of each fold, those of guessing, and the protocol card."""
+
+    metrics: Metrics
+    folds: tuple[Metrics, ...]
+    chance: Metrics
+    card: dict[str, str | int]
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol of that name: "whole", or "folds<k>" such as "folds5" (COCO 1K)."""
+    if name == "whole":
+        return Protocol(name, 1)
+    if match := re.fullmatch(r"folds([1-9]\d*)", name):
+        return Protocol(name, int(match[1]))
+    raise ValueError(f'unknown protocol {name!r}: expected "whole" or "folds<k>" such as "folds5"')
+
+
+def evaluate(
+    images: Embedding,
+    texts: Embedding,
+    caption_image: np.ndarray,
+    score: Score,
+    protocol: str = "whole",
+    subject: Subject | None = None,
+    tile: int = 512,
+) -> Results:
+    """Ranks a gallery by a named protocol (see `find_protocol`).
+
+    The other arguments and errors are those of `rank.ranks`; ValueError too when the folds are unequal.
+    """
+    plan = find_protocol(protocol)
+    n, t = len(images.vector), len(texts.vector)
+    owner = check_captions(caption_image, n, t)
+    if n % plan.folds:
+        raise ValueError(
+            f"protocol {plan.name}: {n} images do not divide into {plan.folds} folds of equal size"
+        )
+    found, guessed = [], []
+    for fold_images, fold_texts, fold_owner in _galleries(images, texts, owner, plan.folds):
+        found.append(recalls(ranks(fold_images, fold_texts, fold_owner, score, tile)))
+        guessed.append(chance(np.bincount(fold_owner)))
+    card = _card(plan, subject or Subject(), n, t, images.vector.dtype)
+    return Results(mean(found), tuple(found), mean(guessed), card)
+
+
+def _galleries(
+    images: Embedding, texts: Embedding, owner: np.ndarray, folds: int
+) -> Iterator[tuple[Embedding, Embedding, np.ndarray]]:
+    """Images, captions and caption_image of each fold."""
+    if folds == 1:  # no copy of what may be gigabytes
+        yield images, texts, owner
+        return
+    for rows in np.split(np.arange(len(images.vector)), folds):
+        captions = np.flatnonzero((owner >= rows[0]) & (owner <= rows[-1]))
+        yield take(images, rows), take(texts, captions), owner[captions] - rows[0]
+
+
+def _card(plan: Protocol, subject: Subject, n: int, t: int, dtype: np.dtype) -> dict[str, str | int]:
+    size = n // plan.folds
+    gallery = (
+        f"all {n} images and {t} captions together"
+        if plan.folds == 1
+        else f"mean over {plan.folds} consecutive galleries of {size} images with their captions"
+    )
+    device = jax.devices()[0]
+    return {
+        "protocol": plan.name,
+        **dataclasses.asdict(subject),
+        "images": n,
+        "captions": t,
+        "folds": plan.folds,
+        "gallery": gallery,
+        "ranking": "each image once; image to text counts the best-ranked own caption",
+        "ties": TIE_RULE,
+        "median_rank": "floor(median of 0-based ranks) + 1",
+        "embedding_dtype": str(dtype),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "jax": jax.__version__,
+        "flax": version("flax"),
+    }

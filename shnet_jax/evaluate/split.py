@@ -1,0 +1,56 @@
+"""Evaluation of a model on one split: encode every item once, rank, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from shnet_jax.data.batches import gather
+from shnet_jax.data.gallery import open_gallery
+from shnet_jax.evaluate.encode import encode
+from shnet_jax.evaluate.protocols import Results, Subject, evaluate
+from shnet_jax.experiment import Experiment
+from shnet_jax.parallel.mapping import map_encode, put_batch, replicate
+from shnet_jax.types import Batch, Embedding
+
+Evaluator = Callable[[dict[str, Any], Subject], Results]
+
+
+def make_evaluator(experiment: Experiment, split: str, mesh: Mesh, protocol: str | None = None) -> Evaluator:
+    """Opens a split once; the result evaluates variables {"params", "batch_stats"} on it, as often as wanted.
+
+    protocol: see `protocols.find_protocol`; None: by config.eval.folds.
+    """
+    config, model = experiment.config, experiment.model
+    gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
+    mapping = config.parallel.mapping
+    protocol = protocol or (f"folds{config.eval.folds}" if config.eval.folds > 1 else "whole")
+    rows = config.eval.batch_size * mesh.size
+
+    def image(variables: dict[str, Any], batch: Batch) -> Embedding:
+        return model.apply(variables, gather({}, batch), train=False, method="encode_image")
+
+    def text(variables: dict[str, Any], batch: Batch) -> Embedding:
+        return model.apply(variables, batch, train=False, method="encode_text")
+
+    encode_image, encode_text = (map_encode(fn, mesh, mapping) for fn in (image, text))
+
+    def evaluator(variables: dict[str, Any], subject: Subject) -> Results:
+        variables = replicate(variables, mesh)
+        images = encode(
+            lambda batch: encode_image(variables, put_batch(batch, mesh, mapping)),
+            ((part.batch, part.valid, part.numbers) for part in gallery.image_batches(rows)),
+            gallery.images,
+        )
+        texts = encode(
+            lambda batch: encode_text(variables, put_batch(batch, mesh, mapping)),
+            ((part.batch, part.valid, part.numbers) for part in gallery.text_batches(rows)),
+            len(gallery.captions),
+        )
+        return evaluate(
+            images, texts, gallery.caption_image, model.score, protocol, subject, tile=config.eval.tile
+        )
+
+    return evaluator

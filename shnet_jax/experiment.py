@@ -1,0 +1,133 @@
+"""From a configuration to the parts of a run: data set, tokenizer, model, initial variables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from shnet_jax import registry
+from shnet_jax.data.records import DataSet, open_dataset
+from shnet_jax.data.tokenise import Tokenizer, load_tokenizer
+from shnet_jax.interop import bert_weights
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts of a run. `config` is complete: sizes that come from weights or tokenizer are filled in."""
+
+    config: FrozenConfigDict
+    dataset: DataSet
+    tokenizer: Tokenizer
+    model: RetrievalModel
+    fields: tuple[str, ...]
+
+
+def assemble(config: ConfigDict) -> Experiment:
+    """Builds the parts of a run and checks that data set and model fit; nothing is computed or written.
+
+    Raises ValueError or FileNotFoundError with what to change.
+    """
+    config = ConfigDict(config.to_dict())
+    if not config.data.dir:
+        raise ValueError("config.data.dir is empty: give the folder of a data set, --config.data.dir=DIR")
+    dataset = open_dataset(config.data.dir)
+    tokenizer = load_tokenizer(config)
+    if config.text.weights:
+        config.text.update(bert_weights.sizes(bert_weights.find_folder(config.text.weights)))
+    if config.text.vocab_size not in (0, tokenizer.vocab_size):
+        raise ValueError(
+            f"the text tower has {config.text.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: "
+            "set config.tokenizer to the vocabulary that the text tower was trained with"
+        )
+    config.text.vocab_size = tokenizer.vocab_size
+    if config.data.max_tokens > config.text.max_positions:
+        raise ValueError(
+            f"config.data.max_tokens is {config.data.max_tokens}, the text tower has {config.text.max_positions} positions"
+        )
+    module = registry.model(config.model.name)
+    fields = module.image_fields(config)
+    _check_fields(config, dataset, fields)
+    return Experiment(FrozenConfigDict(config), dataset, tokenizer, module.build(config), fields)
+
+
+def _check_fields(config: ConfigDict, dataset: DataSet, fields: tuple[str, ...]) -> None:
+    missing = [f for f in fields if f not in dataset.features]
+    if missing:
+        raise ValueError(
+            f"{dataset.path}: the model reads {', '.join(fields)}, but this data set has no {', '.join(missing)}; "
+            f"it has {', '.join(dataset.features)}. Import the arrays, or switch off what needs them in config.model"
+        )
+    if dataset.num_classes not in (None, config.model.num_classes) and {"seg_map", "categories", "seg_semantic"} & {
+        *fields
+    }:
+        raise ValueError(
+            f"{dataset.path}: {dataset.num_classes} classes, config.model.num_classes is {config.model.num_classes}"
+        )
+
+
+def dummy_batch(experiment: Experiment) -> Batch:
+    """One example of zeros in the shapes of the data set, to trace the model with."""
+    batch: dict[str, Any] = {"image_index": np.zeros(1, np.int32)}
+    for field in experiment.fields:
+        feature = experiment.dataset.features[field]
+        dtype = np.float32 if jnp.issubdtype(feature.dtype, jnp.floating) else feature.dtype
+        batch[field] = np.zeros((1, *feature.shape), dtype)
+    tokens = min(experiment.config.data.token_buckets)
+    return batch | {"tokens": np.zeros((1, tokens), np.int32), "token_mask": np.ones((1, tokens), bool)}
+
+
+def init_variables(experiment: Experiment, seed: int) -> dict[str, Any]:
+    """Initial {"params", "batch_stats"}: random from `seed`, the text tower from `config.text.weights` if given."""
+    batch = dummy_batch(experiment)
+    init = jax.jit(lambda key: experiment.model.init(key, batch, train=False))
+    variables = nn.meta.unbox(dict(init(jax.random.key(seed))))
+    if experiment.config.text.weights:
+        folder = bert_weights.find_folder(experiment.config.text.weights)
+        variables["params"]["text"]["tower"] = bert_weights.load_bert(folder)
+    variables.setdefault("batch_stats", {})
+    return {name: variables[name] for name in ("params", "batch_stats")}
+
+
+def abstract_variables(experiment: Experiment) -> dict[str, Any]:
+    """Shapes and dtypes of `init_variables`, without computing or reading weights."""
+    batch = dummy_batch(experiment)
+    shapes = jax.eval_shape(lambda: experiment.model.init(jax.random.key(0), batch, train=False))
+    return {name: dict(shapes).get(name, {}) for name in ("params", "batch_stats")}
+
+
+def save_config(config: ConfigDict | FrozenConfigDict, path: Path) -> None:
+    """The configuration as JSON, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_config(path: Path) -> ConfigDict:
+    """A configuration saved by `save_config`."""
+    return ConfigDict(json.loads(path.read_text(encoding="utf-8"), object_hook=_tuples))
+
+
+def _tuples(section: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "config") -> list[str]:
+    """Fields in which two configurations differ, one line each."""
+    lines = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b, name = ours.get(key, "absent"), theirs.get(key, "absent"), f"{prefix}.{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, name)
+        elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+            lines.append(f"{name}: {a!r}, there {b!r}")
+    return lines

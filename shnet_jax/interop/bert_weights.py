@@ -1,0 +1,228 @@
+"""Pretrained BERT weights of a local Hugging Face folder, for `models.bert.BERT`.
+
+A folder has config.json, the weights as model.safetensors (or in shards with model.safetensors.index.json)
+and vocab.txt. Every tensor must be known, present and of the right shape; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+
+from shnet_jax.interop import minilm
+from shnet_jax.interop.torch_weights import Slot, Slots, to_variables
+from shnet_jax.models.bert import BERT, EPSILON, TYPES
+
+log = logging.getLogger(__name__)
+
+# Tensors of Hugging Face checkpoints that the tower has no use for: constants, the pooler and task heads.
+IGNORED = ("embeddings.position_ids", "pooler.", "cls.", "classifier.", "qa_outputs.")
+
+_OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+
+# What our tower computes; a folder that says otherwise holds another model.
+_REQUIRED = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "layer_norm_eps": EPSILON,
+    "type_vocab_size": TYPES,
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
+# What Hugging Face takes for fields that a config.json leaves out; model_type has no default.
+_DEFAULTS = {name: value for name, value in _REQUIRED.items() if name != "model_type"}
+
+_SIZES = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+}
+
+
+def find_folder(weights: str) -> Path:
+    """The folder that `config.text.weights` names: a path, or "minilm" for the optional package."""
+    return minilm.folder() if weights == "minilm" else Path(weights).expanduser()
+
+
+def sizes(folder: Path) -> dict[str, Any]:
+    """Sizes of the tower in `folder`, by their names in `config.text`.
+
+    Raises FileNotFoundError without a folder or config.json, ValueError when it is no BERT of our kind.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise FileNotFoundError(f"{folder} {what}: expected a BERT as Hugging Face saves it (text.weights)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    for name, expected in _REQUIRED.items():
+        found = config.get(name, _DEFAULTS.get(name))
+        if found != expected:
+            raise ValueError(f"{path}: {name} is {found!r}; the BERT tower has {expected!r}")
+    found_sizes = {ours: config.get(name) for ours, name in _SIZES.items()}
+    for ours, size in found_sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{path}: {_SIZES[ours]} is {size!r}, expected a positive integer")
+    return found_sizes
+
+
+def load_bert(folder: Path) -> dict[str, Any]:
+    """Parameters of `BERT(**sizes(folder))` from the folder's weights, float32.
+
+    Raises FileNotFoundError for a missing file, ValueError naming each tensor that does not fit.
+    """
+    shape = sizes(folder)
+    _check_vocabulary(folder / "vocab.txt", shape["vocab_size"])
+    try:
+        return bert_params(_read(folder), shape)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def bert_params(arrays: Mapping[str, np.ndarray], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of `BERT(**shape)` from arrays in torch's names and layouts.
+
+    Names may begin with "bert." or not and may be the old ones (gamma, beta). Those in IGNORED are left out
+    and logged. Raises ValueError naming each tensor that is unknown, missing or misshapen.
+    """
+    named = _canonical(arrays)
+    slots = bert_slots(shape["layers"], "")
+    wrong = [
+        f"{name} is {np.shape(named[name])}, expected {expected}"
+        for name, expected in _torch_shapes(slots, shape).items()
+        if name in named and np.shape(named[name]) != expected
+    ]
+    if wrong:
+        raise ValueError(f"tensors whose shapes are not those of the configuration: {'; '.join(wrong)}")
+    params = to_variables(named, slots)["params"]
+    return jax.tree.map(lambda a: np.ascontiguousarray(a, np.float32), params)
+
+
+def _torch_shapes(slots: Slots, shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    tower = BERT(**shape)
+    tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    init = jax.eval_shape(lambda: tower.init(jax.random.key(0), tokens, mask, train=False))
+    ours = traverse_util.flatten_dict(init["params"])
+    # Only linear kernels have their axes turned, and two axes turned are turned back by the same order.
+    return {
+        name: tuple(ours[s.path].shape[i] for i in s.axes or range(len(ours[s.path].shape)))
+        for name, s in slots.items()
+    }
+
+
+def bert_slots(layers: int, torch: str = "bert.", *path: str) -> Slots:
+    """Hugging Face's `BertModel` of this many layers, names prefixed by `torch`, as our `BERT` at `path`."""
+    slots = {
+        f"{torch}embeddings.{name}_embeddings.weight": Slot("params", (*path, ours))
+        for name, ours in (("word", "words"), ("position", "positions"), ("token_type", "types"))
+    }
+    slots |= _norm(f"{torch}embeddings.LayerNorm", *path, "norm")
+    for i in range(layers):
+        theirs, ours = f"{torch}encoder.layer.{i}.", (*path, f"layer_{i}")
+        for name in ("query", "key", "value"):
+            slots |= _linear(f"{theirs}attention.self.{name}", *ours, "attention", name)
+        slots |= _linear(f"{theirs}attention.output.dense", *ours, "attention", "out")
+        slots |= _norm(f"{theirs}attention.output.LayerNorm", *ours, "attention_norm")
+        slots |= _linear(f"{theirs}intermediate.dense", *ours, "mlp", "in")
+        slots |= _linear(f"{theirs}output.dense", *ours, "mlp", "out")
+        slots |= _norm(f"{theirs}output.LayerNorm", *ours, "mlp_norm")
+    return slots
+
+
+def _linear(torch: str, *path: str) -> Slots:
+    kernel, bias = Slot("params", (*path, "kernel"), (1, 0)), Slot("params", (*path, "bias"))
+    return {f"{torch}.weight": kernel, f"{torch}.bias": bias}
+
+
+def _norm(torch: str, *path: str) -> Slots:
+    scale, bias = Slot("params", (*path, "scale")), Slot("params", (*path, "bias"))
+    return {f"{torch}.weight": scale, f"{torch}.bias": bias}
+
+
+def _canonical(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    named, ignored = {}, []
+    for name, array in arrays.items():
+        short = name.removeprefix("bert.")
+        if short.startswith(IGNORED):
+            ignored.append(name)
+            continue
+        for old, new in _OLD_NAMES:
+            short = short.replace(old, new)
+        if short in named:
+            raise ValueError(f"two tensors are {short}; one of them is {name}")
+        named[short] = array
+    if ignored:
+        log.info("BERT weights: %d tensors not used: %s", len(ignored), ", ".join(sorted(ignored)))
+    return named
+
+
+def _read(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of the folder's safetensors file or files, float32 (integers as they are)."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return _read_file(single)
+    if not index.is_file():
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        advice = (
+            f"; {', '.join(pickled)} is pickled and not read, as loading it can run any code: where torch is "
+            "installed, convert it by transformers' BertModel.from_pretrained(DIR).save_pretrained(DIR)"
+            if pickled
+            else ""
+        )
+        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}{advice}")
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{index}: expected JSON with a field weight_map: {error!r}") from None
+    arrays: dict[str, np.ndarray] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard:
+            raise ValueError(f"{index}: shard {shard!r} is not a file of this folder")
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / shard} is missing; {index.name} names it")
+        found = _read_file(folder / shard)
+        listed = {name for name, place in places.items() if place == shard}
+        if set(found) != listed:
+            differing = sorted(set(found) ^ listed)
+            raise ValueError(
+                f"{folder / shard}: tensors {differing} are there or in {index.name}, not in both"
+            )
+        arrays |= found
+    return arrays
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    try:
+        # The flax reader, as NumPy alone has no bfloat16.
+        with safe_open(path, framework="flax") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file (cut off?): {error}") from None
+    return {
+        name: np.asarray(a, np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else np.asarray(a)
+        for name, a in tensors.items()
+    }
+
+
+def _check_vocabulary(path: Path, vocab_size: int) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the weights mean nothing without their vocabulary")
+    with path.open("rb") as file:
+        pieces = sum(1 for _ in file)
+    if pieces > vocab_size:
+        raise ValueError(f"{path} has {pieces} pieces, config.json beside it a vocab_size of {vocab_size}")

@@ -1,0 +1,71 @@
+"""Symmetric InfoNCE with a temperature that can be learned (Radford et al. 2021, CLIP)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shnet_jax.losses import pairs
+from shnet_jax.parallel import axis
+from shnet_jax.types import Array, Context, Embedding
+
+MAX_SCALE = 100.0
+"""Largest factor on the scores, 1 / temperature, that is learned (CLIP)."""
+
+
+def init_params(*, temperature: float, learn_temperature: bool, **_: Any) -> dict[str, Array]:
+    """{"log_scale": [] float32, log(1 / temperature)} when the temperature is learned, else {}.
+
+    Raises ValueError for a temperature that is not positive, or that is learned and below 1 / MAX_SCALE.
+    """
+    smallest = 1 / MAX_SCALE if learn_temperature else 0.0
+    if not temperature > 0 or temperature < smallest:
+        limit = f"at least {smallest}, as its inverse is at most {MAX_SCALE}" if smallest else "above 0"
+        raise ValueError(f"loss.infonce.temperature must be {limit}; it is {temperature}")
+    return {"log_scale": jnp.asarray(-math.log(temperature), jnp.float32)} if learn_temperature else {}
+
+
+def loss(
+    images: Embedding,
+    texts: Embedding,
+    ids: Array,
+    ctx: Context,
+    *,
+    temperature: float,
+    learn_temperature: bool,
+    mask_same_image: bool,
+) -> dict[str, Array]:
+    """With S the scores of B pairs and c = 1 / temperature, the mean over the global batch of
+
+        -1/2 [ log softmax_j(c S_ij) at j = i  +  log softmax_j(c S_ji) at j = i ]
+
+    over each pair's own partner and its negatives.
+
+    temperature: used as it is unless learn_temperature, where
+      c = exp(min(ctx.params["log_scale"], log MAX_SCALE)).
+    mask_same_image: other captions of the same image stay out of the softmax.
+    Returns shares that add up over devices to: infonce_loss; infonce_accuracy, the share of queries that
+    score their own partner above every negative; infonce_scale, c.
+    """
+    if learn_temperature:
+        scale = jnp.exp(jnp.minimum(ctx.params["log_scale"], math.log(MAX_SCALE)))
+    else:
+        scale = jnp.asarray(1 / temperature, jnp.float32)
+    both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
+    size = both[0].size
+    losses = jnp.stack([_cross_entropy(direction, scale).sum() for direction in both])
+    correct = jnp.stack([(direction.positive > direction.hardest_negative()).sum() for direction in both])
+    return {
+        "infonce_loss": losses.sum() / (2 * size),
+        "infonce_accuracy": correct.sum() / (2 * size),
+        "infonce_scale": scale / axis.axis_size(ctx.axis),
+    }
+
+
+def _cross_entropy(direction: pairs.Direction, scale: Array) -> Array:
+    """[b], each query's minus log probability of its own partner."""
+    logits = jnp.where(direction.own | direction.negatives, scale * direction.scores, -jnp.inf)
+    return jax.nn.logsumexp(logits, axis=1) - scale * direction.positive

@@ -1,0 +1,84 @@
+"""The weighted sum of the losses that a configuration names."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from shnet_jax import registry
+from shnet_jax.types import Array, Context, Embedding
+
+Total = Callable[[Embedding, Embedding, Array, Context], dict[str, Array]]
+"""(images, texts, ids, ctx) -> this device's shares of "loss", the weighted sum, and of all that the losses
+return.
+
+`ctx.params` holds the learnable parameters of every loss by its name: {loss name: its params}.
+"""
+
+
+def build(loss_config: ConfigDict, steps_per_epoch: float) -> tuple[dict[str, dict[str, Array]], Total]:
+    """The losses of `loss_config.weights` with their options `loss_config[name]`; those of weight 0 are left
+    out.
+
+    steps_per_epoch: optimiser steps of an epoch; an option `warmup_epochs` reaches its loss as
+      `warmup_steps`.
+    Returns (initial parameters {loss name: its params}, the total). Raises ValueError for a weight that is
+    negative or not finite, when no loss is left, and for an option that a loss does not have or lacks.
+    """
+    weights = {name: float(weight) for name, weight in loss_config.weights.items()}
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"loss.weights.{name} must be a finite number >= 0, is {weight}")
+    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    if not weights:
+        raise ValueError("loss.weights names no loss with a weight above 0")
+    modules = {name: registry.loss(name) for name in weights}
+    options = {
+        name: _options(name, module, loss_config.get(name, ConfigDict()), steps_per_epoch)
+        for name, module in modules.items()
+    }
+    params = {name: module.init_params(**options[name]) for name, module in modules.items()}
+
+    def total(images: Embedding, texts: Embedding, ids: Array, ctx: Context) -> dict[str, Array]:
+        values: dict[str, Array] = {}
+        weighted = []
+        for name, module in modules.items():
+            own = module.loss(
+                images, texts, ids, dataclasses.replace(ctx, params=ctx.params[name]), **options[name]
+            )
+            if clash := sorted({"loss", *values} & set(own)):
+                raise ValueError(
+                    f"loss {name!r} returns {clash}, which another loss or the total returns as well"
+                )
+            values |= own
+            weighted += [weights[name] * value for key, value in own.items() if key.endswith("_loss")]
+        return {"loss": sum(weighted), **values}
+
+    return params, total
+
+
+def _options(name: str, module: ModuleType, config: ConfigDict, steps_per_epoch: float) -> dict[str, Any]:
+    """The keyword arguments of a loss from its part of the configuration, checked against what it takes."""
+    options = dict(config.items())
+    if "warmup_epochs" in options:
+        options["warmup_steps"] = round(options.pop("warmup_epochs") * steps_per_epoch)
+    parameters = inspect.signature(module.loss).parameters.values()
+    takes = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    unknown = sorted(set(options) - set(takes))
+    missing = sorted(n for n, p in takes.items() if p.default is p.empty and n not in options)
+    if unknown or missing:
+        faults = [
+            f"{what} {', '.join(names)}"
+            for what, names in (("unknown", unknown), ("missing", missing))
+            if names
+        ]
+        raise ValueError(
+            f"options loss.{name}: {'; '.join(faults)}; {module.__name__} takes {', '.join(sorted(takes))}"
+        )
+    return options

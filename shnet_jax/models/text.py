@@ -1,0 +1,68 @@
+"""Text encoder: any tower over the tokens, a linear head and learned pooling.
+
+A tower is a `flax.linen.Module` called as `tower(tokens, mask, train=train)`: tokens [t, L] int32 and mask
+[t, L] bool (valid tokens first) -> features [t, L, width] float32. Features of valid tokens must not depend
+on L, what masked features hold is free. Its file has `build(text: ConfigDict) -> nn.Module`, given
+`config.text`.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import flax.linen as nn
+from ml_collections import ConfigDict
+
+from shnet_jax.models.layers import Dense
+from shnet_jax.models.pooling import GPO
+from shnet_jax.ops.matmul import DType
+from shnet_jax.ops.norms import l2norm
+from shnet_jax.types import Array, Embedding
+
+TOWERS = ("bert", "bigru", "transformer")
+
+
+def build_tower(config: ConfigDict) -> nn.Module:
+    """The text tower of a configuration; `text.tower` may also be the dotted path of a module of yours.
+
+    Raises ValueError for an unknown tower or when `config.text.vocab_size` is not known yet.
+    """
+    text = config.text
+    if text.tower not in TOWERS and "." not in text.tower:
+        raise ValueError(f"config.text.tower is {text.tower!r}; choose from {', '.join(TOWERS)}")
+    if text.vocab_size < 1:
+        raise ValueError(
+            f"config.text.vocab_size is {text.vocab_size}: set it to the number of tokens of the vocabulary "
+            "(a run takes it from its tokenizer)"
+        )
+    path = text.tower if "." in text.tower else f"shnet_jax.models.{text.tower}"
+    return importlib.import_module(path).build(text)
+
+
+class TextEncoder(nn.Module):
+    """Tower -> linear -> GPO over all valid tokens, [CLS] and [SEP] included -> unit length (3SHNet).
+
+    Attributes:
+      tower: the text tower.
+      dim: size of the joint embedding.
+      dtype: of the operands of the head's product.
+    """
+
+    tower: nn.Module
+    dim: int
+    dtype: DType = "float32"
+
+    @nn.compact
+    def __call__(self, tokens: Array, mask: Array, *, train: bool, with_elements: bool = False) -> Embedding:
+        """tokens [t, L] int32, mask [t, L] bool -> unit vectors [t, dim].
+
+        with_elements: also give the tokens' features behind the head, [t, L, dim] (not normalised), and the
+        mask.
+        """
+        features = self.tower(tokens, mask, train=train)
+        words = Dense(self.dim, self.dtype, name="head")(features)
+        pooled = GPO(name="pool")(words, mask)
+        for name, value in (("hidden", features), ("words", words), ("pooled", pooled)):
+            self.sow("intermediates", name, value)
+        vector = l2norm(pooled)
+        return Embedding(vector, words, mask) if with_elements else Embedding(vector)

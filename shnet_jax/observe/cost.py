@@ -1,0 +1,101 @@
+"""Floating point operations of a compiled step, and how much of the devices' peak the training uses.
+
+The count is XLA's own, of the compiled program: it includes what is recomputed in the backward pass, counts
+the body of a loop (`lax.scan`, `lax.map`, `lax.while_loop`) once however often it runs, and may leave out
+kernels that XLA does not look into. It is therefore a lower bound for programs with loops.
+"""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from shnet_jax.observe.clock import Clock
+from shnet_jax.parallel.mapping import Mapped
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
+"""Dense bfloat16 operations per second of one device (makers' data sheets) by part of its `device_kind`."""
+
+
+def step_flops(compiled: jax.stages.Compiled) -> float | None:
+    """Floating point operations of one call on one device; None when the backend does not count."""
+    analysis = compiled.cost_analysis()
+    flops = (analysis or {}).get("flops", 0.0)
+    return float(flops) if flops > 0 else None
+
+
+def peak_flops(devices: list[jax.Device], dtype: str) -> float | None:
+    """Operations per second that the devices could do at most, together.
+
+    For accelerators, the bfloat16 peak whatever the dtype; None when it is not in the table. For CPUs, the
+    best matrix product of this dtype that was measured: virtual devices share it, whatever their number.
+    """
+    if devices[0].platform == "cpu":
+        return measured_flops(devices[0], dtype)
+    kind = devices[0].device_kind
+    matches = [name for name in PEAK_FLOPS if name in kind]
+    return PEAK_FLOPS[max(matches, key=len)] * len(devices) if matches else None
+
+
+def measured_flops(device: jax.Device, dtype: str, size: int = 1024, repeats: int = 5) -> float:
+    """Operations per second of the fastest of `repeats` products of [size, size] matrices, float32 result."""
+    matrix = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    product(matrix, matrix).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+class Utilisation:
+    """Counts the operations of the steps between two log lines.
+
+    step: the mapped step. devices: how many it is mapped over. dtype: of the operands of its matrix products.
+    """
+
+    def __init__(self, step: Mapped, devices: int, dtype: str):
+        self._step = step
+        self._devices = devices
+        self._peak = peak_flops(jax.devices()[:devices], dtype)
+        self._known: dict[tuple[tuple[int, ...], ...], float | None] = {}
+        self._total: float | None = 0.0
+
+    def count(self, *arguments: object) -> None:
+        """Counts one step with these arguments (state, batch, ...), just before it is made.
+
+        Compiles it when their shapes are new; JAX keeps the result, so the step does not compile again.
+        """
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[1:]))
+        if shapes not in self._known:
+            self._known[shapes] = step_flops(self._step.lower(*arguments).compile())
+        flops = self._known[shapes]
+        self._total = None if flops is None or self._total is None else self._total + flops * self._devices
+
+    def report(self, clock: Clock) -> dict[str, float]:
+        """Of the interval that `clock.interval` has just ended; what is not known is left out.
+
+        flops_per_second: of all devices together. utilisation: their share of the peak, 0..1.
+        """
+        total, self._total = self._total, 0.0
+        if not total or not clock.last.seconds:
+            return {}
+        rate = total / clock.last.seconds
+        return {"flops_per_second": rate} | ({"utilisation": rate / self._peak} if self._peak else {})

@@ -1,0 +1,44 @@
+"""Collectives on a named device axis that are the identity when `axis` is None (not mapped)."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+from jax import lax
+
+from shnet_jax.types import Array
+
+DATA = "data"
+"""Name of the axis that a step is mapped over: each device holds its own part of the batch."""
+
+Tree = TypeVar("Tree")
+
+
+def psum(tree: Tree, axis: str | None) -> Tree:
+    """Sum of each leaf over the devices."""
+    return tree if axis is None else lax.psum(tree, axis)
+
+
+def pmean(tree: Tree, axis: str | None) -> Tree:
+    """Mean of each leaf over the devices. Not for a loss that is differentiated: see `mapping`."""
+    return tree if axis is None else lax.pmean(tree, axis)
+
+
+def all_gather(tree: Tree, axis: str | None) -> Tree:
+    """Each leaf [b, ...] of all devices one after another, [devices * b, ...].
+
+    Its gradient is a reduce-scatter: each device gets the sum of what all devices' losses say about its own
+    rows.
+    """
+    return tree if axis is None else jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), tree)
+
+
+def axis_index(axis: str | None) -> Array | int:
+    """Number of this device on the axis, [] int32; 0 when not mapped."""
+    return 0 if axis is None else lax.axis_index(axis)
+
+
+def axis_size(axis: str | None) -> int:
+    """Devices on the axis; 1 when not mapped."""
+    return 1 if axis is None else lax.axis_size(axis)

@@ -1,0 +1,165 @@
+"""The only file that knows how a per-device function is mapped over devices: `jax.shard_map` or `jax.pmap`.
+
+A step is written once, as `fn(state, batch, *rest)` for one device: it sees its own rows of the batch, whole
+copies of everything else, and reaches the other devices through the named axis `DATA` (see `axis`).
+
+Gradients follow one convention, the same under both mappings:
+  - a loss is this device's share; the shares add up (`psum`) to the global loss;
+  - gradients of replicated parameters are combined by one explicit `psum`;
+  - nothing differentiates through a cross-device sum or mean of the loss.
+`check_vma=False` below belongs to it: with `check_vma=True` gradients of replicated parameters arrive already
+summed, and the explicit reduction would make updates too large by the number of devices, with a correct loss
+and no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shnet_jax.parallel.axis import DATA
+
+MAPPINGS = ("shard_map", "pmap")
+
+Tree = TypeVar("Tree")
+
+
+class Mapped(Protocol):
+    """A mapped function: call it with global arguments, or `lower` it (for `.compile().cost_analysis()`)."""
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs it."""
+        ...
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The program for arguments of these shapes."""
+        ...
+
+
+def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """The devices, in their order, as a mesh with the one axis `DATA`."""
+    if not devices:
+        raise ValueError("a mesh needs at least one device, got none")
+    # Explicit axes (the default of jax.make_mesh) would put shardings into types and reject ordinary code.
+    return Mesh(np.asarray(devices), (DATA,), axis_types=(AxisType.Auto,))
+
+
+def map_step(
+    fn: Callable[..., Any], mesh: Mesh, mapping: str = "shard_map", *, donate_state: bool = True
+) -> Mapped:
+    """Compiles the per-device `fn(state, batch, *rest)` over the mesh.
+
+    The result takes `state` (see `replicate`), `batch` (see `put_batch`; every leaf [b, ...] is split along
+    its first axis) and `rest`, replicated. What `fn` returns must be equal on all devices (reduced by `psum`
+    or `pmean`) and comes back once.
+    donate_state: the result reuses the buffers of `state`, which is gone after the call.
+    """
+    return _map(fn, mesh, mapping, split_output=False, donate=(0,) if donate_state else ())
+
+
+def map_encode(fn: Callable[..., Any], mesh: Mesh, mapping: str = "shard_map") -> Mapped:
+    """Compiles the per-device `fn(params, batch, *rest)` with outputs [b, ...], a row for each of the batch.
+
+    The result takes arguments as in `map_step`, donates none, and gives the rows of all devices in the order
+    of the batch (under pmap, those of this process).
+    """
+    return _map(fn, mesh, mapping, split_output=True, donate=())
+
+
+def put_batch(batch: Tree, mesh: Mesh, mapping: str = "shard_map") -> Tree:
+    """This process's rows of a batch, NumPy [b, ...], on its devices.
+
+    Every process passes its own rows; together they are the global batch, in the order of the mesh.
+    Raises ValueError when the rows do not divide among this process's devices.
+    """
+    _check(mapping)
+    devices = mesh.local_devices
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if np.ndim(leaf) == 0 or np.shape(leaf)[0] % len(devices):
+            rows = f"{np.shape(leaf)[0]} rows" if np.ndim(leaf) else "no rows (a scalar)"
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"batch field {name!r} has {rows}, which do not divide among {len(devices)} devices"
+            )
+    if mapping == "pmap":  # each process hands pmap its own rows only
+        sharding = NamedSharding(data_mesh(devices), P(DATA))
+        return jax.device_put(batch, sharding)
+    sharding = NamedSharding(mesh, P(DATA))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+    """A copy of every leaf on each device of the mesh.
+
+    The copies share no memory with `tree`, which therefore outlives the donation of the result.
+    """
+    sharding = NamedSharding(mesh, P())
+
+    def put(x):
+        # device_put keeps the buffer of a leaf that is on one of the devices, even with may_alias=False.
+        return jax.device_put(x.copy() if isinstance(x, jax.Array) else x, sharding, may_alias=False)
+
+    return jax.tree.map(put, tree)
+
+
+def _map(
+    fn: Callable[..., Any], mesh: Mesh, mapping: str, *, split_output: bool, donate: tuple[int, ...]
+) -> Mapped:
+    _check(mapping)
+
+    def per_device(state, batch, rest):
+        return fn(state, batch, *rest)
+
+    if mapping == "pmap":
+        mapped = jax.pmap(
+            per_device,
+            axis_name=DATA,
+            in_axes=(None, 0, None),
+            out_axes=0 if split_output else None,
+            devices=mesh.devices.tolist(),
+            donate_argnums=donate,
+        )
+        return _Pmapped(mapped, data_mesh(mesh.local_devices), split_output)
+    sharded = jax.shard_map(
+        per_device,
+        mesh=mesh,
+        in_specs=(P(), P(DATA), P()),
+        out_specs=P(DATA) if split_output else P(),
+        check_vma=False,
+    )
+    return jax.jit(lambda state, batch, *rest: sharded(state, batch, rest), donate_argnums=donate)
+
+
+class _Pmapped:
+    """A pmapped function that takes and gives what a shard_mapped one does: no axis of devices."""
+
+    def __init__(self, mapped: Any, mesh: Mesh, split_output: bool):
+        def split(x):
+            return x.reshape(mesh.size, x.shape[0] // mesh.size, *x.shape[1:])
+
+        def merge(x):
+            return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+        # The rows already lie on the right device; the sharding makes sure that none is moved.
+        sharding = NamedSharding(mesh, P(DATA))
+        self._mapped = mapped
+        self._split = jax.jit(lambda tree: jax.tree.map(split, tree), out_shardings=sharding)
+        self._merge = jax.jit(lambda tree: jax.tree.map(merge, tree), out_shardings=sharding)
+        self._split_output = split_output
+
+    def __call__(self, state: Any, batch: Any, *rest: Any) -> Any:
+        out = self._mapped(state, self._split(batch), rest)
+        return self._merge(out) if self._split_output else out
+
+    def lower(self, state: Any, batch: Any, *rest: Any) -> jax.stages.Lowered:
+        return self._mapped.lower(state, self._split(batch), rest)
+
+
+def _check(mapping: str) -> None:
+    if mapping not in MAPPINGS:
+        raise ValueError(f"parallel.mapping is {' or '.join(MAPPINGS)}, not {mapping!r}")

@@ -1,0 +1,177 @@
+"""Checkpoints: parameters, statistics, optimiser, averages, rng, data position, clock and metric as one atomic whole.
+
+The only file that imports orbax. Saving is asynchronous; a step's folder gets its name only when it is complete, so a run
+killed while saving continues from the step before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import checkpoint_managers
+
+from shnet_jax.train.state import TrainState
+
+SELECTION_METRIC = "rsum"
+"""Key of the validation result that decides which checkpoint is the best (higher is better)."""
+
+
+def _selection(metrics: dict[str, float]) -> float:
+    return metrics[SELECTION_METRIC]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, does not fit the model, or cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint: the state and the notes saved with it."""
+
+    state: TrainState
+    notes: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints`.
+
+    keep: newest ones kept; the best by the selection metric is kept beside them.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 2):
+        self.folder = Path(workdir).absolute() / "checkpoints"
+        policies = checkpoint_managers
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=_selection,
+                best_mode="max",
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(get_metric_fn=_selection, n=1, keep_checkpoints_without_metrics=False),
+                    ]
+                ),
+            ),
+        )
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        notes: dict[str, Any],
+        iterator: grain.DatasetIterator,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Starts to save `state` (arrays), `notes` (JSON) and the position of `iterator`; returns at once.
+
+        metrics: validation result at this step, if it was evaluated; makes the checkpoint eligible as the best.
+        """
+        if step in self._manager.all_steps():
+            return  # a resumed run arrives at the step that it was started from
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        items |= {"notes": ocp.args.JsonSave(notes), "data": grain.checkpoint.CheckpointSave(iterator)}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def wait(self) -> None:
+        """Until what was started to be saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go of the folder."""
+        self._manager.close()
+
+    def step(self, which: str) -> int | None:
+        """Step of the "last" or the "best" checkpoint; None when there is none. Without any evaluation best is last."""
+        if which not in ("last", "best"):
+            raise ValueError(f"config.eval.checkpoint is {which!r}; choose best or last")
+        if which == "best":
+            best = self._manager.best_step()
+            if best is not None:
+                return best
+        return self._manager.latest_step()
+
+    def restore(self, step: int, like: TrainState, iterator: grain.DatasetIterator) -> Restored:
+        """The state of a step in the structure, shapes and shardings of `like`; moves `iterator` to its position.
+
+        Raises CheckpointError when the saved arrays differ from `like` in structure or shape.
+        """
+        target = _items(like)
+        items = {name: self._request(step, name, tree) for name, tree in target.items()}
+        items |= {"notes": ocp.args.JsonRestore(), "data": grain.checkpoint.CheckpointRestore(iterator)}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return Restored(_from_items({n: restored[n] for n in target}, like), restored.notes)
+
+    def restore_variables(self, step: int, like: dict[str, Any], *, averaged: bool) -> dict[str, Any]:
+        """Only {"params", "batch_stats"} of a step, as arrays on the host; `averaged`: the running average of the parameters.
+
+        Raises CheckpointError when they differ from `like` in structure or shape.
+        """
+        wanted = {"params": "ema" if averaged else "model", "batch_stats": "batch_stats"}
+        names = {key: item for key, item in wanted.items() if jax.tree.leaves(like[key])}
+        host = SingleDeviceSharding(jax.devices()[0])
+        items = {item: self._request(step, item, like[key], host) for key, item in names.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return {key: restored[item] for key, item in names.items()}
+
+    def _request(self, step: int, name: str, tree: Any, sharding: Any = None) -> ocp.args.CheckpointArgs:
+        saved = self._manager.item_metadata(step)[name]
+        if saved is None:
+            raise CheckpointError(f"checkpoint {step} in {self.folder} has no {name!r}")
+        self._check(step, name, saved, tree)
+        return ocp.args.StandardRestore(jax.tree.map(lambda leaf: _abstract(leaf, sharding), tree))
+
+    def _check(self, step: int, item: str, saved_tree: Any, target: Any) -> None:
+        saved, wanted = _shapes(saved_tree), _shapes(target)
+        wrong = [
+            f"{item}/{name}: saved {saved.get(name, 'absent')}, expected {wanted.get(name, 'absent')}"
+            for name in sorted(saved.keys() | wanted.keys())
+            if saved.get(name) != wanted.get(name)
+        ]
+        if wrong:
+            shown = "\n  ".join(wrong[:10]) + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+            raise CheckpointError(
+                f"checkpoint {step} in {self.folder} does not fit this configuration and data set "
+                f"(another model, text tower or feature size?):\n  {shown}"
+            )
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that are saved under their own names, so that an evaluation reads only what it needs."""
+    rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng, "nonfinite": state.nonfinite}
+    items = {
+        "model": state.params["model"],
+        "loss": state.params["loss"],
+        "ema": state.ema,
+        "batch_stats": state.batch_stats,
+        "trainer": rest,
+    }
+    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
+
+
+def _from_items(items: dict[str, Any], like: TrainState) -> TrainState:
+    return like.replace(
+        params={"model": items["model"], "loss": items.get("loss", like.params["loss"])},
+        ema=items.get("ema"),
+        batch_stats=items.get("batch_stats", like.batch_stats),
+        **items["trainer"],
+    )
+
+
+def _abstract(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    sharding = sharding or getattr(leaf, "sharding", None)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    def key(part: Any) -> str:
+        return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {"/".join(map(key, path)): tuple(leaf.shape) for path, leaf in leaves}

@@ -1,0 +1,57 @@
+"""AdamW with a slower text tower, global-norm clipping and the schedules of the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+
+def schedule(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+    """Learning rate as a function of the update number, from `config.optim`."""
+    o = config.optim
+    warmup = round(o.warmup_epochs * steps_per_epoch)
+    if o.schedule == "step":
+        after = {round(e * steps_per_epoch) - warmup: o.decay_factor for e in o.decay_epochs}
+        main = optax.piecewise_constant_schedule(o.lr, after)
+    elif o.schedule == "cosine":
+        main = optax.cosine_decay_schedule(o.lr, max(1, total_steps - warmup))
+    elif o.schedule == "constant":
+        main = optax.constant_schedule(o.lr)
+    else:
+        raise ValueError(f"config.optim.schedule is {o.schedule!r}; choose step, cosine or constant")
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, o.lr, warmup), main], [warmup])
+
+
+def in_text_tower(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter belongs to the text tower itself (the head behind it learns at the full rate)."""
+    return any(getattr(key, "key", None) == "tower" for key in path)
+
+
+def make_optimiser(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Clip by global norm, Adam moments, decoupled decay, then the rate of each group (as torch's AdamW groups).
+
+    With `optim.accumulate` > 1 the gradients of that many batches are averaged before each update.
+    """
+    o = config.optim
+
+    def decayed(params: Any) -> Any:
+        return jax.tree.map(lambda p: o.decay_all or p.ndim > 1, params)
+
+    def text_tower(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: in_text_tower(path), params)
+
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+        optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=1e-8),
+        optax.add_decayed_weights(o.weight_decay, mask=decayed),
+        optax.masked(optax.scale(o.text_lr_factor), text_tower),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    if o.accumulate > 1:
+        return optax.MultiSteps(optimiser, o.accumulate).gradient_transformation()
+    return optimiser

@@ -1,0 +1,52 @@
+"""Everything that changes while training, as one pytree: what a checkpoint holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from shnet_jax.types import Array
+
+
+@struct.dataclass
+class TrainState:
+    """step: [] int32, batches done. params: {"model": ..., "loss": ...}. ema: running average of params["model"], or None.
+
+    nonfinite: [] int32, batches whose loss or gradient was not finite (their update was not made).
+    rng: key data from which every step derives its own key by its number.
+    """
+
+    step: Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    ema: Any
+    rng: Array
+    nonfinite: Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What evaluation applies: the averaged parameters where there are some."""
+        model = self.params["model"] if self.ema is None else self.ema
+        return {"params": model, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    variables: dict[str, Any], loss_params: dict[str, Any], tx: optax.GradientTransformation, ema: bool, seed: int
+) -> TrainState:
+    """The state before the first step."""
+    params = {"model": variables["params"], "loss": loss_params}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=tx.init(params),
+        # A copy: the step donates its input, and one buffer cannot be given away twice.
+        ema=jax.tree.map(jnp.copy, params["model"]) if ema else None,
+        rng=jax.random.key_data(jax.random.key(seed)),
+        nonfinite=jnp.zeros((), jnp.int32),
+    )

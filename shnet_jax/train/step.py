@@ -1,0 +1,89 @@
+"""The training step of one device on the named axis `data`. parallel/mapping.py maps it over the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.parallel import axis
+from shnet_jax.train.state import TrainState
+from shnet_jax.types import Array, Batch, Context
+
+Step = Callable[..., tuple[TrainState, dict[str, Array]]]
+
+
+def make_step(
+    model: RetrievalModel,
+    total_loss: Callable[..., dict[str, Array]],
+    tx: optax.GradientTransformation,
+    *,
+    finish: Callable[[Any, Batch], Batch],
+    ema: float = 0.0,
+    stop_on_nonfinite: bool = True,
+    axis_name: str | None = None,
+) -> Step:
+    """One optimiser step as a pure function `(state, batch, table) -> (state, metrics)` of one device.
+
+    finish: (table, raw batch) -> model input (looks resident features up, applies masks).
+    total_loss: (images, texts, ids, ctx) -> {"loss": this device's share, ...}; see losses/pairs.py for the convention.
+    A batch whose loss or gradient is not finite changes nothing but the counters; with `stop_on_nonfinite` nor does any
+    batch after it, so that the state the loop saves is the one before the fault.
+    """
+
+    def step(state: TrainState, batch: Batch, table: Any = None) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        key = jax.random.fold_in(key, axis.axis_index(axis_name))
+        inputs = finish(table, batch)
+        captions = inputs["tokens"].shape[0] // inputs["image_index"].shape[0]
+
+        def share(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
+            (images, texts), updated = model.apply(
+                {"params": params["model"], "batch_stats": state.batch_stats},
+                inputs,
+                train=True,
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
+            ctx = Context(step=state.step, params=params["loss"], score=model.score, axis=axis_name)
+            ids = jnp.repeat(inputs["image_index"], captions)
+            terms = total_loss(images.repeat(captions), texts, ids, ctx)
+            return terms["loss"], (terms, updated.get("batch_stats", {}))
+
+        # Shares add up over the devices, and so do their gradients (losses/pairs.py).
+        (_, (terms, batch_stats)), grads = jax.value_and_grad(share, has_aux=True)(state.params)
+        grads, metrics = axis.psum((grads, terms), axis_name)
+        batch_stats = axis.pmean(batch_stats, axis_name)
+        metrics["grad_norm"] = optax.global_norm(grads)
+
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        apply = finite & (state.nonfinite == 0) if stop_on_nonfinite else finite
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = None
+        if state.ema is not None:
+            # Averages over few steps forget the initial parameters faster.
+            decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
+            average = optax.incremental_update(params["model"], state.ema, 1.0 - decay)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, old)
+
+        # A batch that is not finite counts only as such in the means of a log line.
+        metrics = {name: jnp.where(finite, value, 0.0) for name, value in metrics.items()}
+        metrics |= {"finite": finite.astype(jnp.float32), "nonfinite": (~finite).astype(jnp.float32)}
+        state = state.replace(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            batch_stats=keep(batch_stats, state.batch_stats),
+            opt_state=keep(opt_state, state.opt_state),
+            ema=None if average is None else keep(average, state.ema),
+            nonfinite=state.nonfinite + ~finite,
+        )
+        return state, metrics
+
+    return step

@@ -1,0 +1,28 @@
+"""A small valid record, for the tests of this folder."""
+
+import numpy as np
+
+
+def record(row: int = 0, count: int = 2, **changes):
+    """4 regions of 6, 3 cells of 5, 11 classes; `count` captions; values depend on `row`."""
+    rng = np.random.default_rng(row)
+    corners = np.sort(rng.random((4, 2, 2)), axis=1).reshape(4, 4)
+    base = {
+        "image_id": f"image {row}",
+        "captions": [f"a dog number {row} runs to tree {n}" for n in range(count)],
+        "caption_ids": np.arange(count) + 10 * row,
+        "regions": rng.normal(size=(4, 6)).astype(np.float16),
+        "region_mask": np.array([True, True, True, False]),
+        "boxes": corners.astype(np.float32),
+        "box_classes": np.arange(4, dtype=np.int32),
+        "box_scores": rng.random(4).astype(np.float32),
+        "grid": rng.normal(size=(3, 5)).astype(np.float16),
+        "grid_mask": np.array([True, True, False]),
+        "seg_semantic": rng.random((11, 2, 2)).astype(np.float16),
+        "seg_map": rng.integers(0, 12, (8, 9)).astype(np.uint8),
+        "categories": rng.random(11) < 0.5,
+        "relations": np.array([[0, 2, 3], [-1, -1, -1]], np.int32),
+        "image_embedding": rng.normal(size=7).astype(np.float32),
+        "identity": np.int64(row),
+    }
+    return {name: value for name, value in (base | changes).items() if value is not None}

@@ -1,0 +1,257 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import from_scan
+from data_prep.schema import DataError
+from shnet_jax.data.records import find_dataset, open_dataset
+
+IMAGES, PER = 5, 5
+
+
+def _arrays(images, rng):
+    corners = np.sort(rng.random((images, 4, 2, 2)), axis=2).reshape(images, 4, 4)
+    seg_maps = rng.integers(0, 11, (images, 6, 6))
+    seg_maps[:, 0, 0] = 255
+    return {
+        "ims": rng.normal(size=(images, 4, 3)).astype(np.float32),
+        "boxes": corners.astype(np.float16),
+        "box_cls": rng.integers(0, 80, (images, 4)).astype(np.uint8),
+        "box_scores": rng.random((images, 4)).astype(np.float16),
+        "grids": rng.normal(size=(images, 9, 2)).astype(np.float16),
+        "segmentations": rng.random((images, 11, 2, 2)).astype(np.float32),
+        "seg_maps": seg_maps,
+        "cat_onehots": (rng.random((images, 11)) < 0.4).astype(np.float64),
+    }
+
+
+@pytest.fixture
+def src(tmp_path):
+    """A folder of two splits, one row an image; `write` makes other forms."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "src"
+    folder.mkdir()
+    for split in ("train", "dev"):
+        for name, array in _arrays(IMAGES, rng).items():
+            np.save(folder / f"{split}_{name}.npy", array)
+        _lines(folder / f"{split}_caps.txt", [f"caption {i} of a {split} image" for i in range(IMAGES * PER)])
+        _lines(folder / f"{split}_ids.txt", [f"{split}{i}.jpg" for i in range(IMAGES)])
+    _lines(folder / "categories.txt", [f"{i}\tname {i}\tthing" for i in range(11)] + ["11\tvoid\tvoid"])
+    return folder
+
+
+def _lines(path: Path, lines):
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _load(src, split):
+    return {name: np.load(src / f"{split}_{name}.npy") for name in _arrays(1, np.random.default_rng())}
+
+
+def _only(src, *names):
+    for path in src.glob("*.npy"):
+        if path.stem.partition("_")[2] not in names:
+            path.unlink()
+
+
+def _first(src, out, **options):
+    return open_dataset(from_scan.import_scan(src, "toy", out, **options))
+
+
+def test_all_arrays_arrive_in_their_fields(src, tmp_path):
+    dataset = _first(src, tmp_path / "out", feature_dtype=None)
+    assert dataset.splits == {"dev": IMAGES, "train": IMAGES}
+    assert dataset.metadata["class_names"] == [f"name {i}" for i in range(11)]
+    assert dataset.num_classes == 11
+    arrays = _load(src, "dev")
+    for i, record in enumerate(dataset.open_split("dev", list(dataset.features))):
+        assert record["image_id"] == f"dev{i}.jpg"
+        assert record["captions"] == [f"caption {PER * i + k} of a dev image" for k in range(PER)]
+        for field, suffix in from_scan.ARRAYS.items():
+            expected = arrays[suffix.removeprefix("_").removesuffix(".npy")][i]
+            expected = np.where(expected == 255, 11, expected) if field == "seg_map" else expected
+            np.testing.assert_array_equal(record[field], expected, err_msg=field)
+
+
+def test_features_are_stored_in_float16_unless_kept(src, tmp_path):
+    assert _first(src, tmp_path / "a").features["regions"].dtype == np.float16
+    assert _first(src, tmp_path / "b", feature_dtype=None).features["regions"].dtype == np.float32
+
+
+@pytest.mark.parametrize("ids", ["one an image", "one a caption", "none"])
+@pytest.mark.parametrize("repeated", [True, False])
+def test_rows_repeated_for_each_caption(src, tmp_path, ids, repeated):
+    _only(src, "ims", "cat_onehots")
+    names = [f"dev{i}.jpg" for i in range(IMAGES)]
+    images = np.load(src / "dev_ims.npy")
+    if repeated:
+        np.save(src / "dev_ims.npy", images.repeat(PER, axis=0))
+    if ids == "none":
+        names = [f"dev_{i}" for i in range(IMAGES)]
+        (src / "dev_ids.txt").unlink()
+    elif ids == "one a caption":
+        _lines(src / "dev_ids.txt", [name for name in names for _ in range(PER)])
+    dataset = _first(src, tmp_path / "out", splits=["dev"], feature_dtype=None)
+    records = list(dataset.open_split("dev", ["regions", "image_id", "captions"]))
+    assert [record["image_id"] for record in records] == names
+    np.testing.assert_array_equal([record["regions"] for record in records], images)
+    assert records[1]["captions"][0] == f"caption {PER} of a dev image"
+
+
+def test_only_repeated_rows_and_no_ids(src, tmp_path):
+    _only(src, "ims")
+    (src / "dev_ids.txt").unlink()
+    np.save(src / "dev_ims.npy", np.load(src / "dev_ims.npy").repeat(PER, axis=0))
+    assert _first(src, tmp_path / "out", splits=["dev"]).splits == {"dev": IMAGES}
+
+
+@pytest.mark.parametrize("per_image", [1, 2])
+def test_other_numbers_of_captions(src, tmp_path, per_image):
+    _lines(src / "dev_caps.txt", [f"text {i}" for i in range(IMAGES * per_image)])
+    (src / "dev_ids.txt").unlink()
+    dataset = _first(src, tmp_path / "out", splits=["dev"], captions_per_image=per_image)
+    assert dataset.caption_counts("dev").tolist() == [per_image] * IMAGES
+
+
+def test_five_different_rows_are_not_five_captions_of_one_image(src, tmp_path):
+    _lines(src / "dev_caps.txt", [f"text {i}" for i in range(IMAGES)])
+    (src / "dev_ids.txt").unlink()
+    with pytest.raises(DataError, match=r"dev_ims\.npy: .*rows 0\.\.4 differ .*--captions_per_image=1"):
+        from_scan.import_scan(src, "toy", tmp_path, splits=["dev"])
+
+
+def _spoil_nan(src):
+    array = np.load(src / "dev_ims.npy")
+    array[3, 1, 2] = np.nan
+    np.save(src / "dev_ims.npy", array)
+
+
+def _spoil_overflow(src):
+    np.save(src / "dev_ims.npy", np.load(src / "dev_ims.npy") * 1e6)
+
+
+def _spoil_rows(src):
+    np.save(src / "dev_grids.npy", np.load(src / "dev_grids.npy")[:4])
+
+
+def _spoil_line(src):
+    path = src / "dev_caps.txt"
+    _lines(path, ["" if i == 6 else line for i, line in enumerate(path.read_text().splitlines())])
+
+
+def _spoil_count(src):
+    _lines(src / "dev_caps.txt", (src / "dev_caps.txt").read_text().splitlines()[:-1])
+
+
+def _spoil_label(src):
+    array = np.load(src / "dev_seg_maps.npy")
+    array[2, 1, 1] = 12
+    np.save(src / "dev_seg_maps.npy", array)
+
+
+def _spoil_onehot(src):
+    np.save(src / "dev_cat_onehots.npy", np.load(src / "dev_cat_onehots.npy") * 0.5)
+
+
+def _spoil_pickle(src):
+    np.save(src / "dev_ims.npy", np.array([{"regions": 1}] * IMAGES, object), allow_pickle=True)
+
+
+def _spoil_duplicate(src):
+    _lines(src / "dev_ids.txt", ["a", "b", "a", "c", "d"])
+
+
+def _spoil_ids(src):
+    _lines(src / "dev_ids.txt", [f"dev{i // PER if i != 7 else 'x'}" for i in range(IMAGES * PER)])
+
+
+def _spoil_classes(src):
+    _lines(src / "categories.txt", ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            _spoil_nan,
+            r"row 3 \(image 'dev3\.jpg'\), dev_ims\.npy: field 'regions': expected finite .*nan at \[1, 2\]",
+        ),
+        (_spoil_overflow, r"row 0 .*dev_ims\.npy: field 'regions': expected values that fit float16"),
+        (_spoil_rows, r"images"),
+        (_spoil_line, r"dev_caps\.txt line 7: expected text"),
+        (_spoil_count, r"24 for 5 images"),
+        (
+            _spoil_label,
+            r"row 2 .*dev_seg_maps\.npy: field 'seg_map': expected class ids 0\.\.10, or 11 .*found 12",
+        ),
+        (_spoil_onehot, r"dev_cat_onehots\.npy: field 'categories': expected whole values"),
+        (_spoil_pickle, r"dev_ims\.npy: expected a \.npy array of numbers"),
+        (
+            _spoil_duplicate,
+            r"row 2 \(image 'a'\), dev_ids\.txt: field 'image_id': expected a new id, found that of row 0",
+        ),
+        (_spoil_ids, r"dev_ids\.txt.*expected"),
+        (_spoil_classes, r"categories\.txt: expected 11 classes"),
+    ],
+)
+def test_an_error_names_file_row_and_field(src, tmp_path, spoil, message):
+    spoil(src)
+    with pytest.raises(DataError, match=message):
+        from_scan.import_scan(src, "toy", tmp_path / "out", splits=["dev"])
+    assert not list((tmp_path / "out").glob("toy/*"))
+
+
+def test_missing_files_are_named(src, tmp_path):
+    with pytest.raises(DataError, match=r"val_caps\.txt: expected this file"):
+        from_scan.import_scan(src, "toy", tmp_path, splits=["val"])
+    _only(src)
+    with pytest.raises(DataError, match=r"split 'dev': expected dev_ims\.npy or another array"):
+        from_scan.import_scan(src, "toy", tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        from_scan.import_scan(src / "absent", "toy", tmp_path)
+
+
+def test_command_line(src, tmp_path, capsys):
+    flags = [
+        f"--src={src}",
+        "--name=toy",
+        f"--out={tmp_path / 'out'}",
+        "--splits=train,dev",
+        "--feature_dtype=bfloat16",
+    ]
+    assert from_scan.main(flags) == 0
+    assert capsys.readouterr().out.strip() == str(find_dataset(tmp_path / "out"))
+    assert from_scan.main(flags) == 1
+    assert "exists" in capsys.readouterr().err
+    assert from_scan.main([*flags, "--overwrite", "--source=by hand"]) == 0
+    assert open_dataset(tmp_path / "out").metadata["source"] == "by hand"
+
+
+_PEAK = """
+import json, resource, sys
+from pathlib import Path
+from data_prep import from_scan
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+src = Path(sys.argv[1])
+first = next(records := iter(from_scan.open_split(src, "dev", feature_dtype="float16")))
+before, rows = peak(), 1 + sum(1 for _ in records)
+print(json.dumps({"rows": rows, "growth": peak() - before}))
+"""
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    images = 3000
+    shape = (images * PER, 16, 256)  # 234 MiB, a hole in the file that takes no disk
+    array = np.lib.format.open_memmap(tmp_path / "dev_ims.npy", mode="w+", dtype=np.float32, shape=shape)
+    size = array.nbytes
+    del array
+    _lines(tmp_path / "dev_caps.txt", ["a dog"] * images * PER)
+    run = [sys.executable, "-c", _PEAK, str(tmp_path)]
+    root = Path(from_scan.__file__).parent.parent
+    out = json.loads(subprocess.run(run, check=True, capture_output=True, text=True, cwd=root).stdout)
+    assert out["rows"] == images
+    assert out["growth"] < size / 20

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+
+from data_prep import schema, verify
+from data_prep.builder import write_checksums, write_dataset
+from tests.data_prep.example import record
+
+
+@pytest.fixture
+def records():
+    return [record(row) for row in range(6)]
+
+
+def _report(tmp_path, splits, **options):
+    return verify.verify(write_dataset(tmp_path, "toy", splits, {"source": "by hand"}), **options)
+
+
+def test_a_good_set_is_usable(tmp_path, records, capsys):
+    report = _report(tmp_path, {"train": records[:4], "test": records[4:]})
+    assert report.problems == report.notes == []
+    assert report.read == {"train": 4, "test": 2}
+    assert verify.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("usable\n")
+    assert "source: by hand" in out
+    assert [line.split() for line in out.splitlines() if line.startswith("train")] == [
+        ["train", "4", "4", "8", "2..2"]
+    ]
+
+
+def test_statistics(tmp_path, records):
+    values = _report(tmp_path, {"a": records[:4], "b": records[4:]}).values
+    for name in schema.FIELDS:
+        stacked = np.stack([r[name] for r in records]).astype(np.float64)
+        found = values[name]
+        assert found.count == stacked.size, name
+        expected = (stacked.mean(), stacked.std(), stacked.min(), stacked.max(), (stacked == 0).mean())
+        actual = (found.mean, found.std, found.least, found.most, found.zero_share)
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_a_sample_is_spread_over_the_split(tmp_path, records):
+    report = _report(tmp_path, {"a": records}, sample=3)
+    assert report.read == {"a": 3}
+    np.testing.assert_allclose(report.values["identity"].mean, np.mean([0, 2, 5]))
+
+
+def test_a_training_image_in_another_split_is_a_problem(tmp_path, records):
+    report = _report(tmp_path, {"train": records[:4], "test": records[3:]})
+    assert report.problems == ["1 images in train and test, such as 'image 3'"]
+
+
+def test_evaluation_splits_may_overlap(tmp_path, records):
+    report = _report(tmp_path, {"test": records[:4], "testall": records})
+    assert not report.problems
+    assert report.notes == ["4 images in test and testall, such as 'image 0'"]
+
+
+def test_identical_features_under_two_names_are_noted(tmp_path, records):
+    copy = records[1] | {"image_id": "other name"}
+    report = _report(tmp_path, {"train": records, "test": [copy]})
+    assert not report.problems
+    assert report.notes == ["identical visual fields: train image 1, test other name"]
+
+
+def test_constant_and_empty_fields_are_noted(tmp_path, records):
+    zero = {"regions": np.zeros_like(records[0]["regions"]), "image_embedding": np.ones(7, np.float32)}
+    report = _report(tmp_path, {"a": [records[0] | zero]})
+    assert "split 'a' row 0 (image 'image 0'): field 'regions': all zero" in report.notes
+    assert "field image_embedding: every value is 1" in report.notes
+
+
+def test_a_changed_byte_and_a_missing_file_are_problems(tmp_path, records, capsys):
+    path = write_dataset(tmp_path, "toy", {"a": records}, {})
+    shard = next(path.glob("*array_record*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    (path / "index_a.npz").unlink()
+    assert verify.main([str(path)]) == 1
+    out = capsys.readouterr().out
+    assert f"problem: {shard.name}: expected sha256" in out
+    assert "problem: index_a.npz: missing" in out
+    assert out.endswith("not usable: 2 problems\n")
+
+
+def test_an_index_that_disagrees_is_a_problem(tmp_path, records):
+    path = write_dataset(tmp_path, "toy", {"a": records}, {})
+    ids = np.array([r["image_id"] for r in records[::-1]])
+    np.savez(path / "index_a.npz", image_ids=ids, caption_counts=np.full(6, 2, np.int32))
+    write_checksums(path)
+    problems = verify.verify(path).problems
+    assert len(problems) == 6
+    assert "expected 'image 5' with 2 captions as in index_a.npz" in problems[0]
+
+
+def test_bad_values_are_problems(tmp_path, records, monkeypatch):
+    monkeypatch.setattr(schema, "check_record", lambda *args, **kwargs: None)
+    records[2]["grid"] = np.full_like(records[2]["grid"], np.nan)
+    path = write_dataset(tmp_path, "toy", {"a": records}, {})
+    monkeypatch.undo()
+    assert verify.verify(path).problems == [
+        "split 'a' row 2 (image 'image 2'): field 'grid': expected finite values, found nan at [0, 0]"
+    ]
+
+
+def test_no_data_set(tmp_path, capsys):
+    assert verify.main([str(tmp_path)]) == 1
+    assert "no data set" in capsys.readouterr().err

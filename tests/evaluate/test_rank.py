@@ -1,0 +1,145 @@
+"""Ranks against an oracle that sorts the whole matrix, on scores with many ties."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shnet_jax.evaluate.rank import ranks
+from shnet_jax.types import Embedding
+
+
+def recorded(images, texts):
+    """A whole matrix as a score function: an image's vector is its row, a caption's its column number."""
+    return images.vector[:, texts.vector[:, 0]]
+
+
+def ranked(scores, owner, tile=512):
+    columns = np.arange(scores.shape[1])[:, None]
+    return ranks(Embedding(scores), Embedding(columns), owner, recorded, tile)
+
+
+def oracle(scores, owner):
+    """Stable sort of every row and column; ties keep the order of the index."""
+    n, t = scores.shape
+    by_text = np.argsort(-scores, axis=1, kind="stable")
+    by_image = np.argsort(-scores, axis=0, kind="stable")
+    i2t = [next(r for r in range(t) if owner[by_text[i, r]] == i) for i in range(n)]
+    t2i = [int(np.flatnonzero(by_image[:, j] == owner[j])[0]) for j in range(t)]
+    return np.array(i2t), np.array(t2i)
+
+
+@st.composite
+def galleries(draw, levels=4):
+    """Scores with few different values, one to four captions for each image, in any order."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    owner = rng.permutation(np.repeat(np.arange(n := draw(st.integers(1, 9))), rng.integers(1, 5, n)))
+    return rng.integers(0, levels, (n, len(owner))).astype(np.float32), owner
+
+
+@settings(max_examples=40, deadline=None)
+@given(galleries(), st.sampled_from([1, 2, 3, 100]))
+def test_equals_sorting_whatever_the_ties_sizes_and_tiles(gallery, tile):
+    found, (i2t, t2i) = ranked(*gallery, tile), oracle(*gallery)
+    np.testing.assert_array_equal(found.i2t, i2t)
+    np.testing.assert_array_equal(found.t2i, t2i)
+    assert found.i2t.dtype == found.t2i.dtype == np.int64
+
+
+@settings(max_examples=15, deadline=None)
+@given(galleries(levels=1000_000), st.integers(0, 1000))
+def test_the_order_of_items_changes_nothing_when_no_scores_are_equal(gallery, seed):
+    scores, owner = gallery
+    n, t = scores.shape
+    scores = scores + np.linspace(0, 0.5, n * t, dtype=np.float32).reshape(n, t)
+    rng = np.random.default_rng(seed)
+    p, q = rng.permutation(n), rng.permutation(t)  # the image in row i was in row p[i]
+    before, after = ranked(scores, owner, 2), ranked(scores[p][:, q], np.argsort(p)[owner[q]], 2)
+    np.testing.assert_array_equal(after.i2t, before.i2t[p])
+    np.testing.assert_array_equal(after.t2i, before.t2i[q])
+
+
+def test_constant_scores_give_chance():
+    found = ranked(np.ones((20, 100), np.float32), np.arange(100) // 5, 8)
+    np.testing.assert_array_equal(found.i2t, np.arange(20) * 5)  # one image of 20 at rank 0
+    np.testing.assert_array_equal(found.t2i, np.arange(100) // 5)
+
+
+def test_collapsed_embeddings_give_chance_through_a_real_product():
+    # Equal vectors must tie exactly although their product is computed in tiles, some of them padded.
+    one = np.random.default_rng(0).standard_normal(257).astype(np.float32)
+    images, texts = (Embedding(np.tile(one, (count, 1))) for count in (37, 111))
+    found = ranks(images, texts, np.arange(111) // 3, lambda a, b: a.vector @ b.vector.T, 8)
+    np.testing.assert_array_equal(found.i2t, np.arange(37) * 3)
+    np.testing.assert_array_equal(found.t2i, np.arange(111) // 3)
+
+
+def test_bfloat16_scores_are_compared_as_they_are():
+    scores = np.random.default_rng(3).standard_normal((30, 60)).astype(jnp.bfloat16)
+    owner = np.arange(60) // 2
+    found, (i2t, t2i) = ranked(scores, owner, 4), oracle(scores.astype(np.float64), owner)
+    np.testing.assert_array_equal(found.i2t, i2t)
+    np.testing.assert_array_equal(found.t2i, t2i)
+
+
+def test_sets_are_cut_with_their_masks():
+    rng = np.random.default_rng(1)
+
+    def items(count):
+        return Embedding(
+            np.zeros((count, 1), np.float32),
+            rng.standard_normal((count, 4, 8)).astype(np.float32),
+            np.arange(4) < rng.integers(1, 5, (count, 1)),
+        )
+
+    def chamfer(images, texts):
+        pairs = jnp.einsum("imd,tkd->itmk", images.elements, texts.elements)
+        pairs = jnp.where(images.mask[:, None, :, None] & texts.mask[None, :, None, :], pairs, -jnp.inf)
+        return pairs.max(axis=(2, 3))
+
+    images, texts, owner = items(11), items(33), np.arange(33) % 11
+    found = ranks(images, texts, owner, chamfer, 2)
+    i2t, t2i = oracle(np.asarray(chamfer(images, texts)), owner)
+    np.testing.assert_array_equal(found.i2t, i2t)
+    np.testing.assert_array_equal(found.t2i, t2i)
+
+
+def test_nan_is_an_error_that_counts():
+    scores = np.zeros((7, 14), np.float32)
+    scores[2, 3] = scores[6, 13] = scores[6, 0] = np.nan  # the last row and column stand beside padding
+    with pytest.raises(ValueError, match="3 of 98 scores are NaN"):
+        ranked(scores, np.arange(14) // 2, 4)
+
+
+def test_padding_is_never_counted():
+    # Padding repeats the last item, which wins everywhere here.
+    scores = np.zeros((5, 5), np.float32)
+    scores[4, :] = scores[:, 4] = 9
+    found, (i2t, t2i) = ranked(scores, np.arange(5), 3), oracle(scores, np.arange(5))
+    np.testing.assert_array_equal(found.i2t, i2t)
+    np.testing.assert_array_equal(found.t2i, t2i)
+
+
+@pytest.mark.parametrize(
+    ("owner", "message"),
+    [
+        (np.array([0, 1, 3, 2]), "row 2 says 3, expected 0 to 2"),
+        (np.array([0, 1, 1, 0]), r"1 of 3 images have no caption \(rows \[2\]\)"),
+        (np.array([0, 1, 2]), "one integer for each of 4 captions"),
+        (np.array([0.0, 1, 2, 2]), "found float64"),
+    ],
+)
+def test_wrong_caption_owners_are_named(owner, message):
+    with pytest.raises(ValueError, match=message):
+        ranked(np.zeros((3, 4), np.float32), owner)
+
+
+def test_a_score_of_the_wrong_shape_is_named():
+    with pytest.raises(ValueError, match=r"\(4, 2\) for 2 images and 4 captions"):
+        ranks(
+            Embedding(np.zeros((2, 3), np.float32)),
+            Embedding(np.zeros((4, 3), np.float32)),
+            np.arange(4) // 2,
+            lambda images, texts: texts.vector @ images.vector.T,
+        )

@@ -1,0 +1,84 @@
+"""InfoNCE, its mask, its temperature and its gradients against a float64 oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shnet_jax.losses import infonce
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.types import Context, Embedding
+from tests.losses import oracle
+from tests.losses.test_triplet import IDS, pairs
+
+
+def run(images, texts, params, ids=IDS, **options):
+    ctx = Context(step=jnp.int32(0), params=params, score=RetrievalModel.score)
+    images, texts = (Embedding(jnp.asarray(x, jnp.float32)) for x in (images, texts))
+    options = {"temperature": 0.1, "learn_temperature": True, "mask_same_image": True} | options
+    return infonce.loss(images, texts, jnp.asarray(ids), ctx, **options)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_value_and_gradients(mask):
+    images, texts = pairs()
+
+    def expected(images, texts, log_scale):
+        return oracle.infonce(images @ texts.T, IDS, scale=np.exp(log_scale), mask=mask)
+
+    def ours(images, texts, log_scale):
+        return run(images, texts, {"log_scale": log_scale}, mask_same_image=mask)["infonce_loss"]
+
+    at = (images, texts, np.log(10.0))
+    value, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(*map(jnp.float32, at))
+    np.testing.assert_allclose(value, expected(*at), rtol=1e-5)
+    for i, grad in enumerate(grads):
+        reference = oracle.gradient(lambda x, i=i: expected(*at[:i], x, *at[i + 1 :]), at[i])
+        np.testing.assert_allclose(grad, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_fixed_temperature_equals_the_learned_one_at_its_start():
+    images, texts = pairs()
+    params = infonce.init_params(temperature=0.1, learn_temperature=True)
+    fixed = infonce.init_params(temperature=0.1, learn_temperature=False)
+    assert fixed == {}
+    learned = run(images, texts, params)
+    np.testing.assert_allclose(
+        run(images, texts, fixed, learn_temperature=False)["infonce_loss"], learned["infonce_loss"], 1e-6
+    )
+    np.testing.assert_allclose(learned["infonce_scale"], 10.0, rtol=1e-6)
+
+
+def test_scale_stops_at_its_limit():
+    images, texts = pairs()
+    at = run(images, texts, {"log_scale": jnp.log(100.0)})
+    above = run(images, texts, {"log_scale": jnp.float32(9.0)})
+    np.testing.assert_allclose(above["infonce_scale"], 100.0, rtol=1e-6)
+    np.testing.assert_allclose(above["infonce_loss"], at["infonce_loss"], rtol=1e-6)
+
+
+def test_single_image_leaves_only_the_own_pair():
+    images, texts = pairs()
+    out, grad = jax.value_and_grad(
+        lambda x: run(x, texts, {"log_scale": jnp.float32(2.0)}, ids=np.zeros(8, np.int32))["infonce_loss"]
+    )(jnp.float32(images))
+    np.testing.assert_allclose(out, 0.0, atol=1e-6)
+    np.testing.assert_allclose(grad, 0.0, atol=1e-6)
+
+
+def test_accuracy_counts_both_directions():
+    images, texts = np.eye(4), np.eye(4)[[1, 0, 2, 3]]
+    out = run(images, texts, {"log_scale": jnp.float32(0.0)}, ids=np.arange(4))
+    assert float(out["infonce_accuracy"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    "temperature, learn", [(0.0, False), (-1.0, True), (0.001, True), (float("nan"), False)]
+)
+def test_bad_temperature_is_an_error(temperature, learn):
+    with pytest.raises(ValueError, match=r"loss\.infonce\.temperature"):
+        infonce.init_params(temperature=temperature, learn_temperature=learn)
+
+
+def test_small_temperature_is_fine_when_it_is_not_learned():
+    assert infonce.init_params(temperature=0.001, learn_temperature=False) == {}

@@ -1,0 +1,90 @@
+"""Triplet loss, its warm-up, its mask and its gradient against a float64 oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shnet_jax.losses import triplet
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.types import Context, Embedding
+from tests.losses import oracle
+
+IDS = np.array([3, 3, 5, 7, 7, 7, 9, 1], np.int32)
+OPTIONS = {"margin": 0.2, "warmup_steps": 10, "reduction": "sum", "mask_same_image": True}
+
+
+def pairs(seed=0, size=8, dim=6):
+    draw = np.random.default_rng(seed).normal(size=(2, size, dim))
+    return oracle.unit(draw[0]), oracle.unit(draw[0] + 1.5 * draw[1])
+
+
+def run(images, texts, ids=IDS, step=0, **options):
+    ctx = Context(step=jnp.int32(step), params={}, score=RetrievalModel.score)
+    images, texts = (Embedding(jnp.asarray(x, jnp.float32)) for x in (images, texts))
+    return triplet.loss(images, texts, jnp.asarray(ids), ctx, **(OPTIONS | options))
+
+
+@pytest.mark.parametrize("step", [9, 10], ids=["last warm-up step", "first step after"])
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_value_and_gradient(step, mask, reduction):
+    images, texts = pairs()
+
+    def expected(images, texts):
+        scores = images @ texts.T
+        return oracle.triplet(scores, IDS, margin=0.2, warm=step < 10, mean=reduction == "mean", mask=mask)
+
+    def ours(images, texts):
+        return run(images, texts, step=step, mask_same_image=mask, reduction=reduction)["triplet_loss"]
+
+    value, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(*map(jnp.float32, (images, texts)))
+    np.testing.assert_allclose(value, expected(images, texts), rtol=1e-5)
+    np.testing.assert_allclose(
+        grads[0], oracle.gradient(lambda x: expected(x, texts), images), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        grads[1], oracle.gradient(lambda x: expected(images, x), texts), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_mask_matters_only_for_equal_ids():
+    images, texts = pairs()
+    distinct = np.arange(8)
+    masked, published = (
+        run(images, texts, distinct, mask_same_image=m)["triplet_loss"] for m in (True, False)
+    )
+    assert masked == published
+    assert run(images, texts)["triplet_loss"] < run(images, texts, mask_same_image=False)["triplet_loss"]
+
+
+def test_metrics():
+    images, texts = np.eye(4), np.eye(4)
+    texts[0] = [5 / 13, 12 / 13, 0, 0]  # image 0's caption is nearer to image 1
+    out = run(images, texts, ids=np.arange(4), step=99)
+    # Text 0 prefers image 1, and to image 1 it comes closer than the margin: 2 of 8 queries.
+    np.testing.assert_allclose(out["triplet_violated"], 2 / 8)
+    np.testing.assert_allclose(out["triplet_positive"], (5 / 13 + 3) / 4, rtol=1e-6)
+    np.testing.assert_allclose(out["triplet_negative"], 2 * (12 / 13) / 8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("step", [0, 10])
+def test_without_any_negative_the_loss_and_its_gradient_are_zero(step):
+    images, texts = pairs()
+
+    def ours(images):
+        out = run(images, texts, ids=np.zeros(8, np.int32), step=step)
+        return out["triplet_loss"], out
+
+    (value, out), grad = jax.value_and_grad(ours, has_aux=True)(jnp.float32(images))
+    assert value == 0
+    assert out["triplet_negative"] == 0
+    np.testing.assert_array_equal(grad, 0.0)
+
+
+def test_unequal_rows_and_unknown_reduction_are_errors():
+    images, texts = pairs()
+    with pytest.raises(ValueError, match="4 images, 8 texts and 8 ids"):
+        run(images[:4], texts)
+    with pytest.raises(ValueError, match="not 'median'"):
+        run(images, texts, reduction="median")

@@ -1,0 +1,76 @@
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shnet_jax.models.bert import BERT, EPSILON
+from tests.models import text_oracle as oracle
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 30,
+    "layers": 2,
+    "width": 16,
+    "heads": 4,
+    "mlp_dim": 24,
+    "max_positions": 12,
+}
+
+
+def random_params(model, length: int):
+    """Parameters far from their initial values, so that no term is too small to see."""
+    tokens = jnp.zeros((1, length), jnp.int32)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, tokens == 0, train=False))["params"]
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(0.0, 0.5, p.shape), jnp.float32), params)
+
+
+def test_equals_numpy_caption_by_caption():
+    model = BERT(**SIZES)
+    params = random_params(model, 7)
+    rng = np.random.default_rng(2)
+    tokens, lengths = rng.integers(1, 30, (4, 7)), (7, 2, 5, 3)
+    mask = np.arange(7) < np.array(lengths)[:, None]
+    out = np.asarray(jax.jit(partial(model.apply, train=False))({"params": params}, tokens, mask))
+    assert out.dtype == np.float32
+    for i, length in enumerate(lengths):
+        x = np.asarray(params["words"], np.float64)[tokens[i, :length]]
+        x = (
+            x
+            + np.asarray(params["positions"], np.float64)[:length]
+            + np.asarray(params["types"], np.float64)[0]
+        )
+        x = oracle.layer_norm(x, params["norm"], EPSILON)
+        for k in range(2):
+            p = params[f"layer_{k}"]
+            x = oracle.layer_norm(x + oracle.attention(x, p["attention"], 4), p["attention_norm"], EPSILON)
+            x = oracle.layer_norm(x + oracle.mlp(x, p["mlp"]), p["mlp_norm"], EPSILON)
+        np.testing.assert_allclose(out[i, :length], x, rtol=1e-4, atol=1e-4)
+
+
+def test_captions_longer_than_the_positions_are_refused():
+    tokens = jnp.ones((1, 13), jnp.int32)
+    with pytest.raises(ValueError, match=r"13 tokens.*12 positions"):
+        jax.eval_shape(lambda: BERT(**SIZES).init(jax.random.key(0), tokens, tokens > 0, train=False))
+
+
+def test_heads_must_divide_the_width():
+    tokens, model = jnp.ones((1, 3), jnp.int32), BERT(**SIZES | {"heads": 5})
+    with pytest.raises(ValueError, match=r"width 16 .* 5 attention heads"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, tokens > 0, train=False))
+
+
+def test_only_the_first_token_type_learns():
+    model = BERT(**SIZES | {"layers": 1})
+    params = random_params(model, 4)
+    tokens = jnp.ones((2, 4), jnp.int32)
+
+    @jax.jit
+    @jax.grad
+    def gradient_of(params):
+        return jnp.sum(model.apply({"params": params}, tokens, tokens > 0, train=False)[..., 0])
+
+    gradient = gradient_of(params)
+    assert np.any(np.asarray(gradient["types"][0])) and not np.any(np.asarray(gradient["types"][1]))

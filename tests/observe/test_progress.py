@@ -1,0 +1,63 @@
+"""The progress line, on a terminal and in a log file."""
+
+import io
+import types
+
+import pytest
+
+from shnet_jax.observe.progress import Progress
+
+CLOCK = types.SimpleNamespace(speed=lambda: (1234.5, 2.0))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def time():
+    return types.SimpleNamespace(now=0.0)
+
+
+def run(stream, time, seconds):
+    progress = Progress(100, stream, now=lambda: time.now)
+    for step in range(1, 4):
+        progress.update(step, CLOCK, loss=1.23456)
+        time.now += seconds
+    return progress
+
+
+def test_log_file_gets_a_plain_line_every_ten_seconds(time):
+    stream = io.StringIO()
+    run(stream, time, seconds=5).message("done")
+    assert stream.getvalue() == (
+        "step 1/100 (1%)  1,234 examples/s  loss 1.235  ETA 0:03:18\n"
+        "step 3/100 (3%)  1,234 examples/s  loss 1.235  ETA 0:03:14\n"
+        "done\n"
+    )
+
+
+def test_terminal_line_stays_in_place_and_a_message_replaces_it(time):
+    stream = Terminal()
+    progress = run(stream, time, seconds=1)
+    assert stream.getvalue().count("\r") == 3
+    assert "\n" not in stream.getvalue()
+    progress.message("R@1 50")
+    before, _, after = stream.getvalue().rpartition("\r")
+    assert after == "R@1 50\n"
+    assert before.endswith(" " * 58)  # the line was wiped out
+    progress.close()
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_shorter_line_covers_a_longer_one(time):
+    stream = Terminal()
+    progress = Progress(100, stream, now=lambda: time.now)
+    progress.update(1, types.SimpleNamespace(speed=lambda: (1e9, 2.0)), loss=1.0)
+    time.now += 1
+    progress.update(2, CLOCK, loss=1.0)
+    first, second = stream.getvalue().split("\r")[1:]
+    assert len(second) == len(first)
+    progress.close()
+    assert stream.getvalue().endswith("\n")

@@ -1,0 +1,87 @@
+"""The documentation of the configuration, and that every configuration keeps to its fields."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pkgutil
+import tokenize
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+import configs
+from configs import base
+
+# Fields that a configuration may have beyond those of base.py: {file name: {"section.field", ...}}.
+OWN_FIELDS: dict[str, set[str]] = {}
+
+NAMES = [module.name for module in pkgutil.iter_modules(configs.__path__)]
+# One entry for each loss term, named by the user: its value is compared with that of any entry of base.
+OPEN = ("loss.weights.",)
+
+
+def fields(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """Every field that is not a section, by its dotted name."""
+    found: dict[str, object] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            found |= fields(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def undocumented(source: str) -> list[str]:
+    """Lines "number: text" that assign a field without a comment of at least two words beside it.
+
+    A line that opens a section (`c.data = data = ConfigDict()`) needs none.
+    """
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    return [
+        f"{number}: {line.strip()}"
+        for number, line in enumerate(source.splitlines(), 1)
+        if " = " in line.split("#")[0]
+        and "." in line.split(" = ")[0]
+        and not line.rstrip().endswith("= ConfigDict()")
+        and len(comments.get(number, "").split()) < 2
+    ]
+
+
+def test_every_field_is_documented():
+    path = Path(base.__file__)
+    assert not undocumented(path.read_text("utf-8")), f"{path.name}: fields without a comment beside them"
+
+
+def test_the_check_of_comments_can_fail():
+    source = (
+        'c.data = data = ConfigDict()\ndata.dir = ""\ndata.kind = "a # b"  # x\ndata.size = 3  # in rows\n'
+    )
+    assert undocumented(source) == ['2: data.dir = ""', '3: data.kind = "a # b"  # x']
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_keeps_to_the_fields_of_base(name):
+    known = fields(base.get_config())
+    for field, value in fields(importlib.import_module(f"configs.{name}").get_config()).items():
+        if field in OWN_FIELDS.get(name, ()):
+            continue
+        if field.startswith(OPEN):
+            assert isinstance(value, float), f"configs/{name}.py: {field} is {value!r}, expected a float"
+            continue
+        assert field in known, f"configs/{name}.py: {field} is not a field of base.py"
+        expected = type(known[field])
+        assert type(value) is expected, (
+            f"configs/{name}.py: {field} is {value!r}, expected {expected.__name__}"
+        )
+
+
+def test_fields_of_their_own_exist():
+    for name, own in OWN_FIELDS.items():
+        found = fields(importlib.import_module(f"configs.{name}").get_config())
+        assert own <= found.keys(), f"configs/{name}.py no longer has {sorted(own - found.keys())}"
