@@ -6,9 +6,16 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; any field: --config.train.epochs=4.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file; any field: --config.train.epochs=4."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train (or continue) a model; eval a checkpoint.")
+MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "eval", "study"],
+    "train (or continue) a model; eval a checkpoint; study: train and compare arms.",
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -20,10 +27,11 @@ def main(argv: list[str]) -> None:
     python_logging.getLogger("shnet_jax").setLevel(python_logging.INFO)
     # Late, so that --help is quick.
     from shnet_jax import commands
+    from shnet_jax.study import study
     from shnet_jax.train.checkpoint import CheckpointError
     from shnet_jax.train.loop import NonFiniteLoss
 
-    run = {"train": commands.train, "eval": commands.evaluate}[MODE.value]
+    run = {"train": commands.train, "eval": commands.evaluate, "study": study}[MODE.value]
     try:
         run(CONFIG.value, WORKDIR.value)
     except (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss) as error:

@@ -21,7 +21,7 @@ CHOSEN_BY_EVALUATION = ("data.dir", "eval", "parallel")
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
-    """Trains in `workdir` (or continues), then evaluates the best checkpoint on config.eval.split if the data set has it."""
+    """Trains in `workdir` (or continues) and prints the last validation result."""
     results = train_and_evaluate(config, workdir)
     print(table({f"{config.name}, {results.card['split']}": results}))
 
@@ -55,7 +55,9 @@ def load(workdir: str | Path, config: ConfigDict) -> Loaded:
             trained[section] = config[section]
     wrong = [line for line in _model_differences(trained, config)]
     if wrong:
-        raise ValueError(f"{workdir} was trained with another model than --config names:\n  " + "\n  ".join(wrong))
+        raise ValueError(
+            f"{workdir} was trained with another model than --config names:\n  " + "\n  ".join(wrong)
+        )
     vocabulary = next(workdir.glob("vocabulary.*"), None)
     if vocabulary is None:
         raise CheckpointError(f"{workdir}: no vocabulary file; was the folder copied whole?")
@@ -81,12 +83,10 @@ def _model_differences(trained: ConfigDict, config: ConfigDict) -> list[str]:
     return lines + differences(ours, theirs, "config.text")
 
 
-def evaluate(config: ConfigDict, workdir: str | Path) -> Results:
-    """Evaluates a checkpoint on a split; prints the table and card, writes results_<data set>_<split>.json."""
-    workdir = Path(workdir)
+def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:
+    """Evaluates the checkpoint config.eval.checkpoint of a work folder on config.eval.split."""
     loaded = load(workdir, config)
     experiment, settings = loaded.experiment, loaded.experiment.config
-    mesh = make_mesh(settings)
     split = settings.eval.split
     subject = Subject(
         dataset=experiment.dataset.path.parent.name,
@@ -96,10 +96,13 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> Results:
         dtype=settings.model.dtype,
         selected_on=settings.data.val_split if settings.eval.checkpoint == "best" else "none",
     )
-    results = make_evaluator(experiment, split, mesh)(loaded.variables, subject)
-    arms = {config.name: results}
-    write_json(workdir / f"results_{subject.dataset}_{split}.json", arms)
+    return make_evaluator(experiment, split, make_mesh(settings))(loaded.variables, subject)
+
+
+def evaluate(config: ConfigDict, workdir: str | Path) -> None:
+    """Evaluates a checkpoint; prints the table and the card, writes results_<data set>_<split>.json."""
+    results = evaluate_checkpoint(config, workdir)
     if jax.process_index() == 0:
-        print(table(arms))
-        print(card_table(results.card))
-    return results
+        arms = {config.name: results}
+        write_json(Path(workdir) / f"results_{results.card['dataset']}_{results.card['split']}.json", arms)
+        print(f"{table(arms)}\n{card_table(results.card)}")

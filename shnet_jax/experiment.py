@@ -41,9 +41,12 @@ def assemble(config: ConfigDict) -> Experiment:
     if not config.data.dir:
         raise ValueError("config.data.dir is empty: give the folder of a data set, --config.data.dir=DIR")
     dataset = open_dataset(config.data.dir)
-    tokenizer = load_tokenizer(config)
     if config.text.weights:
-        config.text.update(bert_weights.sizes(bert_weights.find_folder(config.text.weights)))
+        folder = bert_weights.find_folder(config.text.weights)
+        config.text.update(bert_weights.sizes(folder))
+        if config.tokenizer.kind == "wordpiece" and not config.tokenizer.path:
+            config.tokenizer.path = str(folder / "vocab.txt")
+    tokenizer = load_tokenizer(config)
     if config.text.vocab_size not in (0, tokenizer.vocab_size):
         raise ValueError(
             f"the text tower has {config.text.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: "
@@ -67,9 +70,11 @@ def _check_fields(config: ConfigDict, dataset: DataSet, fields: tuple[str, ...])
             f"{dataset.path}: the model reads {', '.join(fields)}, but this data set has no {', '.join(missing)}; "
             f"it has {', '.join(dataset.features)}. Import the arrays, or switch off what needs them in config.model"
         )
-    if dataset.num_classes not in (None, config.model.num_classes) and {"seg_map", "categories", "seg_semantic"} & {
-        *fields
-    }:
+    if dataset.num_classes not in (None, config.model.num_classes) and {
+        "seg_map",
+        "categories",
+        "seg_semantic",
+    } & {*fields}:
         raise ValueError(
             f"{dataset.path}: {dataset.num_classes} classes, config.model.num_classes is {config.model.num_classes}"
         )

@@ -19,7 +19,9 @@ def _find(package: str, name: str, kind: str) -> ModuleType:
         if error.name != path:  # the module exists but one of its own imports does not
             raise
         known = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
-        raise ValueError(f"unknown {kind} {name!r}: no module {path}; {package} has {', '.join(known)}") from None
+        raise ValueError(
+            f"unknown {kind} {name!r}: no module {path}; {package} has {', '.join(known)}"
+        ) from None
 
 
 def model(name: str) -> ModuleType:

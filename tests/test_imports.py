@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": set(),
     "losses": {"parallel"},
     "data": set(),
-    "observe": set(),
+    "observe": {"parallel"},  # only the type of a mapped step
     "interop": {"models"},
     "experiment": {"models", "data", "interop"},  # the parts of a run, put together from its configuration
     "evaluate": {"models", "data", "parallel", "observe", "experiment"},
@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"models", "losses", "data", "parallel", "observe", "experiment", "evaluate"},
 }
 COMMON = {"types", "registry"}
-ENTRY = {"commands", "demo"}  # what a command line calls: may import every part, no part may import it
+ENTRY = {"commands", "study"}  # what a command line calls: may import every part, no part may import it
 
 # What a folder may import of the whole project.
 REACH = {

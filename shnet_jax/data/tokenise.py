@@ -161,27 +161,18 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
 
 
 def vocabulary_file(config: ConfigDict) -> Path:
-    """The file of the vocabulary: tokenizer.path, else of text.weights (wordpiece) or of data.dir (sentencepiece)."""
+    """The file of the vocabulary: tokenizer.path, else the data set's own SentencePiece model."""
     kind = config.tokenizer.kind
     if kind not in ("wordpiece", "sentencepiece"):
         raise ValueError(f"tokenizer.kind is {kind!r}; known: wordpiece, sentencepiece")
     if config.tokenizer.path:
         return Path(config.tokenizer.path)
-    return _wordpiece_file(config) if kind == "wordpiece" else find_dataset(config.data.dir) / SENTENCEPIECE
-
-
-def _wordpiece_file(config: ConfigDict) -> Path:
-    weights = config.text.weights
-    if not weights:
+    if kind == "wordpiece":
         raise ValueError(
-            "tokenizer.kind is 'wordpiece' but there is no vocab.txt: set text.weights (a folder, 'minilm'), "
-            "set tokenizer.path, or use tokenizer.kind='sentencepiece' (its model lies in the data set)"
+            "tokenizer.kind is 'wordpiece' but no vocab.txt is named: set text.weights to a BERT folder (or 'minilm'), set "
+            "tokenizer.path, or use tokenizer.kind='sentencepiece', whose model lies in the data set"
         )
-    if weights == "minilm":
-        from shnet_jax.interop import minilm  # here, as only this choice needs the optional package
-
-        return minilm.folder() / "vocab.txt"
-    return Path(weights) / "vocab.txt"
+    return find_dataset(config.data.dir) / SENTENCEPIECE
 
 
 def wordpiece(path: Path) -> Tokenizer:

@@ -37,12 +37,12 @@ def table(arms: Mapping[str, Results]) -> str:
         if guess not in rows:
             rows.append(guess)
     cells = [[name, *(f"{metrics[column]:.1f}" for column in COLUMNS)] for name, metrics in rows]
-    return _markdown(["", *map(_heading, COLUMNS)], cells)
+    return markdown(["", *map(_heading, COLUMNS)], cells)
 
 
 def card_table(card: Mapping[str, str | int]) -> str:
     """The protocol card as a Markdown table of two columns."""
-    return _markdown(["protocol card", ""], [[key.replace("_", " "), str(card[key])] for key in card], ":-")
+    return markdown(["protocol card", ""], [[key.replace("_", " "), str(card[key])] for key in card], ":-")
 
 
 def _heading(column: str) -> str:
@@ -52,8 +52,8 @@ def _heading(column: str) -> str:
     return f"{ARROWS[direction]} {HEADINGS[metric]}"
 
 
-def _markdown(heading: list[str], rows: Iterable[list[str]], align: str = "-:") -> str:
-    """Columns of equal width; the first is aligned to the left, the others as `align` says."""
+def markdown(heading: list[str], rows: Iterable[list[str]], align: str = "-:") -> str:
+    """A Markdown table with columns of equal width; the first is aligned to the left, the others as `align` says."""
     lines = [heading, *rows]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heading))]
     left = [True] + [align == ":-"] * (len(heading) - 1)

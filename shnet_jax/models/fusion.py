@@ -86,19 +86,21 @@ class MapEncoder(nn.Module):
         if self.inputs == "raw_id":
             classes = seg_map[..., None].astype(jnp.float32)
         else:
-            ids = jnp.minimum(seg_map.astype(jnp.int32), self.num_classes)  # void and unknown share the last row
+            ids = jnp.minimum(
+                seg_map.astype(jnp.int32), self.num_classes
+            )  # void and unknown share the last row
             classes = nn.Embed(self.num_classes + 1, CLASS_EMBEDDING, name="classes")(ids)
         inputs = classes.shape[-1]
         fan_in = 9 * (inputs + POSITION_CODE)
-        kernel = self.param(
-            "kernel", torch_uniform(fan_in), (3, 3, inputs + POSITION_CODE, self.channels)
-        )
+        kernel = self.param("kernel", torch_uniform(fan_in), (3, 3, inputs + POSITION_CODE, self.channels))
         bias = self.param("bias", torch_uniform(fan_in), (self.channels,))
         code = {"1d": map_code_1d, "2d": map_code_2d}[self.position](height, width, POSITION_CODE)
         code = _neighbourhoods(code.reshape(1, height, width, POSITION_CODE))[0]
         patches = _neighbourhoods(classes)
         by_class = kernel[:, :, :inputs].reshape(-1, self.channels)
-        position = einsum("pi,ic->pc", code, kernel[:, :, inputs:].reshape(-1, self.channels), "float32") + bias
+        position = (
+            einsum("pi,ic->pc", code, kernel[:, :, inputs:].reshape(-1, self.channels), "float32") + bias
+        )
 
         moments = partial(_moments, patches, by_class, position, self.axis)
         mean, factor, shift = BatchNorm(axis=self.axis, name="norm").coefficients(

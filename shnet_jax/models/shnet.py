@@ -53,7 +53,9 @@ class ImageEncoder(nn.Module):
         highlighted = []
         if self.semantic:
             highlight = SemanticHighlight(self.dim, self.dropout, self.mlp, self.dtype, name="semantic")
-            highlighted.append(highlight(linear, mask, batch["seg_semantic"].astype(jnp.float32), train=train))
+            highlighted.append(
+                highlight(linear, mask, batch["seg_semantic"].astype(jnp.float32), train=train)
+            )
             self.sow("intermediates", "semantic_features", highlighted[-1])
         if self.spatial:
             highlight = SpatialHighlight(

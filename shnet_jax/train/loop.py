@@ -45,7 +45,15 @@ from shnet_jax.train.step import make_step
 log = logging.getLogger(__name__)
 
 # What may differ between the runs of one work folder: nothing that changes the parameters.
-FREE_TO_CHANGE = ("config.eval.", "config.train.keep", "config.train.on_nonfinite", "config.data.dir", "config.tokenizer.")
+FREE_TO_CHANGE = (
+    "config.data.dir",
+    "config.eval.",
+    "config.name",
+    "config.study.",
+    "config.tokenizer.path",
+    "config.train.keep",
+    "config.train.on_nonfinite",
+)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -85,7 +93,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
     )
-    table = replicate(resident_table(dataset, data.train_split, experiment.fields), mesh) if data.resident else {}
+    table = (
+        replicate(resident_table(dataset, data.train_split, experiment.fields), mesh) if data.resident else {}
+    )
 
     updates_per_epoch = per_epoch / config.optim.accumulate
     rate = schedule(config, updates_per_epoch, math.ceil(total_steps / config.optim.accumulate))
@@ -158,7 +168,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
 
             if at % config.train.log_steps == 0 or at == total_steps:
                 _check_finite(*pending, save, checkpoints, config)
-                values = _means(jax.device_get(sums)) | {"lr": float(rate((at - 1) // config.optim.accumulate))}
+                values = _means(jax.device_get(sums)) | {
+                    "lr": float(rate((at - 1) // config.optim.accumulate))
+                }
                 timing = clock.interval(total_steps - at) | utilisation.report(clock)
                 writer.write(at, "train", values, timing)
                 sums = {}
@@ -176,7 +188,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
                 writer.close()
                 progress.close()
                 name = signal.Signals(stopped[0]).name
-                log.warning("stopped by %s after step %d of %d; the same command continues", name, at, total_steps)
+                log.warning(
+                    "stopped by %s after step %d of %d; the same command continues", name, at, total_steps
+                )
                 raise Interrupted(128 + stopped[0])
     if results is None:  # everything was done already
         results = evaluate(state.variables, _subject(experiment, first))

@@ -36,7 +36,11 @@ class TrainState:
 
 
 def create_state(
-    variables: dict[str, Any], loss_params: dict[str, Any], tx: optax.GradientTransformation, ema: bool, seed: int
+    variables: dict[str, Any],
+    loss_params: dict[str, Any],
+    tx: optax.GradientTransformation,
+    ema: bool,
+    seed: int,
 ) -> TrainState:
     """The state before the first step."""
     params = {"model": variables["params"], "loss": loss_params}

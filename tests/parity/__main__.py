@@ -43,7 +43,9 @@ def main(folder: Path, names: tuple[str, ...]) -> int:
         print(f"skipped {count}: {reason}")
     for row in missed:
         print(f"MISS {row.group} {row.name}: error {row.error:.3g}, {row.worst:.2f} times what is allowed")
-    print(f"{len(rows) - sum(reasons.values())} arrays compared, {sum(reasons.values())} skipped, {len(missed)} missed")
+    print(
+        f"{len(rows) - sum(reasons.values())} arrays compared, {sum(reasons.values())} skipped, {len(missed)} missed"
+    )
     return 1 if missed or not rows else 0
 
 
