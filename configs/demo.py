@@ -25,4 +25,5 @@ def get_config() -> ConfigDict:
     c.train.epochs = 10.0
     c.optim.schedule = "cosine"
     c.optim.warmup_epochs = 0.5
+    c.study.only = ("full", "none")
     return c

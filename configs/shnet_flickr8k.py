@@ -1,4 +1,4 @@
-"""3SHNet region on flickr8k_mini (1,250 training images) with the MiniLM text tower of the extra [minilm]."""
+"""3SHNet region on flickr8k_mini (1,250 training images) with the MiniLM text tower of `make minilm`."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Needs `--config.data.dir` (docs/data.md, from_scan) and `pip install -e ".[minilm]"`."""
+    """Needs `--config.data.dir` (docs/data.md, from_scan) and `make minilm`."""
     c = base.get_config()
     c.name = "3SHNet region"
     c.data.resident = True

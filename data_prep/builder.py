@@ -6,25 +6,24 @@ import hashlib
 import json
 import re
 import shutil
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from data_prep import schema, vocabulary
+from data_prep.progress import Progress
 from data_prep.schema import DataError, Record
-from shnet_jax.data.records import CHECKSUMS, SENTENCEPIECE, index_file
+from shnet_jax.data.index import Index, IndexBuilder, write_index
+from shnet_jax.data.records import CHECKSUMS, SENTENCEPIECE
 
 VERSION = "1.0.0"
 SHARD_BYTES = 512 << 20  # large enough for sequential reads, small enough to copy and to spread over hosts
 _CHUNK = 64  # records handed to TFDS at once: it rewrites its small metadata files each time
-_PROGRESS_SECONDS = 2.0
 
 Files = Mapping[str, Mapping[str, str]]
 
@@ -36,6 +35,7 @@ def write_dataset(
     metadata: Mapping[str, Any],
     *,
     files: Files | None = None,
+    total: int | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write `out/name/1.0.0/` and return that folder. It appears only when whole.
@@ -47,6 +47,7 @@ def write_dataset(
       metadata: JSON values: `source` (how the data was made), `class_names`, `predicates`, ...;
         `num_classes` is added.
       files: split -> field -> file it came from, for error messages.
+      total: records of all splits together, if known: the progress lines then tell the time left.
       overwrite: replace an existing data set of that name.
 
     Raises:
@@ -58,10 +59,13 @@ def write_dataset(
     if target.exists() and not overwrite:
         raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
     with _whole_or_nothing(target) as folder:
-        _Writer(folder, name, dict(metadata), files or {}).write(splits)
-        captions = folder / "captions.txt"
-        vocabulary.train(captions, folder / SENTENCEPIECE)
-        captions.unlink()
+        progress = Progress(name, total)
+        writer = _Writer(folder, name, dict(metadata), files or {}, progress)
+        indices = {split: writer.write(split, records) for split, records in splits.items()}
+        progress.close()
+        learn = [indices["train"]] if "train" in indices else indices.values()
+        captions = chain.from_iterable(index.all_captions() for index in learn)
+        vocabulary.train(chain.from_iterable(captions), folder / SENTENCEPIECE)
         write_checksums(folder)
     return target
 
@@ -101,74 +105,57 @@ def _whole_or_nothing(target: Path) -> Iterator[Path]:
 class _Writer:
     """The first record decides features and shard size; the rest must be like it."""
 
-    def __init__(self, folder: Path, name: str, metadata: dict[str, Any], files: Files):
+    def __init__(self, folder: Path, name: str, metadata: dict[str, Any], files: Files, progress: Progress):
         self._folder, self._name, self._metadata, self._files = folder, name, metadata, files
+        self._progress = progress
         self._first: schema.Signature | None = None
         self._tfds: tfds.core.SequentialWriter | None = None
 
-    def write(self, splits: Mapping[str, Iterable[Record]]) -> None:
-        vocabulary_split = "train" if "train" in splits else None
-        with (self._folder / "captions.txt").open("w", encoding="utf-8") as captions:
-            for split, records in splits.items():
-                learn = captions if vocabulary_split in (split, None) else None
-                self._write_split(split, records, learn)
-
-    def _write_split(self, split: str, records: Iterable[Record], captions: Any) -> None:
-        rows: dict[str, int] = {}
-        counts: list[int] = []
+    def write(self, split: str, records: Iterable[Record]) -> Index:
+        """Write a split and its sidecar."""
+        rows: dict[str, int] = {}  # image id -> row
+        index = IndexBuilder()
         chunk: list[Record] = []
-        progress = _Progress(split)
         files = self._files.get(split, {})
         for row, raw in enumerate(records):
             record = schema.close_void(raw)
             where = f"split {split!r} row {row} (image {record.get('image_id')!r})"
-            schema.check_record(record, where, files)
-            self._check_predicates(record, where)
-            if record["image_id"] in rows:
+            self._check(record, where, files)
+            image_id = record["image_id"]
+            if image_id in rows:
                 place = f"{where}, {files['image_id']}" if "image_id" in files else where
-                earlier = rows[record["image_id"]]
-                raise DataError(f"{place}: field 'image_id': expected a new id, found that of row {earlier}")
-            rows[record["image_id"]] = row
-            counts.append(len(record["captions"]))
-            if self._first is None:
-                self._start(record)
-            else:
-                schema.check_like(record, self._first, where, files)
-            if captions is not None:
-                captions.writelines(" ".join(caption.split()) + "\n" for caption in record["captions"])
+                raise DataError(f"{place}: field 'image_id': expected a new id, found that of row {rows[image_id]}")
+            rows[image_id] = row
+            index.add(image_id, record["captions"])
+            if self._tfds is None:
+                self._tfds = self._open(record)
             if row == 0:
-                self._writer.initialize_splits([split])
+                self._tfds.initialize_splits([split])
             chunk.append(schema.stored(record))
             if len(chunk) == _CHUNK:
-                self._writer.add_examples({split: chunk})
+                self._tfds.add_examples({split: chunk})
                 chunk = []
-            progress.update(row + 1)
+            self._progress.step()
         if not rows:
             raise DataError(f"split {split!r}: expected at least one record, found none")
-        self._writer.add_examples({split: chunk})
-        self._writer.close_splits([split])
-        np.savez(
-            self._folder / index_file(split),
-            image_ids=np.array(list(rows), dtype=np.str_),
-            caption_counts=np.array(counts, dtype=np.int32),
-        )
-        progress.done(len(rows))
+        assert self._tfds is not None  # set by the first record
+        self._tfds.add_examples({split: chunk})
+        self._tfds.close_splits([split])
+        built = index.build()
+        write_index(self._folder, split, built)
+        return built
 
-    def _check_predicates(self, record: Record, where: str) -> None:
+    def _check(self, record: Record, where: str, files: Mapping[str, str]) -> None:
+        schema.check_record(record, where, files)
+        if self._first is None:
+            self._first = schema.signature(record)
+        schema.check_like(record, self._first, where, files)
         names = self._metadata.get("predicates")
         if names is not None and "relations" in record and (record["relations"][:, 1] >= len(names)).any():
             found = int(record["relations"][:, 1].max())
-            raise DataError(
-                f"{where}: field 'relations': expected predicates 0..{len(names) - 1}, found {found}"
-            )
+            raise DataError(f"{where}: field 'relations': expected predicates 0..{len(names) - 1}, found {found}")
 
-    @property
-    def _writer(self) -> tfds.core.SequentialWriter:
-        assert self._tfds is not None  # set by the first record
-        return self._tfds
-
-    def _start(self, record: Record) -> None:
-        self._first = schema.signature(record)
+    def _open(self, record: Record) -> tfds.core.SequentialWriter:
         classes = schema.num_classes(record)
         if classes is not None:
             self._metadata["num_classes"] = classes
@@ -191,26 +178,9 @@ class _Writer:
             metadata=tfds.core.MetadataDict(self._metadata),
             disable_shuffling=True,
         )
-        self._tfds = tfds.core.SequentialWriter(
+        return tfds.core.SequentialWriter(
             info, max_examples_per_shard=max(1, SHARD_BYTES // size), file_format="array_record"
         )
-
-
-class _Progress:
-    """One line on stderr every few seconds and one at the end of a split."""
-
-    def __init__(self, split: str):
-        self._split, self._start = split, time.monotonic()
-        self._next = self._start + _PROGRESS_SECONDS
-
-    def update(self, records: int) -> None:
-        if time.monotonic() >= self._next:
-            self._next += _PROGRESS_SECONDS
-            self.done(records)
-
-    def done(self, records: int) -> None:
-        rate = records / max(time.monotonic() - self._start, 1e-9)
-        print(f"split {self._split}: {records} records, {rate:.0f} records/s", file=sys.stderr, flush=True)
 
 
 def sha256(path: Path) -> str:

@@ -10,15 +10,14 @@ units row by row.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import from_scan, schema
+from data_prep import command, from_scan, schema
 from data_prep.builder import write_dataset
 from data_prep.schema import DataError, Record
 
@@ -128,34 +127,24 @@ def import_npy(
         "source": source or f"data_prep.from_npy of {features.resolve().name}",
         **from_scan.class_metadata(src, texts.values()),
     }
-    return write_dataset(out, name, records, metadata, files=files, overwrite=overwrite)
+    total = sum(map(len, texts.values()))
+    return write_dataset(out, name, records, metadata, files=files, total=total, overwrite=overwrite)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command.reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="data_prep.from_npy", description=(__doc__ or "").splitlines()[0])
+    parser = command.parser("from_npy", __doc__)
+    count = command.at_least(1)
     from_scan.add_arguments(parser)
     parser.add_argument("--features", type=Path, required=True, help="folder with ID.npy of each image")
-    parser.add_argument(
-        "--as", dest="field", choices=("grid", "regions"), required=True, help="what they are"
-    )
-    parser.add_argument("--max_units", type=int, help="pad each image to this many units and add a mask")
-    parser.add_argument(
-        "--pool", type=int, help="average feature maps to this many rows and columns, such as 7"
-    )
+    parser.add_argument("--as", dest="field", choices=("grid", "regions"), required=True, help="what they are")
+    parser.add_argument("--max_units", type=count, help="pad each image to this many units and add a mask")
+    parser.add_argument("--pool", type=count, help="average feature maps to this many rows and columns, such as 7")
     args = parser.parse_args(argv)
-    return from_scan.report(
-        lambda: import_npy(
-            args.src,
-            args.features,
-            args.field,
-            args.name,
-            args.out,
-            max_units=args.max_units,
-            pool=args.pool,
-            **from_scan.options(args),
-        )
-    )
+    sizes = {"max_units": args.max_units, "pool": args.pool}
+    print(import_npy(args.src, args.features, args.field, args.name, args.out, **sizes, **from_scan.options(args)))
+    return 0
 
 
 if __name__ == "__main__":

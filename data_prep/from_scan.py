@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import schema
+from data_prep import command, schema
 from data_prep.builder import write_dataset
 from data_prep.schema import DataError, Record
 
@@ -51,13 +51,14 @@ class ScanSplit:
     files: Mapping[str, str]
     feature_dtype: str | None
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     def __iter__(self) -> Iterator[Record]:
         count = self.captions_per_image
-        for start in range(0, len(self.ids), _BLOCK):
-            stop = min(start + _BLOCK, len(self.ids))
-            blocks = {
-                field: _rows(path, start, stop, self.steps[field]) for field, path in self.arrays.items()
-            }
+        for start in range(0, len(self), _BLOCK):
+            stop = min(start + _BLOCK, len(self))
+            blocks = {field: _rows(path, start, stop, self.steps[field]) for field, path in self.arrays.items()}
             for image in range(start, stop):
                 where = f"split {self.name!r} row {image} (image {self.ids[image]!r})"
                 record: Record = {
@@ -181,9 +182,7 @@ def _image_ids(path: Path, ids: list[str], images: int, per_image: int, split: s
     for line, image_id in enumerate(ids):
         first = ids[line - line % per_image]
         if image_id != first:
-            raise DataError(
-                f"{path} line {line + 1}: expected {first!r} as in the lines before, found {image_id!r}"
-            )
+            raise DataError(f"{path} line {line + 1}: expected {first!r} as in the lines before, found {image_id!r}")
     return tuple(ids[::per_image])
 
 
@@ -209,9 +208,7 @@ def class_metadata(src: Path, splits: Iterable[ScanSplit]) -> dict[str, list[str
     """`class_names` from categories.txt, when there is one and an array says how many classes there are."""
     path = src / "categories.txt"
     sized = [s.arrays[field] for s in splits for field in ("categories", "seg_semantic") if field in s.arrays]
-    return (
-        {"class_names": class_names(path, open_array(sized[0]).shape[1])} if sized and path.is_file() else {}
-    )
+    return {"class_names": class_names(path, open_array(sized[0]).shape[1])} if sized and path.is_file() else {}
 
 
 def import_scan(
@@ -235,24 +232,21 @@ def import_scan(
         **class_metadata(src, opened.values()),
     }
     files = {split: opened[split].files for split in opened}
-    return write_dataset(out, name, opened, metadata, files=files, overwrite=overwrite)
+    total = sum(map(len, opened.values()))
+    return write_dataset(out, name, opened, metadata, files=files, total=total, overwrite=overwrite)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that importers of this layout share."""
-    parser.add_argument(
-        "--src", type=Path, required=True, help="folder with SPLIT_caps.txt and the files beside it"
-    )
+    parser.add_argument("--src", type=Path, required=True, help="folder with SPLIT_caps.txt and the files beside it")
     parser.add_argument("--name", required=True, help="name of the data set")
     parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
     parser.add_argument("--splits", help="comma-separated; default: every SPLIT_caps.txt in the folder")
     parser.add_argument(
-        "--captions_per_image", type=int, help="default: from the counts of rows, ids and captions"
+        "--captions_per_image", type=command.at_least(1), help="default: from the counts of rows, ids and captions"
     )
     dtypes = ("keep", *schema.FEATURE_DTYPES)
-    parser.add_argument(
-        "--feature_dtype", choices=dtypes, default="float16", help="dtype that features are stored in"
-    )
+    parser.add_argument("--feature_dtype", choices=dtypes, default="float16", help="dtype that features are stored in")
     parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
 
@@ -268,22 +262,14 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def report(run: Callable[[], Path]) -> int:
-    """Run an import, print the folder it wrote or what is wrong with the data, and return the exit status."""
-    try:
-        print(run())
-    except (DataError, FileExistsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
+@command.reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="data_prep.from_scan", description=(__doc__ or "").splitlines()[0])
+    parser = command.parser("from_scan", __doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    return report(lambda: import_scan(args.src, args.name, args.out, **options(args)))
+    print(import_scan(args.src, args.name, args.out, **options(args)))
+    return 0
 
 
 if __name__ == "__main__":

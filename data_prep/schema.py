@@ -80,17 +80,10 @@ def as_field(name: str, value: Any, *, where: str, dtype: str | None = None) -> 
         cast = array.astype(target)
     if target.kind in "iub":
         if not np.array_equal(cast, array):
-            raise _error(
-                where,
-                {},
-                name,
-                f"whole values that fit {wanted}",
-                f"{array.min()}..{array.max()} {array.dtype}",
-            )
+            found = f"{array.min()}..{array.max()} {array.dtype}"
+            raise _error(where, {}, name, f"whole values that fit {wanted}", found)
     elif not _finite(cast) and _finite(array):
-        raise _error(
-            where, {}, name, f"values that fit {wanted}", f"magnitudes up to {np.abs(array).max():.6g}"
-        )
+        raise _error(where, {}, name, f"values that fit {wanted}", f"magnitudes up to {np.abs(array).max():.6g}")
     return cast
 
 
@@ -114,9 +107,7 @@ def close_void(record: Record) -> Record:
     if "seg_map" not in record or classes is None or classes > MAP_VOID:
         return record
     seg_map = np.asarray(record["seg_map"])
-    return record | {
-        "seg_map": np.where(seg_map == MAP_VOID, np.uint8(classes), seg_map).astype(seg_map.dtype)
-    }
+    return record | {"seg_map": np.where(seg_map == MAP_VOID, np.uint8(classes), seg_map).astype(seg_map.dtype)}
 
 
 def check_record(record: Mapping[str, Any], where: str, files: Mapping[str, str] | None = None) -> None:
@@ -139,6 +130,7 @@ def check_record(record: Mapping[str, Any], where: str, files: Mapping[str, str]
     if not any(name in record for name in VISUAL_FIELDS):
         raise _error(where, files, "|".join(VISUAL_FIELDS), "at least one of these", f"only {sorted(record)}")
     _check_boxes(record, where, files)
+    _check_relations(record, where, files)
     _check_labels(record, where, files)
     for mask, masked in _MASKED.items():
         if mask in record and masked not in record:
@@ -152,21 +144,28 @@ def _check_text(record: Mapping[str, Any], where: str, files: Mapping[str, str])
         if name not in record:
             raise _error(where, files, name, "this required field", f"only {sorted(record)}")
     image_id, captions = record["image_id"], record["captions"]
-    if not isinstance(image_id, str) or not image_id:
-        raise _error(where, files, "image_id", "a string that is not empty", repr(image_id))
+    if not _is_text(image_id):
+        raise _error(where, files, "image_id", "text that is not empty", repr(image_id))
     if not isinstance(captions, list) or not captions:
         raise _error(where, files, "captions", "a list of at least 1 string", repr(captions))
     for number, caption in enumerate(captions):
-        if not isinstance(caption, str) or not caption.strip():
-            raise _error(
-                where, files, "captions", "text", f"{caption!r} as caption {number} of {len(captions)}"
-            )
+        if not _is_text(caption):
+            raise _error(where, files, "captions", "text", f"{caption!r} as caption {number} of {len(captions)}")
     if "caption_ids" in record:
         ids = record["caption_ids"]
         if not isinstance(ids, np.ndarray) or ids.dtype != np.int64 or ids.shape != (len(captions),):
-            raise _error(
-                where, files, "caption_ids", f"int64 [{len(captions)}], one a caption", _describe(ids)
-            )
+            raise _error(where, files, "caption_ids", f"int64 [{len(captions)}], one a caption", _describe(ids))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string that is not blank and has a UTF-8 form (half of a surrogate pair has none)."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_array(
@@ -206,9 +205,10 @@ def _check_boxes(record: Mapping[str, Any], where: str, files: Mapping[str, str]
         swapped = (boxes[:, :2] > boxes[:, 2:]).any(axis=1)
         if swapped.any():
             row = int(np.argmax(swapped))
-            raise _error(
-                where, files, "boxes", "x1 <= x2 and y1 <= y2", f"{boxes[row].tolist()} as box {row}"
-            )
+            raise _error(where, files, "boxes", "x1 <= x2 and y1 <= y2", f"{boxes[row].tolist()} as box {row}")
+
+
+def _check_relations(record: Mapping[str, Any], where: str, files: Mapping[str, str]) -> None:
     if "relations" in record:
         relations = record["relations"]
         count = next((len(record[name]) for name in ("regions", "boxes") if name in record), None)
@@ -244,9 +244,7 @@ def signature(record: Mapping[str, Any]) -> Signature:
     return {n: ((), "text") for n in TEXT_FIELDS if n in record} | fixed
 
 
-def check_like(
-    record: Mapping[str, Any], first: Signature, where: str, files: Mapping[str, str] | None = None
-) -> None:
+def check_like(record: Mapping[str, Any], first: Signature, where: str, files: Mapping[str, str] | None = None) -> None:
     """Raises DataError unless the record has the fields, shapes and dtypes of the data set's first record."""
     found = signature(record)
     if found == first:
@@ -254,13 +252,9 @@ def check_like(
     files = files or {}
     for name in [*first, *found]:
         if name not in found:
-            raise _error(
-                where, files, name, "this field, which the first record has", f"only {sorted(found)}"
-            )
+            raise _error(where, files, name, "this field, which the first record has", f"only {sorted(found)}")
         if name not in first:
-            raise _error(
-                where, files, name, f"only the first record's fields {sorted(first)}", "this one too"
-            )
+            raise _error(where, files, name, f"only the first record's fields {sorted(first)}", "this one too")
         if found[name] != first[name]:
             (shape, dtype), (other, other_dtype) = first[name], found[name]
             expected = f"{dtype} {list(shape)} as in the first record"

@@ -7,21 +7,22 @@ Exit status 0 when it is usable (there may be notes), 1 when it is not.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import schema
+from data_prep import command, schema
 from data_prep.builder import sha256
+from data_prep.progress import Progress
 from data_prep.schema import DataError
-from shnet_jax.data.records import CHECKSUMS, SENTENCEPIECE, DataSet, index_file, open_dataset
+from shnet_jax.data.index import Index, index_file, read_index
+from shnet_jax.data.records import CHECKSUMS, SENTENCEPIECE, DataSet, open_dataset
 
 _SHOWN = 10  # problems of one kind that are printed
 
@@ -70,7 +71,7 @@ class Report:
 
     dataset: DataSet
     read: dict[str, int] = field(default_factory=dict)
-    captions: dict[str, np.ndarray] = field(default_factory=dict)
+    captions: dict[str, np.ndarray] = field(default_factory=dict)  # of each image
     values: dict[str, Values] = field(default_factory=lambda: defaultdict(Values))
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -89,9 +90,10 @@ def verify(directory: str | Path, sample: int | None = None) -> Report:
     report = Report(open_dataset(directory))
     _check_fields(report)
     _check_files(report)
+    indices = {} if report.problems else _indices(report)
     if not report.problems:  # a damaged shard cannot be read
-        _check_records(report, sample)
-        _check_ids(report)
+        _check_records(report, indices, sample)
+        _check_ids(report, indices)
     return report
 
 
@@ -111,8 +113,8 @@ def _check_fields(report: Report) -> None:
 
 def _check_files(report: Report) -> None:
     folder = report.dataset.path
-    wanted = [SENTENCEPIECE, *(index_file(split) for split in report.dataset.splits)]
-    report.notes += [f"no {name}" for name in wanted if not (folder / name).is_file()]
+    if not (folder / SENTENCEPIECE).is_file():
+        report.notes.append(f"no {SENTENCEPIECE}")
     path = folder / CHECKSUMS
     if not path.is_file():
         report.notes.append(f"no {CHECKSUMS}: files not compared")
@@ -124,27 +126,35 @@ def _check_files(report: Report) -> None:
             report.problems.append(f"{name}: expected sha256 {expected}, found {found}")
 
 
-def _check_records(report: Report, sample: int | None) -> None:
+def _indices(report: Report) -> dict[str, Index]:
+    """The index of each split, from its sidecar or a pass over the records."""
+    found = {}
+    for split in report.dataset.splits:
+        try:
+            if read_index(report.dataset.path, split) is None:
+                report.notes.append(f"no captions in {index_file(split)}: found by reading the records")
+            found[split] = report.dataset.index(split)
+        except ValueError as error:
+            report.problems.append(str(error))
+    return found
+
+
+def _check_records(report: Report, indices: Mapping[str, Index], sample: int | None) -> None:
     dataset = report.dataset
     fields = [name for name in (*schema.TEXT_FIELDS, *schema.FIELDS) if name in dataset.features]
     hashes: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
-    for split, size in dataset.splits.items():
+    rows = {
+        split: np.unique(np.linspace(0, size - 1, min(sample or size, size)).astype(int)).tolist()
+        for split, size in dataset.splits.items()
+    }
+    progress = Progress("verify", sum(map(len, rows.values())))
+    for split, index in indices.items():
         records = dataset.open_split(split, fields)
-        counts, ids = dataset.caption_counts(split), dataset.image_ids(split)
-        if not len(records) == len(counts) == len(ids):
-            report.problems.append(
-                f"{index_file(split)}: expected {size} rows, found {len(ids)} and {len(counts)}"
-            )
-            continue
-        rows = np.unique(np.linspace(0, size - 1, min(sample or size, size)).astype(int))
-        for row in rows.tolist():
+        for row in rows[split]:
             record = records[row]
+            progress.step()
             where = f"split {split!r} row {row} (image {record['image_id']!r})"
-            if record["image_id"] != ids[row] or len(record["captions"]) != counts[row]:
-                report.problems.append(
-                    f"{where}: expected {str(ids[row])!r} with {counts[row]} captions as in "
-                    f"{index_file(split)}, found {record['image_id']!r} with {len(record['captions'])}"
-                )
+            report.problems += _differences(record, index, row, f"{where}: {index_file(split)}")
             try:
                 schema.check_record(record, where)
             except DataError as error:
@@ -152,7 +162,7 @@ def _check_records(report: Report, sample: int | None) -> None:
                 continue
             _measure(report, record, where)
             hashes[_hash(record)].append((split, record["image_id"]))
-        report.read[split], report.captions[split] = len(rows), counts
+        report.read[split], report.captions[split] = len(rows[split]), index.caption_counts
     for name, values in report.values.items():
         if values.count > 1 and values.least == values.most and not name.endswith("_mask"):
             report.notes.append(f"field {name}: every value is {values.least:g}")
@@ -160,6 +170,16 @@ def _check_records(report: Report, sample: int | None) -> None:
         "identical visual fields: " + ", ".join(f"{split} {image_id}" for split, image_id in same)
         for same in hashes.values()
         if len(same) > 1 and len({image_id for _, image_id in same}) > 1
+    ]
+
+
+def _differences(record: schema.Record, index: Index, row: int, place: str) -> list[str]:
+    expected = {"image_id": record["image_id"], "captions": record["captions"]}
+    found = {"image_id": str(index.image_ids[row]), "captions": index.captions(row)}
+    return [
+        f"{place}: field {name!r}: expected {expected[name]!r}, found {found[name]!r}"
+        for name in expected
+        if expected[name] != found[name]
     ]
 
 
@@ -182,10 +202,10 @@ def _hash(record: schema.Record) -> bytes:
     return digest.digest()
 
 
-def _check_ids(report: Report) -> None:
+def _check_ids(report: Report, indices: Mapping[str, Index]) -> None:
     splits: dict[str, list[str]] = defaultdict(list)
-    for split in report.read:
-        for image_id in report.dataset.image_ids(split).tolist():
+    for split, index in indices.items():
+        for image_id in index.image_ids.tolist():
             splits[image_id].append(split)
     shared: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for image_id, found_in in splits.items():
@@ -227,9 +247,7 @@ def text(report: Report) -> str:
             fields.append((*cells, *"-----"))
         else:
             numbers = (values.mean, values.std, values.least, values.most)
-            fields.append(
-                (*cells, *(f"{number:.4g}" for number in numbers), f"{100 * values.zero_share:.1f}%")
-            )
+            fields.append((*cells, *(f"{number:.4g}" for number in numbers), f"{100 * values.zero_share:.1f}%"))
     parts = [
         f"{dataset.path}",
         f"classes: {dataset.num_classes}   source: {dataset.metadata.get('source', '?')}",
@@ -253,17 +271,14 @@ def _listed(kind: str, lines: Sequence[str]) -> str:
     return "\n".join(shown)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command.reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="data_prep.verify", description=(__doc__ or "").splitlines()[0])
+    parser = command.parser("verify", __doc__)
     parser.add_argument("directory", type=Path, help="a data set, or a folder that holds only one")
-    parser.add_argument("--sample", type=int, help="read this many records of each split; default: all")
+    parser.add_argument("--sample", type=command.at_least(1), help="records of each split that are read; default: all")
     args = parser.parse_args(argv)
-    try:
-        report = verify(args.directory, args.sample)
-    except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    report = verify(args.directory, args.sample)
     print(text(report))
     return 1 if report.problems else 0
 

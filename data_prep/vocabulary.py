@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -11,16 +12,16 @@ _MAX_CAPTION_BYTES = 8192
 _MAX_CAPTIONS = 1_000_000  # a random choice of this many is enough to learn the pieces and bounds the memory
 
 
-def train(captions_file: Path, model_file: Path) -> None:
-    """Train a unigram model on a UTF-8 file of one caption a line and write it to `model_file`.
+def train(captions: Iterable[str], model_file: Path) -> None:
+    """Train a unigram model on captions and write it to `model_file`.
 
     Ids: 0 [PAD] (a batch is 0 where masked), 1 [UNK], 2 [CLS], 3 [SEP], 4 [MASK]. Case is folded, as in the
     uncased vocabularies that retrieval models use.
     """
     sentencepiece.set_random_generator_seed(0)  # of the shuffling: the same captions give the same pieces
-    with model_file.open("wb") as out, captions_file.open(encoding="utf-8") as captions:
+    with model_file.open("wb") as out:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line.rstrip("\n") for line in captions),  # a path would be kept in the model
+            sentence_iterator=(" ".join(caption.split()) for caption in captions),
             model_writer=out,
             model_type="unigram",
             vocab_size=VOCAB_SIZE,

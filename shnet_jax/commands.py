@@ -38,8 +38,8 @@ class Loaded:
 def load(workdir: str | Path, config: ConfigDict) -> Loaded:
     """The checkpoint config.eval.checkpoint of a work folder, on the data set config.data.dir.
 
-    Model, text tower and vocabulary are those of the run; raises ValueError or CheckpointError when the given configuration
-    or the data set does not fit them.
+    Model, text tower and vocabulary are those of the run; raises ValueError or CheckpointError when the given
+    configuration or the data set does not fit them.
     """
     workdir = Path(workdir)
     path = workdir / "config.json"
@@ -53,11 +53,9 @@ def load(workdir: str | Path, config: ConfigDict) -> Loaded:
             trained[section][field] = config[section][field] or trained[section][field]
         else:
             trained[section] = config[section]
-    wrong = [line for line in _model_differences(trained, config)]
+    wrong = _model_differences(trained, config)
     if wrong:
-        raise ValueError(
-            f"{workdir} was trained with another model than --config names:\n  " + "\n  ".join(wrong)
-        )
+        raise ValueError(f"{workdir} was trained with another model than --config names:\n  " + "\n  ".join(wrong))
     vocabulary = next(workdir.glob("vocabulary.*"), None)
     if vocabulary is None:
         raise CheckpointError(f"{workdir}: no vocabulary file; was the folder copied whole?")
@@ -75,12 +73,12 @@ def load(workdir: str | Path, config: ConfigDict) -> Loaded:
 
 
 def _model_differences(trained: ConfigDict, config: ConfigDict) -> list[str]:
-    """Fields of the model in which the run differs from the given configuration (sizes filled in at training aside)."""
+    """Fields of the model in which the given configuration differs from the run (sizes filled in at training aside)."""
     filled = {"weights", "vocab_size", "layers", "width", "heads", "mlp_dim", "max_positions"}
-    lines = differences(trained.model.to_dict(), config.model.to_dict(), "config.model")
+    lines = differences(config.model.to_dict(), trained.model.to_dict(), "config.model")
     ours = {k: v for k, v in trained.text.to_dict().items() if k not in filled}
     theirs = {k: v for k, v in config.text.to_dict().items() if k not in filled}
-    return lines + differences(ours, theirs, "config.text")
+    return lines + differences(theirs, ours, "config.text")
 
 
 def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:

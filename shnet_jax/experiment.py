@@ -55,7 +55,8 @@ def assemble(config: ConfigDict) -> Experiment:
     config.text.vocab_size = tokenizer.vocab_size
     if config.data.max_tokens > config.text.max_positions:
         raise ValueError(
-            f"config.data.max_tokens is {config.data.max_tokens}, the text tower has {config.text.max_positions} positions"
+            f"config.data.max_tokens is {config.data.max_tokens}, "
+            f"the text tower has {config.text.max_positions} positions"
         )
     module = registry.model(config.model.name)
     fields = module.image_fields(config)

@@ -19,9 +19,7 @@ def _find(package: str, name: str, kind: str) -> ModuleType:
         if error.name != path:  # the module exists but one of its own imports does not
             raise
         known = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
-        raise ValueError(
-            f"unknown {kind} {name!r}: no module {path}; {package} has {', '.join(known)}"
-        ) from None
+        raise ValueError(f"unknown {kind} {name!r}: no module {path}; {package} has {', '.join(known)}") from None
 
 
 def model(name: str) -> ModuleType:
@@ -30,5 +28,5 @@ def model(name: str) -> ModuleType:
 
 
 def loss(name: str) -> ModuleType:
-    """The module of a loss: has `init_params(**options) -> dict` and `loss(images, texts, ids, ctx, **options) -> dict`."""
+    """The module of a loss: has `init_params(**options)` and `loss(images, texts, ids, ctx, **options) -> dict`."""
     return _find("shnet_jax.losses", name, "loss")

@@ -40,27 +40,31 @@ def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
     """
     workdir = Path(workdir)
     arms = config.study.only or tuple(config.study.arms)
+    if not arms or not config.study.seeds:
+        raise ValueError("a study needs at least one arm in config.study.arms and one seed in config.study.seeds")
     unknown = [arm for arm in arms if arm not in config.study.arms]
     if unknown:
-        raise ValueError(
-            f"config.study.only names {unknown}; config.study.arms has {list(config.study.arms)}"
-        )
+        raise ValueError(f"config.study.only names {unknown}; config.study.arms has {list(config.study.arms)}")
+    for arm in arms:
+        arm_config(config, arm, seed=0)  # a mistake in the last arm is told before the first is trained
     runs: dict[str, list[Run]] = {}
     for arm in arms:
         runs[arm] = [_run(config, arm, seed, workdir / arm / f"seed_{seed}") for seed in config.study.seeds]
         if jax.process_index() == 0:
-            text = table(runs)
-            (workdir / "study.md").write_text(text, encoding="utf-8")
+            (workdir / "study.md").write_text(table(runs), encoding="utf-8")
             document = {a: [dataclasses.asdict(run) for run in found] for a, found in runs.items()}
             (workdir / "study.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{config.name} on split {config.eval.split} of {config.data.dir}\n\n{text}")
+    print(f"\n{config.name} on split {config.eval.split} of {config.data.dir}\n\n{table(runs)}")
     return runs
 
 
 def arm_config(config: ConfigDict, arm: str, seed: int) -> ConfigDict:
-    """The configuration of one run of a study."""
-    own = ConfigDict(config.to_dict())
-    own.update(config.study.arms[arm].to_dict())
+    """The configuration of one run of a study; ValueError for a field that there is not or a value of another type."""
+    own = ConfigDict(config.to_dict()).lock()
+    try:
+        own.update(config.study.arms[arm].to_dict())
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"config.study.arms.{arm}: {' '.join(str(error.args[0]).split())}") from None
     own.seed = seed
     own.name = f"{config.name}, {arm}"
     return own
@@ -71,9 +75,7 @@ def _run(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:
     print(f"\n{own.name}, seed {seed}: {workdir}", flush=True)
     train_and_evaluate(own, workdir)
     results = evaluate_checkpoint(own, workdir)
-    timing = [line["timing"] for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "train"][
-        -1
-    ]
+    timing = [line["timing"] for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "train"][-1]
     return Run(seed, results, timing["seconds"] / 60, timing["examples"] / timing["seconds"])
 
 

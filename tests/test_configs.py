@@ -59,9 +59,7 @@ def test_every_field_is_documented():
 
 
 def test_the_check_of_comments_can_fail():
-    source = (
-        'c.data = data = ConfigDict()\ndata.dir = ""\ndata.kind = "a # b"  # x\ndata.size = 3  # in rows\n'
-    )
+    source = 'c.data = data = ConfigDict()\ndata.dir = ""\ndata.kind = "a # b"  # x\ndata.size = 3  # in rows\n'
     assert undocumented(source) == ['2: data.dir = ""', '3: data.kind = "a # b"  # x']
 
 
@@ -76,9 +74,7 @@ def test_a_configuration_keeps_to_the_fields_of_base(name):
             continue
         assert field in known, f"configs/{name}.py: {field} is not a field of base.py"
         expected = type(known[field])
-        assert type(value) is expected, (
-            f"configs/{name}.py: {field} is {value!r}, expected {expected.__name__}"
-        )
+        assert type(value) is expected, f"configs/{name}.py: {field} is {value!r}, expected {expected.__name__}"
 
 
 def test_fields_of_their_own_exist():

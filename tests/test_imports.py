@@ -74,16 +74,12 @@ def breaches(path: str, source: str) -> list[str]:
         found[f"{path}:{line}: {text}"] = None
 
     if folder == "shnet_jax" and rest[0] not in ALLOWED.keys() | ENTRY | {"__init__"}:
-        breach(
-            1, f"shnet_jax.{rest[0]} is no part of the plan: say in {Path(__file__).name} what it may import"
-        )
+        breach(1, f"shnet_jax.{rest[0]} is no part of the plan: say in {Path(__file__).name} what it may import")
     for line, name in imports(tree, ".".join([folder, *rest][:-1])):
         top, *inner = name.split(".")
         for only, places in ONLY_IN.items():
             if only in (top, inner[-1] if inner else "") and not any(fnmatch(path, p) for p in places):
-                breach(
-                    line, f"imports {name}; {only} belongs in {' or '.join(p or 'no file' for p in places)}"
-                )
+                breach(line, f"imports {name}; {only} belongs in {' or '.join(p or 'no file' for p in places)}")
         if top not in PROJECT:
             continue
         reach = REACH.get(folder, PROJECT)

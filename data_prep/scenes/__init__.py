@@ -37,6 +37,7 @@ __all__ = [
 
 VERSION = 1  # raised when the same (seed, index) gives another record
 CAPTIONS = 5
+LEAST_REGIONS = 8  # a scene has up to 7 things
 RELATIONS = 32  # rows of `relations`; a scene with more keeps the rarer predicates
 PIXELS, NOTES = range(3, 5)  # streams of random numbers; world.py has 0..2
 _CHUNK = 32  # images of one task of a worker process; even, so that a pair's scenes are made once
@@ -60,7 +61,7 @@ def scene(seed: int, index: int, *, label_noise: float = 0.05, regions: int = 16
 
     Args:
       label_noise: share of wrong 4 x 4 blocks in `seg_map` and of wrong labels in `box_classes`.
-      regions: K, rows of the region fields; at least 8, since all true things get a box.
+      regions: K, rows of the region fields; at least LEAST_REGIONS, since all things get a box.
 
     Returns:
       image_id, captions (5), caption_ids int64 [5]; regions float16 [K, 200], region_mask bool [K],
@@ -68,10 +69,8 @@ def scene(seed: int, index: int, *, label_noise: float = 0.05, regions: int = 16
       relations int32 [32, 3]; grid float16 [49, 64], seg_map uint8 [64, 64], seg_semantic float16 [22, 7, 7],
       categories bool [22].
     """
-    if regions < 8:
-        raise ValueError(
-            f"scenes: regions: expected at least 8 (a scene has up to 7 things), found {regions}"
-        )
+    if regions < LEAST_REGIONS:
+        raise ValueError(f"scenes: regions: expected at least {LEAST_REGIONS}, found {regions}")
     if not 0 <= label_noise < 1:
         raise ValueError(f"scenes: label_noise: expected a share in 0 <= share < 1, found {label_noise}")
     made = sample(seed, index)
@@ -102,9 +101,7 @@ def _detections(
         [made.boxes + rng.normal(scale=0.04, size=side.shape) * side, _elsewhere(made, rng, distractors)]
     )
     boxes = np.clip(boxes, 0, 1).astype(np.float32)
-    scores = np.concatenate([rng.uniform(0.55, 1, things), rng.uniform(0.2, 0.7, distractors)]).astype(
-        np.float32
-    )
+    scores = np.concatenate([rng.uniform(0.55, 1, things), rng.uniform(0.2, 0.7, distractors)]).astype(np.float32)
     centre = ((boxes[:, :2] + boxes[:, 2:]) / 2 * (shapes.SIDE - 1)).astype(int)
     classes = made.label_map[centre[:, 1], centre[:, 0]].astype(np.int32)
     classes[:things] = [look.shape for look in made.looks]

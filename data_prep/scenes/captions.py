@@ -5,18 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from data_prep.scenes.world import (
-    ABOVE,
-    BEHIND,
-    CLASS_NAMES,
-    COLOURS,
-    LEFT_OF,
-    ON,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    Scene,
-)
+from data_prep.scenes.world import ABOVE, BEHIND, CLASS_NAMES, COLOURS, LEFT_OF, ON, SHAPES, SIZES, TEXTURES, Scene
 
 PHRASES = {  # (predicate, turned round) -> wordings; "a left of b" turned round is "b right of a"
     (LEFT_OF, False): ("to the left of", "left of", "on the left side of"),
@@ -31,12 +20,7 @@ PHRASES = {  # (predicate, turned round) -> wordings; "a left of b" turned round
 PLACES = {"sky": "in the sky", "forest": "in the forest", "wall": "against the wall", "sea": "in the sea"}
 PLURALS = {"cross": "crosses", "crescent": "crescents"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-WEIGHTS = {
-    ON: 5,
-    BEHIND: 5,
-    LEFT_OF: 2,
-    ABOVE: 2,
-}  # "on" and "behind" are rarer in the scenes than the others
+WEIGHTS = {ON: 5, BEHIND: 5, LEFT_OF: 2, ABOVE: 2}  # "on" and "behind" are rarer in the scenes than the others
 
 
 @dataclass(frozen=True)
@@ -134,11 +118,7 @@ class _Speaker:
         self.facts.mentions.append(mention)
         words = [
             names[value]
-            for names, value in (
-                (SIZES, mention.size),
-                (TEXTURES, mention.texture),
-                (COLOURS, mention.colour),
-            )
+            for names, value in ((SIZES, mention.size), (TEXTURES, mention.texture), (COLOURS, mention.colour))
             if value is not None
         ]
         shape = SHAPES[look.shape]
@@ -242,9 +222,7 @@ def caption(scene: Scene, rng: random.Random, form: int) -> tuple[str, Facts]:
     return text[0].upper() + text[1:] + ".", speaker.facts
 
 
-def captions(
-    scene: Scene, rng: random.Random, count: int = 5, unlike: Scene | None = None
-) -> list[tuple[str, Facts]]:
+def captions(scene: Scene, rng: random.Random, count: int = 5, unlike: Scene | None = None) -> list[tuple[str, Facts]]:
     """`count` different captions of a scene with their facts.
 
     Facts that also hold of the scene `unlike` are drawn again up to 12 times: people, too, name what sets

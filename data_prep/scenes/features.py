@@ -50,8 +50,8 @@ def crop(plane: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
 def hog(crops: np.ndarray) -> np.ndarray:
     """HOG of square crops [K, S, S] -> [K, (S / CELL)^2 * ORIENTATIONS], one block over the crop, L2-Hys.
 
-    The same numbers as `skimage.feature.hog(crop, cells_per_block=(S // CELL, S // CELL))`, which costs
-    0.5 ms a call; a picture has 16 regions and 49 grid cells, so they are done together.
+    The same numbers as `skimage.feature.hog(crop, cells_per_block=(S // CELL, S // CELL))`, which takes one crop at a
+    time: 3.5 ms for the 16 regions and 49 grid cells of a picture, together 0.5 ms.
     """
     k, size, _ = crops.shape
     cells = size // CELL
@@ -62,9 +62,7 @@ def hog(crops: np.ndarray) -> np.ndarray:
     bins = np.floor(angle).astype(np.intp) % ORIENTATIONS
     cell = np.arange(size) // CELL
     place = (np.arange(k)[:, None, None] * cells + cell[:, None]) * cells + cell
-    counts = np.bincount(
-        (place * ORIENTATIONS + bins).ravel(), np.hypot(gy, gx).ravel(), k * cells**2 * ORIENTATIONS
-    )
+    counts = np.bincount((place * ORIENTATIONS + bins).ravel(), np.hypot(gy, gx).ravel(), k * cells**2 * ORIENTATIONS)
     block = counts.reshape(k, -1) / CELL**2
     block = np.minimum(block / np.sqrt((block**2).sum(1, keepdims=True) + 1e-10), 0.2)
     return block / np.sqrt((block**2).sum(1, keepdims=True) + 1e-10)
@@ -82,15 +80,11 @@ def _colour(hue: np.ndarray, chroma: np.ndarray, value: np.ndarray) -> np.ndarra
     """Roots of soft shares [K, HUES + GREYS]: hues weighted by chroma, grey levels by what is left."""
     position = hue * HUES
     low, part = position.astype(np.intp), position % 1
-    hues = _histogram(low % HUES, chroma * (1 - part), HUES) + _histogram(
-        (low + 1) % HUES, chroma * part, HUES
-    )
+    hues = _histogram(low % HUES, chroma * (1 - part), HUES) + _histogram((low + 1) % HUES, chroma * part, HUES)
     position = value * (GREYS - 1)
     low = np.minimum(position.astype(np.intp), GREYS - 2)
     part = position - low
-    greys = _histogram(low, (1 - chroma) * (1 - part), GREYS) + _histogram(
-        low + 1, (1 - chroma) * part, GREYS
-    )
+    greys = _histogram(low, (1 - chroma) * (1 - part), GREYS) + _histogram(low + 1, (1 - chroma) * part, GREYS)
     return np.sqrt(np.concatenate([hues, greys], axis=1) / hue[0].size)
 
 
@@ -101,7 +95,7 @@ def _scaled(part: np.ndarray, name: str, grid: bool) -> np.ndarray:
 
 def planes(image: np.ndarray) -> dict[str, np.ndarray]:
     """What `describe` reads of a picture uint8 [H, W, 3]: grey, hue, chroma, value, lbp, each [H, W]."""
-    # A contiguous plane a channel: skimage.color.rgb2hsv reduces over the last axis, five times as slowly.
+    # A contiguous plane a channel: 0.2 ms, where skimage.color.rgb2hsv, which reduces over the last axis, takes 2.7 ms.
     red, green, blue = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32) / 255
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
     value = np.maximum(np.maximum(red, green), blue)
@@ -126,9 +120,7 @@ def describe(source: dict[str, np.ndarray], boxes: np.ndarray, *, grid: bool = F
     half = slice(size // 4, size - size // 4)
     for pick in (pixel,) if grid else (pixel, pixel[:, half, half]):
         parts.append(
-            _scaled(
-                _colour(*(source[name].ravel()[pick] for name in ("hue", "chroma", "value"))), "colour", grid
-            )
+            _scaled(_colour(*(source[name].ravel()[pick] for name in ("hue", "chroma", "value"))), "colour", grid)
         )
         patterns = _histogram(source["lbp"].ravel()[pick], None, PATTERNS) / pick[0].size
         parts.append(_scaled(np.sqrt(patterns), "lbp", grid))

@@ -59,9 +59,7 @@ def _patterns() -> np.ndarray:
         "road": 26.0 * ((x % 24 < 12) & (y % 20 < 2.5)),
         "floor": -28.0 * (x % 13 < 1.5),
     }
-    return np.stack(
-        [np.zeros((SIDE, SIDE), np.float32)] * len(SHAPES) + [made[s].astype(np.float32) for s in STUFF]
-    )
+    return np.stack([np.zeros((SIDE, SIDE), np.float32)] * len(SHAPES) + [made[s].astype(np.float32) for s in STUFF])
 
 
 def _texture(texture: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -80,9 +78,7 @@ def _texture(texture: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _inner(alpha: np.ndarray) -> np.ndarray:
     """Alpha without its outermost pixels: what is left of it is painted, the rest is the outline."""
     padded = np.pad(alpha, 1)
-    return np.minimum.reduce(
-        [alpha, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
-    )
+    return np.minimum.reduce([alpha, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:

@@ -19,9 +19,7 @@ from data_prep.scenes.shapes import PIXEL_CENTRES, SHAPES, SIDE, Cover, Spot, co
 UPPER_STUFF = ("sky", "hills", "forest", "wall")  # the top of a picture
 LOWER_STUFF = ("sea", "grass", "sand", "snow", "road", "floor")  # what lies below it
 STUFF = UPPER_STUFF + LOWER_STUFF
-CLASS_NAMES = (
-    SHAPES + STUFF
-)  # ids of the label map; no colour, so a label map alone does not answer a caption
+CLASS_NAMES = SHAPES + STUFF  # ids of the label map; no colour, so a label map alone does not answer a caption
 COLOURS = ("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "white", "black")
 TEXTURES = ("plain", "striped", "dotted", "checked")
 SIZES = ("small", "large")
@@ -34,9 +32,7 @@ PAIR_SHARES = (0.4, 0.3, 0.3)
 
 MARGIN = 0.12  # centres closer than this share of the side are neither beside nor above each other
 HIDDEN = 0.15  # share of a thing that must be covered before it is called "behind"
-TOUCHING = (
-    0.06  # a smaller covered share is mere contact; layouts with shares between the two are drawn again
-)
+TOUCHING = 0.06  # a smaller covered share is mere contact; layouts with shares between the two are drawn again
 VISIBLE = 0.45  # share of every thing that stays visible
 
 CONTENT, LAYOUT, PAIR = range(3)  # streams of random numbers
@@ -115,10 +111,8 @@ def _content(rng: np.random.Generator) -> tuple[list[Look], int, list[int]]:
     """Looks (a repeated one is a group), upper and lower stuff. Shapes and colours differ between groups."""
     groups = int(rng.integers(3, 6))
     shapes, colours = rng.permutation(len(SHAPES))[:groups], rng.permutation(len(COLOURS))[:groups]
-    sizes, textures = (
-        rng.integers(0, len(SIZES), groups),
-        rng.choice(len(TEXTURES), groups, p=(0.4, 0.2, 0.2, 0.2)),
-    )
+    sizes = rng.integers(0, len(SIZES), groups)
+    textures = rng.choice(len(TEXTURES), groups, p=(0.4, 0.2, 0.2, 0.2))
     looks = [Look(*map(int, row)) for row in zip(shapes, colours, sizes, textures, strict=True)]
     if rng.random() < 0.5:
         looks += [looks[0]] * int(rng.integers(1, 3 if groups > 3 else 4))
@@ -132,9 +126,7 @@ def _ground(rng: np.random.Generator, upper: int, lower: list[int]) -> Ground:
     stacked = bool(rng.random() < 0.5)
     top = float(rng.uniform(0.25, 0.42))
     second = float(rng.uniform(0.62, 0.75) if stacked else rng.uniform(0.35, 0.65))
-    waves = [
-        (float(rng.uniform(0, 0.03)), float(rng.uniform(3, 12)), float(rng.uniform(0, 6.3))) for _ in range(2)
-    ]
+    waves = [(float(rng.uniform(0, 0.03)), float(rng.uniform(3, 12)), float(rng.uniform(0, 6.3))) for _ in range(2)]
     order = tuple(lower[i] for i in rng.permutation(len(lower)))
     return Ground(upper, order, stacked, (top, second), (waves[0], waves[1]))
 
@@ -154,12 +146,8 @@ def _place(rng: np.random.Generator, radius: float, angle: float, placed: list[S
             others = [o for o in placed if o is not other]
             span = other.radius + radius
             if way < 0.25:  # in front: shifted to one side so that a part stays visible
-                spot = Spot(
-                    other.x + (1 if x < 0.5 else -1) * span * 0.62,
-                    other.y + (y - 0.3) * radius,
-                    radius,
-                    angle,
-                )
+                shift = span * (0.62 if x < 0.5 else -0.62)
+                spot = Spot(other.x + shift, other.y + (y - 0.3) * radius, radius, angle)
             else:
                 spot = Spot(other.x + (x - 0.5) * other.radius * 0.5, other.y - span * 0.96, radius, angle)
         if radius <= spot.x <= 1 - radius and radius <= spot.y <= 1 - radius and _clear(spot, others):
@@ -186,10 +174,7 @@ def _hidden(covers: list[Cover]) -> tuple[np.ndarray, np.ndarray]:
 def _acceptable(hidden: np.ndarray, owner: np.ndarray, covers: list[Cover]) -> bool:
     visible = np.bincount(owner[owner >= 0], minlength=len(covers))
     whole = [np.count_nonzero(alpha >= 0.5) for _, _, alpha in covers]
-    return (
-        bool((visible >= VISIBLE * np.array(whole)).all())
-        and not ((hidden > TOUCHING) & (hidden < HIDDEN)).any()
-    )
+    return bool((visible >= VISIBLE * np.array(whole)).all()) and not ((hidden > TOUCHING) & (hidden < HIDDEN)).any()
 
 
 def _extent(cover: Cover) -> list[float]:

@@ -36,9 +36,7 @@ def steps_per_epoch(dataset: DataSet, split: str, batch_size: int) -> int:
     """
     captions = int(dataset.caption_counts(split).sum())
     if captions < batch_size:
-        raise ValueError(
-            f"{dataset.path}: split {split!r} has {captions} captions, fewer than a batch of {batch_size}"
-        )
+        raise ValueError(f"{dataset.path}: split {split!r} has {captions} captions, fewer than a batch of {batch_size}")
     return captions // batch_size
 
 
@@ -103,9 +101,7 @@ def train_batches(
     collate = partial(_collate, buckets=buckets if shard_count == 1 else buckets[-1:])
     # Explicit seeds: grain's default ones depend on the position in the pipeline, and so would a resumed run.
     order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
-    examples_drawn = (
-        grain.MapDataset.range(examples).shuffle(seed=order_seed).random_map(draw, seed=draw_seed)
-    )
+    examples_drawn = grain.MapDataset.range(examples).shuffle(seed=order_seed).random_map(draw, seed=draw_seed)
     stream = examples_drawn[:whole][shard_index::shard_count].batch(images, batch_fn=collate).repeat()
     if not data.resident:
         stream = stream.map(lambda batch: batch | stack_images(records, batch["image_index"]))
@@ -114,9 +110,7 @@ def train_batches(
 
 def read_options(data: ConfigDict) -> grain.ReadOptions:
     """Threads, not processes: worker processes would each hold the captions and need absl's flags parsed."""
-    return grain.ReadOptions(
-        num_threads=min(data.read_threads, data.prefetch), prefetch_buffer_size=data.prefetch
-    )
+    return grain.ReadOptions(num_threads=min(data.read_threads, data.prefetch), prefetch_buffer_size=data.prefetch)
 
 
 def token_buckets(data: ConfigDict) -> tuple[int, ...]:
@@ -158,9 +152,7 @@ def stack_images(records: RandomAccess, numbers: Iterable[int]) -> HostBatch:
 def resident_table(dataset: DataSet, split: str, fields: Sequence[str]) -> HostBatch:
     """All records of a split: `fields` and the masks of their units as stored, [N, ...], for `gather`."""
     records = dataset.open_split(split, stored_fields(dataset, fields))
-    table = {
-        field: np.empty((len(records), *np.shape(value)), value.dtype) for field, value in records[0].items()
-    }
+    table = {field: np.empty((len(records), *np.shape(value)), value.dtype) for field, value in records[0].items()}
     for number, record in enumerate(records):
         for field, values in table.items():
             values[number] = record[field]
@@ -217,10 +209,7 @@ def _draw(
     else:
         first, last = captions.first[number : number + 2]
         image, chosen = number, [*(first + np.resize(rng.permutation(last - first), per_image))]
-    altered = (
-        alter_words(*captions.caption(t), rates, tokenizer.mask_id, tokenizer.random_range, rng)
-        for t in chosen
-    )
+    altered = (alter_words(*captions.caption(t), rates, tokenizer.mask_id, tokenizer.random_range, rng) for t in chosen)
     example: dict[str, Any] = {
         "image_index": image,
         "ids": [tokenizer.enclose(a, max_tokens) for a in altered],

@@ -84,6 +84,4 @@ def open_gallery(
 def _image_part(records: RandomAccess, batch_size: int, start: int) -> Part:
     numbers = np.arange(start, min(start + batch_size, len(records)))
     padded = np.pad(numbers, (0, batch_size - len(numbers)), constant_values=start)
-    return Part(
-        {"image_index": padded.astype(np.int32), **stack_images(records, padded)}, len(numbers), numbers
-    )
+    return Part({"image_index": padded.astype(np.int32), **stack_images(records, padded)}, len(numbers), numbers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
+from shnet_jax.data.index import Index, IndexBuilder, index_file, read_index
+
 CHECKSUMS = "checksums.json"
 SENTENCEPIECE = "sentencepiece.model"
 _INFO = "dataset_info.json"
 
 log = logging.getLogger(__name__)
-
-
-def index_file(split: str) -> str:
-    """Name of the sidecar with the image ids and caption counts of a split."""
-    return f"index_{split}.npz"
 
 
 class Feature(NamedTuple):
@@ -49,15 +46,12 @@ def find_dataset(directory: str | Path) -> Path:
         found = sorted(
             path
             for path in root.glob(pattern)
-            if (path / _INFO).is_file()
-            and not any(part.startswith(".") for part in path.relative_to(root).parts)
+            if (path / _INFO).is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
         )
         if len(found) == 1:
             return found[0]
         if found:
-            raise FileNotFoundError(
-                f"data set folder {str(root)!r}: holds several: {', '.join(map(str, found))}"
-            )
+            raise FileNotFoundError(f"data set folder {str(root)!r}: holds several: {', '.join(map(str, found))}")
     entries = sorted(path.name for path in root.iterdir())
     raise FileNotFoundError(
         f"data set folder {str(root)!r}: no data set ({_INFO}) here or up to two folders below; "
@@ -81,6 +75,7 @@ class DataSet:
     features: Mapping[str, Feature]
     num_classes: int | None
     metadata: Mapping[str, Any]
+    _indices: dict[str, Index] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def open_split(self, split: str, fields: Sequence[str]) -> RandomAccess:
         """See `open_split`."""
@@ -92,29 +87,44 @@ class DataSet:
 
     def image_ids(self, split: str) -> np.ndarray:
         """Image ids of a split in record order, unicode [N]."""
-        return self._index(split)["image_ids"]
+        return self.index(split).image_ids
 
     def caption_counts(self, split: str) -> np.ndarray:
         """Captions of each image of a split in record order, int32 [N]."""
-        return self._index(split)["caption_counts"]
+        return self.index(split).caption_counts
+
+    def captions(self, split: str) -> Iterator[list[str]]:
+        """The captions of each image of a split in record order."""
+        return self.index(split).all_captions()
+
+    def index(self, split: str) -> Index:
+        """Ids and captions of a split: its sidecar or, without one, what a pass over its records finds; kept.
+
+        Raises ValueError for an unknown split, and for a sidecar that is damaged or of another number of records.
+        """
+        self._check_split(split)
+        if split not in self._indices:
+            index = read_index(self.path, split)
+            if index is None:
+                index = self._scan(split)
+            if len(index) != self.splits[split]:
+                raise ValueError(
+                    f"{self.path / index_file(split)}: expected {self.splits[split]} image ids, found {len(index)}"
+                )
+            self._indices[split] = index
+        return self._indices[split]
+
+    def _scan(self, split: str) -> Index:
+        name, size = index_file(split), self.splits[split]
+        log.info("%s: no captions in %s; scanning %d records", self.path, name, size)
+        index = IndexBuilder()
+        for record in self.open_split(split, ("image_id", "captions")):
+            index.add(record["image_id"], record["captions"])
+        return index.build()
 
     def _check_split(self, split: str) -> None:
         if split not in self.splits:
             raise ValueError(f"{self.path}: no split {split!r}; it has {', '.join(self.splits)}")
-
-    def _index(self, split: str) -> Mapping[str, np.ndarray]:
-        self._check_split(split)
-        path = self.path / index_file(split)
-        if path.is_file():
-            with np.load(path, allow_pickle=False) as index:
-                return {"image_ids": index["image_ids"], "caption_counts": index["caption_counts"]}
-        log.info("%s: no %s; scanning %d records", self.path, path.name, self.splits[split])
-        records = self.open_split(split, ("image_id", "captions"))
-        pairs = [(record["image_id"], len(record["captions"])) for record in records]
-        return {
-            "image_ids": np.array([image_id for image_id, _ in pairs], dtype=np.str_),
-            "caption_counts": np.array([count for _, count in pairs], dtype=np.int32),
-        }
 
 
 def open_dataset(directory: str | Path) -> DataSet:

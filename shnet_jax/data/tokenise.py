@@ -55,17 +55,8 @@ class Tokenizer:
         """Number of ids, special tokens included."""
         return len(self.starts_word)
 
-    def words(self, text: str) -> list[list[int]]:
-        """Pieces of each word of `text`, without special tokens."""
-        pieces, word_lengths, _ = _flatten([text], self)
-        return [pieces[a:b].tolist() for a, b in pairwise(_offsets(word_lengths))]
-
-    def encode(self, words: Iterable[Sequence[int]], max_tokens: int) -> list[int]:
-        """Ids of a caption between its begin and end token, cut to `max_tokens` in all."""
-        return self.enclose([piece for word in words for piece in word], max_tokens).tolist()
-
     def enclose(self, pieces: Sequence[int] | np.ndarray, max_tokens: int) -> np.ndarray:
-        """`encode` for a flat sequence of pieces: [m] int32 with m <= max_tokens."""
+        """Ids [m] int32 of a caption: its pieces between begin and end token, cut so that m <= max_tokens."""
         kept = pieces[: max_tokens - 2]
         ids = np.empty(len(kept) + 2, np.int32)
         ids[0], ids[1:-1], ids[-1] = self.begin_id, kept, self.end_id
@@ -123,15 +114,12 @@ def tokenise_captions(captions: Iterable[Sequence[str]], tokenizer: Tokenizer) -
             pending = []
     parts.append(_flatten(pending, tokenizer))
     pieces, word_lengths, caption_words = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Captions(
-        pieces, _offsets(word_lengths), _offsets(caption_words), _offsets(np.asarray(counts, np.int32))
-    )
+    return Captions(pieces, _offsets(word_lengths), _offsets(caption_words), _offsets(np.asarray(counts, np.int32)))
 
 
 def tokenise_split(dataset: DataSet, split: str, tokenizer: Tokenizer) -> Captions:
-    """Tokenise all captions of a split of a data set; reads every record once."""
-    records = dataset.open_split(split, ("captions",))
-    return tokenise_captions((record["captions"] for record in records), tokenizer)
+    """Tokenise all captions of a split of a data set."""
+    return tokenise_captions(dataset.captions(split), tokenizer)
 
 
 def _flatten(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -154,7 +142,8 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 def load_tokenizer(config: ConfigDict) -> Tokenizer:
     """The tokenizer that `config.tokenizer` names, of `vocabulary_file`.
 
-    Raises ValueError for an unknown kind or a vocabulary without the special tokens, FileNotFoundError for a missing file.
+    Raises ValueError for an unknown kind, no file named or a vocabulary without the special tokens, FileNotFoundError
+    for a missing file.
     """
     path = vocabulary_file(config)
     return wordpiece(path) if config.tokenizer.kind == "wordpiece" else sentence_piece(path)
@@ -169,8 +158,8 @@ def vocabulary_file(config: ConfigDict) -> Path:
         return Path(config.tokenizer.path)
     if kind == "wordpiece":
         raise ValueError(
-            "tokenizer.kind is 'wordpiece' but no vocab.txt is named: set text.weights to a BERT folder (or 'minilm'), set "
-            "tokenizer.path, or use tokenizer.kind='sentencepiece', whose model lies in the data set"
+            "tokenizer.kind is 'wordpiece' but no vocab.txt is named: set text.weights to a BERT folder (or 'minilm'), "
+            "set tokenizer.path, or use tokenizer.kind='sentencepiece', whose model lies in the data set"
         )
     return find_dataset(config.data.dir) / SENTENCEPIECE
 
@@ -178,9 +167,7 @@ def vocabulary_file(config: ConfigDict) -> Path:
 def wordpiece(path: Path) -> Tokenizer:
     """The uncased BERT tokenizer of a vocab.txt (one piece per line, its line number is its id)."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: WordPiece vocabulary not found (a vocab.txt with one piece per line)"
-        )
+        raise FileNotFoundError(f"{path}: WordPiece vocabulary not found (a vocab.txt with one piece per line)")
     pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     special = _special(path, pieces)
     starts_word = np.array([not piece.startswith("##") for piece in pieces])
@@ -190,9 +177,7 @@ def wordpiece(path: Path) -> Tokenizer:
 def sentence_piece(path: Path) -> Tokenizer:
     """The tokenizer of a SentencePiece model that has the pieces SPECIAL, [PAD] as id 0."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: SentencePiece model not found (data_prep trains one for every data set)"
-        )
+        raise FileNotFoundError(f"{path}: SentencePiece model not found (data_prep trains one for every data set)")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     special = _special(path, pieces)
@@ -202,22 +187,16 @@ def sentence_piece(path: Path) -> Tokenizer:
 
 def _tokenizer(vocabulary: _Vocabulary, starts_word: np.ndarray, special: Sequence[int]) -> Tokenizer:
     _, _, begin_id, end_id, mask_id = special
-    return Tokenizer(
-        vocabulary, starts_word, mask_id, begin_id, end_id, _longest_run(special, len(starts_word))
-    )
+    return Tokenizer(vocabulary, starts_word, mask_id, begin_id, end_id, _longest_run(special, len(starts_word)))
 
 
 def _special(path: Path, pieces: Sequence[str]) -> list[int]:
     """Ids of SPECIAL."""
     missing = [name for name in SPECIAL if name not in pieces]
     if missing:
-        raise ValueError(
-            f"{path}: {len(pieces)} pieces but no {', '.join(missing)} (needed: {', '.join(SPECIAL)})"
-        )
+        raise ValueError(f"{path}: {len(pieces)} pieces but no {', '.join(missing)} (needed: {', '.join(SPECIAL)})")
     if pieces[0] != SPECIAL[0]:
-        raise ValueError(
-            f"{path}: piece 0 is {pieces[0]!r}; padding must be id 0, so {SPECIAL[0]} was expected there"
-        )
+        raise ValueError(f"{path}: piece 0 is {pieces[0]!r}; padding must be id 0, so {SPECIAL[0]} was expected there")
     return [pieces.index(name) for name in SPECIAL]
 
 
@@ -233,9 +212,7 @@ class _WordPiece:
 
     def __init__(self, ids: dict[str, int]):
         # The special tokens are not registered: "[MASK]" written in a caption is text, not a mask.
-        self._tokenizer = tokenizers.Tokenizer(
-            models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100)
-        )
+        self._tokenizer = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
         self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
 

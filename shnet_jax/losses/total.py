@@ -49,13 +49,9 @@ def build(loss_config: ConfigDict, steps_per_epoch: float) -> tuple[dict[str, di
         values: dict[str, Array] = {}
         weighted = []
         for name, module in modules.items():
-            own = module.loss(
-                images, texts, ids, dataclasses.replace(ctx, params=ctx.params[name]), **options[name]
-            )
+            own = module.loss(images, texts, ids, dataclasses.replace(ctx, params=ctx.params[name]), **options[name])
             if clash := sorted({"loss", *values} & set(own)):
-                raise ValueError(
-                    f"loss {name!r} returns {clash}, which another loss or the total returns as well"
-                )
+                raise ValueError(f"loss {name!r} returns {clash}, which another loss or the total returns as well")
             values |= own
             weighted += [weights[name] * value for key, value in own.items() if key.endswith("_loss")]
         return {"loss": sum(weighted), **values}
@@ -73,11 +69,7 @@ def _options(name: str, module: ModuleType, config: ConfigDict, steps_per_epoch:
     unknown = sorted(set(options) - set(takes))
     missing = sorted(n for n, p in takes.items() if p.default is p.empty and n not in options)
     if unknown or missing:
-        faults = [
-            f"{what} {', '.join(names)}"
-            for what, names in (("unknown", unknown), ("missing", missing))
-            if names
-        ]
+        faults = [f"{what} {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
         raise ValueError(
             f"options loss.{name}: {'; '.join(faults)}; {module.__name__} takes {', '.join(sorted(takes))}"
         )

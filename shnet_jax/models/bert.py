@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -28,9 +29,7 @@ class Layer(nn.Module):
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """x [t, L, width], mask [t, L] bool -> [t, L, width]."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        attended = SelfAttention(self.heads, self.dropout, self.dtype, _init, name="attention")(
-            x, mask, train=train
-        )
+        attended = SelfAttention(self.heads, self.dropout, self.dtype, _init, name="attention")(x, mask, train=train)
         x = LayerNorm(epsilon=EPSILON, name="attention_norm")(x + drop(attended))
         transformed = FeedForward(self.mlp_dim, self.dtype, _init, name="mlp")(x)
         return LayerNorm(epsilon=EPSILON, name="mlp_norm")(x + drop(transformed))
@@ -46,6 +45,7 @@ class BERT(nn.Module):
     mlp_dim: int = 3072
     max_positions: int = 512
     dropout: float = 0.1
+    frozen_layers: int = 0
     dtype: DType = "float32"
 
     @nn.compact
@@ -61,15 +61,20 @@ class BERT(nn.Module):
         x = jnp.take(words, tokens, axis=0) + positions[:length] + types[0]
         x = LayerNorm(epsilon=EPSILON, name="norm")(x)
         self.sow("intermediates", "embedded", x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        frozen = self.frozen_layers
+        x = nn.Dropout(self.dropout, deterministic=not train or frozen > 0)(x)
         for i in range(self.layers):
             layer = Layer(self.heads, self.mlp_dim, self.dropout, self.dtype, name=f"layer_{i}")
-            x = layer(x, mask, train=train)
+            x = layer(x, mask, train=train and i >= frozen)
+            if i + 1 == frozen:
+                x = jax.lax.stop_gradient(x)
         return x
 
 
 def build(text: ConfigDict) -> BERT:
     """The tower of `config.text`."""
+    if not 0 <= text.frozen_layers <= text.layers:
+        raise ValueError(f"config.text.frozen_layers is {text.frozen_layers}, the tower has {text.layers} layers")
     return BERT(
         vocab_size=text.vocab_size,
         layers=text.layers,
@@ -78,5 +83,6 @@ def build(text: ConfigDict) -> BERT:
         mlp_dim=text.mlp_dim,
         max_positions=text.max_positions,
         dropout=text.dropout,
+        frozen_layers=text.frozen_layers,
         dtype=text.dtype,
     )

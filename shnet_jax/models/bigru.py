@@ -78,9 +78,7 @@ class BiGRU(nn.Module):
     def __call__(self, tokens: Array, mask: Array, *, train: bool) -> Array:
         """tokens [t, L] int32, mask [t, L] bool -> [t, L, width] float32."""
         if self.width % 2:
-            raise ValueError(
-                f"width {self.width} of the bidirectional GRU is odd: each direction has half of it"
-            )
+            raise ValueError(f"width {self.width} of the bidirectional GRU is odd: each direction has half of it")
         words = self.param("words", _table, (self.vocab_size, EMBEDDING))
         # take, not words[tokens]: a token id outside the vocabulary gives NaN instead of the last row.
         x = nn.Dropout(self.dropout, deterministic=not train)(jnp.take(words, tokens, axis=0))

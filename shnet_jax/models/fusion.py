@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from shnet_jax.models.layers import Dense, torch_uniform
-from shnet_jax.models.mlp import MLP, BatchNorm
+from shnet_jax.models.mlp import BatchNorm
 from shnet_jax.ops.map_attention import attention_weights, map_attention
 from shnet_jax.ops.matmul import einsum
 from shnet_jax.ops.positions import map_code_1d, map_code_2d
@@ -68,9 +68,9 @@ class SemanticHighlight(nn.Module):
 class MapEncoder(nn.Module):
     """Label map to keys: 3x3 convolution of class and position channels, BatchNorm, ReLU.
 
-    The convolution is linear and BatchNorm affine, so the keys are relu(patches @ kernel + position), where the position
-    part is equal for all images and the batch statistics follow from moments of the (small) patches. The keys themselves
-    are left to `ops.map_attention`.
+    The convolution is linear and BatchNorm affine, so the keys are relu(patches @ kernel + position), where the
+    position part is equal for all images and the batch statistics follow from moments of the (small) patches. The keys
+    themselves are left to `ops.map_attention`.
     """
 
     channels: int
@@ -82,13 +82,11 @@ class MapEncoder(nn.Module):
     @nn.compact
     def __call__(self, seg_map: Array, *, train: bool) -> tuple[Array, Array, Array]:
         """seg_map [n, H, W] uint8 -> patches [n, H*W, i], kernel [i, channels], position [H*W, channels]."""
-        n, height, width = seg_map.shape
+        _, height, width = seg_map.shape
         if self.inputs == "raw_id":
             classes = seg_map[..., None].astype(jnp.float32)
         else:
-            ids = jnp.minimum(
-                seg_map.astype(jnp.int32), self.num_classes
-            )  # void and unknown share the last row
+            ids = jnp.minimum(seg_map.astype(jnp.int32), self.num_classes)  # void and unknown share the last row
             classes = nn.Embed(self.num_classes + 1, CLASS_EMBEDDING, name="classes")(ids)
         inputs = classes.shape[-1]
         fan_in = 9 * (inputs + POSITION_CODE)
@@ -98,14 +96,10 @@ class MapEncoder(nn.Module):
         code = _neighbourhoods(code.reshape(1, height, width, POSITION_CODE))[0]
         patches = _neighbourhoods(classes)
         by_class = kernel[:, :, :inputs].reshape(-1, self.channels)
-        position = (
-            einsum("pi,ic->pc", code, kernel[:, :, inputs:].reshape(-1, self.channels), "float32") + bias
-        )
+        position = einsum("pi,ic->pc", code, kernel[:, :, inputs:].reshape(-1, self.channels), "float32") + bias
 
         moments = partial(_moments, patches, by_class, position, self.axis)
-        mean, factor, shift = BatchNorm(axis=self.axis, name="norm").coefficients(
-            self.channels, moments, train=train
-        )
+        mean, factor, shift = BatchNorm(axis=self.axis, name="norm").coefficients(self.channels, moments, train=train)
         return patches, by_class * factor, (position - mean) * factor + shift
 
 
@@ -156,9 +150,9 @@ class SpatialHighlight(nn.Module):
     @nn.compact
     def __call__(self, units: Array, mask: Array, seg_map: Array, *, train: bool) -> Array:
         """units [n, N, d] (linear features), mask [n, N], seg_map [n, H, W] -> [n, N, d]."""
-        keys = MapEncoder(
-            self.channels, self.num_classes, self.map_input, self.map_position, self.axis, name="map"
-        )(seg_map, train=train)
+        keys = MapEncoder(self.channels, self.num_classes, self.map_input, self.map_position, self.axis, name="map")(
+            seg_map, train=train
+        )
         query = self.mlp(self.dim // 2, self.channels, name="query_mlp")(units, mask, train=train)
         scaled = query * (self.scale / math.sqrt(self.channels))
         if self.is_mutable_collection("intermediates"):  # large: made only where somebody asks to see it

@@ -108,7 +108,5 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [..., width] -> [..., width]."""
-        hidden = jax.nn.gelu(
-            Dense(self.hidden, self.dtype, self.kernel_init, name="in")(x), approximate=False
-        )
+        hidden = jax.nn.gelu(Dense(self.hidden, self.dtype, self.kernel_init, name="in")(x), approximate=False)
         return Dense(x.shape[-1], self.dtype, self.kernel_init, name="out")(hidden)

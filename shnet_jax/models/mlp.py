@@ -16,8 +16,8 @@ from shnet_jax.types import Array
 class BatchNorm(nn.Module):
     """torch's BatchNorm over all axes but the last, with two choices that flax's lacks.
 
-    The running variance takes the unbiased variance of the batch, the normalisation the biased one (torch); and rows can
-    be left out of the statistics by a mask (the better choice for padded sets; the published code counts them).
+    The running variance takes the unbiased variance of the batch, the normalisation the biased one (torch); and rows
+    can be left out of the statistics by a mask (the better choice for padded sets; the published code counts them).
 
     Attributes:
       include_padding: masked rows enter the statistics (published True).

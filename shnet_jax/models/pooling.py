@@ -74,9 +74,7 @@ class GPO(nn.Module):
         """Pools each set: features [n, m, d], mask [n, m] bool -> [n, d] float32."""
         n, m = mask.shape
         lengths = jnp.sum(mask, axis=1)
-        if n <= m:
-            weights = self.weights(lengths, m)
-        else:  # the weights depend on the length alone: one table serves any number of sets
-            weights = self.weights(jnp.arange(m + 1), m)[lengths]
+        # The weights depend on the length alone: one table serves any number of sets.
+        weights = self.weights(lengths, m) if n <= m else self.weights(jnp.arange(m + 1), m)[lengths]
         self.sow("intermediates", "weights", weights)
         return set_pool(features, mask, weights)

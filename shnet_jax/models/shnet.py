@@ -1,6 +1,6 @@
 """3SHNet: segmentation-guided semantic and spatial self-highlighting (Ge et al., IPM 61(4), 2024).
 
-With both branches and both extra token kinds off it is VSE-infinity (Chen et al., CVPR 2021): projected units under GPO.
+With both branches and both extra token kinds off it is VSE-infinity (Chen et al., CVPR 2021): projected units and GPO.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class ImageEncoder(nn.Module):
     map_position: str
     spatial_scale: float
     dropout: float
+    feature_dropout: float
     mlp: partial
     axis: str | None
     dtype: str
@@ -52,13 +53,11 @@ class ImageEncoder(nn.Module):
 
         highlighted = []
         if self.semantic:
-            highlight = SemanticHighlight(self.dim, self.dropout, self.mlp, self.dtype, name="semantic")
-            highlighted.append(
-                highlight(linear, mask, batch["seg_semantic"].astype(jnp.float32), train=train)
-            )
+            semantic = SemanticHighlight(self.dim, self.dropout, self.mlp, self.dtype, name="semantic")
+            highlighted.append(semantic(linear, mask, batch["seg_semantic"].astype(jnp.float32), train=train))
             self.sow("intermediates", "semantic_features", highlighted[-1])
         if self.spatial:
-            highlight = SpatialHighlight(
+            spatial = SpatialHighlight(
                 self.dim,
                 self.map_channels,
                 self.spatial_scale,
@@ -70,7 +69,7 @@ class ImageEncoder(nn.Module):
                 self.dtype,
                 name="spatial",
             )
-            highlighted.append(highlight(linear, mask, batch["seg_map"], train=train))
+            highlighted.append(spatial(linear, mask, batch["seg_map"], train=train))
             self.sow("intermediates", "spatial_features", highlighted[-1])
         if highlighted:
             fused = self._mlp("fusion_mlp")(sum(highlighted) + projected, mask, train=train)
@@ -111,6 +110,7 @@ class ImageEncoder(nn.Module):
         linears, projecteds, masks = [], [], []
         for unit in self.units:
             x = batch[unit].astype(jnp.float32)
+            x = nn.Dropout(self.feature_dropout, deterministic=not train)(x)
             given = batch.get(UNIT_MASKS[unit])
             mask = jnp.ones(x.shape[:2], bool) if given is None else given
             linear = Dense(self.dim, dtype=self.dtype, kernel_init=xavier_uniform, name=f"{unit}_linear")(x)
@@ -169,6 +169,7 @@ def build(config: ConfigDict) -> SHNet:
         map_position=m.map_position,
         spatial_scale=m.spatial_scale,
         dropout=m.dropout,
+        feature_dropout=m.feature_dropout,
         mlp=mlp,
         axis=axis,
         dtype=m.dtype,

@@ -54,9 +54,7 @@ class Transformer(nn.Module):
         """tokens [t, L] int32, mask [t, L] bool -> [t, L, width] float32."""
         length = tokens.shape[1]
         if length > self.max_positions:
-            raise ValueError(
-                f"captions of {length} tokens, but the transformer has {self.max_positions} positions"
-            )
+            raise ValueError(f"captions of {length} tokens, but the transformer has {self.max_positions} positions")
         words = self.param("words", _table, (self.vocab_size, self.width))
         positions = self.param("positions", _table, (self.max_positions, self.width))
         # take, not words[tokens]: a token id outside the vocabulary gives NaN instead of the last row.

@@ -36,9 +36,7 @@ class Clock:
     now: a monotonic clock in seconds.
     """
 
-    def __init__(
-        self, state: Mapping[str, float] | None = None, now: Callable[[], float] = time.perf_counter
-    ):
+    def __init__(self, state: Mapping[str, float] | None = None, now: Callable[[], float] = time.perf_counter):
         state = state or {"seconds": 0.0, "examples": 0}
         self._before = Interval(seconds=float(state["seconds"]), examples=int(state["examples"]))
         self._current = Interval()

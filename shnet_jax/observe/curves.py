@@ -54,9 +54,7 @@ def _losses(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
         _curve(axes, lines, name, name.removesuffix("_loss") if name != "loss" else "total", **style)
     if len(axes.lines) > 1:
         axes.legend(frameon=False)
-    values = [
-        value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if math.isfinite(value)
-    ]
+    values = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if math.isfinite(value)]
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
 
@@ -71,9 +69,7 @@ def _learning_rate(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
 
 def _recalls(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
     rsum = [float(line["rsum"]) for line in lines if "rsum" in line]
-    axes.set_title(
-        "validation recall" + (f" (last rSum {rsum[-1]:.1f}, best {max(rsum):.1f})" if rsum else "")
-    )
+    axes.set_title("validation recall" + (f" (last rSum {rsum[-1]:.1f}, best {max(rsum):.1f})" if rsum else ""))
     axes.set_ylabel("recall in percent")
     for key, direction in DIRECTIONS.items():
         for cut, colour in zip(CUTS, COLOURS[key], strict=True):

@@ -17,9 +17,7 @@ PLAIN_SECONDS = 10.0
 class Progress:
     """Shows step, speed, loss and remaining time of a run of `steps` steps on `stream` (standard error)."""
 
-    def __init__(
-        self, steps: int, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, steps: int, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self._steps = steps
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()

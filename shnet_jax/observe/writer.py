@@ -39,9 +39,7 @@ class MetricWriter:
         if resumed:
             _drop_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=resume_step + 1 if resumed else None
-        )
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resumed else None)
 
     def write(
         self,
@@ -91,9 +89,7 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
                 return
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise ValueError(
-                f"{path}, line {number}: expected an object with an integer 'step', got {text[:80]!r}"
-            )
+            raise ValueError(f"{path}, line {number}: expected an object with an integer 'step', got {text[:80]!r}")
         yield line
 
 

@@ -53,9 +53,7 @@ def _gradient_equations(equation: str) -> tuple[str, str]:
     a, comma, b = operands.partition(",")
     distinct = all(s.isalpha() and len(set(s)) == len(s) for s in (a, b, out))
     if not (arrow and comma and distinct and set(a) <= set(b + out) and set(b) <= set(a + out)):
-        raise ValueError(
-            f"einsum {equation!r} is not a plain product of two arrays such as 'tqhd,tkhd->thqk'"
-        )
+        raise ValueError(f"einsum {equation!r} is not a plain product of two arrays such as 'tqhd,tkhd->thqk'")
     return f"{out},{b}->{a}", f"{out},{a}->{b}"
 
 
@@ -107,9 +105,7 @@ def _cpu_product(equation: str, a: Array, b: Array) -> Array:
         right, contracted = b.reshape(n, k), 1
     else:
         right, contracted = b.transpose([second.index(c) for c in summed + columns]).reshape(k, n), 0
-    product = lax.dot_general(
-        left, right, (((1,), (contracted,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    product = lax.dot_general(left, right, (((1,), (contracted,)), ((), ())), preferred_element_type=jnp.float32)
     free = rows + columns
     return _by_rows(product).reshape([size[c] for c in free]).transpose([free.index(c) for c in out])
 

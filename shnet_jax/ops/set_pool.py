@@ -25,9 +25,7 @@ def _index_dtype(size: int) -> type:
     return jnp.int8 if size <= 127 else jnp.int16 if size <= 32767 else jnp.int32
 
 
-def _exchange(
-    values: Array, index: Array | None, distance: int, mirrored: bool
-) -> tuple[Array, Array | None]:
+def _exchange(values: Array, index: Array | None, distance: int, mirrored: bool) -> tuple[Array, Array | None]:
     """One layer of a bitonic network along axis 0: the larger of each pair goes first."""
     rows, channels = values.shape
     half = distance if not mirrored else distance // 2

@@ -49,9 +49,7 @@ def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.asarray(devices), (DATA,), axis_types=(AxisType.Auto,))
 
 
-def map_step(
-    fn: Callable[..., Any], mesh: Mesh, mapping: str = "shard_map", *, donate_state: bool = True
-) -> Mapped:
+def map_step(fn: Callable[..., Any], mesh: Mesh, mapping: str = "shard_map", *, donate_state: bool = True) -> Mapped:
     """Compiles the per-device `fn(state, batch, *rest)` over the mesh.
 
     The result takes `state` (see `replicate`), `batch` (see `put_batch`; every leaf [b, ...] is split along
@@ -83,9 +81,7 @@ def put_batch(batch: Tree, mesh: Mesh, mapping: str = "shard_map") -> Tree:
         if np.ndim(leaf) == 0 or np.shape(leaf)[0] % len(devices):
             rows = f"{np.shape(leaf)[0]} rows" if np.ndim(leaf) else "no rows (a scalar)"
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise ValueError(
-                f"batch field {name!r} has {rows}, which do not divide among {len(devices)} devices"
-            )
+            raise ValueError(f"batch field {name!r} has {rows}, which do not divide among {len(devices)} devices")
     if mapping == "pmap":  # each process hands pmap its own rows only
         sharding = NamedSharding(data_mesh(devices), P(DATA))
         return jax.device_put(batch, sharding)
@@ -107,9 +103,7 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(put, tree)
 
 
-def _map(
-    fn: Callable[..., Any], mesh: Mesh, mapping: str, *, split_output: bool, donate: tuple[int, ...]
-) -> Mapped:
+def _map(fn: Callable[..., Any], mesh: Mesh, mapping: str, *, split_output: bool, donate: tuple[int, ...]) -> Mapped:
     _check(mapping)
 
     def per_device(state, batch, rest):

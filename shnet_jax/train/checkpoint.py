@@ -1,7 +1,7 @@
 """Checkpoints: parameters, statistics, optimiser, averages, rng, data position, clock and metric as one atomic whole.
 
-The only file that imports orbax. Saving is asynchronous; a step's folder gets its name only when it is complete, so a run
-killed while saving continues from the step before.
+The only file that imports orbax. Saving is asynchronous; a step's folder gets its name only when it is complete, so a
+run killed while saving continues from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
@@ -22,8 +23,16 @@ SELECTION_METRIC = "rsum"
 """Key of the validation result that decides which checkpoint is the best (higher is better)."""
 
 
+_ITEMS = ("model", "loss", "ema", "batch_stats", "trainer")  # arrays, each under its own name
+
+
 def _selection(metrics: dict[str, float]) -> float:
     return metrics[SELECTION_METRIC]
+
+
+def _says_something(record: Any) -> bool:
+    # Orbax warns of each checkpoint between two evaluations that it has no metric, and of each folder only read.
+    return not any(text in str(record.msg) for text in ("did not provide metrics", "directory is read only"))
 
 
 class CheckpointError(RuntimeError):
@@ -41,24 +50,26 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, in `workdir/checkpoints`.
 
-    keep: newest ones kept; the best by the selection metric is kept beside them.
+    keep: newest ones kept; the best by the selection metric is kept beside them, and what a killed run has left
+      half written is removed. None: only reads, and changes nothing, as beside a run in progress.
     """
 
-    def __init__(self, workdir: str | Path, keep: int = 2):
+    def __init__(self, workdir: str | Path, keep: int | None = None):
         self.folder = Path(workdir).absolute() / "checkpoints"
         policies = checkpoint_managers
+        if keep is None:
+            access: dict[str, Any] = {"read_only": True, "create": False, "save_interval_steps": 0}
+        else:
+            best = policies.BestN(get_metric_fn=_selection, n=1, keep_checkpoints_without_metrics=False)
+            kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+            access = {"cleanup_tmp_directories": True, "preservation_policy": kept}
+        logging.get_absl_logger().addFilter(_says_something)
+        arrays = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(
-                best_fn=_selection,
-                best_mode="max",
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep),
-                        policies.BestN(get_metric_fn=_selection, n=1, keep_checkpoints_without_metrics=False),
-                    ]
-                ),
-            ),
+            # Named here, since a manager that has not yet saved would not know how to read them.
+            item_handlers=arrays | {"notes": ocp.JsonCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(best_fn=_selection, best_mode="max", **access),
         )
 
     def save(
@@ -109,21 +120,21 @@ class Checkpoints:
         return Restored(_from_items({n: restored[n] for n in target}, like), restored.notes)
 
     def restore_variables(self, step: int, like: dict[str, Any], *, averaged: bool) -> dict[str, Any]:
-        """Only {"params", "batch_stats"} of a step, as arrays on the host; `averaged`: the running average of the parameters.
+        """Only {"params", "batch_stats"} of a step, on one device; `averaged`: the running average of the parameters.
 
         Raises CheckpointError when they differ from `like` in structure or shape.
         """
         wanted = {"params": "ema" if averaged else "model", "batch_stats": "batch_stats"}
         names = {key: item for key, item in wanted.items() if jax.tree.leaves(like[key])}
-        host = SingleDeviceSharding(jax.devices()[0])
-        items = {item: self._request(step, item, like[key], host) for key, item in names.items()}
+        one = SingleDeviceSharding(jax.devices()[0])
+        items = {item: self._request(step, item, like[key], one) for key, item in names.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return {key: restored[item] for key, item in names.items()}
+        return {key: restored[names[key]] if key in names else like[key] for key in wanted}
 
     def _request(self, step: int, name: str, tree: Any, sharding: Any = None) -> ocp.args.CheckpointArgs:
-        saved = self._manager.item_metadata(step)[name]
+        saved = self._manager.item_metadata(step).get(name)
         if saved is None:
-            raise CheckpointError(f"checkpoint {step} in {self.folder} has no {name!r}")
+            raise CheckpointError(f"checkpoint {step} in {self.folder} has no {name!r}: the run was configured without")
         self._check(step, name, saved, tree)
         return ocp.args.StandardRestore(jax.tree.map(lambda leaf: _abstract(leaf, sharding), tree))
 
@@ -156,7 +167,8 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _from_items(items: dict[str, Any], like: TrainState) -> TrainState:
-    return like.replace(
+    return dataclasses.replace(
+        like,
         params={"model": items["model"], "loss": items.get("loss", like.params["loss"])},
         ema=items.get("ema"),
         batch_stats=items.get("batch_stats", like.batch_stats),

@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps, log lines, evaluations and checkpoints out; resumes exactly where it stopped."""
+"""The training loop: batches in; steps, log lines, evaluations, checkpoints out. Resumes exactly where it stopped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
     )
-    table = (
-        replicate(resident_table(dataset, data.train_split, experiment.fields), mesh) if data.resident else {}
-    )
+    table = replicate(resident_table(dataset, data.train_split, experiment.fields), mesh) if data.resident else {}
 
     updates_per_epoch = per_epoch / config.optim.accumulate
     rate = schedule(config, updates_per_epoch, math.ceil(total_steps / config.optim.accumulate))
@@ -127,8 +125,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
         log.info("continuing from step %d of %d in %s", last, total_steps, workdir)
         if config.train.on_nonfinite == "stop" and int(state.nonfinite):
             raise NonFiniteLoss(
-                f"{workdir}: this run stopped before step {last} at a loss that was not finite; "
-                "--config.train.on_nonfinite=skip goes on without that batch"
+                f"{workdir}: the loss or its gradient was not finite in {int(state.nonfinite)} of the first {last} "
+                "steps; --config.train.on_nonfinite=skip goes on without those batches"
             )
     first = last or 0
 
@@ -139,7 +137,22 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     eval_steps = round(config.train.eval_epochs * per_epoch)
     results: Results | None = None
     utilisation = cost.Utilisation(step, mesh.size, config.model.dtype)
-    pending: tuple[int, np.ndarray, dict[str, Any]] | None = None
+    pending: tuple[int, dict[str, np.ndarray], dict[str, Any]] | None = None
+
+    def look(at: int, batch: dict[str, np.ndarray], metrics: dict[str, Any]) -> None:
+        if metrics["nonfinite"]:
+            ids = dataset.image_ids(data.train_split)[batch["image_index"]]
+            message = f"step {at}: the loss or its gradient is not finite; images of the batch: {', '.join(ids)}"
+            if config.train.on_nonfinite == "skip":
+                log.warning("%s; its update was skipped", message)
+            else:
+                save()
+                raise NonFiniteLoss(
+                    f"{message}. The parameters before it are saved in {checkpoints.folder}. Look at these images, "
+                    "lower config.optim.lr in a new work folder, or go on without them: "
+                    "--config.train.on_nonfinite=skip"
+                )
+        progress.update(at, clock, loss=float(metrics["loss"]))
 
     def save(metrics: dict[str, float] | None = None) -> None:
         notes = {
@@ -150,7 +163,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
         }
         checkpoints.save(int(state.step), state, notes, iterator, metrics)
 
-    with _stop_signals() as stopped, clock:
+    # Whatever ends the loop, a checkpoint that is being saved is completed.
+    with _stop_signals() as stopped, clock, closing(checkpoints), closing(writer), closing(progress):
         for at in range(first + 1, total_steps + 1):
             with clock.waiting_for_data():
                 batch = next(iterator)
@@ -162,15 +176,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
             clock.tick(config.train.batch_size)
             # The step before this one is finished by now: looking at its numbers keeps the device busy.
             if pending is not None:
-                _check_finite(*pending, save, checkpoints, config)
-                progress.update(pending[0], clock, loss=float(pending[2]["loss"]))
-            pending = (at, batch["image_index"], metrics)
+                look(*pending)
+            pending = (at, batch, metrics)
 
             if at % config.train.log_steps == 0 or at == total_steps:
-                _check_finite(*pending, save, checkpoints, config)
-                values = _means(jax.device_get(sums)) | {
-                    "lr": float(rate((at - 1) // config.optim.accumulate))
-                }
+                look(*pending)
+                pending = None
+                values = _means(jax.device_get(sums)) | {"lr": float(rate((at - 1) // config.optim.accumulate))}
                 timing = clock.interval(total_steps - at) | utilisation.report(clock)
                 writer.write(at, "train", values, timing)
                 sums = {}
@@ -184,26 +196,22 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
             elif at % config.train.checkpoint_steps == 0 or stopped:
                 save()
             if stopped and at < total_steps:
-                checkpoints.close()
-                writer.close()
-                progress.close()
                 name = signal.Signals(stopped[0]).name
-                log.warning(
-                    "stopped by %s after step %d of %d; the same command continues", name, at, total_steps
-                )
+                log.warning("stopped by %s after step %d of %d; the same command continues", name, at, total_steps)
                 raise Interrupted(128 + stopped[0])
     if results is None:  # everything was done already
         results = evaluate(state.variables, _subject(experiment, first))
-    checkpoints.close()
-    writer.close()
-    progress.close()
     return results
 
 
 def claim(workdir: Path, experiment: Experiment) -> None:
-    """Makes `workdir` the folder of this configuration, or checks that it is; keeps the vocabulary beside it."""
+    """Makes `workdir` the folder of this configuration, or checks that it is; keeps the vocabulary beside it.
+
+    A folder without a checkpoint holds nothing that another configuration could spoil. Raises ValueError with the
+    fields that differ.
+    """
     path = workdir / "config.json"
-    if path.exists():
+    if path.exists() and any((workdir / "checkpoints").glob("*")):
         found = differences(experiment.config.to_dict(), load_config(path).to_dict())
         found = [line for line in found if not line.startswith(FREE_TO_CHANGE)]
         if found:
@@ -212,6 +220,7 @@ def claim(workdir: Path, experiment: Experiment) -> None:
                 + "\n  ".join(found)
             )
         return
+    path.unlink(missing_ok=True)  # until all is in place
     workdir.mkdir(parents=True, exist_ok=True)
     source = vocabulary_file(experiment.config)
     shutil.copyfile(source, workdir / f"vocabulary{source.suffix}")
@@ -248,23 +257,6 @@ def _means(sums: dict[str, Any]) -> dict[str, float]:
     steps = float(sums["finite"])
     means = {name: float(value) / max(steps, 1.0) for name, value in sums.items() if name != "finite"}
     return means | {"nonfinite": float(sums["nonfinite"])}
-
-
-def _check_finite(
-    at: int, ids: np.ndarray, metrics: dict[str, Any], save: Any, checkpoints: Checkpoints, config: ConfigDict
-) -> None:
-    if not metrics["nonfinite"]:
-        return
-    message = f"step {at}: the loss or its gradient is not finite; image_index of the batch: {ids.tolist()}"
-    if config.train.on_nonfinite == "skip":
-        log.warning("%s; its update was skipped", message)
-        return
-    save()
-    checkpoints.close()
-    raise NonFiniteLoss(
-        f"{message}. The parameters before it are saved in {checkpoints.folder}. Look at these images, lower config.optim.lr "
-        "in a new work folder, or go on without this batch: --config.train.on_nonfinite=skip"
-    )
 
 
 def _subject(experiment: Experiment, at: int) -> Subject:

@@ -9,7 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 
-def schedule(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+def schedule(config: ConfigDict, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
     """Learning rate as a function of the update number, from `config.optim`."""
     o = config.optim
     warmup = round(o.warmup_epochs * steps_per_epoch)
@@ -32,6 +32,15 @@ def in_text_tower(path: tuple[Any, ...]) -> bool:
     return any(getattr(key, "key", None) == "tower" for key in path)
 
 
+def is_frozen(path: tuple[Any, ...], frozen_layers: int) -> bool:
+    """Whether a parameter is one of those that `config.text.frozen_layers` keeps: embeddings, first layers."""
+    names = [str(getattr(key, "key", "")) for key in path]
+    if not frozen_layers or "tower" not in names[:-1]:
+        return False
+    part = names[names.index("tower") + 1]
+    return not part.startswith("layer_") or int(part.removeprefix("layer_")) < frozen_layers
+
+
 def make_optimiser(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
     """Clip by global norm, Adam moments, decoupled decay, then the rate of each group (as torch's AdamW groups).
 
@@ -45,12 +54,16 @@ def make_optimiser(config: ConfigDict, learning_rate: optax.Schedule) -> optax.G
     def text_tower(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: in_text_tower(path), params)
 
+    def frozen(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_frozen(path, config.text.frozen_layers), params)
+
     optimiser = optax.chain(
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=1e-8),
         optax.add_decayed_weights(o.weight_decay, mask=decayed),
         optax.masked(optax.scale(o.text_lr_factor), text_tower),
         optax.scale_by_learning_rate(learning_rate),
+        optax.masked(optax.set_to_zero(), frozen),  # no gradient reaches these, but decay would
     )
     if o.accumulate > 1:
         return optax.MultiSteps(optimiser, o.accumulate).gradient_transformation()

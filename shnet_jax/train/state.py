@@ -14,10 +14,11 @@ from shnet_jax.types import Array
 
 @struct.dataclass
 class TrainState:
-    """step: [] int32, batches done. params: {"model": ..., "loss": ...}. ema: running average of params["model"], or None.
+    """The state of a run after `step` batches.
 
-    nonfinite: [] int32, batches whose loss or gradient was not finite (their update was not made).
+    step: [] int32. params: {"model": ..., "loss": ...}. ema: running average of params["model"], or None.
     rng: key data from which every step derives its own key by its number.
+    nonfinite: [] int32, batches whose loss or gradient was not finite (their update was not made).
     """
 
     step: Array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +77,8 @@ def make_step(
         # A batch that is not finite counts only as such in the means of a log line.
         metrics = {name: jnp.where(finite, value, 0.0) for name, value in metrics.items()}
         metrics |= {"finite": finite.astype(jnp.float32), "nonfinite": (~finite).astype(jnp.float32)}
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=keep(params, state.params),
             batch_stats=keep(batch_stats, state.batch_stats),

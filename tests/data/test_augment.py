@@ -80,9 +80,7 @@ def test_grid_cells_are_dropped_in_most_images():
     assert within(untouched, 3000, 0.2)  # at p >= 0.04 a touched image of 400 cells has a dropped one
     assert abs(rate[rate > 0].mean() - 0.2 * 0.6) < 0.004  # u uniform in 0.2..1
     assert rate.max() < 0.2 + 5 * np.sqrt(0.2 * 0.8 / 400)
-    assert not np.stack(
-        [~keep_grid(9, PUBLISHED._replace(grid_drop_image=0.0), rng) for _ in range(200)]
-    ).any()
+    assert not np.stack([~keep_grid(9, PUBLISHED._replace(grid_drop_image=0.0), rng) for _ in range(200)]).any()
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,7 @@ def test_hosts_together_see_the_batch_of_one_host(stream, per_image):
         one, parts = next(whole), [next(host) for host in hosts]
         for name, values in one.items():
             per_host = len(values) // 3
-            groups = (
-                1 if name not in ("tokens", "token_mask") else per_image
-            )  # rows of one image stay together
+            groups = 1 if name not in ("tokens", "token_mask") else per_image  # rows of one image stay together
             merged = np.stack([p[name].reshape(per_host // groups, groups, -1) for p in parts], axis=1)
             np.testing.assert_array_equal(merged.reshape(values.shape), values, err_msg=name)
 
@@ -191,9 +189,7 @@ def test_augmentation_differs_between_passes(stream):
 @pytest.mark.parametrize("per_image", [1, 2])
 def test_resident_and_streaming_give_the_model_the_same_bits(stream, tiny, per_image):
     table = batches.resident_table(tiny, "train", FIELDS)
-    assert {name: len(values) for name, values in table.items()} == dict.fromkeys(
-        (*FIELDS, "region_mask"), IMAGES
-    )
+    assert {name: len(values) for name, values in table.items()} == dict.fromkeys((*FIELDS, "region_mask"), IMAGES)
     table = jax.tree.map(jnp.asarray, table)
     streamed = stream(captions_per_image=per_image)
     resident = stream(captions_per_image=per_image, resident=True)
@@ -224,9 +220,7 @@ def test_gather_against_numpy():
     # Rows 1 and 2 would lose every valid region: they keep all valid ones.
     expected = np.array([[1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
     np.testing.assert_array_equal(out["region_mask"], expected)
-    np.testing.assert_array_equal(
-        out["regions"], np.where(expected[..., None], regions, 0).astype(np.float32)
-    )
+    np.testing.assert_array_equal(out["regions"], np.where(expected[..., None], regions, 0).astype(np.float32))
     np.testing.assert_array_equal(out["grid_mask"], [[True, False]] * 3)
     assert out["regions"].dtype == out["grid"].dtype == np.float32
     assert set(out) == {"image_index", "regions", "region_mask", "grid", "grid_mask"}
@@ -239,9 +233,7 @@ def test_gather_without_augmentation_or_masks():
 
 def test_steps_per_epoch_counts_captions(tiny, captions):
     assert batches.steps_per_epoch(tiny, "train", 8) == len(captions) // 8
-    with pytest.raises(
-        ValueError, match=rf"split 'train' has {len(captions)} captions, fewer than a batch of 999"
-    ):
+    with pytest.raises(ValueError, match=rf"split 'train' has {len(captions)} captions, fewer than a batch of 999"):
         batches.steps_per_epoch(tiny, "train", 999)
 
 

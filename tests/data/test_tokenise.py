@@ -15,6 +15,12 @@ def flatten(lists):
     return list(chain.from_iterable(lists))
 
 
+def words_of(text, tokenizer):
+    """Pieces of each word of `text`."""
+    pieces, word_lengths = tokenise.tokenise_captions([[text]], tokenizer).caption(0)
+    return [part.tolist() for part in np.split(pieces, np.cumsum(word_lengths)[:-1])] if len(pieces) else []
+
+
 @pytest.fixture
 def vocab(tmp_path):
     path = tmp_path / "vocab.txt"
@@ -25,25 +31,25 @@ def vocab(tmp_path):
 def test_wordpiece_is_bert_uncased_with_pieces_grouped_by_word(vocab):
     t = tokenise.wordpiece(vocab)
     name = {piece: i for i, piece in enumerate(VOCABULARY)}
-    words = t.words("A dog, JUMPS (café) jumping")
+    words = words_of("A dog, JUMPS (café) jumping", t)
     spelled = [["a"], ["dog"], [","], ["jump", "##s"], ["[UNK]"], ["cafe"], ["[UNK]"], ["jump", "##ing"]]
     assert words == [[name[p] for p in word] for word in spelled]
-    assert t.encode(words[:2], 32) == [name["[CLS]"], name["a"], name["dog"], name["[SEP]"]]
-    assert t.words("") == []
-    assert t.encode([], 32) == [name["[CLS]"], name["[SEP]"]]
+    assert words_of("", t) == []
 
 
 def test_special_tokens_in_a_caption_are_text(vocab):
     t = tokenise.wordpiece(vocab)
-    assert t.mask_id not in flatten(t.words("[MASK]"))
-    assert t.words("[MASK]") == [[VOCABULARY.index("[")], [VOCABULARY.index("mask")], [VOCABULARY.index("]")]]
+    assert words_of("[MASK]", t) == [[VOCABULARY.index("[")], [VOCABULARY.index("mask")], [VOCABULARY.index("]")]]
 
 
-def test_encode_cuts_pieces_but_not_the_end(vocab):
-    t = tokenise.wordpiece(vocab)
-    ids = t.encode(t.words("jumps " * 20), 6)
-    assert len(ids) == 6
-    assert (ids[0], ids[-1]) == (t.begin_id, t.end_id)
+@pytest.mark.parametrize(
+    ("pieces", "max_tokens", "ids"),
+    [([7, 8], 4, [3, 7, 8, 4]), ([], 4, [3, 4]), ([7, 8, 9, 10], 4, [3, 7, 8, 4]), ([7, 8], 2, [3, 4])],
+)
+def test_a_caption_is_cut_between_its_ends(vocab, pieces, max_tokens, ids):
+    enclosed = tokenise.wordpiece(vocab).enclose(pieces, max_tokens)
+    assert enclosed.tolist() == ids and enclosed.dtype == np.int32
+    assert (VOCABULARY[3], VOCABULARY[4]) == ("[CLS]", "[SEP]")
 
 
 def test_random_tokens_are_never_special(vocab):
@@ -59,10 +65,10 @@ def pieces_of_tiny(tiny):
 def test_sentencepiece_of_the_data_set(pieces_of_tiny):
     t = pieces_of_tiny
     text = "The dog and the HORSE jumps"
-    words = t.words(text)
+    words = words_of(text, t)
     assert len(words) == len(text.split())
-    assert words == t.words(text.lower())
-    assert t.mask_id not in flatten(t.words("[MASK]"))
+    assert words == words_of(text.lower(), t)
+    assert t.mask_id not in flatten(words_of("[MASK]", t))
     assert (t.mask_id, t.begin_id, t.end_id, t.random_range) == (4, 2, 3, (5, t.vocab_size))
 
 
@@ -82,7 +88,7 @@ def test_flat_captions_equal_one_by_one(kind, vocab, pieces_of_tiny, monkeypatch
     assert flat.pieces.dtype == flat.image.dtype == np.int32
     for number, text in enumerate(flatten(texts)):
         pieces, word_lengths = flat.caption(number)
-        words = t.words(text)
+        words = words_of(text, t)
         assert pieces.tolist() == flatten(words)
         assert word_lengths.tolist() == [len(word) for word in words]
         assert flat.lengths()[number] == len(pieces)
@@ -100,17 +106,23 @@ def test_captions_that_begin_with_a_continuation_stay_apart():
     assert [flat.caption(i)[0].tolist() for i in range(4)] == [[1, 2], [], [2, 2, 1], [1]]
 
 
+def test_a_split_is_tokenised_in_record_order(tiny, pieces_of_tiny):
+    flat = tokenise.tokenise_split(tiny, "test", pieces_of_tiny)
+    records = tiny.open_split("test", ("captions",))
+    assert flat.image.tolist() == [row for row, record in enumerate(records) for _ in record["captions"]]
+    for number, text in enumerate(flatten(record["captions"] for record in records)):
+        assert flat.caption(number)[0].tolist() == pieces_of_tiny.vocabulary.pieces([text])[0]
+
+
 def test_where_the_file_comes_from(vocab, tiny_folder):
     c = base.get_config()
-    with pytest.raises(ValueError, match=r"text\.weights"):
-        tokenise.load_tokenizer(c)
-    c.text.weights = str(vocab.parent)
-    assert tokenise.load_tokenizer(c).vocab_size == len(VOCABULARY)
-    c.text.weights = str(vocab.parent / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"nowhere/vocab\.txt"):
+    with pytest.raises(ValueError, match=r"no vocab\.txt is named: set text\.weights"):
         tokenise.load_tokenizer(c)
     c.tokenizer.path = str(vocab)
     assert tokenise.load_tokenizer(c).vocab_size == len(VOCABULARY)
+    c.tokenizer.path = str(vocab.parent / "nowhere.txt")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt: WordPiece vocabulary not found"):
+        tokenise.load_tokenizer(c)
     c.tokenizer.kind, c.tokenizer.path, c.data.dir = "sentencepiece", "", str(tiny_folder.parent)
     assert tokenise.load_tokenizer(c).vocab_size > 5
     c.tokenizer.kind = "bpe"

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -74,15 +75,34 @@ def test_unknown_split_or_field_lists_what_there_is(data):
         open_split(data, "dev", ["regions", "depth"])
 
 
-def test_the_sidecar_and_a_scan_agree(data, records, tmp_path, caplog):
-    dataset = open_dataset(data)
-    assert dataset.caption_counts("train").tolist() == [len(r["captions"]) for r in records]
-    assert dataset.image_ids("train").tolist() == [r["image_id"] for r in records]
+def _without_captions(path):
+    """The sidecar as it was before it held captions."""
+    with np.load(path) as index:
+        kept = {name: index[name] for name in ("image_ids", "caption_counts")}
+    np.savez(path, **kept)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "scans"), [(lambda path: None, 0), (lambda path: path.unlink(), 1), (_without_captions, 1)]
+)
+def test_the_sidecar_and_one_scan_agree(tmp_path, records, caplog, spoil, scans):
     path = write_dataset(tmp_path, "toy", {"a": records[:5]}, {})
-    (path / "index_a.npz").unlink()
+    spoil(path / "index_a.npz")
+    dataset = open_dataset(path)
     with caplog.at_level("INFO"):
-        assert open_dataset(path).caption_counts("a").tolist() == [1, 2, 3, 1, 2]
-    assert "scanning 5 records" in caplog.text
+        assert dataset.caption_counts("a").tolist() == [1, 2, 3, 1, 2]
+        assert dataset.image_ids("a").tolist() == [r["image_id"] for r in records[:5]]
+        assert list(dataset.captions("a")) == [r["captions"] for r in records[:5]]
+    assert caplog.text.count("no captions in index_a.npz; scanning 5 records") == scans
+
+
+def test_a_sidecar_of_another_split_is_refused(tmp_path, records):
+    path = write_dataset(tmp_path, "toy", {"a": records[:5], "b": records[:3]}, {})
+    shutil.copy(path / "index_b.npz", path / "index_a.npz")
+    with pytest.raises(ValueError, match=r"index_a\.npz: expected 5 image ids, found 3"):
+        open_dataset(path).captions("a")
+    with pytest.raises(ValueError, match="no split 'c'; it has a, b"):
+        open_dataset(path).captions("c")
 
 
 def test_a_pickle_is_small_and_threads_may_read(data, records):
@@ -132,9 +152,7 @@ def test_a_set_of_another_tool_is_read(tmp_path):
 
     Other(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     dataset = open_dataset(tmp_path)
-    counts = dict(
-        zip(dataset.image_ids("train").tolist(), dataset.caption_counts("train").tolist(), strict=True)
-    )
+    counts = dict(zip(dataset.image_ids("train").tolist(), dataset.caption_counts("train").tolist(), strict=True))
     assert counts == {"0": 1, "1": 2, "2": 3, "3": 4}
     assert dataset.num_classes is None
     assert dataset.open_split("train", ["regions"])[0]["regions"].shape == (2, 3)
@@ -159,8 +177,7 @@ def test_a_set_without_train_learns_from_all_splits(tmp_path):
 
 def test_sentencepiece_is_the_same_each_time(tmp_path, records):
     models = [
-        (write_dataset(tmp_path / out, "toy", {"train": records}, {}) / SENTENCEPIECE).read_bytes()
-        for out in "ab"
+        (write_dataset(tmp_path / out, "toy", {"train": records}, {}) / SENTENCEPIECE).read_bytes() for out in "ab"
     ]
     assert models[0] == models[1]
 
@@ -230,6 +247,14 @@ def test_bad_records_are_refused(tmp_path, splits, message):
     metadata = {"predicates": ["on", "of"]} if "predicates" in message else {}
     with pytest.raises(DataError, match=message):
         write_dataset(tmp_path, "toy", splits, metadata, files={"a": {"image_embedding": "file.npy"}})
+
+
+def test_a_whole_number_of_chunks(tmp_path, records):
+    path = write_dataset(tmp_path, "toy", {"a": records[: 2 * builder._CHUNK], "b": records[: builder._CHUNK]}, {})
+    assert [len(open_split(path, split, ["image_id"])) for split in "ab"] == [2 * builder._CHUNK, builder._CHUNK]
+    assert (
+        open_split(path, "b", ["image_id"])[builder._CHUNK - 1]["image_id"] == records[builder._CHUNK - 1]["image_id"]
+    )
 
 
 def test_many_small_shards_keep_the_order(tmp_path, records, monkeypatch):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data_prep import from_npy
+from data_prep import from_npy, progress
 from data_prep.schema import DataError
 from shnet_jax.data.records import open_dataset
 
@@ -63,9 +63,7 @@ def test_pooling_is_that_of_adaptive_average_pooling():
     cells = np.random.default_rng(0).normal(size=(2, 5, 9))
     rows, columns = [(0, 2), (1, 4), (3, 5)], [(0, 3), (3, 6), (6, 9)]  # by hand from floor and ceil
     expected = [[cells[:, a:b, c:d].mean((1, 2)) for c, d in columns] for a, b in rows]
-    np.testing.assert_allclose(
-        from_npy.adaptive_average(cells, 3), np.moveaxis(np.array(expected), 2, 0), rtol=1e-12
-    )
+    np.testing.assert_allclose(from_npy.adaptive_average(cells, 3), np.moveaxis(np.array(expected), 2, 0), rtol=1e-12)
 
 
 def test_maps_of_different_sizes_are_pooled_to_one(src, tmp_path):
@@ -125,9 +123,12 @@ def test_the_same_field_twice_is_an_error(src, tmp_path):
         _records(src, _features(tmp_path, np.ones((2, 3)), np.ones((2, 3))), "grid", tmp_path / "out")
 
 
-def test_command_line(src, tmp_path):
+def test_command_line(src, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     features = _features(tmp_path, np.ones((1, 3, 2, 4)), np.ones((1, 3, 3, 3)))
     flags = [f"--src={src}", f"--features={features}", "--as=grid", "--name=toy", f"--out={tmp_path / 'out'}"]
     assert from_npy.main(flags) == 1
+    assert "error: " in capsys.readouterr().err
     assert from_npy.main([*flags, "--max_units=10"]) == 0
+    assert "toy: 2/2 records (100%), " in capsys.readouterr().err
     assert open_dataset(tmp_path / "out").features["grid"] == ((10, 3), np.float16)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import from_scan
+from data_prep import from_scan, progress
 from data_prep.schema import DataError
 from shnet_jax.data.records import find_dataset, open_dataset
 
@@ -181,7 +181,7 @@ def _spoil_classes(src):
             r"row 3 \(image 'dev3\.jpg'\), dev_ims\.npy: field 'regions': expected finite .*nan at \[1, 2\]",
         ),
         (_spoil_overflow, r"row 0 .*dev_ims\.npy: field 'regions': expected values that fit float16"),
-        (_spoil_rows, r"images"),
+        (_spoil_rows, r"split 'dev': expected as many captions for each image, found 25 for 4 images"),
         (_spoil_line, r"dev_caps\.txt line 7: expected text"),
         (_spoil_count, r"24 for 5 images"),
         (
@@ -194,7 +194,7 @@ def _spoil_classes(src):
             _spoil_duplicate,
             r"row 2 \(image 'a'\), dev_ids\.txt: field 'image_id': expected a new id, found that of row 0",
         ),
-        (_spoil_ids, r"dev_ids\.txt.*expected"),
+        (_spoil_ids, r"dev_ids\.txt line 8: expected 'dev1' as in the lines before, found 'devx'"),
         (_spoil_classes, r"categories\.txt: expected 11 classes"),
     ],
 )
@@ -215,7 +215,8 @@ def test_missing_files_are_named(src, tmp_path):
         from_scan.import_scan(src / "absent", "toy", tmp_path)
 
 
-def test_command_line(src, tmp_path, capsys):
+def test_command_line(src, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     flags = [
         f"--src={src}",
         "--name=toy",
@@ -224,7 +225,9 @@ def test_command_line(src, tmp_path, capsys):
         "--feature_dtype=bfloat16",
     ]
     assert from_scan.main(flags) == 0
-    assert capsys.readouterr().out.strip() == str(find_dataset(tmp_path / "out"))
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(find_dataset(tmp_path / "out"))
+    assert printed.err.startswith("toy: 1/10 records (10%), ") and "toy: 10/10 records (100%), " in printed.err
     assert from_scan.main(flags) == 1
     assert "exists" in capsys.readouterr().err
     assert from_scan.main([*flags, "--overwrite", "--source=by hand"]) == 0

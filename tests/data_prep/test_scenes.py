@@ -11,7 +11,7 @@ from skimage.color import rgb2hsv
 from skimage.feature import hog
 
 from data_prep import scenes
-from data_prep.scenes import captions, features, render, shapes, world
+from data_prep.scenes import captions, features, render, shapes, world, write
 from data_prep.scenes.captions import Facts, Mention
 from data_prep.scenes.world import ABOVE, BEHIND, CLASS_NAMES, COLOURS, LEFT_OF, ON, SHAPES
 
@@ -95,9 +95,7 @@ def test_relations_are_true_of_the_boxes_they_name():
             assert {LEFT_OF: dx > 0.05, ABOVE: dy > 0.05, ON: dy > 0.05, BEHIND: abs(dx) < 0.4}[predicate]
 
 
-@pytest.mark.parametrize(
-    "options, message", [({"regions": 4}, "at least 8"), ({"label_noise": 1.5}, "label_noise")]
-)
+@pytest.mark.parametrize("options, message", [({"regions": 4}, "at least 8"), ({"label_noise": 1.5}, "label_noise")])
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         scenes.scene(0, 0, **options)
@@ -131,9 +129,7 @@ def test_holds(example, expected, mentions, relations, stuff):
 
 
 def test_on_is_contact_with_what_is_below():
-    scene = built(
-        (look("red", "square"), (0.5, 0.7, 0.12)), (look("pink", "heart"), (0.5, 0.7 - 0.115 - 0.12, 0.12))
-    )
+    scene = built((look("red", "square"), (0.5, 0.7, 0.12)), (look("pink", "heart"), (0.5, 0.7 - 0.115 - 0.12, 0.12)))
     assert (1, ON, 0) in scene.relations and (0, ON, 1) not in scene.relations
     assert scene.standing[1] == -1  # it stands on the square, not on the stuff behind its foot
 
@@ -154,9 +150,7 @@ def test_captions_state_what_holds_and_say_it_in_words():
         assert len({text for text, _ in told}) == 5
         for text, facts in told:
             assert scenes.holds(scenes.sample(2, index), facts), text
-            assert re.fullmatch(r"[A-Z][a-z ,]+\.", text) and not re.search(
-                r"\ba [aeiou]|\ban [^aeiou]", text.lower()
-            )
+            assert re.fullmatch(r"[A-Z][a-z ,]+\.", text) and not re.search(r"\ba [aeiou]|\ban [^aeiou]", text.lower())
             words = [singular.get(word, word) for word in re.findall("[a-z]+", text.lower())]
             said = sorted(word for word in words if word in names)
             meant = [SHAPES[m.shape] for m in facts.mentions]
@@ -239,8 +233,7 @@ def test_hog_is_that_of_scikit_image(size):
     crops = np.random.default_rng(0).random((5, size, size))
     cells = size // features.CELL
     expected = [
-        hog(crop, features.ORIENTATIONS, (features.CELL,) * 2, (cells, cells), block_norm="L2-Hys")
-        for crop in crops
+        hog(crop, features.ORIENTATIONS, (features.CELL,) * 2, (cells, cells), block_norm="L2-Hys") for crop in crops
     ]
     np.testing.assert_allclose(features.hog(crops), expected, atol=1e-6)
 
@@ -260,9 +253,7 @@ def test_planes_follow_hsv():
     np.testing.assert_allclose(got["value"], hsv[..., 2], atol=1e-6)
     np.testing.assert_allclose(got["chroma"], hsv[..., 1] * hsv[..., 2], atol=1e-6)
     turn = np.abs((got["hue"] - hsv[..., 0] + 0.5) % 1 - 0.5)
-    assert (
-        turn[got["chroma"] > 0.05].max() < 0.01
-    )  # the angle differs from the hexagon's hue by 1.1 degrees at most
+    assert turn[got["chroma"] > 0.05].max() < 0.01  # the angle differs from the hexagon's hue by 1.1 degrees at most
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.3])
@@ -315,34 +306,42 @@ def test_a_linear_probe_retrieves_far_above_chance():
     assert np.mean(rank < 10) > 0.6  # chance is 0.1
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--regions=7", "--regions: expected a whole number >= 8, found '7'"),
+        ("--label_noise=1", "--label_noise: expected a number in 0 <= share < 1, found '1'"),
+        ("--label_noise=nan", "--label_noise: expected a number in 0 <= share < 1, found 'nan'"),
+        ("--train=1000000001", "--train: expected at most 1000000000 images, found 1000000001"),
+        ("--val=-1", "--val: expected a whole number >= 0, found '-1'"),
+        ("--test=ten", "--test: expected a whole number >= 0, found 'ten'"),
+    ],
+)
+def test_the_command_line_refuses_bad_values(tmp_path, capsys, flag, message):
+    with pytest.raises(SystemExit, match="2"):
+        write.main([f"--out={tmp_path / 'sets'}", flag])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "sets").exists()
+
+
 @pytest.mark.slow
 def test_command_line_writes_once(tmp_path):
     def run(*more):
-        command = [
-            sys.executable,
-            "-m",
-            "data_prep.scenes",
-            f"--out={tmp_path}",
-            "--val=8",
-            "--test=0",
-            *more,
-        ]
+        command = [sys.executable, "-m", "data_prep.scenes", f"--out={tmp_path}", "--val=8", "--test=0", *more]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     first = run("--train=70")
-    assert first.returncode == 0 and "wrote" in first.stdout, first.stderr
-    assert "images/s" in first.stderr and "s left" in first.stderr
+    assert first.returncode == 0 and first.stdout.strip() == str(tmp_path / "scenes" / "1.0.0"), first.stderr
+    assert "scenes: 78 records in " in first.stderr
     from shnet_jax.data.records import open_dataset
 
     data = open_dataset(tmp_path)
     assert data.splits == {"train": 70, "val": 8}
-    assert data.num_classes == len(CLASS_NAMES) and list(data.metadata["predicates"]) == list(
-        world.PREDICATES
-    )
+    assert data.num_classes == len(CLASS_NAMES) and list(data.metadata["predicates"]) == list(world.PREDICATES)
     read = data.open_split("train", ("image_id", "captions", "regions", "seg_map", "categories"))[69]
     made = scenes.scene(0, 69)
     same(read, {name: made[name] for name in read})
     again = run("--train=70")
-    assert again.returncode == 0 and "exists and was made with these settings" in again.stdout
+    assert again.returncode == 0 and "exists and was made with these settings" in again.stderr
     other = run("--train=71")
     assert other.returncode == 1 and "--name" in other.stderr and '"train": 70' in other.stderr

@@ -30,6 +30,7 @@ def test_one_visual_field_is_enough(visual):
         ({"image_id": None}, "image_id", "required", "captions"),
         ({"captions": [], "caption_ids": None}, "captions", "at least 1", "[]"),
         ({"captions": ["a", " "]}, "captions", "text", "caption 1 of 2"),
+        ({"captions": ["a", "half \ud83d"]}, "captions", "text", r"'half \ud83d' as caption 1 of 2"),
         ({"caption_ids": np.arange(3)}, "caption_ids", "int64 [2]", "int64 [3]"),
         ({"regions": np.zeros((4, 6))}, "regions", "float16 | bfloat16 | float32 [K, D]", "float64 [4, 6]"),
         ({"regions": [[1.0]]}, "regions", "float16", "list"),
@@ -90,9 +91,7 @@ def test_as_field_casts_without_loss():
     assert schema.as_field("seg_map", np.array([[132, 255]]), where="").dtype == np.uint8
     assert schema.as_field("regions", np.zeros((1, 2)), where="").dtype == np.float32
     assert schema.as_field("regions", np.zeros((1, 2), np.float16), where="").dtype == np.float16
-    assert (
-        schema.as_field("regions", np.zeros((1, 2)), where="", dtype="bfloat16").dtype == ml_dtypes.bfloat16
-    )
+    assert schema.as_field("regions", np.zeros((1, 2)), where="", dtype="bfloat16").dtype == ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize(

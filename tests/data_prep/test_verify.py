@@ -3,6 +3,7 @@ import pytest
 
 from data_prep import schema, verify
 from data_prep.builder import write_checksums, write_dataset
+from shnet_jax.data.index import IndexBuilder, write_index
 from tests.data_prep.example import record
 
 
@@ -18,14 +19,13 @@ def _report(tmp_path, splits, **options):
 def test_a_good_set_is_usable(tmp_path, records, capsys):
     report = _report(tmp_path, {"train": records[:4], "test": records[4:]})
     assert report.problems == report.notes == []
+    assert {split: counts.tolist() for split, counts in report.captions.items()} == {"train": [2] * 4, "test": [2] * 2}
     assert report.read == {"train": 4, "test": 2}
     assert verify.main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.endswith("usable\n")
     assert "source: by hand" in out
-    assert [line.split() for line in out.splitlines() if line.startswith("train")] == [
-        ["train", "4", "4", "8", "2..2"]
-    ]
+    assert [line.split() for line in out.splitlines() if line.startswith("train")] == [["train", "4", "4", "8", "2..2"]]
 
 
 def test_statistics(tmp_path, records):
@@ -84,14 +84,44 @@ def test_a_changed_byte_and_a_missing_file_are_problems(tmp_path, records, capsy
     assert out.endswith("not usable: 2 problems\n")
 
 
+def _write_index(path, images):
+    index = IndexBuilder()
+    for image in images:
+        index.add(image["image_id"], image["captions"])
+    write_index(path, "a", index.build())
+    write_checksums(path)
+
+
 def test_an_index_that_disagrees_is_a_problem(tmp_path, records):
     path = write_dataset(tmp_path, "toy", {"a": records}, {})
-    ids = np.array([r["image_id"] for r in records[::-1]])
-    np.savez(path / "index_a.npz", image_ids=ids, caption_counts=np.full(6, 2, np.int32))
-    write_checksums(path)
-    problems = verify.verify(path).problems
-    assert len(problems) == 6
-    assert "expected 'image 5' with 2 captions as in index_a.npz" in problems[0]
+    other = records[1] | {"image_id": "image 9", "captions": ["a dog number 1 runs to tree 0", "a cat"]}
+    _write_index(path, [records[0], other, *records[2:]])
+    assert verify.verify(path).problems == [
+        "split 'a' row 1 (image 'image 1'): index_a.npz: field 'image_id': expected 'image 1', found 'image 9'",
+        "split 'a' row 1 (image 'image 1'): index_a.npz: field 'captions': expected "
+        "['a dog number 1 runs to tree 0', 'a dog number 1 runs to tree 1'], "
+        "found ['a dog number 1 runs to tree 0', 'a cat']",
+    ]
+    assert verify.verify(path, sample=1).problems == []  # row 0 is right
+
+
+def test_an_index_of_other_records_is_a_problem(tmp_path, records):
+    path = write_dataset(tmp_path, "toy", {"a": records}, {})
+    _write_index(path, records[:4])
+    assert verify.verify(path).problems == [f"{path / 'index_a.npz'}: expected 6 image ids, found 4"]
+
+
+def test_a_set_without_sidecars_is_usable(tmp_path, records):
+    path = write_dataset(tmp_path, "toy", {"a": records}, {})
+    for name in ("index_a.npz", "sentencepiece.model", "checksums.json"):
+        (path / name).unlink()
+    report = verify.verify(path)
+    assert not report.problems and report.captions["a"].tolist() == [2] * 6
+    assert report.notes == [
+        "no sentencepiece.model",
+        "no checksums.json: files not compared",
+        "no captions in index_a.npz: found by reading the records",
+    ]
 
 
 def test_bad_values_are_problems(tmp_path, records, monkeypatch):

@@ -22,9 +22,7 @@ def infonce(scores, ids, *, scale, mask):
 
 
 def _negatives(ids, mask):
-    return np.array(
-        [[i != j and not (mask and ids[i] == ids[j]) for j in range(len(ids))] for i in range(len(ids))]
-    )
+    return np.array([[i != j and not (mask and ids[i] == ids[j]) for j in range(len(ids))] for i in range(len(ids))])
 
 
 def gradient(f, x, step=1e-6):

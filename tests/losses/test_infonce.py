@@ -72,9 +72,7 @@ def test_accuracy_counts_both_directions():
     assert float(out["infonce_accuracy"]) == 0.5
 
 
-@pytest.mark.parametrize(
-    "temperature, learn", [(0.0, False), (-1.0, True), (0.001, True), (float("nan"), False)]
-)
+@pytest.mark.parametrize("temperature, learn", [(0.0, False), (-1.0, True), (0.001, True), (float("nan"), False)])
 def test_bad_temperature_is_an_error(temperature, learn):
     with pytest.raises(ValueError, match=r"loss\.infonce\.temperature"):
         infonce.init_params(temperature=temperature, learn_temperature=learn)

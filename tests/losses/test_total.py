@@ -29,13 +29,9 @@ def test_weighted_sum_of_the_named_losses():
     params, compute = total.build(loss, steps_per_epoch=4)
     images, texts, ids, ctx = inputs(params)
     out = compute(images, texts, ids, ctx)
-    first = triplet.loss(
-        images, texts, ids, ctx, margin=0.2, warmup_steps=4, reduction="sum", mask_same_image=True
-    )
+    first = triplet.loss(images, texts, ids, ctx, margin=0.2, warmup_steps=4, reduction="sum", mask_same_image=True)
     second = infonce.loss(images, texts, ids, ctx.replace(params=params["infonce"]), **loss.infonce)
-    np.testing.assert_allclose(
-        out["loss"], 0.5 * first["triplet_loss"] + 2.0 * second["infonce_loss"], rtol=1e-6
-    )
+    np.testing.assert_allclose(out["loss"], 0.5 * first["triplet_loss"] + 2.0 * second["infonce_loss"], rtol=1e-6)
     assert set(out) == {"loss", *first, *second}
     assert set(params) == {"triplet", "infonce"}
     assert set(params["infonce"]) == {"log_scale"}
@@ -63,9 +59,7 @@ def test_wrong_configurations_are_named():
     with loss.unlocked():
         loss.triplet.margn = 0.3
         del loss.triplet["margin"]
-    with pytest.raises(
-        ValueError, match=r"loss\.triplet: unknown margn; missing margin; .* takes margin, mask_same"
-    ):
+    with pytest.raises(ValueError, match=r"loss\.triplet: unknown margn; missing margin; .* takes margin, mask_same"):
         total.build(loss, 4)
     with pytest.raises(ValueError, match=r"loss\.weights\.triplet must be a finite number >= 0, is -1"):
         total.build(config(triplet=-1.0), 4)

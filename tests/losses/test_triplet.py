@@ -40,20 +40,14 @@ def test_value_and_gradient(step, mask, reduction):
 
     value, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(*map(jnp.float32, (images, texts)))
     np.testing.assert_allclose(value, expected(images, texts), rtol=1e-5)
-    np.testing.assert_allclose(
-        grads[0], oracle.gradient(lambda x: expected(x, texts), images), rtol=1e-4, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        grads[1], oracle.gradient(lambda x: expected(images, x), texts), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(grads[0], oracle.gradient(lambda x: expected(x, texts), images), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grads[1], oracle.gradient(lambda x: expected(images, x), texts), rtol=1e-4, atol=1e-5)
 
 
 def test_mask_matters_only_for_equal_ids():
     images, texts = pairs()
     distinct = np.arange(8)
-    masked, published = (
-        run(images, texts, distinct, mask_same_image=m)["triplet_loss"] for m in (True, False)
-    )
+    masked, published = (run(images, texts, distinct, mask_same_image=m)["triplet_loss"] for m in (True, False))
     assert masked == published
     assert run(images, texts)["triplet_loss"] < run(images, texts, mask_same_image=False)["triplet_loss"]
 

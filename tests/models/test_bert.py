@@ -37,11 +37,7 @@ def test_equals_numpy_caption_by_caption():
     assert out.dtype == np.float32
     for i, length in enumerate(lengths):
         x = np.asarray(params["words"], np.float64)[tokens[i, :length]]
-        x = (
-            x
-            + np.asarray(params["positions"], np.float64)[:length]
-            + np.asarray(params["types"], np.float64)[0]
-        )
+        x = x + np.asarray(params["positions"], np.float64)[:length] + np.asarray(params["types"], np.float64)[0]
         x = oracle.layer_norm(x, params["norm"], EPSILON)
         for k in range(2):
             p = params[f"layer_{k}"]

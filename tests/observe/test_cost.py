@@ -16,9 +16,7 @@ def device(kind):
 
 
 def test_matrix_product_is_counted_exactly():
-    compiled = (
-        jax.jit(jnp.matmul).lower(np.ones((32, 16), np.float32), np.ones((16, 8), np.float32)).compile()
-    )
+    compiled = jax.jit(jnp.matmul).lower(np.ones((32, 16), np.float32), np.ones((16, 8), np.float32)).compile()
     assert cost.step_flops(compiled) == 2 * 32 * 16 * 8
 
 

@@ -20,9 +20,7 @@ def train(workdir, steps, resume_step=0, speed=1.0):
 
 
 def lines(workdir):
-    return [
-        {k: v for k, v in line.items() if k != "timing"} for line in read_metrics(workdir / "metrics.jsonl")
-    ]
+    return [{k: v for k, v in line.items() if k != "timing"} for line in read_metrics(workdir / "metrics.jsonl")]
 
 
 def test_lines(tmp_path):
@@ -71,9 +69,7 @@ def test_values_that_are_not_finite_stay_valid_json(tmp_path):
 
 
 def test_errors_name_the_place(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "kind": "train"}\nhello\n{"step": 2, "kind": "train"}\n'
-    )
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\nhello\n{"step": 2, "kind": "train"}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
         MetricWriter(tmp_path, resume_step=2)
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')

@@ -45,9 +45,7 @@ def outputs_and_gradients(equation, a, b, dtype):
 def expected_gradients(equation, cotangent, a, b):
     operands, out = equation.split("->")
     first, second = operands.split(",")
-    return np.einsum(f"{out},{second}->{first}", cotangent, b), np.einsum(
-        f"{out},{first}->{second}", cotangent, a
-    )
+    return np.einsum(f"{out},{second}->{first}", cotangent, b), np.einsum(f"{out},{first}->{second}", cotangent, a)
 
 
 @every_product

@@ -20,9 +20,7 @@ from shnet_jax.parallel import axis, mapping
 from shnet_jax.types import Context, Embedding
 from tests.losses import oracle
 
-IDS = np.array(
-    [4, 4, 2, 0, 1, 2, 6, 7, 4, 9, 8, 8, 5, 10, 11, 3], np.int32
-)  # pairs of one image on different devices
+IDS = np.array([4, 4, 2, 0, 1, 2, 6, 7, 4, 9, 8, 8, 5, 10, 11, 3], np.int32)  # pairs of one image on different devices
 WARMUP_STEPS = 3
 STEPS = {"warm-up": 2, "hardest": 3}
 CONFIG = ConfigDict(  # one loss with the mask and one without, one "sum" and one mean

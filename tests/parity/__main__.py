@@ -1,7 +1,7 @@
 """Compares our modules with recordings of the published code: `python -m tests.parity DIR`.
 
-DIR holds the recorded .npz files. Prints one line per group of arrays (largest error, its tolerance) and how many arrays
-were compared and skipped, with the reason; exit status 1 on any miss.
+DIR holds the recorded .npz files. Prints one line per group of arrays (largest error, its tolerance) and how many
+arrays were compared and skipped, with the reason; exit status 1 on any miss, 2 when there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -12,15 +12,40 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from tests.parity.compare import Row
+from tests.parity.compare import Fixture, Row, skip
 
 CHECKS = ("gpo", "shnet", "bert", "losses", "metrics", "train_steps")
 
 
+def unread(folder: Path, opened: list[Fixture], told: set[str]) -> list[Row]:
+    """A skipped row for each recorded result that no check has read or told of."""
+    rows = []
+    for fixture in opened:
+        reason = f"{fixture.name}.npz: its check does not read them"
+        rows += [skip(fixture.name, name, reason) for name in sorted(fixture.expected() - fixture.seen - told)]
+    for path in sorted(folder.glob("*.npz")):
+        if path.stem not in {fixture.name for fixture in opened}:
+            reason = f"{path.name}: no check of this run reads it"
+            rows += [skip(path.stem, name, reason) for name in sorted(Fixture(path).expected())]
+    return rows
+
+
 def main(folder: Path, names: tuple[str, ...]) -> int:
+    """Runs the checks of these names on the recordings in `folder`; returns the exit status."""
+    if not any(folder.glob("*.npz")):
+        what = "holds no .npz recordings" if folder.is_dir() else "is not a folder"
+        print(f"{folder} {what}; give the one with gpo.npz, bert.npz, ...", file=sys.stderr)
+        return 2
     rows: list[Row] = []
+    Fixture.opened.clear()
     for name in names:
-        rows += importlib.import_module(f"tests.parity.{name}").check(folder)
+        try:
+            rows += importlib.import_module(f"tests.parity.{name}").check(folder)
+        except FileNotFoundError as error:
+            others = " ".join(n for n in names if n != name)
+            print(f"{error.filename} is missing; the other checks: --only {others}", file=sys.stderr)
+            return 2
+    rows += unread(folder, list(Fixture.opened), told={row.name for row in rows})
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         kind = next((k for k in ("grad", "buffer_after", "param_after", "after") if k in row.name), "out")
@@ -43,10 +68,8 @@ def main(folder: Path, names: tuple[str, ...]) -> int:
         print(f"skipped {count}: {reason}")
     for row in missed:
         print(f"MISS {row.group} {row.name}: error {row.error:.3g}, {row.worst:.2f} times what is allowed")
-    print(
-        f"{len(rows) - sum(reasons.values())} arrays compared, {sum(reasons.values())} skipped, {len(missed)} missed"
-    )
-    return 1 if missed or not rows else 0
+    print(f"{len(rows) - sum(reasons.values())} arrays compared, {sum(reasons.values())} skipped, {len(missed)} missed")
+    return 1 if missed or all(row.skipped for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 
 class Fixture:
-    """Arrays of one recorded `.npz` by name; remembers which were read, so that none is passed over silently."""
+    """Arrays of one recorded `.npz` by name; remembers which were read, so that none is passed over silently.
+
+    opened: those read since a run began, for its account of what no check has read.
+    """
+
+    opened: ClassVar[list[Fixture]] = []
 
     def __init__(self, path: Path):
         with np.load(path, allow_pickle=False) as arrays:
             self.arrays = {name: arrays[name] for name in arrays.files}
         self.name = path.stem
         self.seen: set[str] = set()
+        self.opened.append(self)
 
     def __getitem__(self, name: str) -> np.ndarray:
         self.seen.add(name)
@@ -33,17 +40,21 @@ class Fixture:
 
     def expected(self) -> set[str]:
         """Names of the recorded results: what a check must compare or skip with a reason."""
-        parts = ("out.", "grad.", "after", "buffer_after.")
-        return {
-            n for n in self.arrays if any(p in n for p in parts) and not n.startswith(("meta.", "ref_err."))
-        }
+
+        def is_result(name: str) -> bool:
+            parts = name.split(".")
+            return parts[0] not in ("meta", "ref_err") and any(
+                p in ("out", "grad") or p.endswith("after") for p in parts
+            )
+
+        return {name for name in self.arrays if is_result(name)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One compared array: the largest error and the largest allowed, or the reason why it was skipped.
 
-    `error` is the largest |ours - reference| - rtol |reference| - atol, as a share: above 1 is a miss.
+    `error` is the largest |ours - reference|, `worst` the largest share of what is allowed: above 1 is a miss.
     """
 
     group: str
@@ -63,7 +74,7 @@ def compare(group: str, name: str, ours, reference, atol: float, rtol: float = 0
     """Compares one array; element tolerance `atol + rtol |reference|`. A wrong shape or a NaN is a miss."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     if ours.shape != reference.shape:
-        raise ValueError(f"{group} {name}: shape {ours.shape}, recorded {reference.shape}")
+        return Row(group, f"{name}: shape {ours.shape}, recorded {reference.shape}", error=np.inf, worst=np.inf)
     if reference.size == 0:
         return Row(group, name, skipped="empty array")
     error, allowed = np.abs(ours - reference), atol + rtol * np.abs(reference)

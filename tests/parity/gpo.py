@@ -34,9 +34,7 @@ def check(folder: Path) -> list[Row]:
         out, vjp = jax.vjp(pooled, params, features)
         rows.append(compare("gpo", case + "out.pooled", out, fixture[case + "out.pooled"], 2e-5, 1e-4))
         d_params, d_features = vjp(jnp.asarray(cotangent))
-        rows.append(
-            compare_gradient("gpo", case + "grad.in.features", d_features, fixture[case + "grad.in.features"])
-        )
+        rows.append(compare_gradient("gpo", case + "grad.in.features", d_features, fixture[case + "grad.in.features"]))
         recorded = gpo_params(fixture.section(case + "grad.param."))
         for path, gradient in jax.tree_util.tree_leaves_with_path(recorded):
             ours = d_params

@@ -43,9 +43,7 @@ def _case(fixture: Fixture, case: str, kind: str) -> list[Row]:
 
     loss, grads = jax.value_and_grad(value, argnums=(0, 1))(images, texts)
     prefix = f"{case}.{kind}"
-    rows = [
-        compare("losses", f"{prefix}.out.loss", loss, fixture[f"{prefix}.out.loss"], atol=1e-5, rtol=1e-5)
-    ]
+    rows = [compare("losses", f"{prefix}.out.loss", loss, fixture[f"{prefix}.out.loss"], atol=1e-5, rtol=1e-5)]
     for name, grad in zip(("im", "s"), grads, strict=True):
         key = f"{prefix}.grad.in.{name}"
         rows.append(compare_gradient("losses", key, grad, fixture[key]))

@@ -33,6 +33,7 @@ def encoder(dim: int) -> ImageEncoder:
         map_position="1d",
         spatial_scale=4.0,
         dropout=0.0,
+        feature_dropout=0.0,
         mlp=partial(MLP),
         axis=None,
         dtype="float32",
@@ -116,18 +117,14 @@ def check(folder: Path) -> list[Row]:
 
         for name, recorded in fixture.section(f"{mode}.grad.param.").items():
             gradient = _at(grads[0], slots[name].path)
-            rows.append(
-                compare_gradient(GROUP, f"{mode}.grad.param.{name}", gradient, slots[name].ours(recorded))
-            )
+            rows.append(compare_gradient(GROUP, f"{mode}.grad.param.{name}", gradient, slots[name].ours(recorded)))
         if mode == "train":
             name = "train.grad.in.images"
             rows.append(compare_gradient(GROUP, name, grads[1], fixture[name]))
             for name, recorded in fixture.section("train.buffer_after.").items():
                 full = f"train.buffer_after.{name}"
                 if name not in slots:
-                    rows.append(
-                        skip(GROUP, full, "counters and BatchNorms that the published code never applies")
-                    )
+                    rows.append(skip(GROUP, full, "counters and BatchNorms that the published code never applies"))
                     continue
                 stat = _at(updated["batch_stats"], slots[name].path)
                 rows.append(compare(GROUP, full, stat, recorded, 1e-6, 1e-4))

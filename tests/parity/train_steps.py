@@ -98,12 +98,10 @@ def _parameters(fixture: Fixture, when: str, state: Any, shape: dict[str, Any], 
         ours = state.params["model"][tower]
         for key in slot.path:
             ours = ours[key]
-        if full in ill or name.endswith("attention.self.key.bias"):
-            atol = rate * steps  # the true gradient is zero and Adam steps along its rounding noise
-        else:
-            # Adam's first steps are rate * g / (|g| + 1e-8): an element whose gradient is near rounding noise moves by any
-            # part of the rate (one of 1,024 in the first layer does, by an eighth of it).
-            atol = rate / 5
+        # Adam's first steps are rate * g / (|g| + 1e-8). Where the true gradient is zero they follow rounding noise; an
+        # element whose gradient is near that noise moves by any part of the rate (one of 1,024 in the first layer does).
+        noise = full in ill or name.endswith("attention.self.key.bias")
+        atol = rate * steps if noise else rate / 5
         rows.append(compare(GROUP, full, ours, slot.ours(recorded), atol))
     return rows
 

@@ -1,0 +1,46 @@
+"""What the command lines of this folder share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+from data_prep.schema import DataError
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m data_prep.MODULE`, described by the first line of the module's docstring."""
+    return argparse.ArgumentParser(prog=f"python -m data_prep.{module}", description=(doc or "").partition("\n")[0])
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The `type` of a flag that takes whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, found {text!r}")
+        return value
+
+    return parse
+
+
+def reports_errors(main: Main) -> Callable[..., int]:
+    """Decorates `main(argv) -> exit status`: a fault in the data is one line on stderr and status 1, no traceback."""
+
+    @wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except (DataError, FileExistsError, FileNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return run

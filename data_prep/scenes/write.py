@@ -1,0 +1,83 @@
+"""Writes a data set of rendered scenes: `python -m data_prep.scenes --out=DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep import builder, command, scenes
+from shnet_jax.data.records import open_dataset
+
+SIZES = {"train": 4000, "val": 500, "test": 500}
+# Indices of the splits lie far apart: the images of a split do not depend on the sizes of the others.
+FIRST = {"train": 0, "val": 1_000_000_000, "test": 2_000_000_000}
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number in 0 <= share < 1, found {text!r}")
+    return value
+
+
+def write(out: Path, name: str, seed: int, sizes: dict[str, int], options: dict[str, Any]) -> Path:
+    """Write the set and return its version folder; one that was made with the same settings is left as it is.
+
+    Args:
+      out, name: as for `builder.write_dataset`.
+      seed: world that the scenes are drawn from.
+      sizes: images of each split of FIRST; a split of none is left out.
+      options: `label_noise` and `regions` of `scenes.scene`.
+
+    Raises:
+      FileExistsError: the set exists and was made with other settings.
+    """
+    sizes = {split: size for split, size in sizes.items() if size}
+    settings = {"generator": "data_prep.scenes", "version": scenes.VERSION, "seed": seed, **options, **sizes}
+    source = json.dumps(settings, sort_keys=True)
+    target = out / name / builder.VERSION
+    if target.exists():
+        found = open_dataset(target).metadata.get("source")
+        if found != source:
+            raise FileExistsError(
+                f"{target} exists and was made otherwise: expected {source}, found {found}; "
+                "remove it or choose another --name"
+            )
+        print(f"{target} exists and was made with these settings", file=sys.stderr)
+        return target
+    splits = {
+        split: scenes.records(seed, FIRST[split], FIRST[split] + size, **options) for split, size in sizes.items()
+    }
+    metadata = {"source": source, "class_names": list(scenes.CLASS_NAMES), "predicates": list(scenes.PREDICATES)}
+    return builder.write_dataset(out, name, splits, metadata, total=sum(sizes.values()))
+
+
+@command.reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = command.parser("scenes", __doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--name", default="scenes", help="name of the data set")
+    for split, size in SIZES.items():
+        help_text = f"images of the split {split}, {size} unless told"
+        parser.add_argument(f"--{split}", type=command.at_least(0), default=size, help=help_text)
+    parser.add_argument("--seed", type=command.at_least(0), default=0, help="world that the scenes are drawn from")
+    noise = "share of wrong blocks in the label maps and of wrong box labels"
+    parser.add_argument("--label_noise", type=_share, default=0.05, help=noise)
+    regions = "regions of an image: things, distractors and padding"
+    parser.add_argument("--regions", type=command.at_least(scenes.LEAST_REGIONS), default=16, help=regions)
+    args = parser.parse_args(argv)
+    sizes = {split: getattr(args, split) for split in SIZES}
+    for split, size in sizes.items():
+        if size > FIRST["val"]:
+            parser.error(f"argument --{split}: expected at most {FIRST['val']} images, found {size}")
+    options = {"label_noise": args.label_noise, "regions": args.regions}
+    print(write(args.out, args.name, args.seed, sizes, options))
+    return 0

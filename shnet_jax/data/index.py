@@ -1,0 +1,116 @@
+"""The sidecar index_SPLIT.npz: ids and captions of a split, which else cost a pass over all its records.
+
+Its arrays are `image_ids` unicode [N], `caption_counts` int32 [N], `caption_text` uint8 [B], the UTF-8 of all captions
+one after the other, and `caption_ends` int64 [T], where each caption ends in it.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Index:
+    """Ids and captions of the N images of a split, in record order.
+
+    image_ids: unicode [N].
+    caption_counts: int32 [N], captions of each image.
+    text: UTF-8 of all T captions, one after the other.
+    ends: int64 [T], where each caption ends in `text`.
+    """
+
+    image_ids: np.ndarray
+    caption_counts: np.ndarray
+    text: bytes
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @cached_property
+    def _first(self) -> np.ndarray:
+        """[N + 1], first caption of each image."""
+        return np.concatenate([[0], np.cumsum(self.caption_counts)])
+
+    def captions(self, row: int) -> list[str]:
+        """The captions of image `row`."""
+        first, last = self._first[row : row + 2].tolist()
+        ends = self.ends[first:last].tolist()
+        starts = [int(self.ends[first - 1]) if first else 0, *ends[:-1]]
+        return [self.text[a:b].decode() for a, b in zip(starts, ends, strict=True)]
+
+    def all_captions(self) -> Iterator[list[str]]:
+        """The captions of each image in turn."""
+        return map(self.captions, range(len(self)))
+
+
+class IndexBuilder:
+    """Collects an index image by image; holds the text and 8 bytes a caption."""
+
+    def __init__(self) -> None:
+        self._ids: list[str] = []
+        self._counts, self._text, self._ends = array("i"), bytearray(), array("q")
+
+    def add(self, image_id: str, captions: Sequence[str]) -> None:
+        """Add the next image."""
+        self._ids.append(image_id)
+        self._counts.append(len(captions))
+        for caption in captions:
+            self._text += caption.encode()
+            self._ends.append(len(self._text))
+
+    def build(self) -> Index:
+        """The index of the images so far."""
+        counts, ends = np.array(self._counts, np.int32), np.array(self._ends, np.int64)
+        return Index(np.array(self._ids, np.str_), counts, bytes(self._text), ends)
+
+
+def index_file(split: str) -> str:
+    """Name of the sidecar of a split."""
+    return f"index_{split}.npz"
+
+
+def write_index(folder: Path, split: str, index: Index) -> None:
+    """Write the sidecar of a split."""
+    np.savez(
+        folder / index_file(split),
+        image_ids=index.image_ids,
+        caption_counts=index.caption_counts,
+        caption_text=np.frombuffer(index.text, np.uint8),
+        caption_ends=index.ends,
+    )
+
+
+def read_index(folder: Path, split: str) -> Index | None:
+    """The index of a split; None when there is no sidecar or, as in older data sets, one without captions.
+
+    Raises ValueError, naming the file, when it is damaged or its arrays do not fit together.
+    """
+    path = folder / index_file(split)
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if "caption_text" not in arrays:
+                return None
+            index = Index(
+                arrays["image_ids"], arrays["caption_counts"], arrays["caption_text"].tobytes(), arrays["caption_ends"]
+            )
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: expected an index as data_prep writes it: {error}") from error
+    captions, ends = int(index.caption_counts.sum()), index.ends
+    if len(index.caption_counts) != len(index):
+        raise ValueError(f"{path}: expected as many counts as ids, found {len(index.caption_counts)} and {len(index)}")
+    if len(ends) != captions or (np.diff(ends, prepend=0, append=len(index.text)) < 0).any():
+        raise ValueError(
+            f"{path}: expected {captions} captions that end in order within {len(index.text)} bytes, "
+            f"found {len(ends)}: {ends.tolist()[:3]} ... {ends.tolist()[-1:]}"
+        )
+    return index

@@ -1,0 +1,133 @@
+"""Loading and evaluating what was trained, on the same data set and on others."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from shnet_jax.commands import evaluate, evaluate_checkpoint, load, train
+from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
+from tests.train import tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick():
+        yield
+
+
+def toy(**changes):
+    return tiny.config(model__name="tests.train.toy", train__steps=6, train__checkpoint_steps=2, **changes)
+
+
+@pytest.fixture(scope="module")
+def workdir():
+    """A run of 6 steps with evaluations at 5 and 6."""
+    path = tiny.folder() / "commands"
+    train(toy(), path)
+    return path
+
+
+def test_train_prints_the_last_validation_result(workdir, capsys):
+    train(toy(), workdir)
+    out = capsys.readouterr().out
+    assert "3SHNet region, val" in out and "chance (10 images, 50 captions)" in out
+    assert f"{tiny.lines(workdir)[-1]['rsum']:.1f}" in out
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_evaluation_of_the_best_or_last_checkpoint(which, workdir):
+    rsums = {line["step"]: line["rsum"] for line in tiny.lines(workdir) if line["kind"] == "eval"}
+    step = 6 if which == "last" or rsums[6] >= rsums[5] else 5
+    results = evaluate_checkpoint(toy(eval__checkpoint=which, eval__split="val"), workdir)
+    assert results.metrics["rsum"] == pytest.approx(rsums[step], abs=1e-4)
+    assert results.card["checkpoint_step"] == step
+    assert results.card["selected_on"] == ("val" if which == "best" else "none")
+
+
+def test_evaluation_writes_its_results(workdir, capsys):
+    evaluate(toy(), workdir)
+    assert "3SHNet region" in capsys.readouterr().out
+    document = json.loads((workdir / "results_tiny_test.json").read_text("utf-8"))
+    assert "rsum" in json.dumps(document) and "3SHNet region" in json.dumps(document)
+
+
+def test_the_average_is_evaluated(workdir):
+    step = Checkpoints(workdir).step("last")
+    loaded = load(workdir, toy(eval__checkpoint="last"))
+    saved = tiny.arrays(workdir, step)
+    assert loaded.step == step
+    for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.variables["params"]):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(leaf, saved[f"ema{name}"])
+        assert (saved[f"ema{name}"] != saved[f"model{name}"]).any()
+
+
+def reworded(record):
+    """Other words: a vocabulary of this set would have other ids."""
+    return record | {"captions": [f"zebra quagga {caption[::-1]}" for caption in record["captions"]]}
+
+
+def test_another_data_set_is_read_with_the_vocabulary_of_the_training(workdir):
+    other = tiny.write("reworded", reworded)
+    assert (other / "sentencepiece.model").read_bytes() != (workdir / "vocabulary.model").read_bytes()
+    config = toy(data__dir=str(other))
+    experiment = load(workdir, config).experiment
+    assert experiment.dataset.path == other
+    ours = load(workdir, toy()).experiment.tokenizer
+    assert experiment.tokenizer.vocab_size == ours.vocab_size
+    for word in (["zebra"], ["red square"]):
+        assert experiment.tokenizer.vocabulary.pieces(word) == ours.vocabulary.pieces(word)
+    results = evaluate_checkpoint(config, workdir)
+    assert results.card["dataset"] == "reworded" and np.isfinite(results.metrics["rsum"])
+
+
+def test_a_data_set_with_features_of_another_size(workdir):
+    wide = tiny.write("wide", lambda record: record | {"regions": np.tile(record["regions"], 2)})
+    with pytest.raises(CheckpointError, match="does not fit this configuration and data set") as fault:
+        load(workdir, toy(data__dir=str(wide)))
+    assert "image/linear/kernel: saved (200, 16), expected (400, 16)" in str(fault.value)
+
+
+def test_a_data_set_without_what_the_model_reads(workdir):
+    def without(record):
+        return {name: value for name, value in record.items() if "region" not in name and "box" not in name}
+
+    bare = tiny.write("bare", lambda record: {k: v for k, v in without(record).items() if k != "relations"})
+    with pytest.raises(ValueError, match="this data set has no regions"):
+        load(workdir, toy(data__dir=str(bare)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model__dim": 8}, "config.model.dim: 8, there 16"),
+        ({"text__tower": "transformer"}, "config.text.tower: 'transformer', there 'bigru'"),
+    ],
+)
+def test_another_model_than_the_one_trained(changes, field, workdir):
+    with pytest.raises(ValueError, match="was trained with another model than --config names") as fault:
+        load(workdir, toy(**changes))
+    assert field in str(fault.value) and str(workdir) in str(fault.value)
+
+
+def test_folders_without_a_run(workdir, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json; not the work folder of a training run"):
+        load(tmp_path / "nowhere", toy())
+    assert not (tmp_path / "nowhere").exists()
+    for name in ("config.json", "vocabulary.model"):
+        with pytest.raises(CheckpointError, match=r"no config\.json|no vocabulary file"):
+            load(tmp_path, toy())
+        (tmp_path / name).write_bytes((workdir / name).read_bytes())
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        load(tmp_path, toy())
+
+
+def test_an_unknown_checkpoint_or_split(workdir):
+    with pytest.raises(ValueError, match="'newest'; choose best or last"):
+        load(workdir, toy(eval__checkpoint="newest"))
+    with pytest.raises(ValueError, match="no split 'dev'; it has"):
+        evaluate_checkpoint(toy(eval__split="dev"), workdir)

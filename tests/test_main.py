@@ -1,0 +1,81 @@
+"""Mistakes on the command line are one line, not a traceback. Each test is a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DEMO = "--config=configs/demo.py"
+
+
+def main(*flags):
+    return subprocess.run(
+        [sys.executable, "main.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.train.stepss=3"], "--config.train.stepss: no field 'stepss'; did you mean 'steps'?"),
+        (["--config.trian.steps=3"], "--config.trian.steps: no field 'trian'; did you mean 'train'?"),
+        (["--noconfig.data.residen"], "--config.data.residen: no field 'residen'; did you mean 'resident'?"),
+        (["--config.data.dir.x=3"], "--config.data.dir.x: 'x' is asked of a value, not of a section"),
+        (["--config.loss.weights.hinge=3"], "no field 'hinge'; there are "),
+        (["--config.train.steps=many"], "flag --config.train.steps=many: invalid literal for int()"),
+        (["--config.data.resident=maybe"], "flag --config.data.resident=maybe"),
+        (["--mode=evaluate"], "flag --mode=evaluate: value should be one of <train|eval"),
+        (["--confg.train.steps=3"], "Unknown command line flag 'confg.train.steps'"),
+        (["train"], "unexpected arguments: train"),
+    ],
+)
+def test_mistakes_in_flags(flags, message, tmp_path):
+    done = main(DEMO, f"--workdir={tmp_path}", *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([DEMO], "Flag --workdir must have a value"),
+        (["--workdir=runs/x"], "Flag --config must have a value"),
+        (["--workdir=runs/x", "--config=configs/dmo.py"], "No such file or directory: 'configs/dmo.py'"),
+        (["--workdir=runs/x", "--config=configs/dmo.py", "--config.seed=1"], "configs/dmo.py"),
+    ],
+)
+def test_missing_flags(flags, message):
+    done = main(*flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_fault_in_the_configuration_file_shows_where(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from configs import demo\n\ndef get_config():\n    c = demo.get_config()\n    return c.modell\n")
+    done = main(f"--config={path}", f"--workdir={tmp_path}")
+    assert done.returncode == 1 and f'File "{path}", line 5' in done.stderr
+
+
+def test_help():
+    done = main("--help")
+    assert "--config.train.epochs=4" in done.stdout and "--workdir" in done.stdout and "<train|eval" in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("debug", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_faults_of_the_run(debug, tmp_path):
+    flags = ["-v=1"] if debug else []
+    done = main(DEMO, f"--workdir={tmp_path}", f"--config.data.dir={tmp_path / 'nothing'}", *flags)
+    assert done.returncode == 1
+    assert f"{str(tmp_path / 'nothing')!r}: no such folder" in done.stderr
+    assert ("Traceback" in done.stderr) == debug
+    if not debug:
+        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,129 @@
+"""Arms and seeds: one table, finished runs are not repeated."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+from ml_collections import ConfigDict
+
+from shnet_jax import study as module
+from shnet_jax.evaluate.protocols import Results
+from shnet_jax.study import COLUMNS, Run, arm_config, study, table
+from tests.train import tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick():
+        yield
+
+
+def configuration(only=(), **changes):
+    """3 steps, evaluated at the end; the narrow arm has its own width, the two seeds their own weights."""
+    c = tiny.config(
+        model__name="tests.train.toy", train__steps=3, train__log_steps=3, train__eval_epochs=0.0, **changes
+    )
+    c.study.arms = ConfigDict({"wide": {}, "narrow": {"model": {"dim": 4}, "optim": {"lr": 0.01}}})
+    c.study.seeds = (3, 4)
+    c.study.only = only
+    return c
+
+
+def results(rsum):
+    metrics = dict.fromkeys(COLUMNS, 10.0) | {"rsum": rsum}
+    return Results(metrics=metrics, folds=(), chance=dict.fromkeys(COLUMNS, 1.0), card={})
+
+
+def test_the_table_has_mean_and_standard_deviation():
+    runs = {
+        "full": [
+            Run(seed, results(rsum), minutes=2.0, examples_per_second=100.0) for seed, rsum in enumerate((50, 54))
+        ],
+        "none": [Run(0, results(40), minutes=1.0, examples_per_second=200.0)],
+    }
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table(runs).splitlines() if line]
+    assert rows[0][:2] == ["arm", "seeds"] and rows[0][-3:] == ["rSum", "minutes", "pairs/s"]
+    by_arm = {row[0]: row for row in rows[2:]}
+    assert by_arm["full"][1] == "2" and by_arm["full"][-3] == f"52.0 ± {statistics.stdev((50, 54)):.1f}"
+    assert by_arm["none"][-3:] == ["40.0", "1.0", "200"]
+    assert "1.0" in by_arm["chance"]
+
+
+def test_an_arm_differs_only_in_its_fields():
+    config = configuration()
+    own = arm_config(config, "narrow", 4)
+    assert (own.model.dim, own.optim.lr, own.seed, own.name) == (4, 0.01, 4, "3SHNet region, narrow")
+    assert own.model.map_channels == config.model.map_channels and config.model.dim == 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"model": {"dimm": 4}}, "config.study.arms.narrow: .*dimm"), ({"model": {"dim": "wide"}}, "narrow: .*dim")],
+)
+def test_a_mistake_in_an_arm_is_told_before_anything_is_trained(fields, message, tmp_path):
+    config = configuration()
+    config.study.arms.narrow = ConfigDict(fields)
+    with pytest.raises(ValueError, match=message):
+        study(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_arm(tmp_path):
+    with pytest.raises(ValueError, match=r"names \['narow'\]; config.study.arms has \['narrow', 'wide'\]"):
+        study(configuration(only=("narow",)), tmp_path)
+    with pytest.raises(ValueError, match="at least one arm"):
+        study(empty(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def empty():
+    c = configuration()
+    c.study.seeds = ()
+    return c
+
+
+@pytest.mark.slow
+def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
+    trained, real = [], module.train_and_evaluate
+
+    def counted(config, workdir):
+        before = len(tiny.lines(workdir)) if (workdir / "metrics.jsonl").exists() else 0
+        found = real(config, workdir)
+        trained.append((config.name, config.seed, len(tiny.lines(workdir)) - before))
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(module, "train_and_evaluate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        study(configuration(), tmp_path)
+    trained.append(("interrupted", 0, 0))
+    runs = study(configuration(), tmp_path)
+    wide, narrow = "3SHNet region, wide", "3SHNet region, narrow"
+    assert trained == [
+        (narrow, 3, 2),
+        (narrow, 4, 2),
+        (wide, 3, 2),
+        ("interrupted", 0, 0),
+        (narrow, 3, 0),
+        (narrow, 4, 0),
+        (wide, 3, 0),
+        (wide, 4, 2),
+    ]
+    assert [(arm, run.seed) for arm, found in runs.items() for run in found] == [
+        ("narrow", 3),
+        ("narrow", 4),
+        ("wide", 3),
+        ("wide", 4),
+    ]
+    text = (tmp_path / "study.md").read_text("utf-8")
+    rsums = [run.results.metrics["rsum"] for run in runs["wide"]]
+    assert f"{statistics.mean(rsums):.1f} ± {statistics.stdev(rsums):.1f}" in text
+    assert text in capsys.readouterr().out
+    document = json.loads((tmp_path / "study.json").read_text("utf-8"))
+    assert [run["results"]["metrics"]["rsum"] for run in document["wide"]] == rsums
+    assert all(run["results"]["card"]["split"] == "test" for run in document["narrow"])
+    again = study(configuration(only=("wide",)), tmp_path)
+    assert list(again) == ["wide"] and [run.results.metrics["rsum"] for run in again["wide"]] == rsums

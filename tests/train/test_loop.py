@@ -1,0 +1,259 @@
+"""Whole runs in this process: resuming, faults, claims. The model is tests/train/toy.py unless a test is slow."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from shnet_jax.experiment import assemble, load_config
+from shnet_jax.train import loop
+from shnet_jax.train.checkpoint import Checkpoints
+from shnet_jax.train.loop import Interrupted, NonFiniteLoss, claim, train_and_evaluate
+from tests.train import tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick():
+        yield
+
+
+def toy(**changes):
+    return tiny.config(model__name="tests.train.toy", **changes)
+
+
+def same_arrays(ours, theirs):
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    for name, array in theirs.items():
+        assert ours[name].dtype == array.dtype
+        assert ours[name].tobytes() == array.tobytes(), name
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(False, id="streaming"), pytest.param(True, id="resident", marks=pytest.mark.slow)],
+)
+def undisturbed(request):
+    """(configuration, final arrays, log) of a run that nothing interrupts."""
+    config = toy(data__resident=request.param)
+    workdir = tiny.folder() / f"undisturbed_{request.param}"
+    train_and_evaluate(config, workdir)
+    return config, tiny.arrays(workdir, config.train.steps), tiny.lines(workdir)
+
+
+def at_step(monkeypatch, number, act):
+    """Calls `act` while the batch of the `number`-th step from now is on its way."""
+    put, calls = loop.put_batch, []
+
+    def counted(*arguments):
+        calls.append(0)
+        if len(calls) == number:
+            act()
+        return put(*arguments)
+
+    monkeypatch.setattr(loop, "put_batch", counted)
+
+
+def test_the_log_of_a_run(undisturbed):
+    config, _, lines = undisturbed
+    steps = [(line["step"], line["kind"]) for line in lines]
+    # log_steps 4, an evaluation every half epoch of 10 steps, and both at the end, 11.
+    assert steps == [(4, "train"), (5, "eval"), (8, "train"), (10, "eval"), (11, "train"), (11, "eval")]
+    assert all(np.isfinite(line["loss"]) and line["nonfinite"] == 0 for line in lines if line["kind"] == "train")
+    assert lines[0]["loss"] > lines[-2]["loss"] > 0
+    assert lines[0]["lr"] == pytest.approx(config.optim.lr * 3 / 5)  # step 4 of a warm-up over half an epoch
+
+
+def test_resuming_gives_the_same_run(undisturbed, monkeypatch, tmp_path):
+    """A signal after step 2; a crash in step 9, whose last checkpoint, 6, lies within a log interval; the rest."""
+    config, arrays, lines = undisturbed
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train_and_evaluate(config, tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert Checkpoints(tmp_path).step("last") == 2
+
+    def crash():
+        assert (tmp_path / "metrics.jsonl").read_text().count('"train"') == 2  # steps 4 and 8
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+        at_step(patch, 7, crash)
+        train_and_evaluate(config, tmp_path)
+    assert Checkpoints(tmp_path).step("last") == 6
+
+    train_and_evaluate(config, tmp_path)
+    same_arrays(tiny.arrays(tmp_path, config.train.steps), arrays)
+    assert tiny.lines(tmp_path) == lines
+
+
+def test_a_finished_run_is_only_evaluated(undisturbed, monkeypatch):
+    config, arrays, lines = undisturbed
+    workdir = tiny.folder() / f"undisturbed_{config.data.resident}"
+    at_step(monkeypatch, 1, lambda: pytest.fail("a step was made"))
+    results = train_and_evaluate(config, workdir)
+    assert results.metrics["rsum"] == lines[-1]["rsum"]
+    assert tiny.lines(workdir) == lines
+    same_arrays(tiny.arrays(workdir, config.train.steps), arrays)
+
+
+@pytest.fixture(scope="module")
+def poisoned():
+    """A data set in which the features of one training image are not numbers."""
+    from data_prep import schema
+
+    spoilt = tiny.records("train")[17]["image_id"]
+
+    def change(record):
+        if record["image_id"] == spoilt:
+            record["regions"][0, 0] = np.nan
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "check_record", lambda *arguments: None)
+        return spoilt, str(tiny.write("poisoned", change))
+
+
+@pytest.mark.slow
+def test_not_finite_stop_then_skip(poisoned, tmp_path, caplog):
+    spoilt, folder = poisoned
+    config = toy(data__dir=folder, train__eval_epochs=0.0)
+    with pytest.raises(NonFiniteLoss, match=r"^step \d+: the loss or its gradient is not finite") as fault:
+        train_and_evaluate(config, tmp_path)
+    message = str(fault.value)
+    assert spoilt in message and "config.train.on_nonfinite=skip" in message
+    at = int(message.split()[1].rstrip(":"))
+    saved = Checkpoints(tmp_path).step("last")
+    assert at <= saved <= at + 1
+    before = tiny.arrays(tmp_path, saved)
+    assert all(np.isfinite(array).all() for array in before.values() if array.dtype == np.float32)
+
+    with pytest.raises(NonFiniteLoss, match=rf"not finite in 1 of the first {saved} steps.*on_nonfinite=skip"):
+        train_and_evaluate(config, tmp_path)
+    assert Checkpoints(tmp_path).step("last") == saved
+
+    config.train.on_nonfinite = "skip"
+    with caplog.at_level(logging.WARNING, logger="shnet_jax"):
+        results = train_and_evaluate(config, tmp_path)
+    assert np.isfinite(results.metrics["rsum"])
+    after = tiny.arrays(tmp_path, config.train.steps)
+    assert all(np.isfinite(array).all() for array in after.values() if array.dtype == np.float32)
+    assert any((after[name] != before[name]).any() for name in after if name.startswith("model"))
+
+
+@pytest.mark.slow
+def test_not_finite_skipped_from_the_start(poisoned, tmp_path, caplog):
+    spoilt, folder = poisoned
+    config = toy(data__dir=folder, train__eval_epochs=0.0, train__on_nonfinite="skip", train__log_steps=1)
+    with caplog.at_level(logging.WARNING, logger="shnet_jax"):
+        train_and_evaluate(config, tmp_path)
+    told = [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
+    lines = [line for line in tiny.lines(tmp_path) if line["kind"] == "train"]
+    faulty = [line["step"] for line in lines if line["nonfinite"]]
+    # An image is met once in each pass of 10 steps.
+    assert 1 <= len(faulty) <= 2 and len(lines) == config.train.steps
+    assert [int(text.split()[1].rstrip(":")) for text in told] == faulty  # each told once
+    assert all(spoilt in text and "skipped" in text for text in told)
+    assert all(line["loss"] == 0 for line in lines if line["step"] in faulty)
+    arrays = tiny.arrays(tmp_path, config.train.steps)
+    assert arrays["trainer['nonfinite']"] == len(faulty)
+    assert all(np.isfinite(array).all() for array in arrays.values() if array.dtype == np.float32)
+
+
+def test_claim_names_the_fields_that_differ(undisturbed):
+    config = undisturbed[0].copy_and_resolve_references()
+    workdir = tiny.folder() / f"undisturbed_{config.data.resident}"
+    config.unlock()
+    config.optim.lr = 0.25
+    config.model.dim = 17
+    with pytest.raises(ValueError) as refused:
+        train_and_evaluate(config, workdir)
+    message = str(refused.value)
+    assert str(workdir) in message and "another configuration" in message
+    assert "config.optim.lr: 0.25, there 0.0005" in message and "config.model.dim: 17, there 16" in message
+    assert len(message.splitlines()) == 3
+
+
+def test_claim_leaves_free_what_does_not_change_the_parameters(undisturbed):
+    config = undisturbed[0].copy_and_resolve_references()
+    workdir = tiny.folder() / f"undisturbed_{config.data.resident}"
+    moved = tiny.folder() / "moved"
+    if not moved.exists():
+        moved.symlink_to(tiny.dataset().parent)
+    config.data.dir = str(moved)
+    config.name = "another name"
+    config.eval.batch_size = 3
+    config.study.seeds = (1, 2)
+    config.train.keep = 5
+    config.train.on_nonfinite = "skip"
+    claim(workdir, assemble(config))
+    assert load_config(workdir / "config.json").name == undisturbed[0].name
+
+
+def test_a_folder_without_a_checkpoint_can_be_claimed_anew(tmp_path):
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        train_and_evaluate(toy(data__val_split="dev"), tmp_path)
+    claim(tmp_path, assemble(toy()))
+    assert load_config(tmp_path / "config.json").data.val_split == "val"
+    assert (tmp_path / "vocabulary.model").read_bytes() == (tiny.dataset() / "sentencepiece.model").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__batch_size": 25, "parallel__devices": 2}, "config.train.batch_size: 5 do not divide among 2 devices"),
+        ({"parallel__devices": 99}, "config.parallel.devices is 99, this machine has 8"),
+        ({"train__batch_size": 500}, "fewer than a batch of 500"),
+        ({"optim__schedule": "linear"}, "choose step, cosine or constant"),
+        ({"loss__weights": {"triplet": 0.0, "infonce": 0.0}}, "no loss with a weight above 0"),
+        ({"data__dir": ""}, "config.data.dir is empty"),
+        ({"model__num_classes": 5, "model__name": "shnet"}, "22 classes, config.model.num_classes is 5"),
+        ({"model__name": "shnett"}, "unknown model 'shnett'"),
+        ({"text__vocab_size": 5}, "the text tower has 5 tokens, the tokenizer"),
+    ],
+)
+def test_a_configuration_that_cannot_be_trained(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train_and_evaluate(tiny.config(**{"model__name": "tests.train.toy"} | changes), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_resident_reading_changes_no_example(tmp_path):
+    arrays = {}
+    for resident in (False, True):
+        config = toy(data__resident=resident, train__eval_epochs=0.0)
+        train_and_evaluate(config, tmp_path / str(resident))
+        arrays[resident] = tiny.arrays(tmp_path / str(resident), config.train.steps)
+    for name, array in arrays[False].items():
+        np.testing.assert_allclose(arrays[True][name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
+def test_four_devices_resume_between_the_batches_of_an_update(mapping, monkeypatch, tmp_path):
+    config = toy(parallel__devices=4, parallel__mapping=mapping, optim__accumulate=2, train__steps=6)
+    stopped_and_resumed(config, 3, monkeypatch, tmp_path)
+
+
+@pytest.mark.slow
+def test_3shnet_resumes_as_well(monkeypatch, tmp_path):
+    """Dropout in both towers, both kinds of highlighting, a BiGRU."""
+    config = tiny.config(data__resident=True, train__steps=7, train__eval_epochs=0.0)
+    stopped_and_resumed(config, 5, monkeypatch, tmp_path)
+
+
+def stopped_and_resumed(config, step, monkeypatch, folder):
+    train_and_evaluate(config, folder / "undisturbed")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        train_and_evaluate(config, folder / "resumed")
+    assert Checkpoints(folder / "resumed").step("last") == step
+    train_and_evaluate(config, folder / "resumed")
+    ours, theirs = (folder / name for name in ("resumed", "undisturbed"))
+    same_arrays(tiny.arrays(ours, config.train.steps), tiny.arrays(theirs, config.train.steps))
+    assert tiny.lines(ours) == tiny.lines(theirs)

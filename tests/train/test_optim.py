@@ -1,0 +1,154 @@
+"""The optimiser against AdamW written in NumPy, its groups, its schedules."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from shnet_jax.train.optim import make_optimiser, schedule
+
+LEAVES = {
+    "model/image/linear/kernel": (4, 3),
+    "model/image/linear/bias": (3,),
+    "model/text/tower/layer_0/kernel": (3, 3),
+    "model/text/tower/layer_1/kernel": (3, 3),
+    "model/text/tower/words": (5, 2),
+    "model/text/head/kernel": (3, 2),
+    "loss/infonce/log_scale": (),
+}
+
+
+def tree(flat):
+    nested = {}
+    for name, value in flat.items():
+        *sections, last = name.split("/")
+        node = nested
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = np.float32(value)
+    return nested
+
+
+def flat(nested):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(nested)
+    }
+
+
+def draw(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {name: np.float32(scale * rng.normal(size=shape)) for name, shape in LEAVES.items()}
+
+
+def configuration(**changes):
+    c = base.get_config()
+    c.optim.update({"lr": 0.01, "weight_decay": 0.3, "text_lr_factor": 0.25, "clip_norm": 2.0, "schedule": "constant"})
+    c.text.frozen_layers = changes.pop("frozen_layers", 0)
+    c.optim.update(changes)
+    return c
+
+
+def run(config, grads, rate=None):
+    tx = make_optimiser(config, rate or schedule(config, 10, 100))
+    params = tree(draw(0))
+    state = tx.init(params)
+    for gradient in grads:
+        updates, state = tx.update(tree(gradient), state, params)
+        params = jax.tree.map(np.add, params, jax.device_get(updates))
+    return flat(params)
+
+
+def adamw(config, grads, rate):
+    """Loshchilov and Hutter 2019, algorithm 2, with clipping by the global norm; float64."""
+    o = config.optim
+    params = {name: np.float64(value) for name, value in draw(0).items()}
+    first, second = ({name: np.zeros_like(value) for name, value in params.items()} for _ in range(2))
+    for step, gradient in enumerate(grads, 1):
+        norm = np.sqrt(sum((np.float64(g) ** 2).sum() for g in gradient.values()))
+        for name, g in gradient.items():
+            g = np.float64(g) * min(1.0, o.clip_norm / norm if o.clip_norm else 1.0)
+            first[name] = o.b1 * first[name] + (1 - o.b1) * g
+            second[name] = o.b2 * second[name] + (1 - o.b2) * g**2
+            direction = first[name] / (1 - o.b1**step) / (np.sqrt(second[name] / (1 - o.b2**step)) + 1e-8)
+            if o.decay_all or g.ndim > 1:
+                direction = direction + o.weight_decay * params[name]
+            lr = rate(step - 1) * (o.text_lr_factor if "/tower/" in name else 1.0)
+            params[name] = params[name] - lr * direction
+    return params
+
+
+@pytest.mark.parametrize("decay_all", [True, False])
+@pytest.mark.parametrize("clip_norm", [0.0, 2.0])
+def test_against_adamw(decay_all, clip_norm):
+    config = configuration(decay_all=decay_all, clip_norm=clip_norm)
+    # The second gradient is within the norm, the others are clipped.
+    grads = [draw(1), draw(2, 0.05), draw(3, 4.0)]
+    rate = lambda step: 0.01 / (1 + step)  # noqa: E731
+    expected = adamw(config, grads, rate)
+    for name, value in run(config, grads, rate).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_text_tower_is_slower_and_its_head_is_not():
+    fast, slow = (run(configuration(text_lr_factor=factor), [draw(1)]) for factor in (1.0, 0.25))
+    for name, start in draw(0).items():
+        factor = 0.25 if name.startswith("model/text/tower/") else 1.0
+        np.testing.assert_allclose(slow[name] - start, factor * (fast[name] - start), rtol=1e-4, atol=1e-7)
+
+
+def test_frozen_layers_do_not_even_decay():
+    found = run(configuration(frozen_layers=1), [draw(1), draw(2)])
+    same = {name for name, start in draw(0).items() if (found[name] == start).all()}
+    assert same == {"model/text/tower/words", "model/text/tower/layer_0/kernel"}
+
+
+def test_accumulated_gradients_are_averaged():
+    first, second = draw(1), draw(2)
+    mean = {name: (first[name] + second[name]) / 2 for name in first}
+    once = run(configuration(), [mean])
+    twice = run(configuration(accumulate=2), [first, second])
+    halfway = run(configuration(accumulate=2), [first])
+    for name, start in draw(0).items():
+        np.testing.assert_allclose(twice[name], once[name], rtol=1e-6, atol=1e-7, err_msg=name)
+        np.testing.assert_array_equal(halfway[name], start)
+
+
+def rates(steps, **changes):
+    rate = schedule(configuration(lr=0.5, **changes), 10, 40)
+    return [float(rate(step)) for step in steps]
+
+
+def test_constant_schedule():
+    assert rates([0, 7, 39], schedule="constant") == [0.5, 0.5, 0.5]
+
+
+def test_step_schedule():
+    changes = {"schedule": "step", "decay_epochs": (1.0, 2.5), "decay_factor": 0.1}
+    np.testing.assert_allclose(
+        rates([0, 9, 10, 24, 25, 39], **changes), [0.5, 0.5, 0.05, 0.05, 0.005, 0.005], rtol=1e-5
+    )
+
+
+def test_cosine_schedule():
+    expected = [0.5 * 0.5 * (1 + np.cos(np.pi * step / 40)) for step in (0, 10, 39, 40)]
+    np.testing.assert_allclose(rates([0, 10, 39, 40], schedule="cosine"), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["constant", "step", "cosine"])
+def test_warm_up(kind):
+    """Linear from 0; then the schedule, whose epochs are counted from the start of training."""
+    found = rates([0, 1, 4, 5, 19, 20], schedule=kind, warmup_epochs=0.5, decay_epochs=(2.0,))
+    after = {
+        "constant": [0.5, 0.5, 0.5],
+        "step": [0.5, 0.5, 0.05],
+        "cosine": [0.25 * (1 + np.cos(np.pi * step / 35)) for step in (0, 14, 15)],
+    }[kind]
+    np.testing.assert_allclose(found, [0.0, 0.1, 0.4, *after], rtol=1e-5)
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match="'linear'; choose step, cosine or constant"):
+        rates([0], schedule="linear")

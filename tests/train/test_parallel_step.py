@@ -1,0 +1,137 @@
+"""A whole training step of 3SHNet is the same function on 1, 2 and 8 devices, under both mappings."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from configs import demo
+from shnet_jax import registry
+from shnet_jax.data.batches import gather
+from shnet_jax.losses import total
+from shnet_jax.parallel.axis import DATA
+from shnet_jax.parallel.mapping import MAPPINGS, data_mesh, map_step, put_batch, replicate
+from shnet_jax.train.state import create_state
+from shnet_jax.train.step import make_step
+from tests.train import tiny
+
+IMAGES, CAPTIONS, REGIONS, CLASSES, TOKENS, VOCABULARY = 8, 2, 3, 5, 4, 11
+WARM_UP = 3  # steps of the triplet loss that sum over all violations
+WAYS = [(devices, mapping) for devices in (1, 2, 8) for mapping in MAPPINGS]
+
+
+def configuration(bn_sync: bool):
+    c = demo.get_config()
+    c.model.update({"dim": 8, "map_channels": 2, "num_classes": CLASSES, "dropout": 0.0, "dtype": "float32"})
+    c.model.bn_sync = bn_sync
+    c.text.update({"width": 4, "vocab_size": VOCABULARY, "dropout": 0.0, "dtype": "float32"})
+    c.loss.weights.update({"triplet": 1.0, "infonce": 2.0})
+    return c
+
+
+@functools.cache
+def batch():
+    """Two images appear twice, on different devices; masks and caption lengths vary."""
+    rng = np.random.default_rng(0)
+    pairs = IMAGES * CAPTIONS
+    return {
+        "image_index": np.array([0, 1, 2, 3, 4, 1, 6, 0], np.int32),
+        "regions": rng.normal(size=(IMAGES, REGIONS, 6)).astype(np.float32),
+        "region_mask": np.arange(REGIONS) < rng.integers(1, REGIONS + 1, (IMAGES, 1)),
+        "seg_semantic": rng.normal(size=(IMAGES, CLASSES, 2, 2)).astype(np.float32),
+        "seg_map": rng.integers(0, CLASSES + 1, (IMAGES, 16, 16)).astype(np.uint8),
+        "categories": rng.random((IMAGES, CLASSES)) < 0.4,
+        "tokens": rng.integers(1, VOCABULARY, (pairs, TOKENS)).astype(np.int32),
+        "token_mask": np.arange(TOKENS) < rng.integers(1, TOKENS + 1, (pairs, 1)),
+    }
+
+
+@functools.cache
+def variables(bn_sync: bool):
+    """Random values of the right shapes: to initialise the model would take longer than to train it."""
+    model = registry.model("shnet").build(configuration(False))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch(), train=False))
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        return np.float32(1 + 0.1 * np.abs(values) if path[-1].key in ("scale", "var") else values)
+
+    return jax.tree_util.tree_map_with_path(draw, dict(shapes))
+
+
+@functools.cache
+def steps(devices: int, mapping: str, bn_sync: bool):
+    """[(state, metrics)] after one step from the warm-up of the triplet loss and one from its hardest negatives.
+
+    Plain gradient descent with rate 1: the parameters that are missing are the gradient.
+    """
+    config = configuration(bn_sync)
+    loss_params, total_loss = total.build(config.loss, WARM_UP)
+    tx = optax.sgd(1.0)
+    mesh = data_mesh(jax.devices()[:devices])
+    model = registry.model("shnet").build(config)
+    step = map_step(make_step(model, total_loss, tx, finish=gather, axis_name=DATA), mesh, mapping)
+    done = []
+    for number in (WARM_UP - 1, WARM_UP):
+        state = create_state(variables(bn_sync), loss_params, tx, ema=False, seed=0).replace(step=np.int32(number))
+        done.append(step(replicate(state, mesh), put_batch(batch(), mesh, mapping), {}))
+    return done
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick():
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "mapping"), WAYS[1:])
+def test_a_step_does_not_depend_on_devices_and_mapping(devices, mapping):
+    before = variables(True)["params"]
+    for (one, expected), (state, metrics) in zip(steps(*WAYS[0], True), steps(devices, mapping, True), strict=True):
+        assert expected.keys() == metrics.keys() >= {"loss", "triplet_loss", "infonce_loss", "grad_norm", "finite"}
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+        wanted = jax.tree_util.tree_leaves_with_path(jax.tree.map(np.subtract, before, one.params["model"]))
+        found = jax.tree.leaves(jax.tree.map(np.subtract, before, state.params["model"]))
+        largest = max(np.abs(gradient).max() for _, gradient in wanted)
+        assert largest > 1
+        for (path, gradient), ours in zip(wanted, found, strict=True):
+            # 1e-5 of the largest covers gradients that cancel out (biases in front of a normalisation).
+            np.testing.assert_allclose(
+                ours, gradient, rtol=2e-3, atol=1e-5 * largest, err_msg=jax.tree_util.keystr(path)
+            )
+        ours, expected = state.params["loss"]["infonce"], one.params["loss"]["infonce"]
+        assert ours.keys() == expected.keys() == {"log_scale"}
+        np.testing.assert_allclose(ours["log_scale"], expected["log_scale"], rtol=1e-4)
+        for ours, statistic in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(one.batch_stats), strict=True):
+            np.testing.assert_allclose(ours, statistic, rtol=1e-4, atol=1e-6)
+            assert ours.ndim
+
+
+@pytest.mark.slow
+def test_the_two_steps_differ_in_the_negatives_that_count():
+    (_, warm), (_, hardest) = steps(*WAYS[0], True)
+    assert warm["triplet_loss"] > 2 * hardest["triplet_loss"]
+    np.testing.assert_allclose(warm["infonce_loss"], hardest["infonce_loss"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_statistics_of_each_device_are_averaged_into_one_state():
+    state, metrics = steps(8, "shard_map", False)[1]
+    assert metrics["finite"] == 1
+    different = 0
+    synchronised = jax.tree.leaves(steps(8, "shard_map", True)[1][0].batch_stats)
+    for ours, together in zip(jax.tree.leaves(state.batch_stats), synchronised, strict=True):
+        shards = [np.asarray(shard.data) for shard in ours.addressable_shards]
+        assert len(shards) == 8 and all((shard == shards[0]).all() for shard in shards)
+        different += not np.allclose(ours, together, rtol=1e-3)
+    assert different  # variances of one image are not those of eight
+    for leaf in jax.tree.leaves(state.params):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert all((shard == shards[0]).all() for shard in shards)
