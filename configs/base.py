@@ -103,7 +103,6 @@ def get_config() -> ConfigDict:
     train.checkpoint_steps = 500  # steps between two saved states (each evaluation and the end save too)
     train.keep = 2  # newest states kept, beside the best
     train.on_nonfinite = "stop"  # loss or gradient not finite: "stop" (state before it is saved) | "skip" the update
-    train.profile_steps = 0  # steps traced by the JAX profiler into workdir/profile; 0: none
 
     c.parallel = parallel = ConfigDict()
     parallel.mapping = "shard_map"  # how the per-device step is mapped: shard_map | pmap

@@ -21,8 +21,11 @@ def get_config() -> ConfigDict:
     c.model.dtype = c.text.dtype = "bfloat16"
     c.text.tower = "bigru"
     c.text.width = 256
+    c.loss.weights.infonce = 1.0
+    c.loss.weights.triplet = 0.0
+    c.optim.lr = 1e-3
     c.train.batch_size = 320
-    c.train.epochs = 10.0
+    c.train.epochs = 5.0
     c.optim.schedule = "cosine"
     c.optim.warmup_epochs = 0.5
     c.study.only = ("full", "none")

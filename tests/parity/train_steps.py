@@ -99,7 +99,7 @@ def _parameters(fixture: Fixture, when: str, state: Any, shape: dict[str, Any], 
         for key in slot.path:
             ours = ours[key]
         # Adam's first steps are rate * g / (|g| + 1e-8). Where the true gradient is zero they follow rounding noise; an
-        # element whose gradient is near that noise moves by any part of the rate (one of 1,024 in the first layer does).
+        # element whose gradient is near that noise moves by any part of the rate (one of 1,024 in the first layer).
         noise = full in ill or name.endswith("attention.self.key.bias")
         atol = rate * steps if noise else rate / 5
         rows.append(compare(GROUP, full, ours, slot.ours(recorded), atol))
