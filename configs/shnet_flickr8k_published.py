@@ -1,0 +1,22 @@
+"""The published 3SHNet recipe, cut to 4 epochs and width 512, on flickr8k_mini with the MiniLM text tower."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """Needs `--config.data.dir` (docs/data.md, from_scan) and `make minilm`; compare with shnet_flickr8k.py."""
+    c = base.get_config()
+    c.name = "3SHNet region, published recipe"
+    c.data.resident = True
+    c.text.weights = "minilm"
+    c.text.dtype = c.model.dtype = "bfloat16"
+    c.model.dim = 512
+    c.loss.triplet.mask_same_image = False
+    c.train.batch_size = 128
+    c.train.epochs = 4.0
+    c.train.checkpoint_steps = 50
+    c.study.seeds = (0, 1, 2)
+    c.study.only = ("full", "none")
+    return c
