@@ -73,14 +73,15 @@ def main(argv: list[str]) -> None:
     from shnet_jax.study import study
     from shnet_jax.train.checkpoint import CheckpointError
     from shnet_jax.train.loop import NonFiniteLoss
+    from shnet_jax.train.workdir import WorkdirError
 
     run = {"train": commands.train, "eval": commands.evaluate, "study": study}[MODE.value]
     try:
         run(CONFIG.value, str(WORKDIR.value))
-    except (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss) as error:
+    except (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, WorkdirError) as error:
         if debug:
             raise
-        _fail(str(error), 1)
+        _fail(f"{error} (-v=1 shows where)", 1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The published 3SHNet region model on a set with BERT; needs `data.dir` and `text.weights`."""
+    """The published 3SHNet region model with BERT, but for `mask_same_image`; needs `data.dir` and `text.weights`."""
     c = ConfigDict()
     c.name = "shnet"  # name of the run, shown in tables
     c.seed = 0  # the one source of randomness: initial weights, order, dropout, augmentation
@@ -91,13 +91,13 @@ def get_config() -> ConfigDict:
     optim.b1 = 0.9  # AdamW, first moment
     optim.b2 = 0.999  # AdamW, second moment
     optim.clip_norm = 2.0  # largest global gradient norm; 0: no clipping (published 2)
-    optim.ema = 0.0  # decay of the running average of the parameters that is evaluated; 0: none
+    optim.ema = 0.0  # decay per batch of the running average that is evaluated; 0: none
     optim.accumulate = 1  # batches whose gradients are averaged before an update
 
     c.train = train = ConfigDict()
     train.batch_size = 256  # image-caption pairs of a batch over all devices (published 256 on COCO)
     train.epochs = 25.0  # passes over all captions of the training split (published 25)
-    train.steps = 0  # optimiser steps; 0: as many as train.epochs need
+    train.steps = 0  # batches; 0: as many as train.epochs need
     train.log_steps = 50  # steps between two log lines; their numbers are means over these steps
     train.eval_epochs = 1.0  # epochs between two evaluations on val_split; 0: only at the end
     train.checkpoint_steps = 500  # steps between two saved states (each evaluation and the end save too)

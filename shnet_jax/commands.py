@@ -6,18 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.protocols import Results, Subject
+from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import card_table, table, write_json
-from shnet_jax.evaluate.split import make_evaluator
-from shnet_jax.experiment import Experiment, abstract_variables, assemble, differences, load_config
+from shnet_jax.evaluate.split import make_evaluator, subject
+from shnet_jax.experiment import Experiment, abstract_variables, assemble
+from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.loop import make_mesh, train_and_evaluate
-
-# What an evaluation may choose; everything else comes from the trained run.
-CHOSEN_BY_EVALUATION = ("data.dir", "eval", "parallel")
+from shnet_jax.train.loop import train_and_evaluate
+from shnet_jax.train.workdir import differences, trained_config
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -28,48 +26,39 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A trained model: its parts, variables and where they come from."""
+    """A trained model: its parts, variables, their step and the split that chose it ("none" for the last one)."""
 
     experiment: Experiment
     variables: dict[str, Any]
     step: int
+    selected_on: str
 
 
 def load(workdir: str | Path, config: ConfigDict) -> Loaded:
     """The checkpoint config.eval.checkpoint of a work folder, on the data set config.data.dir.
 
-    Model, text tower and vocabulary are those of the run; raises ValueError or CheckpointError when the given
-    configuration or the data set does not fit them.
+    Model, text tower and vocabulary are those of the run; raises ValueError, WorkdirError or CheckpointError when the
+    given configuration or the data set does not fit them.
     """
     workdir = Path(workdir)
-    path = workdir / "config.json"
-    if not path.exists():
-        raise CheckpointError(f"{workdir}: no config.json; not the work folder of a training run")
-    trained = load_config(path)
-    trained.unlock()
-    for name in CHOSEN_BY_EVALUATION:
-        section, _, field = name.partition(".")
-        if field:
-            trained[section][field] = config[section][field] or trained[section][field]
-        else:
-            trained[section] = config[section]
-    wrong = _model_differences(trained, config)
-    if wrong:
+    trained = trained_config(workdir)
+    if wrong := _model_differences(trained, config):
         raise ValueError(f"{workdir} was trained with another model than --config names:\n  " + "\n  ".join(wrong))
-    vocabulary = next(workdir.glob("vocabulary.*"), None)
-    if vocabulary is None:
-        raise CheckpointError(f"{workdir}: no vocabulary file; was the folder copied whole?")
-    trained.tokenizer.path = str(vocabulary)
+    # What an evaluation may choose; everything else comes from the run.
+    trained.unlock()
+    trained.data.dir = config.data.dir or trained.data.dir
+    trained.eval, trained.parallel = config.eval, config.parallel
     trained.text.weights = ""  # the checkpoint has them
     experiment = assemble(trained)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.step(config.eval.checkpoint)
     if step is None:
         raise CheckpointError(f"{workdir}: no checkpoint in {checkpoints.folder}")
-    averaged = trained.optim.ema > 0
-    variables = checkpoints.restore_variables(step, abstract_variables(experiment), averaged=averaged)
+    like = abstract_variables(experiment)
+    variables = checkpoints.restore_variables(step, like, averaged=trained.optim.ema > 0)
+    chosen = config.eval.checkpoint == "best" and checkpoints.best is not None
     checkpoints.close()
-    return Loaded(experiment, variables, step)
+    return Loaded(experiment, variables, step, trained.data.val_split if chosen else "none")
 
 
 def _model_differences(trained: ConfigDict, config: ConfigDict) -> list[str]:
@@ -84,23 +73,16 @@ def _model_differences(trained: ConfigDict, config: ConfigDict) -> list[str]:
 def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:
     """Evaluates the checkpoint config.eval.checkpoint of a work folder on config.eval.split."""
     loaded = load(workdir, config)
-    experiment, settings = loaded.experiment, loaded.experiment.config
-    split = settings.eval.split
-    subject = Subject(
-        dataset=experiment.dataset.path.parent.name,
-        split=split,
-        checkpoint_step=loaded.step,
-        parameters=f"running average (decay {settings.optim.ema})" if settings.optim.ema else "trained",
-        dtype=settings.model.dtype,
-        selected_on=settings.data.val_split if settings.eval.checkpoint == "best" else "none",
-    )
-    return make_evaluator(experiment, split, make_mesh(settings))(loaded.variables, subject)
+    split = config.eval.split
+    mesh = make_mesh(config.parallel.devices)
+    what = subject(loaded.experiment, split, loaded.step, loaded.selected_on, mesh.size)
+    return make_evaluator(loaded.experiment, split, mesh)(loaded.variables, what)
 
 
 def evaluate(config: ConfigDict, workdir: str | Path) -> None:
-    """Evaluates a checkpoint; prints the table and the card, writes results_<data set>_<split>.json."""
+    """Evaluates a checkpoint; prints table and card, writes results_<data set>_<split>_<protocol>_<checkpoint>.json."""
     results = evaluate_checkpoint(config, workdir)
-    if jax.process_index() == 0:
-        arms = {config.name: results}
-        write_json(Path(workdir) / f"results_{results.card['dataset']}_{results.card['split']}.json", arms)
-        print(f"{table(arms)}\n{card_table(results.card)}")
+    card, arms = results.card, {config.name: results}
+    name = f"results_{card['dataset']}_{card['split']}_{card['protocol']}_{config.eval.checkpoint}.json"
+    write_json(Path(workdir) / name, arms)
+    print(f"{table(arms)}\n{card_table(card)}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -42,6 +40,11 @@ def assemble(config: ConfigDict) -> Experiment:
         raise ValueError("config.data.dir is empty: give the folder of a data set, --config.data.dir=DIR")
     dataset = open_dataset(config.data.dir)
     if config.text.weights:
+        if config.text.tower != "bert":
+            raise ValueError(
+                f"config.text.weights are those of a BERT, config.text.tower is {config.text.tower!r}; "
+                "for its vocabulary alone set config.tokenizer.path"
+            )
         folder = bert_weights.find_folder(config.text.weights)
         config.text.update(bert_weights.sizes(folder))
         if config.tokenizer.kind == "wordpiece" and not config.tokenizer.path:
@@ -109,31 +112,3 @@ def abstract_variables(experiment: Experiment) -> dict[str, Any]:
     batch = dummy_batch(experiment)
     shapes = jax.eval_shape(lambda: experiment.model.init(jax.random.key(0), batch, train=False))
     return {name: dict(shapes).get(name, {}) for name in ("params", "batch_stats")}
-
-
-def save_config(config: ConfigDict | FrozenConfigDict, path: Path) -> None:
-    """The configuration as JSON, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def load_config(path: Path) -> ConfigDict:
-    """A configuration saved by `save_config`."""
-    return ConfigDict(json.loads(path.read_text(encoding="utf-8"), object_hook=_tuples))
-
-
-def _tuples(section: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
-
-
-def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "config") -> list[str]:
-    """Fields in which two configurations differ, one line each."""
-    lines = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        a, b, name = ours.get(key, "absent"), theirs.get(key, "absent"), f"{prefix}.{key}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, name)
-        elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
-            lines.append(f"{name}: {a!r}, there {b!r}")
-    return lines

@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from shnet_jax.commands import evaluate_checkpoint
@@ -50,10 +49,9 @@ def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
     runs: dict[str, list[Run]] = {}
     for arm in arms:
         runs[arm] = [_run(config, arm, seed, workdir / arm / f"seed_{seed}") for seed in config.study.seeds]
-        if jax.process_index() == 0:
-            (workdir / "study.md").write_text(table(runs), encoding="utf-8")
-            document = {a: [dataclasses.asdict(run) for run in found] for a, found in runs.items()}
-            (workdir / "study.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (workdir / "study.md").write_text(table(runs), encoding="utf-8")
+        document = {a: [dataclasses.asdict(run) for run in found] for a, found in runs.items()}
+        (workdir / "study.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"\n{config.name} on split {config.eval.split} of {config.data.dir}\n\n{table(runs)}")
     return runs
 

@@ -13,6 +13,9 @@ from flax import struct
 
 Array = jax.Array
 
+DATA = "data"
+"""Name of the device axis that a step is mapped over: each device holds its own part of the batch."""
+
 Batch = Mapping[str, Array]
 """One device's examples. Image arrays have n rows and text arrays t = n * captions_per_image rows,
 image-major: text row j belongs to image row j // (t // n).
@@ -60,7 +63,7 @@ Score = Callable[[Embedding, Embedding], Array]
 class Context:
     """What a loss may know beside the embeddings.
 
-    step:   [] int32, optimiser steps done before this one.
+    step:   [] int32, batches done before this one.
     params: learnable parameters of this loss (a temperature, ...), {} when it has none.
     score:  the model's score function.
     axis:   name of the mapped device axis, None when unmapped.

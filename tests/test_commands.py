@@ -10,6 +10,7 @@ import pytest
 
 from shnet_jax.commands import evaluate, evaluate_checkpoint, load, train
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.train.workdir import WorkdirError
 from tests.train import tiny
 
 
@@ -51,7 +52,7 @@ def test_evaluation_of_the_best_or_last_checkpoint(which, workdir):
 def test_evaluation_writes_its_results(workdir, capsys):
     evaluate(toy(), workdir)
     assert "3SHNet region" in capsys.readouterr().out
-    document = json.loads((workdir / "results_tiny_test.json").read_text("utf-8"))
+    document = json.loads((workdir / "results_tiny_test_whole_best.json").read_text("utf-8"))
     assert "rsum" in json.dumps(document) and "3SHNet region" in json.dumps(document)
 
 
@@ -62,8 +63,8 @@ def test_the_average_is_evaluated(workdir):
     assert loaded.step == step
     for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.variables["params"]):
         name = jax.tree_util.keystr(path)
-        np.testing.assert_array_equal(leaf, saved[f"ema{name}"])
-        assert (saved[f"ema{name}"] != saved[f"model{name}"]).any()
+        np.testing.assert_array_equal(leaf, saved[f"ema['params']{name}"])
+        assert (saved[f"ema['params']{name}"] != saved[f"model{name}"]).any()
 
 
 def reworded(record):
@@ -115,11 +116,11 @@ def test_another_model_than_the_one_trained(changes, field, workdir):
 
 
 def test_folders_without_a_run(workdir, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no config\.json; not the work folder of a training run"):
+    with pytest.raises(WorkdirError, match=r"no config\.json; not the work folder of a training run"):
         load(tmp_path / "nowhere", toy())
     assert not (tmp_path / "nowhere").exists()
     for name in ("config.json", "vocabulary.model"):
-        with pytest.raises(CheckpointError, match=r"no config\.json|no vocabulary file"):
+        with pytest.raises(WorkdirError, match=r"no config\.json|no vocabulary file"):
             load(tmp_path, toy())
         (tmp_path / name).write_bytes((workdir / name).read_bytes())
     with pytest.raises(CheckpointError, match="no checkpoint in"):

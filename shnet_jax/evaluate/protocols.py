@@ -36,6 +36,7 @@ class Subject:
     parameters: str = UNKNOWN  # "trained" | "running average (decay 0.999)"
     dtype: str = UNKNOWN  # operands of the model's matrix products
     selected_on: str = UNKNOWN  # split that chose the checkpoint; "none" for the last one
+    devices: int | str = UNKNOWN  # how many encoded the gallery
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _card(plan: Protocol, subject: Subject, n: int, t: int, dtype: np.dtype) -> 
         "ties": TIE_RULE,
         "median_rank": "floor(median of 0-based ranks) + 1",
         "embedding_dtype": str(dtype),
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "device": f"{device.device_kind} ({device.platform})",
         "jax": jax.__version__,
         "flax": version("flax"),
     }

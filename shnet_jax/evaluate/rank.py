@@ -53,7 +53,7 @@ def ranks(images: Embedding, texts: Embedding, caption_image: np.ndarray, score:
     positive = np.empty(t, np.float64)
     for caption_rows, _ in _tiles(t, columns):
         index = order[caption_rows]
-        text_tile = take(texts, index)
+        text_tile = jax.device_put(take(texts, index))  # once, for all tiles of images
         for image_rows, _ in _tiles(n, rows):
             inside = (owner[index] >= image_rows[0]) & (owner[index] <= image_rows[-1])
             if inside.any():
@@ -65,7 +65,7 @@ def ranks(images: Embedding, texts: Embedding, caption_image: np.ndarray, score:
     i2t, t2i, nans = np.zeros(n, np.int64), np.zeros(t, np.int64), 0
     for caption_rows, real_columns in _tiles(t, columns):
         index = order[caption_rows]
-        text_tile = take(texts, index)
+        text_tile = jax.device_put(take(texts, index))  # once, for all tiles of images
         queries = Queries(index, real_columns, owner[index], positive[index])
         for image_rows, real_rows in _tiles(n, rows):
             own = best[image_rows]

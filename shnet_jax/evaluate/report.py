@@ -40,6 +40,15 @@ def table(arms: Mapping[str, Results]) -> str:
     return markdown(["", *map(_heading, COLUMNS)], cells)
 
 
+def one_line(results: Results) -> str:
+    """The recalls of both directions and rSum, for a log."""
+    m = results.metrics
+    recalls = "  ".join(
+        f"{d} R@1/5/10 {m[f'{d}_r1']:.1f} {m[f'{d}_r5']:.1f} {m[f'{d}_r10']:.1f}" for d in ("i2t", "t2i")
+    )
+    return f"{recalls}  rSum {m['rsum']:.1f}"
+
+
 def card_table(card: Mapping[str, str | int]) -> str:
     """The protocol card as a Markdown table of two columns."""
     return markdown(["protocol card", ""], [[key.replace("_", " "), str(card[key])] for key in card], ":-")

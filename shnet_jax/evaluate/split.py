@@ -18,15 +18,26 @@ from shnet_jax.types import Batch, Embedding
 Evaluator = Callable[[dict[str, Any], Subject], Results]
 
 
-def make_evaluator(experiment: Experiment, split: str, mesh: Mesh, protocol: str | None = None) -> Evaluator:
-    """Opens a split once; the result evaluates variables {"params", "batch_stats"} on it, as often as wanted.
+def subject(experiment: Experiment, split: str, step: int, selected_on: str, devices: int) -> Subject:
+    """What the protocol card says of a checkpoint of this experiment. selected_on: see `protocols.Subject`."""
+    config = experiment.config
+    return Subject(
+        dataset=experiment.dataset.path.parent.name,
+        split=split,
+        checkpoint_step=step,
+        parameters=f"running average (decay {config.optim.ema})" if config.optim.ema else "trained",
+        dtype=config.model.dtype,
+        selected_on=selected_on,
+        devices=devices,
+    )
 
-    protocol: see `protocols.find_protocol`; None: by config.eval.folds.
-    """
+
+def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
+    """Opens a split once; the result evaluates variables {"params", "batch_stats"} on it, as often as wanted."""
     config, model = experiment.config, experiment.model
     gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
     mapping = config.parallel.mapping
-    protocol = protocol or (f"folds{config.eval.folds}" if config.eval.folds > 1 else "whole")
+    protocol = f"folds{config.eval.folds}" if config.eval.folds > 1 else "whole"
     rows = config.eval.batch_size * mesh.size
 
     def image(variables: dict[str, Any], batch: Batch) -> Embedding:

@@ -19,7 +19,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from shnet_jax.interop import minilm
-from shnet_jax.interop.torch_weights import Slot, Slots, to_variables
+from shnet_jax.interop.torch_weights import Slot, Slots, linear_slots, norm_slots, to_variables
 from shnet_jax.models.bert import BERT, EPSILON, TYPES
 
 log = logging.getLogger(__name__)
@@ -131,27 +131,17 @@ def bert_slots(layers: int, torch: str = "bert.", *path: str) -> Slots:
         f"{torch}embeddings.{name}_embeddings.weight": Slot("params", (*path, ours))
         for name, ours in (("word", "words"), ("position", "positions"), ("token_type", "types"))
     }
-    slots |= _norm(f"{torch}embeddings.LayerNorm", *path, "norm")
+    slots |= norm_slots(f"{torch}embeddings.LayerNorm", *path, "norm")
     for i in range(layers):
         theirs, ours = f"{torch}encoder.layer.{i}.", (*path, f"layer_{i}")
         for name in ("query", "key", "value"):
-            slots |= _linear(f"{theirs}attention.self.{name}", *ours, "attention", name)
-        slots |= _linear(f"{theirs}attention.output.dense", *ours, "attention", "out")
-        slots |= _norm(f"{theirs}attention.output.LayerNorm", *ours, "attention_norm")
-        slots |= _linear(f"{theirs}intermediate.dense", *ours, "mlp", "in")
-        slots |= _linear(f"{theirs}output.dense", *ours, "mlp", "out")
-        slots |= _norm(f"{theirs}output.LayerNorm", *ours, "mlp_norm")
+            slots |= linear_slots(f"{theirs}attention.self.{name}", *ours, "attention", name)
+        slots |= linear_slots(f"{theirs}attention.output.dense", *ours, "attention", "out")
+        slots |= norm_slots(f"{theirs}attention.output.LayerNorm", *ours, "attention_norm")
+        slots |= linear_slots(f"{theirs}intermediate.dense", *ours, "mlp", "in")
+        slots |= linear_slots(f"{theirs}output.dense", *ours, "mlp", "out")
+        slots |= norm_slots(f"{theirs}output.LayerNorm", *ours, "mlp_norm")
     return slots
-
-
-def _linear(torch: str, *path: str) -> Slots:
-    kernel, bias = Slot("params", (*path, "kernel"), (1, 0)), Slot("params", (*path, "bias"))
-    return {f"{torch}.weight": kernel, f"{torch}.bias": bias}
-
-
-def _norm(torch: str, *path: str) -> Slots:
-    scale, bias = Slot("params", (*path, "scale")), Slot("params", (*path, "bias"))
-    return {f"{torch}.weight": scale, f"{torch}.bias": bias}
 
 
 def _canonical(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

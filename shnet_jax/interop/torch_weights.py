@@ -31,12 +31,16 @@ class Slot:
 Slots = dict[str, Slot]
 
 
-def _linear(torch: str, *path: str, bias: bool = True) -> Slots:
-    slots = {f"{torch}.weight": Slot("params", (*path, "kernel"), (1, 0))}
-    return slots | ({f"{torch}.bias": Slot("params", (*path, "bias"))} if bias else {})
+def linear_slots(torch: str, *path: str) -> Slots:
+    """`nn.Linear` as our `Dense` at `path`."""
+    return {
+        f"{torch}.weight": Slot("params", (*path, "kernel"), (1, 0)),
+        f"{torch}.bias": Slot("params", (*path, "bias")),
+    }
 
 
-def _norm(torch: str, *path: str) -> Slots:
+def norm_slots(torch: str, *path: str) -> Slots:
+    """Scale and bias of `nn.LayerNorm` (or a BatchNorm) at `path`."""
     return {
         f"{torch}.weight": Slot("params", (*path, "scale")),
         f"{torch}.bias": Slot("params", (*path, "bias")),
@@ -44,7 +48,7 @@ def _norm(torch: str, *path: str) -> Slots:
 
 
 def _batch_norm(torch: str, *path: str) -> Slots:
-    return _norm(torch, *path) | {
+    return norm_slots(torch, *path) | {
         f"{torch}.running_mean": Slot("batch_stats", (*path, "mean")),
         f"{torch}.running_var": Slot("batch_stats", (*path, "var")),
     }
@@ -52,9 +56,9 @@ def _batch_norm(torch: str, *path: str) -> Slots:
 
 def _mlp(torch: str, *path: str) -> Slots:
     return (
-        _linear(f"{torch}.layers.0", *path, "in")
+        linear_slots(f"{torch}.layers.0", *path, "in")
         | _batch_norm(f"{torch}.bns.0", *path, "norm")
-        | _linear(f"{torch}.layers.1", *path, "out")
+        | linear_slots(f"{torch}.layers.1", *path, "out")
     )
 
 
@@ -76,31 +80,31 @@ def image_encoder_slots(*path: str) -> Slots:
         f"{sp}.embedding_Seg.0.bias": Slot("params", (*path, "spatial", "map", "bias")),
     }
     return (
-        _linear("fc", *path, "regions_linear")
+        linear_slots("fc", *path, "regions_linear")
         | _mlp("mlp", *path, "regions_mlp")
-        | _linear(f"{sm}.embed_seg_HW.2", *path, "semantic", "scene", "linear")
-        | _norm(f"{sm}.embed_seg_HW.5", *path, "semantic", "scene", "norm")
+        | linear_slots(f"{sm}.embed_seg_HW.2", *path, "semantic", "scene", "linear")
+        | norm_slots(f"{sm}.embed_seg_HW.5", *path, "semantic", "scene", "norm")
         | _mlp(f"{sm}.MLP_seg", *path, "semantic", "scene_mlp")
         | _mlp(f"{sm}.MLP_image", *path, "semantic", "unit_mlp")
-        | _linear(f"{sm}.fc_scale", *path, "semantic", "scale")
-        | _linear(f"{sm}.fc_1", *path, "semantic", "out")
+        | linear_slots(f"{sm}.fc_scale", *path, "semantic", "scale")
+        | linear_slots(f"{sm}.fc_1", *path, "semantic", "out")
         | conv
         | _batch_norm(f"{sp}.embedding_Seg.1", *path, "spatial", "map", "norm")
         | _mlp(f"{sp}.MLP_image", *path, "spatial", "query_mlp")
         | _mlp(f"{sp}.embed_fusion", *path, "spatial", "out_mlp")
         | _mlp("fusion_mlp", *path, "fusion_mlp")
-        | _linear("embed_seg_C.1", *path, "scene", "linear")
-        | _norm("embed_seg_C.4", *path, "scene", "norm")
+        | linear_slots("embed_seg_C.1", *path, "scene", "linear")
+        | norm_slots("embed_seg_C.4", *path, "scene", "norm")
         | _mlp("seg_mlp", *path, "scene_mlp")
-        | _linear("embed_category.0", *path, "category", "linear")
-        | _norm("embed_category.3", *path, "category", "norm")
+        | linear_slots("embed_category.0", *path, "category", "linear")
+        | norm_slots("embed_category.3", *path, "category", "norm")
         | gpo_slots("gpool.", *path, "pool")
     )
 
 
 def text_head_slots(*path: str) -> Slots:
     """Linear and GPO after the text tower (`EncoderText` of the released code) at `path`."""
-    return _linear("linear", *path, "head") | gpo_slots("gpool.", *path, "pool")
+    return linear_slots("linear", *path, "head") | gpo_slots("gpool.", *path, "pool")
 
 
 # The second BatchNorm of each MLP is never applied, counters and position numbers carry nothing.

@@ -2,12 +2,15 @@
 
 A model is a `flax.linen.Module` with the three methods below; its file also has
 `build(config) -> RetrievalModel` and `image_fields(config) -> tuple[str, ...]` (the record fields it reads).
+The parameters of a text tower lie at params/text/tower: pretrained weights are put there, and the optimiser gives
+what lies there its own learning rate and keeps the frozen layers as they are.
 """
 
 from __future__ import annotations
 
 import flax.linen as nn
 
+from shnet_jax.ops.matmul import einsum
 from shnet_jax.types import Array, Batch, Embedding
 
 
@@ -25,7 +28,7 @@ class RetrievalModel(nn.Module):
     @staticmethod
     def score(images: Embedding, texts: Embedding) -> Array:
         """Scores [n, t] of every image with every text: the dot product of their unit vectors."""
-        return images.vector @ texts.vector.T
+        return einsum("nd,td->nt", images.vector, texts.vector, "float32")
 
     def __call__(self, batch: Batch, *, train: bool) -> tuple[Embedding, Embedding]:
         """Both towers on one batch; used to initialise the parameters."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shnet_jax.models.layers import Dense, torch_uniform
+from shnet_jax.models.layers import Dense, LayerNorm, torch_uniform
 from shnet_jax.models.mlp import BatchNorm
 from shnet_jax.ops.map_attention import attention_weights, map_attention
 from shnet_jax.ops.matmul import einsum
@@ -23,6 +23,8 @@ from shnet_jax.types import Array
 
 POSITION_CODE = 8  # channels of the position code of the label map
 CLASS_EMBEDDING = 16  # channels of a learned class embedding (map_input = "embedding")
+MAP_INPUTS = ("raw_id", "embedding")
+MAP_CODES = {"1d": map_code_1d, "2d": map_code_2d}  # by map_position
 
 
 class SegEmbed(nn.Module):
@@ -37,7 +39,7 @@ class SegEmbed(nn.Module):
         """x [..., C] -> [..., features]."""
         x = jax.nn.relu(Dense(self.features, dtype=self.dtype, name="linear")(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.LayerNorm(epsilon=1e-5, name="norm")(x)
+        return LayerNorm(epsilon=1e-5, name="norm")(x)
 
 
 class SemanticHighlight(nn.Module):
@@ -56,7 +58,7 @@ class SemanticHighlight(nn.Module):
         )
         scene = self.mlp(self.dim // 2, self.dim, name="scene_mlp")(scene, train=train) + scene
         units = self.mlp(self.dim // 2, self.dim, name="unit_mlp")(units, mask, train=train) + units
-        gate = jax.nn.sigmoid(jnp.einsum("nkd,nd->nk", units, scene) / math.sqrt(self.dim))
+        gate = jax.nn.sigmoid(einsum("nkd,nd->nk", units, scene, "float32") / math.sqrt(self.dim))
         gate = jnp.where(mask, gate, 0.0)
         self.sow("intermediates", "gate", gate)
         gated = gate[..., None] * units
@@ -92,7 +94,7 @@ class MapEncoder(nn.Module):
         fan_in = 9 * (inputs + POSITION_CODE)
         kernel = self.param("kernel", torch_uniform(fan_in), (3, 3, inputs + POSITION_CODE, self.channels))
         bias = self.param("bias", torch_uniform(fan_in), (self.channels,))
-        code = {"1d": map_code_1d, "2d": map_code_2d}[self.position](height, width, POSITION_CODE)
+        code = MAP_CODES[self.position](height, width, POSITION_CODE)
         code = _neighbourhoods(code.reshape(1, height, width, POSITION_CODE))[0]
         patches = _neighbourhoods(classes)
         by_class = kernel[:, :, :inputs].reshape(-1, self.channels)

@@ -1,4 +1,4 @@
-"""Layers that several models share: the linear layer, torch's initial weights, self-attention."""
+"""Layers that several models share: torch's initial weights, linear layer, GRU, self-attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from shnet_jax.ops.matmul import DType, einsum, matmul
 from shnet_jax.types import Array
@@ -60,6 +61,51 @@ class Dense(nn.Module):
             return out
         bias_init = nn.initializers.zeros if self.kernel_init else default
         return out + self.param("bias", bias_init, (self.features,))
+
+
+class GRU(nn.Module):
+    """One direction in torch's parametrisation: gates reset, update, new; the new gate's hidden bias inside the reset.
+
+    The two biases of the reset and update gates could be one, but an optimiser moves two parameters twice as far as
+    one; keeping both makes training steps equal the published ones.
+
+    Attributes:
+      hidden: size of the state.
+      reverse: whether the last valid step comes first.
+      dtype: of the operands of the products.
+    """
+
+    hidden: int
+    reverse: bool
+    dtype: DType = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        """x [t, L, i], or [L, i] for all sequences; mask [t, L] bool, valid steps first -> states [t, L, hidden].
+
+        States are 0 where masked.
+        """
+        init = torch_uniform(self.hidden)
+        w_input = self.param("input_kernel", init, (x.shape[-1], 3 * self.hidden))
+        b_input = self.param("input_bias", init, (3 * self.hidden,))
+        w_hidden = self.param("hidden_kernel", init, (self.hidden, 3 * self.hidden))
+        b_hidden = self.param("hidden_bias", init, (3 * self.hidden,))
+
+        def step(state: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
+            inputs, valid = at
+            r_x, z_x, n_x = jnp.split(inputs, 3, axis=-1)
+            r_h, z_h, n_h = jnp.split(matmul(state, w_hidden, self.dtype) + b_hidden, 3, axis=-1)
+            update = jax.nn.sigmoid(z_x + z_h)
+            new = jnp.tanh(n_x + jax.nn.sigmoid(r_x + r_h) * n_h)
+            # Zero through the padding, so that the backward direction starts at the last valid step.
+            state = jnp.where(valid[:, None], (1.0 - update) * new + update * state, 0.0)
+            return state, state
+
+        # The inputs of all steps in one large product; only the recurrent one has to wait for its turn.
+        inputs = jnp.moveaxis(matmul(x, w_input, self.dtype) + b_input, -2, 0)
+        start = jnp.zeros((mask.shape[0], self.hidden), jnp.float32)
+        _, states = lax.scan(step, start, (inputs, mask.T), reverse=self.reverse)
+        return states.swapaxes(0, 1)
 
 
 class SelfAttention(nn.Module):

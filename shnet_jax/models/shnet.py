@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.models.fusion import SegEmbed, SemanticHighlight, SpatialHighlight
+from shnet_jax.models.fusion import MAP_CODES, MAP_INPUTS, SegEmbed, SemanticHighlight, SpatialHighlight
 from shnet_jax.models.layers import Dense, xavier_uniform
 from shnet_jax.models.mlp import MLP
 from shnet_jax.models.pooling import GPO
 from shnet_jax.models.text import TextEncoder, build_tower
+from shnet_jax.ops.matmul import DTYPES
 from shnet_jax.ops.norms import l2norm
-from shnet_jax.types import Array, Batch, Embedding
+from shnet_jax.types import DATA, Array, Batch, Embedding
 
 UNIT_MASKS = {"regions": "region_mask", "grid": "grid_mask"}
 
@@ -149,12 +150,18 @@ def image_fields(config: ConfigDict) -> tuple[str, ...]:
 
 
 def build(config: ConfigDict) -> SHNet:
-    """The model of a configuration whose `text.vocab_size` is known."""
+    """The model of a configuration whose `text.vocab_size` is known.
+
+    Raises ValueError for a field of `config.model` or `config.text` that is none of its choices.
+    """
     m = config.model
     unknown = [u for u in m.units if u not in UNIT_MASKS]
     if unknown or not m.units:
         raise ValueError(f"config.model.units is {tuple(m.units)}; choose from {', '.join(UNIT_MASKS)}")
-    axis = "data" if m.bn_sync else None
+    for field, choices in (("map_input", MAP_INPUTS), ("map_position", tuple(MAP_CODES)), ("dtype", DTYPES)):
+        if m[field] not in choices:
+            raise ValueError(f"config.model.{field} is {m[field]!r}; choose from {', '.join(choices)}")
+    axis = DATA if m.bn_sync else None
     mlp = partial(MLP, dtype=m.dtype, include_padding=m.bn_include_padding, axis=axis)
     image = ImageEncoder(
         dim=m.dim,

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.models.layers import Dense
 from shnet_jax.models.pooling import GPO
-from shnet_jax.ops.matmul import DType
+from shnet_jax.ops.matmul import DTYPES, DType
 from shnet_jax.ops.norms import l2norm
 from shnet_jax.types import Array, Embedding
 
@@ -25,17 +25,25 @@ TOWERS = ("bert", "bigru", "transformer")
 def build_tower(config: ConfigDict) -> nn.Module:
     """The text tower of a configuration; `text.tower` may also be the dotted path of a module of yours.
 
-    Raises ValueError for an unknown tower or when `config.text.vocab_size` is not known yet.
+    Raises ValueError for an unknown tower or dtype, when `config.text.vocab_size` is not known yet, and for
+    `config.text.frozen_layers` with another tower than BERT.
     """
     text = config.text
     if text.tower not in TOWERS and "." not in text.tower:
         raise ValueError(f"config.text.tower is {text.tower!r}; choose from {', '.join(TOWERS)}")
+    if text.dtype not in DTYPES:
+        raise ValueError(f"config.text.dtype is {text.dtype!r}; choose from {', '.join(DTYPES)}")
     if text.vocab_size < 1:
         raise ValueError(
             f"config.text.vocab_size is {text.vocab_size}: set it to the number of tokens of the vocabulary "
             "(a run takes it from its tokenizer)"
         )
     path = text.tower if "." in text.tower else f"shnet_jax.models.{text.tower}"
+    if text.frozen_layers > 0 and path != "shnet_jax.models.bert":
+        raise ValueError(
+            f"config.text.frozen_layers is {text.frozen_layers} and config.text.tower {text.tower!r}: "
+            "only layers of bert can be frozen, set it to 0"
+        )
     return importlib.import_module(path).build(text)
 
 

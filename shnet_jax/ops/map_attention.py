@@ -1,8 +1,10 @@
-"""Attention of sets to the convolved label map of their image, without holding any image's keys longer than needed.
+"""Attention of sets to the convolved label map of their image, without keeping any image's keys for the backward pass.
 
 3SHNet's VSpM lets each region attend to 4096 map positions of 128 channels. The keys of a batch are by far the largest
 array of the model, and every step over them waits for memory. Here keys and attention are made from the (small) map
-patches image by image, and made again in the backward pass: nothing of size positions x channels x batch ever exists.
+patches, and made again in the backward pass instead of kept for it. On CPU that goes image by image: nothing of size
+positions x channels x batch ever exists. On accelerators, which need the work of many images at once, the keys of the
+batch are made together and exist for as long as one of the passes runs.
 """
 
 from __future__ import annotations

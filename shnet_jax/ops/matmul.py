@@ -21,6 +21,9 @@ from shnet_jax.types import Array
 DType = Any
 """`jnp.float32`, `jnp.bfloat16` or their names."""
 
+DTYPES = ("float32", "bfloat16")
+"""The names, as a configuration gives them."""
+
 
 def einsum(equation: str, a: Array, b: Array, dtype: DType) -> Array:
     """`jnp.einsum` of two arrays with operands of `dtype` and a float32 result.

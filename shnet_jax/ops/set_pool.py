@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from shnet_jax.ops.matmul import einsum
 from shnet_jax.types import Array
 
 # Below every feature, and finite so that a weight of zero removes it. The published code pads with -10000.
@@ -111,7 +112,7 @@ def _weighted_sorted_sum(features: Array, mask: Array, weights: Array) -> Array:
 def _weigh(values: Array, mask: Array, weights: Array) -> Array:
     count = jnp.sum(mask, axis=1, keepdims=True)
     valid = (jnp.arange(mask.shape[1]) < count)[..., None]
-    return jnp.einsum("bk,bkd->bd", weights, jnp.where(valid, values, 0.0))
+    return einsum("bk,bkd->bd", weights, jnp.where(valid, values, 0.0), "float32")
 
 
 def _forward(features: Array, mask: Array, weights: Array) -> tuple[Array, tuple]:
@@ -123,7 +124,7 @@ def _backward(saved: tuple, g: Array) -> tuple[Array, None, Array]:
     values, index, mask, weights = saved
     count = jnp.sum(mask, axis=1, keepdims=True)
     valid = jnp.arange(mask.shape[1]) < count
-    d_weights = jnp.einsum("bd,bkd->bk", g, jnp.where(valid[..., None], values, 0.0))
+    d_weights = einsum("bd,bkd->bk", g, jnp.where(valid[..., None], values, 0.0), "float32")
     # The derivative of the k-th largest value goes to the row it came from; padding has rank >= count.
     spread = jnp.where(valid, weights, 0.0)[..., None] * g[:, None, :]
     return jnp.where(mask[..., None], _unsort(spread, index), 0.0), None, d_weights

@@ -9,9 +9,6 @@ from jax import lax
 
 from shnet_jax.types import Array
 
-DATA = "data"
-"""Name of the axis that a step is mapped over: each device holds its own part of the batch."""
-
 Tree = TypeVar("Tree")
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.parallel.axis import DATA
+from shnet_jax.types import DATA
 
 MAPPINGS = ("shard_map", "pmap")
 
@@ -47,6 +47,14 @@ def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
         raise ValueError("a mesh needs at least one device, got none")
     # Explicit axes (the default of jax.make_mesh) would put shardings into types and reject ordinary code.
     return Mesh(np.asarray(devices), (DATA,), axis_types=(AxisType.Auto,))
+
+
+def make_mesh(wanted: int) -> Mesh:
+    """A mesh of the first `wanted` devices, as config.parallel.devices; 0: of all."""
+    devices = jax.devices()
+    if not 0 <= wanted <= len(devices):
+        raise ValueError(f"config.parallel.devices is {wanted}, this machine has {len(devices)}")
+    return data_mesh(devices[: wanted or None])
 
 
 def map_step(fn: Callable[..., Any], mesh: Mesh, mapping: str = "shard_map", *, donate_state: bool = True) -> Mapped:

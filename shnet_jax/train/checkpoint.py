@@ -84,8 +84,6 @@ class Checkpoints:
 
         metrics: validation result at this step, if it was evaluated; makes the checkpoint eligible as the best.
         """
-        if step in self._manager.all_steps():
-            return  # a resumed run arrives at the step that it was started from
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items |= {"notes": ocp.args.JsonSave(notes), "data": grain.checkpoint.CheckpointSave(iterator)}
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
@@ -98,14 +96,17 @@ class Checkpoints:
         """Waits and lets go of the folder."""
         self._manager.close()
 
+    @property
+    def best(self) -> int | None:
+        """Step of the checkpoint with the best validation result; None when none was evaluated."""
+        return self._manager.best_step()
+
     def step(self, which: str) -> int | None:
         """Step of the "last" or the "best" checkpoint; None when there is none. Without any evaluation best is last."""
         if which not in ("last", "best"):
             raise ValueError(f"config.eval.checkpoint is {which!r}; choose best or last")
-        if which == "best":
-            best = self._manager.best_step()
-            if best is not None:
-                return best
+        if which == "best" and self.best is not None:
+            return self.best
         return self._manager.latest_step()
 
     def restore(self, step: int, like: TrainState, iterator: grain.DatasetIterator) -> Restored:
@@ -120,16 +121,18 @@ class Checkpoints:
         return Restored(_from_items({n: restored[n] for n in target}, like), restored.notes)
 
     def restore_variables(self, step: int, like: dict[str, Any], *, averaged: bool) -> dict[str, Any]:
-        """Only {"params", "batch_stats"} of a step, on one device; `averaged`: the running average of the parameters.
+        """Only {"params", "batch_stats"} of a step, on one device; `averaged`: their running averages.
 
         Raises CheckpointError when they differ from `like` in structure or shape.
         """
-        wanted = {"params": "ema" if averaged else "model", "batch_stats": "batch_stats"}
-        names = {key: item for key, item in wanted.items() if jax.tree.leaves(like[key])}
         one = SingleDeviceSharding(jax.devices()[0])
-        items = {item: self._request(step, item, like[key], one) for key, item in names.items()}
+        wanted = {"ema": like} if averaged else {"model": like["params"], "batch_stats": like["batch_stats"]}
+        wanted = {item: tree for item, tree in wanted.items() if jax.tree.leaves(tree)}
+        items = {item: self._request(step, item, tree, one) for item, tree in wanted.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return {key: restored[names[key]] if key in names else like[key] for key in wanted}
+        if averaged:
+            return restored["ema"]
+        return {"params": restored["model"], "batch_stats": restored.get("batch_stats", like["batch_stats"])}
 
     def _request(self, step: int, name: str, tree: Any, sharding: Any = None) -> ocp.args.CheckpointArgs:
         saved = self._manager.item_metadata(step).get(name)

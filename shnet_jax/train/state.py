@@ -16,7 +16,7 @@ from shnet_jax.types import Array
 class TrainState:
     """The state of a run after `step` batches.
 
-    step: [] int32. params: {"model": ..., "loss": ...}. ema: running average of params["model"], or None.
+    step: [] int32. params: {"model": ..., "loss": ...}. ema: running averages {"params", "batch_stats"}, or None.
     rng: key data from which every step derives its own key by its number.
     nonfinite: [] int32, batches whose loss or gradient was not finite (their update was not made).
     """
@@ -32,8 +32,7 @@ class TrainState:
     @property
     def variables(self) -> dict[str, Any]:
         """What evaluation applies: the averaged parameters where there are some."""
-        model = self.params["model"] if self.ema is None else self.ema
-        return {"params": model, "batch_stats": self.batch_stats}
+        return {"params": self.params["model"], "batch_stats": self.batch_stats} if self.ema is None else self.ema
 
 
 def create_state(
@@ -44,14 +43,15 @@ def create_state(
     seed: int,
 ) -> TrainState:
     """The state before the first step."""
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     params = {"model": variables["params"], "loss": loss_params}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=variables["batch_stats"],
         opt_state=tx.init(params),
         # A copy: the step donates its input, and one buffer cannot be given away twice.
-        ema=jax.tree.map(jnp.copy, params["model"]) if ema else None,
+        ema=jax.tree.map(jnp.copy, variables) if ema else None,
         rng=jax.random.key_data(jax.random.key(seed)),
         nonfinite=jnp.zeros((), jnp.int32),
     )

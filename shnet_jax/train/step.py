@@ -69,7 +69,8 @@ def make_step(
         if state.ema is not None:
             # Averages over few steps forget the initial parameters faster.
             decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-            average = optax.incremental_update(params["model"], state.ema, 1.0 - decay)
+            latest = {"params": params["model"], "batch_stats": batch_stats}
+            average = optax.incremental_update(latest, state.ema, 1.0 - decay)
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, old)

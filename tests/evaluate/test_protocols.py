@@ -54,7 +54,7 @@ def test_unknown_protocols_are_an_error(name):
 
 
 def test_the_card_says_what_was_computed_on_what():
-    subject = Subject("synthetic", "test", 1200, "trained", "bfloat16", "val")
+    subject = Subject("synthetic", "test", 1200, "trained", "bfloat16", "val", 4)
     card = evaluate(*gallery(), SCORE, "folds5", subject).card
     expected = {
         "protocol": "folds5",
@@ -63,7 +63,7 @@ def test_the_card_says_what_was_computed_on_what():
         "checkpoint_step": 1200,
         "dtype": "bfloat16",
     }
-    expected |= {"images": 20, "captions": 60, "folds": 5, "selected_on": "val", "parameters": "trained"}
+    expected |= {"images": 20, "captions": 60, "folds": 5, "selected_on": "val", "parameters": "trained", "devices": 4}
     assert {name: card[name] for name in expected} == expected
     assert {"ties", "device", "jax", "flax", "median_rank", "gallery"} <= set(card)
     assert "5 consecutive galleries of 4 images" in card["gallery"]

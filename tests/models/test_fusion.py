@@ -11,6 +11,7 @@ from shnet_jax.models import fusion
 from shnet_jax.models.fusion import MapEncoder, SegEmbed, SemanticHighlight, SpatialHighlight
 from shnet_jax.models.mlp import MLP
 from shnet_jax.parallel import axis, mapping
+from shnet_jax.types import DATA
 from tests.models import image_oracle as oracle
 
 N, K, DIM, CLASSES, CHANNELS = 8, 3, 6, 7, 4
@@ -192,7 +193,7 @@ def test_map_statistics_of_eight_devices_equal_one():
     params, batch = variables["params"], {"map": MAPS, "cotangent": cotangent}
     one = jax.jit(functools.partial(step, name=None))(params, batch)
     mesh = mapping.data_mesh(jax.devices()[:8])
-    mapped = mapping.map_step(functools.partial(step, name=axis.DATA), mesh, donate_state=False)
+    mapped = mapping.map_step(functools.partial(step, name=DATA), mesh, donate_state=False)
     eight = mapped(mapping.replicate(params, mesh), mapping.put_batch(batch, mesh))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * np.abs(a).max() + 1e-5)

@@ -7,6 +7,7 @@ import pytest
 
 from shnet_jax.models.mlp import MLP, BatchNorm
 from shnet_jax.parallel import axis, mapping
+from shnet_jax.types import DATA
 from tests.models import image_oracle as oracle
 
 N, K, C = 8, 5, 3
@@ -85,7 +86,7 @@ def test_eight_devices_equal_one_on_the_whole_batch(how, include_padding):
     batch = {"x": X, "mask": MASK, "cotangent": COTANGENT}  # one image a device, one without any valid row
     one = jax.jit(functools.partial(whole_step, include_padding=include_padding, name=None))(PARAMS, batch)
     mesh = mapping.data_mesh(jax.devices()[:8])
-    step = functools.partial(whole_step, include_padding=include_padding, name=axis.DATA)
+    step = functools.partial(whole_step, include_padding=include_padding, name=DATA)
     run = mapping.map_step(step, mesh, how, donate_state=False)
     eight = run(mapping.replicate(PARAMS, mesh), mapping.put_batch(batch, mesh, how))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):

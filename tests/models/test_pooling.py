@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shnet_jax.models.pooling import GPO, GRUDirection
+from shnet_jax.models.layers import GRU
+from shnet_jax.models.pooling import GPO
 from shnet_jax.ops.positions import sinusoid
 from tests.models import image_oracle as oracle
 from tests.models.text_oracle import gru
@@ -40,13 +41,13 @@ def sets(lengths):
     return np.where(mask[..., None], rng.normal(size=(len(lengths), M, D)), 1e4).astype(np.float32), mask
 
 
-def test_gru_direction_equals_numpy_forwards_and_backwards():
+def test_gru_over_shared_inputs_equals_numpy_forwards_and_backwards():
     """The backward direction starts at each set's own last step, not at the end of the padding."""
     inputs, p = np.asarray(sinusoid(np.arange(M), 32)), params()["forward"]
     lengths = np.array([M, 4, 1])
     active = np.arange(M) < lengths[:, None]
     for reverse in (False, True):
-        states = np.asarray(GRUDirection(32).apply({"params": p}, inputs, active, reverse=reverse))
+        states = np.asarray(GRU(32, reverse).apply({"params": p}, inputs, active))
         for i, length in enumerate(lengths):
             rows = inputs[:length].astype(np.float64)
             expected = gru(rows[::-1], p)[::-1] if reverse else gru(rows, p)

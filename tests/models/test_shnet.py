@@ -10,6 +10,7 @@ from flax import traverse_util
 from configs.base import get_config
 from shnet_jax.models import shnet
 from shnet_jax.parallel import axis, mapping
+from shnet_jax.types import DATA
 from tests.models import image_oracle as oracle
 
 # The sizes of no published model: nothing may assume 36 regions, 2048 channels, 133 classes or a 64 x 64 map.
@@ -254,7 +255,7 @@ def test_synchronised_statistics_give_one_device_s_step(how):
             return jnp.sum(out.vector * cotangent_of(batch)), (out.vector, updated["batch_stats"])
 
         gradients, (vectors, stats) = jax.grad(value, has_aux=True)(params)
-        name = axis.DATA if sync else None
+        name = DATA if sync else None
         return axis.psum(gradients, name), axis.all_gather(vectors, name), stats
 
     params, batch = variables_of("full")["params"], batch | {"cotangent": cotangent}
@@ -274,6 +275,44 @@ def test_units_must_be_known():
     for units in (("patches",), ()):
         with pytest.raises(ValueError, match=r"config\.model\.units is .*; choose from regions, grid"):
             shnet.build(config_of("none", units=units))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "choices"),
+    [
+        ("map_input", "embeddings", "raw_id, embedding"),
+        ("map_position", "3d", "1d, 2d"),
+        ("dtype", "float16", "float32, bfloat16"),
+    ],
+)
+def test_other_choices_must_be_known(field, value, choices):
+    with pytest.raises(ValueError, match=rf"config\.model\.{field} is '{value}'; choose from {choices}$"):
+        shnet.build(config_of("full", **{field: value}))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("tower", ["bigru", "bert"])
+def test_float32_products_are_float32_on_every_platform(tower, platform):
+    """By default accelerators round the operands of float32 products, TPUs to bfloat16 and GPUs to TF32."""
+    config = config_of("full", dropout=0.1)
+    small = {"layers": 1, "heads": 2, "mlp_dim": 8, "max_positions": 8}
+    config.text.update({"tower": tower, **small})
+    model = shnet.build(config)
+    tokens = np.array([[2, 3, 4], [1, 2, 0], [1, 0, 0]], np.int32)
+    batch = fields("full", images()) | {"tokens": tokens, "token_mask": tokens > 0}
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, train=False))
+
+    def value(params, others, key):
+        run = functools.partial(model.apply, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+        embeddings, _ = run({"params": params, **others}, batch)
+        return jnp.sum(jnp.square(model.score(*embeddings)))
+
+    others = {"batch_stats": variables["batch_stats"]}
+    traced = jax.jit(jax.grad(value)).trace(variables["params"], others, jax.eval_shape(lambda: jax.random.key(0)))
+    lines = traced.lower(lowering_platforms=(platform,)).as_text().splitlines()
+    products = [line for line in lines if "stablehlo.dot_general" in line or "stablehlo.convolution" in line]
+    assert len(products) > 50
+    assert [line for line in products if "HIGHEST, HIGHEST" not in line] == []
 
 
 def test_score_is_the_dot_product_of_both_towers_unit_vectors():

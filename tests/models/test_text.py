@@ -154,3 +154,17 @@ def test_towers_are_chosen_by_name():
     config.text.update({"tower": "bert", "vocab_size": 0})
     with pytest.raises(ValueError, match=r"config\.text\.vocab_size is 0"):
         build_tower(config)
+    config.text.update({"vocab_size": 10, "dtype": "float16"})
+    with pytest.raises(ValueError, match=r"config\.text\.dtype is 'float16'; choose from float32, bfloat16"):
+        build_tower(config)
+
+
+@pytest.mark.parametrize("name", ["bigru", "transformer", "shnet_jax.models.bigru"])
+def test_only_bert_has_frozen_layers(name):
+    config = get_config()
+    config.text.update({"tower": name, "vocab_size": 10, "frozen_layers": 2})
+    with pytest.raises(ValueError, match=rf"frozen_layers is 2 and config\.text\.tower '{name}'"):
+        build_tower(config)
+    for bert in ("bert", "shnet_jax.models.bert"):
+        config.text.tower = bert
+        assert build_tower(config).frozen_layers == 2

@@ -9,6 +9,7 @@ import pytest
 
 from shnet_jax.observe import cost
 from shnet_jax.parallel import axis, mapping
+from shnet_jax.types import DATA
 
 
 def device(kind):
@@ -56,7 +57,7 @@ def test_utilisation(monkeypatch, how):
 
     def step(w, batch):
         compiles.append(batch.shape)
-        return axis.psum((batch @ w).sum(0), axis.DATA)
+        return axis.psum((batch @ w).sum(0), DATA)
 
     run = mapping.map_step(step, mesh, how, donate_state=False)
     utilisation = cost.Utilisation(run, mesh.size, "float32")

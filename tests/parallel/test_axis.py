@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shnet_jax.parallel import axis, mapping
-from shnet_jax.types import Embedding
+from shnet_jax.types import DATA, Embedding
 
 
 def test_identity_when_not_mapped():
@@ -19,12 +19,12 @@ def test_identity_when_not_mapped():
 def test_on_eight_devices():
     def fn(_, batch):
         out = {
-            "sum": axis.psum(batch.vector.sum(), axis.DATA),
-            "mean": axis.pmean(batch.vector.sum(), axis.DATA),
-            "all": axis.all_gather(batch, axis.DATA),
-            "indices": axis.all_gather(axis.axis_index(axis.DATA)[None], axis.DATA),
+            "sum": axis.psum(batch.vector.sum(), DATA),
+            "mean": axis.pmean(batch.vector.sum(), DATA),
+            "all": axis.all_gather(batch, DATA),
+            "indices": axis.all_gather(axis.axis_index(DATA)[None], DATA),
         }
-        return out | {"size": jnp.int32(axis.axis_size(axis.DATA))}
+        return out | {"size": jnp.int32(axis.axis_size(DATA))}
 
     vector = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
     batch = Embedding(vector, elements=vector[:, None], mask=vector[:, :1] > 20)

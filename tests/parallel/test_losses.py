@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis, mapping
-from shnet_jax.types import Context, Embedding
+from shnet_jax.types import DATA, Context, Embedding
 from tests.losses import oracle
 
 IDS = np.array([4, 4, 2, 0, 1, 2, 6, 7, 4, 9, 8, 8, 5, 10, 11, 3], np.int32)  # pairs of one image on different devices
@@ -103,7 +103,7 @@ def test_unmapped_equals_the_oracle(step):
 def test_mapped_equals_unmapped(devices, how):
     batch, params = data()
     mesh = mapping.data_mesh(jax.devices()[:devices])
-    run = mapping.map_step(make_step(axis.DATA), mesh, how, donate_state=False)
+    run = mapping.map_step(make_step(DATA), mesh, how, donate_state=False)
     for step in STEPS.values():
         state = mapping.replicate({"params": float32(params), "step": np.int32(step)}, mesh)
         found = run(state, mapping.put_batch(float32(batch), mesh, how))
@@ -138,7 +138,7 @@ def test_sets_travel_with_their_masks():
         return axis.psum(jax.value_and_grad(share)(scale), axis_name)
 
     mesh = mapping.data_mesh(jax.devices())
-    run = mapping.map_step(functools.partial(step, axis_name=axis.DATA), mesh, donate_state=False)
+    run = mapping.map_step(functools.partial(step, axis_name=DATA), mesh, donate_state=False)
     found = run(jnp.float32(0.5), mapping.put_batch(batch, mesh))
     one = jax.jit(functools.partial(step, axis_name=None))(jnp.float32(0.5), batch)
     np.testing.assert_allclose(found, one, rtol=2e-5)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from shnet_jax.parallel import axis, mapping
+from shnet_jax.types import DATA
 
 MAPPINGS = pytest.mark.parametrize("how", mapping.MAPPINGS)
 DEVICES = pytest.mark.parametrize("devices", [1, 2, 8])
@@ -13,7 +14,7 @@ DEVICES = pytest.mark.parametrize("devices", [1, 2, 8])
 
 def step(state, batch, table):
     """Sum over the global batch of the table's rows that it names."""
-    total = axis.psum(table[batch["row"]].sum(), axis.DATA)
+    total = axis.psum(table[batch["row"]].sum(), DATA)
     return {"total": state["total"] + total, "steps": state["steps"] + 1}, {"here": total}
 
 
@@ -61,7 +62,7 @@ def test_map_encode_keeps_the_order_of_rows(how, devices):
 @MAPPINGS
 def test_lower_gives_the_cost_of_one_device(how):
     mesh = mapping.data_mesh(jax.devices()[:2])
-    run = mapping.map_step(lambda s, b: axis.psum((b @ s).sum(), axis.DATA), mesh, how, donate_state=False)
+    run = mapping.map_step(lambda s, b: axis.psum((b @ s).sum(), DATA), mesh, how, donate_state=False)
     lowered = run.lower(mapping.replicate(np.ones((8, 8), np.float32), mesh), np.ones((64, 8), np.float32))
     flops = lowered.compile().cost_analysis()["flops"]
     assert 2 * 32 * 8 * 8 <= flops < 2 * 64 * 8 * 8

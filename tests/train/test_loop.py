@@ -9,10 +9,12 @@ import signal
 import numpy as np
 import pytest
 
-from shnet_jax.experiment import assemble, load_config
+from shnet_jax.experiment import assemble
 from shnet_jax.train import loop
 from shnet_jax.train.checkpoint import Checkpoints
-from shnet_jax.train.loop import Interrupted, NonFiniteLoss, claim, train_and_evaluate
+from shnet_jax.train.loop import NonFiniteLoss, train_and_evaluate
+from shnet_jax.train.signals import Interrupted
+from shnet_jax.train.workdir import WorkdirError, claim, load_config
 from tests.train import tiny
 
 
@@ -170,7 +172,7 @@ def test_claim_names_the_fields_that_differ(undisturbed):
     config.unlock()
     config.optim.lr = 0.25
     config.model.dim = 17
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(WorkdirError) as refused:
         train_and_evaluate(config, workdir)
     message = str(refused.value)
     assert str(workdir) in message and "another configuration" in message
@@ -205,9 +207,16 @@ def test_a_folder_without_a_checkpoint_can_be_claimed_anew(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train__batch_size": 25, "parallel__devices": 2}, "config.train.batch_size: 5 do not divide among 2 devices"),
+        (
+            {"train__batch_size": 25, "parallel__devices": 2},
+            "batch_size is 25; it must divide into 2 devices",
+        ),
         ({"parallel__devices": 99}, "config.parallel.devices is 99, this machine has 8"),
         ({"train__batch_size": 500}, "fewer than a batch of 500"),
+        ({"train__on_nonfinite": "Stop"}, "'Stop'; choose stop or skip"),
+        ({"train__log_steps": 0}, "config.train.log_steps is 0; it must be at least 1"),
+        ({"optim__ema": 1.0}, "config.optim.ema is 1.0"),
+        ({"text__weights": "minilm"}, "config.text.tower is 'bigru'"),
         ({"optim__schedule": "linear"}, "choose step, cosine or constant"),
         ({"loss__weights": {"triplet": 0.0, "infonce": 0.0}}, "no loss with a weight above 0"),
         ({"data__dir": ""}, "config.data.dir is empty"),

@@ -13,10 +13,10 @@ from configs import demo
 from shnet_jax import registry
 from shnet_jax.data.batches import gather
 from shnet_jax.losses import total
-from shnet_jax.parallel.axis import DATA
 from shnet_jax.parallel.mapping import MAPPINGS, data_mesh, map_step, put_batch, replicate
 from shnet_jax.train.state import create_state
 from shnet_jax.train.step import make_step
+from shnet_jax.types import DATA
 from tests.train import tiny
 
 IMAGES, CAPTIONS, REGIONS, CLASSES, TOKENS, VOCABULARY = 8, 2, 3, 5, 4, 11

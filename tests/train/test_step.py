@@ -78,16 +78,19 @@ def averaged():
 
 
 def test_running_average(averaged):
-    """ema <- d ema + (1 - d) params with d = min(decay, (1 + step) / (10 + step)): 0.1, then 0.15 instead of 0.18."""
-    start = averaged[0][0].params["model"]
-    expected = jax.tree.map(np.float64, start)
+    """ema <- d ema + (1 - d) variables with d = min(decay, (1 + step) / (10 + step)): 0.1, then 0.15."""
+
+    def raw(state):
+        return {"params": state.params["model"], "batch_stats": state.batch_stats}
+
+    expected = jax.tree.map(np.float64, raw(averaged[0][0]))
     for decay, (state, _) in zip((0.1, 0.15, 0.15), averaged[1:], strict=True):
-        expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * np.float64(p), expected, state.params["model"])
+        expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * np.float64(p), expected, raw(state))
         for ours, mean in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(ours, mean, rtol=1e-5, atol=1e-7)
     last = averaged[-1][0]
-    assert last.variables["params"] is last.ema
-    assert not same(last.ema, last.params["model"])
+    assert last.variables is last.ema
+    assert not same(last.ema, raw(last))
 
 
 def test_metrics_are_those_of_the_gradient(averaged):

@@ -1,0 +1,121 @@
+"""The parts of a training run: from a configuration to the mapped step, the stream of batches and the first state."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import FrozenConfigDict
+
+from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, train_batches
+from shnet_jax.data.tokenise import tokenise_split
+from shnet_jax.experiment import Experiment, abstract_variables, init_variables
+from shnet_jax.losses import total
+from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
+from shnet_jax.train.optim import make_optimiser, schedule
+from shnet_jax.train.state import TrainState, create_state
+from shnet_jax.train.step import make_step
+from shnet_jax.types import DATA
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run consists of.
+
+    table: resident features on the devices, {} in streaming mode. rate: learning rate by number of the update.
+    first_state: makes the state before step 1. like: its shapes, dtypes and shardings.
+    """
+
+    mesh: Mesh
+    iterator: grain.DatasetIterator
+    table: dict[str, Any]
+    step: Mapped
+    rate: optax.Schedule
+    steps_per_epoch: int
+    total_steps: int
+    first_state: Callable[[], TrainState]
+    like: TrainState
+
+
+def prepare(experiment: Experiment) -> Parts:
+    """Builds the parts; compiles nothing yet. Raises ValueError for settings that do not fit together."""
+    config, dataset = experiment.config, experiment.dataset
+    if jax.process_count() > 1:
+        raise ValueError("training in several processes is not supported yet; use one process with all devices")
+    _check(config)
+    mesh = make_mesh(config.parallel.devices)
+    batch_size = config.train.batch_size
+    if batch_size % (config.data.captions_per_image * mesh.size):
+        raise ValueError(
+            f"config.train.batch_size is {batch_size}; it must divide into {mesh.size} devices with whole images of "
+            f"config.data.captions_per_image = {config.data.captions_per_image}"
+        )
+    split = config.data.train_split
+    per_epoch = steps_per_epoch(dataset, split, batch_size)
+    total_steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
+    captions = tokenise_split(dataset, split, experiment.tokenizer)
+    iterator = train_batches(
+        config,
+        dataset,
+        captions,
+        experiment.tokenizer,
+        experiment.fields,
+        batch_size=batch_size,
+        seed=config.seed,
+    )
+    table = replicate(resident_table(dataset, split, experiment.fields), mesh) if config.data.resident else {}
+
+    accumulate = config.optim.accumulate
+    rate = schedule(config, per_epoch / accumulate, math.ceil(total_steps / accumulate))
+    tx = make_optimiser(config, rate)
+    loss_params, total_loss = total.build(config.loss, per_epoch)
+    step = make_step(
+        experiment.model,
+        total_loss,
+        tx,
+        finish=gather,
+        ema=config.optim.ema,
+        stop_on_nonfinite=config.train.on_nonfinite == "stop",
+        axis_name=DATA,
+    )
+
+    def state(variables: dict[str, Any]) -> TrainState:
+        return create_state(variables, loss_params, tx, ema=config.optim.ema > 0, seed=config.seed)
+
+    return Parts(
+        mesh,
+        iterator,
+        table,
+        map_step(step, mesh, config.parallel.mapping),
+        rate,
+        per_epoch,
+        total_steps,
+        first_state=lambda: replicate(state(init_variables(experiment, config.seed)), mesh),
+        like=_on(mesh, jax.eval_shape(state, abstract_variables(experiment))),
+    )
+
+
+def _check(config: FrozenConfigDict) -> None:
+    train = config.train
+    if train.on_nonfinite not in ("stop", "skip"):
+        raise ValueError(f"config.train.on_nonfinite is {train.on_nonfinite!r}; choose stop or skip")
+    for name in ("batch_size", "log_steps", "checkpoint_steps", "keep"):
+        if train[name] < 1:
+            raise ValueError(f"config.train.{name} is {train[name]}; it must be at least 1")
+    if train.steps < 0 or (train.epochs <= 0 and not train.steps):
+        raise ValueError(f"config.train.epochs is {train.epochs} and steps {train.steps}; one must be above 0")
+    if not 0 <= config.optim.ema < 1:
+        raise ValueError(f"config.optim.ema is {config.optim.ema}; it must be at least 0 and below 1")
+    if config.optim.accumulate < 1:
+        raise ValueError(f"config.optim.accumulate is {config.optim.accumulate}; it must be at least 1")
+
+
+def _on(mesh: Mesh, tree: Any) -> Any:
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)

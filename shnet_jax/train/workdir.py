@@ -1,0 +1,108 @@
+"""What a work folder holds beside checkpoints and logs, and which configuration may go on in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from shnet_jax.data.records import CHECKSUMS
+from shnet_jax.data.tokenise import vocabulary_file
+from shnet_jax.experiment import Experiment
+
+CONFIG = "config.json"
+
+# What may differ between the runs of one work folder: nothing that changes the parameters. Data set and vocabulary may
+# have moved, so their paths are free and their contents are compared.
+FREE_TO_CHANGE = (
+    "config.data.dir",
+    "config.data.prefetch",
+    "config.data.read_threads",
+    "config.eval.",
+    "config.name",
+    "config.study.",
+    "config.text.weights",
+    "config.tokenizer.path",
+    "config.train.keep",
+    "config.train.on_nonfinite",
+)
+
+
+class WorkdirError(RuntimeError):
+    """A folder is not the work folder of a run, or not of this one."""
+
+
+def claim(workdir: Path, experiment: Experiment) -> None:
+    """Makes `workdir` the folder of this configuration, or checks that it is; keeps vocabulary and checksums in it.
+
+    A folder without a checkpoint holds nothing that another configuration could spoil. Raises WorkdirError with what
+    differs: fields, the vocabulary or the data set.
+    """
+    path = workdir / CONFIG
+    source = vocabulary_file(experiment.config)
+    kept = {workdir / f"vocabulary{source.suffix}": source, workdir / CHECKSUMS: experiment.dataset.path / CHECKSUMS}
+    if any((workdir / "checkpoints").glob("*")):
+        if not path.exists():
+            raise WorkdirError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
+        found = differences(experiment.config.to_dict(), load_config(path).to_dict())
+        found = [line for line in found if not line.startswith(FREE_TO_CHANGE)]
+        for copy, original in kept.items():
+            if copy.exists() and original.exists() and copy.read_bytes() != original.read_bytes():
+                found.append(f"{original} differs from what the run began with, {copy.name}")
+        if found:
+            raise WorkdirError(
+                f"{workdir} holds a run of another configuration; choose another --workdir or go back to:\n  "
+                + "\n  ".join(found)
+            )
+        return
+    path.unlink(missing_ok=True)  # until all is in place
+    workdir.mkdir(parents=True, exist_ok=True)
+    for copy, original in kept.items():
+        copy.unlink(missing_ok=True)
+        if original.exists():  # sets of other tools have no checksums
+            shutil.copyfile(original, copy)
+    save_config(experiment.config, path)
+
+
+def trained_config(workdir: Path) -> ConfigDict:
+    """The configuration of the run in `workdir`, its vocabulary being the one kept there."""
+    path = workdir / CONFIG
+    if not path.exists():
+        raise WorkdirError(f"{workdir}: no {CONFIG}; not the work folder of a training run")
+    vocabulary = next(workdir.glob("vocabulary.*"), None)
+    if vocabulary is None:
+        raise WorkdirError(f"{workdir}: no vocabulary file; was the folder copied whole?")
+    config = load_config(path)
+    config.tokenizer.path = str(vocabulary)
+    return config
+
+
+def save_config(config: ConfigDict | FrozenConfigDict, path: Path) -> None:
+    """The configuration as JSON, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_config(path: Path) -> ConfigDict:
+    """A configuration saved by `save_config`."""
+    return ConfigDict(json.loads(path.read_text(encoding="utf-8"), object_hook=_tuples))
+
+
+def _tuples(section: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "config") -> list[str]:
+    """Fields in which two configurations differ, one line each."""
+    lines = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b, name = ours.get(key, "absent"), theirs.get(key, "absent"), f"{prefix}.{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, name)
+        elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+            lines.append(f"{name}: {a!r}, there {b!r}")
+    return lines
