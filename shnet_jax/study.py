@@ -48,10 +48,12 @@ def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
         arm_config(config, arm, seed=0)  # a mistake in the last arm is told before the first is trained
     runs: dict[str, list[Run]] = {}
     for arm in arms:
-        runs[arm] = [_run(config, arm, seed, workdir / arm / f"seed_{seed}") for seed in config.study.seeds]
-        (workdir / "study.md").write_text(table(runs), encoding="utf-8")
-        document = {a: [dataclasses.asdict(run) for run in found] for a, found in runs.items()}
-        (workdir / "study.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        runs[arm] = []
+        for seed in config.study.seeds:
+            runs[arm].append(_run(config, arm, seed, workdir / arm / f"seed_{seed}"))
+            (workdir / "study.md").write_text(table(runs), encoding="utf-8")
+            document = {a: [dataclasses.asdict(run) for run in found] for a, found in runs.items()}
+            (workdir / "study.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"\n{config.name} on split {config.eval.split} of {config.data.dir}\n\n{table(runs)}")
     return runs
 
