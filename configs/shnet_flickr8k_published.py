@@ -1,4 +1,4 @@
-"""The published 3SHNet recipe, cut to 4 epochs and width 512, on flickr8k_mini with the MiniLM text tower."""
+"""The published 3SHNet objective and optimiser, cut to 4 epochs, width 512, bfloat16 products, on flickr8k_mini."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Needs `--config.data.dir` (docs/data.md, from_scan) and `make minilm`; compare with shnet_flickr8k.py."""
+    """Needs `--config.data.dir` and `make minilm`; compare with shnet_flickr8k.py."""
     c = base.get_config()
     c.name = "3SHNet region, published recipe"
     c.data.resident = True
