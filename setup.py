@@ -26,7 +26,7 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-    "dev": ["hypothesis>=6.100,<7", "mypy>=1.15,<3", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],
+    "dev": ["hypothesis>=6.100,<7", "mypy>=1.15,<3", "pytest>=8,<10", "ruff==0.17.6"],
 }
 
 setup(

@@ -42,13 +42,11 @@ class Dense(nn.Module):
       features: size of the result.
       dtype: of the operands of the product, "float32" or "bfloat16" (see `ops.matmul`).
       kernel_init: None: torch's default for kernel and bias; else this kernel and a zero bias.
-      use_bias: whether there is a bias.
     """
 
     features: int
     dtype: DType = "float32"
     kernel_init: Initializer | None = None
-    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -57,8 +55,6 @@ class Dense(nn.Module):
         default = torch_uniform(fan_in)
         kernel = self.param("kernel", self.kernel_init or default, (fan_in, self.features))
         out = matmul(x, kernel, self.dtype)
-        if not self.use_bias:
-            return out
         bias_init = nn.initializers.zeros if self.kernel_init else default
         return out + self.param("bias", bias_init, (self.features,))
 
