@@ -68,16 +68,29 @@ def get_config() -> ConfigDict:
     text.dtype = "float32"  # operands of matrix products: float32 | bfloat16
 
     c.loss = loss = ConfigDict()
-    loss.weights = ConfigDict({"triplet": 1.0, "infonce": 0.0})  # weight of each loss term (a file in shnet_jax/losses)
+    loss.weights = weights = ConfigDict()  # weight of each loss term, a file in shnet_jax/losses; 0: not computed
+    weights.triplet = 1.0  # triplet loss with hard negatives (published 1)
+    weights.infonce = 0.0  # symmetric softmax cross-entropy of CLIP (published 0)
+    weights.sigmoid = 0.0  # SigLIP's sigmoid loss (published 0)
+    loss.pairs = pairs = ConfigDict()  # how the pairs of a global batch meet; see shnet_jax/losses/pairs.py
+    pairs.strategy = "gathered"  # gathered | streamed | ring | local (local: each device's pairs only)
+    pairs.tile = 1024  # candidates scored at once by "streamed"
     loss.triplet = triplet = ConfigDict()
     triplet.margin = 0.2  # gap wanted between a match and a negative, in cosine
     triplet.warmup_epochs = 1.0  # sum over all violations this long, then the hardest negative only (published 1)
     triplet.reduction = "sum"  # over the batch: "sum" (published) | "mean"
+    triplet.rank = 1  # k: the k-th hardest negative instead of the hardest (published 1)
+    triplet.softness = 0.0  # t > 0: t * logsumexp(scores / t) of the negatives instead of the hardest (published 0)
     triplet.mask_same_image = True  # captions of the same image are no negatives (published False)
     loss.infonce = infonce = ConfigDict()
     infonce.temperature = 0.07  # initial temperature of the softmax
     infonce.learn_temperature = True  # the temperature is a parameter (as in CLIP)
     infonce.mask_same_image = True  # captions of the same image are no negatives
+
+    loss.sigmoid = sigmoid = ConfigDict()
+    sigmoid.scale = 10.0  # initial factor on the scores, learned (SigLIP 10)
+    sigmoid.bias = -10.0  # initial bias, learned (SigLIP -10)
+    sigmoid.mask_same_image = True  # captions of the same image are no negatives
 
     c.optim = optim = ConfigDict()
     optim.lr = 5e-4  # peak learning rate (published 5e-4)

@@ -5,6 +5,7 @@ Nothing here computes. Shapes use n for images, t for texts, d for the joint emb
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ Array = jax.Array
 
 DATA = "data"
 """Name of the device axis that a step is mapped over: each device holds its own part of the batch."""
+
+PAIR_STRATEGIES = ("local", "gathered", "streamed", "ring")
+"""How a loss meets the pairs of other devices; see losses/pairs.py."""
 
 Batch = Mapping[str, Array]
 """One device's examples. Image arrays have n rows and text arrays t = n * captions_per_image rows,
@@ -59,6 +63,17 @@ Score = Callable[[Embedding, Embedding], Array]
 """(images of n items, texts of t items) -> scores [n, t]."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """How a loss meets the pairs of a global batch: `config.loss.pairs`.
+
+    strategy: one of PAIR_STRATEGIES. tile: candidates scored at once by "streamed".
+    """
+
+    strategy: str = "gathered"
+    tile: int = 1024
+
+
 @struct.dataclass
 class Context:
     """What a loss may know beside the embeddings.
@@ -67,9 +82,11 @@ class Context:
     params: learnable parameters of this loss (a temperature, ...), {} when it has none.
     score:  the model's score function.
     axis:   name of the mapped device axis, None when unmapped.
+    pairs:  how pairs of other devices are met.
     """
 
     step: Array
     params: Mapping[str, Any]
     score: Score = struct.field(pytree_node=False)
     axis: str | None = struct.field(pytree_node=False, default=None)
+    pairs: Pairs = struct.field(pytree_node=False, default=Pairs())

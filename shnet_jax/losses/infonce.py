@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from shnet_jax.losses import pairs
@@ -56,16 +55,11 @@ def loss(
         scale = jnp.asarray(1 / temperature, jnp.float32)
     both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
     size = both[0].size
-    losses = jnp.stack([_cross_entropy(direction, scale).sum() for direction in both])
-    correct = jnp.stack([(direction.positive > direction.hardest_negative()).sum() for direction in both])
+    own = scale * both[0].positive
+    losses = jnp.stack([jnp.logaddexp(own, direction.logsumexp(jnp.multiply, scale)) - own for direction in both])
+    correct = jnp.stack([direction.positive > direction.hardest() for direction in both])
     return {
         "infonce_loss": losses.sum() / (2 * size),
         "infonce_accuracy": correct.sum() / (2 * size),
         "infonce_scale": scale / axis.axis_size(ctx.axis),
     }
-
-
-def _cross_entropy(direction: pairs.Direction, scale: Array) -> Array:
-    """[b], each query's minus log probability of its own partner."""
-    logits = jnp.where(direction.own | direction.negatives, scale * direction.scores, -jnp.inf)
-    return jax.nn.logsumexp(logits, axis=1) - scale * direction.positive

@@ -1,60 +1,110 @@
 """Scores of a batch of image-text pairs that is spread over devices: the ground that every loss stands on.
 
-Row i of the images and row i of the texts are a pair (an image with several captions is repeated). b pairs
-are on this device and B in the global batch: b times the devices that `ctx.axis` names, b when it is None.
+Row i of the images and row i of the texts are a pair (an image with several captions is repeated). b pairs are on this
+device and B in the global batch: b times the devices that `ctx.axis` names, b when it is None. A `Direction` holds this
+device's b queries (images, or texts) and offers what losses need of their scores with all candidates: `sum` and
+`logsumexp` of a function of the score over the negatives, and the `hardest` negative. How the candidates get here, and
+how much of the score matrix exists at a time, is the strategy, `ctx.pairs.strategy`:
 
-The gradient convention of all losses: a loss returns this device's share of the global loss. Shares add up
-(`psum`) to the global loss; a mean divides by the global count, which is a constant. Each device scores its
-own images against all texts and its own texts against all images, and differentiates through the gathering,
-whose gradient is a reduce-scatter: so the gradient of an embedding is complete on the device that computed
-it, and gradients of replicated parameters become complete by one explicit `psum`. Never differentiate a
-`psum` or `pmean` of the loss itself.
+  local     the candidates are this device's own b pairs, and nothing is sent. Memory b^2. The only one that changes the
+            objective: n devices see n independent batches.
+  gathered  all candidates are gathered and scored at once. Memory b * B, fastest while that fits.
+  streamed  all candidates are gathered, and scored in tiles of `ctx.pairs.tile`. Memory b * tile.
+  ring      each device's candidates travel once around the ring of devices, scored where they are. Memory b^2, and no
+            device ever holds more than two devices' embeddings.
+
+Streamed and ring score each tile once more in the backward pass instead of keeping it.
+
+The gradient convention of all losses: a loss returns this device's share of the global loss. Shares add up (`psum`) to
+the global loss; a mean divides by the global count, which is a constant. Each device scores its own images against all
+texts and its own texts against all images, and differentiates through the gathering or the ring, whose gradient brings
+to each embedding what all devices' shares say about it: so the gradient of an embedding is complete on the device that
+computed it, and gradients of replicated parameters become complete by one explicit `psum`. Never differentiate a `psum`
+or `pmean` of the loss itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
+from shnet_jax.losses.candidates import Block, Candidates
 from shnet_jax.parallel import axis
-from shnet_jax.types import Array, Context, Embedding
+from shnet_jax.types import PAIR_STRATEGIES, Array, Context, Embedding, Score
+
+OfScore = Callable[..., Array]
+"""(scores [b, t], *args) -> [b, t], elementwise; args are [b, 1] or [] arrays. It closes over no traced value."""
+
+Kind = Literal["sum", "logsumexp"]
 
 
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class Direction:
-    """This device's queries of one direction (image to text, or text to image) against all B candidates.
+    """This device's b queries of one direction, image to text or text to image, against all candidates.
 
-    scores:    [b, B].
-    positive:  [b], the score of each query with its own partner.
-    own:       [b, B] bool, where that partner is.
-    negatives: [b, B] bool, the candidates that count as wrong.
+    queries: b embeddings. candidates: their partners and everybody else's.
+    positive: [b], the score of each query with its own partner.
+    score: of (queries, candidates). mask_same_image: see `directions`.
     """
 
-    scores: Array
+    queries: Embedding
+    candidates: Candidates
     positive: Array
-    own: Array
-    negatives: Array
+    score: Score
+    mask_same_image: bool
 
     @property
     def size(self) -> int:
         """B, pairs in the global batch."""
-        return self.scores.shape[1]
+        return self.positive.shape[0] * axis.axis_size(self.candidates.axis)
 
-    def hardest_negative(self) -> Array:
-        """[b], each query's best-scored negative; -inf where it has none."""
-        return jnp.max(jnp.where(self.negatives, self.scores, -jnp.inf), axis=1)
+    def sum(self, of_score: OfScore, *args: Array) -> Array:
+        """[b], the sum over each query's negatives of `of_score(score, *args)`; 0 where it has none."""
+        return _reduce(self, "sum", of_score, args)
+
+    def logsumexp(self, of_score: OfScore, *args: Array) -> Array:
+        """[b], log of the sum over each query's negatives of exp(`of_score(score, *args)`); -inf without one."""
+        return _reduce(self, "logsumexp", of_score, args)
+
+    def hardest(self, rank: int = 1) -> Array:
+        """[b], the score of each query's rank-th best-scored negative; -inf where it has fewer.
+
+        The search keeps `rank` scores and rows a query; gradients reach these b pairs only.
+        """
+        b = self.positive.shape[0]
+        queries, items = lax.stop_gradient((self.queries, self.candidates.items))
+        search = dataclasses.replace(self.candidates, items=items)
+        empty = jnp.full((b, rank), -jnp.inf), jnp.zeros((b, rank), jnp.int32)
+
+        def visit(best: tuple[Array, Array], block: Block) -> tuple[Array, Array]:
+            scores = jnp.where(_negatives(self, block), self.score(queries, block.items), -jnp.inf)
+            values, columns = _best(scores, min(rank, scores.shape[1]))
+            values = jnp.concatenate([best[0], values], axis=1)
+            rows = jnp.concatenate([best[1], block.rows[columns]], axis=1)
+            values, columns = _best(values, rank)
+            return values, jnp.take_along_axis(rows, columns, axis=1)
+
+        found, rows = jax.tree.map(lax.stop_gradient, search.walk(visit, empty))
+        partners = self.candidates.take(rows[:, -1])
+        return jnp.where(jnp.isneginf(found[:, -1]), -jnp.inf, _paired(self.score, self.queries, partners))
 
 
 def directions(
     images: Embedding, texts: Embedding, ids: Array, ctx: Context, *, mask_same_image: bool
 ) -> tuple[Direction, Direction]:
-    """Scores every local image with all texts, and every local text with all images.
+    """The local images against all texts, and the local texts against all images.
 
     images, texts: b embeddings each, in pairs.
     ids: [b] int32 image ids.
-    mask_same_image: captions of the same image are no negatives of it (nor it of them). False, as published
-      by VSE-infinity and 3SHNet: everything but the own pair is a negative.
-    Returns (image to text, text to image). Raises ValueError when the three do not have equally many rows.
+    mask_same_image: captions of the same image are no negatives of it (nor it of them). False, as published by
+      VSE-infinity and 3SHNet: everything but the own pair is a negative.
+    Raises ValueError when the three do not have equally many rows, and for an unknown strategy or a tile below 1.
     """
     pairs = ids.shape[0]
     if images.vector.shape[0] != pairs or texts.vector.shape[0] != pairs:
@@ -62,18 +112,127 @@ def directions(
             "a loss takes pairs, with as many images as texts and ids; got "
             f"{images.vector.shape[0]} images, {texts.vector.shape[0]} texts and {pairs} ids"
         )
-    all_ids = axis.all_gather(ids, ctx.axis)
-    local = axis.axis_index(ctx.axis) * pairs + jnp.arange(pairs)
-    own = local[:, None] == jnp.arange(all_ids.shape[0])
-    # Both masks are the same in the two directions: a candidate's id is that of its pair.
-    negatives = ids[:, None] != all_ids if mask_same_image else ~own
+    if ctx.pairs.strategy not in PAIR_STRATEGIES:
+        raise ValueError(f"loss.pairs.strategy is {ctx.pairs.strategy!r}; choose from {', '.join(PAIR_STRATEGIES)}")
+    if ctx.pairs.tile < 1:
+        raise ValueError(f"loss.pairs.tile is {ctx.pairs.tile}; it must be at least 1")
+    positive = _paired(ctx.score, images, texts)
 
-    image_scores = ctx.score(images, axis.all_gather(texts, ctx.axis))
-    # Not mapped, the second block would be the first one again.
-    text_scores = image_scores if ctx.axis is None else ctx.score(axis.all_gather(images, ctx.axis), texts)
+    def direction(queries: Embedding, items: Embedding, score: Score) -> Direction:
+        return Direction(queries, Candidates(items, ids, ctx.pairs, ctx.axis), positive, score, mask_same_image)
 
-    def direction(scores: Array) -> Direction:
-        positive = jnp.take_along_axis(scores, local[:, None], axis=1)[:, 0]
-        return Direction(scores=scores, positive=positive, own=own, negatives=negatives)
+    return (
+        direction(images, texts, ctx.score),
+        direction(texts, images, lambda queries, candidates: ctx.score(candidates, queries).T),
+    )
 
-    return direction(image_scores), direction(text_scores.T)
+
+def _paired(score: Score, queries: Embedding, candidates: Embedding) -> Array:
+    """[b], the score of each query with the candidate of the same row."""
+
+    def one(query: Embedding, candidate: Embedding) -> Array:
+        query, candidate = jax.tree.map(lambda x: x[None], (query, candidate))
+        return score(query, candidate)[0, 0]
+
+    return jax.vmap(one)(queries, candidates)
+
+
+def _best(scores: Array, rank: int) -> tuple[Array, Array]:
+    """The `rank` largest of each row and their columns, [b, rank] both; of equal ones the first."""
+    if rank > 1:
+        return lax.top_k(scores, rank)
+    column = jnp.argmax(scores, axis=1)[:, None]  # much faster than top_k
+    return jnp.take_along_axis(scores, column, axis=1), column
+
+
+def _negatives(direction: Direction, block: Block) -> Array:
+    """[b, t] bool, the candidates of the block that count as wrong."""
+    own = direction.candidates.own_block()
+    others = own.ids[:, None] != block.ids if direction.mask_same_image else own.rows[:, None] != block.rows
+    return others & (block.rows >= 0)
+
+
+@struct.dataclass
+class _Inputs:
+    """All that a reduction is differentiated by, beside the candidates."""
+
+    queries: Embedding
+    args: tuple[Array, ...]
+    closed_over: list[Array]
+
+
+def _reduce(direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...]) -> Array:
+    """[b], the reduction over the negatives of all blocks, which are scored once more in the backward pass."""
+    candidates = direction.candidates
+    whole = candidates.in_one_block()
+    if whole is not None:  # scored once; what the backward pass needs of it is kept
+        value = lax.stop_gradient(_of_block(direction, kind, of_score, args, whole))
+        slope = _slope(direction, kind, of_score, args, whole, value)
+        return value + (slope - lax.stop_gradient(slope))
+
+    # A score may close over traced parameters of its model: gradients must find them among the arguments.
+    score, closed_over = jax.closure_convert(direction.score, direction.queries, candidates.tile_items())
+    fixed = (candidates.ids, direction.queries.mask, candidates.items.mask)
+
+    def bind(inputs: _Inputs, items: Embedding, fixed: Any) -> Direction:
+        ids, of_queries, of_items = fixed
+        items = dataclasses.replace(items, mask=of_items)
+        return dataclasses.replace(
+            direction,
+            queries=dataclasses.replace(inputs.queries, mask=of_queries),
+            candidates=dataclasses.replace(candidates, items=items, ids=ids),
+            score=lambda queries, items: score(queries, items, *inputs.closed_over),
+        )
+
+    @jax.custom_vjp
+    def reduce(inputs: _Inputs, items: Embedding, fixed: Any) -> Array:
+        bound = bind(inputs, items, fixed)
+        combine, start = (jnp.add, 0.0) if kind == "sum" else (jnp.logaddexp, -jnp.inf)
+
+        def visit(value: Array, block: Block) -> Array:
+            return combine(value, _of_block(bound, kind, of_score, inputs.args, block))
+
+        return bound.candidates.walk(visit, jnp.full(direction.positive.shape, start))
+
+    def forward(inputs: _Inputs, items: Embedding, fixed: Any) -> tuple[Array, Any]:
+        value = reduce(inputs, items, fixed)
+        return value, (inputs, items, fixed, value)
+
+    def backward(residuals: Any, cotangent: Array) -> tuple[_Inputs, Embedding, None]:
+        inputs, items, fixed, value = residuals
+
+        def visit(sums: _Inputs, block: Block) -> tuple[_Inputs, Embedding]:
+            def slope(inputs: _Inputs, tile: Embedding) -> Array:
+                at = dataclasses.replace(block, items=dataclasses.replace(tile, mask=block.items.mask))
+                return _slope(bind(inputs, items, fixed), kind, of_score, inputs.args, at, value)
+
+            _, pull = jax.vjp(slope, inputs, dataclasses.replace(block.items, mask=None))
+            gradient, of_tile = pull(cotangent)
+            return jax.tree.map(jnp.add, sums, gradient), of_tile
+
+        zeros = jax.tree.map(jnp.zeros_like, inputs)
+        return *bind(inputs, items, fixed).candidates.walk_back(visit, zeros), None
+
+    reduce.defvjp(forward, backward)
+    queries, items = (dataclasses.replace(x, mask=None) for x in (direction.queries, candidates.items))
+    return reduce(_Inputs(queries, args, closed_over), items, fixed)
+
+
+def _of_block(direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block) -> Array:
+    """[b], the reduction over the negatives of one block."""
+    values = of_score(direction.score(direction.queries, block.items), *args)
+    if kind == "sum":
+        return jnp.sum(jnp.where(_negatives(direction, block), values, 0.0), axis=1)
+    return jax.nn.logsumexp(jnp.where(_negatives(direction, block), values, -jnp.inf), axis=1)
+
+
+def _slope(
+    direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block, value: Array
+) -> Array:
+    """[b], something whose derivative is the block's part of the derivative of the reduction, `value` [b]."""
+    values = of_score(direction.score(direction.queries, block.items), *args)
+    weights = _negatives(direction, block).astype(values.dtype)
+    if kind == "logsumexp":
+        share = jnp.exp(values - value[:, None])  # of the sum of exponentials
+        weights = lax.stop_gradient(jnp.where(weights > 0, share, 0.0))
+    return jnp.sum(weights * values, axis=1)

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from shnet_jax import registry
-from shnet_jax.types import Array, Context, Embedding
+from shnet_jax.types import Array, Context, Embedding, Pairs
 
 Total = Callable[[Embedding, Embedding, Array, Context], dict[str, Array]]
 """(images, texts, ids, ctx) -> this device's shares of "loss", the weighted sum, and of all that the losses
@@ -24,7 +24,7 @@ return.
 
 def build(loss_config: ConfigDict, steps_per_epoch: float) -> tuple[dict[str, dict[str, Array]], Total]:
     """The losses of `loss_config.weights` with their options `loss_config[name]`; those of weight 0 are left
-    out.
+    out. How they meet the pairs of other devices is `loss_config.pairs` (gathered when there is none).
 
     steps_per_epoch: optimiser steps of an epoch; an option `warmup_epochs` reaches its loss as
       `warmup_steps`.
@@ -44,12 +44,15 @@ def build(loss_config: ConfigDict, steps_per_epoch: float) -> tuple[dict[str, di
         for name, module in modules.items()
     }
     params = {name: module.init_params(**options[name]) for name, module in modules.items()}
+    met = Pairs(**loss_config.get("pairs", {}))
 
     def total(images: Embedding, texts: Embedding, ids: Array, ctx: Context) -> dict[str, Array]:
         values: dict[str, Array] = {}
         weighted = []
         for name, module in modules.items():
-            own = module.loss(images, texts, ids, dataclasses.replace(ctx, params=ctx.params[name]), **options[name])
+            own = module.loss(
+                images, texts, ids, dataclasses.replace(ctx, params=ctx.params[name], pairs=met), **options[name]
+            )
             if clash := sorted({"loss", *values} & set(own)):
                 raise ValueError(f"loss {name!r} returns {clash}, which another loss or the total returns as well")
             values |= own

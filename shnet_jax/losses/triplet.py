@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from shnet_jax.losses import pairs
 from shnet_jax.types import Array, Context, Embedding
@@ -26,6 +27,8 @@ def loss(
     warmup_steps: int,
     reduction: str,
     mask_same_image: bool,
+    rank: int = 1,
+    softness: float = 0.0,
 ) -> dict[str, Array]:
     """With S the scores of B pairs and [x]+ = max(x, 0):
 
@@ -36,36 +39,42 @@ def loss(
     margin: in units of the score.
     reduction: "sum" over the global batch (published) | "mean", the sum divided by B.
     mask_same_image: captions of the same image are no negatives (published: False, they are).
-    Returns shares that add up over devices to: triplet_loss; triplet_violated, the share of queries whose
-    hardest negative breaks the margin; triplet_positive and triplet_negative, the mean score of the pairs and
-    of the hardest negatives (0 when all pairs are of one image and there is no negative).
+    rank: 1, the hardest negative (published) | k, the k-th hardest; for large batches, whose hardest "negatives" are
+      mostly matches that nobody labelled.
+    softness: 0, the hardest negative itself (published) | t > 0, in its place t log sum_j exp(S_ij / t), in which all
+      hard ones take part; in units of the score.
+    Returns shares that add up over devices to: triplet_loss; triplet_violated, the share of queries whose negative
+    breaks the margin; triplet_positive and triplet_negative, the mean score of the pairs and of these negatives (0 for
+    a query that has none).
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"loss.triplet.reduction is 'sum' or 'mean', not {reduction!r}")
+    if rank < 1 or softness < 0 or (rank > 1 and softness > 0):
+        raise ValueError(
+            f"loss.triplet.rank is {rank} and softness {softness}; rank is at least 1, softness at least 0, "
+            "and only one of them may differ from rank 1 and softness 0"
+        )
     both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
     size = both[0].size
-    every, hardest, violated, positive, negative = (
-        sum(parts) for parts in zip(*(_sums(direction, margin) for direction in both), strict=True)
-    )
-    share = jnp.where(ctx.step < warmup_steps, every, hardest)
+
+    def every(direction: pairs.Direction) -> Array:
+        own = direction.positive[:, None]
+        return direction.sum(lambda scores, own: jax.nn.relu(margin + scores - own), own).sum()
+
+    def negative(direction: pairs.Direction) -> Array:
+        if not softness:
+            return direction.hardest(rank)
+        return softness * direction.logsumexp(lambda scores: scores / softness)
+
+    negatives = jnp.stack([negative(direction) for direction in both])
+    positives = jnp.stack([direction.positive for direction in both])
+    gaps = margin + negatives - positives
+    share = jax.nn.relu(gaps).sum()
+    if warmup_steps:
+        share = lax.cond(ctx.step < warmup_steps, lambda: every(both[0]) + every(both[1]), lambda: share)
     return {
         "triplet_loss": share / size if reduction == "mean" else share,
-        "triplet_violated": violated / (2 * size),
-        "triplet_positive": positive / (2 * size),
-        "triplet_negative": negative / (2 * size),
+        "triplet_violated": (gaps > 0).sum() / (2 * size),
+        "triplet_positive": positives.sum() / (2 * size),
+        "triplet_negative": jnp.where(jnp.isneginf(negatives), 0.0, negatives).sum() / (2 * size),
     }
-
-
-def _sums(direction: pairs.Direction, margin: float) -> tuple[Array, ...]:
-    """Sums over one direction: all violations, hardest ones, their number, positive and negative scores."""
-    gaps = margin + direction.scores - direction.positive[:, None]
-    every = jnp.where(direction.negatives, jax.nn.relu(gaps), 0.0)
-    negative = direction.hardest_negative()
-    hardest = jax.nn.relu(margin + negative - direction.positive)
-    return (
-        every.sum(),
-        hardest.sum(),
-        (hardest > 0).sum(),
-        direction.positive.sum(),
-        jnp.where(jnp.isneginf(negative), 0.0, negative).sum(),
-    )

@@ -31,6 +31,19 @@ def all_gather(tree: Tree, axis: str | None) -> Tree:
     return tree if axis is None else jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), tree)
 
 
+def sum_scatter(tree: Tree, axis: str | None) -> Tree:
+    """Each leaf [devices * b, ...] summed over the devices, of which each keeps its own rows, [b, ...]."""
+    return tree if axis is None else jax.tree.map(lambda x: lax.psum_scatter(x, axis, tiled=True), tree)
+
+
+def ring_shift(tree: Tree, axis: str | None) -> Tree:
+    """What the previous device holds: after as many shifts as there are devices, everything is back home."""
+    if axis is None:
+        return tree
+    size = lax.axis_size(axis)
+    return jax.tree.map(lambda x: lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)]), tree)
+
+
 def axis_index(axis: str | None) -> Array | int:
     """Number of this device on the axis, [] int32; 0 when not mapped."""
     return 0 if axis is None else lax.axis_index(axis)

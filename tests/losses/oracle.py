@@ -3,14 +3,26 @@
 import numpy as np
 
 
-def triplet(scores, ids, *, margin, warm, mean, mask):
+def triplet(scores, ids, *, margin, warm, mean, mask, rank=1, softness=0):
     """scores [B, B], images in rows."""
     scores, negatives = np.asarray(scores, np.float64), _negatives(ids, mask)
-    own = np.diag(scores)
-    images = negatives * np.maximum(0, margin + scores - own[:, None])
-    texts = negatives * np.maximum(0, margin + scores - own[None, :])
-    total = images.sum() + texts.sum() if warm else images.max(1).sum() + texts.max(0).sum()
+
+    def direction(scores):
+        own, wrong = np.diag(scores), np.where(negatives, scores, -np.inf)
+        if warm:
+            return np.maximum(0, margin + wrong - own[:, None]).sum()
+        negative = softness * np.log(np.exp(wrong / softness).sum(1)) if softness else np.sort(wrong, 1)[:, -rank]
+        return np.maximum(0, margin + negative - own).sum()
+
+    total = direction(scores) + direction(scores.T)
     return total / len(ids) if mean else total
+
+
+def sigmoid(scores, ids, *, scale, bias, mask):
+    """scores [B, B], images in rows."""
+    logits = scale * np.asarray(scores, np.float64) + bias
+    each = np.where(_negatives(ids, mask), np.log1p(np.exp(logits)), 0) + np.diag(np.log1p(np.exp(-np.diag(logits))))
+    return each.sum() / len(ids)
 
 
 def infonce(scores, ids, *, scale, mask):

@@ -1,0 +1,136 @@
+"""The candidates that a query meets, wherever they are: four ways to walk over the pairs of all devices (see pairs.py).
+
+A walk visits blocks that together are all candidates. Its counterpart for the backward pass brings back to each device
+the gradient of its own candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from shnet_jax.parallel import axis
+from shnet_jax.types import Array, Embedding, Pairs
+
+Carry = TypeVar("Carry")
+
+
+@struct.dataclass
+class Block:
+    """t candidates that are scored together: their embeddings, image ids and rows in the batch (-1: padding)."""
+
+    items: Embedding
+    ids: Array
+    rows: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """All candidates of one direction.
+
+    items: the b embeddings of this device. ids: [b], their image ids. pairs: how those of other devices are met.
+    axis: name of the mapped device axis, None when unmapped.
+    """
+
+    items: Embedding
+    ids: Array
+    pairs: Pairs
+    axis: str | None
+
+    def own_block(self) -> Block:
+        """This device's candidates."""
+        count = self.ids.shape[0]
+        rows = axis.axis_index(self.axis) * count + jnp.arange(count, dtype=jnp.int32)
+        return Block(self.items, self.ids, rows)
+
+    def in_one_block(self) -> Block | None:
+        """All candidates together, where the strategy scores them at once."""
+        if self.pairs.strategy == "gathered":
+            return axis.all_gather(self.own_block(), self.axis)
+        return self.own_block() if self.pairs.strategy == "local" else None
+
+    def walk(self, visit: Callable[[Carry, Block], Carry], carry: Carry) -> Carry:
+        """`carry = visit(carry, block)` for every block."""
+        whole = self.in_one_block()
+        if whole is not None:
+            return visit(carry, whole)
+        if self.pairs.strategy == "streamed":
+            return lax.scan(lambda carry, block: (visit(carry, block), None), carry, self._tiles())[0]
+
+        def around(state: tuple[Carry, Block], _: None) -> tuple[tuple[Carry, Block], None]:
+            carry, block = state
+            return (visit(carry, block), axis.ring_shift(block, self.axis)), None
+
+        return lax.scan(around, (carry, self.own_block()), None, length=axis.axis_size(self.axis))[0][0]
+
+    def walk_back(
+        self, visit: Callable[[Carry, Block], tuple[Carry, Embedding]], carry: Carry
+    ) -> tuple[Carry, Embedding]:
+        """`carry, gradient = visit(carry, block)` for every block; -> (carry, gradient of this device's items).
+
+        Only for the strategies with several blocks. The gradients have no mask.
+        """
+        if self.pairs.strategy == "streamed":
+            carry, gradients = lax.scan(visit, carry, self._tiles())
+            size = self.ids.shape[0] * axis.axis_size(self.axis)
+            gradients = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], gradients)
+            return carry, axis.sum_scatter(gradients, self.axis)
+
+        def around(state: tuple[Carry, Block, Embedding], _: None) -> tuple[tuple[Carry, Block, Embedding], None]:
+            carry, block, sums = state
+            carry, gradient = visit(carry, block)
+            sums = jax.tree.map(jnp.add, sums, gradient)
+            return (carry, *axis.ring_shift((block, sums), self.axis)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, dataclasses.replace(self.items, mask=None))
+        start = (carry, self.own_block(), zeros)
+        carry, _, sums = lax.scan(around, start, None, length=axis.axis_size(self.axis))[0]
+        return carry, sums  # after the whole ring they are back home
+
+    def take(self, rows: Array) -> Embedding:
+        """The candidates in these rows [b] of the global batch; differentiable."""
+        whole = self.in_one_block()
+        if self.pairs.strategy == "streamed":
+            whole = axis.all_gather(self.own_block(), self.axis)
+        if whole is not None:
+            return jax.tree.map(lambda x: x[rows - whole.rows[0]], whole.items)
+
+        def around(state: tuple[Embedding, Block], _: None) -> tuple[tuple[Embedding, Block], None]:
+            taken, block = state
+            place = rows - block.rows[0]
+            here = (place >= 0) & (place < block.rows.shape[0])
+
+            def choose(old: Array, items: Array) -> Array:
+                return jnp.where(here.reshape(-1, *[1] * (items.ndim - 1)), items[jnp.where(here, place, 0)], old)
+
+            return (jax.tree.map(choose, taken, block.items), axis.ring_shift(block, self.axis)), None
+
+        start = (jax.tree.map(jnp.zeros_like, self.items), self.own_block())
+        return lax.scan(around, start, None, length=axis.axis_size(self.axis))[0][0]
+
+    def tile_items(self) -> Embedding:
+        """Shapes of the items that are scored together."""
+        if self.pairs.strategy != "streamed":
+            return self.items
+        return jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], self._tiles().items))
+
+    def _tiles(self) -> Block:
+        """All candidates, gathered, as tiles: every leaf [tiles, tile, ...], the last tile padded."""
+        block = axis.all_gather(self.own_block(), self.axis)
+        size = block.rows.shape[0]
+        tile = min(self.pairs.tile, size)
+        missing = -size % tile
+
+        def cut(x: Array) -> Array:
+            # Copies of the last row: zeros may be no valid input of a score.
+            x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), mode="edge") if missing else x
+            return x.reshape(-1, tile, *x.shape[1:])
+
+        rows = jnp.pad(block.rows, (0, missing), constant_values=-1).reshape(-1, tile)
+        return Block(jax.tree.map(cut, block.items), cut(block.ids), rows)
