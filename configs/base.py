@@ -109,6 +109,8 @@ def get_config() -> ConfigDict:
 
     c.train = train = ConfigDict()
     train.batch_size = 256  # image-caption pairs of a batch over all devices (published 256 on COCO)
+    train.microbatch = 0  # pairs that a device encodes at once (cached gradients: same gradient, less memory); 0: all
+    train.microbatch_statistics = "exact"  # BatchNorm over microbatches: exact (whole batch) | local | running
     train.epochs = 25.0  # passes over all captions of the training split (published 25)
     train.steps = 0  # batches; 0: as many as train.epochs need
     train.log_steps = 50  # steps between two log lines; their numbers are means over these steps

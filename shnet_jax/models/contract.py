@@ -17,6 +17,11 @@ from shnet_jax.types import Array, Batch, Embedding
 class RetrievalModel(nn.Module):
     """Base of the models: the default score and the call that initialises both towers."""
 
+    @property
+    def norm_depth(self) -> int:
+        """BatchNorms on the longest path through a tower; 0: there is none (see train/microbatch.py)."""
+        return 0
+
     def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
         """Image fields of `batch` [n, ...] -> n embeddings."""
         raise TypeError(f"{type(self).__name__} does not define encode_image")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from shnet_jax.models.layers import Dense, LayerNorm, torch_uniform
-from shnet_jax.models.mlp import BatchNorm
+from shnet_jax.models.mlp import BatchNorm, Moments
 from shnet_jax.ops.map_attention import attention_weights, map_attention
 from shnet_jax.ops.matmul import einsum
 from shnet_jax.ops.positions import map_code_1d, map_code_2d
@@ -113,8 +113,8 @@ def _neighbourhoods(x: Array) -> Array:
     return jnp.concatenate(taps, axis=-1).reshape(n, height * width, -1)
 
 
-def _moments(patches: Array, kernel: Array, position: Array, axis: str | None) -> tuple[Array, Array, Array]:
-    """Mean, biased variance (each [c]) and number of all values patches @ kernel + position, without making them."""
+def _moments(patches: Array, kernel: Array, position: Array, axis: str | None) -> Moments:
+    """Moments of all values patches @ kernel + position, without making them."""
 
     def over_devices(x: Array) -> Array:
         return x if axis is None else lax.pmean(x, axis)
@@ -133,7 +133,7 @@ def _moments(patches: Array, kernel: Array, position: Array, axis: str | None) -
         + jnp.mean(jnp.square(position), axis=0)
     )
     mean = einsum("oi,ic->oc", centre[None], kernel, "float32")[0] + position_mean
-    return mean, jnp.maximum(variance, 0.0), jnp.asarray(count, jnp.float32)
+    return Moments(mean, jnp.maximum(variance, 0.0), jnp.asarray(count, jnp.float32))
 
 
 class SpatialHighlight(nn.Module):

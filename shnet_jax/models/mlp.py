@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 
 from shnet_jax.models.layers import Dense
 from shnet_jax.types import Array
+
+MOMENTUM = 0.1
+"""Share of a new batch in the running statistics (torch's convention and default)."""
+
+
+@struct.dataclass
+class Moments:
+    """Statistics of a batch: mean [c], biased variance [c] and number of rows []."""
+
+    mean: Array
+    var: Array
+    count: Array
+
+    def into(self, mean: Array, var: Array) -> tuple[Array, Array]:
+        """Running mean and variance after this batch; the running variance takes the unbiased one (torch)."""
+        batch_mean, batch_var = lax.stop_gradient((self.mean, self.var))
+        unbiased = batch_var * self.count / jnp.maximum(self.count - 1, 1)
+        return mean + MOMENTUM * (batch_mean - mean), var + MOMENTUM * (unbiased - var)
 
 
 class BatchNorm(nn.Module):
@@ -19,16 +39,17 @@ class BatchNorm(nn.Module):
     The running variance takes the unbiased variance of the batch, the normalisation the biased one (torch); and rows
     can be left out of the statistics by a mask (the better choice for padded sets; the published code counts them).
 
+    A batch that is encoded in parts (train/microbatch.py) makes the collection "moments" mutable to learn the
+    statistics of a part, and provides those to normalise with as the collection "given_moments".
+
     Attributes:
       include_padding: masked rows enter the statistics (published True).
       axis: name of the device axis over which the statistics are taken in training; None: each device its own.
-      momentum: share of the new batch in the running statistics (torch's convention: 0.1).
       epsilon: added to the variance.
     """
 
     include_padding: bool = True
     axis: str | None = None
-    momentum: float = 0.1
     epsilon: float = 1e-5
 
     def __call__(self, x: Array, mask: Array | None, *, train: bool) -> Array:
@@ -39,35 +60,62 @@ class BatchNorm(nn.Module):
         return (x - mean) * factor + bias
 
     @nn.compact
-    def coefficients(
-        self, channels: int, moments: Callable[[], tuple[Array, Array, Array]], *, train: bool
-    ) -> tuple[Array, Array, Array]:
+    def coefficients(self, channels: int, moments: Callable[[], Moments], *, train: bool) -> tuple[Array, Array, Array]:
         """(mean, factor, bias), each [channels]: the normalised x is (x - mean) * factor + bias.
 
-        moments: gives mean [c], biased variance [c] and number of rows of this batch; asked for in training only.
+        moments: gives those of this batch; asked for in training only.
         """
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
+        used = Moments(mean.value, var.value, jnp.zeros(()))
         if train and not self.is_initializing():
-            batch_mean, batch_var, count = moments()
-            unbiased = batch_var * count / jnp.maximum(count - 1, 1)
-            mean.value += self.momentum * (lax.stop_gradient(batch_mean) - mean.value)
-            var.value += self.momentum * (lax.stop_gradient(unbiased) - var.value)
-        else:
-            batch_mean, batch_var = mean.value, var.value
-        return batch_mean, scale * lax.rsqrt(batch_var + self.epsilon), bias
+            used = found = moments()
+            if self.has_variable("given_moments", "batch"):
+                used = self.get_variable("given_moments", "batch")
+            if self.is_mutable_collection("moments"):
+                self.put_variable("moments", "batch", found)
+            if self.is_mutable_collection("batch_stats"):
+                mean.value, var.value = used.into(mean.value, var.value)
+        return used.mean, scale * lax.rsqrt(used.var + self.epsilon), bias
 
-    def _moments(self, x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+    def _moments(self, x: Array, mask: Array | None) -> Moments:
         def total(values: Array) -> Array:
             values = jnp.sum(values, axis=tuple(range(values.ndim - 1)))
             return values if self.axis is None else lax.psum(values, self.axis)
 
         weight = jnp.ones((*x.shape[:-1], 1)) if mask is None else mask[..., None].astype(x.dtype)
-        count = jnp.maximum(total(weight), 1.0)
+        count = jnp.maximum(total(weight)[0], 1.0)
         mean = total(x * weight) / count
-        return mean, total(jnp.square(x - mean) * weight) / count, count
+        return Moments(mean, total(jnp.square(x - mean) * weight) / count, count)
+
+
+def merge(parts: Any) -> Any:
+    """Moments of a whole from those of its parts: a tree of Moments whose leaves are [parts, ...]."""
+
+    def whole(parts: Moments) -> Moments:
+        count = jnp.sum(parts.count)
+        share = (parts.count / count)[:, None]
+        mean = jnp.sum(share * parts.mean, axis=0)
+        return Moments(mean, jnp.sum(share * (parts.var + jnp.square(parts.mean - mean)), axis=0), count)
+
+    return jax.tree.map(whole, parts, is_leaf=lambda x: isinstance(x, Moments))
+
+
+def advance(batch_stats: Any, moments: Any) -> Any:
+    """Running statistics ("batch_stats" of a model) after a batch of these moments ("moments" of the same model)."""
+    if not isinstance(moments.get("batch"), Moments):
+        return {name: advance(stats, moments[name]) for name, stats in batch_stats.items()}
+    mean, var = moments["batch"].into(batch_stats["mean"], batch_stats["var"])
+    return {"mean": mean, "var": var}
+
+
+def running_moments(batch_stats: Any) -> Any:
+    """Running statistics as moments to normalise with."""
+    if set(batch_stats) == {"mean", "var"}:
+        return {"batch": Moments(batch_stats["mean"], batch_stats["var"], jnp.zeros(()))}
+    return {name: running_moments(stats) for name, stats in batch_stats.items()}
 
 
 class MLP(nn.Module):

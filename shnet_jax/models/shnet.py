@@ -127,6 +127,11 @@ class SHNet(RetrievalModel):
     image: ImageEncoder
     text: TextEncoder
 
+    @property
+    def norm_depth(self) -> int:
+        """See `RetrievalModel.norm_depth`: units, highlighting, fusion; within VSpM one MLP follows another."""
+        return 3 if self.image.spatial else 2 if self.image.semantic else 1
+
     def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_image`."""
         return Embedding(self.image(batch, train=train))

@@ -17,7 +17,9 @@ from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, trai
 from shnet_jax.data.tokenise import tokenise_split
 from shnet_jax.experiment import Experiment, abstract_variables, init_variables
 from shnet_jax.losses import total
+from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
+from shnet_jax.train.microbatch import STATISTICS
 from shnet_jax.train.optim import make_optimiser, schedule
 from shnet_jax.train.state import TrainState, create_state
 from shnet_jax.train.step import make_step
@@ -56,6 +58,7 @@ def prepare(experiment: Experiment) -> Parts:
             f"config.train.batch_size is {batch_size}; it must divide into {mesh.size} devices with whole images of "
             f"config.data.captions_per_image = {config.data.captions_per_image}"
         )
+    _check_microbatch(config, experiment, batch_size // mesh.size)
     split = config.data.train_split
     per_epoch = steps_per_epoch(dataset, split, batch_size)
     total_steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
@@ -71,34 +74,44 @@ def prepare(experiment: Experiment) -> Parts:
     )
     table = replicate(resident_table(dataset, split, experiment.fields), mesh) if config.data.resident else {}
 
-    accumulate = config.optim.accumulate
-    rate = schedule(config, per_epoch / accumulate, math.ceil(total_steps / accumulate))
-    tx = make_optimiser(config, rate)
-    loss_params, total_loss = total.build(config.loss, per_epoch)
-    step = make_step(
-        experiment.model,
-        total_loss,
-        tx,
-        finish=gather,
-        ema=config.optim.ema,
-        stop_on_nonfinite=config.train.on_nonfinite == "stop",
-        axis_name=DATA,
-    )
-
-    def state(variables: dict[str, Any]) -> TrainState:
-        return create_state(variables, loss_params, tx, ema=config.optim.ema > 0, seed=config.seed)
-
+    step, state, rate = build_step(config, experiment.model, mesh, per_epoch, total_steps)
     return Parts(
         mesh,
         iterator,
         table,
-        map_step(step, mesh, config.parallel.mapping),
+        step,
         rate,
         per_epoch,
         total_steps,
         first_state=lambda: replicate(state(init_variables(experiment, config.seed)), mesh),
         like=_on(mesh, jax.eval_shape(state, abstract_variables(experiment))),
     )
+
+
+def build_step(
+    config: FrozenConfigDict, model: RetrievalModel, mesh: Mesh, steps_per_epoch: float, total_steps: int
+) -> tuple[Mapped, Callable[[dict[str, Any]], TrainState], optax.Schedule]:
+    """(the mapped step, the first state from initial variables, the learning rate by number of the update)."""
+    accumulate = config.optim.accumulate
+    rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
+    tx = make_optimiser(config, rate)
+    loss_params, total_loss = total.build(config.loss, steps_per_epoch)
+    step = make_step(
+        model,
+        total_loss,
+        tx,
+        finish=gather,
+        ema=config.optim.ema,
+        stop_on_nonfinite=config.train.on_nonfinite == "stop",
+        microbatch=config.train.microbatch,
+        statistics=config.train.microbatch_statistics,
+        axis_name=DATA,
+    )
+
+    def state(variables: dict[str, Any]) -> TrainState:
+        return create_state(variables, loss_params, tx, ema=config.optim.ema > 0, seed=config.seed)
+
+    return map_step(step, mesh, config.parallel.mapping), state, rate
 
 
 def _check(config: FrozenConfigDict) -> None:
@@ -114,6 +127,23 @@ def _check(config: FrozenConfigDict) -> None:
         raise ValueError(f"config.optim.ema is {config.optim.ema}; it must be at least 0 and below 1")
     if config.optim.accumulate < 1:
         raise ValueError(f"config.optim.accumulate is {config.optim.accumulate}; it must be at least 1")
+
+
+def _check_microbatch(config: FrozenConfigDict, experiment: Experiment, pairs: int) -> None:
+    """pairs: of the batch on each device."""
+    microbatch, statistics = config.train.microbatch, config.train.microbatch_statistics
+    if statistics not in STATISTICS:
+        raise ValueError(f"config.train.microbatch_statistics is {statistics!r}; choose from {', '.join(STATISTICS)}")
+    if microbatch < 0 or (microbatch and (pairs % microbatch or microbatch % config.data.captions_per_image)):
+        raise ValueError(
+            f"config.train.microbatch is {microbatch}; it must divide the {pairs} pairs of a device into parts with "
+            f"whole images of config.data.captions_per_image = {config.data.captions_per_image}, or be 0"
+        )
+    if microbatch and abstract_variables(experiment)["batch_stats"] and not experiment.model.norm_depth:
+        raise ValueError(
+            f"config.train.microbatch is {microbatch}, and the model {config.model.name!r} has BatchNorms but no "
+            "norm_depth (shnet_jax/models/contract.py)"
+        )
 
 
 def _on(mesh: Mesh, tree: Any) -> Any:

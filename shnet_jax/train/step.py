@@ -12,8 +12,9 @@ import optax
 
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis
+from shnet_jax.train.microbatch import cached_gradients
 from shnet_jax.train.state import TrainState
-from shnet_jax.types import Array, Batch, Context
+from shnet_jax.types import Array, Batch, Context, Embedding
 
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
@@ -26,12 +27,15 @@ def make_step(
     finish: Callable[[Any, Batch], Batch],
     ema: float = 0.0,
     stop_on_nonfinite: bool = True,
+    microbatch: int = 0,
+    statistics: str = "exact",
     axis_name: str | None = None,
 ) -> Step:
     """One optimiser step as a pure function `(state, batch, table) -> (state, metrics)` of one device.
 
     finish: (table, raw batch) -> model input (looks resident features up, applies masks).
     total_loss: (images, texts, ids, ctx) -> {"loss": this device's share, ...}; see losses/pairs.py for the convention.
+    microbatch, statistics: pairs that a device encodes at once, 0: all of its own; see train/microbatch.py.
     A batch whose loss or gradient is not finite changes nothing but the counters; with `stop_on_nonfinite` nor does any
     batch after it, so that the state the loop saves is the one before the fault.
     """
@@ -39,24 +43,41 @@ def make_step(
     def step(state: TrainState, batch: Batch, table: Any = None) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         key = jax.random.fold_in(key, axis.axis_index(axis_name))
-        inputs = finish(table, batch)
-        captions = inputs["tokens"].shape[0] // inputs["image_index"].shape[0]
+        captions = batch["tokens"].shape[0] // batch["image_index"].shape[0]
 
-        def share(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
-            (images, texts), updated = model.apply(
-                {"params": params["model"], "batch_stats": state.batch_stats},
-                inputs,
-                train=True,
-                rngs={"dropout": key},
-                mutable=["batch_stats"],
-            )
+        def encode(params: Any, batch: Batch, key: Array, given: Any, mutable: str = "moments") -> tuple[Any, Any]:
+            variables = {"params": params["model"], "batch_stats": state.batch_stats, "given_moments": given}
+            rngs = {"dropout": key}
+            found, updated = model.apply(variables, finish(table, batch), train=True, rngs=rngs, mutable=[mutable])
+            return found, updated.get(mutable, {})
+
+        def share(params: Any, embeddings: tuple[Embedding, Embedding]) -> tuple[Array, dict[str, Array]]:
+            images, texts = embeddings
             ctx = Context(step=state.step, params=params["loss"], score=model.score, axis=axis_name)
-            ids = jnp.repeat(inputs["image_index"], captions)
-            terms = total_loss(images.repeat(captions), texts, ids, ctx)
-            return terms["loss"], (terms, updated.get("batch_stats", {}))
+            terms = total_loss(images.repeat(captions), texts, jnp.repeat(batch["image_index"], captions), ctx)
+            return terms["loss"], terms
+
+        def whole(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
+            embeddings, batch_stats = encode(params, batch, key, {}, "batch_stats")
+            loss, terms = share(params, embeddings)
+            return loss, (terms, batch_stats)
 
         # Shares add up over the devices, and so do their gradients (losses/pairs.py).
-        (_, (terms, batch_stats)), grads = jax.value_and_grad(share, has_aux=True)(state.params)
+        pairs = batch["tokens"].shape[0]
+        if 0 < microbatch < pairs:
+            grads, terms, batch_stats = cached_gradients(
+                encode,
+                share,
+                state.params,
+                state.batch_stats,
+                batch,
+                key,
+                count=pairs // microbatch,
+                statistics=statistics,
+                norm_depth=model.norm_depth,
+            )
+        else:
+            (_, (terms, batch_stats)), grads = jax.value_and_grad(whole, has_aux=True)(state.params)
         grads, metrics = axis.psum((grads, terms), axis_name)
         batch_stats = axis.pmean(batch_stats, axis_name)
         metrics["grad_norm"] = optax.global_norm(grads)

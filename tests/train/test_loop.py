@@ -214,6 +214,8 @@ def test_a_folder_without_a_checkpoint_can_be_claimed_anew(tmp_path):
         ({"parallel__devices": 99}, "config.parallel.devices is 99, this machine has 8"),
         ({"train__batch_size": 500}, "fewer than a batch of 500"),
         ({"train__on_nonfinite": "Stop"}, "'Stop'; choose stop or skip"),
+        ({"train__microbatch": 3}, "microbatch is 3; it must divide"),
+        ({"train__microbatch_statistics": "sync"}, "'sync'; choose from exact, local, running"),
         ({"train__log_steps": 0}, "config.train.log_steps is 0; it must be at least 1"),
         ({"optim__ema": 1.0}, "config.optim.ema is 1.0"),
         ({"text__weights": "minilm"}, "config.text.tower is 'bigru'"),
