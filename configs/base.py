@@ -122,6 +122,7 @@ def get_config() -> ConfigDict:
     c.parallel = parallel = ConfigDict()
     parallel.mapping = "shard_map"  # how the per-device step is mapped: shard_map | pmap
     parallel.devices = 0  # devices used; 0: all
+    parallel.shard_params = False  # split parameters and optimiser state over the devices (FSDP; shard_map only)
 
     c.eval = evaluate = ConfigDict()
     evaluate.split = "test"  # split of --mode=eval

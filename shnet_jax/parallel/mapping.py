@@ -14,7 +14,8 @@ and no error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -49,6 +50,17 @@ def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.asarray(devices), (DATA,), axis_types=(AxisType.Auto,))
 
 
+def grid_mesh(devices: Sequence[jax.Device], shape: Mapping[str, int]) -> Mesh:
+    """The devices as a mesh of several axes: {axis name: size}, the last one varying fastest.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    if math.prod(shape.values()) != len(devices):
+        axes = " x ".join(f"{name} {size}" for name, size in shape.items())
+        raise ValueError(f"a mesh of {axes} needs {math.prod(shape.values())} devices, got {len(devices)}")
+    return Mesh(np.asarray(devices).reshape(*shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
 def make_mesh(wanted: int) -> Mesh:
     """A mesh of the first `wanted` devices, as config.parallel.devices; 0: of all."""
     devices = jax.devices()
@@ -57,15 +69,36 @@ def make_mesh(wanted: int) -> Mesh:
     return data_mesh(devices[: wanted or None])
 
 
-def map_step(fn: Callable[..., Any], mesh: Mesh, mapping: str = "shard_map", *, donate_state: bool = True) -> Mapped:
+def map_step(
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    mapping: str = "shard_map",
+    *,
+    donate_state: bool = True,
+    state_specs: Any = None,
+) -> Mapped:
     """Compiles the per-device `fn(state, batch, *rest)` over the mesh.
 
     The result takes `state` (see `replicate`), `batch` (see `put_batch`; every leaf [b, ...] is split along
     its first axis) and `rest`, replicated. What `fn` returns must be equal on all devices (reduced by `psum`
     or `pmean`) and comes back once.
     donate_state: the result reuses the buffers of `state`, which is gone after the call.
+    state_specs: how the state is partitioned (`sharding.specs`), under shard_map only; `fn` then returns (state, what
+      is equal on all devices). None: every device has the whole state.
     """
-    return _map(fn, mesh, mapping, split_output=False, donate=(0,) if donate_state else ())
+    donate = (0,) if donate_state else ()
+    if state_specs is None:
+        return _map(fn, mesh, mapping, split_output=False, donate=donate)
+    if mapping != "shard_map":
+        raise ValueError(f"a partitioned state needs parallel.mapping shard_map, not {mapping!r}")
+
+    def with_rest(state: Any, batch: Any, rest: Any) -> Any:
+        return fn(state, batch, *rest)
+
+    sharded = jax.shard_map(
+        with_rest, mesh=mesh, in_specs=(state_specs, P(DATA), P()), out_specs=(state_specs, P()), check_vma=False
+    )
+    return jax.jit(lambda state, batch, *rest: sharded(state, batch, rest), donate_argnums=donate)
 
 
 def map_encode(fn: Callable[..., Any], mesh: Mesh, mapping: str = "shard_map") -> Mapped:
@@ -75,6 +108,11 @@ def map_encode(fn: Callable[..., Any], mesh: Mesh, mapping: str = "shard_map") -
     of the batch (under pmap, those of this process).
     """
     return _map(fn, mesh, mapping, split_output=True, donate=())
+
+
+def map_specs(fn: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Mapped:
+    """Compiles the per-device `fn` over a mesh of any axes, with specs as in `jax.shard_map`."""
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
 
 
 def put_batch(batch: Tree, mesh: Mesh, mapping: str = "shard_map") -> Tree:
@@ -97,18 +135,17 @@ def put_batch(batch: Tree, mesh: Mesh, mapping: str = "shard_map") -> Tree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """A copy of every leaf on each device of the mesh.
+def replicate(tree: Tree, mesh: Mesh, specs: Any = None) -> Tree:
+    """A copy of every leaf on each device of the mesh, or of the part of it that `specs` gives to the device.
 
     The copies share no memory with `tree`, which therefore outlives the donation of the result.
     """
-    sharding = NamedSharding(mesh, P())
 
-    def put(x):
+    def put(x, spec):
         # device_put keeps the buffer of a leaf that is on one of the devices, even with may_alias=False.
-        return jax.device_put(x.copy() if isinstance(x, jax.Array) else x, sharding, may_alias=False)
+        return jax.device_put(x.copy() if isinstance(x, jax.Array) else x, NamedSharding(mesh, spec), may_alias=False)
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(put, tree, jax.tree.map(lambda _: P(), tree) if specs is None else specs)
 
 
 def _map(fn: Callable[..., Any], mesh: Mesh, mapping: str, *, split_output: bool, donate: tuple[int, ...]) -> Mapped:

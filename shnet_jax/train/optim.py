@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -41,12 +43,23 @@ def is_frozen(path: tuple[Any, ...], frozen_layers: int) -> bool:
     return not part.startswith("layer_") or int(part.removeprefix("layer_")) < frozen_layers
 
 
-def make_optimiser(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def make_optimiser(
+    config: ConfigDict,
+    learning_rate: optax.Schedule,
+    norm: Callable[[Any], jax.Array] = optax.global_norm,
+) -> optax.GradientTransformation:
     """Clip by global norm, Adam moments, decoupled decay, then the rate of each group (as torch's AdamW groups).
+
+    norm: of the whole gradient, where a device holds a part of it (`parallel.sharding.global_norm`).
 
     With `optim.accumulate` > 1 the gradients of that many batches are averaged before each update.
     """
     o = config.optim
+
+    def clip(updates: Any, params: Any) -> Any:
+        del params
+        factor = jnp.minimum(1.0, o.clip_norm / jnp.maximum(norm(updates), 1e-30))
+        return jax.tree.map(lambda u: u * factor, updates)
 
     def decayed(params: Any) -> Any:
         return jax.tree.map(lambda p: o.decay_all or p.ndim > 1, params)
@@ -58,7 +71,7 @@ def make_optimiser(config: ConfigDict, learning_rate: optax.Schedule) -> optax.G
         return jax.tree_util.tree_map_with_path(lambda path, _: is_frozen(path, config.text.frozen_layers), params)
 
     optimiser = optax.chain(
-        optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+        optax.stateless(clip) if o.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=1e-8),
         optax.add_decayed_weights(o.weight_decay, mask=decayed),
         optax.masked(optax.scale(o.text_lr_factor), text_tower),

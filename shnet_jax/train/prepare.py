@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grain
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import FrozenConfigDict
 
 from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, train_batches
@@ -19,6 +20,7 @@ from shnet_jax.experiment import Experiment, abstract_variables, init_variables
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
+from shnet_jax.parallel.sharding import global_norm, specs, split_axes
 from shnet_jax.train.microbatch import STATISTICS
 from shnet_jax.train.optim import make_optimiser, schedule
 from shnet_jax.train.state import TrainState, create_state
@@ -74,28 +76,45 @@ def prepare(experiment: Experiment) -> Parts:
     )
     table = replicate(resident_table(dataset, split, experiment.fields), mesh) if config.data.resident else {}
 
-    step, state, rate = build_step(config, experiment.model, mesh, per_epoch, total_steps)
-    return Parts(
-        mesh,
-        iterator,
-        table,
-        step,
-        rate,
-        per_epoch,
-        total_steps,
-        first_state=lambda: replicate(state(init_variables(experiment, config.seed)), mesh),
-        like=_on(mesh, jax.eval_shape(state, abstract_variables(experiment))),
-    )
+    shapes = abstract_variables(experiment)
+    built = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
+
+    def first_state() -> TrainState:
+        partition = jax.tree.map(lambda leaf: leaf.sharding.spec, built.like)
+        return replicate(built.state(init_variables(experiment, config.seed)), mesh, partition)
+
+    return Parts(mesh, iterator, table, built.step, built.rate, per_epoch, total_steps, first_state, built.like)
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltStep:
+    """The mapped step and what belongs to it.
+
+    state: makes the state before step 1 from initial variables; `like`: its shapes, dtypes and shardings. rate:
+    learning rate by number of the update.
+    """
+
+    step: Mapped
+    state: Callable[[dict[str, Any]], TrainState]
+    like: TrainState
+    rate: optax.Schedule
 
 
 def build_step(
-    config: FrozenConfigDict, model: RetrievalModel, mesh: Mesh, steps_per_epoch: float, total_steps: int
-) -> tuple[Mapped, Callable[[dict[str, Any]], TrainState], optax.Schedule]:
-    """(the mapped step, the first state from initial variables, the learning rate by number of the update)."""
+    config: FrozenConfigDict,
+    model: RetrievalModel,
+    mesh: Mesh,
+    variables: Any,
+    steps_per_epoch: float,
+    total_steps: int,
+) -> BuiltStep:
+    """The step of a configuration. variables: shapes and dtypes of the model's {"params", "batch_stats"}."""
     accumulate = config.optim.accumulate
     rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
-    tx = make_optimiser(config, rate)
     loss_params, total_loss = total.build(config.loss, steps_per_epoch)
+    devices = mesh.size if config.parallel.shard_params else 1
+    axes = split_axes({"model": variables["params"], "loss": loss_params}, devices)
+    tx = make_optimiser(config, rate, norm=partial(global_norm, axes=axes, name=DATA))
     step = make_step(
         model,
         total_loss,
@@ -106,12 +125,21 @@ def build_step(
         microbatch=config.train.microbatch,
         statistics=config.train.microbatch_statistics,
         axis_name=DATA,
+        split=axes,
     )
 
     def state(variables: dict[str, Any]) -> TrainState:
         return create_state(variables, loss_params, tx, ema=config.optim.ema > 0, seed=config.seed)
 
-    return map_step(step, mesh, config.parallel.mapping), state, rate
+    shapes = jax.eval_shape(state, variables)
+    partition = specs(split_axes(shapes, devices))
+    like = jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        shapes,
+        partition,
+    )
+    state_specs = partition if config.parallel.shard_params else None
+    return BuiltStep(map_step(step, mesh, config.parallel.mapping, state_specs=state_specs), state, like, rate)
 
 
 def _check(config: FrozenConfigDict) -> None:
@@ -144,8 +172,3 @@ def _check_microbatch(config: FrozenConfigDict, experiment: Experiment, pairs: i
             f"config.train.microbatch is {microbatch}, and the model {config.model.name!r} has BatchNorms but no "
             "norm_depth (shnet_jax/models/contract.py)"
         )
-
-
-def _on(mesh: Mesh, tree: Any) -> Any:
-    sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)

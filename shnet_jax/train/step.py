@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.parallel import axis
-from shnet_jax.train.microbatch import cached_gradients
+from shnet_jax.parallel import axis, sharding
+from shnet_jax.train.microbatch import Encode, cached_gradients
 from shnet_jax.train.state import TrainState
 from shnet_jax.types import Array, Batch, Context, Embedding
 
@@ -30,12 +31,14 @@ def make_step(
     microbatch: int = 0,
     statistics: str = "exact",
     axis_name: str | None = None,
+    split: Any = None,
 ) -> Step:
     """One optimiser step as a pure function `(state, batch, table) -> (state, metrics)` of one device.
 
     finish: (table, raw batch) -> model input (looks resident features up, applies masks).
     total_loss: (images, texts, ids, ctx) -> {"loss": this device's share, ...}; see losses/pairs.py for the convention.
     microbatch, statistics: pairs that a device encodes at once, 0: all of its own; see train/microbatch.py.
+    split: axes along which the parameters are split over the devices (`parallel.sharding.split_axes`); None: none is.
     A batch whose loss or gradient is not finite changes nothing but the counters; with `stop_on_nonfinite` nor does any
     batch after it, so that the state the loop saves is the one before the fault.
     """
@@ -44,12 +47,17 @@ def make_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         key = jax.random.fold_in(key, axis.axis_index(axis_name))
         captions = batch["tokens"].shape[0] // batch["image_index"].shape[0]
+        axes = jax.tree.map(lambda _: sharding.WHOLE, state.params) if split is None else split
 
-        def encode(params: Any, batch: Batch, key: Array, given: Any, mutable: str = "moments") -> tuple[Any, Any]:
+        def encode(mutable: str, params: Any, batch: Batch, key: Array, given: Any) -> tuple[Any, Any]:
+            params = sharding.gather(params, axes, axis_name)
             variables = {"params": params["model"], "batch_stats": state.batch_stats, "given_moments": given}
             rngs = {"dropout": key}
             found, updated = model.apply(variables, finish(table, batch), train=True, rngs=rngs, mutable=[mutable])
             return found, updated.get(mutable, {})
+
+        def encoder(mutable: str) -> Encode:
+            return sharding.regathering(partial(encode, mutable), axes)
 
         def share(params: Any, embeddings: tuple[Embedding, Embedding]) -> tuple[Array, dict[str, Array]]:
             images, texts = embeddings
@@ -58,7 +66,7 @@ def make_step(
             return terms["loss"], terms
 
         def whole(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
-            embeddings, batch_stats = encode(params, batch, key, {}, "batch_stats")
+            embeddings, batch_stats = encoder("batch_stats")(params, batch, key, {})
             loss, terms = share(params, embeddings)
             return loss, (terms, batch_stats)
 
@@ -66,7 +74,7 @@ def make_step(
         pairs = batch["tokens"].shape[0]
         if 0 < microbatch < pairs:
             grads, terms, batch_stats = cached_gradients(
-                encode,
+                encoder("moments"),
                 share,
                 state.params,
                 state.batch_stats,
@@ -78,9 +86,9 @@ def make_step(
             )
         else:
             (_, (terms, batch_stats)), grads = jax.value_and_grad(whole, has_aux=True)(state.params)
-        grads, metrics = axis.psum((grads, terms), axis_name)
+        grads, metrics = sharding.reduce(grads, axes, axis_name), axis.psum(terms, axis_name)
         batch_stats = axis.pmean(batch_stats, axis_name)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = sharding.global_norm(grads, axes, axis_name)
 
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         apply = finite & (state.nonfinite == 0) if stop_on_nonfinite else finite

@@ -1,0 +1,84 @@
+"""Parameters and optimiser state spread over the data axis, for towers that do not fit on one device (FSDP, ZeRO-3).
+
+Every large array is split along one of its own axes, and each device holds one part: of the parameters, the moments of
+the optimiser, the running average and the gradient. A step gathers the parameters where it uses them and drops them
+afterwards; the gradient of that gathering is a reduce-scatter, so gradients arrive summed and split. Which axis is a
+function of the shape alone: arrays of one shape, such as a parameter and its moments, are split alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from shnet_jax.parallel import axis
+from shnet_jax.types import DATA, Array
+
+SMALLEST = 2**14
+"""Elements below which an array is not worth splitting."""
+
+WHOLE = -1
+"""In place of an axis: the array is not split, every device has all of it."""
+
+
+def split_axes(tree: Any, devices: int) -> Any:
+    """The axis along which each array is split over the devices: its longest that divides, or WHOLE.
+
+    Vectors stay whole: statistics, norms and biases are small, and statistics are averaged over the devices.
+    tree: arrays or their shapes, of the whole (not of one device's part).
+    """
+
+    def longest(leaf: Any) -> int:
+        candidates = [i for i, size in enumerate(leaf.shape) if size % devices == 0]
+        if leaf.ndim < 2 or leaf.size < SMALLEST or devices == 1 or not candidates:
+            return WHOLE
+        return max(candidates, key=lambda i: leaf.shape[i])
+
+    return jax.tree.map(longest, tree)
+
+
+def specs(axes: Any) -> Any:
+    """The partition of each array of which `split_axes` names the axis."""
+    return jax.tree.map(lambda at: P() if at == WHOLE else P(*[None] * at, DATA), axes)
+
+
+def gather(tree: Any, axes: Any, name: str | None) -> Any:
+    """The whole arrays from this device's parts; differentiable."""
+
+    def whole(part: Array, split: int) -> Array:
+        return part if split == WHOLE else lax.all_gather(part, name, axis=split, tiled=True)
+
+    return jax.tree.map(whole, tree, axes)
+
+
+def reduce(gradients: Any, axes: Any, name: str | None) -> Any:
+    """Sums over the devices of the gradients of what is whole; those of parts are summed already."""
+    return jax.tree.map(lambda g, split: axis.psum(g, name) if split == WHOLE else g, gradients, axes)
+
+
+def global_norm(tree: Any, axes: Any, name: str | None) -> Array:
+    """Euclidean norm of all arrays together, [] float32; the same on all devices."""
+
+    def squares(split: bool) -> Array:
+        kept = jax.tree.map(lambda x, at: x if (at != WHOLE) == split else jnp.zeros((), x.dtype), tree, axes)
+        return jnp.square(optax.global_norm(kept))
+
+    if all(at == WHOLE for at in jax.tree.leaves(axes)):
+        return optax.global_norm(tree)
+    return jnp.sqrt(squares(False) + axis.psum(squares(True), name))
+
+
+def regathering(fn: Callable[..., Any], axes: Any) -> Callable[..., Any]:
+    """`fn` such that its backward pass gathers split parameters once more instead of keeping them.
+
+    Products are kept; what lies between them, the gathered and rounded parameters with it, is made again.
+    """
+    if all(at == WHOLE for at in jax.tree.leaves(axes)):
+        return fn
+    return jax.checkpoint(fn, policy=jax.checkpoint_policies.dots_saveable)

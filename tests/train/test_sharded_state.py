@@ -1,0 +1,100 @@
+"""A state that is split over the devices trains like a whole one, and each device holds its part only."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from shnet_jax import registry
+from shnet_jax.parallel import sharding
+from shnet_jax.parallel.mapping import data_mesh, put_batch, replicate
+from shnet_jax.train.prepare import build_step
+from shnet_jax.types import DATA
+from tests.train import test_parallel_step as whole_model
+from tests.train import tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick():
+        yield
+
+
+def configuration(split, microbatch=0):
+    c = whole_model.configuration(bn_sync=True)
+    c.optim.update({"clip_norm": 0.5, "ema": 0.5, "lr": 1e-2})  # a clip that acts
+    c.parallel.shard_params = split
+    c.train.microbatch = microbatch
+    return c
+
+
+@functools.cache
+def trained(split, devices=4, steps=2, microbatch=0):
+    config = configuration(split, microbatch)
+    mesh = data_mesh(jax.devices()[:devices])
+    variables = whole_model.variables(False)
+    built = build_step(config, registry.model("shnet").build(config), mesh, variables, 10, 100)
+    state = replicate(built.state(variables), mesh, jax.tree.map(lambda leaf: leaf.sharding.spec, built.like))
+    for _ in range(steps):
+        state, metrics = built.step(state, put_batch(whole_model.batch(), mesh), {})
+    return state, metrics, built
+
+
+@pytest.fixture
+def small_is_split(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST", 8)
+    trained.cache_clear()
+    yield
+    trained.cache_clear()
+
+
+@pytest.mark.parametrize("microbatch", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_split_equals_whole(small_is_split, microbatch):
+    state, metrics, _ = trained(True, microbatch=microbatch)
+    whole, expected, _ = trained(False, microbatch=microbatch)
+    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-5)
+    assert metrics["grad_norm"] > 0.5
+    for (path, ours), one in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, one, rtol=1e-3, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+
+
+def test_each_device_holds_its_part(small_is_split):
+    state, _, built = trained(True)
+    axes = sharding.split_axes(jax.eval_shape(lambda: state), 4)
+    parts = {at: 0 for at in (sharding.WHOLE, 0, 1)}
+    for leaf, like, at in zip(*map(jax.tree.leaves, (state, built.like, axes)), strict=True):
+        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+        held = leaf.addressable_shards[0].data.size
+        assert held == (leaf.size if at == sharding.WHOLE else leaf.size // 4)
+        parts[min(at, 1)] += leaf.size
+    assert parts[0] > 0 and parts[1] > 0
+    assert parts[sharding.WHOLE] < 0.5 * (parts[0] + parts[1])
+
+
+def test_axes_are_a_function_of_the_shape():
+    shapes = {
+        "table": jax.ShapeDtypeStruct((30522, 768), np.float32),
+        "kernel": jax.ShapeDtypeStruct((768, 3072), np.float32),
+        "odd": jax.ShapeDtypeStruct((769, 771), np.float32),
+        "vector": jax.ShapeDtypeStruct((2**20,), np.float32),
+        "small": jax.ShapeDtypeStruct((8, 8), np.float32),
+    }
+    whole = sharding.WHOLE
+    assert sharding.split_axes(shapes, 8) == {"table": 1, "kernel": 1, "odd": whole, "vector": whole, "small": whole}
+    assert sharding.split_axes(shapes, 2)["table"] == 0
+    assert set(sharding.split_axes(shapes, 1).values()) == {whole}
+    assert sharding.specs({"table": 1, "vector": whole}) == {
+        "table": jax.sharding.PartitionSpec(None, DATA),
+        "vector": jax.sharding.PartitionSpec(),
+    }
+
+
+def test_pmap_cannot_split_a_state():
+    config = configuration(True)
+    config.parallel.mapping = "pmap"
+    model, mesh = registry.model("shnet").build(config), data_mesh(jax.devices()[:4])
+    with pytest.raises(ValueError, match="needs parallel.mapping shard_map"):
+        build_step(config, model, mesh, whole_model.variables(False), 10, 100)
