@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment that the first command makes: all it takes is Python, make and a package index.
-#   make demo | test | test-fast | lint | setup | minilm | clean
+#   make demo | test | test-fast | lint | bench | setup | minilm | clean
 # Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
 
 VENV ?= .venv
@@ -12,7 +12,7 @@ STAMP = $(VENV)/installed-setup.py
 FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 VERSION = import sys; print(*sys.version_info[:2], sep='.')
 
-.PHONY: setup demo minilm test test-fast test-slow lint clean
+.PHONY: setup demo minilm test test-fast test-slow lint bench clean
 .DEFAULT_GOAL := setup
 
 # The environment is made again when it does not run, has another Python than the one asked for, or was not finished;
@@ -76,6 +76,10 @@ test-fast: setup
 
 test-slow: setup
 	@start=$$(date +%s); $(PY) -m pytest -q -m slow && echo "slow tests: $$(( $$(date +%s) - start )) s"
+
+# Ratios of this machine, to runs/bench/results.json; some of them: make bench BENCH="--only=pool,ranking"
+bench: setup
+	$(PY) -m benchmarks $(BENCH)
 
 clean:
 	rm -rf "$(VENV)" build runs *.egg-info .mypy_cache .ruff_cache

@@ -5,6 +5,7 @@ import logging as python_logging
 import re
 import runpy
 import sys
+from functools import partial
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -15,9 +16,19 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "study"],
-    "train (or continue) a model; eval a checkpoint; study: train and compare arms.",
+    ["train", "eval", "study", "plan", "scale"],
+    "train (or continue) a model; eval a checkpoint; study: train and compare arms; plan: what a step will cost; "
+    "scale: measure the step over devices, batches, loss strategies and precisions.",
 )
+TARGET = flags.DEFINE_string("target", "", "What --mode=plan compiles for, as tpu:v5e:4x4, tpu:v4:2x2x2, gpu or cpu:8.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join a job of several processes; on a TPU pod, under Slurm and on Kubernetes the next three are found.",
+)
+COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, the same in all processes.")
+PROCESSES = flags.DEFINE_integer("process_count", 0, "Processes of the job.")
+PROCESS = flags.DEFINE_integer("process_id", -1, "This process, 0 to process_count - 1.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -70,13 +81,19 @@ def main(argv: list[str]) -> None:
     python_logging.getLogger("shnet_jax").setLevel(python_logging.INFO)
     # Late, so that --help and mistakes in flags are quick.
     from shnet_jax import commands
+    from shnet_jax.parallel import hosts
+    from shnet_jax.plan import plan
+    from shnet_jax.scaling import scale
     from shnet_jax.study import study
     from shnet_jax.train.checkpoint import CheckpointError
     from shnet_jax.train.loop import NonFiniteLoss
     from shnet_jax.train.workdir import WorkdirError
 
-    run = {"train": commands.train, "eval": commands.evaluate, "study": study}[MODE.value]
+    modes = {"train": commands.train, "eval": commands.evaluate, "study": study, "scale": scale}
+    run = (modes | {"plan": partial(plan, target=TARGET.value)})[MODE.value]
     try:
+        if DISTRIBUTED.value:
+            hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         run(CONFIG.value, str(WORKDIR.value))
     except (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, WorkdirError) as error:
         if debug:

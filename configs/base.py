@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
     text.max_positions = 512  # learned positions (bert, transformer)
     text.dropout = 0.1  # dropout on hidden states and attention weights
     text.frozen_layers = 0  # bert: embeddings and this many first layers stay as loaded, without dropout; 0: all learn
+    text.remat = False  # layers are computed again in the backward pass instead of kept (bert, transformer)
     text.dtype = "float32"  # operands of matrix products: float32 | bfloat16
 
     c.loss = loss = ConfigDict()
@@ -130,6 +131,10 @@ def get_config() -> ConfigDict:
     evaluate.tile = 512  # images of a score tile; it has 8 times as many captions
     evaluate.folds = 0  # k > 1: mean over k consecutive galleries of equal size (COCO 1K: 5); 0: the whole split
     evaluate.checkpoint = "best"  # state evaluated by --mode=eval: best | last
+    evaluate.score_dtype = "float32"  # scores: float32 | bfloat16 (float32 where the order is in doubt: the same ranks)
+    evaluate.overlap = False  # images on one half of the devices, captions on the other, reading ahead: the same bits
+    evaluate.stages = 1  # devices that a text tower's layers are spread over (bert, transformer); 1: each has them all
+    evaluate.microbatches = 8  # parts in which the captions of a batch flow through these stages
 
     c.study = study = ConfigDict()
     study.seeds = (0,)  # --mode=study trains every arm with each of these seeds
@@ -140,4 +145,24 @@ def get_config() -> ConfigDict:
     study.arms.spatial = ConfigDict({"model": {"semantic": False}})  # published ablation: keeps the extra tokens
     study.arms.none = ConfigDict({"model": off})  # no segmentation input at all: VSE-infinity
     study.only = ()  # names of the arms to run; (): all
+
+    c.plan = plan = ConfigDict()  # --mode=plan: sizes of a data set that is not there (config.data.dir is "")
+    plan.search = True  # also find the largest batch that fits (a compilation for each size tried)
+    plan.images = 113287  # images in the training split (COCO, Karpathy split: 113,287)
+    plan.captions = 5  # captions of each image
+    plan.regions = 36  # regions of an image
+    plan.region_dim = 2048  # size of a region's feature
+    plan.grid = 49  # grid cells of an image
+    plan.grid_dim = 2048  # size of a grid cell's feature
+    plan.image_embedding = 512  # size of the global vector of a pretrained model
+
+    c.scale = scale = ConfigDict()  # --mode=scale: the training step over devices, batches, strategies, precisions
+    scale.devices = (1, 2, 4, 8)  # numbers of devices; on a CPU all above 1 are virtual: compiled and not run
+    scale.pairs_per_device = (64,)  # weak scaling: pairs of each device, whatever the number of devices; (): none
+    scale.batch_sizes = (512,)  # strong scaling: pairs of the batch over all devices; (): none
+    scale.strategies = ("gathered", "streamed", "ring")  # values of loss.pairs.strategy
+    scale.dtypes = ("float32", "bfloat16")  # values of model.dtype and text.dtype
+    scale.warmup_steps = 3  # steps before those that are timed
+    scale.steps = 20  # steps timed; their median counts
+    scale.timeout = 1800.0  # seconds after which a point is given up
     return c

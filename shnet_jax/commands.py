@@ -12,6 +12,7 @@ from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import card_table, table, write_json
 from shnet_jax.evaluate.split import make_evaluator, subject
 from shnet_jax.experiment import Experiment, abstract_variables, assemble
+from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.loop import train_and_evaluate
@@ -21,7 +22,8 @@ from shnet_jax.train.workdir import differences, trained_config
 def train(config: ConfigDict, workdir: str | Path) -> None:
     """Trains in `workdir` (or continues) and prints the last validation result."""
     results = train_and_evaluate(config, workdir)
-    print(table({f"{config.name}, {results.card['split']}": results}))
+    if hosts.is_first():
+        print(table({f"{config.name}, {results.card['split']}": results}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,9 @@ def load(workdir: str | Path, config: ConfigDict) -> Loaded:
     if step is None:
         raise CheckpointError(f"{workdir}: no checkpoint in {checkpoints.folder}")
     like = abstract_variables(experiment)
-    variables = checkpoints.restore_variables(step, like, averaged=trained.optim.ema > 0)
+    variables = checkpoints.restore_variables(
+        step, like, averaged=trained.optim.ema > 0, on_host=config.eval.stages > 1
+    )
     chosen = config.eval.checkpoint == "best" and checkpoints.best is not None
     checkpoints.close()
     return Loaded(experiment, variables, step, trained.data.val_split if chosen else "none")
@@ -84,5 +88,6 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     results = evaluate_checkpoint(config, workdir)
     card, arms = results.card, {config.name: results}
     name = f"results_{card['dataset']}_{card['split']}_{card['protocol']}_{config.eval.checkpoint}.json"
-    write_json(Path(workdir) / name, arms)
-    print(f"{table(arms)}\n{card_table(card)}")
+    if hosts.is_first():
+        write_json(Path(workdir) / name, arms)
+        print(f"{table(arms)}\n{card_table(card)}")

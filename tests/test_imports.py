@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"models", "losses", "data", "parallel", "observe", "experiment", "evaluate"},
 }
 COMMON = {"types", "registry"}
-ENTRY = {"commands", "study"}  # what a command line calls: may import every part, no part may import it
+# What a command line calls: may import every part, no part may import it.
+ENTRY = {"commands", "plan", "scale_point", "scaling", "study"}
 
 # What a folder may import of the whole project.
 REACH = {

@@ -102,7 +102,8 @@ def train_batches(
     # Explicit seeds: grain's default ones depend on the position in the pipeline, and so would a resumed run.
     order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
     examples_drawn = grain.MapDataset.range(examples).shuffle(seed=order_seed).random_map(draw, seed=draw_seed)
-    stream = examples_drawn[:whole][shard_index::shard_count].batch(images, batch_fn=collate).repeat()
+    # Hosts take consecutive batches in turn: together, in their order, they hold the rows of one host's larger batch.
+    stream = examples_drawn[:whole].batch(images, batch_fn=collate)[shard_index::shard_count].repeat()
     if not data.resident:
         stream = stream.map(lambda batch: batch | stack_images(records, batch["image_index"]))
     return iter(stream.to_iter_dataset(read_options(data)))

@@ -9,9 +9,11 @@ from importlib.metadata import version
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from shnet_jax.evaluate.rank import check_captions, ranks, take
+from shnet_jax.evaluate.rank import check_captions, ranks
 from shnet_jax.evaluate.recall import Metrics, chance, mean, recalls
+from shnet_jax.evaluate.tiles import take
 from shnet_jax.types import Embedding, Score
 
 TIE_RULE = "rank = items that score strictly higher + items that score the same and have a smaller index"
@@ -66,6 +68,8 @@ def evaluate(
     protocol: str = "whole",
     subject: Subject | None = None,
     tile: int = 512,
+    mesh: Mesh | None = None,
+    score_dtype: str = "float32",
 ) -> Results:
     """Ranks a gallery by a named protocol (see `find_protocol`).
 
@@ -78,7 +82,7 @@ def evaluate(
         raise ValueError(f"protocol {plan.name}: {n} images do not divide into {plan.folds} folds of equal size")
     found, guessed = [], []
     for fold_images, fold_texts, fold_owner in _galleries(images, texts, owner, plan.folds):
-        found.append(recalls(ranks(fold_images, fold_texts, fold_owner, score, tile)))
+        found.append(recalls(ranks(fold_images, fold_texts, fold_owner, score, tile, mesh, score_dtype)))
         guessed.append(chance(np.bincount(fold_owner)))
     card = _card(plan, subject or Subject(), n, t, images.vector.dtype)
     return Results(mean(found), tuple(found), mean(guessed), card)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from functools import partial
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from shnet_jax.types import Array, Embedding, Score
+from shnet_jax.evaluate.screen import Rechecked, check_score_dtype, screen_programs
+from shnet_jax.evaluate.tiles import Queries, Tiling, make_tiling, one_behind, programs
+from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.types import Embedding, Score
 
-CAPTIONS_PER_ROW = 8  # a tile has this many captions for each of its images: 512 x 4096 float32 scores are 8 MiB
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,60 +31,52 @@ class Ranks:
     t2i: np.ndarray
 
 
-def ranks(images: Embedding, texts: Embedding, caption_image: np.ndarray, score: Score, tile: int = 512) -> Ranks:
+def ranks(
+    images: Embedding,
+    texts: Embedding,
+    caption_image: np.ndarray,
+    score: Score,
+    tile: int = 512,
+    mesh: Mesh | None = None,
+    score_dtype: str = "float32",
+) -> Ranks:
     """Ranks every gallery item for every query.
 
     The rank of an item is the number of items that score strictly higher plus the number of those that score
     the same and have a smaller index, so a constant score ranks by index and gives chance, never 100 %.
 
     Args:
-      images: n embeddings, arrays on the host or the device.
+      images: n embeddings, arrays on the host (np.memmap too) or the device.
       texts: t embeddings, in any order, any number >= 1 of captions for each image.
       caption_image: [t] integers, row in `images` of each caption's image.
       score: (Embedding of some images, Embedding of some texts) -> scores of all their pairs; it is jitted.
-      tile: images of a tile; it has `CAPTIONS_PER_ROW` times as many captions. A few tiles are held at once.
+      tile: images of a tile; it has `tiles.CAPTIONS_PER_ROW` times as many captions. A device holds a few at once.
+      mesh: devices that share the work (`mapping.data_mesh`); None: the first one. The ranks are the same.
+      score_dtype: "float32", or "bfloat16": scored in bfloat16, and in float32 where the order is in doubt (`screen`);
+        the ranks are the same. For the default score only.
 
     Raises:
-      ValueError: a caption of an image that is not there, an image without caption, or NaN among the scores.
+      ValueError: a caption of an image that is not there, an image without caption, NaN among the scores, a score_dtype
+        that does not exist or does not fit the score.
     """
+    check_score_dtype(score, score_dtype)
     n, t = len(images.vector), len(texts.vector)
     owner = check_captions(caption_image, n, t)
     order = np.argsort(owner, kind="stable")  # captions of an image side by side: few tiles hold all matches
-    rows, columns = min(tile, n), min(tile * CAPTIONS_PER_ROW, t)
-
-    # The score of a match must be the same number, bit by bit, here and when it is counted; two programs may
-    # round the same sum differently. So both passes take the same tiles from one compiled function.
-    positive = np.empty(t, np.float64)
-    for caption_rows, _ in _tiles(t, columns):
-        index = order[caption_rows]
-        text_tile = jax.device_put(take(texts, index))  # once, for all tiles of images
-        for image_rows, _ in _tiles(n, rows):
-            inside = (owner[index] >= image_rows[0]) & (owner[index] <= image_rows[-1])
-            if inside.any():
-                scores = _scores(take(images, image_rows), text_tile, score)
-                found = _at(scores, np.where(inside, owner[index] - image_rows[0], 0))
-                positive[index[inside]] = np.asarray(found)[inside]
-
-    best = _best_captions(positive, owner)
-    i2t, t2i, nans = np.zeros(n, np.int64), np.zeros(t, np.int64), 0
-    for caption_rows, real_columns in _tiles(t, columns):
-        index = order[caption_rows]
-        text_tile = jax.device_put(take(texts, index))  # once, for all tiles of images
-        queries = Queries(index, real_columns, owner[index], positive[index])
-        for image_rows, real_rows in _tiles(n, rows):
-            own = best[image_rows]
-            candidates = Queries(image_rows, real_rows, own, positive[own])
-            scores = _scores(take(images, image_rows), text_tile, score)
-            by_row, by_column, bad = _count(scores, candidates, queries)
-            i2t[image_rows[real_rows]] += np.asarray(by_row)[real_rows]
-            t2i[index[real_columns]] += np.asarray(by_column)[real_columns]
-            nans += int(bad)
-    if nans:
+    tiling = make_tiling(images, texts, owner, order, tile, mesh or data_mesh(jax.devices()[:1]))
+    positive = match_scores(tiling, score)
+    best = best_captions(positive, owner)
+    if score_dtype == "float32":
+        counts = count(tiling, score, positive, best)
+    else:
+        counts, rechecked = count_screened(tiling, score, positive, best)
+        log.info("%s", rechecked)
+    if counts.nans:
         raise ValueError(
-            f"{nans} of {n * t} scores are NaN ({n} images x {t} captions), so nothing can be ranked; "
+            f"{counts.nans} of {n * t} scores are NaN ({n} images x {t} captions), so nothing can be ranked; "
             "look for NaN in the embeddings"
         )
-    return Ranks(i2t, t2i)
+    return Ranks(counts.i2t, counts.t2i)
 
 
 def check_captions(caption_image: np.ndarray, n: int, t: int) -> np.ndarray:
@@ -105,65 +101,125 @@ def check_captions(caption_image: np.ndarray, n: int, t: int) -> np.ndarray:
     return owner.astype(np.int64)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Queries:
-    """One side of a tile: what each of its items, as a query, looks for on the other side.
+def match_scores(tiling: Tiling, score: Score) -> np.ndarray:
+    """[t] float64, the score of each caption with its image, from the tiles that hold a match."""
+    run = programs(score, tiling.mesh)
+    positive = np.empty(len(tiling.owner), np.float64)
 
-    index: [m] number of the item;  real: [m] bool, not padding
-    match: [m] number of the matching item;  score: [m] its score
-    """
+    def dispatched() -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
+        for tile in range(tiling.caption_tiles):
+            index, _ = tiling.captions(tile)
+            texts = tiling.put_texts(index)  # once, for all rounds
+            for round_ in range(tiling.rounds):
+                rows, _ = tiling.image_rows(round_)
+                inside = (tiling.owner[index] >= rows[0]) & (tiling.owner[index] <= rows[-1])
+                if inside.any():
+                    scores = run.scores(tiling.put_images(rows), texts)
+                    yield index, inside, run.at(scores, tiling.put_whole(tiling.owner[index] - rows[0]))
 
-    index: np.ndarray
-    real: np.ndarray
-    match: np.ndarray
-    score: np.ndarray
-
-
-def _tiles(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers of each tile and which are real; the last tile repeats its last row to keep its size."""
-    for start in range(0, count, size):
-        rows = np.arange(start, start + size)
-        yield np.minimum(rows, count - 1), rows < count
-
-
-def take(items: Embedding, rows: np.ndarray) -> Embedding:
-    """The items of those rows, in that order."""
-    return jax.tree.map(lambda a: a[rows], items)
+    for index, inside, found in one_behind(dispatched()):
+        positive[index[inside]] = np.asarray(found)[inside]
+    return positive
 
 
-@partial(jax.jit, static_argnames="score")
-def _scores(images: Embedding, texts: Embedding, score: Score) -> Array:
-    scores, shape = score(images, texts), (len(images.vector), len(texts.vector))
-    if scores.shape != shape:
-        raise ValueError(f"score gave shape {scores.shape} for {shape[0]} images and {shape[1]} captions")
-    return scores
-
-
-@jax.jit
-def _at(scores: Array, rows: Array) -> Array:
-    return scores[rows, jnp.arange(scores.shape[1])]
-
-
-def _best_captions(positive: np.ndarray, owner: np.ndarray) -> np.ndarray:
+def best_captions(positive: np.ndarray, owner: np.ndarray) -> np.ndarray:
     """[n] the own caption of each image that comes first: highest score, then smallest index."""
     order = np.lexsort((np.arange(len(owner)), -positive, owner))
     return order[np.unique(owner[order], return_index=True)[1]]
 
 
-@jax.jit
-def _count(scores: Array, rows: Queries, columns: Queries) -> tuple[Array, Array, Array]:
-    """How many items of the tile come before each row's and each column's match; how many scores are NaN."""
-    row_score, column_score = (q.score.astype(scores.dtype) for q in (rows, columns))
-    real = rows.real[:, None] & columns.real[None, :]
-    before_row = (scores > row_score[:, None]) | (
-        (scores == row_score[:, None]) & (columns.index[None, :] < rows.match[:, None])
-    )
-    before_column = (scores > column_score[None, :]) | (
-        (scores == column_score[None, :]) & (rows.index[:, None] < columns.match[None, :])
-    )
-    return (
-        jnp.sum(before_row & real, axis=1, dtype=jnp.int32),
-        jnp.sum(before_column & real, axis=0, dtype=jnp.int32),
-        jnp.sum(jnp.isnan(scores) & real, dtype=jnp.int32),
-    )
+@dataclasses.dataclass
+class Counts:
+    """How many items were found before each match so far.
+
+    i2t: [n] int64, for the best caption of each image. t2i: [t] int64. nans: scores that are NaN.
+    """
+
+    i2t: np.ndarray
+    t2i: np.ndarray
+    nans: int = 0
+
+    def add(self, rows: Queries, columns: Queries, by_row: Any, by_column: Any, nans: Any = 0) -> None:
+        """Adds what was counted in one round, waiting for it."""
+        self.i2t[rows.index[rows.real]] += np.asarray(by_row)[rows.real]
+        self.t2i[columns.index[columns.real]] += np.asarray(by_column)[columns.real]
+        self.nans += int(nans)
+
+
+def count(
+    tiling: Tiling, score: Score, positive: np.ndarray, best: np.ndarray, tiles: Sequence[int] | None = None
+) -> Counts:
+    """Counts what comes before each match: each score is computed once, for both directions.
+
+    positive: [t] `match_scores`. best: [n] `best_captions`.
+    tiles: those tiles of captions only (None: all), to measure a part or to share the work between machines; the
+      counts of all parts add up.
+    """
+    run = programs(score, tiling.mesh)
+    counts = _no_counts(tiling)
+
+    def dispatched() -> Iterator[tuple[Any, ...]]:
+        for tile in range(tiling.caption_tiles) if tiles is None else tiles:
+            columns, texts, queries = _caption_side(tiling, positive, *tiling.captions(tile))
+            for round_ in range(tiling.rounds):
+                rows = _image_side(tiling, positive, best, round_)
+                scores = run.scores(tiling.put_images(rows.index), texts)
+                yield rows, columns, *run.count(scores, tiling.put_split(rows), queries)
+
+    for found in one_behind(dispatched()):
+        counts.add(*found)
+    return counts
+
+
+def count_screened(tiling: Tiling, score: Score, positive: np.ndarray, best: np.ndarray) -> tuple[Counts, Rechecked]:
+    """`count` with bfloat16 scores where they settle the order, and float32 scores for the other captions."""
+    run, screen = programs(score, tiling.mesh), screen_programs(tiling.mesh)
+    counts = _no_counts(tiling)
+    rechecked = Rechecked(pairs=len(tiling.owner) * len(best))
+    aside = [np.empty(0, np.int64) for _ in range(tiling.rounds)]  # captions in doubt with the images of each round
+
+    def dispatched() -> Iterator[tuple[Any, ...]]:
+        for tile in range(tiling.caption_tiles):
+            columns, texts, queries = _caption_side(tiling, positive, *tiling.captions(tile))
+            for round_ in range(tiling.rounds):
+                rows = _image_side(tiling, positive, best, round_)
+                scored = screen.scores(tiling.put_images(rows.index), texts)
+                yield round_, rows, columns, *screen.settle(*scored, tiling.put_split(rows), queries)
+
+    def recheck(round_: int, captions: np.ndarray) -> None:
+        real = np.arange(tiling.columns) < len(captions)
+        padded = np.pad(captions, (0, tiling.columns - len(captions)), mode="edge")
+        columns, texts, queries = _caption_side(tiling, positive, padded, real)
+        rows = _image_side(tiling, positive, best, round_)
+        scores = run.scores(tiling.put_images(rows.index), texts)
+        counts.add(rows, columns, *run.count(scores, tiling.put_split(rows), queries))
+        rechecked.rescored += len(captions) * int(rows.real.sum())
+
+    for round_, rows, columns, by_row, by_column, doubtful, pairs in one_behind(dispatched()):
+        counts.add(rows, columns, by_row, by_column)
+        rechecked.doubtful += int(pairs)
+        aside[round_] = np.append(aside[round_], columns.index[columns.real & np.asarray(doubtful)])
+        if len(aside[round_]) >= tiling.columns:
+            recheck(round_, aside[round_][: tiling.columns])
+            aside[round_] = aside[round_][tiling.columns :]
+    for round_, captions in enumerate(aside):
+        if len(captions):
+            recheck(round_, captions)
+    return counts, rechecked
+
+
+def _no_counts(tiling: Tiling) -> Counts:
+    return Counts(np.zeros(len(tiling.images.vector), np.int64), np.zeros(len(tiling.owner), np.int64))
+
+
+def _image_side(tiling: Tiling, positive: np.ndarray, best: np.ndarray, round_: int) -> Queries:
+    rows, real = tiling.image_rows(round_)
+    return Queries(rows, real, best[rows], positive[best[rows]])
+
+
+def _caption_side(
+    tiling: Tiling, positive: np.ndarray, index: np.ndarray, real: np.ndarray
+) -> tuple[Queries, Embedding, Queries]:
+    """A tile of captions as queries on the host, its embeddings and the queries on every device."""
+    columns = Queries(index, real, tiling.owner[index], positive[index])
+    return columns, tiling.put_texts(index), tiling.put_whole(columns)

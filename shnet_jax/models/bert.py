@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from shnet_jax.models.layers import FeedForward, LayerNorm, SelfAttention
+from shnet_jax.models.layers import FeedForward, LayerNorm, SelfAttention, run_layer
 from shnet_jax.ops.matmul import DType
 from shnet_jax.types import Array
 
@@ -47,6 +47,7 @@ class BERT(nn.Module):
     dropout: float = 0.1
     frozen_layers: int = 0
     dtype: DType = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens: Array, mask: Array, *, train: bool) -> Array:
@@ -61,12 +62,20 @@ class BERT(nn.Module):
         x = jnp.take(words, tokens, axis=0) + positions[:length] + types[0]
         x = LayerNorm(epsilon=EPSILON, name="norm")(x)
         self.sow("intermediates", "embedded", x)
-        frozen = self.frozen_layers
-        x = nn.Dropout(self.dropout, deterministic=not train or frozen > 0)(x)
+        x = nn.Dropout(self.dropout, deterministic=not train or self.frozen_layers > 0)(x)
+        return self.run_layers(x, mask, train=train)
+
+    @nn.nowrap
+    def make_layer(self, name: str | None = None) -> Layer:
+        """One of the layers; outside of this module's own methods it is unbound."""
+        return Layer(self.heads, self.mlp_dim, self.dropout, self.dtype, name=name)
+
+    def run_layers(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """All layers on x [t, L, width], mask [t, L]; apart from `__call__` so that a pipeline can take its place."""
         for i in range(self.layers):
-            layer = Layer(self.heads, self.mlp_dim, self.dropout, self.dtype, name=f"layer_{i}")
-            x = layer(x, mask, train=train and i >= frozen)
-            if i + 1 == frozen:
+            learns = train and i >= self.frozen_layers
+            x = run_layer(self.make_layer(f"layer_{i}"), x, mask, train=learns, remat=self.remat and learns)
+            if i + 1 == self.frozen_layers:
                 x = jax.lax.stop_gradient(x)
         return x
 
@@ -85,4 +94,5 @@ def build(text: ConfigDict) -> BERT:
         dropout=text.dropout,
         frozen_layers=text.frozen_layers,
         dtype=text.dtype,
+        remat=text.remat,
     )

@@ -35,6 +35,15 @@ def torch_uniform(fan_in: int) -> Initializer:
     return init
 
 
+def run_layer(layer: nn.Module, x: Array, mask: Array, *, train: bool, remat: bool) -> Array:
+    """layer(x, mask, train=train) in a tower; remat: its insides are made again in the backward pass, not kept."""
+
+    def run(layer: nn.Module, x: Array, mask: Array) -> Array:
+        return layer(x, mask, train=train)
+
+    return (nn.remat(run) if remat else run)(layer, x, mask)
+
+
 class Dense(nn.Module):
     """Linear layer x @ kernel + bias; parameters and result are float32.
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from shnet_jax.models.layers import FeedForward, LayerNorm, SelfAttention, xavier_uniform
+from shnet_jax.models.layers import FeedForward, LayerNorm, SelfAttention, run_layer, xavier_uniform
 from shnet_jax.ops.matmul import DType
 from shnet_jax.types import Array
 
@@ -48,6 +48,7 @@ class Transformer(nn.Module):
     max_positions: int
     dropout: float = 0.1
     dtype: DType = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens: Array, mask: Array, *, train: bool) -> Array:
@@ -60,10 +61,19 @@ class Transformer(nn.Module):
         # take, not words[tokens]: a token id outside the vocabulary gives NaN instead of the last row.
         x = jnp.take(words, tokens, axis=0) + positions[:length]
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        for i in range(self.layers):
-            layer = Layer(self.heads, self.mlp_dim, self.dropout, self.dtype, name=f"layer_{i}")
-            x = layer(x, mask, train=train)
+        x = self.run_layers(x, mask, train=train)
         return LayerNorm(epsilon=EPSILON, name="norm")(x)
+
+    @nn.nowrap
+    def make_layer(self, name: str | None = None) -> Layer:
+        """One of the layers; outside of this module's own methods it is unbound."""
+        return Layer(self.heads, self.mlp_dim, self.dropout, self.dtype, name=name)
+
+    def run_layers(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """All layers on x [t, L, width], mask [t, L]; apart from `__call__` so that a pipeline can take its place."""
+        for i in range(self.layers):
+            x = run_layer(self.make_layer(f"layer_{i}"), x, mask, train=train, remat=self.remat and train)
+        return x
 
 
 def build(text: ConfigDict) -> Transformer:
@@ -77,4 +87,5 @@ def build(text: ConfigDict) -> Transformer:
         max_positions=text.max_positions,
         dropout=text.dropout,
         dtype=text.dtype,
+        remat=text.remat,
     )

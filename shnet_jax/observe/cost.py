@@ -13,23 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from shnet_jax.observe.clock import Clock
+from shnet_jax.observe.hardware import chip
 from shnet_jax.parallel.mapping import Mapped
-
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-}
-"""Dense bfloat16 operations per second of one device (makers' data sheets) by part of its `device_kind`."""
 
 
 def step_flops(compiled: jax.stages.Compiled) -> float | None:
@@ -47,9 +32,8 @@ def peak_flops(devices: list[jax.Device], dtype: str) -> float | None:
     """
     if devices[0].platform == "cpu":
         return measured_flops(devices[0], dtype)
-    kind = devices[0].device_kind
-    matches = [name for name in PEAK_FLOPS if name in kind]
-    return PEAK_FLOPS[max(matches, key=len)] * len(devices) if matches else None
+    found = chip(devices[0].device_kind)
+    return found.flops * len(devices) if found else None
 
 
 def measured_flops(device: jax.Device, dtype: str, size: int = 1024, repeats: int = 5) -> float:

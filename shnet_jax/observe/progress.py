@@ -15,10 +15,20 @@ PLAIN_SECONDS = 10.0
 
 
 class Progress:
-    """Shows step, speed, loss and remaining time of a run of `steps` steps on `stream` (standard error)."""
+    """Shows step, speed, loss and remaining time of a run of `steps` steps on `stream` (standard error).
 
-    def __init__(self, steps: int, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
+    shown: False in all processes of a job but the first.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        stream: TextIO | None = None,
+        now: Callable[[], float] = time.monotonic,
+        shown: bool = True,
+    ) -> None:
         self._steps = steps
+        self._shown = shown
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._now = now
@@ -27,7 +37,7 @@ class Progress:
 
     def update(self, step: int, clock: Clock, *, loss: float) -> None:
         """Shows the state after `step` unless the last line is too recent."""
-        if self._now() < self._next:
+        if not self._shown or self._now() < self._next:
             return
         self._next = self._now() + (LIVE_SECONDS if self._live else PLAIN_SECONDS)
         rate, seconds_per_step = clock.speed()
@@ -43,6 +53,8 @@ class Progress:
 
     def message(self, text: str) -> None:
         """A line that stays; the live line continues below it."""
+        if not self._shown:
+            return
         clear = "\r" + " " * self._width + "\r" if self._width else ""
         self._width = 0
         self._stream.write(clear + text + "\n")

@@ -74,6 +74,16 @@ class MetricWriter:
         self._board.close()
 
 
+class NoWriter:
+    """In place of a MetricWriter in all processes of a job but the first."""
+
+    def write(self, *_: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics.jsonl, without a last one that a killed run has left torn.
 

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from shnet_jax.parallel import axis
 from shnet_jax.types import DATA
 
 MAPPINGS = ("shard_map", "pmap")
@@ -64,6 +65,10 @@ def grid_mesh(devices: Sequence[jax.Device], shape: Mapping[str, int]) -> Mesh:
 def make_mesh(wanted: int) -> Mesh:
     """A mesh of the first `wanted` devices, as config.parallel.devices; 0: of all."""
     devices = jax.devices()
+    if wanted and jax.process_count() > 1:
+        raise ValueError(
+            f"config.parallel.devices is {wanted}; {jax.process_count()} processes use all their devices: 0"
+        )
     if not 0 <= wanted <= len(devices):
         raise ValueError(f"config.parallel.devices is {wanted}, this machine has {len(devices)}")
     return data_mesh(devices[: wanted or None])
@@ -105,8 +110,14 @@ def map_encode(fn: Callable[..., Any], mesh: Mesh, mapping: str = "shard_map") -
     """Compiles the per-device `fn(params, batch, *rest)` with outputs [b, ...], a row for each of the batch.
 
     The result takes arguments as in `map_step`, donates none, and gives the rows of all devices in the order
-    of the batch (under pmap, those of this process).
+    of the batch; with several processes, to each of them (under pmap, its own).
     """
+    if jax.process_count() > 1 and mapping == "shard_map":
+
+        def everywhere(params: Any, batch: Any, *rest: Any) -> Any:
+            return axis.all_gather(fn(params, batch, *rest), DATA)
+
+        return _map(everywhere, mesh, mapping, split_output=False, donate=())
     return _map(fn, mesh, mapping, split_output=True, donate=())
 
 
@@ -142,8 +153,12 @@ def replicate(tree: Tree, mesh: Mesh, specs: Any = None) -> Tree:
     """
 
     def put(x, spec):
-        # device_put keeps the buffer of a leaf that is on one of the devices, even with may_alias=False.
-        return jax.device_put(x.copy() if isinstance(x, jax.Array) else x, NamedSharding(mesh, spec), may_alias=False)
+        if isinstance(x, jax.Array):
+            # Not every backend sends what lies on one process's device to those of others; every process has it.
+            on_host = jax.process_count() > 1 and x.is_fully_addressable
+            # device_put keeps the buffer of a leaf that is on one of the devices, even with may_alias=False.
+            x = np.asarray(x) if on_host else x.copy()
+        return jax.device_put(x, NamedSharding(mesh, spec), may_alias=False)
 
     return jax.tree.map(put, tree, jax.tree.map(lambda _: P(), tree) if specs is None else specs)
 

@@ -92,7 +92,7 @@ def place_layers(layers: Sequence[Tree], mesh: Mesh, axis: str = STAGE) -> Tree:
     def put(*leaves: Any) -> Array:
         like = leaves[0]
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(stages * places)
             own = [np.asarray(leaf) for leaf in leaves[first:last]]
             return np.stack(own + [np.zeros(like.shape, like.dtype)] * (last - first - len(own)))

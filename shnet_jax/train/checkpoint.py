@@ -120,12 +120,16 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return Restored(_from_items({n: restored[n] for n in target}, like), restored.notes)
 
-    def restore_variables(self, step: int, like: dict[str, Any], *, averaged: bool) -> dict[str, Any]:
+    def restore_variables(
+        self, step: int, like: dict[str, Any], *, averaged: bool, on_host: bool = False
+    ) -> dict[str, Any]:
         """Only {"params", "batch_stats"} of a step, on one device; `averaged`: their running averages.
+
+        on_host: in the memory of the host, for what is more than a device holds.
 
         Raises CheckpointError when they differ from `like` in structure or shape.
         """
-        one = SingleDeviceSharding(jax.devices()[0])
+        one = SingleDeviceSharding(jax.local_devices(backend="cpu" if on_host else None)[0])
         wanted = {"ema": like} if averaged else {"model": like["params"], "batch_stats": like["batch_stats"]}
         wanted = {item: tree for item, tree in wanted.items() if jax.tree.leaves(tree)}
         items = {item: self._request(step, item, tree, one) for item, tree in wanted.items()}

@@ -20,7 +20,8 @@ from shnet_jax.observe import cost
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.curves import write_curves
 from shnet_jax.observe.progress import Progress
-from shnet_jax.observe.writer import MetricWriter
+from shnet_jax.observe.writer import MetricWriter, NoWriter
+from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import put_batch
 from shnet_jax.train.checkpoint import Checkpoints
 from shnet_jax.train.prepare import prepare
@@ -28,6 +29,9 @@ from shnet_jax.train.signals import Interrupted, stop_signals
 from shnet_jax.train.workdir import claim
 
 log = logging.getLogger(__name__)
+
+STOP_STEPS = 10
+"""Steps between two looks of several processes at whether one of them was asked to stop."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -43,7 +47,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     workdir = Path(workdir)
     experiment = assemble(config)
     config, data = experiment.config, experiment.config.data
-    claim(workdir, experiment)
+    if hosts.is_first():
+        claim(workdir, experiment)
+    hosts.wait_for_all("the work folder is claimed")
     parts = prepare(experiment)
     mesh, iterator, total_steps = parts.mesh, parts.iterator, parts.total_steps
     evaluate = make_evaluator(experiment, data.val_split, mesh)
@@ -65,8 +71,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
 
     clock = Clock(notes.get("clock"))
     sums = {name: np.float32(value) for name, value in notes.get("sums", {}).items()}
-    writer = MetricWriter(workdir, resume_step=first)
-    progress = Progress(total_steps)
+    writer = MetricWriter(workdir, resume_step=first) if hosts.is_first() else NoWriter()
+    progress = Progress(total_steps, shown=hosts.is_first())
     every = config.train.eval_epochs
     eval_steps = max(1, round(every * parts.steps_per_epoch)) if every else total_steps
     utilisation = cost.Utilisation(parts.step, mesh.size, config.model.dtype)
@@ -111,7 +117,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
             if pending is not None:
                 look(*pending)
             pending = (at, batch, metrics)
-            stop = list(stopped)  # one answer for the rest of this step
+            # One answer for the rest of this step, and the same in all processes, which ask each other now and then.
+            ask = jax.process_count() == 1 or at % STOP_STEPS == 0
+            stop = hosts.anywhere(bool(stopped)) if ask else False
 
             if at % config.train.log_steps == 0 or at == total_steps:
                 look(*pending)
@@ -125,13 +133,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
                     writer.write(at, "eval", results.metrics, clock.totals())
                     progress.message(f"step {at}/{total_steps}  {data.val_split}: {one_line(results)}")
                     save(results.metrics)
-                    write_curves(workdir)
+                    if hosts.is_first():
+                        write_curves(workdir)
             elif at % config.train.checkpoint_steps == 0 or stop:
                 save()
             if stop:
-                name = signal.Signals(stop[0]).name
+                number = stopped[0] if stopped else signal.SIGTERM  # another process was told
+                name = signal.Signals(number).name
                 log.warning("stopped by %s after step %d of %d; the same command continues", name, at, total_steps)
-                raise Interrupted(128 + stop[0])
+                raise Interrupted(128 + number)
     if results is None:  # everything was done already
         results = evaluate(state.variables, subject(experiment, data.val_split, first, "none", mesh.size))
     return results

@@ -50,8 +50,6 @@ class Parts:
 def prepare(experiment: Experiment) -> Parts:
     """Builds the parts; compiles nothing yet. Raises ValueError for settings that do not fit together."""
     config, dataset = experiment.config, experiment.dataset
-    if jax.process_count() > 1:
-        raise ValueError("training in several processes is not supported yet; use one process with all devices")
     _check(config)
     mesh = make_mesh(config.parallel.devices)
     batch_size = config.train.batch_size
@@ -71,8 +69,10 @@ def prepare(experiment: Experiment) -> Parts:
         captions,
         experiment.tokenizer,
         experiment.fields,
-        batch_size=batch_size,
+        batch_size=batch_size // jax.process_count(),
         seed=config.seed,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
     )
     table = replicate(resident_table(dataset, split, experiment.fields), mesh) if config.data.resident else {}
 

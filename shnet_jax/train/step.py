@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis, sharding
@@ -92,17 +93,22 @@ def make_step(
 
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         apply = finite & (state.nonfinite == 0) if stop_on_nonfinite else finite
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = None
-        if state.ema is not None:
+
+        def update() -> tuple[Any, Any, Any, Any]:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            if state.ema is None:
+                return params, batch_stats, opt_state, None
             # Averages over few steps forget the initial parameters faster.
             decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
             latest = {"params": params["model"], "batch_stats": batch_stats}
-            average = optax.incremental_update(latest, state.ema, 1.0 - decay)
+            return params, batch_stats, opt_state, optax.incremental_update(latest, state.ema, 1.0 - decay)
 
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, old)
+        def leave() -> tuple[Any, Any, Any, Any]:
+            return state.params, state.batch_stats, state.opt_state, state.ema
+
+        # A branch, not a choice between two results: the arrays of the old state can be updated where they are.
+        params, batch_stats, opt_state, average = lax.cond(apply, update, leave)
 
         # A batch that is not finite counts only as such in the means of a log line.
         metrics = {name: jnp.where(finite, value, 0.0) for name, value in metrics.items()}
@@ -110,10 +116,10 @@ def make_step(
         state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=keep(params, state.params),
-            batch_stats=keep(batch_stats, state.batch_stats),
-            opt_state=keep(opt_state, state.opt_state),
-            ema=None if average is None else keep(average, state.ema),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema=average,
             nonfinite=state.nonfinite + ~finite,
         )
         return state, metrics

@@ -1,12 +1,16 @@
 """Ranks against an oracle that sorts the whole matrix, on scores with many ties."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shnet_jax.evaluate.rank import ranks
+from shnet_jax.evaluate.rank import best_captions, count, match_scores, ranks
+from shnet_jax.evaluate.tiles import make_tiling, one_behind
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
 
 
@@ -143,3 +147,73 @@ def test_a_score_of_the_wrong_shape_is_named():
             np.arange(4) // 2,
             lambda images, texts: texts.vector @ images.vector.T,
         )
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize(("n", "tile"), [(37, 4), (5, 3), (64, 8)])
+def test_any_number_of_devices_gives_bitwise_the_same(devices, n, tile):
+    rng = np.random.default_rng(n)
+    owner = rng.permutation(np.repeat(np.arange(n), rng.integers(1, 5, n)))
+    images, texts = (Embedding(rng.standard_normal((m, 33)).astype(np.float32)) for m in (n, len(owner)))
+    texts.vector[::3] = texts.vector[0]  # ties
+    meshes = [data_mesh(jax.devices()[:k]) for k in (1, devices)]
+    one, many = (ranks(images, texts, owner, RetrievalModel.score, tile, mesh) for mesh in meshes)
+    np.testing.assert_array_equal(many.i2t, one.i2t)
+    np.testing.assert_array_equal(many.t2i, one.t2i)
+    order = np.argsort(owner, kind="stable")
+    one, many = (
+        match_scores(make_tiling(images, texts, owner, order, tile, mesh), RetrievalModel.score) for mesh in meshes
+    )
+    np.testing.assert_array_equal(many, one)
+
+
+@settings(max_examples=5, deadline=None)
+@given(galleries(), st.sampled_from([1, 2, 100]))
+def test_several_devices_equal_sorting(gallery, tile):
+    scores, owner = gallery
+    columns = np.arange(scores.shape[1])[:, None]
+    found = ranks(Embedding(scores), Embedding(columns), owner, recorded, tile, data_mesh(jax.devices()[:3]))
+    i2t, t2i = oracle(*gallery)
+    np.testing.assert_array_equal(found.i2t, i2t)
+    np.testing.assert_array_equal(found.t2i, t2i)
+
+
+def test_nan_is_counted_once_on_several_devices():
+    scores = np.zeros((7, 14), np.float32)
+    scores[2, 3] = scores[6, 13] = scores[6, 0] = np.nan
+    columns = np.arange(14)[:, None]
+    with pytest.raises(ValueError, match="3 of 98 scores are NaN"):
+        ranks(Embedding(scores), Embedding(columns), np.arange(14) // 2, recorded, 2, data_mesh(jax.devices()))
+
+
+def test_the_counts_of_parts_add_up():
+    scores = np.random.default_rng(4).integers(0, 5, (9, 27)).astype(np.float32)
+    owner, columns = np.arange(27) % 9, np.arange(27)[:, None]
+    tiling = make_tiling(
+        Embedding(scores), Embedding(columns), owner, np.argsort(owner), 1, data_mesh(jax.devices()[:2])
+    )
+    positive = match_scores(tiling, recorded)
+    best = best_captions(positive, owner)
+    assert tiling.caption_tiles == 4
+    parts = [count(tiling, recorded, positive, best, tiles) for tiles in ([0], range(1, 3), [3])]
+    i2t, t2i = oracle(scores, owner)
+    np.testing.assert_array_equal(sum(part.i2t for part in parts), i2t)
+    np.testing.assert_array_equal(sum(part.t2i for part in parts), t2i)
+
+
+def test_results_are_asked_for_one_behind():
+    events = []
+
+    def dispatched():
+        for i in range(3):
+            events.append(f"dispatch {i}")
+            yield i
+
+    for i in one_behind(dispatched()):
+        events.append(f"collect {i}")
+    assert events == ["dispatch 0", "dispatch 1", "collect 0", "dispatch 2", "collect 1", "collect 2"]
+
+
+def test_a_tile_without_images_is_named():
+    with pytest.raises(ValueError, match=r"config\.eval\.tile.*got 0"):
+        ranked(np.zeros((2, 4), np.float32), np.arange(4) // 2, 0)

@@ -1,3 +1,5 @@
+import contextlib
+import io
 from functools import partial
 from typing import Any
 
@@ -5,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from shnet_jax.models.bert import BERT, EPSILON
 from tests.models import text_oracle as oracle
@@ -70,3 +73,28 @@ def test_only_the_first_token_type_learns():
 
     gradient = gradient_of(params)
     assert np.any(np.asarray(gradient["types"][0])) and not np.any(np.asarray(gradient["types"][1]))
+
+
+def test_remat_gives_the_same_gradient_for_less_memory():
+    tokens = np.random.default_rng(0).integers(1, 20, (64, 16)).astype(np.int32)
+    mask = np.ones_like(tokens, bool)
+    models = [
+        BERT(20, layers=4, width=16, heads=2, mlp_dim=64, max_positions=16, dropout=0.3, remat=remat)
+        for remat in (False, True)
+    ]
+    params = jax.jit(partial(models[0].init, train=False))(jax.random.key(0), tokens, mask)
+
+    def total(model, params):
+        out = model.apply(params, tokens, mask, train=True, rngs={"dropout": jax.random.key(1)})
+        return jnp.sum(jnp.sin(out))
+
+    def kept(model):
+        """What the forward pass leaves to the backward pass. (The CPU's compiler would not show it.)"""
+        with contextlib.redirect_stdout(io.StringIO()) as lines:
+            print_saved_residuals(partial(total, model), params)
+        return len(lines.getvalue().splitlines())
+
+    one, ours = (jax.jit(jax.grad(partial(total, model)))(params) for model in models)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert kept(models[1]) < 0.5 * kept(models[0])

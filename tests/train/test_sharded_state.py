@@ -64,7 +64,7 @@ def test_split_equals_whole(small_is_split, microbatch):
 def test_each_device_holds_its_part(small_is_split):
     state, _, built = trained(True)
     axes = sharding.split_axes(jax.eval_shape(lambda: state), 4)
-    parts = {at: 0 for at in (sharding.WHOLE, 0, 1)}
+    parts = dict.fromkeys((sharding.WHOLE, 0, 1), 0)
     for leaf, like, at in zip(*map(jax.tree.leaves, (state, built.like, axes)), strict=True):
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
         held = leaf.addressable_shards[0].data.size
@@ -96,5 +96,5 @@ def test_pmap_cannot_split_a_state():
     config = configuration(True)
     config.parallel.mapping = "pmap"
     model, mesh = registry.model("shnet").build(config), data_mesh(jax.devices()[:4])
-    with pytest.raises(ValueError, match="needs parallel.mapping shard_map"):
+    with pytest.raises(ValueError, match=r"needs parallel\.mapping shard_map"):
         build_step(config, model, mesh, whole_model.variables(False), 10, 100)

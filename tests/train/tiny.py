@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from configs import demo
@@ -121,9 +122,17 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by its path."""
+
+    def here(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.devices()[0]))
+
     found = {}
     for item in sorted((workdir / "checkpoints" / str(step)).iterdir()):
         if (item / "_METADATA").exists():
-            for path, leaf in jax.tree_util.tree_leaves_with_path(ocp.StandardCheckpointer().restore(item)):
+            checkpointer = ocp.StandardCheckpointer()
+            like = jax.tree.map(
+                here, dict(checkpointer.metadata(item).item_metadata.tree)
+            )  # from any number of devices
+            for path, leaf in jax.tree_util.tree_leaves_with_path(checkpointer.restore(item, like)):
                 found[item.name + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return found

@@ -1,0 +1,202 @@
+"""Losses over large batches, in every strategy, with their gradient, against a plain implementation."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import machine
+from benchmarks.rows import Row, compare
+from benchmarks.timing import interleave
+from shnet_jax.losses import infonce, triplet
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.parallel.mapping import make_mesh, map_encode, put_batch
+from shnet_jax.types import Array, Context, Embedding, Pairs
+
+TEMPERATURE, MARGIN = 0.07, 0.2
+LOSSES: dict[str, Callable[..., dict[str, Array]]] = {
+    "infonce": partial(infonce.loss, temperature=TEMPERATURE, learn_temperature=False, mask_same_image=True),
+    "triplet": partial(triplet.loss, margin=MARGIN, warmup_steps=0, reduction="mean", mask_same_image=True),
+}
+ONE_DEVICE = ("gathered", "streamed")
+SEVERAL_DEVICES = ("ring",)
+FITS = 0.8  # share of the free memory that a program may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """pairs: global batches, ascending. dim: of the embeddings. devices: virtual ones of the ring.
+
+    budget: seconds after which no further round of a batch size begins.
+    """
+
+    pairs: tuple[int, ...] = (4096, 16384, 32768)
+    dim: int = 512
+    devices: int = 4
+    rounds: int = 3
+    budget: float = 60.0
+
+
+FULL = Sizes()
+QUICK = Sizes(pairs=(1024, 4096), rounds=1)
+
+
+def dense_infonce(images: Array, texts: Array) -> tuple[Array, Array]:
+    """(loss, accuracy) from the whole score matrix of pairs whose images are all different."""
+    scores = images @ texts.T
+    own = jnp.diagonal(scores) / TEMPERATURE
+    logits = scores / TEMPERATURE
+    by_image, by_text = jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(logits, axis=0)
+    number = jnp.arange(len(images))
+    accuracy = jnp.mean(scores.argmax(axis=1) == number) + jnp.mean(scores.argmax(axis=0) == number)
+    return jnp.mean(by_image - own + by_text - own) / 2, accuracy / 2
+
+
+def dense_triplet(images: Array, texts: Array) -> tuple[Array, Array]:
+    """(loss, share of violated margins) from the whole score matrix, as `dense_infonce`."""
+    scores = images @ texts.T
+    own = jnp.diagonal(scores)
+    others = jnp.where(jnp.eye(len(images), dtype=bool), -jnp.inf, scores)
+    gaps = jnp.stack([MARGIN + others.max(axis=1) - own, MARGIN + others.max(axis=0) - own])
+    return jax.nn.relu(gaps).sum() / len(images), jnp.mean(gaps > 0)
+
+
+DENSE = {"infonce": dense_infonce, "triplet": dense_triplet}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A loss with its gradient, compiled for one batch; `memory`: bytes on each device."""
+
+    pairs: int
+    call: Callable[[], Any]
+    memory: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory that is free now holds it; virtual devices share that of the machine."""
+        return self.memory * jax.device_count() <= FITS * machine.free_bytes()
+
+
+def dense_program(loss: str, pairs: int, dim: int) -> Program:
+    """The plain implementation on one device."""
+    both = jax.device_put(_embeddings(pairs, dim))
+    program = jax.jit(jax.value_and_grad(DENSE[loss], argnums=(0, 1), has_aux=True))
+    compiled = program.lower(*both).compile()
+    return Program(pairs, partial(compiled, *both), machine.program_bytes(compiled))
+
+
+def loss_program(loss: str, strategy: str, pairs: int, dim: int, devices: int) -> Program:
+    """A loss of the library, with its metrics and the gradients of the embeddings, over `devices` devices."""
+    mesh = make_mesh(devices)
+    images, texts = _embeddings(pairs, dim)
+    batch = put_batch({"images": images, "texts": texts, "ids": np.arange(pairs, dtype=np.int32)}, mesh)
+
+    def per_device(_: Any, batch: dict[str, Array]) -> Any:
+        ctx = Context(
+            jnp.zeros((), jnp.int32), {}, RetrievalModel.score, axis=mesh.axis_names[0], pairs=Pairs(strategy)
+        )
+
+        def share(images: Array, texts: Array) -> tuple[Array, dict[str, Array]]:
+            terms = LOSSES[loss](Embedding(images), Embedding(texts), batch["ids"], ctx)
+            return terms[f"{loss}_loss"], terms
+
+        gradients, terms = jax.grad(share, argnums=(0, 1), has_aux=True)(batch["images"], batch["texts"])
+        return gradients, jax.tree.map(lambda x: x[None], terms)
+
+    compiled = map_encode(per_device, mesh).lower({}, batch).compile()
+    return Program(pairs, partial(compiled, {}, batch), machine.program_bytes(compiled))
+
+
+def _embeddings(pairs: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and texts [pairs, dim], unit vectors; the two of a pair are alike."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((pairs, dim), np.float32)
+    texts = images + 2 * rng.standard_normal((pairs, dim), np.float32)
+    return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, texts))
+
+
+def run(sizes: Sizes) -> list[Row]:
+    """Every loss in the strategies of one device here, in the ring in a process with virtual devices."""
+    return measure(sizes, ONE_DEVICE, 1) + _with_devices(sizes)
+
+
+def measure(sizes: Sizes, strategies: tuple[str, ...], devices: int) -> list[Row]:
+    """The rows of these strategies. Where the plain implementation does not fit, it is that of the last that did."""
+    rows = []
+    for loss in LOSSES:
+        reference: Program | None = None
+        for pairs in sizes.pairs:
+            dense = dense_program(loss, pairs, sizes.dim)
+            if dense.fits:
+                reference = dense
+            programs = {s: loss_program(loss, s, pairs, sizes.dim, devices) for s in strategies}
+            # All of them before any runs: what a program has taken may not be given back.
+            running = {name: program for name, program in programs.items() if program.fits}
+            calls = {name: program.call for name, program in running.items()}
+            times = {}
+            if reference is not None and running:
+                times = interleave({**calls, "dense": reference.call}, sizes.rounds, budget=sizes.budget)
+            for name, program in programs.items():
+                what = f"{loss}, {name}, {pairs} pairs, D {sizes.dim}"
+                if devices > 1:
+                    what += f", {devices} virtual CPU devices"
+                if name not in running or reference is None:
+                    label = name if name not in running else "plain jnp"
+                    lacking = program if name not in running else dense
+                    rows.append(Row("losses", what, "plain jnp", note=f"{label} does not fit: {_needs(lacking)}"))
+                    continue
+                rows.append(
+                    compare(
+                        "losses",
+                        what,
+                        times[name],
+                        f"plain jnp on one device, {reference.pairs} pairs",
+                        times["dense"],
+                        work=pairs**2,
+                        reference_work=reference.pairs**2,
+                        unit="scores",
+                        memory_bytes=program.memory,
+                        reference_memory_bytes=dense.memory,
+                        memory="results and temporaries of one device",
+                        note="" if dense.fits else f"plain jnp of {pairs} pairs does not fit: {_needs(dense)}",
+                    )
+                )
+    return rows
+
+
+def _needs(program: Program) -> str:
+    return f"it needs {program.memory / 2**30:.1f} GiB a device, {machine.free_bytes() / 2**30:.1f} GiB are free"
+
+
+def _with_devices(sizes: Sizes) -> list[Row]:
+    """`measure` of the ring in a process that has virtual devices: their number is fixed when JAX starts."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={sizes.devices}".strip()
+    command = [sys.executable, "-m", "benchmarks.losses", json.dumps(dataclasses.asdict(sizes))]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+
+
+def main() -> None:
+    """Prints the rows of the ring as JSON; the one argument is `Sizes` as JSON."""
+    parser = argparse.ArgumentParser("benchmarks.losses")
+    parser.add_argument("sizes", type=json.loads)
+    options = parser.parse_args().sizes
+    sizes = Sizes(**{**options, "pairs": tuple(options["pairs"])})
+    print(json.dumps([dataclasses.asdict(row) for row in measure(sizes, SEVERAL_DEVICES, sizes.devices)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The training step, and the image tower alone, at published sizes: utilisation, and bfloat16 against float32."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from benchmarks.flops import TRAINING, image_flops, step_flops
+from benchmarks.product import best_product
+from benchmarks.rows import Row, compare
+from benchmarks.timing import interleave
+from configs import base
+from shnet_jax import registry
+from shnet_jax.data.batches import gather
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.parallel.mapping import make_mesh, put_batch, replicate
+from shnet_jax.train.prepare import build_step
+from shnet_jax.types import Batch
+
+DTYPES = ("float32", "bfloat16")
+VOCABULARY = 30522  # BERT-base uncased
+SHAPES = {"regions": (36, 2048), "seg_semantic": (133, 7, 7), "seg_map": (64, 64), "categories": (133,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """pairs, tokens: of the step's batch; images: of the image tower's. layers: of BERT."""
+
+    pairs: int = 32
+    tokens: int = 16
+    images: int = 64
+    layers: int = 12
+    rounds: int = 5
+
+
+FULL = Sizes()
+QUICK = Sizes(pairs=4, images=4, layers=2, rounds=2)
+
+
+def configuration(dtype: str, layers: int) -> FrozenConfigDict:
+    """The published model on one device, past the warm-up of its loss."""
+    c: ConfigDict = base.get_config()
+    c.model.dtype = c.text.dtype = dtype
+    c.text.vocab_size, c.text.layers = VOCABULARY, layers
+    c.loss.triplet.warmup_epochs = 0.0
+    c.parallel.devices = 1
+    return FrozenConfigDict(c)
+
+
+def random_batch(pairs: int, tokens: int) -> dict[str, np.ndarray]:
+    """A batch as it comes from the data set: features in float16, no padding."""
+    rng = np.random.default_rng(0)
+    positive = np.abs(rng.standard_normal((pairs, *SHAPES["regions"]), np.float32))
+    return {
+        "image_index": np.arange(pairs, dtype=np.int32),
+        "regions": positive.astype(np.float16),
+        "region_mask": np.ones((pairs, SHAPES["regions"][0]), bool),
+        "seg_semantic": rng.random((pairs, *SHAPES["seg_semantic"]), np.float32).astype(np.float16),
+        "seg_map": rng.integers(0, 133, (pairs, *SHAPES["seg_map"])).astype(np.uint8),
+        "categories": rng.random((pairs, *SHAPES["categories"])) < 0.1,
+        "tokens": rng.integers(1, VOCABULARY, (pairs, tokens)).astype(np.int32),
+        "token_mask": np.ones((pairs, tokens), bool),
+    }
+
+
+class Steps:
+    """Steps one after another; the state of one goes into the next."""
+
+    def __init__(self, config: FrozenConfigDict, model: RetrievalModel, variables: Any, host: dict[str, np.ndarray]):
+        mesh = make_mesh(1)
+        shapes = jax.eval_shape(lambda: variables)
+        built = build_step(config, model, mesh, shapes, steps_per_epoch=1000, total_steps=25_000)
+        self._step, self._batch = built.step, put_batch(host, mesh)
+        self._state = replicate(built.state(variables), mesh)
+
+    def __call__(self) -> Any:
+        """One step; its metrics."""
+        self._state, metrics = self._step(self._state, self._batch, {})
+        return metrics
+
+
+def image_gradient(model: RetrievalModel, variables: Any, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """Forward and backward pass of the image tower, as in training."""
+
+    @jax.jit
+    def gradient(params: Any, batch: Batch) -> Any:
+        def value(params: Any) -> Any:
+            embedding, _ = model.apply(
+                {"params": params, "batch_stats": variables["batch_stats"]},
+                gather({}, batch),
+                train=True,
+                method="encode_image",
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
+            )
+            return jnp.sum(embedding.vector[:, ::2])  # any direction in which a unit vector may change
+
+        return jax.grad(value)(params)
+
+    # The tower's own parameters: gradients of the text tower would be large arrays of zeros.
+    return partial(gradient, {"image": variables["params"]["image"]}, jax.device_put(batch))
+
+
+def run(sizes: Sizes) -> list[Row]:
+    """Of each dtype against the best product of that dtype; of bfloat16 against float32."""
+    configs = {dtype: configuration(dtype, sizes.layers) for dtype in DTYPES}
+    models = {dtype: registry.model(config.model.name).build(config) for dtype, config in configs.items()}
+    host = random_batch(sizes.pairs, sizes.tokens)
+    fields = ("image_index", "regions", "region_mask", "seg_semantic", "seg_map", "categories")
+    images = {name: values for name, values in random_batch(sizes.images, 2).items() if name in fields}
+    init = jax.jit(lambda key, batch: models["float32"].init(key, gather({}, batch), train=False))
+    variables = init(jax.random.key(0), {name: values[:1] for name, values in host.items()})
+
+    products = {dtype: best_product(dtype) for dtype in DTYPES}
+    calls: dict[str, Callable[[], Any]] = {}
+    for dtype in DTYPES:
+        calls[f"step {dtype}"] = Steps(configs[dtype], models[dtype], variables, host)
+        calls[f"image {dtype}"] = image_gradient(models[dtype], variables, images)
+        calls[f"product {dtype}"] = products[dtype].call
+    times = interleave(calls, sizes.rounds)
+
+    on_cpu = jax.default_backend() == "cpu"
+    aims = {"float32": 0.9} if on_cpu else {"bfloat16": 0.5}
+    flops = step_flops(configs["float32"], SHAPES, sizes.tokens, sizes.pairs)
+    image = TRAINING * sizes.images * sum(image_flops(configs["float32"].model, SHAPES).values())
+    rows = []
+    for kind, what, work in (
+        ("step", f"train step, {sizes.pairs} pairs, BERT of {sizes.layers} layers, {sizes.tokens} tokens", flops),
+        ("image", f"image tower with gradient, {sizes.images} images", image),
+    ):
+        rows += [
+            compare(
+                "step",
+                f"{what}, {dtype}",
+                times[f"{kind} {dtype}"],
+                f"{dtype} product of {products[dtype].size} x {products[dtype].size} matrices",
+                times[f"product {dtype}"],
+                work=work,
+                reference_work=products[dtype].flops,
+                unit="operations of the published model",
+                aim=aims.get(dtype) if kind == "step" else None,
+                note=f"{work / times[f'{kind} {dtype}'].median / 1e9:.4g} of "
+                f"{products[dtype].flops / times[f'product {dtype}'].median / 1e9:.4g} GFLOP/s",
+            )
+            for dtype in DTYPES
+        ]
+        examples = sizes.pairs if kind == "step" else sizes.images
+        rows.append(
+            compare(
+                "step",
+                f"{what}, bfloat16",
+                times[f"{kind} bfloat16"],
+                "the same in float32",
+                times[f"{kind} float32"],
+                work=examples,
+                unit="examples",
+                aim=3.0 if on_cpu and kind == "step" else None,
+                note=f"{examples / times[f'{kind} bfloat16'].median:.4g} against "
+                f"{examples / times[f'{kind} float32'].median:.4g} examples/s",
+            )
+        )
+    return rows

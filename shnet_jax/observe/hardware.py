@@ -1,0 +1,105 @@
+"""Devices: what they can do at most, and the slices and devices that a program can be compiled for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """Peaks of one device.
+
+    flops: dense bfloat16 operations per second. memory: bytes of HBM. bandwidth: bytes per second of HBM.
+    """
+
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+CHIPS = {
+    "TPU v4": Chip(275e12, 32 * GIB, 1228e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9),
+    "TPU v5e": Chip(197e12, 16 * GIB, 819e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9),
+    "TPU v5p": Chip(459e12, 95 * GIB, 2765e9),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9),
+    "TPU v6e": Chip(918e12, 32 * GIB, 1640e9),
+    "H100 PCIe": Chip(756e12, 80e9, 2000e9),
+    "H100 NVL": Chip(835e12, 94e9, 3900e9),
+    "H100": Chip(989e12, 80e9, 3350e9),
+    "H200": Chip(989e12, 141e9, 4800e9),
+    "A100": Chip(312e12, 40e9, 1555e9),
+    "A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9),
+    "A100 80GB PCIe": Chip(312e12, 80e9, 1935e9),
+}
+"""By part of the `device_kind`, from the makers' pages of each chip (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e;
+NVIDIA's data sheets of A100, H100 and H200, without sparsity)."""
+
+# Generation in a target -> options of libtpu. v4 as on the machines: the two cores of a chip are one device.
+_GENERATIONS = {"v4": {"chip_config_name": "megacore"}, "v5e": {}, "v5p": {}, "v6e": {}}
+
+KNOWN = "tpu:v4:2x2x2, tpu:v5e:4x4, tpu:v5p:2x2x2, tpu:v6e:4x4, gpu, gpu:8, cpu, cpu:8"
+"""Examples of targets, for messages."""
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The entry of CHIPS whose name is the longest part of `device_kind`; None when there is none."""
+    matches = [name for name in CHIPS if name in device_kind]
+    return CHIPS[max(matches, key=len)] if matches else None
+
+
+def target_devices(target: str) -> list[jax.Device]:
+    """The devices that a target names, to compile for; those of a TPU slice exist as a description only.
+
+    target: `tpu:GENERATION:SLICE`, as "tpu:v5e:4x4", for which the package libtpu has the compiler and no TPU is
+    needed; or `gpu` or `cpu`, as "gpu" or "gpu:8", for that many devices of this machine (CPUs may be virtual).
+    Call it before anything else uses JAX: it decides which devices JAX opens.
+    Raises ValueError for a target that is unknown, or that this machine cannot compile for.
+    """
+    kind, *rest = target.split(":")
+    if kind == "tpu" and len(rest) == 2 and rest[0] in _GENERATIONS:
+        return _tpu_slice(target, *rest)
+    if kind in ("gpu", "cpu") and (not rest or (len(rest) == 1 and rest[0].isdecimal() and int(rest[0]) > 0)):
+        return _own_devices(kind, int(rest[0]) if rest else 0)
+    raise ValueError(f"--target={target}: unknown; known are {KNOWN}, with any size of slice or number of devices")
+
+
+def _tpu_slice(target: str, generation: str, size: str) -> list[jax.Device]:
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # a TPU machine would be asked for its own slice
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several may compile at once, and beside a training run
+    quiet = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": f"{generation}-8", "TPU_MIN_LOG_LEVEL": "3"}
+    for name, value in (quiet | {"TPU_STDERR_LOG_LEVEL": "3"}).items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    host = (1, 1, 1) if size == "1x1" else (2, 2, 1)  # chips of a host
+    options = {"chips_per_host_bounds": host} | _GENERATIONS[generation]
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{size}", **options)
+        return list(found.devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"--target={target}: libtpu knows no such slice: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:
+        raise ValueError(
+            f"--target={target}: the TPU compiler is not installed ({error}); on Linux x86_64, pip install 'jax[tpu]'"
+        ) from None
+
+
+def _own_devices(kind: str, wanted: int) -> list[jax.Device]:
+    if kind == "cpu" and wanted:
+        # When JAX has started already (in a notebook, a test), its devices are those there are.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", wanted)
+    try:
+        devices = jax.devices(kind)
+    except RuntimeError as error:
+        raise ValueError(f"--target={kind}: JAX finds no {kind} on this machine ({error})") from None
+    if wanted > len(devices):
+        raise ValueError(f"--target={kind}:{wanted}: this machine has {len(devices)} {kind} devices")
+    return devices[: wanted or None]

@@ -1,0 +1,314 @@
+"""One point of a scaling study, in a process of its own: `python -m shnet_jax.scale_point CONFIG.json OUT.json`.
+
+The process ends with the point: what one point leaves behind (compiled programs, memory that the allocator keeps, a
+crash for want of memory) does not reach the next. Called by `scaling`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from shnet_jax import plan
+from shnet_jax.data.batches import gather
+from shnet_jax.experiment import assemble
+from shnet_jax.losses import total
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.observe import cost
+from shnet_jax.observe.compiled import compile_lowered, memory, work
+from shnet_jax.parallel import axis
+from shnet_jax.parallel.mapping import Mapped, make_mesh, map_encode, map_step, put_batch, replicate
+from shnet_jax.train.optim import make_optimiser, schedule
+from shnet_jax.train.prepare import build_step, prepare
+from shnet_jax.train.state import TrainState, create_state
+from shnet_jax.train.step import make_step
+from shnet_jax.train.workdir import load_config
+from shnet_jax.types import DATA, Array, Batch, Context, Embedding
+
+RANDOM_BATCHES = 4
+"""Different random batches, taken in turn."""
+
+HostBatch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """All that a training step needs. host_batches: endless. table: resident features, {} without."""
+
+    config: ConfigDict | FrozenConfigDict
+    model: RetrievalModel
+    mesh: Mesh
+    step: Mapped
+    state: TrainState
+    host_batches: Iterator[HostBatch]
+    table: dict[str, Any]
+
+
+def machine() -> dict[str, Any]:
+    """What the points run on: devices as JAX sees them, processor, cores, versions."""
+    devices = jax.devices()
+    return {
+        "platform": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")  # where platform.processor() says nothing
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def compiled_figures(lowered: jax.stages.Lowered) -> dict[str, Any]:
+    """What the compiler knows of a program, for one device: bytes of memory, operations, bytes of each collective."""
+    start = time.perf_counter()
+    compiled = compile_lowered(lowered)
+    seconds = time.perf_counter() - start
+    found, size = work(compiled.as_text()), memory(compiled)
+    # Libraries hide matrix products of GPUs from the program's text; XLA knows them, though loops count once.
+    on_gpu = jax.default_backend() == "gpu"
+    return {
+        "compile_seconds": seconds,
+        "memory": dataclasses.asdict(size) | {"peak": size.peak},
+        "flops": cost.step_flops(compiled) if on_gpu else found.flops,
+        "traffic": found.bytes,
+        "collectives": found.collectives,
+        "loops_once": found.loops_once,
+    }
+
+
+def compile_point(config: ConfigDict) -> dict[str, Any]:
+    """The figures of the step for devices whose speed says nothing; no array is made."""
+    if config.data.dir:
+        config = ConfigDict(assemble(config).config.to_dict())  # the tokenizer decides how large the text tower is
+    mesh = make_mesh(config.parallel.devices)
+    return compiled_figures(plan.lower_train(plan.describe(config), mesh, config.train.batch_size // mesh.size))
+
+
+def measure_point(config: ConfigDict) -> dict[str, Any]:
+    """The figures of the step, and its seconds: `step`, and how much of them each part takes alone (see `parts`)."""
+    setup = from_dataset(config) if config.data.dir else from_random(config)
+    warmup, steps = config.scale.warmup_steps, config.scale.steps
+
+    def put(batch: HostBatch) -> Any:
+        return put_batch(batch, setup.mesh, config.parallel.mapping)
+
+    resident = put(next(setup.host_batches))
+    figures = compiled_figures(setup.step.lower(setup.state, resident, setup.table))
+    initial = jax.device_get((setup.state.params, setup.state.batch_stats))  # the step takes the state's memory
+
+    state, alone = steps_in_turn(setup.step, setup.state, lambda: resident, setup.table, warmup, steps)
+    state, reading = steps_in_turn(setup.step, state, lambda: put(next(setup.host_batches)), setup.table, warmup, steps)
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in setup.mesh.local_devices]
+    del state
+    seconds = {"step": reading, "input": max(0.0, reading - alone)}
+    if not config.parallel.shard_params:
+        seconds |= {name: median_seconds(call, warmup, steps) for name, call in parts(setup, initial, resident)}
+        seconds["rest"] = reading - sum(value for name, value in seconds.items() if name != "step")
+    return figures | {
+        "device_peak": max((peak for peak in peaks if peak is not None), default=None),
+        "seconds": seconds,
+        "examples_per_second": config.train.batch_size / reading,
+    }
+
+
+def from_dataset(config: ConfigDict) -> Setup:
+    """The run of config.data.dir, as training has it."""
+    experiment = assemble(config)
+    parts = prepare(experiment)
+    return Setup(
+        experiment.config, experiment.model, parts.mesh, parts.step, parts.first_state(), parts.iterator, parts.table
+    )
+
+
+def from_random(config: ConfigDict) -> Setup:
+    """Random weights and random batches of the sizes in config.plan."""
+    subject = plan.describe(config)
+    config, mesh = subject.config, make_mesh(config.parallel.devices)
+    per_epoch = max(1, subject.captions // config.train.batch_size)
+    shapes = plan.variables(subject)
+    built = build_step(FrozenConfigDict(config), subject.model, mesh, shapes, per_epoch, 1000 * per_epoch)
+    batches = [random_batch(subject, config.train.batch_size, seed) for seed in range(RANDOM_BATCHES)]
+    one: Any = random_batch(subject, config.data.captions_per_image, 0)
+    init = jax.jit(lambda key: subject.model.init(key, gather({}, one), train=False))
+    variables = nn.meta.unbox(dict(init(jax.random.key(config.seed))))
+    state = built.state({name: variables.get(name, {}) for name in ("params", "batch_stats")})
+    partition = jax.tree.map(lambda leaf: leaf.sharding.spec, built.like)
+    return Setup(
+        config, subject.model, mesh, built.step, replicate(state, mesh, partition), itertools.cycle(batches), {}
+    )
+
+
+def random_batch(subject: plan.Subject, pairs: int, seed: int) -> HostBatch:
+    """A batch in the shapes of `plan.train_batch`, nothing masked."""
+    rng = np.random.default_rng(seed)
+    limits = {"tokens": subject.config.text.vocab_size, "seg_map": subject.config.model.num_classes}
+
+    def values(name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        if name == "image_index":
+            return np.arange(like.shape[0], dtype=like.dtype)
+        if name == "categories":
+            return rng.random(like.shape) < 0.1
+        if like.dtype == bool:
+            return np.ones(like.shape, bool)
+        if np.issubdtype(like.dtype, np.integer):
+            return rng.integers(1, limits.get(name, 2), like.shape).astype(like.dtype)
+        return rng.random(like.shape, np.float32).astype(like.dtype)
+
+    return {name: values(name, like) for name, like in plan.train_batch(subject, pairs).items()}
+
+
+def steps_in_turn(
+    step: Mapped, state: TrainState, batch: Callable[[], Any], table: Any, warmup: int, steps: int
+) -> tuple[TrainState, float]:
+    """(the state afterwards, median seconds of a step). As in training, one step is always on its way."""
+    ends, pending = [], None
+    for _ in range(warmup + steps + 2):
+        state, metrics = step(state, batch(), table)
+        if pending is not None:
+            jax.block_until_ready(pending)
+            ends.append(time.perf_counter())
+        pending = metrics["loss"]
+    jax.block_until_ready(pending)
+    between = [after - before for before, after in itertools.pairwise(ends)]
+    return state, statistics.median(between[-steps:])
+
+
+def median_seconds(call: Callable[[], Any], warmup: int, steps: int) -> float:
+    """Of a call and the wait for its result, after `warmup` calls and one that compiles."""
+    seconds = []
+    for _ in range(1 + warmup + steps):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[-steps:])
+
+
+def parts(setup: Setup, initial: tuple[Any, Any], batch: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, call) of the parts of a step, each a program of its own.
+
+    initial: (params, batch_stats) on the host. One after another, so that the memory of one is free for the next.
+    """
+    params, batch_stats = initial
+    yield "encode", _encode(setup, params, batch_stats, batch)
+    yield "loss", _loss(setup, params, batch_stats, batch)
+    yield "optimiser", _optimiser(setup, params, batch)
+
+
+def _encode(setup: Setup, params: Any, batch_stats: Any, batch: Any) -> Callable[[], Any]:
+    """Both towers forward and backward under a trivial loss, microbatches included; gradients stay where they are."""
+    train = setup.config.train
+
+    def trivial(images: Embedding, texts: Embedding, ids: Array, ctx: Context) -> dict[str, Array]:
+        floats = [x for x in jax.tree.leaves((images, texts)) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return {"loss": sum((jnp.sum(x, dtype=jnp.float32) for x in floats), jnp.zeros(()))}
+
+    own = make_step(
+        setup.model,
+        trivial,
+        optax.identity(),
+        finish=gather,
+        microbatch=train.microbatch,
+        statistics=train.microbatch_statistics,
+    )
+
+    def per_device(state: TrainState, batch: Batch, table: Any) -> Array:
+        # One number that depends on every gradient: nothing can be left out, and nothing large is sent.
+        return axis.psum(optax.global_norm(own(state, batch, table)[0].params), DATA)
+
+    variables = {"params": params["model"], "batch_stats": batch_stats}
+    state = replicate(create_state(variables, {}, optax.identity(), ema=False, seed=setup.config.seed), setup.mesh)
+    mapped = map_step(per_device, setup.mesh, setup.config.parallel.mapping, donate_state=False)
+    return lambda: mapped(state, batch, setup.table)
+
+
+def _loss(setup: Setup, params: Any, batch_stats: Any, batch: Any) -> Callable[[], Any]:
+    """Value and gradient by the embeddings, with the collectives of the loss."""
+    config, mesh = setup.config, setup.mesh
+    captions = config.data.captions_per_image
+    _, total_loss = total.build(config.loss, 1)
+
+    def encode(variables: Any, batch: Batch, table: Any) -> tuple[Embedding, Embedding]:
+        return cast(tuple[Embedding, Embedding], setup.model.apply(variables, gather(table, batch), train=False))
+
+    def per_device(loss_params: Any, found: Any) -> Array:
+        def share(given: Any) -> Array:
+            (images, texts), own = given
+            # After the warm-up of a loss, which is another program in some of them.
+            ctx = Context(step=jnp.int32(2**30), params=own, score=setup.model.score, axis=DATA)
+            return total_loss(images.repeat(captions), texts, jnp.repeat(found["ids"], captions), ctx)["loss"]
+
+        value, gradient = jax.value_and_grad(share)((found["embeddings"], loss_params))
+        return axis.psum(value + optax.global_norm(gradient), DATA)
+
+    variables = replicate({"params": params["model"], "batch_stats": batch_stats}, mesh)
+    embeddings = map_encode(encode, mesh, config.parallel.mapping)(variables, batch, setup.table)
+    found = {"embeddings": jax.block_until_ready(embeddings), "ids": batch["image_index"]}
+    loss_params = replicate(params["loss"], mesh)
+    mapped = map_step(per_device, mesh, config.parallel.mapping, donate_state=False)
+    return lambda: mapped(loss_params, found)
+
+
+def _optimiser(setup: Setup, params: Any, batch: Any) -> Callable[[], Any]:
+    """An update from gradients that are there; clipping included, the running average of parameters not."""
+    tx = make_optimiser(setup.config, schedule(setup.config, 1000, 1000))
+
+    def per_device(state: tuple[Any, Any], batch: Batch, gradient: Any) -> tuple[Any, Any]:
+        del batch  # a mapped function has one
+        updates, opt_state = tx.update(gradient, state[1], state[0])
+        return optax.apply_updates(state[0], updates), opt_state
+
+    state = replicate((params, tx.init(params)), setup.mesh)
+    gradient = replicate(params, setup.mesh)
+    mapped = map_step(per_device, setup.mesh, setup.config.parallel.mapping)
+    rows = {"image_index": batch["image_index"]}
+
+    def call() -> Any:
+        nonlocal state
+        state = mapped(state, rows, gradient)  # takes the memory of the state before
+        return state
+
+    return call
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes OUT: the point of CONFIG or, without one, what this machine is."""
+    parser = argparse.ArgumentParser(description="One point of a scaling study; called by main.py --mode=scale.")
+    parser.add_argument("--config", type=Path, help="configuration of the point; without it OUT describes the machine")
+    parser.add_argument("--compile_only", action="store_true", help="the compiler's figures only, nothing is run")
+    parser.add_argument("out", type=Path)
+    given = parser.parse_args(argv)
+    if given.config is None:
+        found = machine()
+    else:
+        config = load_config(given.config)
+        found = compile_point(config) if given.compile_only else measure_point(config)
+    given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

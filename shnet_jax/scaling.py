@@ -1,0 +1,360 @@
+"""`--mode=scale`: the training step over devices, batch sizes, loss strategies and precisions, with a report.
+
+Two questions: how much faster do more devices take the same batch (strong scaling, Amdahl), and do more devices take a
+larger batch in the same time (weak scaling, Gustafson). Each point is a process of its own (`scale_point`).
+
+Several CPU devices are virtual: they share the cores of one machine, and how fast they are says nothing of real ones.
+Such points are compiled and not run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from shnet_jax.data.batches import token_buckets
+from shnet_jax.observe.scale_report import Row, Study, write_report
+from shnet_jax.train.workdir import save_config
+from shnet_jax.types import PAIR_STRATEGIES
+
+DTYPES = ("float32", "bfloat16")
+OUT_OF_MEMORY = "out of memory"
+MEASURED, FAILED = "measured", "failed"
+
+# Sections that change nothing of a training step.
+_ASIDE = ("name", "eval", "study")
+
+Record = dict[str, Any]
+"""A point's JSON: status, message, settings and, when it was measured, the figures of `scale_point`."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Point:
+    """pairs: of the batch on each device. strategy: config.loss.pairs.strategy. dtype: of both towers' products."""
+
+    strategy: str
+    dtype: str
+    pairs: int
+    devices: int
+
+    @property
+    def batch(self) -> int:
+        """Pairs of the global batch."""
+        return self.pairs * self.devices
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.strategy}_{self.dtype}_{self.pairs}x{self.devices}"
+
+    def __str__(self) -> str:
+        devices = f"{self.devices} device{'s' if self.devices > 1 else ''}"
+        return f"{devices}, {self.pairs} pairs each, {self.strategy}, {self.dtype}"
+
+
+def scale(config: ConfigDict, workdir: str | Path) -> list[Row]:
+    """Measures the points of config.scale below `workdir` and writes scaling.csv, plots/ and report.html.
+
+    An interrupted study goes on with the same command: points that were measured, or did not fit in memory, with the
+    same settings on the same kind of machine are not repeated (delete points/ to repeat them); failed ones are.
+    Raises ValueError for settings that do not fit together or to the machine.
+    """
+    if jax.distributed.is_initialized():
+        raise ValueError("--mode=scale starts processes of its own on one machine: run it without --distributed")
+    workdir = Path(workdir)
+    _check(config)
+    folder = workdir / "points"
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine(folder)
+    check_machine(config, machine)
+    points = sweep(config.scale, references=machine["platform"] != "cpu")
+    records = measure_all(config, machine, points, folder)
+    rows = make_rows(config.scale, records, virtual=machine["platform"] == "cpu")
+    command = shlex.join(["python", *sys.argv])
+    data = config.data.dir or "random batches of the sizes in config.plan"
+    steps, warmup = config.scale.steps, config.scale.warmup_steps
+    study = Study(config.name, machine, command, data, steps, warmup, _date())
+    page = write_report(workdir, study, rows)
+    failed = sum(row.status != MEASURED for row in rows)
+    print(f"{len(rows)} points{f', {failed} of them without a result' if failed else ''}: {page}")
+    return rows
+
+
+def _date() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+
+
+def _check(config: ConfigDict) -> None:
+    s = config.scale
+    for field, known in (("strategies", PAIR_STRATEGIES), ("dtypes", DTYPES)):
+        if not s[field] or set(s[field]) - set(known):
+            raise ValueError(
+                f"config.scale.{field} is {tuple(s[field])}; choose one or more of {', '.join(known)}, as "
+                f'--config.scale.{field}="{known}"'
+            )
+    for field in ("devices", "pairs_per_device", "batch_sizes"):
+        if any(value < 1 for value in s[field]):
+            raise ValueError(f"config.scale.{field} is {tuple(s[field])}; its numbers must be at least 1")
+    if not s.devices or not (s.pairs_per_device or s.batch_sizes):
+        raise ValueError("config.scale needs devices, and pairs_per_device or batch_sizes")
+    if s.steps < 1 or s.warmup_steps < 0 or s.timeout <= 0:
+        raise ValueError(
+            f"config.scale.steps is {s.steps}, warmup_steps {s.warmup_steps}, timeout {s.timeout}; expected at least "
+            "1, at least 0 and above 0"
+        )
+    unit = config.data.captions_per_image
+    for pairs in s.pairs_per_device:
+        if pairs % unit:
+            raise ValueError(
+                f"config.scale.pairs_per_device has {pairs}, no multiple of config.data.captions_per_image = {unit}"
+            )
+    for batch in s.batch_sizes:
+        for devices in s.devices:
+            if batch % (devices * unit):
+                raise ValueError(
+                    f"config.scale.batch_sizes has {batch}; it must divide into {devices} devices with whole images of "
+                    f"config.data.captions_per_image = {unit}"
+                )
+    if config.data.resident and not config.data.dir:
+        raise ValueError("config.data.resident is True and config.data.dir empty: random batches are not resident")
+
+
+def check_machine(config: ConfigDict, machine: Mapping[str, Any]) -> None:
+    """Raises ValueError when the study needs devices that are not there or cannot be compiled for."""
+    most = max(config.scale.devices)
+    if machine["platform"] != "cpu" and most > machine["devices"]:
+        raise ValueError(
+            f"config.scale.devices asks for {most}, this machine has {machine['devices']} x {machine['device_kind']}; "
+            "JAX_PLATFORMS=cpu compiles for virtual devices instead"
+        )
+    if machine["platform"] == "cpu" and most > 1 and config.parallel.mapping == "pmap":
+        raise ValueError("config.parallel.mapping is pmap, which cannot be compiled without being run: use shard_map")
+
+
+def sweep(scale: ConfigDict, *, references: bool) -> list[Point]:
+    """The points of config.scale, each once.
+
+    references: also one device with each batch size per device that strong scaling comes to, for the ideal line.
+    """
+    pairs = [(n, p) for p in scale.pairs_per_device for n in scale.devices]
+    strong = [(n, batch // n) for batch in scale.batch_sizes for n in scale.devices]
+    pairs += strong + [(1, p) for _, p in strong if references]
+    pairs += [(1, p) for p in scale.pairs_per_device if references]
+    return [
+        Point(strategy, dtype, p, n)
+        for dtype in scale.dtypes
+        for strategy in scale.strategies
+        for n, p in dict.fromkeys(pairs)
+    ]
+
+
+def point_config(config: ConfigDict, point: Point) -> ConfigDict:
+    """The configuration of one point. Captions are padded to the longest bucket, so that every step is the same."""
+    own = ConfigDict(config.to_dict())
+    own.parallel.devices = point.devices
+    own.train.batch_size = point.batch
+    own.loss.pairs.strategy = point.strategy
+    own.model.dtype = own.text.dtype = point.dtype
+    own.data.token_buckets = token_buckets(config.data)[-1:]
+    return own
+
+
+def settings(config: ConfigDict, point: Point, machine: Mapping[str, Any]) -> str:
+    """A digest of all that a point's figures depend on, but for the code and the contents of the data set."""
+    own = {name: value for name, value in point_config(config, point).to_dict().items() if name not in _ASIDE}
+    own["scale"] = {name: own["scale"][name] for name in ("steps", "warmup_steps")}
+    # How many devices JAX sees here says nothing of the point, which asks for its own.
+    there = {name: value for name, value in machine.items() if name != "devices"}
+    text = json.dumps([own, there], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------- processes
+
+
+def describe_machine(folder: Path) -> dict[str, Any]:
+    """`scale_point.machine`, found by another process: this one must not take the devices from the points."""
+    out = folder / "machine.json"
+    done = _python([str(out)], os.environ, limit=600.0)
+    if done is None or done.returncode:
+        raise ValueError(f"JAX finds no devices: {fault(done, 600.0)[1]}")
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def measure_all(
+    config: ConfigDict,
+    machine: Mapping[str, Any],
+    points: Sequence[Point],
+    folder: Path,
+    run: Callable[[ConfigDict, Point, bool, Path], Record] | None = None,
+) -> dict[Point, Record]:
+    """The record of each point, found in `folder` or measured by `run` (`run_point`) and put there."""
+    run = run or run_point
+    found: dict[Point, Record] = {}
+    taken: list[float] = []
+    for number, point in enumerate(points):
+        path = folder / f"{point.name}.json"
+        digest = settings(config, point, machine)
+        record = read_record(path, digest)
+        if record is None:
+            left = len(points) - number
+            eta = f"  ETA {datetime.timedelta(seconds=round(left * sum(taken) / len(taken)))}" if taken else ""
+            print(f"point {number + 1}/{len(points)}  {point}{eta}", file=sys.stderr, flush=True)
+            start = time.monotonic()
+            compile_only = machine["platform"] == "cpu" and point.devices > 1
+            record = run(point_config(config, point), point, compile_only, folder)
+            taken.append(time.monotonic() - start)
+            record |= {"point": dataclasses.asdict(point), "compile_only": compile_only, "settings": digest}
+            _write(path, record)
+            if record["status"] != MEASURED:
+                print(f"  {record['status']}: {record['message']}", file=sys.stderr, flush=True)
+        found[point] = record
+    return found
+
+
+def read_record(path: Path, digest: str) -> Record | None:
+    """A record that needs no repetition; None when there is none, it failed, or its settings were others."""
+    if not path.is_file():
+        return None
+    record: Record = json.loads(path.read_text(encoding="utf-8"))
+    return record if record["settings"] == digest and record["status"] != FAILED else None
+
+
+def _write(path: Path, record: Record) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)  # whole or not at all: an interrupted study reads it again
+
+
+def run_point(config: ConfigDict, point: Point, compile_only: bool, folder: Path) -> Record:
+    """Measures in a process of its own; what goes wrong there is the record. Its output is kept as `<point>.log`."""
+    files = {end: folder / f"{point.name}.{end}" for end in ("config.json", "out.json", "log")}
+    save_config(config, files["config.json"])
+    files["out.json"].unlink(missing_ok=True)
+    environment = dict(os.environ)
+    if compile_only:
+        environment["XLA_FLAGS"] = virtual_devices(environment.get("XLA_FLAGS", ""), point.devices)
+    flags = ["--config", str(files["config.json"]), *(["--compile_only"] if compile_only else [])]
+    done = _python([*flags, str(files["out.json"])], environment, config.scale.timeout)
+    if done is not None:
+        files["log"].write_text(done.stdout + done.stderr, encoding="utf-8")
+    if done is None or done.returncode:
+        status, message = fault(done, config.scale.timeout)
+        return {"status": status, "message": message}
+    figures = json.loads(files["out.json"].read_text(encoding="utf-8"))
+    for end in files:
+        files[end].unlink()
+    return {"status": MEASURED, "message": ""} | figures
+
+
+def virtual_devices(flags: str, count: int) -> str:
+    """XLA_FLAGS with that many virtual CPU devices, whatever they said before."""
+    others = [flag for flag in flags.split() if not flag.startswith("--xla_force_host_platform_device_count")]
+    return " ".join([*others, f"--xla_force_host_platform_device_count={count}"])
+
+
+def _python(
+    arguments: list[str], environment: Mapping[str, str], limit: float
+) -> subprocess.CompletedProcess[str] | None:
+    """Runs `scale_point`; None when it takes longer than `limit` seconds."""
+    root = str(Path(__file__).parents[1])
+    paths = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
+    # Filtered tracebacks end in a note instead of the error.
+    environment = {**environment, "PYTHONPATH": paths, "JAX_TRACEBACK_FILTERING": "off"}
+    try:
+        return subprocess.run(
+            [sys.executable, "-m", "shnet_jax.scale_point", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+
+
+_ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit|Memory|Interrupt)\b.*$", re.MULTILINE)
+
+
+def fault(done: subprocess.CompletedProcess[str] | None, limit: float) -> tuple[str, str]:
+    """(status, message) of a process that did not end well; None: it took too long."""
+    if done is None:
+        return FAILED, f"took longer than config.scale.timeout = {limit:g} seconds"
+    errors = list(_ERROR.finditer(done.stderr))
+    lines = done.stderr.strip().splitlines()
+    said = done.stderr[errors[-1].start() :] if errors else (lines[-1] if lines else "no message")
+    said = " ".join(said.split())[:500]
+    if "RESOURCE_EXHAUSTED" in done.stderr:
+        return OUT_OF_MEMORY, said
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return FAILED, f"ended by {name}{' (by the system, for want of memory?)' if name == 'SIGKILL' else ''}: {said}"
+    return FAILED, said
+
+
+# ----------------------------------------------------------------------------------------------------- arithmetic
+
+
+def make_rows(scale: ConfigDict, records: Mapping[Point, Record], *, virtual: bool) -> list[Row]:
+    """One row for each point, with what it is compared to."""
+    speeds = {point: record.get("examples_per_second") for point, record in records.items()}
+    return [_row(scale, point, record, speeds, virtual) for point, record in records.items()]
+
+
+def _row(scale: ConfigDict, point: Point, record: Record, speeds: Mapping[Point, float | None], virtual: bool) -> Row:
+    alone = speeds.get(dataclasses.replace(point, devices=1))
+    same_batch = speeds.get(dataclasses.replace(point, devices=1, pairs=point.batch))
+    own = speeds[point]
+    return Row(
+        devices=point.devices,
+        pairs=point.pairs,
+        batch=point.batch,
+        strategy=point.strategy,
+        dtype=point.dtype,
+        series=tuple(_series(scale, point)),
+        status=record["status"],
+        message=record["message"],
+        virtual=virtual and point.devices > 1,
+        examples_per_second=own,
+        ideal=point.devices * alone if alone else None,
+        efficiency=efficiency(own, alone, point.devices),
+        strong_efficiency=efficiency(own, same_batch, point.devices),
+        memory=record.get("memory", {}).get("peak"),
+        device_memory=record.get("device_peak"),
+        flops=record.get("flops"),
+        # On one device they are in the program and send nothing.
+        collectives=record.get("collectives", {}) if point.devices > 1 else {},
+        seconds=record.get("seconds", {}),
+        compile_seconds=record.get("compile_seconds"),
+    )
+
+
+def efficiency(rate: float | None, alone: float | None, devices: int) -> float | None:
+    """Share of the ideal: rate / (devices * rate of one device alone); None where either is not known."""
+    return rate / (devices * alone) if rate and alone else None
+
+
+def _series(scale: ConfigDict, point: Point) -> Iterator[tuple[str, int]]:
+    """The lines that a point lies on: ("weak", pairs of each device), ("strong", pairs of the batch)."""
+    if point.devices in scale.devices:
+        if point.pairs in scale.pairs_per_device:
+            yield "weak", point.pairs
+        if point.batch in scale.batch_sizes:
+            yield "strong", point.batch

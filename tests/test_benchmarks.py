@@ -1,0 +1,157 @@
+"""The benchmarks run and say what docs/performance.md documents; the published model's operations are counted right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from benchmarks import flops, losses, pool, runner, step, text
+from benchmarks.rows import Row, compare, table
+from benchmarks.timing import Timing, interleave
+from shnet_jax.models import shnet
+from shnet_jax.types import Array
+
+DOCUMENTED = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def test_a_run_writes_what_is_documented(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pool, "QUICK", pool.Sizes(sets=2, members=5, channels=8, rounds=1))
+    monkeypatch.setattr(losses, "QUICK", losses.Sizes(pairs=(16,), dim=4, rounds=1))
+    monkeypatch.setattr(losses, "LOSSES", {"triplet": losses.LOSSES["triplet"]})
+    monkeypatch.setattr(losses, "_with_devices", lambda sizes: losses.measure(sizes, losses.SEVERAL_DEVICES, 4))
+    out = tmp_path / "new" / "results.json"
+    assert runner.main(["--only=pool,losses", "--quick", f"--out={out}"]) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert set(found) == {"machine", "quick", "seconds", "rows"} and found["quick"] is True
+    assert set(found["seconds"]) == {"pool", "losses"}
+    for name in [*found, *found["machine"], *found["rows"][0]]:
+        assert f"`{name}`" in DOCUMENTED, name
+    assert len(found["rows"]) == 4 + 3
+    for row in found["rows"]:
+        assert set(row) == {field.name for field in dataclasses.fields(Row)}
+        speed, reference = (row[f"{of}work"] / row[f"{of}seconds"] for of in ("", "reference_"))
+        assert row["ratio"] == pytest.approx(speed / reference) and row["ratio"] > 0
+        assert 0 < row["best_seconds"] <= row["seconds"] and row["rounds"] == 1
+        assert row["benchmark"] == "pool" or row["memory_bytes"] > 0
+    printed = capsys.readouterr().out
+    assert "| losses | triplet, ring, 16 pairs, D 4, 4 virtual CPU devices |" in printed and str(out) in printed
+
+
+@pytest.mark.slow
+def test_the_ring_is_measured_in_a_process_of_its_own():
+    sizes = losses.Sizes(pairs=(8,), dim=4, devices=2, rounds=1)
+    assert [row.what for row in losses._with_devices(sizes)] == [
+        f"{loss}, ring, 8 pairs, D 4, 2 virtual CPU devices" for loss in losses.LOSSES
+    ]
+
+
+@pytest.mark.parametrize("only", ["pool,speed", ""])
+def test_an_unknown_benchmark_is_told(only, capsys):
+    with pytest.raises(SystemExit):
+        runner.main([f"--only={only}"])
+    assert "step,pool,ranking,losses,input,text" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_told_and_compared_with_the_last_that_did(monkeypatch):
+    sizes = losses.Sizes(pairs=(8, 16), dim=4, rounds=1)
+    limit = losses.dense_program("infonce", 8, 4).memory * jax.device_count() / losses.FITS
+    monkeypatch.setattr(losses, "LOSSES", {"infonce": losses.LOSSES["infonce"]})
+    monkeypatch.setattr(losses.machine, "free_bytes", lambda: 1.01 * limit)
+    monkeypatch.setattr(losses, "loss_program", lambda *_: losses.Program(16, lambda: None, 1))
+    small, large = losses.measure(sizes, ("streamed",), 1)
+    assert small.reference.endswith("8 pairs") and large.reference.endswith("8 pairs")
+    assert small.note == "" and "16 pairs does not fit" in large.note
+    assert (large.work, large.reference_work) == (256, 64)
+    monkeypatch.setattr(losses.machine, "free_bytes", lambda: 0)
+    assert all(row.ratio is None and "does not fit" in row.note for row in losses.measure(sizes, ("streamed",), 1))
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES)
+def test_plain_losses_and_those_of_the_library_agree(loss):
+    plain = losses.dense_program(loss, 12, 6).call()
+    (value, _), gradients = plain
+    own_gradients, terms = losses.loss_program(loss, "gathered", 12, 6, 1).call()
+    np.testing.assert_allclose(terms[f"{loss}_loss"][0], value, rtol=1e-5)
+    for own, other in zip(own_gradients, gradients, strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-5)
+
+
+def test_plain_pooling_and_that_of_the_library_agree():
+    rng = np.random.default_rng(0)
+    features, weights = rng.normal(size=(3, 6, 5)).astype(np.float32), rng.random((3, 6), np.float32)
+    mask = np.ones((3, 6), bool)
+    expected = pool.numpy_pool(features, weights)
+    for pooled in (pool.sorted_pool, pool.set_pool):
+        np.testing.assert_allclose(pooled(features, jnp.asarray(mask), weights), expected, rtol=1e-5)
+
+
+def test_calls_take_turns_and_a_spent_budget_ends_them(monkeypatch):
+    monkeypatch.setattr("benchmarks.timing.SHORTEST", 0.0)
+    seen: list[str] = []
+    calls = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    monkeypatch.setattr("benchmarks.timing._seconds", lambda call, count: call() or 1.0)
+    times = interleave(calls, 3, before={"b": lambda: seen.append("before b")})
+    assert seen == ["a", "before b", "b"] * 5 and len(times["a"].rounds) == 3
+    assert len(interleave(calls, 3, budget=0.0)["a"].rounds) == 1
+
+
+def test_a_ratio_is_of_speeds():
+    row = compare("pool", "x", Timing((4.0, 1.0, 2.0)), "y", Timing((8.0,)), work=10.0, reference_work=20.0, aim=3.0)
+    assert (row.seconds, row.best_seconds, row.rounds) == (2.0, 1.0, 1)
+    assert row.ratio == (10 / 2) / (20 / 8)
+    assert "| pool | x | 2 s | y | 8 s | 2 | ≥ 3 |  |  |  |" in table([row])
+
+
+def test_lengths_are_those_of_captions():
+    lengths = text.caption_lengths(4)
+    assert len(lengths) == 20 and lengths.min() > 2 and lengths.max() <= text.LIMIT
+    for tokens, mask in text.batches(np.sort(lengths), 8, text.BUCKETS):
+        assert tokens.shape[1] in text.BUCKETS and (mask == (tokens > 0)).all()
+
+
+def test_operations_by_hand():
+    # 36 regions, 4096 positions, 128 channels: attention of 18.9 million multiplications, twice (docs: K: c -> P -> c).
+    config = step.configuration("float32", 12)
+    spatial = flops.image_flops(config.model, step.SHAPES)["spatial"] / 2
+    attention = 2 * 36 * 4096 * 128
+    convolution = 4096 * 81 * 128
+    assert spatial - attention - convolution == 36 * (1024 * 512 + 512 * 128) + 36 * (128 * 512 + 512 * 1024)
+    # BERT-base: 85 million weights in its layers; attention adds 2 * 16 * 768 for each token and layer.
+    layers = flops.text_flops(config.text, 1024, 16)["layers"] / 2
+    assert layers == 16 * 12 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 16 * 768)
+    parts = {**flops.image_flops(config.model, step.SHAPES), **flops.text_flops(config.text, 1024, 16)}
+    assert {"units", "semantic", "fusion", "scene", "category", "layers", "head"} < set(parts)
+    one, two = (flops.step_flops(config, step.SHAPES, 16, pairs) for pairs in (1, 2))
+    assert two == 2 * one + 3 * 2 * 2 * 1024  # towers grow with the pairs, scores with their square
+
+
+@pytest.mark.parametrize("arm", ["full", "none"])
+def test_operations_are_those_that_the_compiler_counts(arm):
+    # Without the spatial branch, whose convolution and loop over images the implementation has in another form.
+    config = ConfigDict(step.configuration("float32", 2).to_dict())
+    config.model.update(spatial=False)
+    if arm == "none":
+        config.model.update(semantic=False, scene_tokens=False, category_token=False)
+    model, batch = shnet.build(config), step.random_batch(2, 16)
+    batch["regions"], batch["seg_semantic"] = (batch[f].astype(np.float32) for f in ("regions", "seg_semantic"))
+    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), batch)
+
+    def count(method: str) -> float:
+        def vectors(variables, batch) -> Array:
+            return model.apply(variables, batch, train=False, method=method).vector
+
+        return jax.jit(vectors).lower(variables, batch).cost_analysis()["flops"]
+
+    # It counts additions of biases and the like as well.
+    image = 2 * sum(flops.image_flops(config.model, step.SHAPES).values())
+    assert 1.0 <= count("encode_image") / image < 1.03
+    words = 2 * sum(flops.text_flops(config.text, config.model.dim, 16).values())
+    assert 1.0 <= count("encode_text") / words < 1.03

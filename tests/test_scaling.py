@@ -1,0 +1,401 @@
+"""The scaling study: which points, what is measured again, what efficiency is, and a page that needs no other file."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from configs import scaling as small
+from shnet_jax import plan, scale_point, scaling
+from shnet_jax.observe import scale_report
+from shnet_jax.scaling import Point
+from tests.train import tiny
+
+MACHINE = {
+    "platform": "gpu",
+    "device_kind": "Some <fast> card",
+    "devices": 4,
+    "cpu": "a processor",
+    "cores": 2,
+    "system": "Linux",
+    "python": "3.11",
+    "versions": {"jax": "0.10"},
+}
+CPU = MACHINE | {"platform": "cpu", "device_kind": "cpu", "devices": 1}
+
+
+def configuration(**changes):
+    """A toy model; changes by dotted name with "__" for the dot."""
+    c = small.get_config()
+    fixed = {
+        "model.name": "tests.train.toy", "model.dim": 8, "text.width": 8, "text.vocab_size": 50, "plan.regions": 3,
+        "plan.region_dim": 4, "scale.devices": (1, 2), "scale.pairs_per_device": (4,), "scale.batch_sizes": (8,),
+        "scale.strategies": ("gathered", "ring"), "scale.steps": 2, "scale.warmup_steps": 0, "scale.timeout": 300.0,
+    }  # fmt: skip
+    c.update_from_flattened_dict(fixed | {name.replace("__", "."): value for name, value in changes.items()})
+    return c
+
+
+# ---------------------------------------------------------------------------------------------------------- the sweep
+
+
+def test_every_point_once():
+    scale = configuration(scale__devices=(1, 2, 4), scale__dtypes=("float32", "bfloat16")).scale
+    found = scaling.sweep(scale, references=False)
+    sizes = [(1, 4), (2, 4), (4, 4), (1, 8), (4, 2)]  # 2 devices with 4 pairs each are on both lines
+    assert [(p.devices, p.pairs) for p in found if (p.strategy, p.dtype) == ("ring", "float32")] == sizes
+    assert len(found) == len(set(found)) == 4 * len(sizes)
+    assert {(p.strategy, p.dtype) for p in found} == {(s, d) for s in scale.strategies for d in scale.dtypes}
+    with_references = scaling.sweep(scale, references=True)
+    assert {(p.devices, p.pairs) for p in with_references} - {*sizes} == {(1, 2)}
+
+
+def test_the_configuration_of_a_point():
+    config = configuration(data__token_buckets=(8, 16, 32))
+    own = scaling.point_config(config, Point("streamed", "bfloat16", 6, 4))
+    assert (own.parallel.devices, own.train.batch_size, own.loss.pairs.strategy) == (4, 24, "streamed")
+    assert own.model.dtype == own.text.dtype == "bfloat16" and own.data.token_buckets == (16,)
+    assert config.train.batch_size != 24 and config.loss.pairs.strategy == "gathered"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale__strategies": ("gather",)}, r"config.scale.strategies is \('gather',\); choose .*gathered"),
+        ({"scale__dtypes": ()}, r"config.scale.dtypes is \(\)"),
+        ({"scale__devices": (0,)}, r"config.scale.devices is \(0,\)"),
+        ({"scale__devices": (1, 3)}, "config.scale.batch_sizes has 8; it must divide into 3 devices"),
+        ({"scale__pairs_per_device": (), "scale__batch_sizes": ()}, "needs devices, and pairs_per_device or"),
+        ({"data__captions_per_image": 3, "scale__batch_sizes": ()}, "pairs_per_device has 4, no multiple of"),
+        ({"scale__steps": 0}, "config.scale.steps is 0"),
+        ({"data__resident": True}, "random batches are not resident"),
+    ],
+)
+def test_settings_that_do_not_fit(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        scaling.scale(configuration(**changes), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_devices_that_are_not_there():
+    with pytest.raises(ValueError, match="asks for 8, this machine has 4 x Some <fast> card"):
+        scaling.check_machine(configuration(scale__devices=(1, 8)), MACHINE)
+    scaling.check_machine(configuration(scale__devices=(1, 8)), CPU)
+    with pytest.raises(ValueError, match="mapping is pmap"):
+        scaling.check_machine(configuration(parallel__mapping="pmap"), CPU)
+
+
+def test_virtual_devices_replace_those_of_the_environment():
+    flags = "--xla_a=1 --xla_force_host_platform_device_count=8"
+    assert scaling.virtual_devices(flags, 2) == "--xla_a=1 --xla_force_host_platform_device_count=2"
+
+
+# ---------------------------------------------------------------------------------------------- resuming and failing
+
+
+class Runner:
+    """Measures nothing; remembers what it was asked for."""
+
+    def __init__(self, **statuses):
+        self.statuses, self.asked = statuses, []
+
+    def __call__(self, config, point, compile_only, folder):
+        self.asked.append((point.name, compile_only))
+        status = self.statuses.get(point.name, "measured")
+        return {"status": status, "message": "" if status == "measured" else "why"}
+
+
+def test_points_are_measured_once(tmp_path, capsys):
+    config = configuration()
+    points = scaling.sweep(config.scale, references=False)
+    first = Runner(ring_float32_4x1="failed", ring_float32_4x2="out of memory")
+    records = scaling.measure_all(config, CPU, points, tmp_path, first)
+    assert [name for name, _ in first.asked] == [p.name for p in points] and len(points) == 6
+    assert {only for name, only in first.asked if name.endswith("x1")} == {False}
+    assert {only for name, only in first.asked if name.endswith("x2")} == {True}
+    assert [records[p]["status"] for p in points].count("measured") == 4
+    said = capsys.readouterr().err
+    assert "point 2/6  2 devices, 4 pairs each, gathered, float32  ETA 0:00:0" in said and "failed: why" in said
+
+    again = Runner()  # the failed one alone: what did not fit will not fit now
+    records = scaling.measure_all(config, CPU, points, tmp_path, again)
+    assert [name for name, _ in again.asked] == ["ring_float32_4x1"]
+    assert [records[p]["status"] for p in points].count("measured") == 5
+
+    for changed, machine in (
+        (configuration(scale__steps=3), CPU),
+        (configuration(model__dim=9), CPU),
+        (config, CPU | {"cpu": "another"}),
+    ):
+        other = Runner()
+        scaling.measure_all(changed, machine, points, tmp_path, other)
+        assert len(other.asked) == 6
+    aside = Runner()
+    renamed = configuration(name="x", scale__timeout=1.0)
+    scaling.measure_all(renamed, CPU | {"cpu": "another", "devices": 8}, points, tmp_path, aside)
+    assert not aside.asked
+
+
+def executable(path, *lines):
+    path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "message"),
+    [
+        (
+            ["echo 'Traceback' >&2", "echo 'ValueError: no such tower' >&2", "exit 1"],
+            "failed",
+            "ValueError: no such tower",
+        ),
+        (
+            ["echo 'jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.' >&2", "exit 1"],
+            "out of memory",
+            "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
+        ),
+        (["kill -9 $$"], "failed", "ended by SIGKILL (by the system, for want of memory?): no message"),
+        (["exec sleep 20"], "failed", "took longer than config.scale.timeout = 0.5 seconds"),
+    ],
+)
+def test_a_failing_point_is_recorded(lines, status, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", executable(tmp_path / "python", *lines))
+    config = configuration(scale__timeout=0.5 if "sleep" in lines[0] else 60.0)
+    points = scaling.sweep(config.scale, references=False)[:2]
+    records = scaling.measure_all(config, CPU, points, tmp_path)
+    assert [records[p]["status"] for p in points] == [status] * 2  # and the study went on
+    assert records[points[0]]["message"] == message
+    kept = json.loads((tmp_path / f"{points[0].name}.json").read_text())
+    assert (kept["status"], kept["message"]) == (status, message)
+
+
+def test_a_result_is_read_and_what_led_to_it_removed(tmp_path, monkeypatch):
+    lines = ["for last; do :; done", 'echo \'{"flops": 3.0}\' > "$last"', 'echo "$XLA_FLAGS" > flags']
+    monkeypatch.setattr(sys, "executable", executable(tmp_path / "python", *lines))
+    monkeypatch.chdir(tmp_path)
+    point = Point("ring", "float32", 4, 2)
+    folder = tmp_path / "points"
+    folder.mkdir()
+    record = scaling.run_point(scaling.point_config(configuration(), point), point, True, folder)
+    assert record == {"status": "measured", "message": "", "flops": 3.0} and not list(folder.iterdir())
+    assert "--xla_force_host_platform_device_count=2" in (tmp_path / "flags").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def record(rate=None, *, peak=None, status="measured", message="", **figures):
+    """What `scale_point` gives."""
+    if peak is None:
+        return {"status": status, "message": message}
+    seconds = {"step": 0.2, "input": 0.02, "encode": 0.1, "loss": 0.03, "optimiser": 0.01, "rest": 0.04}
+    timed = {"examples_per_second": rate, "seconds": seconds, "device_peak": 2 * peak} if rate else {}
+    sent = {"all-reduce": 3.0 * 2**20, "all-gather": 2.0**20}
+    return {"status": status, "message": message, "memory": {"peak": peak}, "flops": 4e9, "collectives": sent,
+            "compile_seconds": 1.0} | timed | figures  # fmt: skip
+
+
+def study_rows(virtual=False):
+    config = configuration(scale__devices=(1, 2, 4), scale__batch_sizes=(16,), scale__dtypes=("float32", "bfloat16"))
+    rates = {(1, 4): 100.0, (2, 4): 180.0, (4, 4): 300.0, (1, 16): 125.0, (2, 8): 200.0, (1, 8): 110.0}
+    records = {}
+    for point in scaling.sweep(config.scale, references=not virtual):
+        rate = None if virtual and point.devices > 1 else rates[point.devices, point.pairs]
+        records[point] = record(rate, peak=point.pairs * 2**20 * (2 if point.strategy == "gathered" else 1))
+    lost = Point("ring", "bfloat16", 8, 2)
+    records[lost] = record(status="out of memory", message='<img src="http://evil/x"> & more')
+    return scaling.make_rows(config.scale, records, virtual=virtual)
+
+
+def test_efficiency():
+    rows = {(r.devices, r.pairs): r for r in study_rows() if (r.strategy, r.dtype) == ("ring", "float32")}
+    assert rows[2, 4].ideal == 200 and rows[2, 4].efficiency == pytest.approx(0.9)
+    assert rows[4, 4].ideal == 400 and rows[4, 4].efficiency == pytest.approx(0.75)
+    assert rows[1, 4].efficiency == 1 and rows[1, 16].strong_efficiency == 1
+    # One device with all 16 pairs makes 125 a second: 2 should make 250, 4 should make 500.
+    assert rows[2, 8].strong_efficiency == pytest.approx(0.8) and rows[4, 4].strong_efficiency == pytest.approx(0.6)
+    assert rows[2, 8].efficiency == pytest.approx(200 / 220)  # of 110, with 8 pairs on it
+    assert rows[2, 4].strong_efficiency == pytest.approx(180 / 220)  # 8 pairs in all
+    assert rows[4, 4].series == (("weak", 4), ("strong", 16)) and rows[1, 8].series == ()
+    assert rows[4, 4].sent == 4 * 2**20 and rows[1, 4].sent == 0  # a device alone sends nothing
+
+
+def test_what_has_no_reference_has_no_efficiency():
+    rows = study_rows()
+    lost = next(row for row in rows if row.memory is None)
+    assert lost.ideal == 220 and lost.sent is None
+    assert lost.status == "out of memory" and lost.examples_per_second is None and lost.efficiency is None
+    assert all(row.efficiency is None for row in study_rows(virtual=True) if row.devices > 1)
+
+
+def test_sentences():
+    said = scale_report.summary(study_rows())
+    assert "Fastest: 300 pairs/s, with 4 devices with 4 pairs each, gathered, float32." in said
+    assert "There the towers took most: 100.0 ms alone, of a step of 200.0 ms." in said
+    weak = next(
+        s for s in said if s.startswith("Weak scaling, 4 pairs on each device: at 4 devices efficiency is 75 %.")
+    )
+    assert "It falls below 80 % with gathered, float32 at 4 devices; ring, float32 at 4 devices; gathered, b" in weak
+    strong = next(s for s in said if s.startswith("Strong scaling, 16 pairs over all devices: at 4 devices"))
+    assert "efficiency is 60 %" in strong and "ring, float32 at 4 devices" in strong
+    assert "Memory of a device, 4 devices with 4 pairs each, float32: gathered 8 MiB, ring 4 MiB." in said
+    assert "1 of 24 points have no result: 2 devices with 8 pairs each, ring, bfloat16: out of memory" in said[-1]
+    virtual = scale_report.summary(study_rows(virtual=True))
+    assert virtual[0].startswith("The devices are virtual") and not any("efficiency" in s for s in virtual)
+    assert "Fastest: 125 pairs/s, with 1 device with 16 pairs each, gathered, float32." in virtual
+
+
+# ----------------------------------------------------------------------------------------------------------- the page
+
+VOID = {"meta", "source", "img", "link", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest; keeps tags with their attributes, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def make_report(folder, virtual):
+    study = scale_report.Study(
+        "a < b & c", CPU if virtual else MACHINE, "python main.py --x='<y>'", "random", 2, 1, "2026-01-01"
+    )
+    return scale_report.write_report(folder, study, study_rows(virtual))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return make_report(tmp_path_factory.mktemp("report"), virtual=False)
+
+
+def test_the_page_stands_alone(report):
+    text = report.read_text("utf-8")
+    page = Page(text)
+    words = "".join(page.text)
+    tags = [tag for tag, _ in page.tags]
+    assert not {"script", "link", "iframe"} & {*tags} and "@import" not in text and "url(" not in text
+    for _, attributes in page.tags:
+        for name in {"src", "srcset", "href"} & attributes.keys():
+            assert attributes[name].startswith("data:image/png;base64,")
+    # What was not ours to write is text, not markup.
+    assert "Scaling study: a < b & c" in words and "--x='<y>'" in words and '<img src="http://evil/x"> & more' in words
+    assert "Some <fast> card" in words
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    images = sorted(p.stem for p in (report.parent / "plots").iterdir())
+    assert tags.count("img") == tags.count("source") == len(images) and tags.count("tr") == 1 + 24
+    assert {"speed_weak_4", "efficiency_strong_16", "memory_weak_4", "shares_1", "shares_4", "collectives"} <= {*images}
+
+
+def test_the_page_can_be_found_wrong():
+    with pytest.raises(AssertionError, match="closes another element"):
+        Page("<p><b>x</p></b>")
+    with pytest.raises(AssertionError, match="not closed"):
+        Page("<div>")
+
+
+def test_the_table(report):
+    with (report.parent / "scaling.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24
+    row = next(
+        r for r in rows if (r["strategy"], r["dtype"], r["devices"], r["pairs"]) == ("ring", "float32", "4", "4")
+    )
+    assert float(row["efficiency"]) == pytest.approx(0.75) and float(row["all-gather_bytes"]) == 2**20
+    assert float(row["encode_seconds"]) == 0.1 and float(row["memory"]) == 4 * 2**20
+    lost = next(r for r in rows if r["status"] == "out of memory")
+    assert lost["memory"] == lost["all-gather_bytes"] == lost["examples_per_second"] == "" and "evil" in lost["message"]
+
+
+def test_virtual_devices_have_no_plots_of_speed():
+    rows = study_rows(virtual=True)
+    names = [name for name, _, _ in scale_report.plots(rows)]
+    assert not [name for name in names if name.startswith(("speed", "efficiency"))]
+    assert {"memory_weak_4", "sent_weak_4", "memory_strong_16", "collectives", "shares_1"} <= {*names}
+    study = scale_report.Study("v", CPU, "c", "random", 2, 1, "2026-01-01")
+    text = "".join(Page(scale_report.page(study, rows, [])).text)
+    assert "4 virtual" in text and "compiled" in text and "4 virtual CPU devices" in text
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def test_random_batches_have_the_shapes_of_training():
+    config = configuration()
+    config.model.name = "shnet"
+    config.model.semantic = config.model.spatial = config.model.scene_tokens = config.model.category_token = True
+    subject = plan.describe(config)
+    batch, like = scale_point.random_batch(subject, 6, 0), plan.train_batch(subject, 6)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in like.items()}
+    assert batch["tokens"].max() < 50 and batch["token_mask"].all() and batch["region_keep"].all()
+    assert len(np.unique(batch["image_index"])) == 6
+    assert not np.array_equal(batch["tokens"], scale_point.random_batch(subject, 6, 1)["tokens"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+def test_a_measured_point(mapping):
+    """The figures of a step that runs are those of the step that is only compiled; parts and rest make up the step."""
+    config = scaling.point_config(configuration(parallel__mapping=mapping), Point("ring", "float32", 4, 2))
+    with tiny.quick():
+        found = scale_point.measure_point(config)
+        compiled = scale_point.compile_point(scaling.point_config(configuration(), Point("ring", "float32", 4, 2)))
+    seconds = dict(found["seconds"])
+    step = seconds.pop("step")
+    assert set(seconds) == set(scale_report.PARTS) and sum(seconds.values()) == pytest.approx(step)
+    assert all(seconds[part] > 0 for part in ("encode", "loss", "optimiser"))
+    assert found["examples_per_second"] == pytest.approx(8 / step)
+    assert compiled["collectives"]["collective-permute"] > 0
+    if mapping == "shard_map":
+        assert {k: found[k] for k in ("flops", "collectives", "memory")} == {
+            k: compiled[k] for k in ("flops", "collectives", "memory")
+        }
+
+
+@pytest.mark.slow
+def test_from_a_data_set():
+    config = tiny.config(scale__steps=2, scale__warmup_steps=0)
+    config.model.name = "tests.train.toy"
+    with tiny.quick():
+        found = scale_point.measure_point(scaling.point_config(config, Point("gathered", "float32", 10, 1)))
+    assert found["seconds"]["input"] >= 0 and found["memory"]["peak"] > 0
+
+
+@pytest.mark.slow
+def test_the_study_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    config = configuration(scale__strategies=("gathered",))
+    rows = scaling.scale(config, tmp_path)
+    assert [(r.devices, r.pairs, r.status, r.virtual) for r in rows] == [
+        (1, 4, "measured", False),
+        (2, 4, "measured", True),
+        (1, 8, "measured", False),
+    ]
+    assert rows[0].examples_per_second and rows[1].examples_per_second is None and rows[1].collectives["all-reduce"] > 0
+    Page((tmp_path / "report.html").read_text("utf-8"))
+    assert f"3 points: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    monkeypatch.setattr(scaling, "run_point", lambda *_: pytest.fail("measured again"))
+    again = scaling.scale(config, tmp_path)
+    assert [dataclasses.asdict(r) for r in again] == [dataclasses.asdict(r) for r in rows]
