@@ -23,6 +23,8 @@ FREE_TO_CHANGE = (
     "config.data.read_threads",
     "config.eval.",
     "config.name",
+    "config.plan.",
+    "config.scale.",
     "config.study.",
     "config.text.weights",
     "config.tokenizer.path",
