@@ -92,6 +92,10 @@ def main(argv: list[str]) -> None:
     modes = {"train": commands.train, "eval": commands.evaluate, "study": study, "scale": scale}
     run = (modes | {"plan": partial(plan, target=TARGET.value)})[MODE.value]
     try:
+        if DISTRIBUTED.value and MODE.value not in ("train", "eval"):
+            raise ValueError(f"--distributed is for the modes train and eval, --mode is {MODE.value}")
+        if not DISTRIBUTED.value and (COORDINATOR.value or PROCESSES.value or PROCESS.value >= 0):
+            raise ValueError("--coordinator_address, --process_count and --process_id belong to --distributed")
         if DISTRIBUTED.value:
             hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         run(CONFIG.value, str(WORKDIR.value))

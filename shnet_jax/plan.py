@@ -203,11 +203,13 @@ def _placed(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def compile_program(lower: Callable[[], jax.stages.Lowered], rows: int, limit: float | None) -> Program:
-    """Compiles and measures. limit: bytes of one device's memory, None: not known."""
+def compile_program(
+    lower: Callable[[], jax.stages.Lowered], rows: int, limit: float | None, effort: float = 0.0
+) -> Program:
+    """Compiles and measures. limit: bytes of one device's memory, None: not known. effort: as config.plan.effort."""
     start = time.perf_counter()
     try:
-        compiled = compile_lowered(lower())
+        compiled = compile_lowered(lower(), effort)
     except OutOfMemory as error:
         return Program(rows, False, None, None, error.needed, time.perf_counter() - start, str(error))
     found = memory(compiled)
@@ -220,18 +222,20 @@ def make_plan(subject: Subject, mesh: Mesh) -> dict[str, Any]:
     config, kind = subject.config, mesh.devices.flat[0].device_kind
     peaks = chip(kind)
     limit = peaks.memory if peaks else None
-    pairs = _pairs_per_device(config, mesh.size)
+    pairs, effort = _pairs_per_device(config, mesh.size), config.plan.effort
+    if not -1 <= effort <= 0:
+        raise ValueError(f"config.plan.effort is {effort}; it must be between -1 and 0")
 
     def train(pairs: int, subject: Subject = subject) -> Program:
         log.info("compiling the training step with %d pairs on each of %d devices", pairs, mesh.size)
-        return compile_program(lambda: lower_train(subject, mesh, pairs), pairs, limit)
+        return compile_program(lambda: lower_train(subject, mesh, pairs), pairs, limit, effort)
 
-    rows = config.eval.batch_size
-    programs = {
-        "train": train(pairs),
-        "encode images": compile_program(lambda: lower_encode(subject, mesh, rows, "image"), rows, limit),
-        "encode captions": compile_program(lambda: lower_encode(subject, mesh, rows, "text"), rows, limit),
-    }
+    def encode(side: str) -> Program:
+        rows = config.eval.batch_size
+        log.info("compiling the %s tower", side)
+        return compile_program(lambda: lower_encode(subject, mesh, rows, side), rows, limit, effort)
+
+    programs = {"train": train(pairs), "encode images": encode("image"), "encode captions": encode("text")}
     first, largest, changes = programs["train"], None, []
     if first.fits is False:
         changes = advice(config, mesh.size)
@@ -251,6 +255,7 @@ def make_plan(subject: Subject, mesh: Mesh) -> dict[str, Any]:
             "model.dtype": config.model.dtype,
             "text.dtype": config.text.dtype,
             "data.resident": config.data.resident,
+            "plan.effort": effort,
         },
         "programs": {name: _as_dict(program, peaks, kind) for name, program in programs.items()},
         "largest_pairs_per_device": largest,
@@ -311,7 +316,7 @@ def largest_batch(compiled: Callable[[int], Program], first: Program, unit: int,
 def fitting_microbatch(
     compiled: Callable[[int, Subject], Program], subject: Subject, pairs: int
 ) -> tuple[int, float] | None:
-    """(the largest microbatch below the configured one with which `pairs` fit, bytes needed); None: there is none."""
+    """(microbatch, bytes needed) of the first of pairs / 2, / 4, ... that fits; None: none of them does."""
     for microbatch in _divisors(
         pairs, subject.config.data.captions_per_image, subject.config.train.microbatch or pairs
     ):

@@ -169,6 +169,7 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
     own.parallel.devices = point.devices
     own.train.batch_size = point.batch
     own.loss.pairs.strategy = point.strategy
+    own.loss.triplet.warmup_epochs = 0.0  # what nearly all steps of a training are
     own.model.dtype = own.text.dtype = point.dtype
     own.data.token_buckets = token_buckets(config.data)[-1:]
     return own
@@ -246,6 +247,7 @@ def run_point(config: ConfigDict, point: Point, compile_only: bool, folder: Path
     files = {end: folder / f"{point.name}.{end}" for end in ("config.json", "out.json", "log")}
     save_config(config, files["config.json"])
     files["out.json"].unlink(missing_ok=True)
+    files["log"].unlink(missing_ok=True)
     environment = dict(os.environ)
     if compile_only:
         environment["XLA_FLAGS"] = virtual_devices(environment.get("XLA_FLAGS", ""), point.devices)

@@ -73,6 +73,13 @@ class Pairs:
     strategy: str = "gathered"
     tile: int = 1024
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown strategy or a tile below 1."""
+        if self.strategy not in PAIR_STRATEGIES:
+            raise ValueError(f"loss.pairs.strategy is {self.strategy!r}; choose from {', '.join(PAIR_STRATEGIES)}")
+        if self.tile < 1:
+            raise ValueError(f"loss.pairs.tile is {self.tile}; it must be at least 1")
+
 
 @struct.dataclass
 class Context:

@@ -16,8 +16,10 @@ from shnet_jax.data.gallery import Gallery, Part, open_gallery
 from shnet_jax.evaluate.encode import Portion, encode
 from shnet_jax.evaluate.pipelined import make_pipelined_text_encoder, place_variables, stage_mesh
 from shnet_jax.evaluate.protocols import Results, Subject, evaluate
+from shnet_jax.evaluate.rank import check_captions
 from shnet_jax.evaluate.screen import check_score_dtype
 from shnet_jax.evaluate.stages import Stages
+from shnet_jax.evaluate.tiles import tile_shape
 from shnet_jax.experiment import Experiment
 from shnet_jax.parallel.hosts import own_rows
 from shnet_jax.parallel.mapping import data_mesh, map_encode, put_batch, replicate
@@ -36,7 +38,7 @@ def subject(experiment: Experiment, split: str, step: int, selected_on: str, dev
         split=split,
         checkpoint_step=step,
         parameters=f"running average (decay {config.optim.ema})" if config.optim.ema else "trained",
-        dtype=config.model.dtype,
+        dtype=f"image {config.model.dtype}, text {config.text.dtype}",
         selected_on=selected_on,
         devices=devices,
     )
@@ -45,8 +47,9 @@ def subject(experiment: Experiment, split: str, step: int, selected_on: str, dev
 def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
     """Opens a split once; the result evaluates variables {"params", "batch_stats"} on it, as often as wanted."""
     config, model = experiment.config, experiment.model
-    check_score_dtype(model.score, config.eval.score_dtype)  # before hours of encoding
+    check_score_dtype(model.score, config.eval.score_dtype)
     gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
+    _check(experiment, gallery)
     protocol = f"folds{config.eval.folds}" if config.eval.folds > 1 else "whole"
     encode_both = make_encoder(experiment, gallery, mesh)
     # Every process has all embeddings in the end, and ranks them on its own devices.
@@ -67,6 +70,22 @@ def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
         )
 
     return evaluator
+
+
+def _check(experiment: Experiment, gallery: Gallery) -> None:
+    """What would otherwise fail after hours of encoding, or at the end of the first epoch."""
+    evaluation = experiment.config.eval
+    check_captions(gallery.caption_image, gallery.images, len(gallery.captions))
+    tile_shape(gallery.images, len(gallery.captions), evaluation.tile)
+    if evaluation.batch_size < 1:
+        raise ValueError(f"config.eval.batch_size is {evaluation.batch_size}; it must be at least 1")
+    if evaluation.folds < 0 or (evaluation.folds > 1 and gallery.images % evaluation.folds):
+        raise ValueError(
+            f"config.eval.folds is {evaluation.folds}; the split has {gallery.images} images, which must divide into "
+            "folds of equal size (0: the whole split)"
+        )
+    if jax.process_count() > 1 and experiment.config.parallel.mapping == "pmap":
+        raise ValueError("several processes evaluate under config.parallel.mapping=shard_map only")
 
 
 def make_encoder(

@@ -34,9 +34,11 @@ class Stages:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is None:
-            wait(self._started)
-        self._stop.set()
+        try:
+            if error is None:
+                wait(self._started)
+        finally:  # also when it is interrupted: threads that go on would keep the process alive
+            self._stop.set()
         wait(self._started + self._readers)
         found = (future.exception() for future in self._started + self._readers)
         first = next((e for e in found if e is not None and not isinstance(e, _Stopped)), None)

@@ -99,7 +99,8 @@ class Candidates:
         if self.pairs.strategy == "streamed":
             whole = axis.all_gather(self.own_block(), self.axis)
         if whole is not None:
-            return jax.tree.map(lambda x: x[rows - whole.rows[0]], whole.items)
+            place = jnp.maximum(rows - whole.rows[0], 0)  # a query without any negative names row 0
+            return jax.tree.map(lambda x: x[place], whole.items)
 
         def around(state: tuple[Embedding, Block], _: None) -> tuple[tuple[Embedding, Block], None]:
             taken, block = state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from shnet_jax.losses import pairs
@@ -50,7 +51,7 @@ def loss(
     score their own partner above every negative; infonce_scale, c.
     """
     if learn_temperature:
-        scale = jnp.exp(jnp.minimum(ctx.params["log_scale"], math.log(MAX_SCALE)))
+        scale = jnp.exp(_limited(ctx.params["log_scale"]))
     else:
         scale = jnp.asarray(1 / temperature, jnp.float32)
     both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
@@ -63,3 +64,21 @@ def loss(
         "infonce_accuracy": correct.sum() / (2 * size),
         "infonce_scale": scale / axis.axis_size(ctx.axis),
     }
+
+
+@jax.custom_vjp
+def _limited(log_scale: Array) -> Array:
+    """At most log MAX_SCALE. Beyond it the gradient may only lead back, as a parameter that is clamped (CLIP) can."""
+    return jnp.minimum(log_scale, math.log(MAX_SCALE))
+
+
+def _forward(log_scale: Array) -> tuple[Array, Array]:
+    return _limited(log_scale), log_scale
+
+
+def _backward(log_scale: Array, cotangent: Array) -> tuple[Array]:
+    away = (log_scale > math.log(MAX_SCALE)) & (cotangent < 0)  # descent would raise it further
+    return (jnp.where(away, 0.0, cotangent),)
+
+
+_limited.defvjp(_forward, _backward)

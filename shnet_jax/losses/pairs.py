@@ -36,7 +36,7 @@ from jax import lax
 
 from shnet_jax.losses.candidates import Block, Candidates
 from shnet_jax.parallel import axis
-from shnet_jax.types import PAIR_STRATEGIES, Array, Context, Embedding, Score
+from shnet_jax.types import Array, Context, Embedding, Score
 
 OfScore = Callable[..., Array]
 """(scores [b, t], *args) -> [b, t], elementwise; args are [b, 1] or [] arrays. It closes over no traced value."""
@@ -104,7 +104,7 @@ def directions(
     ids: [b] int32 image ids.
     mask_same_image: captions of the same image are no negatives of it (nor it of them). False, as published by
       VSE-infinity and 3SHNet: everything but the own pair is a negative.
-    Raises ValueError when the three do not have equally many rows, and for an unknown strategy or a tile below 1.
+    Raises ValueError when the three do not have equally many rows.
     """
     pairs = ids.shape[0]
     if images.vector.shape[0] != pairs or texts.vector.shape[0] != pairs:
@@ -112,10 +112,6 @@ def directions(
             "a loss takes pairs, with as many images as texts and ids; got "
             f"{images.vector.shape[0]} images, {texts.vector.shape[0]} texts and {pairs} ids"
         )
-    if ctx.pairs.strategy not in PAIR_STRATEGIES:
-        raise ValueError(f"loss.pairs.strategy is {ctx.pairs.strategy!r}; choose from {', '.join(PAIR_STRATEGIES)}")
-    if ctx.pairs.tile < 1:
-        raise ValueError(f"loss.pairs.tile is {ctx.pairs.tile}; it must be at least 1")
     positive = _paired(ctx.score, images, texts)
 
     def direction(queries: Embedding, items: Embedding, score: Score) -> Direction:

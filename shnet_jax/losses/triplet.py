@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from shnet_jax.losses import pairs
+from shnet_jax.parallel import axis
 from shnet_jax.types import Array, Context, Embedding
 
 
@@ -54,6 +55,9 @@ def loss(
             f"loss.triplet.rank is {rank} and softness {softness}; rank is at least 1, softness at least 0, "
             "and only one of them may differ from rank 1 and softness 0"
         )
+    candidates = ids.shape[0] * (1 if ctx.pairs.strategy == "local" else axis.axis_size(ctx.axis))
+    if rank >= candidates:
+        raise ValueError(f"loss.triplet.rank is {rank}; a query meets only {candidates - 1} others")
     both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
     size = both[0].size
 

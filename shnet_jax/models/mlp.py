@@ -86,9 +86,10 @@ class BatchNorm(nn.Module):
             return values if self.axis is None else lax.psum(values, self.axis)
 
         weight = jnp.ones((*x.shape[:-1], 1)) if mask is None else mask[..., None].astype(x.dtype)
-        count = jnp.maximum(total(weight)[0], 1.0)
-        mean = total(x * weight) / count
-        return Moments(mean, total(jnp.square(x - mean) * weight) / count, count)
+        count = total(weight)[0]
+        rows = jnp.maximum(count, 1.0)
+        mean = total(x * weight) / rows
+        return Moments(mean, total(jnp.square(x - mean) * weight) / rows, count)
 
 
 def merge(parts: Any) -> Any:
@@ -96,7 +97,7 @@ def merge(parts: Any) -> Any:
 
     def whole(parts: Moments) -> Moments:
         count = jnp.sum(parts.count)
-        share = (parts.count / count)[:, None]
+        share = (parts.count / jnp.maximum(count, 1.0))[:, None]
         mean = jnp.sum(share * parts.mean, axis=0)
         return Moments(mean, jnp.sum(share * (parts.var + jnp.square(parts.mean - mean)), axis=0), count)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import zip_longest
+from typing import Any
 
 import jax
 
@@ -20,7 +21,7 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device's main memory. peak: the largest sum at any time."""
+    """Bytes of one device's main memory."""
 
     arguments: int
     outputs: int
@@ -30,7 +31,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Everything together, as the compiler lays it out: temporaries share their space where they can."""
+        """What has to be free: everything together. Temporaries share their space where the compiler can."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
@@ -81,10 +82,14 @@ class OutOfMemory(Exception):
         self.needed, self.available = needed, available
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """`lowered.compile()`; raises OutOfMemory when the compiler says that the program does not fit."""
+def compile_lowered(lowered: jax.stages.Lowered, effort: float = 0.0) -> jax.stages.Compiled:
+    """`lowered.compile()`; raises OutOfMemory when the compiler says that the program does not fit.
+
+    effort: of the compiler to make the program fast, from -1 (the least; it compiles sooner) to 1; 0: as usual.
+    """
+    options: dict[str, Any] = {"exec_time_optimization_effort": effort}
     try:
-        return lowered.compile()
+        return lowered.compile(options) if effort else lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:

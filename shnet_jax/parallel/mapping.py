@@ -44,7 +44,10 @@ class Mapped(Protocol):
 
 
 def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """The devices, in their order, as a mesh with the one axis `DATA`."""
+    """The devices, in their order, as a mesh with the one axis `DATA`.
+
+    Those of one process lie side by side in the order of `make_mesh`: rows of a batch follow the processes.
+    """
     if not devices:
         raise ValueError("a mesh needs at least one device, got none")
     # Explicit axes (the default of jax.make_mesh) would put shardings into types and reject ordinary code.
@@ -64,7 +67,7 @@ def grid_mesh(devices: Sequence[jax.Device], shape: Mapping[str, int]) -> Mesh:
 
 def make_mesh(wanted: int) -> Mesh:
     """A mesh of the first `wanted` devices, as config.parallel.devices; 0: of all."""
-    devices = jax.devices()
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if wanted and jax.process_count() > 1:
         raise ValueError(
             f"config.parallel.devices is {wanted}; {jax.process_count()} processes use all their devices: 0"
@@ -110,7 +113,7 @@ def map_encode(fn: Callable[..., Any], mesh: Mesh, mapping: str = "shard_map") -
     """Compiles the per-device `fn(params, batch, *rest)` with outputs [b, ...], a row for each of the batch.
 
     The result takes arguments as in `map_step`, donates none, and gives the rows of all devices in the order
-    of the batch; with several processes, to each of them (under pmap, its own).
+    of the batch; with several processes, to each of them (under pmap, its own rows).
     """
     if jax.process_count() > 1 and mapping == "shard_map":
 

@@ -26,7 +26,7 @@ from shnet_jax.parallel.mapping import put_batch
 from shnet_jax.train.checkpoint import Checkpoints
 from shnet_jax.train.prepare import prepare
 from shnet_jax.train.signals import Interrupted, stop_signals
-from shnet_jax.train.workdir import claim
+from shnet_jax.train.workdir import WorkdirError, claim
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     workdir = Path(workdir)
     experiment = assemble(config)
     config, data = experiment.config, experiment.config.data
-    if hosts.is_first():
-        claim(workdir, experiment)
-    hosts.wait_for_all("the work folder is claimed")
+    refused: WorkdirError | None = None
+    try:
+        if hosts.is_first():
+            claim(workdir, experiment)
+    except WorkdirError as error:
+        refused = error
+    if hosts.anywhere(refused is not None):  # all end, none waits for the others
+        raise refused or WorkdirError(f"{workdir}: refused by process 0, whose message says why")
     parts = prepare(experiment)
     mesh, iterator, total_steps = parts.mesh, parts.iterator, parts.total_steps
     evaluate = make_evaluator(experiment, data.val_split, mesh)
@@ -82,7 +87,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     def look(at: int, batch: dict[str, np.ndarray], metrics: dict[str, Any]) -> None:
         if metrics["nonfinite"]:
             ids = experiment.dataset.image_ids(data.train_split)[batch["image_index"]]
-            message = f"step {at}: the loss or its gradient is not finite; images of the batch: {', '.join(ids)}"
+            part = "" if jax.process_count() == 1 else " in this process"
+            message = f"step {at}: the loss or its gradient is not finite; images of the batch{part}: {', '.join(ids)}"
             if config.train.on_nonfinite == "skip":
                 log.warning("%s; its update was skipped", message)
             else:

@@ -20,7 +20,7 @@ from shnet_jax.experiment import Experiment, abstract_variables, init_variables
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
-from shnet_jax.parallel.sharding import global_norm, specs, split_axes
+from shnet_jax.parallel.sharding import WHOLE, global_norm, specs, split_axes
 from shnet_jax.train.microbatch import STATISTICS
 from shnet_jax.train.optim import make_optimiser, schedule
 from shnet_jax.train.state import TrainState, create_state
@@ -80,8 +80,11 @@ def prepare(experiment: Experiment) -> Parts:
     built = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
 
     def first_state() -> TrainState:
-        partition = jax.tree.map(lambda leaf: leaf.sharding.spec, built.like)
-        return replicate(built.state(init_variables(experiment, config.seed)), mesh, partition)
+        variables = init_variables(experiment, config.seed)
+        if config.parallel.shard_params:  # nowhere whole but on the host
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, built.like)
+            return jax.jit(built.state, out_shardings=shardings)(jax.device_get(variables))
+        return replicate(built.state(variables), mesh)
 
     return Parts(mesh, iterator, table, built.step, built.rate, per_epoch, total_steps, first_state, built.like)
 
@@ -132,7 +135,12 @@ def build_step(
         return create_state(variables, loss_params, tx, ema=config.optim.ema > 0, seed=config.seed)
 
     shapes = jax.eval_shape(state, variables)
-    partition = specs(split_axes(shapes, devices))
+    state_axes = split_axes(shapes, devices)
+    whole = jax.tree.map(lambda _: WHOLE, shapes.batch_stats)  # averaged over the devices, whatever their shape
+    state_axes = state_axes.replace(batch_stats=whole)
+    if shapes.ema is not None:
+        state_axes = state_axes.replace(ema=state_axes.ema | {"batch_stats": whole})
+    partition = specs(state_axes)
     like = jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
         shapes,
@@ -153,6 +161,10 @@ def _check(config: FrozenConfigDict) -> None:
         raise ValueError(f"config.train.epochs is {train.epochs} and steps {train.steps}; one must be above 0")
     if not 0 <= config.optim.ema < 1:
         raise ValueError(f"config.optim.ema is {config.optim.ema}; it must be at least 0 and below 1")
+    if jax.process_count() > 1 and config.parallel.mapping == "pmap":
+        raise ValueError("several processes train under config.parallel.mapping=shard_map only")
+    if jax.process_count() > 1 and config.parallel.shard_params and config.eval.stages > 1:
+        raise ValueError("config.eval.stages > 1 with config.parallel.shard_params needs one process")
     if config.optim.accumulate < 1:
         raise ValueError(f"config.optim.accumulate is {config.optim.accumulate}; it must be at least 1")
 

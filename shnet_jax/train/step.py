@@ -51,8 +51,8 @@ def make_step(
         axes = jax.tree.map(lambda _: sharding.WHOLE, state.params) if split is None else split
 
         def encode(mutable: str, params: Any, batch: Batch, key: Array, given: Any) -> tuple[Any, Any]:
-            params = sharding.gather(params, axes, axis_name)
-            variables = {"params": params["model"], "batch_stats": state.batch_stats, "given_moments": given}
+            weights = sharding.gather(params["model"], axes["model"], axis_name)
+            variables = {"params": weights, "batch_stats": state.batch_stats, "given_moments": given}
             rngs = {"dropout": key}
             found, updated = model.apply(variables, finish(table, batch), train=True, rngs=rngs, mutable=[mutable])
             return found, updated.get(mutable, {})
@@ -62,7 +62,8 @@ def make_step(
 
         def share(params: Any, embeddings: tuple[Embedding, Embedding]) -> tuple[Array, dict[str, Array]]:
             images, texts = embeddings
-            ctx = Context(step=state.step, params=params["loss"], score=model.score, axis=axis_name)
+            loss_params = sharding.gather(params["loss"], axes["loss"], axis_name)
+            ctx = Context(step=state.step, params=loss_params, score=model.score, axis=axis_name)
             terms = total_loss(images.repeat(captions), texts, jnp.repeat(batch["image_index"], captions), ctx)
             return terms["loss"], terms
 

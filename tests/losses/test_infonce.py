@@ -57,6 +57,16 @@ def test_scale_stops_at_its_limit():
     np.testing.assert_allclose(above["infonce_loss"], at["infonce_loss"], rtol=1e-6)
 
 
+def test_scale_comes_back_from_beyond_its_limit():
+    def slope(images, texts):
+        return jax.grad(lambda x: run(images, texts, {"log_scale": x}, ids=np.arange(4))["infonce_loss"])(
+            jnp.float32(9)
+        )
+
+    assert slope(np.eye(4), np.eye(4)) == 0  # all is right: a larger scale would be better still
+    assert slope(np.eye(4), np.eye(4)[[1, 0, 2, 3]]) > 0  # two are wrong: descent leads back
+
+
 def test_single_image_leaves_only_the_own_pair():
     images, texts = pairs()
     out, grad = jax.value_and_grad(

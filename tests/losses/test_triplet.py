@@ -7,7 +7,7 @@ import pytest
 
 from shnet_jax.losses import triplet
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.types import Context, Embedding
+from shnet_jax.types import PAIR_STRATEGIES, Context, Embedding, Pairs
 from tests.losses import oracle
 
 IDS = np.array([3, 3, 5, 7, 7, 7, 9, 1], np.int32)
@@ -74,6 +74,27 @@ def test_without_any_negative_the_loss_and_its_gradient_are_zero(step):
     assert value == 0
     assert out["triplet_negative"] == 0
     np.testing.assert_array_equal(grad, 0.0)
+
+
+@pytest.mark.parametrize("strategy", PAIR_STRATEGIES)
+@pytest.mark.parametrize("options", [{}, {"rank": 2}, {"softness": 0.1}], ids=str)
+def test_queries_without_a_negative_change_nothing(strategy, options):
+    """Pairs of one image beside one other pair: for rank 2 nobody has enough negatives."""
+    images, texts = pairs()
+    ids = jnp.asarray([0, 0, 0, 0, 0, 0, 0, 1])
+
+    def ours(images):
+        ctx = Context(jnp.int32(99), {}, RetrievalModel.score, pairs=Pairs(strategy, tile=3))
+        args = (Embedding(images), Embedding(jnp.float32(texts)), ids, ctx)
+        return triplet.loss(*args, **(OPTIONS | options))["triplet_loss"]
+
+    value, gradient = jax.jit(jax.value_and_grad(ours))(jnp.float32(images))
+    assert np.isfinite(gradient).all()
+    if options.get("rank") == 2:  # but the pair of the other image, which has seven
+        assert value < 2 * 2.2
+    with pytest.raises(ValueError, match="rank is 8; a query meets only 7 others"):
+        options = {"rank": 8}
+        ours(jnp.float32(images))
 
 
 def test_unequal_rows_and_unknown_reduction_are_errors():

@@ -75,6 +75,7 @@ def test_only_the_first_token_type_learns():
     assert np.any(np.asarray(gradient["types"][0])) and not np.any(np.asarray(gradient["types"][1]))
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradient_for_less_memory():
     tokens = np.random.default_rng(0).integers(1, 20, (64, 16)).astype(np.int32)
     mask = np.ones_like(tokens, bool)

@@ -11,6 +11,7 @@ from shnet_jax.parallel import axis, mapping
 from shnet_jax.types import DATA, Context, Embedding
 from tests.parallel.test_losses import INFONCE, SIGMOID, TRIPLET
 
+SIZES = [pytest.param(1024, marks=pytest.mark.slow), pytest.param(8192, marks=pytest.mark.slow), 32768]
 DIM, TILE, FLOAT = 64, 512, 4
 LOSSES = {"triplet": TRIPLET, "infonce": INFONCE, "sigmoid": SIGMOID}
 
@@ -37,7 +38,7 @@ def temporary_bytes(loss, strategy, size, devices):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("size", [1024, 8192, 32768])
+@pytest.mark.parametrize("size", SIZES)
 def test_streamed_grows_with_the_batch_only(loss, size):
     tiles = 8 * size / 8 * TILE * FLOAT
     gathered = 8 * size * DIM * FLOAT
@@ -45,7 +46,7 @@ def test_streamed_grows_with_the_batch_only(loss, size):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("size", [1024, 8192, 32768])
+@pytest.mark.parametrize("size", SIZES)
 def test_ring_holds_the_block_of_one_device(loss, size):
     block = (size / 8) ** 2 * FLOAT
     own = size / 8 * DIM * FLOAT

@@ -104,13 +104,16 @@ def agree(found, expected):
         np.testing.assert_allclose(ours, one, rtol=0, atol=3e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("microbatch", [2, 4, 8])
-@pytest.mark.parametrize("include_padding", [True, False])
+@pytest.mark.parametrize(
+    "microbatch, include_padding",
+    [(4, False), *(pytest.param(*how, marks=pytest.mark.slow) for how in ((2, True), (8, True), (8, False)))],
+)
 def test_exact_equals_the_whole_batch(microbatch, include_padding):
     options = {"include_padding": include_padding}
     agree(one_step(1, microbatch, **options), one_step(1, 0, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [None, DATA], ids=["own statistics", "common statistics"])
 def test_exact_equals_the_whole_batch_on_two_devices(axis):
     agree(one_step(2, 4, axis=axis), one_step(2, 0, axis=axis))
@@ -120,6 +123,7 @@ def test_local_statistics_are_those_of_as_many_devices():
     agree(one_step(1, PAIRS // 4, "local"), one_step(4, 0))
 
 
+@pytest.mark.slow
 def test_statistics_matter():
     exact, local, running = (one_step(1, 4, how)[0]["model"] for how in ("exact", "local", "running"))
     for one, other in ((exact, local), (exact, running), (local, running)):
@@ -153,6 +157,7 @@ def test_running_statistics_normalise_and_take_up_the_batch():
         agree(stats["second"], exact["second"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["local", "exact"])
 def test_dropout_is_the_same_in_all_passes(statistics):
     """Against differentiating the microbatches without any cache, with the very keys."""

@@ -51,7 +51,8 @@ def small_is_split(monkeypatch):
     trained.cache_clear()
 
 
-@pytest.mark.parametrize("microbatch", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatch", [0, 2])
 def test_split_equals_whole(small_is_split, microbatch):
     state, metrics, _ = trained(True, microbatch=microbatch)
     whole, expected, _ = trained(False, microbatch=microbatch)
