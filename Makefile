@@ -80,7 +80,7 @@ tpu-compiler: setup
 	fi
 
 test-fast: tpu-compiler
-	@start=$$(date +%s); $(PY) -m pytest -q -m "not slow" && echo "fast tests: $$(( $$(date +%s) - start )) s"
+	@start=$$(date +%s); $(PY) -m pytest -q -n 2 -m "not slow" && echo "fast tests: $$(( $$(date +%s) - start )) s"
 
 test-slow: tpu-compiler
 	@start=$$(date +%s); $(PY) -m pytest -q -m slow && echo "slow tests: $$(( $$(date +%s) - start )) s"

@@ -30,6 +30,7 @@ EXTRAS = {
         "hypothesis>=6.100,<7",
         "mypy>=1.15,<3",
         "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",
     ],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # also the compiler of --mode=plan, which needs no TPU

@@ -27,7 +27,11 @@ def settled(values, patience=0.15):
 
 
 def running():
-    return [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+    """Threads of stages that do not end; one whose work is done still needs a moment for it."""
+    stages = [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+    for thread in stages:
+        thread.join(timeout=2)
+    return [t for t in stages if t.is_alive()]
 
 
 @pytest.mark.parametrize("maxsize", [1, 2, 5])
