@@ -23,6 +23,7 @@ from benchmarks.timing import interleave
 from shnet_jax.losses import infonce, triplet
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh, map_encode, put_batch
+from shnet_jax.scaling import virtual_devices
 from shnet_jax.types import Array, Context, Embedding, Pairs
 
 TEMPERATURE, MARGIN = 0.07, 0.2
@@ -184,7 +185,7 @@ def _needs(program: Program) -> str:
 
 def _with_devices(sizes: Sizes) -> list[Row]:
     """`measure` of the ring in a process that has virtual devices: their number is fixed when JAX starts."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={sizes.devices}".strip()
+    flags = virtual_devices(os.environ.get("XLA_FLAGS", ""), sizes.devices)
     command = [sys.executable, "-m", "benchmarks.losses", json.dumps(dataclasses.asdict(sizes))]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)

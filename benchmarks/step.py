@@ -20,7 +20,7 @@ from configs import base
 from shnet_jax import registry
 from shnet_jax.data.batches import gather
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.parallel.mapping import make_mesh, put_batch, replicate
+from shnet_jax.parallel.mapping import make_mesh, put_batch
 from shnet_jax.train.prepare import build_step
 from shnet_jax.types import Batch
 
@@ -78,7 +78,7 @@ class Steps:
         shapes = jax.eval_shape(lambda: variables)
         built = build_step(config, model, mesh, shapes, steps_per_epoch=1000, total_steps=25_000)
         self._step, self._batch = built.step, put_batch(host, mesh)
-        self._state = replicate(built.state(variables), mesh)
+        self._state = built.first_state(variables)
 
     def __call__(self) -> Any:
         """One step; its metrics."""

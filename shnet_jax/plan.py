@@ -12,8 +12,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,13 +24,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax import registry
 from shnet_jax.data.batches import gather, stored_fields, token_buckets
 from shnet_jax.data.records import DataSet, Feature, open_dataset
+from shnet_jax.evaluate.split import image_tower, text_tower
 from shnet_jax.interop import bert_weights
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.compiled import COLLECTIVES, Memory, OutOfMemory, Work, compile_lowered, memory, work
 from shnet_jax.observe.hardware import GIB, Chip, chip, target_devices
 from shnet_jax.parallel.mapping import data_mesh, map_encode
 from shnet_jax.train.prepare import build_step
-from shnet_jax.types import DATA, Batch, Embedding
+from shnet_jax.types import DATA
 
 BERT_VOCABULARY = 30522  # of bert-base-uncased, where config.text.vocab_size is 0
 LABEL_MAP = (64, 64)  # of seg_map, and below the cells of seg_semantic: what the importers make
@@ -186,16 +188,11 @@ def lower_train(subject: Subject, mesh: Mesh, pairs: int) -> jax.stages.Lowered:
 
 
 def lower_encode(subject: Subject, mesh: Mesh, rows: int, side: str) -> jax.stages.Lowered:
-    """The encoding of "image" or "text", `rows` on each device, as evaluate/split.py does it."""
-    model = subject.model
-
-    def encode(variables: dict[str, Any], batch: Batch) -> Embedding:
-        batch = gather({}, batch) if side == "image" else batch
-        return cast(Embedding, model.apply(variables, batch, train=False, method=f"encode_{side}"))
-
-    batch = (image_batch if side == "image" else text_batch)(subject, rows * mesh.size)
+    """The encoding of "image" or "text", `rows` on each device, every device having the whole tower."""
+    tower, make_batch = (image_tower, image_batch) if side == "image" else (text_tower, text_batch)
+    batch = make_batch(subject, rows * mesh.size)
     given = _placed(variables(subject), mesh, PartitionSpec()), _placed(batch, mesh, PartitionSpec(DATA))
-    return map_encode(encode, mesh).lower(*given)
+    return map_encode(partial(tower, subject.model), mesh).lower(*given)
 
 
 def _placed(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

@@ -156,11 +156,8 @@ def from_random(config: ConfigDict) -> Setup:
     one: Any = random_batch(subject, config.data.captions_per_image, 0)
     init = jax.jit(lambda key: subject.model.init(key, gather({}, one), train=False))
     variables = nn.meta.unbox(dict(init(jax.random.key(config.seed))))
-    state = built.state({name: variables.get(name, {}) for name in ("params", "batch_stats")})
-    partition = jax.tree.map(lambda leaf: leaf.sharding.spec, built.like)
-    return Setup(
-        config, subject.model, mesh, built.step, replicate(state, mesh, partition), itertools.cycle(batches), {}
-    )
+    state = built.first_state({name: variables.get(name, {}) for name in ("params", "batch_stats")})
+    return Setup(config, subject.model, mesh, built.step, state, itertools.cycle(batches), {})
 
 
 def random_batch(subject: plan.Subject, pairs: int, seed: int) -> HostBatch:

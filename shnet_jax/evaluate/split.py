@@ -21,6 +21,7 @@ from shnet_jax.evaluate.screen import check_score_dtype
 from shnet_jax.evaluate.stages import Stages
 from shnet_jax.evaluate.tiles import tile_shape
 from shnet_jax.experiment import Experiment
+from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.hosts import own_rows
 from shnet_jax.parallel.mapping import data_mesh, map_encode, put_batch, replicate
 from shnet_jax.types import Batch, Embedding
@@ -144,6 +145,16 @@ class _Tower:
     apply: Callable[[Batch], Embedding]
 
 
+def image_tower(model: RetrievalModel, variables: Any, batch: Batch) -> Embedding:
+    """The images of one device's batch of `data.gallery`, encoded."""
+    return cast(Embedding, model.apply(variables, gather({}, batch), train=False, method="encode_image"))
+
+
+def text_tower(model: RetrievalModel, variables: Any, batch: Batch) -> Embedding:
+    """The captions of one device's batch of `data.gallery`, encoded."""
+    return cast(Embedding, model.apply(variables, batch, train=False, method="encode_text"))
+
+
 def _make_towers(
     experiment: Experiment, image_mesh: Mesh, text_mesh: Mesh
 ) -> Callable[[dict[str, Any]], tuple[_Tower, _Tower]]:
@@ -151,15 +162,9 @@ def _make_towers(
     mapping, stages = config.parallel.mapping, config.eval.stages
     together = image_mesh is text_mesh
 
-    def image(variables: Any, batch: Batch) -> Embedding:
-        return cast(Embedding, model.apply(variables, gather({}, batch), train=False, method="encode_image"))
-
-    def text(variables: Any, batch: Batch) -> Embedding:
-        return cast(Embedding, model.apply(variables, batch, train=False, method="encode_text"))
-
-    encode_image = map_encode(image, image_mesh, mapping)
+    encode_image = map_encode(partial(image_tower, model), image_mesh, mapping)
     if stages == 1:
-        encode_text = map_encode(text, text_mesh, mapping)
+        encode_text = map_encode(partial(text_tower, model), text_mesh, mapping)
     else:
         staged = stage_mesh(text_mesh, stages)
         encode_text = make_pipelined_text_encoder(model, staged, config.eval.microbatches)

@@ -42,12 +42,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Returns when every process has come here; `what` names the place in error messages."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
 def anywhere(flag: bool) -> bool:
     """Whether the flag is set in any process. All must ask at the same step."""
     if jax.process_count() == 1:

@@ -95,18 +95,7 @@ def map_step(
       is equal on all devices). None: every device has the whole state.
     """
     donate = (0,) if donate_state else ()
-    if state_specs is None:
-        return _map(fn, mesh, mapping, split_output=False, donate=donate)
-    if mapping != "shard_map":
-        raise ValueError(f"a partitioned state needs parallel.mapping shard_map, not {mapping!r}")
-
-    def with_rest(state: Any, batch: Any, rest: Any) -> Any:
-        return fn(state, batch, *rest)
-
-    sharded = jax.shard_map(
-        with_rest, mesh=mesh, in_specs=(state_specs, P(DATA), P()), out_specs=(state_specs, P()), check_vma=False
-    )
-    return jax.jit(lambda state, batch, *rest: sharded(state, batch, rest), donate_argnums=donate)
+    return _map(fn, mesh, mapping, split_output=False, donate=donate, state_specs=state_specs)
 
 
 def map_encode(fn: Callable[..., Any], mesh: Mesh, mapping: str = "shard_map") -> Mapped:
@@ -149,25 +138,36 @@ def put_batch(batch: Tree, mesh: Mesh, mapping: str = "shard_map") -> Tree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def replicate(tree: Tree, mesh: Mesh, specs: Any = None) -> Tree:
-    """A copy of every leaf on each device of the mesh, or of the part of it that `specs` gives to the device.
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+    """A copy of every leaf on each device of the mesh.
 
     The copies share no memory with `tree`, which therefore outlives the donation of the result.
     """
+    sharding = NamedSharding(mesh, P())
 
-    def put(x, spec):
+    def put(x):
         if isinstance(x, jax.Array):
             # Not every backend sends what lies on one process's device to those of others; every process has it.
             on_host = jax.process_count() > 1 and x.is_fully_addressable
             # device_put keeps the buffer of a leaf that is on one of the devices, even with may_alias=False.
             x = np.asarray(x) if on_host else x.copy()
-        return jax.device_put(x, NamedSharding(mesh, spec), may_alias=False)
+        return jax.device_put(x, sharding, may_alias=False)
 
-    return jax.tree.map(put, tree, jax.tree.map(lambda _: P(), tree) if specs is None else specs)
+    return jax.tree.map(put, tree)
 
 
-def _map(fn: Callable[..., Any], mesh: Mesh, mapping: str, *, split_output: bool, donate: tuple[int, ...]) -> Mapped:
+def _map(
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    mapping: str,
+    *,
+    split_output: bool,
+    donate: tuple[int, ...],
+    state_specs: Any = None,
+) -> Mapped:
     _check(mapping)
+    if state_specs is not None and mapping != "shard_map":
+        raise ValueError(f"a partitioned state needs parallel.mapping shard_map, not {mapping!r}")
 
     def per_device(state, batch, rest):
         return fn(state, batch, *rest)
@@ -182,11 +182,12 @@ def _map(fn: Callable[..., Any], mesh: Mesh, mapping: str, *, split_output: bool
             donate_argnums=donate,
         )
         return _Pmapped(mapped, data_mesh(mesh.local_devices), split_output)
+    whole = P(DATA) if split_output else P()
     sharded = jax.shard_map(
         per_device,
         mesh=mesh,
-        in_specs=(P(), P(DATA), P()),
-        out_specs=P(DATA) if split_output else P(),
+        in_specs=(P() if state_specs is None else state_specs, P(DATA), P()),
+        out_specs=whole if state_specs is None else (state_specs, whole),
         check_vma=False,
     )
     return jax.jit(lambda state, batch, *rest: sharded(state, batch, rest), donate_argnums=donate)

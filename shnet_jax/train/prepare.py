@@ -80,11 +80,7 @@ def prepare(experiment: Experiment) -> Parts:
     built = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
 
     def first_state() -> TrainState:
-        variables = init_variables(experiment, config.seed)
-        if config.parallel.shard_params:  # nowhere whole but on the host
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, built.like)
-            return jax.jit(built.state, out_shardings=shardings)(jax.device_get(variables))
-        return replicate(built.state(variables), mesh)
+        return built.first_state(init_variables(experiment, config.seed))
 
     return Parts(mesh, iterator, table, built.step, built.rate, per_epoch, total_steps, first_state, built.like)
 
@@ -93,12 +89,12 @@ def prepare(experiment: Experiment) -> Parts:
 class BuiltStep:
     """The mapped step and what belongs to it.
 
-    state: makes the state before step 1 from initial variables; `like`: its shapes, dtypes and shardings. rate:
-    learning rate by number of the update.
+    first_state: makes the state before step 1, on the devices, from initial variables. like: its shapes, dtypes and
+    shardings. rate: learning rate by number of the update.
     """
 
     step: Mapped
-    state: Callable[[dict[str, Any]], TrainState]
+    first_state: Callable[[dict[str, Any]], TrainState]
     like: TrainState
     rate: optax.Schedule
 
@@ -146,8 +142,16 @@ def build_step(
         shapes,
         partition,
     )
+
+    def first_state(variables: dict[str, Any]) -> TrainState:
+        if not config.parallel.shard_params:
+            return replicate(state(variables), mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+        return jax.jit(state, out_shardings=shardings)(jax.device_get(variables))  # nowhere whole but on the host
+
     state_specs = partition if config.parallel.shard_params else None
-    return BuiltStep(map_step(step, mesh, config.parallel.mapping, state_specs=state_specs), state, like, rate)
+    mapped = map_step(step, mesh, config.parallel.mapping, state_specs=state_specs)
+    return BuiltStep(mapped, first_state, like, rate)
 
 
 def _check(config: FrozenConfigDict) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from shnet_jax.experiment import assemble
+from shnet_jax.parallel import sharding
 from shnet_jax.train import loop
 from shnet_jax.train.checkpoint import Checkpoints
 from shnet_jax.train.loop import NonFiniteLoss, train_and_evaluate
@@ -245,9 +246,12 @@ def test_resident_reading_changes_no_example(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
-def test_four_devices_resume_between_the_batches_of_an_update(mapping, monkeypatch, tmp_path):
-    config = toy(parallel__devices=4, parallel__mapping=mapping, optim__accumulate=2, train__steps=6)
+@pytest.mark.parametrize("mapping, split", [("pmap", False), ("shard_map", False), ("shard_map", True)])
+def test_four_devices_resume_between_the_batches_of_an_update(mapping, split, monkeypatch, tmp_path):
+    """split: parameters, moments and gathered gradients; toy arrays are large enough for that here."""
+    monkeypatch.setattr(sharding, "SMALLEST", 16)
+    parallel = {"parallel__devices": 4, "parallel__mapping": mapping, "parallel__shard_params": split}
+    config = toy(**parallel, optim__accumulate=2, train__steps=6)
     stopped_and_resumed(config, 3, monkeypatch, tmp_path)
 
 

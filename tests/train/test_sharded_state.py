@@ -10,7 +10,7 @@ import pytest
 
 from shnet_jax import registry
 from shnet_jax.parallel import sharding
-from shnet_jax.parallel.mapping import data_mesh, put_batch, replicate
+from shnet_jax.parallel.mapping import data_mesh, put_batch
 from shnet_jax.train.prepare import build_step
 from shnet_jax.types import DATA
 from tests.train import test_parallel_step as whole_model
@@ -37,7 +37,7 @@ def trained(split, devices=4, steps=2, microbatch=0):
     mesh = data_mesh(jax.devices()[:devices])
     variables = whole_model.variables(False)
     built = build_step(config, registry.model("shnet").build(config), mesh, variables, 10, 100)
-    state = replicate(built.state(variables), mesh, jax.tree.map(lambda leaf: leaf.sharding.spec, built.like))
+    state = built.first_state(variables)
     for _ in range(steps):
         state, metrics = built.step(state, put_batch(whole_model.batch(), mesh), {})
     return state, metrics, built
