@@ -51,13 +51,16 @@ def matmul(x: Array, w: Array, dtype: DType) -> Array:
 
 
 def _gradient_equations(equation: str) -> tuple[str, str]:
-    """Equations of the gradients of a and b, each from the gradient of the result and the other operand."""
+    """Equations of the gradients of a (from that of the result and b) and of b (from a and that of the result).
+
+    In this order a weight's gradient comes out laid out as the weight: only the (smaller) operand is transposed.
+    """
     operands, arrow, out = equation.partition("->")
     a, comma, b = operands.partition(",")
     distinct = all(s.isalpha() and len(set(s)) == len(s) for s in (a, b, out))
     if not (arrow and comma and distinct and set(a) <= set(b + out) and set(b) <= set(a + out)):
         raise ValueError(f"einsum {equation!r} is not a plain product of two arrays such as 'tqhd,tkhd->thqk'")
-    return f"{out},{b}->{a}", f"{out},{a}->{b}"
+    return f"{out},{b}->{a}", f"{a},{out}->{b}"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -75,7 +78,7 @@ def _backward(equation: str, saved: tuple[Array, Array, Array, Array], grad: Arr
     a, b, like_a, like_b = saved
     to_a, to_b = _gradient_equations(equation)
     grad = grad.astype(jnp.bfloat16)
-    return _product(to_a, grad, b).astype(like_a.dtype), _product(to_b, grad, a).astype(like_b.dtype)
+    return _product(to_a, grad, b).astype(like_a.dtype), _product(to_b, a, grad).astype(like_b.dtype)
 
 
 _rounded_einsum.defvjp(_forward, _backward)

@@ -1,4 +1,6 @@
-"""Collectives on a named device axis that are the identity when `axis` is None (not mapped)."""
+"""Collectives on a named device axis. They are the identity when `axis` is None (not mapped) and on an axis of one
+device, where XLA would still copy what goes through them: all gradients of a model, in a step.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,18 @@ from shnet_jax.types import Array
 Tree = TypeVar("Tree")
 
 
+def _alone(axis: str | None) -> bool:
+    return axis_size(axis) == 1
+
+
 def psum(tree: Tree, axis: str | None) -> Tree:
     """Sum of each leaf over the devices."""
-    return tree if axis is None else lax.psum(tree, axis)
+    return tree if _alone(axis) else lax.psum(tree, axis)
 
 
 def pmean(tree: Tree, axis: str | None) -> Tree:
     """Mean of each leaf over the devices. Not for a loss that is differentiated: see `mapping`."""
-    return tree if axis is None else lax.pmean(tree, axis)
+    return tree if _alone(axis) else lax.pmean(tree, axis)
 
 
 def all_gather(tree: Tree, axis: str | None) -> Tree:
@@ -28,19 +34,19 @@ def all_gather(tree: Tree, axis: str | None) -> Tree:
     Its gradient is a reduce-scatter: each device gets the sum of what all devices' losses say about its own
     rows.
     """
-    return tree if axis is None else jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), tree)
+    return tree if _alone(axis) else jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), tree)
 
 
 def sum_scatter(tree: Tree, axis: str | None) -> Tree:
     """Each leaf [devices * b, ...] summed over the devices, of which each keeps its own rows, [b, ...]."""
-    return tree if axis is None else jax.tree.map(lambda x: lax.psum_scatter(x, axis, tiled=True), tree)
+    return tree if _alone(axis) else jax.tree.map(lambda x: lax.psum_scatter(x, axis, tiled=True), tree)
 
 
 def ring_shift(tree: Tree, axis: str | None) -> Tree:
     """What the previous device holds: after as many shifts as there are devices, everything is back home."""
-    if axis is None:
+    size = axis_size(axis)
+    if size == 1:
         return tree
-    size = lax.axis_size(axis)
     return jax.tree.map(lambda x: lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)]), tree)
 
 
