@@ -1,0 +1,179 @@
+"""Files of `torch.save` without torch, and without running anything that a file names (`torch_pickle.py`).
+
+A checkpoint is a pickle beside raw arrays, which stay in the file until one is asked for. Both formats are read: the
+zip archive of torch 1.6 and later, and the stream of pickles before it (torch/serialization.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from shnet_jax.interop.torch_pickle import DTYPES, Tensor, Unpickler
+
+MAX_PICKLE = 32 * 2**20
+"""Bytes of the pickle, without the arrays; that of a BERT with its optimiser is below 1 MB."""
+MAX_ENTRIES = 100_000
+"""Entries of the archive: one for each array and a few more."""
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+class _Place(NamedTuple):
+    """Bytes of a storage in the file; its CRC-32 where the file has one."""
+
+    offset: int
+    size: int
+    crc: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchFile:
+    """An opened file: what was saved, with `Tensor` for each tensor and types.SimpleNamespace for argparse's."""
+
+    path: Path
+    content: Any
+    _places: Mapping[str, _Place]
+    _checked: set[str] = dataclasses.field(default_factory=set)
+
+    @functools.cached_property
+    def _bytes(self) -> np.ndarray:
+        return np.memmap(self.path, np.uint8, "r")
+
+    def array(self, tensor: Tensor) -> np.ndarray:
+        """The numbers of a tensor: read-only, mapped from the file; its checksum is verified at the first use.
+
+        Raises ValueError when the tensor does not lie in its storage or the bytes are not those that were saved.
+        """
+        storage, offset, shape, strides = tensor
+        dtype, place = DTYPES[storage.kind], self._places.get(storage.key)
+        if place is None or place.size != storage.size * dtype.itemsize:
+            found = "no such entry" if place is None else f"{place.size} bytes"
+            raise ValueError(f"{self.path}: storage {storage.key!r} should hold {storage.size} x {dtype}; {found}")
+        sizes = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
+        numbers = all(type(n) is int and n >= 0 for n in sizes) and len(shape) == len(strides)
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if numbers else 0
+        count = math.prod(shape) if numbers else 0
+        if not numbers or count > storage.size or (count and last >= storage.size):
+            raise ValueError(f"{self.path}: a tensor of shape {shape} does not lie in its storage {storage}")
+        if not count:
+            return np.zeros(shape, dtype)
+        raw = self._bytes[place.offset : place.offset + place.size]
+        if storage.key not in self._checked:
+            if place.crc is not None and zlib.crc32(raw.data) != place.crc:
+                raise ValueError(f"{self.path}: storage {storage.key!r}: wrong checksum, the file is damaged")
+            self._checked.add(storage.key)
+        steps = [s * dtype.itemsize for s in strides]
+        return np.ndarray(shape, dtype, raw, offset * dtype.itemsize, steps)
+
+
+def open_torch_file(path: str | Path) -> TorchFile:
+    """Reads what `torch.save` wrote, but for the arrays.
+
+    Raises FileNotFoundError, and ValueError for a file that is cut off, damaged, of another kind, or that names
+    anything beyond ALLOWED.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(len(_LEGACY_START))
+        if start == _LEGACY_START:
+            return _open_legacy(path, file)
+        if not start.startswith(b"PK\x03\x04"):
+            what = "a tar archive of torch 0.1" if _is_tar(file) else "no file of torch.save"
+            raise ValueError(f"{path}: {what}; expected its zip archive or its stream of pickles (cut off?)")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return _open_zip(path, file, archive.infolist())
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path}: not a whole zip archive (cut off?): {error}") from None
+
+
+def _is_tar(file: BinaryIO) -> bool:
+    file.seek(257)
+    return file.read(5) == b"ustar"
+
+
+def _open_zip(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo]) -> TorchFile:
+    if len(entries) > MAX_ENTRIES:
+        raise ValueError(f"{path}: {len(entries)} entries, more than {MAX_ENTRIES}")
+    size, places = path.stat().st_size, {}
+    for entry in entries:
+        name = entry.filename
+        if name in places or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise ValueError(f"{path}: entry {name!r}: a name that torch.save does not write, or twice the same")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
+            raise ValueError(f"{path}: entry {name!r} is compressed or encrypted; torch.save does neither")
+        offset = _data_offset(path, file, entry)
+        if offset + entry.file_size > size:
+            raise ValueError(f"{path}: entry {name!r} ends behind the end of the file")
+        places[name] = _Place(offset, entry.file_size, entry.CRC)
+    roots = [name.removesuffix("/data.pkl") for name in places if name.endswith("/data.pkl")]
+    if len(roots) != 1 or "/" in roots[0]:
+        raise ValueError(f"{path}: a zip archive without NAME/data.pkl: not written by torch.save")
+    root = roots[0]
+
+    def read(name: str, most: int) -> bytes:
+        place = places[f"{root}/{name}"]
+        if place.size > most:
+            raise ValueError(f"{path}: {name} has {place.size} bytes, more than {most}")
+        file.seek(place.offset)
+        found = file.read(place.size)
+        if zlib.crc32(found) != place.crc:
+            raise ValueError(f"{path}: {name}: wrong checksum, the file is damaged")
+        return found
+
+    if f"{root}/byteorder" in places and read("byteorder", 16) != b"little":
+        raise ValueError(f"{path}: saved on a machine of the other byte order")
+    unpickler = Unpickler(path, io.BytesIO(read("data.pkl", MAX_PICKLE)))
+    content = unpickler.next()
+    prefix = f"{root}/data/"
+    data = {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
+    return TorchFile(path, content, data)
+
+
+def _data_offset(path: Path, file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes begin: behind its own header, whose size the directory does not tell."""
+    file.seek(entry.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path}: entry {entry.filename!r} has no header; the file is damaged")
+    name, extra = struct.unpack("<2H", header[26:])
+    return entry.header_offset + 30 + name + extra
+
+
+def _open_legacy(path: Path, file: BinaryIO) -> TorchFile:
+    """Five pickles (magic number, version, machine, content, keys), then count and numbers of each storage."""
+    file.seek(0)
+    stream = io.BytesIO(file.read(MAX_PICKLE))
+    unpickler = Unpickler(path, stream)
+    magic, version, machine = unpickler.next(), unpickler.next(), unpickler.next()
+    if magic != _LEGACY_MAGIC or version != 1001 or not isinstance(machine, dict) or not machine.get("little_endian"):
+        raise ValueError(f"{path}: version {version!r} on machine {machine!r}; known is 1001 with little_endian")
+    content, keys = unpickler.next(), unpickler.next()
+    if not isinstance(keys, list) or any(key not in unpickler.storages for key in keys if isinstance(key, str)):
+        raise ValueError(f"{path}: the list of storages names some that no tensor uses")
+    size, at, places = path.stat().st_size, stream.tell(), {}
+    for key in keys:
+        storage = unpickler.storages.get(key) if isinstance(key, str) else None
+        file.seek(at)
+        count = file.read(8)
+        if storage is None or len(count) < 8 or int.from_bytes(count, "little") != storage.size:
+            raise ValueError(f"{path}: storage {key!r} is not where it should be; the file is cut off or damaged")
+        places[key] = _Place(at + 8, storage.size * DTYPES[storage.kind].itemsize, None)
+        at = places[key].offset + places[key].size
+        if at > size:
+            raise ValueError(f"{path}: storage {key!r} ends behind the end of the file (cut off?)")
+    return TorchFile(path, content, places)
