@@ -146,6 +146,10 @@ def get_config() -> ConfigDict:
     study.arms.none = ConfigDict({"model": off})  # no segmentation input at all: VSE-infinity
     study.only = ()  # names of the arms to run; (): all
 
+    c.convert = convert = ConfigDict()  # --mode=convert: give one of the two (docs/convert.md)
+    convert.source = ""  # .pth of the published code, or a folder that config.convert.to made: becomes the --workdir
+    convert.to = ""  # folder to be made from the --workdir: model.safetensors, config.json, vocabulary
+
     c.plan = plan = ConfigDict()  # --mode=plan: sizes of a data set that is not there (config.data.dir is "")
     plan.search = True  # also find the largest batch that fits (a compilation for each size tried)
     plan.effort = 0.0  # the compiler's effort: 0 as for training | down to -1: sooner, shows more memory and traffic

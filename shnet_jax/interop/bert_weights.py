@@ -118,11 +118,7 @@ def _torch_shapes(slots: Slots, shape: Mapping[str, Any]) -> dict[str, tuple[int
     tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
     init = jax.eval_shape(lambda: tower.init(jax.random.key(0), tokens, mask, train=False))
     ours = traverse_util.flatten_dict(init["params"])
-    # Only linear kernels have their axes turned, and two axes turned are turned back by the same order.
-    return {
-        name: tuple(ours[s.path].shape[i] for i in s.axes or range(len(ours[s.path].shape)))
-        for name, s in slots.items()
-    }
+    return {name: slot.theirs(ours[slot.path].shape) for name, slot in slots.items()}
 
 
 def bert_slots(layers: int, torch: str = "bert.", *path: str) -> Slots:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from flax import traverse_util
@@ -26,6 +27,11 @@ class Slot:
         """A torch array in our layout."""
         array = array if self.axes is None else array.transpose(self.axes)
         return array.squeeze(-1) if self.squeeze else array
+
+    def theirs(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the torch array whose shape with us is `shape`."""
+        shape = (*shape, 1) if self.squeeze else shape
+        return shape if self.axes is None else tuple(shape[self.axes.index(i)] for i in range(len(shape)))
 
 
 Slots = dict[str, Slot]
@@ -72,6 +78,12 @@ def gpo_slots(torch: str, *path: str) -> Slots:
     return slots
 
 
+def vse_encoder_slots(*path: str) -> Slots:
+    """VSE-infinity's region image encoder (`EncoderImageAggr`) at `path`."""
+    units = linear_slots("fc", *path, "regions_linear") | _mlp("mlp", *path, "regions_mlp")
+    return units | gpo_slots("gpool.", *path, "pool")
+
+
 def image_encoder_slots(*path: str) -> Slots:
     """3SHNet's region image encoder (`EncoderImageAggr` of the released code) at `path`."""
     sm, sp = "crossmodalfusion_sm", "crossmodalfusion_sp"
@@ -80,8 +92,7 @@ def image_encoder_slots(*path: str) -> Slots:
         f"{sp}.embedding_Seg.0.bias": Slot("params", (*path, "spatial", "map", "bias")),
     }
     return (
-        linear_slots("fc", *path, "regions_linear")
-        | _mlp("mlp", *path, "regions_mlp")
+        vse_encoder_slots(*path)
         | linear_slots(f"{sm}.embed_seg_HW.2", *path, "semantic", "scene", "linear")
         | norm_slots(f"{sm}.embed_seg_HW.5", *path, "semantic", "scene", "norm")
         | _mlp(f"{sm}.MLP_seg", *path, "semantic", "scene_mlp")
@@ -98,7 +109,6 @@ def image_encoder_slots(*path: str) -> Slots:
         | _mlp("seg_mlp", *path, "scene_mlp")
         | linear_slots("embed_category.0", *path, "category", "linear")
         | norm_slots("embed_category.3", *path, "category", "norm")
-        | gpo_slots("gpool.", *path, "pool")
     )
 
 
@@ -111,13 +121,34 @@ def text_head_slots(*path: str) -> Slots:
 UNUSED = (".bns.1.", "num_batches_tracked", "position_ids", "token_type_ids", "pooler.")
 
 
+def is_unused(name: str) -> bool:
+    """Whether the published code owns an array of this name without using it, or without learning it."""
+    return any(part in name for part in UNUSED)
+
+
+def misfits(shapes: Mapping[str, tuple[int, ...]], slots: Slots, like: Mapping[str, Any]) -> list[str]:
+    """What keeps torch arrays of these shapes from filling `slots` of a model whose arrays are `like`; [] if nothing.
+
+    like: {"params": ..., "batch_stats": ...}, leaves with a shape.
+    """
+    flat = traverse_util.flatten_dict(dict(like))
+    expected = {name: slot.theirs(flat[slot.collection, *slot.path].shape) for name, slot in slots.items()}
+    lines = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in shapes]
+    for name, shape in shapes.items():
+        if name not in expected:
+            lines += [] if is_unused(name) else [f"unexpected: {name} {shape}"]
+        elif shape != expected[name]:
+            lines.append(f"misshapen: {name} is {shape}, expected {expected[name]}")
+    return lines
+
+
 def to_variables(arrays: Mapping[str, np.ndarray], slots: Slots) -> dict:
     """torch arrays by name -> {"params": ..., "batch_stats": ...}.
 
     Every array must have a slot (or be one of the published code's unused ones) and every slot of a collection that
     occurs must be filled; else ValueError names what is left over or missing.
     """
-    leftover = [n for n in arrays if n not in slots and not any(u in n for u in UNUSED)]
+    leftover = [n for n in arrays if n not in slots and not is_unused(n)]
     # Without any known array all are missing: a wrong prefix must not pass as an empty set of weights.
     collections = {slots[n].collection for n in arrays if n in slots} or {slot.collection for slot in slots.values()}
     missing = [n for n, slot in slots.items() if slot.collection in collections and n not in arrays]

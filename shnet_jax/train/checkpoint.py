@@ -88,6 +88,22 @@ class Checkpoints:
         items |= {"notes": ocp.args.JsonSave(notes), "data": grain.checkpoint.CheckpointSave(iterator)}
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
+    def save_variables(self, step: int, variables: dict[str, Any], notes: dict[str, Any]) -> None:
+        """Saves {"params", "batch_stats"} and `notes` alone: can be evaluated, not continued. Returns when on disk."""
+        trees = {"model": variables["params"], "batch_stats": variables["batch_stats"]}
+        items: dict[str, Any] = {n: ocp.args.StandardSave(tree) for n, tree in trees.items() if jax.tree.leaves(tree)}
+        self._manager.save(step, args=ocp.args.Composite(notes=ocp.args.JsonSave(notes), **items))
+        self.wait()
+
+    def abstract_variables(self, step: int, *, averaged: bool) -> dict[str, Any]:
+        """Shapes and dtypes of what `restore_variables` gives, as they were saved."""
+        saved = self._manager.item_metadata(step)
+        trees = dict(saved["ema"]) if averaged else {"params": saved["model"], "batch_stats": saved.get("batch_stats")}
+        return {
+            name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(trees.get(name) or {}))
+            for name in ("params", "batch_stats")
+        }
+
     def wait(self) -> None:
         """Until what was started to be saved is on disk."""
         self._manager.wait_until_finished()
@@ -140,6 +156,11 @@ class Checkpoints:
 
     def _request(self, step: int, name: str, tree: Any, sharding: Any = None) -> ocp.args.CheckpointArgs:
         saved = self._manager.item_metadata(step).get(name)
+        if saved is None and name == "trainer":
+            raise CheckpointError(
+                f"checkpoint {step} in {self.folder} holds weights alone, as --mode=convert writes them: it can be "
+                "evaluated and not continued"
+            )
         if saved is None:
             raise CheckpointError(f"checkpoint {step} in {self.folder} has no {name!r}: the run was configured without")
         self._check(step, name, saved, tree)

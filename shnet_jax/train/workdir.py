@@ -18,6 +18,7 @@ CONFIG = "config.json"
 # What may differ between the runs of one work folder: nothing that changes the parameters. Data set and vocabulary may
 # have moved, so their paths are free and their contents are compared.
 FREE_TO_CHANGE = (
+    "config.convert.",
     "config.data.dir",
     "config.data.prefetch",
     "config.data.read_threads",
@@ -67,6 +68,20 @@ def claim(workdir: Path, experiment: Experiment) -> None:
         if original.exists():  # sets of other tools have no checksums
             shutil.copyfile(original, copy)
     save_config(experiment.config, path)
+
+
+def adopt(workdir: Path, config: ConfigDict | FrozenConfigDict, vocabulary: Path) -> None:
+    """Makes `workdir` the folder of a model that was trained elsewhere: its configuration and a copy of its vocabulary.
+
+    Raises WorkdirError for a folder that has checkpoints.
+    """
+    if any((workdir / "checkpoints").glob("*")):
+        raise WorkdirError(f"{workdir} holds checkpoints already; choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    for old in workdir.glob("vocabulary.*"):
+        old.unlink()
+    shutil.copyfile(vocabulary, workdir / f"vocabulary{vocabulary.suffix}")
+    save_config(config, workdir / CONFIG)
 
 
 def trained_config(workdir: Path) -> ConfigDict:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shnet_jax.interop.bert_weights import bert_params, bert_slots
+from shnet_jax.interop.bert_weights import bert_params
+from shnet_jax.interop.published import bert_sizes, text_encoder_slots
 from shnet_jax.interop.torch_weights import Slots, text_head_slots, to_variables
 from shnet_jax.models.bert import BERT
 from shnet_jax.models.text import TextEncoder
@@ -20,15 +21,7 @@ GROUP = "text encoder (BERT)"
 
 def sizes(arrays: dict[str, np.ndarray], heads: int) -> dict[str, Any]:
     """Sizes of the recorded BERT; the number of heads cannot be seen from the arrays."""
-    vocab_size, width = arrays["bert.embeddings.word_embeddings.weight"].shape
-    return {
-        "layers": sum(name.endswith("attention.self.query.weight") for name in arrays),
-        "width": width,
-        "heads": heads,
-        "mlp_dim": arrays["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
-        "vocab_size": vocab_size,
-        "max_positions": arrays["bert.embeddings.position_embeddings.weight"].shape[0],
-    }
+    return {"heads": heads} | bert_sizes({name: array.shape for name, array in arrays.items()})
 
 
 def encoder_params(arrays: dict[str, np.ndarray], shape: dict[str, Any]) -> dict:
@@ -40,7 +33,7 @@ def encoder_params(arrays: dict[str, np.ndarray], shape: dict[str, Any]) -> dict
 
 def encoder_slots(layers: int) -> Slots:
     """Where each array of the published `EncoderText` lives with us."""
-    return bert_slots(layers, "bert.", "tower") | text_head_slots()
+    return text_encoder_slots(layers)
 
 
 def check(folder: Path) -> list[Row]:

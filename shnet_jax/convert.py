@@ -1,0 +1,177 @@
+"""`--mode=convert`: weights of the published PyTorch code in, our weights out as safetensors and in again."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from shnet_jax import plan
+from shnet_jax.data.tokenise import load_tokenizer, vocabulary_file
+from shnet_jax.interop import bert_weights
+from shnet_jax.interop.published import open_published
+from shnet_jax.interop.weights_file import read_weights, write_weights
+from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.train.workdir import CONFIG, WorkdirError, adopt, differences, trained_config
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A trained model without data: complete configuration, {"params", "batch_stats"} and their training step."""
+
+    config: ConfigDict
+    variables: dict[str, Any]
+    step: int
+
+
+def convert(config: ConfigDict, workdir: str | Path) -> None:
+    """Makes `workdir` a run from config.convert.source, or the folder config.convert.to from the run in `workdir`.
+
+    Raises ValueError, FileNotFoundError, WorkdirError or CheckpointError with what does not fit.
+    """
+    workdir, source, to = Path(workdir), config.convert.source, config.convert.to
+    if bool(source) == bool(to):
+        raise ValueError(
+            "give one: --config.convert.source=FILE_OR_FOLDER becomes the run in --workdir, "
+            "--config.convert.to=FOLDER is made from it"
+        )
+    if to:
+        model = load_run(workdir, config.eval.checkpoint)
+        write_folder(Path(to), model)
+        print(f"{Path(to) / WEIGHTS}: {_describe(model)}, from {workdir}")
+        return
+    model = load_folder(source) if Path(source).is_dir() else load_published(config, source)
+    write_run(workdir, model)
+    print(
+        f"{workdir}: {_describe(model)}, from {source}\n"
+        f"python main.py --mode=eval --workdir={workdir} --config=... --config.data.dir=...  evaluates it"
+    )
+
+
+def load_published(config: ConfigDict, path: str | Path) -> Model:
+    """The model in a checkpoint of the released PyTorch code.
+
+    What shapes and options do not tell is taken from `config`: the vocabulary, the attention heads, how data is read.
+    """
+    config = ConfigDict(config.to_dict())
+    if config.text.weights and not config.tokenizer.path:  # of a folder only its vocabulary is needed
+        config.tokenizer.path = str(bert_weights.find_folder(config.text.weights) / "vocab.txt")
+    config.tokenizer.kind = "wordpiece"
+    published = open_published(path)
+    before = config.to_dict()
+    known = published.fields()
+    flat = {field: value for field, value in _flat(before).items() if field in known}
+    if strange := sorted(known.keys() - flat.keys()):
+        raise ValueError(f"{path} needs fields that --config does not have, {', '.join(strange)}: give its own model's")
+    # As the type that the field has, since options are often whole numbers where ours are not.
+    config.update_from_flattened_dict({field: type(flat[field])(value) for field, value in known.items()})
+    for line in differences(config.to_dict(), before):
+        log.info("%s: %s", path, line)
+    if config.text.width % config.text.heads:
+        raise ValueError(f"config.text.heads is {config.text.heads}; it does not divide the width {config.text.width}")
+    _check_vocabulary(config, path)
+    variables = published.variables(_expected(config))
+    return Model(config, variables, published.step)
+
+
+def load_run(workdir: str | Path, checkpoint: str = "best") -> Model:
+    """The model in a work folder; checkpoint: best | last. Where averages were kept, these are it."""
+    workdir = Path(workdir)
+    config = trained_config(workdir)
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.step(checkpoint)
+    if step is None:
+        raise CheckpointError(f"{workdir}: no checkpoint in {checkpoints.folder}")
+    averaged = config.optim.ema > 0
+    like = checkpoints.abstract_variables(step, averaged=averaged)
+    variables = checkpoints.restore_variables(step, like, averaged=averaged, on_host=True)
+    checkpoints.close()
+    config.optim.ema, config.text.weights = 0.0, ""  # what the weights were is in them
+    return Model(config, variables, step)
+
+
+def load_folder(folder: str | Path) -> Model:
+    """The model in a folder of `write_folder`.
+
+    Raises ValueError naming each array that its configuration has no place for, or the other way round.
+    """
+    folder = Path(folder)
+    config = trained_config(folder)
+    variables, step = read_weights(folder / WEIGHTS)
+    found, expected = (_ranks(tree) for tree in (variables, _expected(config)))
+    if found != expected:
+        wrong = [
+            f"{name}: axes {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+            for name in sorted(found.keys() | expected.keys())
+            if found.get(name) != expected.get(name)
+        ]
+        raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG} beside it:\n  " + "\n  ".join(wrong[:40]))
+    return Model(config, variables, step)
+
+
+def write_run(workdir: Path, model: Model) -> None:
+    """A work folder that --mode=eval takes. Raises WorkdirError for one that has checkpoints."""
+    adopt(workdir, model.config, vocabulary_file(model.config))
+    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints.save_variables(model.step, jax.tree.map(jax.numpy.asarray, model.variables), {"converted": True})
+    checkpoints.close()
+
+
+def write_folder(folder: Path, model: Model) -> None:
+    """model.safetensors, config.json and the vocabulary in a new folder, whole or not at all."""
+    if folder.exists():
+        raise WorkdirError(f"{folder} exists already; choose another --config.convert.to")
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    adopt(temporary, model.config, vocabulary_file(model.config))
+    write_weights(temporary / WEIGHTS, model.variables, model.step)
+    temporary.rename(folder)
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every field of a configuration by its dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _check_vocabulary(config: ConfigDict, path: str | Path) -> None:
+    if not config.tokenizer.path:
+        raise ValueError(
+            f"{path} has no vocabulary: give the vocab.txt of its BERT (bert-base-uncased in the released code), "
+            "--config.tokenizer.path=vocab.txt"
+        )
+    pieces = load_tokenizer(config).vocab_size
+    if pieces != config.text.vocab_size:
+        raise ValueError(
+            f"{path}: its BERT has {config.text.vocab_size} tokens, {config.tokenizer.path} {pieces}: "
+            "not the vocabulary that it was trained with"
+        )
+
+
+def _expected(config: ConfigDict) -> dict[str, Any]:
+    """Shapes of the model of a configuration; those of image features are as config.plan says."""
+    config = ConfigDict(config.to_dict())
+    config.data.dir = ""
+    return plan.variables(plan.describe(config))
+
+
+def _ranks(tree: dict[str, Any]) -> dict[str, int]:
+    """Number of axes by name: their lengths also depend on the features, which a data set brings."""
+    return {name: len(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def _describe(model: Model) -> str:
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.variables["params"]))
+    return f"{model.config.model.name}, {count:,} parameters of step {model.step}"

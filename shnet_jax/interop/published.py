@@ -1,0 +1,239 @@
+"""Checkpoints of the released PyTorch code of 3SHNet (region model with BERT) and VSE-infinity, for our `shnet` model.
+
+Such a file holds {"model": [state of the image encoder, state of the text encoder], "opt": its options, "epoch",
+"best_rsum", "Eiters"}, names with DataParallel's "module." before them or not. Another published model is one more
+`Family`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from shnet_jax.interop.bert_weights import bert_slots
+from shnet_jax.interop.torch_file import TorchFile, open_torch_file
+from shnet_jax.interop.torch_pickle import Tensor
+from shnet_jax.interop.torch_weights import (
+    Slots,
+    image_encoder_slots,
+    is_unused,
+    misfits,
+    text_head_slots,
+    to_variables,
+    vse_encoder_slots,
+)
+
+log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_WORDS = "bert.embeddings.word_embeddings.weight"
+_NO_SEGMENTATION = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A published image encoder.
+
+    mark: an array that it has and those after it in FAMILIES do not. slots: its places, given their path.
+    model: fields of config.model that make ours compute the same. sizes: other such fields, each with the array and
+    axis whose length it is. options: fields that its own options give, beside those in TRAINING.
+    """
+
+    title: str
+    mark: str
+    slots: Callable[..., Slots]
+    model: Mapping[str, Any]
+    sizes: Mapping[str, tuple[str, int]]
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+FAMILIES = (
+    Family(
+        "3SHNet, region model",
+        "crossmodalfusion_sp.embedding_Seg.0.weight",
+        image_encoder_slots,
+        {
+            "name": "shnet",
+            "units": ("regions",),
+            **dict.fromkeys(_NO_SEGMENTATION, True),
+            "map_input": "raw_id",
+            "map_position": "1d",
+            "spatial_scale": 4.0,
+        },
+        {
+            "dim": ("fc.weight", 0),
+            "num_classes": ("embed_category.0.weight", 1),
+            "map_channels": ("crossmodalfusion_sp.embedding_Seg.0.weight", 0),
+        },
+    ),
+    Family(
+        "VSE-infinity, region model",
+        "fc.weight",
+        vse_encoder_slots,
+        {"name": "shnet", "units": ("regions",), **_NO_SEGMENTATION},
+        {"dim": ("fc.weight", 0)},
+    ),
+)
+
+# Options of all released codes that say how a model was trained, by our names.
+TRAINING: Mapping[str, str] = {
+    "margin": "loss.triplet.margin",
+    "vse_mean_warmup_epochs": "loss.triplet.warmup_epochs",
+    "batch_size": "train.batch_size",
+    "num_epochs": "train.epochs",
+    "learning_rate": "optim.lr",
+    "lr_update": "optim.decay_epochs",
+    "grad_clip": "optim.clip_norm",
+}
+# What our model computes; a checkpoint trained otherwise would give other embeddings. Absent: as here.
+_REQUIRED = {"no_imgnorm": False, "no_txtnorm": False, "precomp_enc_type": "basic"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """An opened checkpoint: tensors of the two encoders by their names without "module.", options, training steps."""
+
+    family: Family
+    image: Mapping[str, Tensor]
+    text: Mapping[str, Tensor]
+    options: Mapping[str, Any]
+    step: int
+    file: TorchFile
+
+    def fields(self) -> dict[str, Any]:
+        """Fields of a configuration, by dotted name, that follow from shapes and options.
+
+        The number of attention heads cannot be seen in either.
+        """
+        image, text = _shapes(self.image), _shapes(self.text)
+        fields = {f"model.{name}": value for name, value in self.family.model.items()}
+        fields |= {f"model.{name}": _size(image, *place) for name, place in self.family.sizes.items()}
+        fields["plan.region_dim"] = _size(image, "fc.weight", 1)
+        fields |= {f"text.{name}": size for name, size in bert_sizes(text).items()}
+        fields |= {"text.tower": "bert", "text.weights": "", "text.frozen_layers": 0, "optim.ema": 0.0}
+        for option, field in (("embed_size", "model.dim"), ("img_dim", "plan.region_dim")):
+            if self.options.get(option, fields[field]) != fields[field]:
+                raise ValueError(
+                    f"{self.file.path}: opt.{option} is {self.options[option]!r}, fc.weight is {image['fc.weight']}"
+                )
+        for option, expected in _REQUIRED.items():
+            if self.options.get(option, expected) != expected:
+                raise ValueError(
+                    f"{self.file.path}: opt.{option} is {self.options[option]!r}; our model has {expected!r}"
+                )
+        named = {**TRAINING, **self.family.options}
+        numbers = {f: self.options[o] for o, f in named.items() if type(self.options.get(o)) in (int, float)}
+        if decay := numbers.pop("optim.decay_epochs", None):
+            fields["optim.decay_epochs"] = (float(decay),)
+        # The released loss counts other captions of an image as negatives.
+        return fields | numbers | {"loss.triplet.mask_same_image": False}
+
+    def variables(self, like: Mapping[str, Any]) -> dict[str, Any]:
+        """{"params", "batch_stats"} for a model whose arrays are `like`, float32.
+
+        Raises ValueError that names each tensor which is missing, unexpected, misshapen or not finite.
+        """
+        layers = bert_sizes(_shapes(self.text))["layers"]
+        slots = {"image": self.family.slots("image"), "text": text_encoder_slots(layers, "text")}
+        tensors = {"image": self.image, "text": self.text}
+        lines = [
+            f"{side} encoder, {line}" for side in slots for line in misfits(_shapes(tensors[side]), slots[side], like)
+        ]
+        flat = traverse_util.flatten_dict(dict(like))
+        filled = {(slot.collection, *slot.path) for side in slots.values() for slot in side.values()}
+        lines += [f"not in the published code: {'/'.join(path)}" for path in flat if path not in filled]
+        if lines:
+            shown = [*lines[:40], f"and {len(lines) - 40} more"] if len(lines) > 40 else lines
+            raise ValueError(f"{self.file.path} does not fit {self.family.title}:\n  " + "\n  ".join(shown))
+        unused = [name for side in tensors.values() for name in side if is_unused(name)]
+        log.info("%s: %d tensors not used: %s", self.file.path, len(unused), ", ".join(unused))
+
+        trees = [
+            to_variables({n: self._array(t) for n, t in tensors[side].items() if n in slots[side]}, slots[side])
+            for side in slots
+        ]
+        merged = {k: v for tree in trees for k, v in traverse_util.flatten_dict(tree).items()}
+        variables = traverse_util.unflatten_dict({path: np.ascontiguousarray(a) for path, a in merged.items()})
+        return {name: variables.get(name, {}) for name in ("params", "batch_stats")}
+
+    def _array(self, tensor: Tensor) -> np.ndarray:
+        array = np.asarray(self.file.array(tensor), np.float32)
+        if not np.isfinite(array).all():
+            name = next(n for side in (self.image, self.text) for n, t in side.items() if t == tensor)
+            raise ValueError(f"{self.file.path}: {name} holds numbers that are not finite")
+        return array
+
+
+def open_published(path: str | Path) -> Published:
+    """Opens a checkpoint of the released code; its tensors stay in the file.
+
+    Raises FileNotFoundError, and ValueError for what cannot be read safely or is not such a checkpoint.
+    """
+    file = open_torch_file(path)
+    content = file.content
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, list | tuple) or len(model) != 2:
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"{path}: expected a checkpoint of the released code, a dict whose 'model' is a list of the states of "
+            f"image and text encoder; found {found[:300]}"
+        )
+    image, text = (_state(file.path, which, state) for which, state in zip(("image", "text"), model, strict=True))
+    family = next((f for f in FAMILIES if f.mark in image), None)
+    if family is None:
+        raise ValueError(
+            f"{path}: the image encoder is of no known kind ({', '.join(f.title for f in FAMILIES)}); "
+            f"it has {', '.join(list(image)[:20])}"
+        )
+    if _WORDS not in text:
+        raise ValueError(f"{path}: the text encoder has no {_WORDS}, so it is no BERT; it has {', '.join(text)[:300]}")
+    options, step = content.get("opt"), content.get("Eiters")
+    options = dict(vars(options)) if isinstance(options, types.SimpleNamespace) else options
+    if not isinstance(options, dict):
+        log.warning("%s: no options ('opt'); taken to be those of the released scripts", path)
+        options = {}
+    return Published(family, image, text, options, step if type(step) is int and step > 0 else 1, file)
+
+
+def text_encoder_slots(layers: int, *path: str) -> Slots:
+    """The released `EncoderText`, a BERT of this many layers with its head, at `path`."""
+    return bert_slots(layers, "bert.", *path, "tower") | text_head_slots(*path)
+
+
+def bert_sizes(shapes: Shapes) -> dict[str, int]:
+    """Sizes of the BERT in a state of `EncoderText` by their names in config.text, without the heads."""
+    return {
+        "layers": sum(name.endswith("attention.self.query.weight") for name in shapes),
+        "width": _size(shapes, _WORDS, 1),
+        "mlp_dim": _size(shapes, "bert.encoder.layer.0.intermediate.dense.weight", 0),
+        "vocab_size": _size(shapes, _WORDS, 0),
+        "max_positions": _size(shapes, "bert.embeddings.position_embeddings.weight", 0),
+    }
+
+
+def _size(shapes: Shapes, name: str, axis: int) -> int:
+    shape = shapes.get(name, ())
+    if len(shape) <= axis or shape[axis] < 1:
+        raise ValueError(f"{name} is {shape or 'missing'}; the model's sizes cannot be told without it")
+    return shape[axis]
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(array.shape) for name, array in state.items()}
+
+
+def _state(path: Path, which: str, state: Any) -> dict[str, Tensor]:
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
+        raise ValueError(f"{path}: the state of the {which} encoder is not a dict of tensors by their names")
+    short = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if len(short) != len(state):
+        raise ValueError(f"{path}: the {which} encoder has names both with and without 'module.'")
+    return short

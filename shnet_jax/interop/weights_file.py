@@ -1,0 +1,47 @@
+"""Our variables as one safetensors file, and back, bit by bit.
+
+The name of a tensor is its path in the tree, "params/image/regions_linear/kernel".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+FORMAT = "shnet_jax"
+COLLECTIONS = ("params", "batch_stats")
+
+
+def write_weights(path: Path, variables: dict[str, Any], step: int) -> None:
+    """Writes {"params", "batch_stats"} of training step `step`, whole or not at all."""
+    flat = traverse_util.flatten_dict({name: variables[name] for name in COLLECTIONS}, sep="/")
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file(flat, temporary, {"format": FORMAT, "step": str(step)})
+    temporary.replace(path)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], int]:
+    """({"params", "batch_stats"}, step) of a file of `write_weights`.
+
+    Raises FileNotFoundError, and ValueError for a file that is cut off or was written by something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="flax") as file:
+            notes = file.metadata() or {}
+            flat: dict[str, jax.Array] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file (cut off?): {error}") from None
+    step = notes.get("step", "")
+    if notes.get("format") != FORMAT or not step.isdecimal():
+        raise ValueError(f"{path}: not written by --config.convert.to: its header says {notes}")
+    if strange := [name for name in flat if name.split("/")[0] not in COLLECTIONS]:
+        raise ValueError(f"{path}: tensors that belong to no collection: {', '.join(strange)}")
+    tree = traverse_util.unflatten_dict({tuple(name.split("/")): array for name, array in flat.items()})
+    return {name: tree.get(name, {}) for name in COLLECTIONS}, int(step)
