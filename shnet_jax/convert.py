@@ -18,7 +18,7 @@ from shnet_jax.interop import bert_weights
 from shnet_jax.interop.published import open_published
 from shnet_jax.interop.weights_file import read_weights, write_weights
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.workdir import CONFIG, WorkdirError, adopt, differences, trained_config
+from shnet_jax.train.workdir import CONFIG, WorkdirError, adopt, trained_config
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +68,16 @@ def load_published(config: ConfigDict, path: str | Path) -> Model:
         config.tokenizer.path = str(bert_weights.find_folder(config.text.weights) / "vocab.txt")
     config.tokenizer.kind = "wordpiece"
     published = open_published(path)
-    before = config.to_dict()
     known = published.fields()
-    flat = {field: value for field, value in _flat(before).items() if field in known}
+    flat = {field: value for field, value in _flat(config.to_dict()).items() if field in known}
     if strange := sorted(known.keys() - flat.keys()):
         raise ValueError(f"{path} needs fields that --config does not have, {', '.join(strange)}: give its own model's")
     # As the type that the field has, since options are often whole numbers where ours are not.
-    config.update_from_flattened_dict({field: type(flat[field])(value) for field, value in known.items()})
-    for line in differences(config.to_dict(), before):
-        log.info("%s: %s", path, line)
+    known = {field: type(flat[field])(value) for field, value in known.items()}
+    for field, value in known.items():
+        if value != flat[field]:
+            log.info("%s: config.%s becomes %r (--config: %r)", path, field, value, flat[field])
+    config.update_from_flattened_dict(known)
     if config.text.width % config.text.heads:
         raise ValueError(f"config.text.heads is {config.text.heads}; it does not divide the width {config.text.width}")
     _check_vocabulary(config, path)
