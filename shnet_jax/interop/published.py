@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 Shapes = Mapping[str, tuple[int, ...]]
 
 _WORDS = "bert.embeddings.word_embeddings.weight"
-_NO_SEGMENTATION = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
+_SEGMENTATION = ("model.semantic", "model.spatial", "model.scene_tokens", "model.category_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Family:
     """A published image encoder.
 
     mark: an array that it has and those after it in FAMILIES do not. slots: its places, given their path.
-    model: fields of config.model that make ours compute the same. sizes: other such fields, each with the array and
-    axis whose length it is. options: fields that its own options give, beside those in TRAINING.
+    fields: those of a configuration that make ours the same model. sizes: those of config.model that are the length of
+    an array's axis. options: fields that its own options give, beside those in TRAINING.
     """
 
     title: str
     mark: str
     slots: Callable[..., Slots]
-    model: Mapping[str, Any]
+    fields: Mapping[str, Any]
     sizes: Mapping[str, tuple[str, int]]
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -61,12 +61,13 @@ FAMILIES = (
         "crossmodalfusion_sp.embedding_Seg.0.weight",
         image_encoder_slots,
         {
-            "name": "shnet",
-            "units": ("regions",),
-            **dict.fromkeys(_NO_SEGMENTATION, True),
-            "map_input": "raw_id",
-            "map_position": "1d",
-            "spatial_scale": 4.0,
+            "model.name": "shnet",
+            "model.units": ("regions",),
+            **dict.fromkeys(_SEGMENTATION, True),
+            "model.map_input": "raw_id",
+            "model.map_position": "1d",
+            "model.spatial_scale": 4.0,
+            "loss.triplet.mask_same_image": False,
         },
         {
             "dim": ("fc.weight", 0),
@@ -78,7 +79,12 @@ FAMILIES = (
         "VSE-infinity, region model",
         "fc.weight",
         vse_encoder_slots,
-        {"name": "shnet", "units": ("regions",), **_NO_SEGMENTATION},
+        {
+            "model.name": "shnet",
+            "model.units": ("regions",),
+            **dict.fromkeys(_SEGMENTATION, False),
+            "loss.triplet.mask_same_image": False,
+        },
         {"dim": ("fc.weight", 0)},
     ),
 )
@@ -114,7 +120,7 @@ class Published:
         The number of attention heads cannot be seen in either.
         """
         image, text = _shapes(self.image), _shapes(self.text)
-        fields = {f"model.{name}": value for name, value in self.family.model.items()}
+        fields = dict(self.family.fields)
         fields |= {f"model.{name}": _size(image, *place) for name, place in self.family.sizes.items()}
         fields["plan.region_dim"] = _size(image, "fc.weight", 1)
         fields |= {f"text.{name}": size for name, size in bert_sizes(text).items()}
@@ -133,8 +139,7 @@ class Published:
         numbers = {f: self.options[o] for o, f in named.items() if type(self.options.get(o)) in (int, float)}
         if decay := numbers.pop("optim.decay_epochs", None):
             fields["optim.decay_epochs"] = (float(decay),)
-        # The released loss counts other captions of an image as negatives.
-        return fields | numbers | {"loss.triplet.mask_same_image": False}
+        return fields | numbers
 
     def variables(self, like: Mapping[str, Any]) -> dict[str, Any]:
         """{"params", "batch_stats"} for a model whose arrays are `like`, float32.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from configs import base
 from shnet_jax import registry
@@ -19,33 +20,40 @@ from tests.parity import shnet
 from tests.parity.compare import Fixture, Row, compare
 
 GROUP = "converted checkpoint"
+# Recordings that end with weights and the embeddings of their first batch, and the configurations of their models.
+CASES = {"shnet_train_steps": base}
 
 
 def check(folder: Path) -> list[Row]:
-    """Embeddings of 3SHNet after the recorded steps, from a file of the weights after them."""
-    fixture = Fixture(folder / "shnet_train_steps.npz")
+    """Embeddings after the recorded steps, from a file of the weights after them."""
+    return [
+        row for name, config in CASES.items() for row in _check(Fixture(folder / f"{name}.npz"), config.get_config())
+    ]
+
+
+def _check(fixture: Fixture, config: ConfigDict) -> list[Row]:
     states = []
     for side in ("img", "txt"):
-        state = fixture.section(f"param_after.{side}.") | fixture.section(f"buffer_after.{side}.")
+        state = fixture.section(f"param_after.{side}.")
+        if any(name.startswith(f"buffer_after.{side}.") for name in fixture.arrays):
+            state |= fixture.section(f"buffer_after.{side}.")
         states.append(OrderedDict((f"module.{name}", array) for name, array in state.items()))
     arrays = fixture.section("step0.in.")
     tokens = jnp.asarray(arrays["input_ids"])
     with tempfile.TemporaryDirectory() as name:
         vocabulary = Path(name) / "vocab.txt"
-        rows = states[1]["module.bert.embeddings.word_embeddings.weight"].shape[0]
-        vocabulary.write_text("\n".join([*SPECIAL, *(f"w{i}" for i in range(rows - len(SPECIAL)))]) + "\n")
+        pieces = len(states[1]["module.bert.embeddings.word_embeddings.weight"])
+        vocabulary.write_text("\n".join([*SPECIAL, *(f"w{i}" for i in range(pieces - len(SPECIAL)))]) + "\n")
         options = argparse.Namespace(embed_size=fixture["out.final_eval_image_embedding"].shape[-1])
         checkpoint = {"epoch": 1, "model": states, "best_rsum": 0.0, "opt": options, "Eiters": 4}
-        config = base.get_config()
         config.tokenizer.path, config.text.heads = str(vocabulary), int(fixture["meta.num_heads"])
         converted = load_published(config, save(Path(name) / "model_best.pth", checkpoint))
     model = registry.model(converted.config.model.name).build(converted.config)
     batch = shnet.inputs(arrays) | {"tokens": tokens, "token_mask": tokens != 0}
     images, texts = jax.jit(lambda variables: model.apply(variables, batch, train=False))(converted.variables)
-    # The recorded weights are not those that our own steps arrive at, so nothing but rounding may differ.
-    return [
-        compare(
-            GROUP, f"out.final_eval_{name}_embedding", ours.vector, fixture[f"out.final_eval_{name}_embedding"], 1e-5
-        )
-        for name, ours in (("image", images), ("text", texts))
-    ]
+    rows = []
+    for side, ours in (("image", images), ("text", texts)):
+        name = f"out.final_eval_{side}_embedding"
+        # The weights are the recorded ones, not those that our own steps arrive at: only rounding may differ.
+        rows.append(compare(GROUP, name, ours.vector, fixture[name], 1e-5))
+    return rows
