@@ -14,6 +14,7 @@ REQUIRED = [
     "jax>=0.10.2,<0.13",
     "matplotlib>=3.9,<4",
     "ml-collections>=1.1,<2",
+    "ml_dtypes>=0.5,<0.7",
     "numpy>=2.0,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",

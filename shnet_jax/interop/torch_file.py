@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from shnet_jax.interop.torch_pickle import DTYPES, Tensor, Unpickler
+from shnet_jax.interop.torch_pickle import DTYPES, Storage, Tensor, Unpickler
 
 MAX_PICKLE = 32 * 2**20
 """Bytes of the pickle, without the arrays; that of a BERT with its optimiser is below 1 MB."""
@@ -57,6 +57,8 @@ class TorchFile:
         Raises ValueError when the tensor does not lie in its storage or the bytes are not those that were saved.
         """
         storage, offset, shape, strides = tensor
+        if not isinstance(storage, Storage):
+            raise ValueError(f"{self.path}: a tensor of shape {shape} has no storage but {storage!r}")
         dtype, place = DTYPES[storage.kind], self._places.get(storage.key)
         if place is None or place.size != storage.size * dtype.itemsize:
             found = "no such entry" if place is None else f"{place.size} bytes"
@@ -97,7 +99,8 @@ def open_torch_file(path: str | Path) -> TorchFile:
         try:
             with zipfile.ZipFile(file) as archive:
                 return _open_zip(path, file, archive.infolist())
-        except zipfile.BadZipFile as error:
+        # Of a version that Python does not know, or with names in no alphabet: damaged as well.
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a whole zip archive (cut off?): {error}") from None
 
 
@@ -146,9 +149,9 @@ def _open_zip(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo]) -> Tor
 
 def _data_offset(path: Path, file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin: behind its own header, whose size the directory does not tell."""
-    file.seek(entry.header_offset)
+    file.seek(max(entry.header_offset, 0))  # negative where the directory is damaged
     header = file.read(30)
-    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+    if entry.header_offset < 0 or len(header) < 30 or not header.startswith(b"PK\x03\x04"):
         raise ValueError(f"{path}: entry {entry.filename!r} has no header; the file is damaged")
     name, extra = struct.unpack("<2H", header[26:])
     return entry.header_offset + 30 + name + extra

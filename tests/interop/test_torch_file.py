@@ -159,12 +159,13 @@ def test_what_else_a_pickle_could_try(opcodes, match, tmp_path):
         {"strides": (-1,)},
         {"shape": (3,), "strides": ()},
         {"shape": None},
+        {"storage": None},
     ],
 )
 def test_a_tensor_must_lie_in_its_storage(changed, tmp_path):
     writer = Writer()
     tensor = writer.tensor(np.arange(6, dtype=np.float32), **changed)
-    refused(save(tmp_path / "x.pth", {"a": tensor}, writer), "does not lie in|should hold")
+    refused(save(tmp_path / "x.pth", {"a": tensor}, writer), "does not lie in|should hold|has no storage")
 
 
 def test_a_file_that_is_cut_off_anywhere(tmp_path):
@@ -175,6 +176,23 @@ def test_a_file_that_is_cut_off_anywhere(tmp_path):
             path.write_bytes(whole[:size])
             with pytest.raises(ValueError, match=file):
                 open_torch_file(path)
+
+
+@pytest.mark.parametrize("file", ["torch_zip.pth", "torch_stream.pth"])
+def test_damage_anywhere_gives_an_error_or_an_array(file, tmp_path):
+    whole, rng, path = (GOLDEN / file).read_bytes(), np.random.default_rng(0), tmp_path / file
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, len(whole), 2):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            opened = open_torch_file(path)
+            for state in opened.content["model"]:
+                for tensor in state.values():
+                    opened.array(tensor)
+        except (ValueError, KeyError) as error:  # no "model" any more
+            assert isinstance(error, KeyError) or str(path) in str(error)
 
 
 def test_a_changed_byte_is_found(tmp_path):

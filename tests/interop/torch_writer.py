@@ -62,13 +62,13 @@ class Writer:
         raise TypeError(f"not written here: {type(value)}")
 
     def tensor(self, array: np.ndarray, **changed: Any) -> Raw:
-        """changed: kind, key, size, offset, shape or strides that are not those of the array."""
+        """changed: kind, key, size, offset, shape, strides or storage that are not those of the array."""
         self.data.append(np.ascontiguousarray(array).tobytes())
         steps = tuple(s // array.itemsize for s in np.ascontiguousarray(array).strides)
         true = {"kind": KINDS[array.dtype], "key": str(len(self.data) - 1), "size": array.size, "offset": 0}
         t = true | {"shape": array.shape, "strides": steps[: array.ndim]} | changed
         storage = Raw(self.write(("storage", name("torch", t["kind"]), t["key"], "cuda:0", t["size"])) + b"Q")
-        parts = (storage, t["offset"], t["shape"], t["strides"], False, OrderedDict())
+        parts = (t.get("storage", storage), t["offset"], t["shape"], t["strides"], False, OrderedDict())
         return Raw(name("torch._utils", "_rebuild_tensor_v2") + self.write(parts) + b"R")
 
 
