@@ -227,7 +227,7 @@ def test_options_of_another_model(options, match, tmp_path):
     ("content", "match"),
     [
         ({"state_dict": {}}, "found state_dict"),
-        ([1], "found list"),
+        ([1], "found a list"),
         ({"model": [{"a": 1}, {}]}, "image encoder is not a dict of tensors"),
         ({"model": [{}, {}]}, "of no known kind"),
         ({"model": [{"fc.weight": np.ones(2, np.float32)}, {"rnn.weight": np.ones(2, np.float32)}]}, "it is no BERT"),

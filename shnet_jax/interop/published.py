@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import reprlib
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -128,12 +129,12 @@ class Published:
         for option, field in (("embed_size", "model.dim"), ("img_dim", "plan.region_dim")):
             if self.options.get(option, fields[field]) != fields[field]:
                 raise ValueError(
-                    f"{self.file.path}: opt.{option} is {self.options[option]!r}, fc.weight is {image['fc.weight']}"
+                    f"{self.file.path}: opt.{option} is {reprlib.repr(self.options[option])}, fc.weight is {image['fc.weight']}"
                 )
         for option, expected in _REQUIRED.items():
             if self.options.get(option, expected) != expected:
                 raise ValueError(
-                    f"{self.file.path}: opt.{option} is {self.options[option]!r}; our model has {expected!r}"
+                    f"{self.file.path}: opt.{option} is {reprlib.repr(self.options[option])}; our model has {expected!r}"
                 )
         named = {**TRAINING, **self.family.options}
         numbers = {f: self.options[o] for o, f in named.items() if type(self.options.get(o)) in (int, float)}
@@ -186,7 +187,8 @@ def open_published(path: str | Path) -> Published:
     content = file.content
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, list | tuple) or len(model) != 2:
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        keys = [key for key in content if isinstance(key, str)] if isinstance(content, dict) else []
+        found = ", ".join(keys) or f"a {type(content).__name__}"
         raise ValueError(
             f"{path}: expected a checkpoint of the released code, a dict whose 'model' is a list of the states of "
             f"image and text encoder; found {found[:300]}"

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import io
 import math
+import reprlib
 import struct
 import zipfile
 import zlib
@@ -58,7 +59,7 @@ class TorchFile:
         """
         storage, offset, shape, strides = tensor
         if not isinstance(storage, Storage):
-            raise ValueError(f"{self.path}: a tensor of shape {shape} has no storage but {storage!r}")
+            raise ValueError(f"{self.path}: a tensor has no storage but {reprlib.repr(storage)}")
         dtype, place = DTYPES[storage.kind], self._places.get(storage.key)
         if place is None or place.size != storage.size * dtype.itemsize:
             found = "no such entry" if place is None else f"{place.size} bytes"
@@ -68,7 +69,9 @@ class TorchFile:
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if numbers else 0
         count = math.prod(shape) if numbers else 0
         if not numbers or count > storage.size or (count and last >= storage.size):
-            raise ValueError(f"{self.path}: a tensor of shape {shape} does not lie in its storage {storage}")
+            raise ValueError(
+                f"{self.path}: a tensor of shape {reprlib.repr(shape)} does not lie in its storage {storage}"
+            )
         if not count:
             return np.zeros(shape, dtype)
         raw = self._bytes[place.offset : place.offset + place.size]
@@ -164,7 +167,7 @@ def _open_legacy(path: Path, file: BinaryIO) -> TorchFile:
     unpickler = Unpickler(path, stream)
     magic, version, machine = unpickler.next(), unpickler.next(), unpickler.next()
     if magic != _LEGACY_MAGIC or version != 1001 or not isinstance(machine, dict) or not machine.get("little_endian"):
-        raise ValueError(f"{path}: version {version!r} on machine {machine!r}; known is 1001 with little_endian")
+        raise ValueError(f"{path}: not of the format's version 1001, or saved on a machine of the other byte order")
     content, keys = unpickler.next(), unpickler.next()
     if not isinstance(keys, list) or any(key not in unpickler.storages for key in keys if isinstance(key, str)):
         raise ValueError(f"{path}: the list of storages names some that no tensor uses")
@@ -174,7 +177,9 @@ def _open_legacy(path: Path, file: BinaryIO) -> TorchFile:
         file.seek(at)
         count = file.read(8)
         if storage is None or len(count) < 8 or int.from_bytes(count, "little") != storage.size:
-            raise ValueError(f"{path}: storage {key!r} is not where it should be; the file is cut off or damaged")
+            raise ValueError(
+                f"{path}: storage {reprlib.repr(key)} is not where it should be; the file is cut off or damaged"
+            )
         places[key] = _Place(at + 8, storage.size * DTYPES[storage.kind].itemsize, None)
         at = places[key].offset + places[key].size
         if at > size:

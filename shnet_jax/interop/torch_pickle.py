@@ -10,6 +10,7 @@ import collections
 import io
 import pickle
 import pickletools
+import reprlib
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,8 @@ _WRITTEN = (
     "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS "
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID"
 )
+MAX_TUPLES = 20_000
+"""Tuples in one pickle, four for each tensor: a key of a million tuples in one another ends Python without a word."""
 _OPCODES = frozenset(_WRITTEN.split())
 
 
@@ -105,6 +108,7 @@ class Unpickler:
         return found
 
     def _look_through(self) -> None:
+        tuples = 0
         for number, (opcode, value, _) in enumerate(pickletools.genops(self._stream)):
             if opcode.name not in _OPCODES:
                 raise pickle.UnpicklingError(
@@ -112,6 +116,9 @@ class Unpickler:
                 )
             if opcode.name in ("BINPUT", "LONG_BINPUT") and int(value or 0) > number:
                 raise pickle.UnpicklingError("its pickle asks for more memory than it has objects")
+            tuples += opcode.name.startswith("TUPLE")
+            if tuples > MAX_TUPLES:
+                raise pickle.UnpicklingError(f"its pickle has more than {MAX_TUPLES} tuples")
 
 
 _FAULTS = (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError)
@@ -136,7 +143,7 @@ class _Restricted(pickle.Unpickler):
             case ("storage", str(kind), str(key), str(), int(size), None) if kind in DTYPES and size >= 0:
                 storage = Storage(kind, key, size)
             case _:
-                raise pickle.UnpicklingError(f"a storage is described by {pid!r}")
+                raise pickle.UnpicklingError(f"a storage is described by {reprlib.repr(pid)}")
         if self._storages.setdefault(key, storage) != storage:
             raise pickle.UnpicklingError(f"storage {key!r} is described in two ways")
         return storage

@@ -129,6 +129,7 @@ def test_a_pickle_that_calls_something_is_named_and_not_run(protocol, legacy, tm
         (b"\x82\x01", "opcode EXT1"),
         (b"\x96" + struct.pack("<Q", 2**50), "not a checkpoint that can be read safely"),  # 1 PiB of bytearray
         (b"Nr" + struct.pack("<I", 2**31), "more memory"),  # a memo of 2^31 places
+        (b"}N" + b"\x85" * 200_000 + b"Ns", "more than 20000 tuples"),  # a key whose hash needs a stack without end
         (b"X" + struct.pack("<I", 2**31) + b"a", "not a checkpoint that can be read safely"),
         # Nothing of what a file may name has attributes to be set, or lets its class be changed.
         (name("torch._utils", "_rebuild_tensor_v2") + b"}(X\x01\x00\x00\x00aK\x01ub", "__dict__"),
@@ -137,6 +138,10 @@ def test_a_pickle_that_calls_something_is_named_and_not_run(protocol, legacy, tm
             name("argparse", "Namespace") + b"N}(X\x04\x00\x00\x00__eq__K\x01u\x86b".replace(b"__eq__", b"__eq"),
             "immutable",
         ),
+        (
+            b"N" + b"".join(bytes([0x71, i, 0x68, i, 0x86]) for i in range(60)) + b"Q",
+            "a storage is described by",
+        ),  # 2^60 None
         (b"(X\x06\x00\x00\x00modulet" + b"Q", "a storage is described by"),
     ],
 )
