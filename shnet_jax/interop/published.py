@@ -126,16 +126,11 @@ class Published:
         fields["plan.region_dim"] = _size(image, "fc.weight", 1)
         fields |= {f"text.{name}": size for name, size in bert_sizes(text).items()}
         fields |= {"text.tower": "bert", "text.weights": "", "text.frozen_layers": 0, "optim.ema": 0.0}
-        for option, field in (("embed_size", "model.dim"), ("img_dim", "plan.region_dim")):
-            if self.options.get(option, fields[field]) != fields[field]:
-                raise ValueError(
-                    f"{self.file.path}: opt.{option} is {reprlib.repr(self.options[option])}, fc.weight is {image['fc.weight']}"
-                )
-        for option, expected in _REQUIRED.items():
-            if self.options.get(option, expected) != expected:
-                raise ValueError(
-                    f"{self.file.path}: opt.{option} is {reprlib.repr(self.options[option])}; our model has {expected!r}"
-                )
+        same = {"embed_size": fields["model.dim"], "img_dim": fields["plan.region_dim"]} | _REQUIRED
+        for option, expected in same.items():
+            if (found := self.options.get(option, expected)) != expected:
+                what = f"opt.{option} is {reprlib.repr(found)}; the arrays, or our model, have {expected!r}"
+                raise ValueError(f"{self.file.path}: {what}")
         named = {**TRAINING, **self.family.options}
         numbers = {f: self.options[o] for o, f in named.items() if type(self.options.get(o)) in (int, float)}
         if decay := numbers.pop("optim.decay_epochs", None):
