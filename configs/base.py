@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
 
     c.text = text = ConfigDict()
     text.tower = "bert"  # bert | bigru | transformer
-    text.weights = ""  # bert: folder with config.json, *.safetensors, vocab.txt; "minilm": what `make minilm` installs
+    text.weights = ""  # bert: folder with config.json, weights, vocab.txt; "minilm": what `make minilm` installs
     text.vocab_size = 0  # tokens of the vocabulary; 0: taken from the tokenizer
     text.layers = 12  # transformer layers (bert, transformer); set by the weights folder when there is one
     text.width = 768  # hidden size; for bigru the size of one direction is half of it

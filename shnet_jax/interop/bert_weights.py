@@ -1,7 +1,8 @@
 """Pretrained BERT weights of a local Hugging Face folder, for `models.bert.BERT`.
 
-A folder has config.json, the weights as model.safetensors (or in shards with model.safetensors.index.json)
-and vocab.txt. Every tensor must be known, present and of the right shape; nothing is guessed.
+A folder has config.json, vocab.txt and the weights as model.safetensors, in shards with model.safetensors.index.json,
+or as pytorch_model.bin, which is a pickle and read safely.
+Every tensor must be known, present and of the right shape; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from shnet_jax.interop import minilm
+from shnet_jax.interop.torch_file import open_torch_file
+from shnet_jax.interop.torch_pickle import Tensor
 from shnet_jax.interop.torch_weights import Slot, Slots, linear_slots, norm_slots, to_variables
 from shnet_jax.models.bert import BERT, EPSILON, TYPES
 
@@ -158,19 +161,14 @@ def _canonical(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _read(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the folder's safetensors file or files, float32 (integers as they are)."""
+    """Every tensor of the folder's file or files, float32 (integers as they are)."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return _read_file(single)
     if not index.is_file():
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
-        advice = (
-            f"; {', '.join(pickled)} is pickled and not read, as loading it can run any code: where torch is "
-            "installed, convert it by transformers' BertModel.from_pretrained(DIR).save_pretrained(DIR)"
-            if pickled
-            else ""
-        )
-        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}{advice}")
+        if (pickled := folder / "pytorch_model.bin").is_file():
+            return _read_pickled(pickled)
+        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name} nor {pickled.name}")
     try:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (json.JSONDecodeError, KeyError) as error:
@@ -201,6 +199,15 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
         name: np.asarray(a, np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else np.asarray(a)
         for name, a in tensors.items()
     }
+
+
+def _read_pickled(path: Path) -> dict[str, np.ndarray]:
+    file = open_torch_file(path)
+    state = file.content
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
+        raise ValueError(f"{path}: expected a dict of tensors by their names")
+    arrays = {name: file.array(tensor) for name, tensor in state.items()}
+    return {n: np.asarray(a, np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a for n, a in arrays.items()}
 
 
 def _check_vocabulary(path: Path, vocab_size: int) -> None:

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import logging
+from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from shnet_jax.interop import minilm
 from shnet_jax.interop.bert_weights import bert_params, bert_slots, find_folder, load_bert, sizes
 from shnet_jax.models.bert import BERT
+from tests.interop.torch_writer import save
 
 CONFIG = {
     "model_type": "bert",
@@ -114,6 +116,13 @@ def test_shards_prefix_and_old_names_give_the_same(tmp_path):
     assert_equal(bert_params(old, SIZES), plain)
 
 
+def test_a_pickled_folder_gives_the_same(tmp_path):
+    plain, pickled = write(tmp_path / "plain", arrays()), write(tmp_path / "pickled", {})
+    (pickled / "model.safetensors").unlink()
+    save(pickled / "pytorch_model.bin", OrderedDict(arrays()))
+    assert_equal(load_bert(pickled), load_bert(plain))
+
+
 def test_bfloat16_weights_become_float32(tmp_path):
     tensors = {n: jnp.asarray(a, jnp.bfloat16) for n, a in arrays().items()}
     folder = write(tmp_path / "bert", {})
@@ -168,10 +177,15 @@ def test_missing_files_are_named(tmp_path):
         load_bert(tmp_path / "nowhere")
     folder = write(tmp_path / "bert", arrays())
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"neither model\.safetensors nor .*index\.json nor pytorch_model\.bin$"
+    ):
         load_bert(folder)
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is pickled.*save_pretrained"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: no file of torch\.save"):
+        load_bert(folder)
+    save(folder / "pytorch_model.bin", {"model": [1]})
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: expected a dict of tensors"):
         load_bert(folder)
     (folder / "vocab.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"vocab\.txt is missing"):
