@@ -27,8 +27,9 @@ from shnet_jax.data.records import DataSet, Feature, open_dataset
 from shnet_jax.evaluate.split import image_tower, text_tower
 from shnet_jax.interop import bert_weights
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.observe.compiled import COLLECTIVES, Memory, OutOfMemory, Work, compile_lowered, memory, work
+from shnet_jax.observe.compiled import Memory, OutOfMemory, compile_lowered, memory
 from shnet_jax.observe.hardware import GIB, Chip, chip, target_devices
+from shnet_jax.observe.work import COLLECTIVES, Work, work
 from shnet_jax.parallel.mapping import data_mesh, map_encode
 from shnet_jax.train.prepare import build_step
 from shnet_jax.types import DATA
@@ -409,6 +410,8 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     if once := sum(p["work"]["loops_once"] for p in programs if p["work"]):
         lines.append(f"{once} loops do not say how often they run: what is in them is counted once.")
+    if hidden := sum(p["work"]["hidden"] for p in programs if p["work"]):
+        lines.append(f"{hidden} calls of libraries do not say what they do: their operations are not counted.")
     most = report["largest_pairs_per_device"]
     if most is not None:
         lines.append(f"largest batch that fits: {most:,} pairs a device, {most * devices:,} in all")

@@ -32,8 +32,8 @@ from shnet_jax.data.batches import gather
 from shnet_jax.experiment import assemble
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.observe import cost
-from shnet_jax.observe.compiled import compile_lowered, memory, work
+from shnet_jax.observe.compiled import compile_lowered, memory
+from shnet_jax.observe.work import work
 from shnet_jax.parallel import axis
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_encode, map_step, put_batch, replicate
 from shnet_jax.train.optim import make_optimiser, schedule
@@ -89,15 +89,14 @@ def compiled_figures(lowered: jax.stages.Lowered) -> dict[str, Any]:
     compiled = compile_lowered(lowered)
     seconds = time.perf_counter() - start
     found, size = work(compiled.as_text()), memory(compiled)
-    # Libraries hide matrix products of GPUs from the program's text; XLA knows them, though loops count once.
-    on_gpu = jax.default_backend() == "gpu"
     return {
         "compile_seconds": seconds,
         "memory": dataclasses.asdict(size) | {"peak": size.peak},
-        "flops": cost.step_flops(compiled) if on_gpu else found.flops,
+        "flops": found.flops,
         "traffic": found.bytes,
         "collectives": found.collectives,
         "loops_once": found.loops_once,
+        "hidden": found.hidden,
     }
 
 

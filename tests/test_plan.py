@@ -12,8 +12,9 @@ import pytest
 from configs import base, demo
 from shnet_jax import plan
 from shnet_jax.experiment import abstract_variables, assemble
-from shnet_jax.observe.compiled import Memory, OutOfMemory, Work
+from shnet_jax.observe.compiled import Memory, OutOfMemory
 from shnet_jax.observe.hardware import CHIPS, GIB, chip, target_devices
+from shnet_jax.observe.work import Work
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.train.prepare import prepare
 from tests.train import tiny

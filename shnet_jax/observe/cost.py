@@ -1,38 +1,44 @@
 """Floating point operations of a compiled step, and how much of the devices' peak the training uses.
 
-The count is XLA's own, of the compiled program: it includes what is recomputed in the backward pass, counts
-the body of a loop (`lax.scan`, `lax.map`, `lax.while_loop`) once however often it runs, and may leave out
-kernels that XLA does not look into. It is therefore a lower bound for programs with loops.
+Counted are the matrix products and convolutions of the compiled program (`observe.work`), what is recomputed in the
+backward pass included, the bodies of loops times their turns. Softmax, norms, sorting and the optimiser are not.
 """
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.hardware import chip
+from shnet_jax.observe.work import work
 from shnet_jax.parallel.mapping import Mapped
+
+log = logging.getLogger(__name__)
 
 
 def step_flops(compiled: jax.stages.Compiled) -> float | None:
-    """Floating point operations of one call on one device; None when the backend does not count."""
-    analysis = compiled.cost_analysis()
-    flops = (analysis or {}).get("flops", 0.0)
-    return float(flops) if flops > 0 else None
+    """Operations of one call on one device; None when the backend does not show its program."""
+    text = compiled.as_text()
+    return work(text).flops if text else None
 
 
-def peak_flops(devices: list[jax.Device], dtype: str) -> float | None:
+def peak_flops(devices: list[jax.Device], dtypes: Iterable[str]) -> float | None:
     """Operations per second that the devices could do at most, together.
 
-    For accelerators, the bfloat16 peak whatever the dtype; None when it is not in the table. For CPUs, the
-    best matrix product of this dtype that was measured: virtual devices share it, whatever their number.
+    For accelerators, the bfloat16 peak whatever the dtypes; None when it is not in the table. For CPUs, the best
+    matrix product of any of these dtypes that was measured: virtual devices share it, whatever their number.
     """
+    kind = devices[0].device_kind
     if devices[0].platform == "cpu":
-        return measured_flops(devices[0], dtype)
-    found = chip(devices[0].device_kind)
+        return max(measured_flops(devices[0], dtype) for dtype in sorted(set(dtypes)))
+    found = chip(kind)
+    if found is None:
+        log.info("the peak of %s is not known (observe/hardware.py): the log has no utilisation", kind)
     return found.flops * len(devices) if found else None
 
 
@@ -52,13 +58,14 @@ def measured_flops(device: jax.Device, dtype: str, size: int = 1024, repeats: in
 class Utilisation:
     """Counts the operations of the steps between two log lines.
 
-    step: the mapped step. devices: how many it is mapped over. dtype: of the operands of its matrix products.
+    step: the mapped step. devices: how many it is mapped over. dtypes: of the operands of its matrix products, of
+    which the fastest sets the peak: in a step of several dtypes utilisation is rather too low than too high.
     """
 
-    def __init__(self, step: Mapped, devices: int, dtype: str):
+    def __init__(self, step: Mapped, devices: int, dtypes: Iterable[str]):
         self._step = step
         self._devices = devices
-        self._peak = peak_flops(jax.devices()[:devices], dtype)
+        self._peak = peak_flops(jax.devices()[:devices], dtypes)
         self._known: dict[tuple[tuple[int, ...], ...], float | None] = {}
         self._total: float | None = 0.0
 

@@ -80,7 +80,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     progress = Progress(total_steps, shown=hosts.is_first())
     every = config.train.eval_epochs
     eval_steps = max(1, round(every * parts.steps_per_epoch)) if every else total_steps
-    utilisation = cost.Utilisation(parts.step, mesh.size, config.model.dtype)
+    utilisation = cost.Utilisation(parts.step, mesh.size, (config.model.dtype, config.text.dtype))
     results: Results | None = None
     pending: tuple[int, dict[str, np.ndarray], dict[str, Any]] | None = None
 

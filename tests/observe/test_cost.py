@@ -21,9 +21,22 @@ def test_matrix_product_is_counted_exactly():
     assert cost.step_flops(compiled) == 2 * 32 * 16 * 8
 
 
-def test_backend_that_does_not_count():
-    for analysis in (None, {}, {"flops": -1.0}):
-        assert cost.step_flops(types.SimpleNamespace(cost_analysis=lambda a=analysis: a)) is None
+def test_loops_count_as_often_as_they_run():
+    def steps(x, w):
+        return jax.lax.scan(lambda c, _: (jnp.sin(c @ w), None), x, None, length=5)[0]
+
+    compiled = jax.jit(steps).lower(np.ones((32, 16), np.float32), np.ones((16, 16), np.float32)).compile()
+    assert cost.step_flops(compiled) == 5 * 2 * 32 * 16 * 16 > 2 * compiled.cost_analysis()["flops"]
+
+
+def test_backend_that_does_not_show_its_program():
+    assert cost.step_flops(types.SimpleNamespace(as_text=lambda: None)) is None
+
+
+def test_the_fastest_dtype_sets_the_peak(monkeypatch):
+    monkeypatch.setattr(cost, "measured_flops", lambda device, dtype: {"float32": 1e9, "bfloat16": 4e9}[dtype])
+    for dtypes, peak in ((("float32", "float32"), 1e9), (("float32", "bfloat16"), 4e9)):
+        assert cost.Utilisation(None, 1, dtypes)._peak == peak
 
 
 @pytest.mark.parametrize(
@@ -41,7 +54,7 @@ def test_backend_that_does_not_count():
     ],
 )
 def test_peaks(kind, peak):
-    assert cost.peak_flops([device(kind)] * 4, "bfloat16") == (peak and 4 * peak)
+    assert cost.peak_flops([device(kind)] * 4, ["bfloat16"]) == (peak and 4 * peak)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -60,7 +73,7 @@ def test_utilisation(monkeypatch, how):
         return axis.psum((batch @ w).sum(0), DATA)
 
     run = mapping.map_step(step, mesh, how, donate_state=False)
-    utilisation = cost.Utilisation(run, mesh.size, "float32")
+    utilisation = cost.Utilisation(run, mesh.size, ["float32"])
     clock = types.SimpleNamespace(last=types.SimpleNamespace(seconds=0.5))
     w = np.ones((64, 64), np.float32)
     for rows in (16, 32, 16):  # batches of two lengths

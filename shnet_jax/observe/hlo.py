@@ -1,0 +1,119 @@
+"""The text of an optimised HLO module, as the compilers write it for a CPU, a GPU or a TPU, read into instructions."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An array: bytes, sizes of its axes, and the memory it lies in, 0: the main one."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int
+
+    @cached_property
+    def bytes(self) -> float:
+        """In memory, without padding."""
+        if self.dtype in ("token", "opaque"):
+            return 0.0
+        bits = 8 if self.dtype == "pred" else int(re.findall(r"\d+", self.dtype)[0])
+        return math.prod(self.dims) * bits / 8
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`NAME = SHAPES OPCODE(LITERAL), ATTRIBUTES`.
+
+    shapes: one, or those of a tuple (flat). operands: names in the literal, which is what stands in the parentheses.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    literal: str
+    attributes: str
+
+    def called(self, key: str) -> list[str]:
+        """Names of the computations in an attribute: `body=%a`, `branch_computations={%a, %b}`."""
+        found = re.search(rf"[ ,]{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+        return re.findall(r"%?([\w.\-]+)", found[1]) if found else []
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Instructions by name; the root is the result."""
+
+    instructions: dict[str, Instruction]
+    root: str
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """Who reads each instruction."""
+        found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        for instruction in self.instructions.values():
+            for operand in dict.fromkeys(instruction.operands):
+                found[operand].append(instruction)
+        return found
+
+    @cached_property
+    def parameters(self) -> dict[int, str]:
+        """Names by number."""
+        return {int(i.literal): i.name for i in self.instructions.values() if i.opcode == "parameter"}
+
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
+_NAMED = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](\{[^{}]*\})?")
+
+
+def parse(hlo: str) -> tuple[dict[str, Computation], str]:
+    """(computations by name, name of the one that the program begins with); ValueError for another text."""
+    computations: dict[str, Computation] = {}
+    body: dict[str, Instruction] = {}
+    entry, name, root = "", "", ""
+    for line in hlo.splitlines():
+        if header := _HEADER.match(line):
+            name, body = header[2], {}
+            entry = name if header[1] else entry
+        elif line.startswith("}"):
+            computations[name] = Computation(body, root)
+        elif name and (named := _NAMED.match(line)):
+            body[named[2]] = _instruction(named[2], named[3])
+            root = named[2] if named[1] else root
+    if not entry:
+        raise ValueError("this is no text of an HLO module: it has no ENTRY")
+    return computations, entry
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    """From `TYPE opcode(operands), attributes`."""
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    shapes = tuple(_shape(found) for found in _SHAPE.finditer(text[:end]))
+    rest = text[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    literal = rest[opening + 1 : closing]
+    operands = tuple(re.findall(r"%([\w.\-]+)", literal))
+    return Instruction(name, shapes, rest[:opening], operands, literal, rest[closing + 1 :])
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the parenthesis closes."""
+    depth = 0
+    for found in re.compile(r"[()]").finditer(text, opening):
+        depth += 1 if found[0] == "(" else -1
+        if not depth:
+            return found.start()
+    raise ValueError(f"HLO: no closing parenthesis in {text[:80]!r}")
+
+
+def _shape(found: re.Match[str]) -> Shape:
+    dims = tuple(int(size.strip("<= ")) for size in found[2].split(",") if size)
+    space = re.search(r"S\((\d+)\)", found[3] or "")
+    return Shape(found[1], dims, int(space[1]) if space else 0)

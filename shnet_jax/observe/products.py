@@ -1,0 +1,109 @@
+"""Matrix products and convolutions of a program: how many multiplications they are.
+
+On GPUs many of them are calls of a library (cuBLAS, cuDNN), which the program's text names with all that defines them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from itertools import zip_longest
+
+from shnet_jax.observe.hlo import Instruction, Shape
+
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_LIBRARIES = ("__cublas", "__cudnn", "__cuda", "__onednn", "tpu_custom_call", "triton", "__gpu$xla.gpu.triton")
+
+
+def multiplications(instruction: Instruction, left: Shape, right: Shape) -> float | None:
+    """Of the instruction itself, `left` and `right` being its first operands; None when it is no product."""
+    opcode = instruction.opcode
+    if opcode == "dot":
+        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        return _product(instruction, left, found[1] if found else "")
+    if opcode == "convolution":
+        return _convolution(instruction, left, right, instruction.shapes[0])
+    target = _target(instruction)
+    result = instruction.shapes[0] if instruction.shapes else left  # behind it, what the library works in
+    if target.startswith("__cublas"):
+        found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+        return _product(instruction, left, found[1]) if found else None
+    if target.startswith("__cudnn$convBackwardInput"):  # operands: gradient of the output, kernel
+        return _convolution(instruction, result, right, left)
+    if target.startswith("__cudnn$convBackwardFilter"):  # operands: input, gradient of the output
+        return _convolution(instruction, left, result, right)
+    return _convolution(instruction, left, right, result) if target.startswith("__cudnn$conv") else None
+
+
+def is_hidden(instruction: Instruction) -> bool:
+    """Whether it calls a library or a kernel of its own, which the text does not show."""
+    return _target(instruction).startswith(_LIBRARIES)
+
+
+def passes(instruction: Instruction, left: Shape, right: Shape) -> int:
+    """Of a TPU's matrix unit, for one product."""
+    if "f32" not in (left.dtype, right.dtype):
+        return 1
+    precision = re.search(r"operand_precision=\{(\w+)", instruction.attributes)
+    return {"highest": 6, "high": 3}.get(precision[1], 1) if precision else 1
+
+
+def _target(instruction: Instruction) -> str:
+    found = _TARGET.search(instruction.attributes) if instruction.opcode == "custom-call" else None
+    return found[1] if found else ""
+
+
+def _product(instruction: Instruction, left: Shape, contracted: str) -> float:
+    """contracted: numbers of the axes of `left` that are summed over."""
+    axes = map(int, re.findall(r"\d+", contracted))
+    return math.prod(instruction.shapes[0].dims) * math.prod(left.dims[axis] for axis in axes)
+
+
+def _convolution(instruction: Instruction, left: Shape, right: Shape, result: Shape) -> float:
+    """Multiplications that are not with padding: batched products on TPU are convolutions with much of it.
+
+    left, right, result: input, kernel and output, as dim_labels names their axes.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        raise ValueError(f"HLO: a convolution without dim_labels: {instruction.name}")
+    of_input, of_kernel, of_output = labels.groups()
+    out = result.dims
+    count = float(out[of_output.index("b")] * out[of_output.index("f")] * right.dims[of_kernel.index("i")])
+    window = dict(
+        re.findall(r"(\w+)=([\w\-]+)", (re.findall(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0])
+    )
+    axes = sorted(label for label in of_kernel if label.isdecimal())
+    options = {key: window[key].split("x") if key in window else [] for key in _WINDOW}
+    rows = list(zip_longest(*options.values()))
+    for number, label in enumerate(axes):
+        given = dict(zip(options, rows[number], strict=True)) if number < len(rows) else {}
+        stride, low, lhs, rhs = (_window_value(given.get(key), key) for key in _WINDOW)
+        count *= _inside(
+            left.dims[of_input.index(label)], right.dims[of_kernel.index(label)], out[of_output.index(label)],
+            stride, low, lhs, rhs,
+        )  # fmt: skip
+    return count
+
+
+_WINDOW = ("stride", "pad", "lhs_dilate", "rhs_dilate")
+
+
+def _window_value(text: str | None, key: str) -> int:
+    if text is None:
+        return 0 if key == "pad" else 1
+    return int(text.split("_")[0]) if key == "pad" else int(text)
+
+
+def _inside(size: int, kernel: int, out: int, stride: int, low: int, lhs: int, rhs: int) -> int:
+    """Pairs of an output and a kernel position that meet a value of the input along one axis."""
+    return sum(1 for position in _positions(kernel, out, stride, low, rhs) if _is_value(position, size, lhs))
+
+
+def _positions(kernel: int, out: int, stride: int, low: int, rhs: int) -> Iterator[int]:
+    return (o * stride + k * rhs - low for o in range(out) for k in range(kernel))
+
+
+def _is_value(position: int, size: int, lhs: int) -> bool:
+    return 0 <= position <= (size - 1) * lhs and position % lhs == 0
