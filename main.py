@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     from shnet_jax import commands
     from shnet_jax.convert import convert
     from shnet_jax.parallel import hosts
-    from shnet_jax.plan import plan
+    from shnet_jax.plan.command import plan
     from shnet_jax.scaling import scale
     from shnet_jax.study import study
     from shnet_jax.train.checkpoint import CheckpointError

@@ -154,6 +154,7 @@ def get_config() -> ConfigDict:
     plan.search = True  # also find the largest batch that fits (a compilation for each size tried)
     plan.effort = 0.0  # the compiler's effort: 0 as for training | down to -1: sooner, shows more memory and traffic
     plan.images = 113287  # images in the training split (COCO, Karpathy split: 113,287)
+    plan.gallery = 113287  # images that an evaluation ranks, with their captions (COCO: test 5,000, training 113,287)
     plan.captions = 5  # captions of each image
     plan.regions = 36  # regions of an image
     plan.region_dim = 2048  # size of a region's feature

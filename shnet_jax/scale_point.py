@@ -27,7 +27,6 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from shnet_jax import plan
 from shnet_jax.data.batches import gather
 from shnet_jax.experiment import assemble
 from shnet_jax.losses import total
@@ -36,6 +35,9 @@ from shnet_jax.observe.compiled import compile_lowered, memory
 from shnet_jax.observe.work import work
 from shnet_jax.parallel import axis
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_encode, map_step, put_batch, replicate
+from shnet_jax.plan.programs import lower_train
+from shnet_jax.plan.subject import Subject, describe, train_batch
+from shnet_jax.plan.subject import variables as variables_of
 from shnet_jax.train.optim import make_optimiser, schedule
 from shnet_jax.train.prepare import build_step, prepare
 from shnet_jax.train.state import TrainState, create_state
@@ -102,10 +104,8 @@ def compiled_figures(lowered: jax.stages.Lowered) -> dict[str, Any]:
 
 def compile_point(config: ConfigDict) -> dict[str, Any]:
     """The figures of the step for devices whose speed says nothing; no array is made."""
-    if config.data.dir:
-        config = ConfigDict(assemble(config).config.to_dict())  # the tokenizer decides how large the text tower is
     mesh = make_mesh(config.parallel.devices)
-    return compiled_figures(plan.lower_train(plan.describe(config), mesh, config.train.batch_size // mesh.size))
+    return compiled_figures(lower_train(describe(config), mesh, config.train.batch_size // mesh.size))
 
 
 def measure_point(config: ConfigDict) -> dict[str, Any]:
@@ -146,10 +146,10 @@ def from_dataset(config: ConfigDict) -> Setup:
 
 def from_random(config: ConfigDict) -> Setup:
     """Random weights and random batches of the sizes in config.plan."""
-    subject = plan.describe(config)
+    subject = describe(config)
     config, mesh = subject.config, make_mesh(config.parallel.devices)
     per_epoch = max(1, subject.captions // config.train.batch_size)
-    shapes = plan.variables(subject)
+    shapes = variables_of(subject)
     built = build_step(FrozenConfigDict(config), subject.model, mesh, shapes, per_epoch, 1000 * per_epoch)
     batches = [random_batch(subject, config.train.batch_size, seed) for seed in range(RANDOM_BATCHES)]
     one: Any = random_batch(subject, config.data.captions_per_image, 0)
@@ -159,8 +159,8 @@ def from_random(config: ConfigDict) -> Setup:
     return Setup(config, subject.model, mesh, built.step, state, itertools.cycle(batches), {})
 
 
-def random_batch(subject: plan.Subject, pairs: int, seed: int) -> HostBatch:
-    """A batch in the shapes of `plan.train_batch`, nothing masked."""
+def random_batch(subject: Subject, pairs: int, seed: int) -> HostBatch:
+    """A batch in the shapes of `train_batch`, nothing masked."""
     rng = np.random.default_rng(seed)
     limits = {"tokens": subject.config.text.vocab_size, "seg_map": subject.config.model.num_classes}
 
@@ -175,7 +175,7 @@ def random_batch(subject: plan.Subject, pairs: int, seed: int) -> HostBatch:
             return rng.integers(1, limits.get(name, 2), like.shape).astype(like.dtype)
         return rng.random(like.shape, np.float32).astype(like.dtype)
 
-    return {name: values(name, like) for name, like in plan.train_batch(subject, pairs).items()}
+    return {name: values(name, like) for name, like in train_batch(subject, pairs).items()}
 
 
 def steps_in_turn(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from configs import base, demo
-from shnet_jax import plan
 from shnet_jax.experiment import abstract_variables, assemble
 from shnet_jax.observe.compiled import Memory, OutOfMemory
-from shnet_jax.observe.hardware import CHIPS, GIB, chip, target_devices
+from shnet_jax.observe.hardware import CHIPS, GIB, Chip, chip, memory_limit, target_devices
 from shnet_jax.observe.work import Work
+from shnet_jax.parallel import sharding
 from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.plan import command, programs, search
+from shnet_jax.plan.subject import describe, gallery, resident_table, train_batch, variables
+from shnet_jax.plan.table import table
 from shnet_jax.train.prepare import prepare
 from tests.train import tiny
 
@@ -32,7 +36,7 @@ def small(**changes):
         "model.semantic": False, "model.spatial": False, "model.scene_tokens": False, "model.category_token": False,
         "text.tower": "transformer", "text.width": 16, "text.layers": 1, "text.heads": 2, "text.mlp_dim": 16,
         "text.vocab_size": 50, "train.batch_size": 80, "eval.batch_size": 8, "plan.regions": 4, "plan.region_dim": 16,
-        "plan.search": False,
+        "plan.search": False, "plan.gallery": 40, "eval.tile": 4,
     }  # fmt: skip
     c.update_from_flattened_dict(fixed | {name.replace("__", "."): value for name, value in changes.items()})
     return c
@@ -45,26 +49,26 @@ def shapes(tree):
 @pytest.mark.parametrize("resident", [False, True])
 def test_the_batch_is_that_of_training(resident):
     config = tiny.config(data__resident=resident, data__captions_per_image=5)
-    parts, subject = prepare(assemble(config)), plan.describe(config)
-    assert shapes(plan.train_batch(subject, config.train.batch_size)) == shapes(next(parts.iterator))
+    parts, subject = prepare(assemble(config)), describe(config)
+    assert shapes(train_batch(subject, config.train.batch_size)) == shapes(next(parts.iterator))
     if resident:
-        assert shapes(plan.resident_table(subject)) == shapes(parts.table)
+        assert shapes(resident_table(subject)) == shapes(parts.table)
 
 
 def test_the_parameters_are_those_of_training():
     config = tiny.config()
     experiment = assemble(config)
-    config.text.vocab_size = experiment.config.text.vocab_size
-    assert shapes(plan.variables(plan.describe(config))) == shapes(abstract_variables(experiment))
+    assert describe(config).config.text.vocab_size == experiment.tokenizer.vocab_size
+    assert shapes(variables(describe(config))) == shapes(abstract_variables(experiment))
 
 
 def test_described_sizes():
     config = base.get_config()
     config.model.units = ("grid",)
     config.train.batch_size = 64
-    subject = plan.describe(config)
+    subject = describe(config)
     assert subject.config.text.vocab_size == 30522 and subject.captions == 113287 * 5
-    assert shapes(plan.train_batch(subject, 64)) == {
+    assert shapes(train_batch(subject, 64)) == {
         "image_index": ((64,), "int32"),
         "grid": ((64, 49, 2048), "float16"),
         "grid_mask": ((64, 49), "bool"),
@@ -75,6 +79,47 @@ def test_described_sizes():
         "tokens": ((64, 32), "int32"),
         "token_mask": ((64, 32), "bool"),
     }
+
+
+def test_words_are_those_of_the_vocabulary_that_is_named(tmp_path):
+    words = tmp_path / "vocab.txt"
+    words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"]) + "\n", encoding="utf-8")
+    config = small(text__vocab_size=0, tokenizer__kind="wordpiece", tokenizer__path=str(words))
+    assert describe(config).config.text.vocab_size == 7
+    assert describe(small(text__vocab_size=0)).config.text.vocab_size == 30522
+    assert describe(small()).config.text.vocab_size == 50
+
+
+def test_the_gallery_is_that_of_the_evaluation():
+    assert gallery(describe(small())) == (40, 200)
+    assert gallery(describe(tiny.config())) == (10, 50)
+
+
+def test_stages_divide_the_layers_and_must_fit():
+    """A device holds the parameters of its stage only, in evaluation too."""
+    mesh, arguments = data_mesh(jax.devices()[:4]), []
+    for stages in (1, 2):
+        config = small(text__layers=2, text__mlp_dim=4096, eval__stages=stages, eval__microbatches=4)
+        lowered = programs.lower_encode(describe(config), mesh, 8, "text")
+        arguments.append(programs.compile_program(lambda lowered=lowered: lowered, 8, None).memory.arguments)
+    layer = 4 * (2 * 16 * 4096 + 4096 + 16 + 4 * 16 * 17 + 4 * 16)
+    assert arguments[0] - arguments[1] == pytest.approx(layer, rel=0.01)
+    with pytest.raises(ValueError, match=r"config\.eval\.microbatches is 7, which does not divide the 16 captions"):
+        command.make_plan(describe(small(text__layers=2, eval__stages=2, eval__microbatches=7)), mesh)
+
+
+@pytest.mark.parametrize(("split", "resident"), [(False, True), (True, False)])
+def test_what_stays_on_the_devices_while_evaluating(split, resident, monkeypatch):
+    """Parameters, two moments and the average, of which each device has all or its part; resident features."""
+    monkeypatch.setattr(sharding, "SMALLEST", 1)
+    config = small(text__vocab_size=4096, optim__ema=0.9, parallel__shard_params=split, data__resident=resident)
+    subject, mesh = describe(config), data_mesh(jax.devices()[:4])
+    model = sum(leaf.size * 4 for leaf in jax.tree.leaves(variables(subject)["params"]))
+    features = config.plan.images * 4 * (16 * 2 + 1)  # regions in float16 and their mask
+    expected = 4 * model / (4 if split else 1) + resident * features
+    assert programs.stays_while_evaluating(subject, mesh) == pytest.approx(expected, rel=0.05)  # vectors stay whole
+    found = programs.compile_program(lambda: jax.jit(lambda x: x @ x).lower(np.ones((8, 8))), 8, 1500.0, beside=1000.0)
+    assert found.needed == found.memory.peak + 1000 and found.fits is (found.needed <= 1500)
 
 
 @pytest.mark.parametrize("target", ["", "tpu", "tpu:v5e", "tpu:v3:2x2", "gpu:0", "cpu:many", "tpu:v5e:4x4:2"])
@@ -110,6 +155,25 @@ def test_the_most_specific_chip():
     assert chip("NVIDIA H100 PCIe") is CHIPS["H100 PCIe"] and chip("NVIDIA H100 80GB HBM3") is CHIPS["H100"]
     assert chip("NVIDIA A100-SXM4-80GB").memory == 80e9 and chip("NVIDIA A100-SXM4-40GB").memory == 40e9
     assert chip("cpu") is None
+    for other in ("NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A1000", "TPU v50"):
+        assert chip(other) is None
+
+
+@pytest.mark.parametrize(
+    ("platform", "stats", "limit", "says"),
+    [
+        ("gpu", {"bytes_limit": 60e9}, 60e9, "what the allocator may hand out"),
+        ("gpu", None, 72e9, "data sheet, less 10%"),
+        ("tpu", None, 80e9, "data sheet"),
+    ],
+)
+def test_memory_that_programs_may_take(platform, stats, limit, says):
+    device = types.SimpleNamespace(platform=platform, memory_stats=lambda: stats)
+    assert memory_limit(device, CHIPS["H100"]) == (pytest.approx(limit), says)
+
+
+def test_memory_of_an_unknown_device():
+    assert memory_limit(jax.devices()[0], None) == (None, "not known")
 
 
 @pytest.mark.parametrize(
@@ -117,24 +181,28 @@ def test_the_most_specific_chip():
     [
         ({"parallel__mapping": "pmap"}, "config.parallel.mapping is pmap, which compiles only for devices that are"),
         ({"parallel__devices": 9}, "config.parallel.devices is 9, --target=cpu has 8"),
-        ({"train__batch_size": 84}, "config.train.batch_size is 84; it must divide into 8 devices with a multiple of"),
-        ({"train__microbatch": 4}, "config.train.batch_size is 80; .* config.train.microbatch = 4"),
-        ({"train__microbatch": 2}, "config.train.microbatch is 2, no multiple of config.data.captions_per_image = 5"),
+        ({"train__batch_size": 84}, "config.train.batch_size is 84; it must divide into 8 devices with whole images"),
+        ({"train__microbatch": 4}, "config.train.microbatch is 4; it must divide the 10 pairs of a device"),
+        (
+            {"train__microbatch": 2},
+            "config.train.microbatch is 2; .* whole images of config.data.captions_per_image = 5",
+        ),
         ({"plan__effort": 1.0}, "config.plan.effort is 1.0; it must be between -1 and 0"),
         ({"model__name": "nothing"}, "unknown model 'nothing'"),
     ],
 )
 def test_settings_that_do_not_fit(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        plan.plan(small(**changes), tmp_path, "cpu")
+        command.plan(small(**changes), tmp_path, "cpu")
 
 
 @pytest.mark.slow
 def test_plan_for_this_machine(tmp_path, capsys):
     with tiny.quick():
-        plan.plan(small(plan__effort=-1.0), tmp_path, "cpu:2")
+        command.plan(small(plan__effort=-1.0), tmp_path, "cpu:2")
     report = json.loads((tmp_path / "plan_cpu_2.json").read_text())
     assert report["devices"] == 2 and report["global_batch"] == 80 and report["chip"] is None
+    assert report["ranking"]["seconds"] > 0 and report["ranking"]["rounds"] == 5 * 7 + 5 + 7 - 1
     assert report["largest_pairs_per_device"] is None  # the memory of a CPU is not known
     train = report["programs"]["train"]
     images = 8
@@ -142,32 +210,54 @@ def test_plan_for_this_machine(tmp_path, capsys):
     assert train["memory"]["arguments"] - train["memory"]["aliased"] == pytest.approx(batch, rel=0.01)
     assert train["work"]["flops"] > 0 and train["work"]["collectives"]["all-reduce"] > 0
     out = capsys.readouterr().out
+    assert "ranking: 40 images x 200 captions on 2 devices: 92 tiles of 4 x 32" in out
     assert "2 x cpu, global batch 80" in out and "all-reduce" in out and "plan_cpu_2.json" in out
 
 
 def test_what_does_not_fit_is_said(monkeypatch):
     """The compiler gives up on the training step; encoding is compiled for this machine."""
-    monkeypatch.setattr(plan, "chip", lambda kind: CHIPS["TPU v5e"])
+    monkeypatch.setattr(command, "chip", lambda kind: CHIPS["TPU v5e"])
     message = "RESOURCE_EXHAUSTED: Used 30.5G of 15.75G hbm."
 
     def lower_train(subject, mesh, pairs):
         raise OutOfMemory(message, 30.5 * GIB, 15.75 * GIB)
 
-    monkeypatch.setattr(plan, "lower_train", lower_train)
-    monkeypatch.setattr(plan, "lower_encode", lambda *_: jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32)))
-    report = plan.make_plan(plan.describe(small(plan__search=True)), data_mesh(jax.devices()))
+    monkeypatch.setattr(command, "lower_train", lower_train)
+    monkeypatch.setattr(command, "lower_encode", lambda *_: jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32)))
+    report = command.make_plan(describe(small(plan__search=True)), data_mesh(jax.devices()))
     assert report["programs"]["train"]["fits"] is False and report["programs"]["encode images"]["fits"] is True
     assert report["largest_pairs_per_device"] == 0
-    text = plan.table(report)
+    text = table(report)
     assert "30.50 GiB" in text and "NO" in text and message in text and "--config.train.microbatch" in text
     assert json.loads(json.dumps(report)) == report
+
+
+@pytest.mark.slow
+def test_the_search_to_its_end(monkeypatch):
+    """With real programs: the largest batch fits, one an eighth larger does not; the first may fit or not."""
+    mesh, changes = data_mesh(jax.devices()[:1]), {"model__name": "tests.train.toy", "plan__search": True}
+    subject = describe(small(**changes, train__batch_size=40))
+
+    def needed(pairs):
+        return programs.compile_program(lambda: programs.lower_train(subject, mesh, pairs), pairs, None).needed
+
+    with tiny.quick():
+        limit = needed(120)
+        monkeypatch.setattr(command, "chip", lambda kind: Chip(1e12, limit, 1e9))
+        for start in (40, 400):
+            report = command.make_plan(describe(small(**changes, train__batch_size=start)), mesh)
+            assert report["programs"]["train"]["fits"] is (start == 40)
+            largest = report["largest_pairs_per_device"]
+            assert 105 < largest <= 120 and needed(largest) <= limit < needed(largest + 25)
+            assert f"largest batch that fits: {largest} pairs a device" in table(report)
+    assert any("it fits with --config.train.microbatch=" in change for change in report["changes"])
 
 
 @needs_libtpu
 def test_a_tower_compiles_for_tpu():
     mesh = data_mesh(target_devices("tpu:v5e:2x4"))
-    subject = plan.describe(small())
-    found = plan.compile_program(lambda: plan.lower_encode(subject, mesh, 8, "text"), 8, 16 * GIB)
+    subject = describe(small())
+    found = programs.compile_program(lambda: programs.lower_encode(subject, mesh, 8, "text"), 8, 16 * GIB)
     assert found.fits and found.work.flops > 2 * 8 * 16 * 16 * 32 and found.work.collectives == {}
 
 
@@ -177,9 +267,9 @@ def test_microbatches_are_counted_for_tpu():
     """Four times the batch in microbatches of one size: the towers do four times as much."""
     mesh, found = data_mesh(target_devices("tpu:v5e:2x4")), []
     for pairs in (10, 40):
-        subject = plan.describe(small(train__microbatch=5, train__microbatch_statistics="local"))
-        lowered = plan.lower_train(subject, mesh, pairs)
-        found.append(plan.compile_program(lambda lowered=lowered: lowered, pairs, 16 * GIB))
+        subject = describe(small(train__microbatch=5, train__microbatch_statistics="local"))
+        lowered = programs.lower_train(subject, mesh, pairs)
+        found.append(programs.compile_program(lambda lowered=lowered: lowered, pairs, 16 * GIB))
     once, more = found
     assert once.fits and more.fits and once.work.loops_once == more.work.loops_once == 0
     assert 3.9 < more.work.flops / once.work.flops < 5  # the scores of the loss grow with the square
@@ -191,7 +281,7 @@ def test_microbatches_are_counted_for_tpu():
 def fake(limit, tried):
     def compiled(pairs):
         tried.append(pairs)
-        return plan.Program(pairs, pairs <= limit, None, None, float(pairs), 0.0)
+        return programs.Program(pairs, pairs <= limit, None, None, float(pairs), 0.0)
 
     return compiled
 
@@ -213,7 +303,7 @@ def test_largest_batch(start, unit, limit, most, expected):
     tried = []
     compiled = fake(limit, tried)
     first = compiled(start)
-    found = plan.largest_batch(compiled, first, unit, most)
+    found = search.largest_batch(compiled, first, unit, most)
     assert found == expected
     assert found <= limit and len(set(tried)) == len(tried) and all(pairs % unit == 0 for pairs in tried)
 
@@ -221,33 +311,33 @@ def test_largest_batch(start, unit, limit, most, expected):
 def test_fitting_microbatch():
     def compiled(pairs, subject):
         microbatch = subject.config.train.microbatch
-        return plan.Program(pairs, microbatch <= 30, None, None, float(microbatch), 0.0)
+        return programs.Program(pairs, microbatch <= 30, None, None, float(microbatch), 0.0)
 
-    subject = plan.describe(small())
-    assert plan.fitting_microbatch(compiled, subject, 160) == (20, 20.0)  # 80, 40, 20; parts hold whole images of 5
-    subject = plan.describe(small(data__captions_per_image=1, train__microbatch=16))
-    assert plan.fitting_microbatch(compiled, subject, 160) == (10, 10.0)
-    subject = plan.describe(small(train__microbatch=5))
-    assert plan.fitting_microbatch(compiled, subject, 160) is None
+    subject = describe(small())
+    assert search.fitting_microbatch(compiled, subject, 160) == (20, 20.0)  # 80, 40, 20; parts hold whole images of 5
+    subject = describe(small(data__captions_per_image=1, train__microbatch=16))
+    assert search.fitting_microbatch(compiled, subject, 160) == (10, 10.0)
+    subject = describe(small(train__microbatch=5))
+    assert search.fitting_microbatch(compiled, subject, 160) is None
 
 
 def test_advice_names_only_what_is_not_done_yet():
     config = base.get_config()
-    everything = " ".join(plan.advice(config, 8))
+    everything = " ".join(search.advice(config, 8))
     for flag in ("dtype=bfloat16", "train.microbatch", "pairs.strategy=streamed", "more than 8 devices"):
         assert flag in everything
     assert "resident" not in everything
     config.model.dtype = config.text.dtype = "bfloat16"
     config.loss.pairs.strategy = "ring"
     config.train.microbatch = 64
-    fewer = " ".join(plan.advice(config, 8))
+    fewer = " ".join(search.advice(config, 8))
     assert "dtype" not in fewer and "strategy" not in fewer and "a smaller --config.train.microbatch than 64" in fewer
 
 
 def test_bounds():
     work = Work(flops=197e12, passes=2 * 197e12, bytes=819e9 / 2)
-    assert plan.bounds(work, CHIPS["TPU v5e"], "TPU v5 lite") == (2.0, 0.5)
-    assert plan.bounds(work, CHIPS["H100"], "H100")[0] == 197 / 989
+    assert programs.bounds(work, CHIPS["TPU v5e"], "TPU v5 lite") == (2.0, 0.5)
+    assert programs.bounds(work, CHIPS["H100"], "H100")[0] == 197 / 989
 
 
 def test_peak_counts_donated_memory_once():
@@ -264,9 +354,9 @@ def test_a_global_batch_of_32768_fits_on_64_chips():
     config.train.microbatch = 64
     config.train.microbatch_statistics = "local"
     config.loss.pairs.strategy = "streamed"
-    subject, mesh = plan.describe(config), data_mesh(target_devices("tpu:v5e:8x8"))
+    subject, mesh = describe(config), data_mesh(target_devices("tpu:v5e:8x8"))
     # With the least effort the compiler takes a tenth of the time, and more memory than it has to.
-    found = plan.compile_program(lambda: plan.lower_train(subject, mesh, 512), 512, 16 * GIB, effort=-1.0)
+    found = programs.compile_program(lambda: programs.lower_train(subject, mesh, 512), 512, 16 * GIB, effort=-1.0)
     assert found.fits and found.needed < 16 * GIB, found.why
     assert found.work.loops_once == 0
     # Two forward passes and a backward one, as much as two: 4 x 2 operations for each weight of the layers and token.

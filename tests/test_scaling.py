@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from configs import scaling as small
-from shnet_jax import plan, scale_point, scaling
+from shnet_jax import scale_point, scaling
 from shnet_jax.observe import scale_report
+from shnet_jax.plan import subject as planned
 from shnet_jax.scaling import Point
 from tests.train import tiny
 
@@ -346,8 +347,8 @@ def test_random_batches_have_the_shapes_of_training():
     config = configuration()
     config.model.name = "shnet"
     config.model.semantic = config.model.spatial = config.model.scene_tokens = config.model.category_token = True
-    subject = plan.describe(config)
-    batch, like = scale_point.random_batch(subject, 6, 0), plan.train_batch(subject, 6)
+    subject = planned.describe(config)
+    batch, like = scale_point.random_batch(subject, 6, 0), planned.train_batch(subject, 6)
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in like.items()}
     assert batch["tokens"].max() < 50 and batch["token_mask"].all() and batch["region_keep"].all()
     assert len(np.unique(batch["image_index"])) == 6

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.axis import all_gather, sum_scatter
 from shnet_jax.parallel.mapping import Mapped, grid_mesh, map_specs, replicate
-from shnet_jax.parallel.pipeline import STAGE, pipeline, place_layers
+from shnet_jax.parallel.pipeline import STAGE, layer_places, pipeline, place_layers
 from shnet_jax.types import DATA, Array, Batch, Embedding
 
 
@@ -59,12 +59,41 @@ def place_variables(model: RetrievalModel, variables: Mapping[str, Any], mesh: M
 
     Raises ValueError for a text tower without layers or with fewer layers than stages.
     """
-    count = _tower(model).layers
+    rest, layers = _apart(model, variables)
+    placed = place_layers(layers, mesh)
+    return Placed(replicate(rest, mesh), placed)
+
+
+def placed_shapes(model: RetrievalModel, variables: Mapping[str, Any], mesh: Mesh) -> Placed:
+    """Shapes, dtypes and shardings of what `place_variables` gives. variables: arrays or their shapes."""
+    rest, layers = _apart(model, variables)
+    places = layer_places(len(layers), mesh)
+
+    def shape(leaf: Any, lead: tuple[int, ...], spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return Placed(
+        jax.tree.map(lambda leaf: shape(leaf, (), P()), rest),
+        jax.tree.map(lambda leaf: shape(leaf, (places * mesh.shape[STAGE],), P(STAGE)), layers[0]),
+    )
+
+
+def _apart(model: RetrievalModel, variables: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    """The variables without the layers of the text tower, and these."""
     params = variables["params"]
     tower = dict(params["text"]["tower"])
-    layers = place_layers([tower.pop(f"layer_{i}") for i in range(count)], mesh)
-    rest = {**variables, "params": {**params, "text": {**params["text"], "tower": tower}}}
-    return Placed(replicate(rest, mesh), layers)
+    layers = [tower.pop(f"layer_{i}") for i in range(_tower(model).layers)]
+    return {**variables, "params": {**params, "text": {**params["text"], "tower": tower}}}, layers
+
+
+def check_pipeline(model: RetrievalModel, mesh: Mesh, microbatches: int, rows: int) -> None:
+    """What can be said before anything is read or compiled. rows: captions of a batch on each device.
+
+    Raises ValueError for a text tower without layers or with fewer than stages, or for captions of a pipeline that do
+    not divide into microbatches.
+    """
+    layer_places(_tower(model).layers, mesh)
+    _check_rows(rows * mesh.shape[STAGE], microbatches)
 
 
 def make_pipelined_text_encoder(model: RetrievalModel, mesh: Mesh, microbatches: int) -> Mapped:
@@ -82,11 +111,10 @@ def make_pipelined_text_encoder(model: RetrievalModel, mesh: Mesh, microbatches:
       spread over the devices; with several processes, all of them to each.
 
     Raises:
-      ValueError: a text tower without layers; when called, captions that do not divide into microbatches.
+      ValueError: a text tower without layers; when called, captions that do not divide into microbatches
+        (`check_pipeline` says it before).
     """
     tower = _tower(model)
-    if microbatches < 1:
-        raise ValueError(f"config.eval.microbatches is {microbatches}; it must be at least 1")
     layer = tower.make_layer()
 
     def apply_layer(params: Any, x: Array, mask: Array) -> Array:
@@ -124,10 +152,16 @@ def _tower(model: RetrievalModel) -> LayeredTower:
     return tower
 
 
-def _split(x: Array, microbatches: int) -> Array:
-    if x.shape[0] % microbatches:
+def _check_rows(rows: int, microbatches: int) -> None:
+    if microbatches < 1:
+        raise ValueError(f"config.eval.microbatches is {microbatches}; it must be at least 1")
+    if rows % microbatches:
         raise ValueError(
-            f"config.eval.microbatches is {microbatches}, which does not divide the {x.shape[0]} captions of "
+            f"config.eval.microbatches is {microbatches}, which does not divide the {rows} captions of "
             "a pipeline (config.eval.batch_size * config.eval.stages)"
         )
+
+
+def _split(x: Array, microbatches: int) -> Array:
+    _check_rows(x.shape[0], microbatches)
     return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from shnet_jax.evaluate.screen import Rechecked, check_score_dtype, screen_programs
-from shnet_jax.evaluate.tiles import Queries, Tiling, make_tiling, one_behind, programs
+from shnet_jax.evaluate.tiles import Queries, Tiling, make_tiling, needed, one_behind, programs
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding, Score
 
@@ -60,6 +60,7 @@ def ranks(
         that does not exist or does not fit the score.
     """
     check_score_dtype(score, score_dtype)
+    images, texts = needed(score, images), needed(score, texts)
     n, t = len(images.vector), len(texts.vector)
     owner = check_captions(caption_image, n, t)
     order = np.argsort(owner, kind="stable")  # captions of an image side by side: few tiles hold all matches

@@ -10,11 +10,12 @@ from typing import Any, cast
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather
 from shnet_jax.data.gallery import Gallery, Part, open_gallery
 from shnet_jax.evaluate.encode import Portion, encode
-from shnet_jax.evaluate.pipelined import make_pipelined_text_encoder, place_variables, stage_mesh
+from shnet_jax.evaluate.pipelined import check_pipeline, make_pipelined_text_encoder, place_variables, stage_mesh
 from shnet_jax.evaluate.protocols import Results, Subject, evaluate
 from shnet_jax.evaluate.rank import check_captions
 from shnet_jax.evaluate.screen import check_score_dtype
@@ -48,7 +49,7 @@ def subject(experiment: Experiment, split: str, step: int, selected_on: str, dev
 def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
     """Opens a split once; the result evaluates variables {"params", "batch_stats"} on it, as often as wanted."""
     config, model = experiment.config, experiment.model
-    check_score_dtype(model.score, config.eval.score_dtype)
+    check(model, config, mesh)
     gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
     _check(experiment, gallery)
     protocol = f"folds{config.eval.folds}" if config.eval.folds > 1 else "whole"
@@ -73,20 +74,31 @@ def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
     return evaluator
 
 
+def check(model: RetrievalModel, config: ConfigDict | FrozenConfigDict, mesh: Mesh) -> None:
+    """What can be said before anything is read; raises ValueError for settings that do not fit model or devices."""
+    evaluation = config.eval
+    check_score_dtype(model.score, evaluation.score_dtype)
+    if evaluation.batch_size < 1:
+        raise ValueError(f"config.eval.batch_size is {evaluation.batch_size}; it must be at least 1")
+    if evaluation.overlap and jax.process_count() > 1:
+        raise ValueError("config.eval.overlap needs both towers' devices in one process; switch it off for several")
+    if jax.process_count() > 1 and config.parallel.mapping == "pmap":
+        raise ValueError("several processes evaluate under config.parallel.mapping=shard_map only")
+    if evaluation.stages != 1:
+        text_mesh = halves(mesh)[1] if evaluation.overlap else mesh
+        check_pipeline(model, stage_mesh(text_mesh, evaluation.stages), evaluation.microbatches, evaluation.batch_size)
+
+
 def _check(experiment: Experiment, gallery: Gallery) -> None:
     """What would otherwise fail after hours of encoding, or at the end of the first epoch."""
     evaluation = experiment.config.eval
     check_captions(gallery.caption_image, gallery.images, len(gallery.captions))
     tile_shape(gallery.images, len(gallery.captions), evaluation.tile)
-    if evaluation.batch_size < 1:
-        raise ValueError(f"config.eval.batch_size is {evaluation.batch_size}; it must be at least 1")
     if evaluation.folds < 0 or (evaluation.folds > 1 and gallery.images % evaluation.folds):
         raise ValueError(
             f"config.eval.folds is {evaluation.folds}; the split has {gallery.images} images, which must divide into "
             "folds of equal size (0: the whole split)"
         )
-    if jax.process_count() > 1 and experiment.config.parallel.mapping == "pmap":
-        raise ValueError("several processes evaluate under config.parallel.mapping=shard_map only")
 
 
 def make_encoder(
@@ -98,10 +110,8 @@ def make_encoder(
     same rows, padded to the same length. Raises ValueError for config.eval.stages that do not fit devices or model.
     """
     evaluation = experiment.config.eval
-    if evaluation.overlap and jax.process_count() > 1:
-        raise ValueError("config.eval.overlap needs both towers' devices in one process; switch it off for several")
-    halves = _halves(mesh) if evaluation.overlap else (mesh, mesh)
-    make_towers = _make_towers(experiment, *halves)
+    check(experiment.model, experiment.config, mesh)
+    make_towers = _make_towers(experiment, *(halves(mesh) if evaluation.overlap else (mesh, mesh)))
     rows = evaluation.batch_size * mesh.size
 
     def encode_both(variables: dict[str, Any]) -> tuple[Embedding, Embedding]:
@@ -195,7 +205,7 @@ def _make_towers(
     return towers
 
 
-def _halves(mesh: Mesh) -> tuple[Mesh, Mesh]:
+def halves(mesh: Mesh) -> tuple[Mesh, Mesh]:
     """Devices for the images and devices for the captions; both on the only one, if there is only one."""
     devices = list(mesh.devices.flat)
     if len(devices) == 1:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis
 from shnet_jax.parallel.mapping import Mapped, map_specs
 from shnet_jax.types import DATA, Array, Embedding, Score
@@ -112,6 +113,11 @@ def tile_shape(n: int, t: int, tile: int) -> tuple[int, int]:
     if tile < 1:
         raise ValueError(f"a score tile (config.eval.tile) needs at least 1 image, got {tile}")
     return min(tile, n), min(tile * CAPTIONS_PER_ROW, t)
+
+
+def needed(score: Score, items: Embedding) -> Embedding:
+    """What the score looks at: of the default one the vectors alone, so that no set members travel for nothing."""
+    return Embedding(items.vector) if score is RetrievalModel.score else items
 
 
 def take(items: Embedding, rows: np.ndarray) -> Embedding:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
 GIB = 2**30
+
+HEADROOM = 0.1
+"""Share of a GPU's memory that no program can count on."""
 
 
 class Chip(NamedTuple):
@@ -39,8 +43,8 @@ CHIPS = {
     "A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9),
     "A100 80GB PCIe": Chip(312e12, 80e9, 1935e9),
 }
-"""By part of the `device_kind`, from the makers' pages of each chip (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e;
-NVIDIA's data sheets of A100, H100 and H200, without sparsity)."""
+"""By whole words of the `device_kind`, from the makers' pages of each chip (cloud.google.com/tpu/docs/v4, v5e, v5p,
+v6e; NVIDIA's data sheets of A100, H100 and H200, without sparsity)."""
 
 # Generation in a target -> options of libtpu. v4 as on the machines: the two cores of a chip are one device.
 _GENERATIONS = {"v4": {"chip_config_name": "megacore"}, "v5e": {}, "v5p": {}, "v6e": {}}
@@ -50,9 +54,33 @@ KNOWN = "tpu:v4:2x2x2, tpu:v5e:4x4, tpu:v5p:2x2x2, tpu:v6e:4x4, gpu, gpu:8, cpu,
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The entry of CHIPS whose name is the longest part of `device_kind`; None when there is none."""
-    matches = [name for name in CHIPS if name in device_kind]
+    """The entry of CHIPS with the longest name among the words of `device_kind`; None when there is none.
+
+    None also for a part of a GPU (MIG), which has only a share of what the data sheet says.
+    """
+    words = re.split(r"[\s_]+", device_kind)
+    if "MIG" in words:
+        return None
+    text = f" {' '.join(words)} "
+    # "A100-SXM4-40GB" is an A100, "GH200" no H200.
+    matches = [name for name in CHIPS if f" {name} " in text or f" {name}-" in text]
     return CHIPS[max(matches, key=len)] if matches else None
+
+
+def memory_limit(device: jax.Device, peaks: Chip | None) -> tuple[float | None, str]:
+    """Bytes that programs may take of the device, and where the figure comes from. peaks: its `chip`.
+
+    Of a GPU that is there, what its allocator may hand out; of one that does not tell, the data sheet's less
+    HEADROOM, which the driver, libraries and fragments take. The compiler for TPUs knows what is its own.
+    """
+    stats = device.memory_stats() if device.platform == "gpu" else None
+    if stats and stats.get("bytes_limit"):
+        return float(stats["bytes_limit"]), "what the allocator may hand out"
+    if peaks is None:
+        return None, "not known"
+    if device.platform == "gpu":
+        return (1 - HEADROOM) * peaks.memory, f"data sheet, less {HEADROOM:.0%}"
+    return peaks.memory, "data sheet"
 
 
 def target_devices(target: str) -> list[jax.Device]:

@@ -74,6 +74,14 @@ def pipeline(
     return jnp.where(stage == stages - 1, outs[stages - 1 :], 0)
 
 
+def layer_places(layers: int, mesh: Mesh, axis: str = STAGE) -> int:
+    """Layers that a stage holds at most. Raises ValueError when there are more stages than layers."""
+    stages = mesh.shape[axis]
+    if stages > layers:
+        raise ValueError(f"{stages} stages for {layers} layers: some would have none, use at most {layers}")
+    return -(-layers // stages)
+
+
 def place_layers(layers: Sequence[Tree], mesh: Mesh, axis: str = STAGE) -> Tree:
     """The parameters of all layers, stacked to leaves [stages * places, ...] that lie along the axis.
 
@@ -83,10 +91,7 @@ def place_layers(layers: Sequence[Tree], mesh: Mesh, axis: str = STAGE) -> Tree:
 
     Raises ValueError when there are more stages than layers.
     """
-    stages = mesh.shape[axis]
-    if stages > len(layers):
-        raise ValueError(f"{stages} stages for {len(layers)} layers: some would have none, use at most {len(layers)}")
-    places = -(-len(layers) // stages)
+    stages, places = mesh.shape[axis], layer_places(len(layers), mesh, axis)
     sharding = NamedSharding(mesh, P(axis))
 
     def put(*leaves: Any) -> Array:

@@ -12,10 +12,11 @@ import grain
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, train_batches
 from shnet_jax.data.tokenise import tokenise_split
+from shnet_jax.evaluate.split import check as check_evaluation
 from shnet_jax.experiment import Experiment, abstract_variables, init_variables
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
@@ -53,15 +54,13 @@ def prepare(experiment: Experiment) -> Parts:
     _check(config)
     mesh = make_mesh(config.parallel.devices)
     batch_size = config.train.batch_size
-    if batch_size % (config.data.captions_per_image * mesh.size):
-        raise ValueError(
-            f"config.train.batch_size is {batch_size}; it must divide into {mesh.size} devices with whole images of "
-            f"config.data.captions_per_image = {config.data.captions_per_image}"
-        )
-    _check_microbatch(config, experiment, batch_size // mesh.size)
+    pairs_per_device(config, mesh.size)
+    check_evaluation(experiment.model, config, mesh)
     split = config.data.train_split
     per_epoch = steps_per_epoch(dataset, split, batch_size)
     total_steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
+    shapes = abstract_variables(experiment)
+    built = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
     captions = tokenise_split(dataset, split, experiment.tokenizer)
     iterator = train_batches(
         config,
@@ -76,13 +75,30 @@ def prepare(experiment: Experiment) -> Parts:
     )
     table = replicate(resident_table(dataset, split, experiment.fields), mesh) if config.data.resident else {}
 
-    shapes = abstract_variables(experiment)
-    built = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
-
     def first_state() -> TrainState:
         return built.first_state(init_variables(experiment, config.seed))
 
     return Parts(mesh, iterator, table, built.step, built.rate, per_epoch, total_steps, first_state, built.like)
+
+
+def pairs_per_device(config: ConfigDict | FrozenConfigDict, devices: int) -> int:
+    """Pairs of a batch on each device. Raises ValueError where batch or microbatch do not divide into whole images."""
+    batch, unit = config.train.batch_size, config.data.captions_per_image
+    microbatch, statistics = config.train.microbatch, config.train.microbatch_statistics
+    if batch < 1 or batch % (unit * devices):
+        raise ValueError(
+            f"config.train.batch_size is {batch}; it must divide into {devices} devices with whole images of "
+            f"config.data.captions_per_image = {unit}"
+        )
+    pairs = batch // devices
+    if statistics not in STATISTICS:
+        raise ValueError(f"config.train.microbatch_statistics is {statistics!r}; choose from {', '.join(STATISTICS)}")
+    if microbatch < 0 or (microbatch and (pairs % microbatch or microbatch % unit)):
+        raise ValueError(
+            f"config.train.microbatch is {microbatch}; it must divide the {pairs} pairs of a device into parts with "
+            f"whole images of config.data.captions_per_image = {unit}, or be 0"
+        )
+    return pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +123,15 @@ def build_step(
     steps_per_epoch: float,
     total_steps: int,
 ) -> BuiltStep:
-    """The step of a configuration. variables: shapes and dtypes of the model's {"params", "batch_stats"}."""
+    """The step of a configuration. variables: shapes and dtypes of the model's {"params", "batch_stats"}.
+
+    Raises ValueError for microbatches of a model that does not say how its BatchNorms lie.
+    """
+    if config.train.microbatch and variables["batch_stats"] and not model.norm_depth:
+        raise ValueError(
+            f"config.train.microbatch is {config.train.microbatch}, and the model {config.model.name!r} has BatchNorms "
+            "but no norm_depth (shnet_jax/models/contract.py)"
+        )
     accumulate = config.optim.accumulate
     rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
     loss_params, total_loss = total.build(config.loss, steps_per_epoch)
@@ -171,20 +195,3 @@ def _check(config: FrozenConfigDict) -> None:
         raise ValueError("config.eval.stages > 1 with config.parallel.shard_params needs one process")
     if config.optim.accumulate < 1:
         raise ValueError(f"config.optim.accumulate is {config.optim.accumulate}; it must be at least 1")
-
-
-def _check_microbatch(config: FrozenConfigDict, experiment: Experiment, pairs: int) -> None:
-    """pairs: of the batch on each device."""
-    microbatch, statistics = config.train.microbatch, config.train.microbatch_statistics
-    if statistics not in STATISTICS:
-        raise ValueError(f"config.train.microbatch_statistics is {statistics!r}; choose from {', '.join(STATISTICS)}")
-    if microbatch < 0 or (microbatch and (pairs % microbatch or microbatch % config.data.captions_per_image)):
-        raise ValueError(
-            f"config.train.microbatch is {microbatch}; it must divide the {pairs} pairs of a device into parts with "
-            f"whole images of config.data.captions_per_image = {config.data.captions_per_image}, or be 0"
-        )
-    if microbatch and abstract_variables(experiment)["batch_stats"] and not experiment.model.norm_depth:
-        raise ValueError(
-            f"config.train.microbatch is {microbatch}, and the model {config.model.name!r} has BatchNorms but no "
-            "norm_depth (shnet_jax/models/contract.py)"
-        )

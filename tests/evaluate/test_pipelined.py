@@ -7,7 +7,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import base
-from shnet_jax.evaluate.pipelined import Placed, make_pipelined_text_encoder, place_variables, stage_mesh
+from shnet_jax.evaluate.pipelined import (
+    check_pipeline,
+    make_pipelined_text_encoder,
+    place_variables,
+    placed_shapes,
+    stage_mesh,
+)
 from shnet_jax.models import shnet
 from shnet_jax.parallel import mapping
 from shnet_jax.parallel.pipeline import STAGE
@@ -154,18 +160,19 @@ def test_the_program_is_given_its_share_and_keeps_no_copy():
 
 def memory(model, mesh, batch, microbatches):
     """memory_analysis() of one device's program for variables that exist nowhere."""
-    params = shapes(model, batch)["params"]["text"]
-    count = model.text.tower.layers
-
-    def abstract(tree, spec, *leading):
-        sharding = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype, sharding=sharding), tree)
-
-    tower = {name: leaf for name, leaf in params["tower"].items() if not name.startswith("layer_")}
-    shared = {"params": {"text": params | {"tower": tower}}}
-    placed = Placed(abstract(shared, P()), abstract(params["tower"]["layer_0"], P(STAGE), count))
+    sharding = NamedSharding(mesh, P((DATA, STAGE)))
+    rows = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), batch)
     encode = make_pipelined_text_encoder(model, mesh, microbatches)
-    return encode.lower(placed, abstract(batch, P((DATA, STAGE)))).compile().memory_analysis()
+    return encode.lower(placed_shapes(model, shapes(model, batch), mesh), rows).compile().memory_analysis()
+
+
+def test_the_shapes_are_those_of_what_is_placed():
+    model, variables, _ = example("bert")
+    for grid in (mesh(1, 4), mesh(2, 2)):
+        placed, shaped = place_variables(model, variables, grid), placed_shapes(model, variables, grid)
+        for leaf, like in zip(*map(jax.tree.leaves, (placed, shaped)), strict=True):
+            assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
+            assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
 def count_bytes(tree):
@@ -185,5 +192,9 @@ def test_errors():
         make_pipelined_text_encoder(model, mesh(2, 4), 3).lower(
             place_variables(model, variables, mesh(2, 4)), captions()
         )
-    with pytest.raises(ValueError, match=r"config\.eval\.microbatches is 0"):
-        make_pipelined_text_encoder(model, mesh(1, 4), 0)
+    for rows, microbatches, message in ((2, 0, "microbatches is 0"), (2, 3, "microbatches is 3, .* the 8 captions")):
+        with pytest.raises(ValueError, match=rf"config\.eval\.{message}"):
+            check_pipeline(model, mesh(2, 4), microbatches, rows)
+    with pytest.raises(ValueError, match="8 stages for 5 layers"):
+        check_pipeline(model, mesh(1, 8), 1, 1)
+    check_pipeline(model, mesh(2, 4), 4, 2)

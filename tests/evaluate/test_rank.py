@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shnet_jax.evaluate.rank import best_captions, count, match_scores, ranks
-from shnet_jax.evaluate.tiles import make_tiling, one_behind
+from shnet_jax.evaluate.tiles import Tiling, make_tiling, one_behind
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
@@ -147,6 +147,17 @@ def test_a_score_of_the_wrong_shape_is_named():
             np.arange(4) // 2,
             lambda images, texts: texts.vector @ images.vector.T,
         )
+
+
+def test_set_members_stay_where_they_are_when_the_score_is_of_vectors(monkeypatch):
+    sent = []
+    put = Tiling.put_split
+    monkeypatch.setattr(Tiling, "put_split", lambda self, tree: sent.append(tree) or put(self, tree))
+    rng = np.random.default_rng(0)
+    items = Embedding(rng.standard_normal((6, 4)), rng.standard_normal((6, 3, 4)), np.ones((6, 3), bool))
+    ranks(items, items, np.arange(6), RetrievalModel.score, 2)
+    images = [tree for tree in sent if isinstance(tree, Embedding)]
+    assert images and all(tree.elements is None and tree.mask is None for tree in images)
 
 
 @pytest.mark.parametrize("devices", [2, 8])

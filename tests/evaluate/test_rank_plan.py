@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shnet_jax.evaluate import rank
-from shnet_jax.evaluate.rank_plan import bytes_per_device, measure_round, plan_ranking
+from shnet_jax.evaluate.rank_plan import measure_round, plan_ranking
 from shnet_jax.evaluate.tiles import Programs, make_tiling, programs
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
@@ -13,6 +13,11 @@ from shnet_jax.types import Embedding
 
 FLOAT = 4
 TRAIN = 113_287, 566_435  # COCO, Karpathy split
+
+
+def planned(n, t, dim, mesh, tile=512, seconds=None):
+    item = Embedding(jax.ShapeDtypeStruct((1, dim), np.float32))
+    return plan_ranking(n, t, (item, item), mesh, tile, RetrievalModel.score, seconds)
 
 
 def mesh(devices):
@@ -47,16 +52,17 @@ class Dispatches:
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_memory_is_that_of_a_tile_whatever_the_gallery(devices):
-    small, large = (plan_ranking(n, t, 1024, mesh(devices)) for n, t in ((5_000, 25_000), TRAIN))
+    small, large = (planned(n, t, 1024, mesh(devices)) for n, t in ((5_000, 25_000), TRAIN))
     assert small.bytes_per_device == large.bytes_per_device
     assert (large.rows, large.columns, large.devices) == (512, 4096, devices)
     tile = (512 + 4096) * 1024 * FLOAT + 512 * 4096 * FLOAT
     assert 2 * tile < large.bytes_per_device < 4 * tile
-    assert large.bytes_per_device < plan_ranking(*TRAIN, 1024, mesh(devices), tile=1024).bytes_per_device
+    assert large.bytes_per_device < planned(*TRAIN, 1024, mesh(devices), tile=1024).bytes_per_device
 
 
 def test_memory_does_not_grow_with_the_devices():
-    assert bytes_per_device(512, 4096, 1024, mesh(8)) <= 1.02 * bytes_per_device(512, 4096, 1024, mesh(1))
+    one, eight = (planned(*TRAIN, 1024, mesh(devices)).bytes_per_device for devices in (1, 8))
+    assert eight <= 1.02 * one
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -67,21 +73,33 @@ def test_the_rounds_are_those_that_ranking_makes(monkeypatch, devices, n, t, til
     rng = np.random.default_rng(0)
     images, texts = (Embedding(rng.standard_normal((m, 4)).astype(np.float32)) for m in (n, t))
     rank.ranks(images, texts, rng.permutation(np.arange(t) % n), RetrievalModel.score, tile, mesh(devices))
-    plan = plan_ranking(n, t, 4, mesh(devices), tile)
+    plan = planned(n, t, 4, mesh(devices), tile)
     down = -(-n // (min(tile, n) * devices))
     assert plan.rounds - down < dispatched.rounds <= plan.rounds
-    assert plan.flops == 2 * 4 * plan.tiles * plan.rows * plan.columns
+    assert plan.work.flops == 2 * 4 * plan.rounds * plan.rows * plan.columns
 
 
 def test_time_is_rounds_times_the_measured_round():
-    seconds = measure_round(16, mesh(2), tile=8, repeats=1)
+    item = Embedding(np.zeros((1, 16)), np.zeros((1, 3, 16)), np.zeros((1, 3), bool))
+    seconds = measure_round((item, item), mesh(2), 8, RetrievalModel.score, repeats=1)
     assert 0 < seconds < 5
-    plan = plan_ranking(*TRAIN, 16, mesh(2), tile=256, tile_seconds=seconds)
+    plan = planned(*TRAIN, 16, mesh(2), tile=256, seconds=seconds)
     assert plan.seconds == pytest.approx(seconds * plan.rounds)
     # 222 rounds of 512 images for each of 277 tiles of captions, and a staircase through them.
     assert plan.rounds == 222 * 277 + 222 + 277 - 1
-    assert "113287 images x 566435 captions" in str(plan) and f"{plan.tiles} tiles" in str(plan)
-    assert "not measured" in str(plan_ranking(*TRAIN, 16, mesh(1), tile=8))
+    assert "113,287 images x 566,435 captions" in str(plan) and f"{plan.tiles:,} tiles" in str(plan)
+    assert "not measured" in str(planned(*TRAIN, 16, mesh(1), tile=8))
+
+
+def test_sets_travel_only_for_a_score_that_looks_at_them():
+    item = Embedding(np.zeros((1, 4)), np.zeros((1, 3, 4)), np.zeros((1, 3), bool))
+
+    def of_sets(images, texts):
+        return RetrievalModel.score(images, texts) + images.elements.sum((1, 2))[:, None] * texts.mask.sum(1)
+
+    vectors, sets = (plan_ranking(64, 640, (item, item), mesh(1), 8, s) for s in (RetrievalModel.score, of_sets))
+    assert sets.sent_per_device == vectors.sent_per_device // (4 * FLOAT) * ((4 + 12) * FLOAT + 3)
+    assert sets.bytes_per_device > vectors.bytes_per_device
 
 
 @pytest.mark.slow
@@ -106,7 +124,7 @@ def test_a_slice_of_the_largest_gallery_stays_within_the_stated_memory(tmp_path,
     tiles = (3, tiling.caption_tiles - 1)
     counts = rank.count(tiling, RetrievalModel.score, positive, best, tiles)
     assert dispatched.rounds == 2 * tiling.rounds
-    stated = plan_ranking(n, t, dim, mesh(devices), tile).bytes_per_device * devices
+    stated = planned(n, t, dim, mesh(devices), tile).bytes_per_device * devices
     assert tile * tile * 8 * FLOAT * devices < dispatched.most - before <= stated
     for tile_ in tiles:
         captions = tiling.captions(tile_)[0][::400]

@@ -1,0 +1,89 @@
+"""What fits instead: the largest batch, the largest microbatch, and what else makes a training step smaller."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+from shnet_jax.plan.programs import Program
+from shnet_jax.plan.subject import Subject
+
+
+def largest_batch(compiled: Callable[[int], Program], first: Program, unit: int, most: int) -> int:
+    """The most pairs on each device that fit, within an eighth, from 0 to `most`; multiples of `unit`.
+
+    Doubles or halves from `first` to both sides of the limit, then bisects.
+    """
+
+    def fits(units: int) -> bool:
+        return bool(compiled(units * unit).fits)
+
+    start, last = first.rows // unit, max(most // unit, first.rows // unit)
+    low, high = (start, last + 1) if first.fits else (0, start)
+    while first.fits and low < last:
+        tried = min(2 * low, last)
+        if not fits(tried):
+            high = tried
+            break
+        low = tried
+    while not first.fits and high > 1 and not low:
+        if fits(high // 2):
+            low = high // 2
+        else:
+            high //= 2
+    while high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * unit
+
+
+def fitting_microbatch(
+    compiled: Callable[[int, Subject], Program], subject: Subject, pairs: int
+) -> tuple[int, float] | None:
+    """(microbatch, bytes needed) of the first of pairs / 2, / 4, ... that fits; None: none of them does."""
+    for microbatch in _divisors(
+        pairs, subject.config.data.captions_per_image, subject.config.train.microbatch or pairs
+    ):
+        config = subject.config.copy_and_resolve_references()
+        config.train.microbatch = microbatch
+        found = compiled(pairs, dataclasses.replace(subject, config=config))
+        if found.fits and found.needed is not None:
+            return microbatch, found.needed
+    return None
+
+
+def _divisors(pairs: int, unit: int, below: int) -> Iterator[int]:
+    """pairs / 2, / 4, / 8, ... as long as they are multiples of `unit`, those smaller than `below`."""
+    while pairs % (2 * unit) == 0:
+        pairs //= 2
+        if pairs < below:
+            yield pairs
+
+
+def advice(config: ConfigDict, devices: int) -> list[str]:
+    """What makes a step that does not fit smaller, the cheapest first."""
+    found = []
+    if config.data.resident:
+        found.append(
+            "--config.data.resident=False: the features come with the batches instead of staying on every device"
+        )
+    if "float32" in (config.model.dtype, config.text.dtype):
+        found.append("--config.model.dtype=bfloat16 --config.text.dtype=bfloat16: half of what the backward pass keeps")
+    microbatch = config.train.microbatch
+    found.append(
+        "--config.train.microbatch: activations then grow with it and no longer with the batch"
+        if not microbatch
+        else f"a smaller --config.train.microbatch than {microbatch}"
+    )
+    if config.loss.pairs.strategy == "gathered":
+        found.append(
+            "--config.loss.pairs.strategy=streamed or ring: no device holds its scores with the whole global batch"
+        )
+    if "remat" in config.text and not config.text.remat:
+        found.append("--config.text.remat=True: layers of the text tower are computed again in the backward pass")
+    if "shard_params" in config.parallel and not config.parallel.shard_params and devices > 1:
+        found.append("--config.parallel.shard_params=True: parameters and optimiser state are split over the devices")
+    found.append(f"more than {devices} devices for the same --config.train.batch_size, or a smaller batch")
+    return found

@@ -1,0 +1,134 @@
+"""What is planned: a model and a data set, real or described, as the shapes of everything that a program takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from shnet_jax import registry
+from shnet_jax.data.batches import gather, stored_fields, token_buckets
+from shnet_jax.data.records import DataSet, Feature
+from shnet_jax.data.tokenise import load_tokenizer
+from shnet_jax.evaluate.split import image_tower, text_tower
+from shnet_jax.experiment import assemble
+from shnet_jax.interop import bert_weights
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.types import Embedding
+
+BERT_VOCABULARY = 30522  # of bert-base-uncased, where nothing says how many words there are
+LABEL_MAP = (64, 64)  # of seg_map, and below the cells of seg_semantic: what the importers make
+CELLS = (7, 7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is planned: a complete configuration, its model and the data set, real or described by config.plan."""
+
+    config: ConfigDict
+    model: RetrievalModel
+    dataset: DataSet
+    fields: tuple[str, ...]
+    captions: int  # of the training split
+
+
+def describe(config: ConfigDict) -> Subject:
+    """The subject of a configuration. Sizes come from config.data.dir if it is set, else from config.plan.
+
+    Raises ValueError or FileNotFoundError for a data set that is not there, or lacks what the model reads.
+    """
+    if config.data.dir:
+        found = assemble(config)
+        captions = int(found.dataset.caption_counts(config.data.train_split).sum())
+        return Subject(ConfigDict(found.config.to_dict()), found.model, found.dataset, found.fields, captions)
+    config = ConfigDict(config.to_dict())
+    if config.text.weights:
+        config.text.update(bert_weights.sizes(bert_weights.find_folder(config.text.weights)))
+    if config.tokenizer.path and not config.text.vocab_size:
+        config.text.vocab_size = load_tokenizer(config).vocab_size
+    config.text.vocab_size = config.text.vocab_size or BERT_VOCABULARY
+    module = registry.model(config.model.name)
+    captions = config.plan.images * config.plan.captions
+    return Subject(config, module.build(config), _described(config), module.image_fields(config), captions)
+
+
+def _described(config: ConfigDict) -> DataSet:
+    """A data set of the sizes in config.plan, with all fields of images, as the importers store them."""
+    p, classes = config.plan, config.model.num_classes
+    features = {
+        "regions": ((p.regions, p.region_dim), "float16"),
+        "region_mask": ((p.regions,), "bool"),
+        "boxes": ((p.regions, 4), "float32"),
+        "box_classes": ((p.regions,), "int32"),
+        "box_scores": ((p.regions,), "float32"),
+        "grid": ((p.grid, p.grid_dim), "float16"),
+        "grid_mask": ((p.grid,), "bool"),
+        "seg_semantic": ((classes, *CELLS), "float16"),
+        "seg_map": (LABEL_MAP, "uint8"),
+        "categories": ((classes,), "bool"),
+        "image_embedding": ((p.image_embedding,), "float32"),
+    }
+    named = {name: Feature(shape, np.dtype(dtype)) for name, (shape, dtype) in features.items()}
+    return DataSet(Path("config.plan"), {config.data.train_split: p.images}, named, classes, {})
+
+
+def train_batch(subject: Subject, pairs: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of `data.batches.train_batches`, of the longest captions."""
+    data = subject.config.data
+    images = pairs // data.captions_per_image
+    fields = image_batch(subject, images)
+    keeps = {
+        keep: jax.ShapeDtypeStruct((images, subject.dataset.features[unit].shape[0]), bool)
+        for unit, keep in (("regions", "region_keep"), ("grid", "grid_keep"))
+        if unit in fields
+    }
+    kept = {"image_index": fields["image_index"]} if data.resident else fields
+    return {**kept, **keeps, **text_batch(subject, pairs)}
+
+
+def image_batch(subject: Subject, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the images of a batch, or of a gallery's batch of images."""
+    features = {field: subject.dataset.features[field] for field in stored_fields(subject.dataset, subject.fields)}
+    index = {"image_index": jax.ShapeDtypeStruct((rows,), np.int32)}
+    return index | {field: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype) for field, f in features.items()}
+
+
+def resident_table(subject: Subject) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of `data.batches.resident_table` of the training split."""
+    images = image_batch(subject, subject.dataset.splits[subject.config.data.train_split])
+    return {field: shape for field, shape in images.items() if field != "image_index"}
+
+
+def text_batch(subject: Subject, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the captions of a batch, padded to the longest that there may be."""
+    shape = rows, token_buckets(subject.config.data)[-1]
+    return {"tokens": jax.ShapeDtypeStruct(shape, np.int32), "token_mask": jax.ShapeDtypeStruct(shape, bool)}
+
+
+def variables(subject: Subject) -> dict[str, Any]:
+    """Shapes of the model's {"params", "batch_stats"}."""
+    batch = image_batch(subject, 1) | text_batch(subject, 1)
+    init = lambda batch: subject.model.init(jax.random.key(0), gather({}, batch), train=False)  # noqa: E731
+    shapes = dict(jax.eval_shape(init, batch))
+    return {name: shapes.get(name, {}) for name in ("params", "batch_stats")}
+
+
+def gallery(subject: Subject) -> tuple[int, int]:
+    """Images and captions that an evaluation ranks: of config.eval.split, or of config.plan without a data set."""
+    config, dataset = subject.config, subject.dataset
+    if not config.data.dir:
+        return config.plan.gallery, config.plan.gallery * config.plan.captions
+    counts = dataset.caption_counts(config.eval.split)
+    return len(counts), int(counts.sum())
+
+
+def embeddings(subject: Subject) -> tuple[Embedding, Embedding]:
+    """Shapes of what the towers give for one image and one caption, padded to the longest that there may be."""
+    given = variables(subject)
+    image = jax.eval_shape(partial(image_tower, subject.model), given, image_batch(subject, 1))
+    return image, jax.eval_shape(partial(text_tower, subject.model), given, text_batch(subject, 1))
