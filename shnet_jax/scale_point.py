@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +31,7 @@ from shnet_jax.experiment import assemble
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.compiled import compile_lowered, memory
+from shnet_jax.observe.files import write_json
 from shnet_jax.observe.work import work
 from shnet_jax.parallel import axis
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_encode, map_step, put_batch, replicate
@@ -108,8 +108,11 @@ def compile_point(config: ConfigDict) -> dict[str, Any]:
     return compiled_figures(lower_train(describe(config), mesh, config.train.batch_size // mesh.size))
 
 
-def measure_point(config: ConfigDict) -> dict[str, Any]:
-    """The figures of the step, and its seconds: `step`, and how much of them each part takes alone (see `parts`)."""
+def measure_point(config: ConfigDict) -> Iterator[dict[str, Any]]:
+    """The figures of the step, and its seconds: `step`, and how much of them each part takes alone (see `parts`).
+
+    Yields all that is known as soon as the step, and then each part, has been measured: a part may not fit in memory.
+    """
     setup = from_dataset(config) if config.data.dir else from_random(config)
     warmup, steps = config.scale.warmup_steps, config.scale.steps
 
@@ -125,14 +128,19 @@ def measure_point(config: ConfigDict) -> dict[str, Any]:
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in setup.mesh.local_devices]
     del state
     seconds = {"step": reading, "input": max(0.0, reading - alone)}
-    if not config.parallel.shard_params:
-        seconds |= {name: median_seconds(call, warmup, steps) for name, call in parts(setup, initial, resident)}
-        seconds["rest"] = reading - sum(value for name, value in seconds.items() if name != "step")
-    return figures | {
+    figures |= {
         "device_peak": max((peak for peak in peaks if peak is not None), default=None),
         "seconds": seconds,
         "examples_per_second": config.train.batch_size / reading,
     }
+    yield figures
+    if config.parallel.shard_params:
+        return
+    for name, call in parts(setup, initial, resident):
+        seconds[name] = median_seconds(call, warmup, steps)
+        yield figures
+    seconds["rest"] = reading - sum(value for name, value in seconds.items() if name != "step")
+    yield figures
 
 
 def from_dataset(config: ConfigDict) -> Setup:
@@ -299,11 +307,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     given = parser.parse_args(argv)
     if given.config is None:
-        found = machine()
+        results: Iterable[dict[str, Any]] = [machine()]
     else:
         config = load_config(given.config)
-        found = compile_point(config) if given.compile_only else measure_point(config)
-    given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        results = [compile_point(config)] if given.compile_only else measure_point(config)
+    for found in results:
+        write_json(given.out, found)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ import jax
 from ml_collections import ConfigDict
 
 from shnet_jax.data.batches import token_buckets
-from shnet_jax.observe.scale_report import Row, Study, write_report
+from shnet_jax.observe.files import write_json
+from shnet_jax.observe.scale_report import write_report
+from shnet_jax.observe.scale_rows import Row, Study
 from shnet_jax.train.workdir import save_config
 from shnet_jax.types import PAIR_STRATEGIES
 
@@ -72,7 +74,8 @@ def scale(config: ConfigDict, workdir: str | Path) -> list[Row]:
 
     An interrupted study goes on with the same command: points that were measured, or did not fit in memory, with the
     same settings on the same kind of machine are not repeated (delete points/ to repeat them); failed ones are.
-    Raises ValueError for settings that do not fit together or to the machine.
+    Raises ValueError for settings that do not fit together or to the machine; ends the process with status 1 when no
+    point has a result.
     """
     if jax.distributed.is_initialized():
         raise ValueError("--mode=scale starts processes of its own on one machine: run it without --distributed")
@@ -92,6 +95,8 @@ def scale(config: ConfigDict, workdir: str | Path) -> list[Row]:
     page = write_report(workdir, study, rows)
     failed = sum(row.status != MEASURED for row in rows)
     print(f"{len(rows)} points{f', {failed} of them without a result' if failed else ''}: {page}")
+    if failed == len(rows):
+        raise SystemExit(f"error: none of {failed} points has a result; the first: {rows[0].status}: {rows[0].message}")
     return rows
 
 
@@ -190,10 +195,11 @@ def settings(config: ConfigDict, point: Point, machine: Mapping[str, Any]) -> st
 
 def describe_machine(folder: Path) -> dict[str, Any]:
     """`scale_point.machine`, found by another process: this one must not take the devices from the points."""
-    out = folder / "machine.json"
-    done = _python([str(out)], os.environ, limit=600.0)
-    if done is None or done.returncode:
-        raise ValueError(f"JAX finds no devices: {fault(done, 600.0)[1]}")
+    out, log = folder / "machine.json", folder / "machine.log"
+    status = _python([str(out)], os.environ, 600.0, log)
+    if status != 0:
+        raise ValueError(f"JAX finds no devices: {fault(status, log, 600.0)[1]}")
+    log.unlink()
     return json.loads(out.read_text(encoding="utf-8"))
 
 
@@ -221,8 +227,8 @@ def measure_all(
             record = run(point_config(config, point), point, compile_only, folder)
             taken.append(time.monotonic() - start)
             record |= {"point": dataclasses.asdict(point), "compile_only": compile_only, "settings": digest}
-            _write(path, record)
-            if record["status"] != MEASURED:
+            write_json(path, record)
+            if record["message"]:
                 print(f"  {record['status']}: {record['message']}", file=sys.stderr, flush=True)
         found[point] = record
     return found
@@ -236,14 +242,11 @@ def read_record(path: Path, digest: str) -> Record | None:
     return record if record["settings"] == digest and record["status"] != FAILED else None
 
 
-def _write(path: Path, record: Record) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)  # whole or not at all: an interrupted study reads it again
-
-
 def run_point(config: ConfigDict, point: Point, compile_only: bool, folder: Path) -> Record:
-    """Measures in a process of its own; what goes wrong there is the record. Its output is kept as `<point>.log`."""
+    """Measures in a process of its own; what goes wrong there is the record. Its output is kept as `<point>.log`.
+
+    What it had measured before it failed counts: a part of the step that does not fit alone costs not the step.
+    """
     files = {end: folder / f"{point.name}.{end}" for end in ("config.json", "out.json", "log")}
     save_config(config, files["config.json"])
     files["out.json"].unlink(missing_ok=True)
@@ -252,13 +255,15 @@ def run_point(config: ConfigDict, point: Point, compile_only: bool, folder: Path
     if compile_only:
         environment["XLA_FLAGS"] = virtual_devices(environment.get("XLA_FLAGS", ""), point.devices)
     flags = ["--config", str(files["config.json"]), *(["--compile_only"] if compile_only else [])]
-    done = _python([*flags, str(files["out.json"])], environment, config.scale.timeout)
-    if done is not None:
-        files["log"].write_text(done.stdout + done.stderr, encoding="utf-8")
-    if done is None or done.returncode:
-        status, message = fault(done, config.scale.timeout)
-        return {"status": status, "message": message}
-    figures = json.loads(files["out.json"].read_text(encoding="utf-8"))
+    ended = _python([*flags, str(files["out.json"])], environment, config.scale.timeout, files["log"])
+    found = files["out.json"]
+    figures = json.loads(found.read_text(encoding="utf-8")) if found.exists() else {}
+    if ended != 0:
+        status, message = fault(ended, files["log"], config.scale.timeout)
+        if not figures:
+            return {"status": status, "message": message}
+        found.unlink()
+        return {"status": MEASURED, "message": f"not all parts were measured: {status}: {message}"} | figures
     for end in files:
         files[end].unlink()
     return {"status": MEASURED, "message": ""} | figures
@@ -270,24 +275,18 @@ def virtual_devices(flags: str, count: int) -> str:
     return " ".join([*others, f"--xla_force_host_platform_device_count={count}"])
 
 
-def _python(
-    arguments: list[str], environment: Mapping[str, str], limit: float
-) -> subprocess.CompletedProcess[str] | None:
-    """Runs `scale_point`; None when it takes longer than `limit` seconds."""
+def _python(arguments: list[str], environment: Mapping[str, str], limit: float, log: Path) -> int | None:
+    """Runs `scale_point`, whose output goes to `log`; its status, None when it takes longer than `limit` seconds."""
     root = str(Path(__file__).parents[1])
     paths = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
     # Filtered tracebacks end in a note instead of the error.
     environment = {**environment, "PYTHONPATH": paths, "JAX_TRACEBACK_FILTERING": "off"}
     try:
-        return subprocess.run(
-            [sys.executable, "-m", "shnet_jax.scale_point", *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit,
-            check=False,
-        )
+        with log.open("wb") as out:
+            command = [sys.executable, "-m", "shnet_jax.scale_point", *arguments]
+            return subprocess.run(
+                command, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=limit, check=False
+            ).returncode
     except subprocess.TimeoutExpired:
         return None
 
@@ -295,20 +294,22 @@ def _python(
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit|Memory|Interrupt)\b.*$", re.MULTILINE)
 
 
-def fault(done: subprocess.CompletedProcess[str] | None, limit: float) -> tuple[str, str]:
-    """(status, message) of a process that did not end well; None: it took too long."""
-    if done is None:
-        return FAILED, f"took longer than config.scale.timeout = {limit:g} seconds"
-    errors = list(_ERROR.finditer(done.stderr))
-    lines = done.stderr.strip().splitlines()
-    said = done.stderr[errors[-1].start() :] if errors else (lines[-1] if lines else "no message")
-    said = " ".join(said.split())[:500]
-    if "RESOURCE_EXHAUSTED" in done.stderr:
-        return OUT_OF_MEMORY, said
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        return FAILED, f"ended by {name}{' (by the system, for want of memory?)' if name == 'SIGKILL' else ''}: {said}"
-    return FAILED, said
+def fault(ended: int | None, log: Path, limit: float) -> tuple[str, str]:
+    """(status, message) of a process that did not end well, by its status and output; None: it took too long."""
+    said = log.read_text(encoding="utf-8", errors="replace")
+    where = f" (output: {log})"
+    if ended is None:
+        return FAILED, f"took longer than config.scale.timeout = {limit:g} seconds{where}"
+    errors, lines = list(_ERROR.finditer(said)), said.strip().splitlines()
+    message = said[errors[-1].start() :] if errors else (lines[-1] if lines else "no message")
+    message = " ".join(message.split())[:500] + where
+    if "RESOURCE_EXHAUSTED" in said:
+        return OUT_OF_MEMORY, message
+    if ended < 0:
+        name = signal.Signals(-ended).name
+        system = " (by the system, for want of memory?)" if name == "SIGKILL" else ""
+        return FAILED, f"ended by {name}{system}: {message}"
+    return FAILED, message
 
 
 # ----------------------------------------------------------------------------------------------------- arithmetic

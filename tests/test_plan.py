@@ -250,7 +250,7 @@ def test_the_search_to_its_end(monkeypatch):
             largest = report["largest_pairs_per_device"]
             assert 105 < largest <= 120 and needed(largest) <= limit < needed(largest + 25)
             assert f"largest batch that fits: {largest} pairs a device" in table(report)
-    assert any("it fits with --config.train.microbatch=" in change for change in report["changes"])
+    assert report["changes"] and not any("it fits with" in change for change in report["changes"])  # has no norm_depth
 
 
 @needs_libtpu

@@ -13,7 +13,11 @@ import pytest
 
 from configs import scaling as small
 from shnet_jax import scale_point, scaling
-from shnet_jax.observe import scale_report
+from shnet_jax.observe.scale_page import page
+from shnet_jax.observe.scale_plots import plots
+from shnet_jax.observe.scale_report import write_report
+from shnet_jax.observe.scale_rows import PARTS, Study
+from shnet_jax.observe.scale_summary import summary
 from shnet_jax.plan import subject as planned
 from shnet_jax.scaling import Point
 from tests.train import tiny
@@ -163,18 +167,61 @@ def executable(path, *lines):
             "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
         ),
         (["kill -9 $$"], "failed", "ended by SIGKILL (by the system, for want of memory?): no message"),
-        (["exec sleep 20"], "failed", "took longer than config.scale.timeout = 0.5 seconds"),
+        (["echo compiling", "exec sleep 20"], "failed", "took longer than config.scale.timeout = 0.5 seconds"),
     ],
 )
 def test_a_failing_point_is_recorded(lines, status, message, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", executable(tmp_path / "python", *lines))
-    config = configuration(scale__timeout=0.5 if "sleep" in lines[0] else 60.0)
+    config = configuration(scale__timeout=0.5 if "sleep" in lines[-1] else 60.0)
     points = scaling.sweep(config.scale, references=False)[:2]
     records = scaling.measure_all(config, CPU, points, tmp_path)
     assert [records[p]["status"] for p in points] == [status] * 2  # and the study went on
-    assert records[points[0]]["message"] == message
+    log = tmp_path / f"{points[0].name}.log"
+    assert records[points[0]]["message"] == f"{message} (output: {log})"
+    assert log.exists() and ("sleep" not in lines[-1] or log.read_text() == "compiling\n")
     kept = json.loads((tmp_path / f"{points[0].name}.json").read_text())
-    assert (kept["status"], kept["message"]) == (status, message)
+    assert kept["status"] == status and kept["message"].startswith(message)
+
+
+def test_a_part_that_does_not_fit_costs_not_the_step(tmp_path, monkeypatch):
+    lines = ["for last; do :; done", 'echo \'{"examples_per_second": 3.0, "seconds": {"step": 1}}\' > "$last"']
+    lines += ["echo 'jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory' >&2", "exit 1"]
+    monkeypatch.setattr(sys, "executable", executable(tmp_path / "python", *lines))
+    point = Point("ring", "float32", 4, 1)
+    found = scaling.run_point(scaling.point_config(configuration(), point), point, False, tmp_path)
+    assert found["status"] == "measured" and found["examples_per_second"] == 3 and found["seconds"] == {"step": 1}
+    assert found["message"].startswith("not all parts were measured: out of memory: jax.errors.JaxRuntimeError: RES")
+
+
+def test_what_was_measured_before_a_part_is_there_already(monkeypatch):
+    def parts(*_):
+        yield "encode", lambda: None
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(scale_point, "parts", parts)
+    monkeypatch.setattr(scale_point, "steps_in_turn", lambda step, state, *_: (state, 0.5))
+    found = []
+    with tiny.quick(), pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        config = scaling.point_config(configuration(), Point("gathered", "float32", 4, 1))
+        for figures in scale_point.measure_point(config):
+            found.append([*figures["seconds"]])
+            assert figures["examples_per_second"] == 8
+    assert found == [["step", "input"], ["step", "input", "encode"]]
+
+
+def test_a_study_without_any_result_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "describe_machine", lambda folder: CPU)
+    monkeypatch.setattr(scaling, "run_point", lambda *_: {"status": "failed", "message": "why"})
+    with pytest.raises(SystemExit, match="error: none of 6 points has a result; the first: failed: why") as ended:
+        scaling.scale(configuration(), tmp_path)
+    assert ended.value.code != 0 and (tmp_path / "report.html").exists()
+
+
+def test_plots_of_points_that_are_gone_go_too(tmp_path):
+    make_report(tmp_path, virtual=False)
+    (tmp_path / "plots" / "speed_weak_999.png").write_bytes(b"old")
+    make_report(tmp_path, virtual=False)
+    assert not (tmp_path / "plots" / "speed_weak_999.png").exists() and (tmp_path / "plots" / "shares_1.png").exists()
 
 
 def test_a_result_is_read_and_what_led_to_it_removed(tmp_path, monkeypatch):
@@ -237,7 +284,7 @@ def test_what_has_no_reference_has_no_efficiency():
 
 
 def test_sentences():
-    said = scale_report.summary(study_rows())
+    said = summary(study_rows())
     assert "Fastest: 300 pairs/s, with 4 devices with 4 pairs each, gathered, float32." in said
     assert "There the towers took most: 100.0 ms alone, of a step of 200.0 ms." in said
     weak = next(
@@ -248,7 +295,7 @@ def test_sentences():
     assert "efficiency is 60 %" in strong and "ring, float32 at 4 devices" in strong
     assert "Memory of a device, 4 devices with 4 pairs each, float32: gathered 8 MiB, ring 4 MiB." in said
     assert "1 of 24 points have no result: 2 devices with 8 pairs each, ring, bfloat16: out of memory" in said[-1]
-    virtual = scale_report.summary(study_rows(virtual=True))
+    virtual = summary(study_rows(virtual=True))
     assert virtual[0].startswith("The devices are virtual") and not any("efficiency" in s for s in virtual)
     assert "Fastest: 125 pairs/s, with 1 device with 16 pairs each, gathered, float32." in virtual
 
@@ -281,10 +328,8 @@ class Page(HTMLParser):
 
 
 def make_report(folder, virtual):
-    study = scale_report.Study(
-        "a < b & c", CPU if virtual else MACHINE, "python main.py --x='<y>'", "random", 2, 1, "2026-01-01"
-    )
-    return scale_report.write_report(folder, study, study_rows(virtual))
+    study = Study("a < b & c", CPU if virtual else MACHINE, "python main.py --x='<y>'", "random", 2, 1, "2026-01-01")
+    return write_report(folder, study, study_rows(virtual))
 
 
 @pytest.fixture(scope="module")
@@ -332,11 +377,11 @@ def test_the_table(report):
 
 def test_virtual_devices_have_no_plots_of_speed():
     rows = study_rows(virtual=True)
-    names = [name for name, _, _ in scale_report.plots(rows)]
+    names = [name for name, _, _ in plots(rows)]
     assert not [name for name in names if name.startswith(("speed", "efficiency"))]
     assert {"memory_weak_4", "sent_weak_4", "memory_strong_16", "collectives", "shares_1"} <= {*names}
-    study = scale_report.Study("v", CPU, "c", "random", 2, 1, "2026-01-01")
-    text = "".join(Page(scale_report.page(study, rows, [])).text)
+    study = Study("v", CPU, "c", "random", 2, 1, "2026-01-01")
+    text = "".join(Page(page(study, rows, [])).text)
     assert "4 virtual" in text and "compiled" in text and "4 virtual CPU devices" in text
 
 
@@ -361,11 +406,11 @@ def test_a_measured_point(mapping):
     """The figures of a step that runs are those of the step that is only compiled; parts and rest make up the step."""
     config = scaling.point_config(configuration(parallel__mapping=mapping), Point("ring", "float32", 4, 2))
     with tiny.quick():
-        found = scale_point.measure_point(config)
+        *_, found = scale_point.measure_point(config)
         compiled = scale_point.compile_point(scaling.point_config(configuration(), Point("ring", "float32", 4, 2)))
     seconds = dict(found["seconds"])
     step = seconds.pop("step")
-    assert set(seconds) == set(scale_report.PARTS) and sum(seconds.values()) == pytest.approx(step)
+    assert set(seconds) == set(PARTS) and sum(seconds.values()) == pytest.approx(step)
     assert all(seconds[part] > 0 for part in ("encode", "loss", "optimiser"))
     assert found["examples_per_second"] == pytest.approx(8 / step)
     assert compiled["collectives"]["collective-permute"] > 0
@@ -380,7 +425,7 @@ def test_from_a_data_set():
     config = tiny.config(scale__steps=2, scale__warmup_steps=0)
     config.model.name = "tests.train.toy"
     with tiny.quick():
-        found = scale_point.measure_point(scaling.point_config(config, Point("gathered", "float32", 10, 1)))
+        *_, found = scale_point.measure_point(scaling.point_config(config, Point("gathered", "float32", 10, 1)))
     assert found["seconds"]["input"] >= 0 and found["memory"]["peak"] > 0
 
 

@@ -7,7 +7,6 @@ read, and of a data set only its sizes.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.rank_plan import RankPlan, measure_round, plan_ranking
 from shnet_jax.evaluate.split import check
+from shnet_jax.observe.files import write_json
 from shnet_jax.observe.hardware import GIB, Chip, chip, memory_limit, target_devices
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.plan.programs import Program, bounds, compile_program, lower_encode, lower_train, stays_while_evaluating
@@ -47,9 +47,7 @@ def plan(config: ConfigDict, workdir: str | Path, target: str) -> None:
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / f"plan_{target.replace(':', '_')}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, report)
     print(f"{table(report)}\n{path}")
 
 

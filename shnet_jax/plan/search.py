@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 from shnet_jax.plan.programs import Program
-from shnet_jax.plan.subject import Subject
+from shnet_jax.plan.subject import Subject, variables
+from shnet_jax.train.prepare import takes_microbatches
 
 
 def largest_batch(compiled: Callable[[int], Program], first: Program, unit: int, most: int) -> int:
@@ -43,6 +44,8 @@ def fitting_microbatch(
     compiled: Callable[[int, Subject], Program], subject: Subject, pairs: int
 ) -> tuple[int, float] | None:
     """(microbatch, bytes needed) of the first of pairs / 2, / 4, ... that fits; None: none of them does."""
+    if not takes_microbatches(subject.model, variables(subject)):
+        return None
     for microbatch in _divisors(
         pairs, subject.config.data.captions_per_image, subject.config.train.microbatch or pairs
     ):

@@ -115,6 +115,11 @@ class BuiltStep:
     rate: optax.Schedule
 
 
+def takes_microbatches(model: RetrievalModel, variables: Any) -> bool:
+    """Whether the model has no BatchNorm or says how they lie. variables: as in `build_step`."""
+    return bool(model.norm_depth or not variables["batch_stats"])
+
+
 def build_step(
     config: FrozenConfigDict,
     model: RetrievalModel,
@@ -127,7 +132,7 @@ def build_step(
 
     Raises ValueError for microbatches of a model that does not say how its BatchNorms lie.
     """
-    if config.train.microbatch and variables["batch_stats"] and not model.norm_depth:
+    if config.train.microbatch and not takes_microbatches(model, variables):
         raise ValueError(
             f"config.train.microbatch is {config.train.microbatch}, and the model {config.model.name!r} has BatchNorms "
             "but no norm_depth (shnet_jax/models/contract.py)"
