@@ -63,11 +63,7 @@ class Candidates:
         if self.pairs.strategy == "streamed":
             return lax.scan(lambda carry, block: (visit(carry, block), None), carry, self._tiles())[0]
 
-        def around(state: tuple[Carry, Block], _: None) -> tuple[tuple[Carry, Block], None]:
-            carry, block = state
-            return (visit(carry, block), axis.ring_shift(block, self.axis)), None
-
-        return lax.scan(around, (carry, self.own_block()), None, length=axis.axis_size(self.axis))[0][0]
+        return self._around(visit, carry)
 
     def walk_back(
         self, visit: Callable[[Carry, Block], tuple[Carry, Embedding]], carry: Carry
@@ -82,16 +78,14 @@ class Candidates:
             gradients = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], gradients)
             return carry, axis.sum_scatter(gradients, self.axis)
 
-        def around(state: tuple[Carry, Block, Embedding], _: None) -> tuple[tuple[Carry, Block, Embedding], None]:
-            carry, block, sums = state
+        def add(state: tuple[Carry, Embedding], block: Block) -> tuple[Carry, Embedding]:
+            carry, sums = state
             carry, gradient = visit(carry, block)
-            sums = jax.tree.map(jnp.add, sums, gradient)
-            return (carry, *axis.ring_shift((block, sums), self.axis)), None
+            # The sums travel with their block; after the whole ring they are back home.
+            return carry, axis.ring_shift(jax.tree.map(jnp.add, sums, gradient), self.axis)
 
         zeros = jax.tree.map(jnp.zeros_like, dataclasses.replace(self.items, mask=None))
-        start = (carry, self.own_block(), zeros)
-        carry, _, sums = lax.scan(around, start, None, length=axis.axis_size(self.axis))[0]
-        return carry, sums  # after the whole ring they are back home
+        return self._around(add, (carry, zeros))
 
     def take(self, rows: Array) -> Embedding:
         """The candidates in these rows [b] of the global batch; differentiable."""
@@ -102,18 +96,30 @@ class Candidates:
             place = jnp.maximum(rows - whole.rows[0], 0)  # a query without any negative names row 0
             return jax.tree.map(lambda x: x[place], whole.items)
 
-        def around(state: tuple[Embedding, Block], _: None) -> tuple[tuple[Embedding, Block], None]:
-            taken, block = state
+        def pick(taken: Embedding, block: Block) -> Embedding:
             place = rows - block.rows[0]
             here = (place >= 0) & (place < block.rows.shape[0])
 
             def choose(old: Array, items: Array) -> Array:
                 return jnp.where(here.reshape(-1, *[1] * (items.ndim - 1)), items[jnp.where(here, place, 0)], old)
 
-            return (jax.tree.map(choose, taken, block.items), axis.ring_shift(block, self.axis)), None
+            return jax.tree.map(choose, taken, block.items)
 
-        start = (jax.tree.map(jnp.zeros_like, self.items), self.own_block())
-        return lax.scan(around, start, None, length=axis.axis_size(self.axis))[0][0]
+        return self._around(pick, jax.tree.map(jnp.zeros_like, self.items))
+
+    def _around(self, visit: Callable[[Carry, Block], Carry], carry: Carry) -> Carry:
+        """`carry = visit(carry, block)` for the block of every device, as they pass by.
+
+        The last shift brings each block home, where nobody needs it. Leaving it out takes a visit outside the loop,
+        whose memory the compiler does not share with the visits inside: 288 MB of temporaries, beyond the bound of
+        tests/parallel/test_loss_memory.py. One more block on the way is cheaper.
+        """
+
+        def turn(state: tuple[Carry, Block], _: None) -> tuple[tuple[Carry, Block], None]:
+            carry, block = state
+            return (visit(carry, block), axis.ring_shift(block, self.axis)), None
+
+        return lax.scan(turn, (carry, self.own_block()), None, length=axis.axis_size(self.axis))[0][0]
 
     def tile_items(self) -> Embedding:
         """Shapes of the items that are scored together."""
@@ -135,3 +141,14 @@ class Candidates:
 
         rows = jnp.pad(block.rows, (0, missing), constant_values=-1).reshape(-1, tile)
         return Block(jax.tree.map(cut, block.items), cut(block.ids), rows)
+
+
+def merge_best(best: tuple[Array, Array], found: tuple[Array, Array], rank: int) -> tuple[Array, Array]:
+    """The `rank` best of two lists of (scores, rows) [b, k], of equal scores the lowest row.
+
+    So every strategy and every device names the same, in whatever order blocks were visited. NaN comes first.
+    """
+    scores, rows = (jnp.concatenate(both, axis=1) for both in zip(best, found, strict=True))
+    order = -jnp.where(jnp.isnan(scores), jnp.inf, scores)
+    _, rows, scores = lax.sort((order, rows, scores), dimension=1, num_keys=2)
+    return scores[:, :rank], rows[:, :rank]

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from shnet_jax.losses.candidates import Block, Candidates
+from shnet_jax.losses.candidates import Block, Candidates, merge_best
 from shnet_jax.parallel import axis
 from shnet_jax.types import Array, Context, Embedding, Score
 
@@ -85,10 +85,7 @@ class Direction:
         def visit(best: tuple[Array, Array], block: Block) -> tuple[Array, Array]:
             scores = jnp.where(_negatives(self, block), self.score(queries, block.items), -jnp.inf)
             values, columns = _best(scores, min(rank, scores.shape[1]))
-            values = jnp.concatenate([best[0], values], axis=1)
-            rows = jnp.concatenate([best[1], block.rows[columns]], axis=1)
-            values, columns = _best(values, rank)
-            return values, jnp.take_along_axis(rows, columns, axis=1)
+            return merge_best(best, (values, block.rows[columns]), rank)
 
         found, rows = jax.tree.map(lax.stop_gradient, search.walk(visit, empty))
         partners = self.candidates.take(rows[:, -1])

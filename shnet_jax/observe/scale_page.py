@@ -6,7 +6,7 @@ import base64
 import html
 from collections.abc import Callable, Iterator, Sequence
 
-from shnet_jax.observe.scale_rows import PARTS, Row, Study, bytes_text, number_text
+from shnet_jax.observe.scale_rows import Row, Study, bytes_text, number_text
 from shnet_jax.observe.scale_summary import summary
 
 
@@ -35,7 +35,7 @@ def page(study: Study, rows: Sequence[Row], figures: Sequence[str]) -> str:
         f"<h2>In short</h2><ul>{sentences}</ul>\n"
         f"<h2>What was measured</h2><dl>{what}</dl>\n"
         f'<h2>Plots</h2><div class="plots">{"".join(figures)}</div>\n'
-        f"<h2>All points</h2>{_html_table(rows)}\n"
+        f"<h2>All points</h2>{_html_table(rows)}\n{_messages(rows)}"
         f"<h2>How to read it</h2><dl>{reading}</dl>\n"
         f"<h2>The command</h2><pre>{e(study.command)}</pre>\n"
         f"</body></html>\n"
@@ -90,19 +90,13 @@ def _reading(study: Study, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     )
 
 
-def _result(row: Row) -> str:
-    if row.memory is None:
-        return f"{row.status}: {row.message}"
-    status = "compiled" if row.virtual else row.status
-    return f"{status}; {row.message}" if row.message else status
-
-
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("devices", lambda r: f"{r.devices}{' virtual' if r.virtual else ''}"),
     ("pairs each", lambda r: f"{r.pairs:,}"),
     ("batch", lambda r: f"{r.batch:,}"),
     ("strategy", lambda r: r.strategy),
     ("precision", lambda r: r.dtype),
+    ("result", lambda r: "compiled" if r.virtual and r.memory is not None else r.status),
     ("pairs/s", lambda r: number_text(r.examples_per_second, ",.0f")),
     ("step, ms", lambda r: number_text(r.seconds.get("step"), ",.1f", 1e3)),
     ("efficiency", lambda r: number_text(r.efficiency if r.devices > 1 else None, ".0f", 100, " %")),
@@ -112,8 +106,6 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("GFLOP", lambda r: number_text(r.flops, ",.2f", 1e-9)),
     ("sent", lambda r: bytes_text(r.sent)),
     ("beside all-reduce", lambda r: bytes_text(r.sent_beside)),
-    *((part, lambda r, part=part: _share(r, part)) for part in PARTS),
-    ("result", _result),
 )
 
 
@@ -130,12 +122,15 @@ def _html_table(rows: Sequence[Row]) -> str:
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
+def _messages(rows: Sequence[Row]) -> str:
+    """What went wrong, each message once with its first point: it is too long for a column."""
+    first = {row.message: row for row in reversed(rows) if row.message}
+    items = "".join(f"<li>{html.escape(f'{row}: {row.status}; {text}')}</li>" for text, row in reversed(first.items()))
+    return f'<h2>What went wrong</h2><ul class="said">{items}</ul>\n' if items else ""
+
+
 def _align(column: str) -> str:
     return "text" if column in ("strategy", "precision", "result") else "number"
-
-
-def _share(row: Row, part: str) -> str:
-    return number_text(row.seconds[part] / row.seconds["step"], ".0f", 100, " %") if part in row.seconds else "-"
 
 
 _STYLE = """
@@ -153,7 +148,8 @@ li { margin: .4rem 0; }
 dl { max-width: 50rem; }
 dt { font-weight: 600; margin-top: .6rem; }
 dd { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
-.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); }
+.plots { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); }
 figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 img { display: block; width: 100%; height: auto; border-radius: 4px; }
 figcaption { margin-top: .5rem; color: var(--soft); font-size: .9rem; }
@@ -162,6 +158,6 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; text-align: left; }
 th { background: var(--card); }
 .number { text-align: right; }
-td:last-child { white-space: normal; min-width: 10rem; max-width: 30rem; }
+.said { overflow-wrap: anywhere; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; overflow-x: auto; }
 """

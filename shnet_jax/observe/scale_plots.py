@@ -30,7 +30,7 @@ _STRATEGIES = {
 }
 _PARTS = dict(zip(PARTS, ("#CC79A7", "#0072B2", "#E69F00", "#009E73", "#8c959f"), strict=True))
 _KINDS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-_WIDTH = 7.2
+_WIDTH = 5.4  # inches: letters can be read on a telephone, which shows a picture about 350 pixels wide
 
 
 def render(draw: Draw, dark: bool) -> bytes:
@@ -56,7 +56,7 @@ def render(draw: Draw, dark: bool) -> bytes:
     with matplotlib.rc_context(style):
         figure = draw()
         out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=110)
+        figure.savefig(out, format="png", dpi=150)
     return out.getvalue()
 
 
@@ -120,7 +120,7 @@ def _bound(draw: Callable[..., Figure], *arguments: Any) -> Draw:
     return lambda: draw(*arguments)
 
 
-def _figure(title: str, height: float = 4.4) -> tuple[Figure, Axes]:
+def _figure(title: str, height: float = 3.8) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     axes = figure.subplots()
     figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")

@@ -51,7 +51,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
             f"{len(lost)} of {len(rows)} points have no result: "
             + "; ".join(f"{row}: {row.status}" for row in lost[:3])
             + (" and more" if len(lost) > 3 else "")
-            + ". The table has the messages."
+            + ". Their messages are below the table."
         )
     return said
 
