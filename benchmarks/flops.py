@@ -14,7 +14,10 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 TRAINING = 3
-"""Operations of a training step by those of its forward pass: the backward pass has two products for each one."""
+"""Operations of a training step by those of its forward pass: the backward pass has two products for each one.
+
+But for products with the features of the data set, whose gradient nobody needs: `given_flops` times 2.
+"""
 
 
 def image_flops(model: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
@@ -68,6 +71,29 @@ def image_flops(model: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> dic
     return {part: 2.0 * multiplications for part, multiplications in products.items()}
 
 
+def given_flops(model: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Those of `image_flops` that multiply what the data set gives: regions twice, classes of the scene, map, cells."""
+    count, features = shapes["regions"]
+    dim, classes = model.dim, model.num_classes
+    products = count * features * (dim + dim // 2)
+    if model.semantic:
+        products += classes * dim
+    if model.spatial:
+        height, width = shapes["seg_map"]
+        products += height * width * 9 * (1 + 8) * model.map_channels
+    if model.scene_tokens:
+        _, height, width = shapes["seg_semantic"]
+        products += height * width * classes * dim
+    if model.category_token:
+        products += classes * dim
+    return 2.0 * products
+
+
+def image_training_flops(model: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Operations for one image in training: forward, gradient of every weight and of every input but those given."""
+    return TRAINING * sum(image_flops(model, shapes).values()) - given_flops(model, shapes)
+
+
 def text_flops(text: ConfigDict, dim: int, tokens: int) -> dict[str, float]:
     """Forward operations for one caption of `tokens` tokens through a BERT of `config.text`, by part.
 
@@ -82,6 +108,6 @@ def text_flops(text: ConfigDict, dim: int, tokens: int) -> dict[str, float]:
 
 def step_flops(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]], tokens: int, pairs: int) -> float:
     """Operations of a training step on `pairs` image-caption pairs: towers, scores of all pairs, backward pass."""
-    image = sum(image_flops(config.model, shapes).values())
-    text = sum(text_flops(config.text, config.model.dim, tokens).values())
-    return TRAINING * (pairs * (image + text) + 2.0 * pairs * pairs * config.model.dim)
+    image = image_training_flops(config.model, shapes)
+    text = TRAINING * sum(text_flops(config.text, config.model.dim, tokens).values())
+    return pairs * (image + text) + TRAINING * 2.0 * pairs * pairs * config.model.dim

@@ -6,15 +6,21 @@ import argparse
 import dataclasses
 import importlib
 import json
+import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import SubprocessError
 
 from benchmarks import machine
 from benchmarks.rows import Row, table
 
 BENCHMARKS = ("step", "pool", "ranking", "losses", "input", "text")
 """Files of this package: each has `run(sizes) -> list[Row]` and the sizes FULL and QUICK."""
+
+FAULTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, OSError, SubprocessError)
+"""What a benchmark may end with: JAX's errors are RuntimeErrors; a child process may fail."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,16 +37,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     document = {"machine": machine.describe(), "quick": args.quick, "seconds": {}, "rows": []}
     rows: list[Row] = []
+    failed: list[str] = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         print(f"{name} ...", flush=True)
         module, start = importlib.import_module(f"benchmarks.{name}"), time.perf_counter()
-        rows += module.run(module.QUICK if args.quick else module.FULL)
+        try:
+            rows += module.run(module.QUICK if args.quick else module.FULL)
+        except FAULTS as error:  # the others are measured all the same, and the table is printed
+            traceback.print_exc()
+            failed.append(name)
+            message = " ".join(str(error).split())[:200]
+            rows.append(Row(name, "did not run to its end", "", note=f"{type(error).__name__}: {message}"))
         document["seconds"][name] = time.perf_counter() - start
         document["rows"] = [dataclasses.asdict(row) for row in rows]
         args.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"\n{_headline(document['machine'])}\n\n{table(rows)}\nAll numbers: {args.out}")
-    return 0
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _headline(found: dict) -> str:

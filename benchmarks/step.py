@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from benchmarks.flops import TRAINING, image_flops, step_flops
+from benchmarks.flops import image_training_flops, step_flops
 from benchmarks.product import best_product
 from benchmarks.rows import Row, compare
 from benchmarks.timing import interleave
@@ -129,7 +129,7 @@ def run(sizes: Sizes) -> list[Row]:
     on_cpu = jax.default_backend() == "cpu"
     aims = {"float32": 0.9} if on_cpu else {"bfloat16": 0.5}
     flops = step_flops(configs["float32"], SHAPES, sizes.tokens, sizes.pairs)
-    image = TRAINING * sizes.images * sum(image_flops(configs["float32"].model, SHAPES).values())
+    image = sizes.images * image_training_flops(configs["float32"].model, SHAPES)
     rows = []
     for kind, what, work in (
         ("step", f"train step, {sizes.pairs} pairs, BERT of {sizes.layers} layers, {sizes.tokens} tokens", flops),

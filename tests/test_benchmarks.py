@@ -45,6 +45,21 @@ def test_a_run_writes_what_is_documented(tmp_path, monkeypatch, capsys):
     assert "| losses | triplet, ring, 16 pairs, D 4, 4 virtual CPU devices |" in printed and str(out) in printed
 
 
+def test_a_benchmark_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
+    def fail(sizes):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of | memory")
+
+    monkeypatch.setattr(pool, "run", fail)
+    monkeypatch.setattr(text, "run", lambda sizes: [Row("text", "captions", "padded", ratio=2.0)])
+    out = tmp_path / "results.json"
+    assert runner.main(["--only=pool,text", "--quick", f"--out={out}"]) == 1
+    lost, measured = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert lost["benchmark"] == "pool" and lost["ratio"] is None and "RESOURCE_EXHAUSTED" in lost["note"]
+    assert measured["ratio"] == 2
+    said = capsys.readouterr()
+    assert "| pool | did not run to its end |" in said.out and "failed: pool" in said.err
+
+
 @pytest.mark.slow
 def test_the_ring_is_measured_in_a_process_of_its_own():
     sizes = losses.Sizes(pairs=(8,), dim=4, devices=2, rounds=1)
@@ -155,3 +170,19 @@ def test_operations_are_those_that_the_compiler_counts(arm):
     assert 1.0 <= count("encode_image") / image < 1.03
     words = 2 * sum(flops.text_flops(config.text, config.model.dim, 16).values())
     assert 1.0 <= count("encode_text") / words < 1.03
+
+
+def test_operations_of_training_are_those_that_the_compiler_counts():
+    """The features have no gradient: their products count twice, all others three times."""
+    config = ConfigDict(step.configuration("float32", 2).to_dict())
+    config.model.update(spatial=False, semantic=False, scene_tokens=False, category_token=False)
+    model, batch = shnet.build(config), step.random_batch(2, 16)
+    batch["regions"] = batch["regions"].astype(np.float32)
+    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), batch)
+
+    def value(params, rest, batch) -> Array:
+        return model.apply(rest | {"params": params}, batch, train=False, method="encode_image").vector[:, ::2].sum()
+
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    counted = jax.jit(jax.grad(value)).lower(variables["params"], rest, batch).cost_analysis()["flops"]
+    assert 1.0 <= counted / (2 * flops.image_training_flops(config.model, step.SHAPES)) < 1.1
