@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _headline(found: dict) -> str:
-    accelerator = "" if found["platform"] == "cpu" else f", {found['devices']} x {found['accelerator']}"
+    accelerator = "" if found["platform"] == "cpu" else f", {found['devices']} x {found['device_kind']}"
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return (
         f"{found['cpu']}, {found['cores']} cores, {found['memory_bytes'] / 2**30:.0f} GiB{accelerator}; "

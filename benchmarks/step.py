@@ -21,6 +21,7 @@ from shnet_jax import registry
 from shnet_jax.data.batches import gather
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh, put_batch
+from shnet_jax.plan.subject import describe, random_batch
 from shnet_jax.train.prepare import build_step
 from shnet_jax.types import Batch
 
@@ -54,20 +55,11 @@ def configuration(dtype: str, layers: int) -> FrozenConfigDict:
     return FrozenConfigDict(c)
 
 
-def random_batch(pairs: int, tokens: int) -> dict[str, np.ndarray]:
-    """A batch as it comes from the data set: features in float16, no padding."""
-    rng = np.random.default_rng(0)
-    positive = np.abs(rng.standard_normal((pairs, *SHAPES["regions"]), np.float32))
-    return {
-        "image_index": np.arange(pairs, dtype=np.int32),
-        "regions": positive.astype(np.float16),
-        "region_mask": np.ones((pairs, SHAPES["regions"][0]), bool),
-        "seg_semantic": rng.random((pairs, *SHAPES["seg_semantic"]), np.float32).astype(np.float16),
-        "seg_map": rng.integers(0, 133, (pairs, *SHAPES["seg_map"])).astype(np.uint8),
-        "categories": rng.random((pairs, *SHAPES["categories"])) < 0.1,
-        "tokens": rng.integers(1, VOCABULARY, (pairs, tokens)).astype(np.int32),
-        "token_mask": np.ones((pairs, tokens), bool),
-    }
+def host_batch(config: FrozenConfigDict, pairs: int, tokens: int) -> dict[str, np.ndarray]:
+    """A random batch as it comes from the data set: features in float16, no padding."""
+    own = ConfigDict(config.to_dict())
+    own.data.max_tokens, own.data.token_buckets = tokens, (tokens,)
+    return random_batch(describe(own), pairs, 0)
 
 
 class Steps:
@@ -112,9 +104,11 @@ def run(sizes: Sizes) -> list[Row]:
     """Of each dtype against the best product of that dtype; of bfloat16 against float32."""
     configs = {dtype: configuration(dtype, sizes.layers) for dtype in DTYPES}
     models = {dtype: registry.model(config.model.name).build(config) for dtype, config in configs.items()}
-    host = random_batch(sizes.pairs, sizes.tokens)
+    host = host_batch(configs["float32"], sizes.pairs, sizes.tokens)
     fields = ("image_index", "regions", "region_mask", "seg_semantic", "seg_map", "categories")
-    images = {name: values for name, values in random_batch(sizes.images, 2).items() if name in fields}
+    images = {
+        name: values for name, values in host_batch(configs["float32"], sizes.images, 2).items() if name in fields
+    }
     init = jax.jit(lambda key, batch: models["float32"].init(key, gather({}, batch), train=False))
     variables = init(jax.random.key(0), {name: values[:1] for name, values in host.items()})
 

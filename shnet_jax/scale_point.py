@@ -9,12 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,11 +29,12 @@ from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.compiled import compile_lowered, memory
 from shnet_jax.observe.files import write_json
+from shnet_jax.observe.machine import describe as describe_machine
 from shnet_jax.observe.work import work
 from shnet_jax.parallel import axis
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_encode, map_step, put_batch, replicate
 from shnet_jax.plan.programs import lower_train
-from shnet_jax.plan.subject import Subject, describe, train_batch
+from shnet_jax.plan.subject import describe, random_batch
 from shnet_jax.plan.subject import variables as variables_of
 from shnet_jax.train.optim import make_optimiser, schedule
 from shnet_jax.train.prepare import build_step, prepare
@@ -62,27 +60,6 @@ class Setup:
     state: TrainState
     host_batches: Iterator[HostBatch]
     table: dict[str, Any]
-
-
-def machine() -> dict[str, Any]:
-    """What the points run on: devices as JAX sees them, processor, cores, versions."""
-    devices = jax.devices()
-    return {
-        "platform": devices[0].platform,
-        "device_kind": devices[0].device_kind,
-        "devices": len(devices),
-        "cpu": _processor(),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")  # where platform.processor() says nothing
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def compiled_figures(lowered: jax.stages.Lowered) -> dict[str, Any]:
@@ -165,25 +142,6 @@ def from_random(config: ConfigDict) -> Setup:
     variables = nn.meta.unbox(dict(init(jax.random.key(config.seed))))
     state = built.first_state({name: variables.get(name, {}) for name in ("params", "batch_stats")})
     return Setup(config, subject.model, mesh, built.step, state, itertools.cycle(batches), {})
-
-
-def random_batch(subject: Subject, pairs: int, seed: int) -> HostBatch:
-    """A batch in the shapes of `train_batch`, nothing masked."""
-    rng = np.random.default_rng(seed)
-    limits = {"tokens": subject.config.text.vocab_size, "seg_map": subject.config.model.num_classes}
-
-    def values(name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        if name == "image_index":
-            return np.arange(like.shape[0], dtype=like.dtype)
-        if name == "categories":
-            return rng.random(like.shape) < 0.1
-        if like.dtype == bool:
-            return np.ones(like.shape, bool)
-        if np.issubdtype(like.dtype, np.integer):
-            return rng.integers(1, limits.get(name, 2), like.shape).astype(like.dtype)
-        return rng.random(like.shape, np.float32).astype(like.dtype)
-
-    return {name: values(name, like) for name, like in train_batch(subject, pairs).items()}
 
 
 def steps_in_turn(
@@ -307,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     given = parser.parse_args(argv)
     if given.config is None:
-        results: Iterable[dict[str, Any]] = [machine()]
+        results: Iterable[dict[str, Any]] = [describe_machine()]
     else:
         config = load_config(given.config)
         results = [compile_point(config)] if given.compile_only else measure_point(config)

@@ -194,7 +194,7 @@ def settings(config: ConfigDict, point: Point, machine: Mapping[str, Any]) -> st
 
 
 def describe_machine(folder: Path) -> dict[str, Any]:
-    """`scale_point.machine`, found by another process: this one must not take the devices from the points."""
+    """`observe.machine.describe`, found by another process: this one must not take the devices from the points."""
     out, log = folder / "machine.json", folder / "machine.log"
     status = _python([str(out)], os.environ, 600.0, log)
     if status != 0:

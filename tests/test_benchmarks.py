@@ -155,7 +155,7 @@ def test_operations_are_those_that_the_compiler_counts(arm):
     config.model.update(spatial=False)
     if arm == "none":
         config.model.update(semantic=False, scene_tokens=False, category_token=False)
-    model, batch = shnet.build(config), step.random_batch(2, 16)
+    model, batch = shnet.build(config), step.host_batch(step.configuration("float32", 2), 2, 16)
     batch["regions"], batch["seg_semantic"] = (batch[f].astype(np.float32) for f in ("regions", "seg_semantic"))
     variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), batch)
 
@@ -176,7 +176,7 @@ def test_operations_of_training_are_those_that_the_compiler_counts():
     """The features have no gradient: their products count twice, all others three times."""
     config = ConfigDict(step.configuration("float32", 2).to_dict())
     config.model.update(spatial=False, semantic=False, scene_tokens=False, category_token=False)
-    model, batch = shnet.build(config), step.random_batch(2, 16)
+    model, batch = shnet.build(config), step.host_batch(step.configuration("float32", 2), 2, 16)
     batch["regions"] = batch["regions"].astype(np.float32)
     variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), batch)
 

@@ -393,11 +393,11 @@ def test_random_batches_have_the_shapes_of_training():
     config.model.name = "shnet"
     config.model.semantic = config.model.spatial = config.model.scene_tokens = config.model.category_token = True
     subject = planned.describe(config)
-    batch, like = scale_point.random_batch(subject, 6, 0), planned.train_batch(subject, 6)
+    batch, like = planned.random_batch(subject, 6, 0), planned.train_batch(subject, 6)
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in like.items()}
     assert batch["tokens"].max() < 50 and batch["token_mask"].all() and batch["region_keep"].all()
     assert len(np.unique(batch["image_index"])) == 6
-    assert not np.array_equal(batch["tokens"], scale_point.random_batch(subject, 6, 1)["tokens"])
+    assert not np.array_equal(batch["tokens"], planned.random_batch(subject, 6, 1)["tokens"])
 
 
 @pytest.mark.slow

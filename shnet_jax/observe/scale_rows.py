@@ -64,7 +64,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What was studied. data: where the batches come from. machine: as `scale_point.machine` describes it."""
+    """What was studied. data: where the batches come from. machine: as `observe.machine.describe` gives it."""
 
     name: str
     machine: Mapping[str, Any]

@@ -91,6 +91,25 @@ def train_batch(subject: Subject, pairs: int) -> dict[str, jax.ShapeDtypeStruct]
     return {**kept, **keeps, **text_batch(subject, pairs)}
 
 
+def random_batch(subject: Subject, pairs: int, seed: int) -> dict[str, np.ndarray]:
+    """A batch in the shapes of `train_batch`, nothing masked."""
+    rng = np.random.default_rng(seed)
+    limits = {"tokens": subject.config.text.vocab_size, "seg_map": subject.config.model.num_classes}
+
+    def values(name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        if name == "image_index":
+            return np.arange(like.shape[0], dtype=like.dtype)
+        if name == "categories":
+            return rng.random(like.shape) < 0.1
+        if like.dtype == bool:
+            return np.ones(like.shape, bool)
+        if np.issubdtype(like.dtype, np.integer):
+            return rng.integers(1, limits.get(name, 2), like.shape).astype(like.dtype)
+        return rng.random(like.shape, np.float32).astype(like.dtype)
+
+    return {name: values(name, like) for name, like in train_batch(subject, pairs).items()}
+
+
 def image_batch(subject: Subject, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the images of a batch, or of a gallery's batch of images."""
     features = {field: subject.dataset.features[field] for field in stored_fields(subject.dataset, subject.fields)}
