@@ -125,6 +125,10 @@ class Checkpoints:
             return self.best
         return self._manager.latest_step()
 
+    def notes(self, step: int) -> dict[str, Any]:
+        """The notes saved with a step."""
+        return self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
+
     def restore(self, step: int, like: TrainState, iterator: grain.DatasetIterator) -> Restored:
         """The state of a step in the structure, shapes and shardings of `like`; moves `iterator` to its position.
 

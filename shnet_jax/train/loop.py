@@ -23,7 +23,7 @@ from shnet_jax.observe.progress import Progress
 from shnet_jax.observe.writer import MetricWriter, NoWriter
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import put_batch
-from shnet_jax.train.checkpoint import Checkpoints
+from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.prepare import prepare
 from shnet_jax.train.signals import Interrupted, stop_signals
 from shnet_jax.train.workdir import WorkdirError, claim
@@ -42,7 +42,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     """Trains to the end, from the last checkpoint in `workdir` if there is one; returns the last validation result.
 
     Writes config.json, the vocabulary, metrics.jsonl, TensorBoard events, curves.png and checkpoints/ into `workdir`.
-    Raises NonFiniteLoss, and Interrupted after SIGTERM or SIGINT; in both cases the state was saved.
+    Raises NonFiniteLoss, and Interrupted after SIGTERM or SIGINT; in both cases the state was saved. When a loss is
+    found not to be finite the next batch is usually on its way, and changes nothing either: a run that then continues
+    with config.train.on_nonfinite = "skip" goes without both.
     """
     workdir = Path(workdir)
     experiment = assemble(config)
@@ -63,6 +65,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     first = checkpoints.step("last") or 0
     notes: dict[str, Any] = {}
     if first:
+        check_job(checkpoints.notes(first), mesh.size, workdir)
         restored = checkpoints.restore(first, parts.like, iterator)
         state, notes = restored.state, restored.notes
         log.info("continuing from step %d of %d in %s", first, total_steps, workdir)
@@ -106,7 +109,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
 
     def save(metrics: dict[str, float] | None = None) -> None:
         interval = {name: float(value) for name, value in jax.device_get(sums).items()}
-        checkpoints.save(int(state.step), state, {"clock": clock.state(), "sums": interval}, iterator, metrics)
+        notes = {"clock": clock.state(), "sums": interval, "devices": mesh.size, "processes": jax.process_count()}
+        checkpoints.save(int(state.step), state, notes, iterator, metrics)
 
     # Whatever ends the loop, a checkpoint that is being saved is completed.
     with stop_signals() as stopped, clock, closing(checkpoints), closing(writer), closing(progress):
@@ -151,6 +155,29 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     if results is None:  # everything was done already
         results = evaluate(state.variables, subject(experiment, data.val_split, first, "none", mesh.size))
     return results
+
+
+def check_job(notes: dict[str, Any], devices: int, workdir: Path) -> None:
+    """Compares this job with the one that saved the checkpoint of `notes`.
+
+    Devices may be others: batches and their order stay the same, but each device's dropout and BatchNorm statistics are
+    of other rows, so the run goes on a little differently than undisturbed. Processes may not: each has its own place
+    in the data. Raises CheckpointError.
+    """
+    before, now = notes.get("processes", jax.process_count()), jax.process_count()
+    if before != now:
+        raise CheckpointError(
+            f"{workdir}: saved by a job of {before} processes, this one has {now}; each process keeps its own place in "
+            f"the data, so start {before} of them"
+        )
+    if notes.get("devices", devices) != devices:
+        log.warning(
+            "%s: saved on %d devices, going on with %d: the same batches in the same order, but dropout and BatchNorm "
+            "statistics of each device are of other rows than they would have been",
+            workdir,
+            notes["devices"],
+            devices,
+        )
 
 
 @jax.jit

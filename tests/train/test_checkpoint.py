@@ -47,6 +47,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert (checkpoints.step("best"), checkpoints.step("last")) == (3, 8)
     # A new process finds the same, and goes on to keep it.
     again = Checkpoints(tmp_path, keep=2)
+    assert again.notes(8) == {"sums": {"loss": 0.1}}
     assert (again.step("best"), again.step("last")) == (3, 8)
     save(again, 9)
     assert steps(again) == [3, 8, 9]

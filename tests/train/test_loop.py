@@ -12,7 +12,7 @@ import pytest
 from shnet_jax.experiment import assemble
 from shnet_jax.parallel import sharding
 from shnet_jax.train import loop
-from shnet_jax.train.checkpoint import Checkpoints
+from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.loop import NonFiniteLoss, train_and_evaluate
 from shnet_jax.train.signals import Interrupted
 from shnet_jax.train.workdir import WorkdirError, claim, load_config
@@ -272,3 +272,14 @@ def stopped_and_resumed(config, step, monkeypatch, folder):
     ours, theirs = (folder / name for name in ("resumed", "undisturbed"))
     same_arrays(tiny.arrays(ours, config.train.steps), tiny.arrays(theirs, config.train.steps))
     assert tiny.lines(ours) == tiny.lines(theirs)
+
+
+def test_another_job_than_the_one_that_saved(tmp_path, caplog):
+    saved = {"devices": 4, "processes": 2}
+    with pytest.raises(CheckpointError, match=r"saved by a job of 2 processes, this one has 1; .* start 2 of them"):
+        loop.check_job(saved, 4, tmp_path)
+    loop.check_job(saved | {"processes": 1}, 4, tmp_path)
+    loop.check_job({}, 4, tmp_path)  # of a checkpoint that does not say
+    assert not caplog.messages
+    loop.check_job(saved | {"processes": 1}, 8, tmp_path)
+    assert "saved on 4 devices, going on with 8: the same batches in the same order" in caplog.text
