@@ -92,10 +92,23 @@ def test_a_text_tower_in_stages_gives_the_same_up_to_rounding(mapping, overlap):
     np.testing.assert_allclose(staged[1].vector, texts.vector, atol=2e-6)
 
 
-def test_what_does_not_fit_is_said_before_anything_is_encoded(monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval__score_dtype": "half"}, r"config\.eval\.score_dtype is 'half'"),
+        ({"eval__batch_size": 0}, r"config\.eval\.batch_size is 0"),
+        ({"eval__stages": 3}, r"config\.eval\.stages is 3, which does not divide the 4 devices"),
+        ({"eval__stages": 2}, "the text tower Words, which has no layers"),
+        (
+            {"eval__stages": 2, "eval__microbatches": 7, "model__name": "shnet", "text__tower": "transformer"},
+            r"config\.eval\.microbatches is 7, which does not divide the 6 captions of a pipeline",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_read(changes, message, monkeypatch):
     monkeypatch.setattr(split, "open_gallery", lambda *args: pytest.fail("read the gallery"))
-    with pytest.raises(ValueError, match=r"config\.eval\.score_dtype is 'half'"):
-        make_evaluator(experiment(eval__score_dtype="half"), "val", data_mesh(jax.devices()[:1]))
+    with pytest.raises(ValueError, match=message):
+        make_evaluator(experiment(**changes), "val", data_mesh(jax.devices()[:4]))
 
 
 def test_stages_that_do_not_divide_the_devices_are_named():
