@@ -12,11 +12,11 @@ import jax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from shnet_jax import plan
 from shnet_jax.data.tokenise import load_tokenizer, vocabulary_file
 from shnet_jax.interop import bert_weights
 from shnet_jax.interop.published import open_published
 from shnet_jax.interop.weights_file import read_weights, write_weights
+from shnet_jax.plan import subject
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.workdir import CONFIG, WorkdirError, adopt, trained_config
 
@@ -165,7 +165,7 @@ def _expected(config: ConfigDict) -> dict[str, Any]:
     """Shapes of the model of a configuration; those of image features are as config.plan says."""
     config = ConfigDict(config.to_dict())
     config.data.dir = ""
-    return plan.variables(plan.describe(config))
+    return subject.variables(subject.describe(config))
 
 
 def _ranks(tree: dict[str, Any]) -> dict[str, int]:

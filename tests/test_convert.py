@@ -15,12 +15,12 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from configs import base
-from shnet_jax import plan
 from shnet_jax.commands import evaluate_checkpoint, load, train
 from shnet_jax.convert import convert, load_folder, load_published, load_run
 from shnet_jax.interop.published import text_encoder_slots
 from shnet_jax.interop.torch_weights import image_encoder_slots, to_variables, vse_encoder_slots
 from shnet_jax.models.bert import EPSILON
+from shnet_jax.plan import subject
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.workdir import WorkdirError
 from tests.interop.torch_writer import save
@@ -59,7 +59,7 @@ def states() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Random arrays in torch's names and layouts of both encoders."""
     c = config()
     c.update_from_flattened_dict(SIZES | BERT)
-    like = traverse_util.flatten_dict(plan.variables(plan.describe(c)))
+    like = traverse_util.flatten_dict(subject.variables(subject.describe(c)))
     rng, found = np.random.default_rng(0), []
     for slots in (image_encoder_slots("image"), text_encoder_slots(2, "text")):
         state = {}
