@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ from ml_collections import ConfigDict
 from shnet_jax.commands import Loaded, load
 from shnet_jax.data.records import CHECKSUMS
 from shnet_jax.evaluate.split import subject
+from shnet_jax.observe.writer import FILE as METRICS
+from shnet_jax.observe.writer import read_metrics
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import embed as writing
+from shnet_jax.retrieve.examples import collect
 from shnet_jax.retrieve.folder import Embeddings, write_json
 from shnet_jax.retrieve.indexes import check_index
+from shnet_jax.retrieve.page import page as render
 from shnet_jax.retrieve.query import Searcher, document, encode_texts, place_towers, read_queries, tables
+from shnet_jax.retrieve.scene import Album
 from shnet_jax.train.workdir import CONFIG
 
 RESULTS = "search.json"
@@ -94,12 +100,34 @@ def search(
         )
 
 
+def page(config: ConfigDict, workdir: str | Path) -> None:
+    """Writes WORKDIR/page_DATASET_SPLIT.html about config.search.split: numbers, curves, examples, highlighting."""
+    workdir, mesh = Path(workdir), _mesh(config)
+    pictures = Path(config.page.pictures) if config.page.pictures else None
+    if pictures is not None and not pictures.is_dir():
+        raise ValueError(f"config.page.pictures is {str(pictures)!r}: no such folder")
+    loaded = load(workdir, config)
+    split, dataset = config.search.split, loaded.experiment.dataset
+    embeddings = embeddings_of(loaded, config, workdir, mesh)
+    what = subject(loaded.experiment, split, loaded.step, loaded.selected_on, mesh.size)
+    contents = collect(loaded.experiment, loaded.variables, embeddings, config, what, mesh)
+    if (workdir / METRICS).is_file():
+        contents = dataclasses.replace(contents, history=list(read_metrics(workdir / METRICS)))
+    album = Album(dataset, split, pictures, dataset.metadata.get("class_names", ()))
+    text = render(contents, album)
+    path = workdir / f"page_{dataset.path.parent.name}_{split}.html"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    if pictures is not None and not album.photographs:
+        print(
+            f"no photograph in {pictures} is named after an image of the page; boxes and label maps are drawn instead"
+        )
+    print(f"{path} ({len(text) / 1e6:.1f} MB)")
+
+
 def _mesh(config: ConfigDict) -> Mesh:
     mesh = make_mesh(config.parallel.devices)
     if not hosts.is_first():
         raise ValueError("the modes embed, search and page run in one process")
     return mesh
-
-
-def page(config: ConfigDict, workdir: str | Path) -> None:
-    """later"""
