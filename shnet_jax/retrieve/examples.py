@@ -12,11 +12,10 @@ from shnet_jax.evaluate.protocols import Subject, evaluate
 from shnet_jax.evaluate.rank import ranks
 from shnet_jax.evaluate.tiles import take
 from shnet_jax.experiment import Experiment
-from shnet_jax.retrieve.exact import is_dot_product, top_k, turned
+from shnet_jax.retrieve.exact import Found, is_dot_product, top_k, turned
 from shnet_jax.retrieve.folder import Embeddings
 from shnet_jax.retrieve.highlight import highlights
 from shnet_jax.retrieve.page import Contents, Shown
-from shnet_jax.types import Embedding, Score
 
 
 def collect(
@@ -43,12 +42,21 @@ def collect(
     results = evaluate(images, texts, owner, score, protocol, subject, tile, mesh)
     found = ranks(images, texts, owner, score, tile, mesh)
 
+    captions_first = score if is_dot_product(score) else turned(score)
+
     def by_caption(rows: np.ndarray) -> list[Shown]:
-        return _shown(rows, found.t2i, texts, images, score, shown.results, tile, mesh)
+        best = top_k(take(texts, rows), images, shown.results, score, tile, mesh)
+        return _shown(rows, found.t2i, owner[rows], best)
 
     def by_image(rows: np.ndarray) -> list[Shown]:
-        oriented = score if is_dot_product(score) else turned(score)
-        return _shown(rows, found.i2t, images, texts, oriented, shown.results, tile, mesh)
+        best = top_k(take(images, rows), texts, shown.results, captions_first, tile, mesh)
+        return _shown(rows, found.i2t, np.array([own_best(int(row)) for row in rows], np.int64), best)
+
+    def own_best(row: int) -> int:
+        own = np.arange(ids.first[row], ids.first[row + 1])
+        return int(
+            own[top_k(take(images, np.array([row])), take(texts, own), 1, captions_first, tile, mesh).index[0, 0]]
+        )
 
     n = len(ids.image_ids)
     some = spaced(n, shown.queries)
@@ -80,20 +88,9 @@ def worst(ranks: np.ndarray, most: int) -> np.ndarray:
     return order[ranks[order] > 0]
 
 
-def _shown(
-    rows: np.ndarray,
-    ranks: np.ndarray,
-    queries: Embedding,
-    gallery: Embedding,
-    score: Score,
-    k: int,
-    tile: int,
-    mesh: Mesh,
-) -> list[Shown]:
-    if not len(rows):
-        return []
-    found = top_k(take(queries, rows), gallery, k, score, tile, mesh)
+def _shown(rows: np.ndarray, ranks: np.ndarray, matches: np.ndarray, best: Found) -> list[Shown]:
+    found = zip(rows.tolist(), matches.tolist(), best.index.tolist(), best.score.tolist(), strict=True)
     return [
-        Shown(int(row), int(ranks[row]) + 1, list(zip(index.tolist(), scores.tolist(), strict=True)))
-        for row, index, scores in zip(rows, found.index, found.score, strict=True)
+        Shown(row, int(ranks[row]) + 1, match, list(zip(index, scores, strict=True)))
+        for row, match, index, scores in found
     ]

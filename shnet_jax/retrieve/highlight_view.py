@@ -13,12 +13,14 @@ from shnet_jax.retrieve.html import Child, Markup, tag
 from shnet_jax.retrieve.pictures import heat
 from shnet_jax.retrieve.scene import Scene, rectangle
 
+PANELS = 6  # of one image: what fits side by side
 MARKED = 3  # regions with the largest, and with the smallest gates
 
 
 def view(scene: Scene, found: Highlight, captions: Sequence[str]) -> Markup | None:
     """Panels of one image; None when the model shows neither gate nor attention."""
-    panels = [*_gates(scene, found), *_attention(scene, found)]
+    gates = _gates(scene, found)
+    panels = [*gates, *_attention(scene, found, PANELS - 1 - len(gates))]
     if not panels:
         return None
     keys = [
@@ -80,7 +82,7 @@ def _label(box: np.ndarray, text: str, weak: bool = False) -> Markup:
     return tag("span", text, class_="tag weak" if weak else "tag", style=f"left:{left:.1f}%;top:{top:.1f}%")
 
 
-def _attention(scene: Scene, found: Highlight) -> list[Markup]:
+def _attention(scene: Scene, found: Highlight, most: int) -> list[Markup]:
     if found.attention is None or "seg_map" not in scene.record:
         return []
     shape, rows = scene.record["seg_map"].shape, np.flatnonzero(found.valid)
@@ -89,7 +91,7 @@ def _attention(scene: Scene, found: Highlight) -> list[Markup]:
     boxes = scene.record.get("boxes")
     if boxes is None:
         return panels
-    for row in _by_gate(found)[:MARKED]:
+    for row in _by_gate(found)[: most - 1]:
         weights = found.attention[row].reshape(shape)
         frame = scene.overlay(tag("rect", **rectangle(boxes[row]), class_=c) for c in ("halo", "high"))
         what = scene.inside(boxes[row])
@@ -108,7 +110,7 @@ def _top_classes(scene: Scene, weights: np.ndarray, units: int = 1) -> str:
     classes = np.unique(seg_map)
     sums = np.array([float(weights[seg_map == c].sum()) for c in classes])
     order = np.argsort(-sums, kind="stable")[:2]
-    names = [f"{scene.class_name(int(classes[i]))} {sums[i]:.0%}" for i in order]
+    names = [f"{scene.class_name(int(classes[i]))} {sums[i]:.0%}" for i in order if sums[i] >= 0.005]
     return ("Of all units: " if units > 1 else "It looks at: ") + ", ".join(names) + "."
 
 

@@ -29,11 +29,12 @@ BANDS = ((1, "first"), (5, "2 to 5"), (10, "6 to 10"), (50, "11 to 50"))
 class Shown:
     """A query and the best it finds. query: row of a caption or an image. rank: of its match, from 1.
 
-    best: [(row, score)] of the other side.
+    match: row of the other side, of images their best-ranked own caption. best: [(row, score)] of the other side.
     """
 
     query: int
     rank: int
+    match: int
     best: list[tuple[int, float]]
 
 
@@ -70,11 +71,21 @@ def page(contents: Contents, album: Album) -> str:
         ("highlights", "What it looks at", _highlights(contents, album)),
     ]
     sections = [section for section in sections if section[2]]
+    drawn = (
+        "There are no photographs here: a picture is the image's label map, its colours are classes, and the frames are "
+        "regions of the detector."
+    )
     about = f"{card['dataset']}, {card['split']} split: {card['images']} images, {card['captions']} captions. "
     body = tag(
         "main",
         tag("h1", contents.title),
-        tag("p", about, f"Checkpoint of step {card['checkpoint_step']}.", class_="muted"),
+        tag(
+            "p",
+            about,
+            f"Checkpoint of step {card['checkpoint_step']}. ",
+            "" if album.photographs else drawn,
+            class_="muted",
+        ),
         tag("nav", [tag("a", title, href=f"#{name}") for name, title, _ in sections], aria_label="Sections"),
         [tag("section", tag("h2", title), parts, id=name) for name, title, parts in sections],
     )
@@ -155,18 +166,18 @@ def _by_caption(contents: Contents, shown: Sequence[Shown], album: Album) -> Chi
 
 
 def _caption_query(ids: Ids, shown: Shown, album: Album) -> Markup:
-    right = ids.caption_image[shown.query]
+    right = shown.match
 
-    def card(rank: int, row: int, score: str, note: str = "") -> Markup:
+    def card(place: str, row: int) -> Markup:
         good = row == right
-        mark = tag("span", note or ("✓ right" if good else "✗"), class_="mark")
+        mark = tag("span", "✓ right" if good else "✗", class_="mark")
         words = None if good else tag("div", ids.captions_of(row)[0], class_="sub")
-        text = tag("div", tag("div", tag("span", f"{rank}. ", score), mark, class_="head"), words, class_="text")
+        text = tag("div", tag("div", tag("span", place), mark, class_="head"), words, class_="text")
         return tag("div", album.scene(row).picture(), text, class_="card good" if good else "card bad")
 
-    found = [card(rank, row, f"{score:.3f}") for rank, (row, score) in enumerate(shown.best, start=1)]
+    found = [card(f"{rank}.  {score:.3f}", row) for rank, (row, score) in enumerate(shown.best, start=1)]
     if right not in [row for row, _ in shown.best]:
-        found.append(card(shown.rank, right, "", "✓ the right one"))
+        found.append(card(f"rank {shown.rank}", right))
     return tag(
         "div", tag("p", "“", ids.captions[shown.query], "”", class_="say"), tag("div", found, class_="cards"),
         class_="query",
@@ -192,9 +203,8 @@ def _image_query(ids: Ids, shown: Shown, album: Album) -> Markup:
         )  # fmt: skip
 
     lines = [line(row, f"{score:.3f}") for row, score in shown.best]
-    if all(ids.caption_image[row] != shown.query for row, _ in shown.best):
-        lines.append(tag("li", "", tag("span", f"rank {shown.rank}", class_="num"), "is the first caption of its own:"))
-        lines.append(line(int(ids.first[shown.query]), ""))
+    if shown.match not in [row for row, _ in shown.best]:
+        lines.append(line(shown.match, f"rank {shown.rank}"))
     scene = album.scene(shown.query)
     picture = tag("div", scene.picture(), tag("div", _keys(scene.classes()), class_="text"), class_="card")
     return tag("div", tag("div", picture, tag("ol", lines), class_="side"), class_="query")

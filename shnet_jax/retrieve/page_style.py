@@ -2,11 +2,9 @@
 
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1d1d22;--soft:#5f6068;--line:#e2e0db;--good:#1a7f4b;
---goodbg:#e5f4eb;--bad:#b4372f;--badbg:#fbeae8;--a:#2f6fb5;--b:#d2782a;--c:#7d5bb5;--d:#3d9487;--e:#b8467b;--f:#8b8b3a;
---hot:#d6285a}
+--goodbg:#e5f4eb;--bad:#b4372f;--badbg:#fbeae8;--a:#2f6fb5;--b:#c96a1b;--hot:#d6285a}
 @media(prefers-color-scheme:dark){:root{--bg:#17171b;--card:#212127;--ink:#ececf0;--soft:#a3a4ae;--line:#35353d;
---good:#5ecb92;--goodbg:#1c3a2a;--bad:#f08a80;--badbg:#44231f;--a:#77b0ec;--b:#f0a45f;--c:#b79af0;--d:#6cc9ba;--e:#ef87b5;
---f:#c4c46a;--hot:#ff5c8d}}
+--good:#5ecb92;--goodbg:#1c3a2a;--bad:#f08a80;--badbg:#44231f;--a:#77b0ec;--b:#f0a45f;--hot:#ff5c8d}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:28px 16px 64px}
@@ -32,16 +30,16 @@ details{margin:8px 0}
 summary{cursor:pointer;color:var(--a)}
 figure{margin:14px 0}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:0 28px}
-.chart{width:100%;height:auto;display:block;font-size:11px;fill:var(--soft)}
+.chart{width:100%;max-width:600px;height:auto;display:block;font-size:11px;fill:var(--soft)}
 .chart .grid{stroke:var(--line)}
 polyline{fill:none;stroke-width:2;stroke-linejoin:round}
-.s0{stroke:var(--a);fill:var(--a)}.s1{stroke:var(--d);fill:var(--d)}.s2{stroke:var(--c);fill:var(--c)}
-.s3{stroke:var(--b);fill:var(--b)}.s4{stroke:var(--e);fill:var(--e)}.s5{stroke:var(--f);fill:var(--f)}
+.s0,.s1,.s2{stroke:var(--a);fill:var(--a)}.s3,.s4,.s5{stroke:var(--b);fill:var(--b)}
+.s1,.s4{opacity:.65}.s2,.s5{opacity:.35}
 polyline[class]{fill:none}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:.8125rem;color:var(--soft);margin-top:6px}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:5px;background:var(--soft)}
-.legend i.s0{background:var(--a)}.legend i.s1{background:var(--d)}.legend i.s2{background:var(--c)}
-.legend i.s3{background:var(--b)}.legend i.s4{background:var(--e)}.legend i.s5{background:var(--f)}
+.legend i.s0,.legend i.s1,.legend i.s2{background:var(--a)}
+.legend i.s3,.legend i.s4,.legend i.s5{background:var(--b)}
 .bar{display:flex;height:30px;border-radius:7px;overflow:hidden;font-size:.8125rem;line-height:30px;text-align:center;
 margin-top:6px;color:#fff}
 .bar div{flex-basis:0;min-width:2px;overflow:hidden}
@@ -63,7 +61,7 @@ line-height:1.35}
 .pic{position:relative;width:100%;aspect-ratio:1;background:var(--line);overflow:hidden}
 .pic .base,.over{position:absolute;inset:0;width:100%;height:100%}
 .base{background-size:100% 100%}
-.dim{filter:grayscale(.75) brightness(.95) opacity(.45)}
+.dim{filter:grayscale(1) brightness(1.1) opacity(.4)}
 .over{display:block}
 .over rect{fill:none;vector-effect:non-scaling-stroke}
 .outline{stroke:#1d1d22;stroke-opacity:.45;stroke-width:1}
@@ -77,7 +75,7 @@ color:#fff;background:#d6285a;font-variant-numeric:tabular-nums}
 .keys i{display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:4px;border:1px solid #0003}
 .side{display:grid;grid-template-columns:minmax(120px,190px) 1fr;gap:16px;align-items:start;margin-top:6px}
 ol{list-style:none;margin:0;padding:0}
-li{display:grid;grid-template-columns:1.2em 3.6em 1fr;gap:8px;padding:5px 8px;border-radius:7px;margin-bottom:3px;
+li{display:grid;grid-template-columns:1.2em 4.4em 1fr;gap:8px;padding:5px 8px;border-radius:7px;margin-bottom:3px;
 overflow-wrap:anywhere}
 li.good{background:var(--goodbg)}
 li .num{font-variant-numeric:tabular-nums;color:var(--soft)}

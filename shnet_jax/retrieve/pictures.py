@@ -125,7 +125,13 @@ def _span(first: float, last: float, size: int) -> tuple[int, int]:
 
 
 def heat(values: np.ndarray) -> str:
-    """values [H, W] >= 0 as opacity of one colour: the root of the value over the largest, so that little shows."""
+    """values [H, W] >= 0 as opacity of one colour: the root of the value over the largest, so that little shows.
+
+    Each pixel is the largest of its 3 x 3 neighbourhood on a map as fine as a label map, where one could not be seen.
+    """
+    if min(values.shape) > 16:
+        padded = np.pad(values, 1)
+        values = np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).max((2, 3))
     top = float(values.max())
     alpha = np.sqrt(np.clip(values / top, 0, 1)) if top > 0 else np.zeros_like(values)
     rgba = np.empty((*values.shape, 4), np.uint8)
