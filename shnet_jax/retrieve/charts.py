@@ -12,18 +12,15 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
 Points = Sequence[tuple[float, float]]
 
 
-def lines(series: Mapping[str, Points], x_label: str, label: str, zero: bool = True) -> Markup:
-    """Curves of up to 6 series by name, with a legend; those without a point are left out.
-
-    zero: the vertical axis begins at 0.
-    """
+def lines(series: Mapping[str, Points], x_label: str, label: str) -> Markup:
+    """Curves of up to 6 series by name, of values >= 0, with a legend; those without a point are left out."""
     series = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return tag("p", "Nothing recorded yet.", class_="muted")
     xs, ys = zip(*(p for points in series.values() for p in points), strict=True)
-    ticks = _ticks(0.0 if zero else min(ys), max(ys))
-    x0, x1, y0, y1 = min(xs), max(xs), ticks[0], ticks[-1]
+    marks = ticks(0.0, max(ys))
+    x0, x1, y0, y1 = min(xs), max(xs), marks[0], marks[-1]
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
@@ -32,7 +29,7 @@ def lines(series: Mapping[str, Points], x_label: str, label: str, zero: bool = T
         )
 
     parts = []
-    for y in ticks:
+    for y in marks:
         _, py = at(x0, y)
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=py, y2=py, class_="grid"))
         parts.append(tag("text", f"{y:g}", x=LEFT - 7, y=py + 4, text_anchor="end"))
@@ -49,7 +46,7 @@ def lines(series: Mapping[str, Points], x_label: str, label: str, zero: bool = T
     return tag("figure", tag("figcaption", label), drawing, tag("div", legend, class_="legend"))
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Four to seven round numbers that hold both."""
     span = (high - low) or abs(high) or 1.0
     step = 10.0 ** math.floor(math.log10(span / 4))

@@ -15,7 +15,7 @@ import numpy as np
 from shnet_jax.data.batches import gather, stack_images, stored_fields
 from shnet_jax.experiment import Experiment
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.types import Batch
+from shnet_jax.types import Batch, Embedding
 
 GATE, ATTENTION, WEIGHTS = ("semantic", "gate"), ("spatial", "attention"), ("pool", "weights")
 UNITS = ("regions", "grid")  # in the order in which a model joins them
@@ -44,7 +44,7 @@ def highlights(experiment: Experiment, variables: dict[str, Any], split: str, ro
     dataset = experiment.dataset
     records = dataset.open_split(split, stored_fields(dataset, experiment.fields))
     batch: dict[str, Any] = {"image_index": np.asarray(rows, np.int32), **stack_images(records, rows)}
-    seen, full = jax.tree.map(np.asarray, look(experiment.model, variables, batch))
+    _, seen, full = jax.tree.map(np.asarray, look(experiment.model, variables, batch))
     units = {name: full[name].shape[1] for name in UNITS if name in full}
     masks = [full[f"{'region' if name == 'regions' else name}_mask"] for name in units]
     valid = np.concatenate(masks, axis=1) if masks else np.zeros((len(rows), 0), bool)
@@ -63,18 +63,26 @@ def highlights(experiment: Experiment, variables: dict[str, Any], split: str, ro
     return found
 
 
-def look(model: RetrievalModel, variables: dict[str, Any], batch: Batch) -> tuple[dict[tuple[str, str], Any], Batch]:
-    """{(module, name): array [n, ...]} of what the image tower sowed under the names of this file, and its batch."""
+def look(
+    model: RetrievalModel, variables: dict[str, Any], batch: Batch
+) -> tuple[Embedding, dict[tuple[str, str], Any], Batch]:
+    """Encodes the images of a batch of `data.gallery`.
 
-    def encode(variables: Any, batch: Batch) -> tuple[Any, Batch]:
+    Returns:
+      Their embeddings, {(module, name): array [n, ...]} of what the image tower sowed under the names of this file, and
+      the units and masks that it saw.
+    """
+
+    def encode(variables: Any, batch: Batch) -> tuple[Embedding, Any, Batch]:
         full = gather({}, batch)
-        _, state = model.apply(variables, full, train=False, method="encode_image", mutable=["intermediates"])
+        found, state = model.apply(variables, full, train=False, method="encode_image", mutable=["intermediates"])
         leaves = jax.tree_util.tree_leaves_with_path(cast(dict, state).get("intermediates", {}))
         seen = {}
         for path, leaf in leaves:
             names = tuple(str(part.key) for part in path if hasattr(part, "key"))
             if names[-2:] in (GATE, ATTENTION, WEIGHTS):
                 seen[names[-2:]] = leaf
-        return seen, {name: values for name, values in full.items() if name in UNITS or name.endswith("_mask")}
+        units = {name: values for name, values in full.items() if name in UNITS or name.endswith("_mask")}
+        return cast(Embedding, found), seen, units
 
     return jax.jit(encode)(variables, batch)

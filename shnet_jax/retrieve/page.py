@@ -71,21 +71,19 @@ def page(contents: Contents, album: Album) -> str:
         ("highlights", "What it looks at", _highlights(contents, album)),
     ]
     sections = [section for section in sections if section[2]]
-    drawn = (
-        "There are no photographs here: a picture is the image's label map, its colours are classes, and the frames are "
-        "regions of the detector."
-    )
-    about = f"{card['dataset']}, {card['split']} split: {card['images']} images, {card['captions']} captions. "
+    about = [
+        f"{card['dataset']}, {card['split']} split: {card['images']} images, {card['captions']} captions. ",
+        f"Checkpoint of step {card['checkpoint_step']}. ",
+    ]
+    if not album.photographs:
+        about.append(
+            "There are no photographs here: a picture is the image's label map, its colours are classes, and the "
+            "frames are regions of the detector."
+        )
     body = tag(
         "main",
         tag("h1", contents.title),
-        tag(
-            "p",
-            about,
-            f"Checkpoint of step {card['checkpoint_step']}. ",
-            "" if album.photographs else drawn,
-            class_="muted",
-        ),
+        tag("p", about, class_="muted"),
         tag("nav", [tag("a", title, href=f"#{name}") for name, title, _ in sections], aria_label="Sections"),
         [tag("section", tag("h2", title), parts, id=name) for name, title, parts in sections],
     )

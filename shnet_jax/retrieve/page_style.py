@@ -79,6 +79,7 @@ li{display:grid;grid-template-columns:1.2em 4.4em 1fr;gap:8px;padding:5px 8px;bo
 overflow-wrap:anywhere}
 li.good{background:var(--goodbg)}
 li .num{font-variant-numeric:tabular-nums;color:var(--soft)}
-@media(max-width:520px){.cards{grid-template-columns:repeat(2,1fr)}.side{grid-template-columns:1fr}
+@media(max-width:520px){.chart{font-size:16px}.tiles{grid-template-columns:repeat(3,1fr)}.tiles div{padding:8px 10px}
+.cards{grid-template-columns:repeat(2,1fr)}.side{grid-template-columns:1fr}
 .side>.card{max-width:200px}main{padding-top:20px}h2{margin-top:40px}li{padding:5px 6px}}
 """
