@@ -146,7 +146,7 @@ def get_config() -> ConfigDict:
     search.address = ""  # Milvus: file or http address; "": milvus.db in the folder of the embeddings
     search.effort = 64  # how much of an index a query visits: nprobe of inverted lists, efSearch of HNSW graphs
 
-    c.page = page = ConfigDict()  # --mode=page
+    c.page = page = ConfigDict()  # what --mode=page shows of config.search.split
     page.pictures = ""  # folder with the photographs, ID.jpg, .jpeg, .png or .webp; "": boxes and label map are drawn
     page.queries = 6  # captions, and images, shown with what they find, evenly spaced in the split
     page.failures = 4  # worst-ranked captions, and images, shown

@@ -56,6 +56,7 @@ def open_index(search: ConfigDict, embeddings: Embeddings, side: str, tile: int,
         known = json.loads(note.read_text(encoding="utf-8"))
         if {key: known.get(key) for key in wanted} == wanted and (found := build.open(search, embeddings, side)):
             return found, known
+    note.unlink(missing_ok=True)  # a build that is interrupted leaves an index that nothing is known of
     index = build.make(search, embeddings, side)
     other = embeddings.texts if side == "images" else embeddings.images
     sample = np.linspace(0, len(other.vector) - 1, min(SAMPLE, len(other.vector))).astype(np.int64)
