@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.evaluate.tiles import Tiling, make_tiling, programs
+from shnet_jax.evaluate.tiles import Tiling, make_tiling, one_behind, programs
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis
 from shnet_jax.parallel.mapping import Mapped, data_mesh, map_specs
@@ -98,19 +98,22 @@ def _search(tiling: Tiling, queries: Embedding, score: Score, k: int) -> Found:
         (np.full((devices, columns, k), -np.inf, np.float32), np.full((devices, columns, k), NONE, np.int32))
     )
     bad: Any = jax.device_put(np.zeros((), np.int32), NamedSharding(tiling.mesh, P()))
-    for rows, real in _rounds(tiling):
-        scores = run.scores(tiling.put_images(rows), queries)
-        best, bad = keep(best, bad, scores, tiling.put_split(np.where(real, rows, NONE).astype(np.int32)))
+
+    def dispatched() -> Iterator[Any]:
+        nonlocal best, bad
+        for round_ in range(tiling.rounds):
+            rows, real = tiling.image_rows(round_)
+            scores = run.scores(tiling.put_images(rows), queries)
+            best, bad = keep(best, bad, scores, tiling.put_split(np.where(real, rows, NONE).astype(np.int32)))
+            yield bad
+
+    for before in one_behind(dispatched()):
+        jax.block_until_ready(before)  # else a fast host would fill the devices with tiles that wait
     if int(bad):
         raise ValueError(f"{int(bad)} scores are not finite; look for NaN in the embeddings of gallery and queries")
     values, index = (np.moveaxis(np.asarray(part), 0, 1).reshape(columns, -1) for part in best)
     order = np.lexsort((index, -values), axis=1)[:, :k]
     return Found(np.take_along_axis(index, order, 1).astype(np.int64), np.take_along_axis(values, order, 1))
-
-
-def _rounds(tiling: Tiling) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for round_ in range(tiling.rounds):
-        yield tiling.image_rows(round_)
 
 
 @lru_cache(maxsize=32)

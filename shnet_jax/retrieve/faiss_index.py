@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,8 @@ from ml_collections import ConfigDict
 from shnet_jax.retrieve.backends import blocks, require
 from shnet_jax.retrieve.exact import Found
 from shnet_jax.retrieve.folder import Embeddings
+
+log = logging.getLogger(__name__)
 
 
 class FaissIndex:
@@ -45,6 +48,7 @@ class FaissIndex:
             if not index.is_trained:
                 # Evenly spaced, so that the file is always the same.
                 rows = np.linspace(0, len(vectors) - 1, min(len(vectors), search.train_vectors)).astype(np.int64)
+                log.info("%s: training %s on %d of %d vectors", path, search.faiss, len(rows), len(vectors))
                 index.train(np.ascontiguousarray(vectors[rows], np.float32))
         except RuntimeError as error:
             raise ValueError(

@@ -63,8 +63,8 @@ def test_caption_image_maps_to_the_right_image(gallery, tiny):
 
 
 def test_batches_left_out_at_the_beginning(gallery):
-    for batches in (gallery.image_batches, gallery.text_batches):
-        for ours, theirs in zip(batches(3, first=1), list(batches(3))[1:], strict=True):
+    for side in (gallery.image_batches, gallery.text_batches):
+        for ours, theirs in zip(side(3, first=1), list(side(3))[1:], strict=True):
             np.testing.assert_array_equal(ours.numbers, theirs.numbers)
             for name, values in theirs.batch.items():
                 np.testing.assert_array_equal(ours.batch[name], values)

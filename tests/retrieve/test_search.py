@@ -37,6 +37,7 @@ def test_the_lines_of_the_readme(monkeypatch, capsys):
     if not link.exists():
         link.symlink_to(gallery.toy_run())
     monkeypatch.chdir(gallery.toy_run().parent)
+    capsys.readouterr()  # what the training has printed
     lines = Path(__file__).parents[2].joinpath("docs/search.md").read_text("utf-8")
     code = lines.split("```python\n")[1].split("```")[0]
     exec(compile(code, "docs/search.md", "exec"), {})
