@@ -41,8 +41,8 @@ def open_index(search: ConfigDict, embeddings: Embeddings, side: str, tile: int,
     """The index config.search.index of a side ("images", "texts"), built if it is not there or of other embeddings.
 
     Returns:
-      The index, and what is known of it: kind, settings, vectors, recall (share of the exact first DEPTH found),
-      queries (that recall was measured with).
+      The index, and what is known of it: kind, settings, vectors, effort, recall (share of the exact first `depth`
+      found with that effort), queries (that it was measured with).
     """
     build: type[Index] = BUILDERS[search.index]
     note = embeddings.folder / f"index_{search.index}_{side}.json"
@@ -52,21 +52,27 @@ def open_index(search: ConfigDict, embeddings: Embeddings, side: str, tile: int,
         "vectors": len(getattr(embeddings, side).vector),
         "source": digest(embeddings),
     }
-    if note.is_file():
-        known = json.loads(note.read_text(encoding="utf-8"))
-        if {key: known.get(key) for key in wanted} == wanted and (found := build.open(search, embeddings, side)):
-            return found, known
-    note.unlink(missing_ok=True)  # a build that is interrupted leaves an index that nothing is known of
-    index = build.make(search, embeddings, side)
-    other = embeddings.texts if side == "images" else embeddings.images
-    sample = np.linspace(0, len(other.vector) - 1, min(SAMPLE, len(other.vector))).astype(np.int64)
-    queries = Embedding(np.asarray(other.vector[sample]))  # type: ignore[arg-type]
-    gallery = Embedding(getattr(embeddings, side).vector)
-    exact = top_k(queries, gallery, DEPTH, RetrievalModel.score, tile, mesh)
-    found_rows = index.search(np.asarray(queries.vector), exact.index.shape[1]).index
-    known = wanted | {"recall": overlap(found_rows, exact.index), "depth": DEPTH, "queries": len(sample)}
+    known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    index = build.open(search, embeddings, side) if {key: known.get(key) for key in wanted} == wanted else None
+    if index is not None and known.get("effort") == search.effort:
+        return index, known
+    if index is None:
+        note.unlink(missing_ok=True)  # a build that is interrupted leaves an index that nothing is known of
+        index = build.make(search, embeddings, side)
+    known = wanted | {"effort": search.effort} | measured(index, embeddings, side, tile, mesh)
     write_json(note, known)
     return index, known
+
+
+def measured(index: Index, embeddings: Embeddings, side: str, tile: int, mesh: Mesh) -> dict[str, float]:
+    """Recall of an index against the exact search: {"recall", "depth", "queries"}."""
+    other = embeddings.texts if side == "images" else embeddings.images
+    sample = np.linspace(0, len(other.vector) - 1, min(SAMPLE, len(other.vector))).astype(np.int64)
+    queries = np.asarray(other.vector[sample])
+    gallery = Embedding(getattr(embeddings, side).vector)
+    exact = top_k(Embedding(queries), gallery, DEPTH, RetrievalModel.score, tile, mesh)  # type: ignore[arg-type]
+    found = index.search(queries, exact.index.shape[1])
+    return {"recall": overlap(found.index, exact.index), "depth": DEPTH, "queries": len(sample)}
 
 
 def overlap(found: np.ndarray, exact: np.ndarray) -> float:

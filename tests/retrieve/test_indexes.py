@@ -69,6 +69,16 @@ def test_a_faiss_file_is_used_again_and_made_again_for_other_settings(embeddings
         indexes.open_index(section(index="faiss", faiss="Nonsense"), embeddings, "images", 64, MESH)
 
 
+def test_another_effort_is_measured_again_without_a_new_index(embeddings, monkeypatch):
+    pytest.importorskip("faiss")
+    recalls = []
+    for effort in (1, 64):
+        search = section(index="faiss", faiss="IVF64,Flat", effort=effort)
+        recalls.append(indexes.open_index(search, embeddings, "texts", 64, MESH)[1]["recall"])
+        monkeypatch.setattr(indexes.FaissIndex, "make", None)
+    assert recalls[0] < 0.95 and recalls[1] == 1.0, recalls
+
+
 def test_milvus_in_a_file(embeddings, monkeypatch):
     pytest.importorskip("pymilvus")
     pytest.importorskip("milvus_lite")
