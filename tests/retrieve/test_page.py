@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shnet_jax import search_modes
 from shnet_jax.data.batches import stack_images, stored_fields
-from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluate.split import subject
 from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.parallel.mapping import make_mesh
@@ -28,7 +26,6 @@ from shnet_jax.retrieve.folder import Embeddings
 from shnet_jax.retrieve.highlight import highlights, look
 from shnet_jax.retrieve.page import page as render
 from shnet_jax.retrieve.scene import Album
-from tests.retrieve import gallery
 from tests.train import tiny
 
 EVIL = "<script>document.title='owned';console.error('owned')</script>"
@@ -140,32 +137,6 @@ def test_looking_changes_no_number(made):
         assert one.units == {"regions": 8} and len(one.weights) == 2 * one.valid.sum() + 50
         assert (one.gate[one.valid] > 0).all() and not one.gate[~one.valid].any()
         np.testing.assert_allclose(one.weights.sum(), 1, atol=1e-5)
-
-
-def test_a_run_of_a_model_that_shows_nothing_and_photographs(tmp_path, capsys):
-    def toy(**changes):
-        return gallery.toy(page__pictures=str(tmp_path), page__queries=2, page__failures=1, **changes)
-
-    workdir = gallery.toy_run()
-    search_modes.page(toy(), workdir)
-    out, path = capsys.readouterr().out, workdir / "page_tiny_test.html"
-    assert "no photograph in" in out and f"{path} (" in out
-    text = path.read_text("utf-8")
-    assert "What it looks at" not in text and "There are no photographs here" in text and "How it learned" in text
-    search_modes.page(toy(), workdir)
-    assert path.read_text("utf-8") == text
-    for name in open_dataset(tiny.dataset()).image_ids("test"):
-        Image.new("RGB", (90, 60), "red").save(tmp_path / f"{name}.jpg")
-    search_modes.page(toy(), workdir)
-    text = path.read_text("utf-8")
-    assert "data:image/jpeg" in text and "aspect-ratio:1.5" in text and "There are no photographs here" not in text
-    for changes, message in (
-        ({"page__pictures": str(tmp_path / "none")}, "none': no such folder"),
-        ({"page__results": 0}, "config.page.results is 0"),
-        ({"page__highlights": -1}, "config.page.highlights is -1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            search_modes.page(gallery.toy(**changes), workdir)
 
 
 def test_a_file_that_is_no_photograph(tmp_path):

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import shnet_jax
+from shnet_jax.data.records import open_dataset
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.embed import embed
 from shnet_jax.retrieve.query import Searcher, read_queries
-from shnet_jax.search_modes import search
+from shnet_jax.search_modes import page, search
 from tests.retrieve import gallery
 from tests.train import tiny
 
@@ -122,3 +124,29 @@ def test_a_model_with_a_score_of_its_own(tmp_path):
     c.search.index = "faiss"
     with pytest.raises(ValueError, match="this model scores pairs in a way of its own"):
         Searcher(found, experiment.model.score, c.search, 3, make_mesh(2))
+
+
+def test_a_run_of_a_model_that_shows_nothing_and_photographs(tmp_path, capsys):
+    def toy(**changes):
+        return gallery.toy(page__pictures=str(tmp_path), page__queries=2, page__failures=1, **changes)
+
+    workdir = gallery.toy_run()
+    page(toy(), workdir)
+    out, path = capsys.readouterr().out, workdir / "page_tiny_test.html"
+    assert "no photograph in" in out and f"{path} (" in out
+    text = path.read_text("utf-8")
+    assert "What it looks at" not in text and "There are no photographs here" in text and "How it learned" in text
+    page(toy(), workdir)
+    assert path.read_text("utf-8") == text
+    for name in open_dataset(tiny.dataset()).image_ids("test"):
+        Image.new("RGB", (90, 60), "red").save(tmp_path / f"{name}.jpg")
+    page(toy(), workdir)
+    text = path.read_text("utf-8")
+    assert "data:image/jpeg" in text and "aspect-ratio:1.5" in text and "There are no photographs here" not in text
+    for changes, message in (
+        ({"page__pictures": str(tmp_path / "none")}, "none': no such folder"),
+        ({"page__results": 0}, "config.page.results is 0"),
+        ({"page__highlights": -1}, "config.page.highlights is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            page(gallery.toy(**changes), workdir)
