@@ -27,7 +27,7 @@ def view(scene: Scene, found: Highlight, captions: Sequence[str]) -> Markup | No
         tag("span", tag("i", style=f"background:{colour}"), f"{name} {share:.0%}")
         for name, colour, share in scene.classes(6)
     ]
-    title = tag("div", "The scene and its label map" if keys else "The image", tag("div", keys, class_="keys sub"))
+    title = tag("div", "The scene, by classes" if keys else "The image", tag("div", keys, class_="keys sub"))
     first = tag("div", scene.picture(), tag("div", title, class_="text"), class_="card")
     say = tag("p", "“", captions[0], "”", class_="say")
     return tag("div", say, tag("div", first, panels, class_="cards"), class_="query")
@@ -57,7 +57,7 @@ def _gates(scene: Scene, found: Highlight) -> list[Markup]:
     if boxes is not None and len(rows):
         high, low = rows[:MARKED], rows[MARKED:][-MARKED:]
         marks = [
-            *(tag("rect", **rectangle(boxes[r]), class_="low") for r in low),
+            *(tag("rect", **rectangle(boxes[r]), class_=c) for r in low for c in ("halo thin", "low")),
             *(tag("rect", **rectangle(boxes[r]), class_=c) for r in high[::-1] for c in ("halo", "high")),
         ]
         labels = [

@@ -66,6 +66,7 @@ line-height:1.35}
 .over rect{fill:none;vector-effect:non-scaling-stroke}
 .outline{stroke:#1d1d22;stroke-opacity:.45;stroke-width:1}
 .halo{stroke:#fff;stroke-opacity:.9;stroke-width:4.5}
+.halo.thin{stroke-width:3;stroke-opacity:.6}
 .high{stroke:var(--hot);stroke-width:2.5}
 .low{stroke:#33333b;stroke-width:1.5;stroke-dasharray:4 3}
 .tag{position:absolute;transform:translate(2px,2px);font-size:11px;line-height:1.3;padding:0 4px;border-radius:4px;
