@@ -20,6 +20,7 @@ REQUIRED = [
     "orbax-checkpoint>=0.12.8,<0.13",
     "safetensors>=0.7,<0.9",
     "scikit-image>=0.25,<0.27",
+    "pillow>=11,<14",
     "sentencepiece>=0.2.1,<0.3",
     "tensorboardX>=2.6.2,<3",
     "tensorflow-datasets>=4.9.10,<4.10",
@@ -34,6 +35,8 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",
     ],
+    "faiss": ["faiss-cpu>=1.9,<2"],  # config.search.index="faiss"
+    "milvus": ["pymilvus>=2.5,<4", "milvus-lite>=2.5,<4"],  # config.search.index="milvus"
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # also the compiler of --mode=plan, which needs no TPU
 }
 

@@ -136,6 +136,23 @@ def get_config() -> ConfigDict:
     evaluate.stages = 1  # devices that a text tower's layers are spread over (bert, transformer); 1: each has them all
     evaluate.microbatches = 8  # parts in which the captions of a batch flow through these stages
 
+    c.search = search = ConfigDict()  # --mode=embed | search | page
+    search.split = "test"  # split whose images and captions are embedded and searched
+    search.embeddings = ""  # folder of its embeddings; "": WORKDIR/embeddings/DATASET_SPLIT_CHECKPOINT
+    search.index = "exact"  # exact (any score, no package) | faiss (one file) | milvus (a file or a server)
+    search.faiss = "HNSW32"  # FAISS factory string: "Flat", "HNSW32", "IVF1024,Flat", "OPQ32,IVF4096,PQ32", ...
+    search.train_vectors = 262144  # vectors that a FAISS index which has to be trained learns from, at most
+    search.milvus = "HNSW"  # Milvus index type: FLAT | IVF_FLAT | HNSW | AUTOINDEX ...
+    search.address = ""  # Milvus: file or http address; "": milvus.db in the folder of the embeddings
+    search.effort = 64  # how much of an index a query visits: nprobe of inverted lists, efSearch of HNSW graphs
+
+    c.page = page = ConfigDict()  # what --mode=page shows of config.search.split
+    page.pictures = ""  # folder with the photographs, ID.jpg, .jpeg, .png or .webp; "": boxes and label map are drawn
+    page.queries = 6  # captions, and images, shown with what they find, evenly spaced in the split
+    page.failures = 4  # worst-ranked captions, and images, shown
+    page.highlights = 4  # images whose highlighting is shown
+    page.results = 5  # results shown for a query
+
     c.study = study = ConfigDict()
     study.seeds = (0,)  # --mode=study trains every arm with each of these seeds
     study.arms = ConfigDict()  # name of an arm -> the fields in which it differs from this configuration

@@ -36,8 +36,8 @@ class Loaded:
     selected_on: str
 
 
-def load(workdir: str | Path, config: ConfigDict) -> Loaded:
-    """The checkpoint config.eval.checkpoint of a work folder, on the data set config.data.dir.
+def load(workdir: str | Path, config: ConfigDict, step: int | None = None) -> Loaded:
+    """The checkpoint config.eval.checkpoint of a work folder, or that of `step`, on the data set config.data.dir.
 
     Model, text tower and vocabulary are those of the run; raises ValueError, WorkdirError or CheckpointError when the
     given configuration or the data set does not fit them.
@@ -53,14 +53,17 @@ def load(workdir: str | Path, config: ConfigDict) -> Loaded:
     trained.text.weights = ""  # the checkpoint has them
     experiment = assemble(trained)
     checkpoints = Checkpoints(workdir)
-    step = checkpoints.step(config.eval.checkpoint)
-    if step is None:
-        raise CheckpointError(f"{workdir}: no checkpoint in {checkpoints.folder}")
+    named = step is not None
+    if not named:
+        step = checkpoints.step(config.eval.checkpoint)
+    if step is None or not (checkpoints.folder / str(step)).is_dir():
+        which = "" if step is None else f"{step} "
+        raise CheckpointError(f"{workdir}: no checkpoint {which}in {checkpoints.folder}")
     like = abstract_variables(experiment)
     variables = checkpoints.restore_variables(
         step, like, averaged=trained.optim.ema > 0, on_host=config.eval.stages > 1
     )
-    chosen = config.eval.checkpoint == "best" and checkpoints.best is not None
+    chosen = checkpoints.best is not None and (step == checkpoints.best if named else config.eval.checkpoint == "best")
     checkpoints.close()
     return Loaded(experiment, variables, step, trained.data.val_split if chosen else "none")
 

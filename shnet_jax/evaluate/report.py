@@ -37,7 +37,7 @@ def table(arms: Mapping[str, Results]) -> str:
         if guess not in rows:
             rows.append(guess)
     cells = [[name, *(f"{metrics[column]:.1f}" for column in COLUMNS)] for name, metrics in rows]
-    return markdown(["", *map(_heading, COLUMNS)], cells)
+    return markdown(["", *map(heading, COLUMNS)], cells)
 
 
 def one_line(results: Results) -> str:
@@ -54,7 +54,8 @@ def card_table(card: Mapping[str, str | int]) -> str:
     return markdown(["protocol card", ""], [[key.replace("_", " "), str(card[key])] for key in card], ":-")
 
 
-def _heading(column: str) -> str:
+def heading(column: str) -> str:
+    """The heading of one of COLUMNS."""
     if column == "rsum":
         return "rSum"
     direction, metric = column.split("_")

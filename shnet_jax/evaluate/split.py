@@ -111,11 +111,11 @@ def make_encoder(
     """
     evaluation = experiment.config.eval
     check(experiment.model, experiment.config, mesh)
-    make_towers = _make_towers(experiment, *(halves(mesh) if evaluation.overlap else (mesh, mesh)))
+    place = make_towers(experiment, *(halves(mesh) if evaluation.overlap else (mesh, mesh)))
     rows = evaluation.batch_size * mesh.size
 
     def encode_both(variables: dict[str, Any]) -> tuple[Embedding, Embedding]:
-        image, text = make_towers(variables)
+        image, text = place(variables)
         image_parts, text_parts = gallery.image_batches(rows), gallery.text_batches(rows)
         n, t = gallery.images, len(gallery.captions)
         if not evaluation.overlap:
@@ -147,7 +147,7 @@ def pieces(parts: Iterable[Part], rows: int) -> Iterator[Part]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tower:
+class Tower:
     """A tower with its variables. apply: a batch that `put` placed on the devices of `mesh` -> its embeddings."""
 
     mesh: Mesh
@@ -165,9 +165,10 @@ def text_tower(model: RetrievalModel, variables: Any, batch: Batch) -> Embedding
     return cast(Embedding, model.apply(variables, batch, train=False, method="encode_text"))
 
 
-def _make_towers(
+def make_towers(
     experiment: Experiment, image_mesh: Mesh, text_mesh: Mesh
-) -> Callable[[dict[str, Any]], tuple[_Tower, _Tower]]:
+) -> Callable[[dict[str, Any]], tuple[Tower, Tower]]:
+    """The result places variables {"params", "batch_stats"} and gives the towers of images and of captions."""
     config, model = experiment.config, experiment.model
     mapping, stages = config.parallel.mapping, config.eval.stages
     together = image_mesh is text_mesh
@@ -187,15 +188,15 @@ def _make_towers(
         # Without the layers of the text tower, which may be more than a device holds.
         return (placed.shared if together else replicate(placed.shared, image_mesh)), placed
 
-    def towers(variables: dict[str, Any]) -> tuple[_Tower, _Tower]:
+    def towers(variables: dict[str, Any]) -> tuple[Tower, Tower]:
         for_image, for_text = place(variables)
         return (
-            _Tower(
+            Tower(
                 image_mesh,
                 lambda batch: put_batch(own_rows(batch), image_mesh, mapping),
                 partial(encode_image, for_image),
             ),
-            _Tower(
+            Tower(
                 text_mesh,
                 lambda batch: put_batch(own_rows(batch), text_mesh, mapping if stages == 1 else "shard_map"),
                 partial(encode_text, for_text),
@@ -214,11 +215,11 @@ def halves(mesh: Mesh) -> tuple[Mesh, Mesh]:
     return data_mesh(devices[:middle]), data_mesh(devices[middle:])
 
 
-def _in_turn(tower: _Tower, parts: Iterable[Part], count: int) -> Embedding:
+def _in_turn(tower: Tower, parts: Iterable[Part], count: int) -> Embedding:
     return encode(lambda batch: tower.apply(tower.put(batch)), _portions(parts), count)
 
 
-def _ahead(stages: Stages, tower: _Tower, parts: Iterable[Part], count: int) -> Embedding:
+def _ahead(stages: Stages, tower: Tower, parts: Iterable[Part], count: int) -> Embedding:
     placed = ((tower.put(part.batch), part.valid, part.numbers) for part in parts)
     return encode(tower.apply, stages.ahead(placed, READ_AHEAD), count)
 
