@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep import command, from_scan
+from data_prep import command, from_scan, join
 from data_prep.schema import DataError
 from data_prep.sources.base import Source
 from data_prep.sources.units import UnitFiles
@@ -48,13 +48,18 @@ def import_npy(
     for text in texts.values():
         if field in text.arrays:
             raise DataError(f"{text.arrays[field]}: expected {field!r} only in {features}, found it here too")
-    return from_scan.write_joined(
-        src,
+    return join.write_joined(
         texts,
         [units, *sources],
         name,
         out,
-        source=source or f"data_prep.from_npy of {features.resolve().name}",
+        metadata={
+            "source": source or f"data_prep.from_npy of {features.resolve().name}",
+            **from_scan.class_metadata(src, texts.values()),
+        },
+        total=sum(map(len, texts.values())),
+        files={split: texts[split].files for split in texts},
+        feature_dtype=feature_dtype,
         skip_absent=skip_absent,
         overwrite=overwrite,
     )

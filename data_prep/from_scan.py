@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import command, parts, schema
-from data_prep.builder import write_dataset
+from data_prep import command, join, parts, schema
 from data_prep.files import open_array, read_lines
 from data_prep.schema import DataError, Record
-from data_prep.sources.base import Joined, Source
+from data_prep.sources.base import Source
 
 ARRAYS = {
     "regions": "_ims.npy",
@@ -207,43 +206,21 @@ def import_scan(
         split: open_split(src, split, captions_per_image=captions_per_image, feature_dtype=feature_dtype)
         for split in (splits or split_names(src))
     }
-    return write_joined(
-        src,
+    return join.write_joined(
         opened,
         sources,
         name,
         out,
-        source=source or f"data_prep.from_scan of {src.resolve().name}",
+        metadata={
+            "source": source or f"data_prep.from_scan of {src.resolve().name}",
+            **class_metadata(src, opened.values()),
+        },
+        total=sum(map(len, opened.values())),
+        files={split: opened[split].files for split in opened},
+        feature_dtype=feature_dtype,
         skip_absent=skip_absent,
         overwrite=overwrite,
     )
-
-
-def write_joined(
-    src: Path,
-    splits: Mapping[str, ScanSplit],
-    sources: Sequence[Source],
-    name: str,
-    out: Path,
-    *,
-    source: str,
-    skip_absent: bool,
-    overwrite: bool,
-) -> Path:
-    """Write splits of `src` with the fields of `sources` added to each record; returns the version folder."""
-    records = {
-        name: Joined(split, sources, name, split.feature_dtype, skip_absent) if sources else split
-        for name, split in splits.items()
-    }
-    joined = {field: file for part in sources for field, file in part.files.items()}
-    files = {name: {**joined, **split.files} for name, split in splits.items()}
-    metadata = {
-        "source": source,
-        **class_metadata(src, splits.values()),
-        **{key: value for part in sources for key, value in part.metadata.items()},
-    }
-    total = sum(map(len, splits.values()))
-    return write_dataset(out, name, records, metadata, files=files, total=total, overwrite=overwrite)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,37 +1,40 @@
-"""Imports photographs' captions with what tools made of the photographs, by image id."""
+"""Writes a data set from records and what other tools made of the same photographs, joined by image id."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from data_prep import captions, command, parts, schema
-from data_prep.builder import write_dataset
+from data_prep.builder import Files, write_dataset
+from data_prep.schema import Record
 from data_prep.sources.base import Joined, Source
 
 
-def import_joined(
-    splits: captions.Splits,
+def write_joined(
+    splits: Mapping[str, Iterable[Record]],
     sources: Sequence[Source],
     name: str,
     out: Path,
     *,
-    source: str,
+    metadata: Mapping[str, Any],
+    total: int,
+    files: Files | None = None,
     feature_dtype: str | None = "float16",
     skip_absent: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write a data set of captioned photographs and the fields of `sources`; returns the version folder."""
-    records = {
-        split: Joined((item.record() for item in items), sources, split, feature_dtype, skip_absent)
-        for split, items in splits.items()
-    }
+    """Write a data set of the records of each split with the fields of `sources` added; returns the version folder.
+
+    See `builder.write_dataset` and `Joined` for the arguments; the metadata of the sources is added to `metadata`.
+    """
+    records = {split: Joined(items, sources, split, feature_dtype, skip_absent) for split, items in splits.items()}
     joined = {field: file for part in sources for field, file in part.files.items()}
-    metadata = {"source": source, **{key: value for part in sources for key, value in part.metadata.items()}}
-    total = sum(map(len, splits.values()))
-    files = dict.fromkeys(splits, joined)
-    return write_dataset(out, name, records, metadata, files=files, total=total, overwrite=overwrite)
+    all_files = {split: {**joined, **(files or {}).get(split, {})} for split in splits}
+    known = {**metadata, **{key: value for part in sources for key, value in part.metadata.items()}}
+    return write_dataset(out, name, records, known, files=all_files, total=total, overwrite=overwrite)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +55,14 @@ def run(module: str, kind: str, doc: str | None, argv: Sequence[str] | None) -> 
     add_arguments(parser)
     parts.add_arguments(parser, required=kind)
     args = parser.parse_args(argv)
-    path = import_joined(
-        captions.read(args.captions, args.split_lists),
+    splits = captions.read(args.captions, args.split_lists)
+    path = write_joined(
+        {split: [item.record() for item in items] for split, items in splits.items()},
         parts.open_sources(args),
         args.name,
         args.out,
-        source=args.source or f"data_prep.{module} of {Path(getattr(args, kind).split(',')[0]).name}",
+        metadata={"source": args.source or f"data_prep.{module} of {Path(getattr(args, kind).split(',')[0]).name}"},
+        total=sum(map(len, splits.values())),
         feature_dtype=args.feature_dtype,
         skip_absent=args.absent == "skip",
         overwrite=args.overwrite,

@@ -16,7 +16,8 @@ from data_prep.extract.pool import boxes_of_masks
 from data_prep.schema import MAP_VOID, DataError, Record
 
 MODELS = ("detr", "mask2former", "maskformer")
-_LONGEST = 640  # side of the label map before it is shrunk, as COCO's photographs; larger costs memory for nothing
+_SURE = 0.8  # OBJECT_MASK_THRESHOLD and OVERLAP_THRESHOLD of Mask2Former on COCO
+_OVERLAP = 0.8
 
 
 class Segmenter:
@@ -31,7 +32,6 @@ class Segmenter:
             raise DataError(f"segmenter {name}: expected one of {', '.join(MODELS)}, found {config.model_type}")
         self._device, self._regions, self._region_score, self._seg_map = device, regions, region_score, seg_map
         self._classes = classes_of_labels(config.id2label, name)
-        self._stuff = {label for label, index in enumerate(self._classes) if index >= coco_panoptic.THINGS}
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Record]:
         """Of each image seg_semantic, seg_map, categories, and boxes, box_classes, box_scores [n] of its n regions."""
@@ -45,9 +45,8 @@ class Segmenter:
             with torch.inference_mode():
                 outputs = self._model(pixel_values=batch)
             logits, masks = _queries(outputs)
-            maps = self._label_maps(outputs, [_size(images[place]) for place in places])
-            for place, query_logits, query_masks, labels in zip(places, logits, masks, maps, strict=True):
-                records[place] = self._record(query_logits.float(), query_masks.float(), labels)
+            for place, query_logits, query_masks in zip(places, logits, masks, strict=True):
+                records[place] = self._record(query_logits.float(), query_masks.float())
         return [records[place] for place in range(len(images))]
 
     def _pixels(self, image: Image.Image) -> torch.Tensor:
@@ -56,37 +55,17 @@ class Segmenter:
             raise DataError("segmenter: its processor pads single images; set do_pad or pad_size so that it does not")
         return inputs["pixel_values"][0]
 
-    def _label_maps(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray | None]:
-        """Panoptic label map of each image, None where the semantic one is wanted."""
-        if self._seg_map == "semantic":
-            return [None] * len(sizes)
-        results = self._processor.post_process_panoptic_segmentation(
-            outputs, label_ids_to_fuse=self._stuff, target_sizes=list(sizes)
-        )
-        return [self._label_map(result) for result in results]
-
-    def _label_map(self, result: Mapping[str, Any]) -> np.ndarray:
-        segments = result["segmentation"].cpu().numpy().astype(int)
-        labels = np.full(segments.shape, MAP_VOID, np.uint8)
-        for segment in result["segments_info"]:
-            index = self._classes[segment["label_id"]]
-            if index >= 0:
-                labels[segments == segment["id"]] = index
-        return labels
-
-    def _record(self, logits: torch.Tensor, masks: torch.Tensor, labels: np.ndarray | None) -> Record:
+    def _record(self, logits: torch.Tensor, masks: torch.Tensor) -> Record:
         """Fields of one image from its queries' class logits [Q, labels + 1] and mask logits [Q, h, w]."""
         classes = class_probabilities(logits, self._classes)
-        scores = torch.einsum("qc,qhw->chw", classes, masks.sigmoid())
-        scores = scores / scores.sum(0).clamp_min(torch.finfo(scores.dtype).tiny)
-        if labels is None:
-            labels = scores.argmax(0).to(torch.uint8).cpu().numpy()
+        scores = semantic_scores(classes, masks)
+        labels = panoptic_labels(classes, masks) if self._seg_map == "panoptic" else scores.argmax(0).to(torch.uint8)
         pooled = torch.nn.functional.adaptive_avg_pool2d(scores, label_maps.CELLS)
         best, index = classes.max(1)
         chosen = choose(
             best.cpu().numpy(), (masks > 0).flatten(1).any(1).cpu().numpy(), self._regions, self._region_score
         )
-        return label_maps.fields(labels, coco_panoptic.CLASSES) | {
+        return label_maps.fields(labels.cpu().numpy(), coco_panoptic.CLASSES) | {
             "seg_semantic": pooled.cpu().numpy(),
             "boxes": boxes_of_masks((masks[chosen] > 0).cpu().numpy()),
             "box_classes": index[chosen].to(torch.int32).cpu().numpy(),
@@ -127,6 +106,36 @@ def class_probabilities(logits: torch.Tensor, classes: np.ndarray) -> torch.Tens
     return out.index_add(1, torch.as_tensor(classes[known], device=out.device), probabilities[:, known])
 
 
+def semantic_scores(classes: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Probability of each class at each pixel [133, h, w], from class probabilities [Q, 133] and mask logits [Q, h, w].
+
+    Semantic inference of MaskFormer (Cheng et al., 2021, section 3.4): each query votes for its classes by its mask;
+    divided by the sum over classes, as the softmax of a semantic head is.
+    """
+    scores = torch.einsum("qc,qhw->chw", classes, masks.sigmoid())
+    return scores / scores.sum(0).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def panoptic_labels(classes: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Class of each pixel [h, w] uint8, 255 where no query is sure: panoptic inference of MaskFormer (section 3.4).
+
+    A pixel goes to the sure query whose score times mask is largest, if that mask covers it; a query that keeps less
+    than 0.8 of its mask so is left out. (transformers' own function gives every pixel to some segment.)
+    """
+    labels = torch.full(masks.shape[1:], MAP_VOID, dtype=torch.uint8, device=masks.device)
+    scores, index = classes.max(1)
+    sure = scores > _SURE
+    if not sure.any():
+        return labels
+    probabilities = masks[sure].sigmoid()
+    owner = (scores[sure, None, None] * probabilities).argmax(0)
+    for query, class_number in enumerate(index[sure].tolist()):
+        owned, covered = owner == query, probabilities[query] >= 0.5
+        if owned.sum() >= _OVERLAP * covered.sum():
+            labels[owned & covered] = class_number
+    return labels
+
+
 def choose(scores: np.ndarray, seen: np.ndarray, most: int, least_score: float) -> list[int]:
     """Queries that become regions: the most confident whose mask is not empty, at least one.
 
@@ -142,9 +151,3 @@ def _queries(outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if "class_queries_logits" in outputs:
         return outputs.class_queries_logits, outputs.masks_queries_logits
     return outputs.logits, outputs.pred_masks
-
-
-def _size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of the label map of a photograph."""
-    scale = min(1.0, _LONGEST / max(image.size))
-    return max(1, round(image.height * scale)), max(1, round(image.width * scale))
