@@ -91,9 +91,12 @@ def read(captions: str, split_lists: str | None = None) -> Splits:
             raise DataError(f"{captions}: image {line.file!r}: expected it in one split, found {before} and {split}")
         group.append(line)
     splits: Splits = {}
+    # COCO's folders say nothing, but a/1.jpg and b/1.jpg need them
+    names_differ = len({Path(file).name for file in found}) == len(found)
     for file, (split, group) in found.items():
         ids = tuple(line.number for line in group if line.number is not None)
-        item = Captioned(Path(file).name, file, tuple(line.caption for line in group), ids)
+        image_id = Path(file).name if names_differ else file
+        item = Captioned(image_id, file, tuple(line.caption for line in group), ids)
         splits.setdefault(split, []).append(item)
     if not splits:
         raise DataError(f"{captions}: expected captions, found none")
@@ -102,7 +105,8 @@ def read(captions: str, split_lists: str | None = None) -> Splits:
 
 def keys(image_id: str) -> Iterator[str]:
     """The names under which other tools may know an image: its id, without extension, COCO's and Flickr's number."""
-    stem = Path(image_id).stem if Path(image_id).suffix.lower() in (".jpg", ".jpeg", ".png") else image_id
+    suffix = Path(image_id).suffix
+    stem = image_id.removesuffix(suffix) if suffix.lower() in (".jpg", ".jpeg", ".png") else image_id
     yield image_id
     if stem != image_id:
         yield stem

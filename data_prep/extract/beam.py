@@ -42,6 +42,7 @@ class ExtractBlock(beam.DoFn):
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("extract.beam", __doc__)
+    parser.allow_abbrev = False  # Beam's --region is not the start of --regions
     run.add_arguments(parser)
     args, beam_flags = parser.parse_known_args(argv)
     work = run.prepare(args)

@@ -78,6 +78,11 @@ def test_tables(tmp_path, text):
     assert _flat(captions.read(str(_write(tmp_path / "x.csv", text)))) == expected
 
 
+def test_equal_names_in_two_folders_stay_apart(tmp_path):
+    path = _write(tmp_path / "x.csv", "image,caption,split\na/1.jpg,x,train\nb/1.jpg,y,train\n")
+    assert [item.image_id for item in captions.read(str(path))["train"]] == ["a/1.jpg", "b/1.jpg"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -114,6 +119,7 @@ def test_a_file_that_is_not_there(tmp_path):
         ("1007129816.jpg", ["1007129816.jpg", "1007129816"]),
         ("dog_12.jpg", ["dog_12.jpg", "dog_12"]),  # not number 12
         ("v1.5", ["v1.5"]),
+        ("a/0001.jpg", ["a/0001.jpg", "a/0001"]),
     ],
 )
 def test_names_of_an_image(image_id, keys):

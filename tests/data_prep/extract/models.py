@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import skimage.data
 from PIL import Image
 
@@ -38,9 +37,15 @@ def write_models(folder: Path, torch, transformers) -> dict[str, str]:
     square = {"height": 32, "width": 32}
     clip = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     siglip = transformers.SiglipConfig(text_config=text, vision_config=vision)
-    dinov2 = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14
-    )
+    dinov2 = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    registers = transformers.Dinov2WithRegistersConfig(**dinov2, num_register_tokens=4)
+    cropped = transformers.BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
     stages = ["stage1", "stage2", "stage3", "stage4"]
     swin = transformers.SwinConfig(
         image_size=64, embed_dim=16, depths=[1] * 4, num_heads=[2] * 4, window_size=4, out_features=stages
@@ -61,17 +66,22 @@ def write_models(folder: Path, torch, transformers) -> dict[str, str]:
     resnet = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 12, 16, 24], depths=[1] * 4, layer_type="basic", out_features=stages
     )
-    detr = transformers.DetrConfig(
-        backbone_config=resnet,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        encoder_attention_heads=8,
-        decoder_attention_heads=8,
-        num_queries=10,
-        num_labels=LABELS,
+    detr = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+        "encoder_attention_heads": 8,
+        "decoder_attention_heads": 8,
+        "num_queries": 10,
+    }
+    maskformer = transformers.MaskFormerConfig(
+        backbone_config=swin,
+        decoder_config=transformers.DetrConfig(**detr),
+        fpn_feature_size=32,
+        mask_feature_size=32,
+        num_labels=133,
     )
     sizes = {"shortest_edge": 64, "longest_edge": 96}
     made = {
@@ -80,15 +90,22 @@ def write_models(folder: Path, torch, transformers) -> dict[str, str]:
             transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square),
         ),
         "siglip": (transformers.SiglipModel(siglip), transformers.SiglipImageProcessorPil(size=square)),
-        "dinov2": (
-            transformers.Dinov2Model(dinov2),
-            transformers.BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}),
-        ),
+        "dinov2": (transformers.Dinov2Model(transformers.Dinov2Config(**dinov2)), cropped),
+        "dinov2_with_registers": (transformers.Dinov2WithRegistersModel(registers), cropped),
         "mask2former": (
             transformers.Mask2FormerForUniversalSegmentation(mask2former),
             transformers.Mask2FormerImageProcessorPil(size=sizes, size_divisor=32, ignore_index=255),
         ),
-        "detr": (transformers.DetrForSegmentation(detr), transformers.DetrImageProcessorPil(size=sizes)),
+        "maskformer": (
+            transformers.MaskFormerForInstanceSegmentation(maskformer),
+            transformers.MaskFormerImageProcessorPil(size=sizes, size_divisor=32),
+        ),
+        "detr": (
+            transformers.DetrForSegmentation(
+                transformers.DetrConfig(backbone_config=resnet, num_labels=LABELS, **detr)
+            ),
+            transformers.DetrImageProcessorPil(size=sizes),
+        ),
     }
     # Random class heads are sure of nothing: larger weights make segments that pass the usual thresholds.
     with torch.no_grad():
@@ -107,8 +124,3 @@ def write_captions(path: Path, names: list[str]) -> None:
         split = "val" if place == len(names) - 1 else "train"
         rows += [f'{name},"a photograph, number {place}, seen {n}",{split}' for n in range(2)]
     path.write_text("\n".join(rows) + "\n")
-
-
-def average(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Share of each class in a label map."""
-    return np.bincount(labels.ravel(), minlength=256)[:classes] / labels.size

@@ -17,7 +17,9 @@ def _pixels(image, size, processor):
     return torch.tensor(scaled.transpose(2, 0, 1)[None], dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("kind", "size", "side"), [("clip", 32, 4), ("siglip", 32, 4), ("dinov2", 28, 2)])
+@pytest.mark.parametrize(
+    ("kind", "size", "side"), [("clip", 32, 4), ("siglip", 32, 4), ("dinov2", 28, 2), ("dinov2_with_registers", 28, 2)]
+)
 def test_tokens_and_vector_are_those_of_the_whole_photograph(made, kind, size, side):
     folder, names, models = made
     images = [Image.open(folder / name) for name in names]
@@ -27,7 +29,7 @@ def test_tokens_and_vector_are_those_of_the_whole_photograph(made, kind, size, s
     for image, (grid, vector) in zip(images, found, strict=True):
         with torch.no_grad():
             pixels = _pixels(image, size, processor)
-            vision = model(pixels) if kind == "dinov2" else model.vision_model(pixels)
+            vision = model(pixels) if kind.startswith("dinov2") else model.vision_model(pixels)
             expected = model.visual_projection(vision.pooler_output) if kind == "clip" else vision.pooler_output
         assert grid.shape == (side, side, 32)
         patches = vision.last_hidden_state[0, -side * side :].numpy()

@@ -47,7 +47,7 @@ def _answer(segmenter, kind, labels, sure=12.0):
     segmenter._model = forward
 
 
-@pytest.mark.parametrize("kind", ["mask2former", "detr"])
+@pytest.mark.parametrize("kind", ["mask2former", "maskformer", "detr"])
 def test_known_segments(made, kind):
     segmenter = _segmenter(made[2][kind])
     # DETR's labels are COCO's category ids; a label without a class takes no part
