@@ -20,8 +20,8 @@ class Backbone:
 
     def __init__(self, name: str, device: torch.device, image_size: int | None = None):
         """Loads the model `name`. image_size: side of the square in pixels; None is what its processor makes."""
-        self._processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-        self._model = AutoModel.from_pretrained(name).eval().to(device)
+        self._processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+        self._model = AutoModel.from_pretrained(name, trust_remote_code=False).eval().to(device)
         self._device = device
         vision = getattr(self._model.config, "vision_config", self._model.config)
         for needed in ("image_size", "patch_size"):

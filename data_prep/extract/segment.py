@@ -25,8 +25,8 @@ class Segmenter:
 
     def __init__(self, name: str, device: torch.device, *, regions: int, region_score: float, seg_map: str):
         """Loads the model `name`; see `Settings` for the rest. Raises DataError for a model of another kind."""
-        self._processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-        self._model = AutoModelForUniversalSegmentation.from_pretrained(name).eval().to(device)
+        self._processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+        self._model = AutoModelForUniversalSegmentation.from_pretrained(name, trust_remote_code=False).eval().to(device)
         config = self._model.config
         if config.model_type not in MODELS:
             raise DataError(f"segmenter {name}: expected one of {', '.join(MODELS)}, found {config.model_type}")
