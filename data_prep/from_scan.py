@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import command, schema
-from data_prep.builder import write_dataset
+from data_prep import command, join, parts, schema
+from data_prep.files import open_array, read_lines
 from data_prep.schema import DataError, Record
+from data_prep.sources.base import Source
 
 ARRAYS = {
     "regions": "_ims.npy",
@@ -72,33 +73,9 @@ class ScanSplit:
                 yield record
 
 
-def open_array(path: Path) -> np.ndarray:
-    """The array of a .npy file, memory-mapped."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise DataError(f"{path}: expected a .npy array of numbers: {error}") from error
-
-
 def _rows(path: Path, start: int, stop: int, step: int) -> np.ndarray:
     """Rows start*step, (start+1)*step, ... copied: an open map would keep every page it read resident."""
     return np.array(open_array(path)[start * step : stop * step : step])
-
-
-def read_lines(path: Path) -> list[str]:
-    """Stripped lines of a UTF-8 text file; an empty line is an error that names its number."""
-    if not path.is_file():
-        raise DataError(f"{path}: expected this file, found none")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text: {error}") from error
-    if lines[-1] == "":
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        if not line:
-            raise DataError(f"{path} line {number}: expected text, found an empty line")
-    return lines
 
 
 def open_split(
@@ -221,19 +198,29 @@ def import_scan(
     feature_dtype: str | None = "float16",
     source: str = "",
     overwrite: bool = False,
+    sources: Sequence[Source] = (),
+    skip_absent: bool = False,
 ) -> Path:
     """Import a folder and return the version folder of the data set; see `--help` for the arguments."""
     opened = {
         split: open_split(src, split, captions_per_image=captions_per_image, feature_dtype=feature_dtype)
         for split in (splits or split_names(src))
     }
-    metadata = {
-        "source": source or f"data_prep.from_scan of {src.resolve().name}",
-        **class_metadata(src, opened.values()),
-    }
-    files = {split: opened[split].files for split in opened}
-    total = sum(map(len, opened.values()))
-    return write_dataset(out, name, opened, metadata, files=files, total=total, overwrite=overwrite)
+    return join.write_joined(
+        opened,
+        sources,
+        name,
+        out,
+        metadata={
+            "source": source or f"data_prep.from_scan of {src.resolve().name}",
+            **class_metadata(src, opened.values()),
+        },
+        total=sum(map(len, opened.values())),
+        files={split: opened[split].files for split in opened},
+        feature_dtype=feature_dtype,
+        skip_absent=skip_absent,
+        overwrite=overwrite,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -249,6 +236,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--feature_dtype", choices=dtypes, default="float16", help="dtype that features are stored in")
     parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
+    parts.add_arguments(parser)
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
@@ -259,6 +247,8 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "feature_dtype": None if args.feature_dtype == "keep" else args.feature_dtype,
         "source": args.source,
         "overwrite": args.overwrite,
+        "sources": parts.open_sources(args),
+        "skip_absent": args.absent == "skip",
     }
 
 

@@ -34,7 +34,7 @@ ENTRY = {"api", "commands", "convert", "plan", "scale_point", "scaling", "search
 # What a folder may import of the whole project.
 REACH = {
     "shnet_jax": {"shnet_jax"},
-    "data_prep": {"data_prep", "shnet_jax.data"},
+    "data_prep": {"data_prep", "shnet_jax.data", "shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle"},
     "configs": {"configs"},
 }
 PROJECT = {"shnet_jax", "data_prep", "configs", "tests", "benchmarks", "main"}
