@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from shnet_jax.data.records import DataSet
+from shnet_jax.evaluate.bootstrap import load_queries, recall_intervals, save_queries
+from shnet_jax.evaluate.ensemble import Embedded, combine
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.report import card_table, table, write_json
-from shnet_jax.evaluate.split import make_evaluator, subject
+from shnet_jax.evaluate.report import card_table, extra_table, interval_table, table, write_json, write_text
+from shnet_jax.evaluate.split import embed_split, evaluate_embedded, subject
+from shnet_jax.evaluate.zero_shot import zero_shot
 from shnet_jax.experiment import Experiment, abstract_variables, assemble
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.loop import train_and_evaluate
-from shnet_jax.train.workdir import differences, trained_config
+from shnet_jax.train.workdir import complete, differences, trained_config
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -43,9 +49,19 @@ def load(workdir: str | Path, config: ConfigDict) -> Loaded:
     given configuration or the data set does not fit them.
     """
     workdir = Path(workdir)
-    trained = trained_config(workdir)
+    trained = complete(trained_config(workdir), config)
     if wrong := _model_differences(trained, config):
         raise ValueError(f"{workdir} was trained with another model than --config names:\n  " + "\n  ".join(wrong))
+    return _restore(workdir, trained, config)
+
+
+def load_any(workdir: str | Path, config: ConfigDict) -> Loaded:
+    """As `load`, whatever model the run is of: config gives the evaluation only."""
+    workdir = Path(workdir)
+    return _restore(workdir, complete(trained_config(workdir), config), config)
+
+
+def _restore(workdir: Path, trained: ConfigDict, config: ConfigDict) -> Loaded:
     # What an evaluation may choose; everything else comes from the run.
     trained.unlock()
     trained.data.dir = config.data.dir or trained.data.dir
@@ -75,19 +91,87 @@ def _model_differences(trained: ConfigDict, config: ConfigDict) -> list[str]:
 
 
 def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:
-    """Evaluates the checkpoint config.eval.checkpoint of a work folder on config.eval.split."""
-    loaded = load(workdir, config)
-    split = config.eval.split
+    """Evaluates the checkpoint config.eval.checkpoint of a work folder on config.eval.split.
+
+    By the first of config.eval.protocols, with the further numbers that config.eval asks for.
+    """
+    return evaluate_loaded([load(workdir, config)], config)
+
+
+def evaluate_loaded(members: Sequence[Loaded], config: ConfigDict, name: str = "ensemble") -> Results:
+    """As `evaluate_checkpoint`; several models together, as an ensemble of that name."""
     mesh = make_mesh(config.parallel.devices)
+    found = [_embed(member, config.eval.split, mesh) for member in members]
+    together = found[0] if len(found) == 1 else combine(name, found)
+    one = ConfigDict(config.eval.to_dict() | {"protocols": config.eval.protocols[:1]})
+    return evaluate_embedded(together, members[0].experiment.dataset, one, mesh, intervals=False)[one.protocols[0]]
+
+
+def _embed(loaded: Loaded, split: str, mesh: Mesh) -> Embedded:
     what = subject(loaded.experiment, split, loaded.step, loaded.selected_on, mesh.size)
-    return make_evaluator(loaded.experiment, split, mesh)(loaded.variables, what)
+    return embed_split(loaded.experiment, loaded.variables, split, mesh, what)
 
 
 def evaluate(config: ConfigDict, workdir: str | Path) -> None:
-    """Evaluates a checkpoint; prints table and card, writes results_<data set>_<split>_<protocol>_<checkpoint>.json."""
-    results = evaluate_checkpoint(config, workdir)
-    card, arms = results.card, {config.name: results}
-    name = f"results_{card['dataset']}_{card['split']}_{card['protocol']}_{config.eval.checkpoint}.json"
-    if hosts.is_first():
-        write_json(Path(workdir) / name, arms)
-        print(f"{table(arms)}\n{card_table(card)}")
+    """Evaluates a checkpoint, or those of config.eval.ensemble one by one and together.
+
+    Prints tables and card and writes them to results_<data set>_<split>_<protocols>_<checkpoint>.md and .json in
+    `workdir`, and the ranks of all queries to queries_<...>.npz, for config.eval.compare. A data set with the vectors
+    of a pretrained dual encoder (`zero_shot`) gets a row for that too.
+    """
+    evaluation, workdir = config.eval, Path(workdir)
+    mesh = make_mesh(config.parallel.devices)
+    other = load_queries(Path(evaluation.compare)) if evaluation.compare else None
+    rows, dataset = _rows(config, workdir, mesh)
+    arms: dict[str, Results] = {}
+    last: dict[str, Results] = {}  # of our model, by protocol
+    for row in rows:
+        found = evaluate_embedded(row, dataset, evaluation, mesh)
+        several = len(found) > 1
+        arms |= {f"{row.name}, {protocol}" if several else row.name: results for protocol, results in found.items()}
+        last = found
+    pretrained = zero_shot(dataset, evaluation.split)
+    if pretrained is not None:
+        plain = ConfigDict(evaluation.to_dict() | {"score_dtype": "float32"})
+        found = evaluate_embedded(pretrained, dataset, plain, mesh)
+        arms |= {f"{pretrained.name}, {p}" if len(found) > 1 else pretrained.name: r for p, r in found.items()}
+    if not hosts.is_first():
+        return
+    ours = last[evaluation.protocols[0]]
+    assert ours.queries is not None  # `evaluate_embedded` gives them
+    differences = {}
+    if other is not None:
+        differences[f"{rows[-1].name} - {evaluation.compare}"] = recall_intervals([ours.queries], [other])
+    name = f"{ours.card['dataset']}_{ours.card['split']}_{'+'.join(evaluation.protocols)}_{evaluation.checkpoint}"
+    tables = [
+        table(arms),
+        extra_table(arms),
+        interval_table({n: arm.intervals for n, arm in arms.items()} | differences),
+    ]
+    text = "\n".join([*filter(None, tables), *(card_table(results.card) for results in last.values())])
+    workdir.mkdir(parents=True, exist_ok=True)
+    save_queries(workdir / f"queries_{name}.npz", ours.queries)
+    write_json(workdir / f"results_{name}.json", arms, differences)
+    write_text(workdir / f"results_{name}.md", text)
+    print(text)
+
+
+def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded], DataSet]:
+    """What is evaluated, the last one being what the command is about, and the data set of the first."""
+    runs = config.eval.ensemble
+    if not runs:
+        loaded = load(workdir, config)
+        return [
+            dataclasses.replace(_embed(loaded, config.eval.split, mesh), name=config.name)
+        ], loaded.experiment.dataset
+    if len(set(map(str, runs))) < len(runs) or len(runs) < 2:
+        raise ValueError(f"config.eval.ensemble is {tuple(runs)}; expected at least 2 different work folders")
+    members, dataset = [], None
+    for run in runs:
+        loaded = load_any(run, config)
+        dataset = dataset or loaded.experiment.dataset
+        members.append(_embed(loaded, config.eval.split, mesh))
+    if len({member.name for member in members}) < len(members):
+        members = [dataclasses.replace(m, name=f"{m.name} ({run})") for m, run in zip(members, runs, strict=True)]
+    assert dataset is not None  # of the first run
+    return [*members, combine(f"ensemble of {len(members)}", members, config.eval.ensemble_weights)], dataset
