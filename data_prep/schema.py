@@ -241,7 +241,7 @@ def _describe(value: Any) -> str:
 
 
 def signature(record: Mapping[str, Any]) -> Signature:
-    """Shape and dtype of each field; what differs from image to image (captions) has the shape (), their number is -1."""
+    """Shape and dtype of each field; texts, which differ from image to image, have the shape (), their number is -1."""
     fixed = {
         name: (tuple(-1 if size is None else size for size in _stored_shape(name, v)), v.dtype.name)
         for name, v in record.items()

@@ -10,12 +10,13 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shnet_jax.data.records import DataSet
+from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.evaluate.bootstrap import load_queries, recall_intervals, save_queries
 from shnet_jax.evaluate.ensemble import Embedded, combine
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import card_table, extra_table, interval_table, table, write_json, write_text
 from shnet_jax.evaluate.split import embed_split, evaluate_embedded, subject
+from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.evaluate.zero_shot import zero_shot
 from shnet_jax.experiment import Experiment, abstract_variables, assemble
 from shnet_jax.parallel import hosts
@@ -107,6 +108,21 @@ def evaluate_loaded(members: Sequence[Loaded], config: ConfigDict, name: str = "
     return evaluate_embedded(together, members[0].experiment.dataset, one, mesh, intervals=False)[one.protocols[0]]
 
 
+def evaluate_zero_shot(config: ConfigDict) -> Results | None:
+    """The row of the dual encoder whose vectors the data set config.data.dir has; None when it has none."""
+    return next(
+        iter(_zero_shot(open_dataset(config.data.dir), config.eval, make_mesh(config.parallel.devices)).values()), None
+    )
+
+
+def _zero_shot(dataset: DataSet, evaluation: ConfigDict, mesh: Mesh) -> dict[str, Results]:
+    """By protocol; {} for a data set without such vectors."""
+    pretrained = zero_shot(dataset, evaluation.split)
+    if pretrained is None:
+        return {}
+    return evaluate_embedded(pretrained, dataset, evaluation, mesh)
+
+
 def _embed(loaded: Loaded, split: str, mesh: Mesh) -> Embedded:
     what = subject(loaded.experiment, split, loaded.step, loaded.selected_on, mesh.size)
     return embed_split(loaded.experiment, loaded.variables, split, mesh, what)
@@ -123,20 +139,13 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     mesh = make_mesh(config.parallel.devices)
     other = load_queries(Path(evaluation.compare)) if evaluation.compare else None
     rows, dataset = _rows(config, workdir, mesh)
-    arms: dict[str, Results] = {}
-    last: dict[str, Results] = {}  # of our model, by protocol
-    for row in rows:
-        found = evaluate_embedded(row, dataset, evaluation, mesh)
-        several = len(found) > 1
-        arms |= {f"{row.name}, {protocol}" if several else row.name: results for protocol, results in found.items()}
-        last = found
-    pretrained = zero_shot(dataset, evaluation.split)
-    if pretrained is not None:
-        plain = ConfigDict(evaluation.to_dict() | {"score_dtype": "float32"})
-        found = evaluate_embedded(pretrained, dataset, plain, mesh)
-        arms |= {f"{pretrained.name}, {p}" if len(found) > 1 else pretrained.name: r for p, r in found.items()}
+    found = {row.name: evaluate_embedded(row, dataset, evaluation, mesh) for row in rows}
+    found[ZERO_SHOT] = _zero_shot(dataset, evaluation, mesh)
+    several = len(evaluation.protocols) > 1
+    arms = {f"{row}, {p}" if several else row: results for row, by in found.items() for p, results in by.items()}
     if not hosts.is_first():
         return
+    last = found[rows[-1].name]
     ours = last[evaluation.protocols[0]]
     assert ours.queries is not None  # `evaluate_embedded` gives them
     differences = {}
