@@ -16,8 +16,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "study", "plan", "scale"],
-    "train (or continue) a model; eval a checkpoint; study: train and compare arms; plan: what a step will cost; "
+    ["train", "eval", "cross", "study", "plan", "scale"],
+    "train (or continue) a model; eval a checkpoint or an ensemble; cross: evaluate every run on every data set; "
+    "study: train and compare arms; plan: what a step will cost; "
     "scale: measure the step over devices, batches, loss strategies and precisions.",
 )
 TARGET = flags.DEFINE_string("target", "", "What --mode=plan compiles for, as tpu:v5e:4x4, tpu:v4:2x2x2, gpu or cpu:8.")
@@ -81,6 +82,7 @@ def main(argv: list[str]) -> None:
     python_logging.getLogger("shnet_jax").setLevel(python_logging.INFO)
     # Late, so that --help and mistakes in flags are quick.
     from shnet_jax import commands
+    from shnet_jax.cross import cross
     from shnet_jax.parallel import hosts
     from shnet_jax.plan import plan
     from shnet_jax.scaling import scale
@@ -89,7 +91,7 @@ def main(argv: list[str]) -> None:
     from shnet_jax.train.loop import NonFiniteLoss
     from shnet_jax.train.workdir import WorkdirError
 
-    modes = {"train": commands.train, "eval": commands.evaluate, "study": study, "scale": scale}
+    modes = {"train": commands.train, "eval": commands.evaluate, "cross": cross, "study": study, "scale": scale}
     run = (modes | {"plan": partial(plan, target=TARGET.value)})[MODE.value]
     try:
         if DISTRIBUTED.value and MODE.value not in ("train", "eval"):

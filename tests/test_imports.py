@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 COMMON = {"types", "registry"}
 # What a command line calls: may import every part, no part may import it.
-ENTRY = {"commands", "plan", "scale_point", "scaling", "study"}
+ENTRY = {"commands", "cross", "plan", "scale_point", "scaling", "study"}
 
 # What a folder may import of the whole project.
 REACH = {
