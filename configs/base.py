@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     model.spatial = True  # spatial highlighting (VSpM)
     model.scene_tokens = True  # the cells of seg_semantic join the pooled set
     model.category_token = True  # the category vector joins the pooled set
+    model.global_residual = False  # a linear map of image_embedding is added to the pooled vector (published: none)
     model.num_classes = 133  # classes of the label map and of the category vector (COCO panoptic 133)
     model.map_channels = 128  # channels of the convolved label map (published 128)
     model.map_input = "raw_id"  # label map as "raw_id" (published) | "embedding" (learned, 16 channels)

@@ -8,7 +8,7 @@ UNITS = {"region": ("regions",), "grid": ("grid",), "joint": ("regions", "grid")
 
 
 def get_config() -> ConfigDict:
-    """`--mode=study`: 12 arms, and the ensembles of a region and a grid model of the same seed, by kind of highlighting.
+    """`--mode=study`: 12 arms, then ensembles of the region and the grid model of the same highlighting and seed.
 
     The joint arms are those of shnet_flickr8k.py.
     """
