@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.evaluate.bootstrap import load_queries, recall_intervals, save_queries
 from shnet_jax.evaluate.ensemble import Embedded, combine
+from shnet_jax.evaluate.extra import Wanted, read_wanted
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import card_table, extra_table, interval_table, table, write_json, write_text
 from shnet_jax.evaluate.split import embed_split, evaluate_embedded, subject
@@ -102,10 +103,11 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:
 def evaluate_loaded(members: Sequence[Loaded], config: ConfigDict, name: str = "ensemble") -> Results:
     """As `evaluate_checkpoint`; several models together, as an ensemble of that name."""
     mesh = make_mesh(config.parallel.devices)
+    wanted = read_wanted(members[0].experiment.dataset, config.eval.split, config.eval)
     found = [_embed(member, config.eval.split, mesh) for member in members]
     together = found[0] if len(found) == 1 else combine(name, found)
     one = ConfigDict(config.eval.to_dict() | {"protocols": config.eval.protocols[:1]})
-    return evaluate_embedded(together, members[0].experiment.dataset, one, mesh, intervals=False)[one.protocols[0]]
+    return evaluate_embedded(together, wanted, one, mesh, intervals=False)[one.protocols[0]]
 
 
 def evaluate_zero_shot(config: ConfigDict) -> Results | None:
@@ -120,7 +122,7 @@ def _zero_shot(dataset: DataSet, evaluation: ConfigDict, mesh: Mesh) -> dict[str
     pretrained = zero_shot(dataset, evaluation.split)
     if pretrained is None:
         return {}
-    return evaluate_embedded(pretrained, dataset, evaluation, mesh)
+    return evaluate_embedded(pretrained, read_wanted(dataset, evaluation.split, evaluation), evaluation, mesh)
 
 
 def _embed(loaded: Loaded, split: str, mesh: Mesh) -> Embedded:
@@ -138,8 +140,8 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     evaluation, workdir = config.eval, Path(workdir)
     mesh = make_mesh(config.parallel.devices)
     other = load_queries(Path(evaluation.compare)) if evaluation.compare else None
-    rows, dataset = _rows(config, workdir, mesh)
-    found = {row.name: evaluate_embedded(row, dataset, evaluation, mesh) for row in rows}
+    rows, dataset, wanted = _rows(config, workdir, mesh)
+    found = {row.name: evaluate_embedded(row, wanted, evaluation, mesh) for row in rows}
     found[ZERO_SHOT] = _zero_shot(dataset, evaluation, mesh)
     several = len(evaluation.protocols) > 1
     arms = {f"{row}, {p}" if several else row: results for row, by in found.items() for p, results in by.items()}
@@ -165,22 +167,23 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     print(text)
 
 
-def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded], DataSet]:
-    """What is evaluated, the last one being what the command is about, and the data set of the first."""
-    runs = config.eval.ensemble
-    if not runs:
-        loaded = load(workdir, config)
-        return [
-            dataclasses.replace(_embed(loaded, config.eval.split, mesh), name=config.name)
-        ], loaded.experiment.dataset
-    if len(set(map(str, runs))) < len(runs) or len(runs) < 2:
+def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded], DataSet, Wanted]:
+    """What is evaluated, the last one being what the command is about; data set and judgements of the first."""
+    evaluation, runs = config.eval, config.eval.ensemble
+    if runs and (len({*map(str, runs)}) < len(runs) or len(runs) < 2):
         raise ValueError(f"config.eval.ensemble is {tuple(runs)}; expected at least 2 different work folders")
-    members, dataset = [], None
-    for run in runs:
-        loaded = load_any(run, config)
-        dataset = dataset or loaded.experiment.dataset
-        members.append(_embed(loaded, config.eval.split, mesh))
+    for run in runs:  # a folder without a run is told before anything is encoded
+        trained_config(Path(run))
+    first = load_any(runs[0], config) if runs else load(workdir, config)
+    dataset = first.experiment.dataset
+    wanted = read_wanted(dataset, evaluation.split, evaluation)
+    members = [_embed(first, evaluation.split, mesh)]
+    if not runs:
+        return [dataclasses.replace(members[0], name=config.name)], dataset, wanted
+    # One after another: only one model's parameters are on the devices.
+    del first
+    members += [_embed(load_any(run, config), evaluation.split, mesh) for run in runs[1:]]
     if len({member.name for member in members}) < len(members):
         members = [dataclasses.replace(m, name=f"{m.name} ({run})") for m, run in zip(members, runs, strict=True)]
-    assert dataset is not None  # of the first run
-    return [*members, combine(f"ensemble of {len(members)}", members, config.eval.ensemble_weights)], dataset
+    together = combine(f"ensemble of {len(members)}", members, evaluation.ensemble_weights)
+    return [*members, together], dataset, wanted

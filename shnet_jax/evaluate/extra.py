@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,55 +38,74 @@ class CocoRows:
         self.captions = rows_of(np.concatenate([record["caption_ids"] for record in ids]), "caption")
 
 
-def extra_metrics(embedded: Embedded, dataset: DataSet, evaluation: ConfigDict, mesh: Mesh) -> Metrics:
-    """Numbers by name, {} when config.eval asks for none.
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What config.eval asks for, with the judgements read.
+
+    between: name -> relevant captions of images, relevant images of captions. within: "i2i" and "t2t" -> the same of
+    images to images and of captions to captions; both empty without.
+    """
+
+    hubness: bool
+    between: Mapping[str, tuple[Relevant, Relevant]]
+    within: Mapping[str, Relevant]
+
+
+def read_wanted(dataset: DataSet, split: str, evaluation: ConfigDict) -> Wanted:
+    """Reads the judgements that config.eval names, before anything is encoded.
+
+    Raises ValueError or FileNotFoundError when a file is missing or does not fit the split.
+    """
+    between: dict[str, tuple[Relevant, Relevant]] = {}
+    within: dict[str, Relevant] = {}
+    if evaluation.eccv or evaluation.cxc:
+        rows = CocoRows(dataset, split)
+        if evaluation.eccv:
+            folder = judgements_folder(evaluation.eccv)
+            between = {name: read_judgements(folder, name, rows.images, rows.captions) for name in ("eccv", "cxc")}
+        if evaluation.cxc:
+            ratings, name = Path(evaluation.cxc), "val" if split.startswith(("val", "dev")) else "test"
+            counts = dataset.caption_counts(split)
+            siblings = sibling_captions(np.repeat(np.arange(len(counts)), counts))
+            query, item = read_ratings(ratings / f"sts_{name}.csv", "caption", rows.captions)
+            within = {
+                "i2i": relevant(*read_ratings(ratings / f"sis_{name}.csv", "image", rows.images)),
+                "t2t": relevant(np.append(query, siblings[0]), np.append(item, siblings[1])),
+            }
+    return Wanted(evaluation.hubness, between, within)
+
+
+def extra_metrics(embedded: Embedded, wanted: Wanted, tile: int, mesh: Mesh) -> Metrics:
+    """Numbers by name, {} when nothing is wanted.
 
     hubness_i2t, hubness_t2i: skewness of how often captions (images) are among the first 10 of an image (caption).
     eccv_i2t_map_at_r, _rprecision, _r1 and the same for t2i: ECCV Caption, percent.
     cxc_i2t_r1, _r5, _r10, the same for t2i: Crisscrossed Captions, percent; for i2i and t2t where ratings are given.
     """
     found: Metrics = {}
-    judged: dict[str, tuple[Relevant, Relevant]] = {}
-    split = embedded.subject.split
-    rows = CocoRows(dataset, split) if evaluation.eccv or evaluation.cxc else None
-    if evaluation.eccv and rows is not None:
-        folder = judgements_folder(evaluation.eccv)
-        judged = {name: read_judgements(folder, name, rows.images, rows.captions) for name in ("eccv", "cxc")}
-    if judged or evaluation.hubness:
-        most = max([OCCURRENCE, CUTS[-1], *(side.most for sides in judged.values() for side in sides)])
-        top = top_items(embedded.images, embedded.texts, embedded.score, most, evaluation.tile, mesh)
-        if evaluation.hubness:
+    if wanted.between or wanted.hubness:
+        most = max([OCCURRENCE, CUTS[-1], *(side.most for sides in wanted.between.values() for side in sides)])
+        top = top_items(embedded.images, embedded.texts, embedded.score, most, tile, mesh)
+        if wanted.hubness:
             found |= {
                 "hubness_i2t": hubness(top.i2t[:, :OCCURRENCE], size(embedded.texts)),
                 "hubness_t2i": hubness(top.t2i[:, :OCCURRENCE], size(embedded.images)),
             }
-        for name, sides in judged.items():
+        for name, sides in wanted.between.items():
             found |= _judged(name, top, sides)
-    if evaluation.cxc and rows is not None:
-        found |= _within(embedded, Path(evaluation.cxc), split, rows, evaluation.tile, mesh)
+    for direction, pairs in wanted.within.items():
+        items = embedded.images if direction == "i2i" else embedded.texts
+        numbers = recall_at(hits(top_within(items, embedded.score, CUTS[-1], tile, mesh), pairs))
+        found |= {f"cxc_{direction}_{number}": value for number, value in numbers.items()}
     return found
 
 
 def _judged(name: str, top: Top, sides: tuple[Relevant, Relevant]) -> Metrics:
     found: Metrics = {}
-    for direction, lists, wanted in (("i2t", top.i2t, sides[0]), ("t2i", top.t2i, sides[1])):
-        hit = hits(lists, wanted)
-        numbers = precision_at_r(hit, wanted.counts) if name == "eccv" else recall_at(hit)
+    for direction, lists, pairs in (("i2t", top.i2t, sides[0]), ("t2i", top.t2i, sides[1])):
+        hit = hits(lists, pairs)
+        numbers = precision_at_r(hit, pairs.counts) if name == "eccv" else recall_at(hit)
         found |= {f"{name}_{direction}_{number}": value for number, value in numbers.items()}
-    return found
-
-
-def _within(embedded: Embedded, folder: Path, split: str, rows: CocoRows, tile: int, mesh: Mesh) -> Metrics:
-    """Recall of captions by captions and of images by images, from sts_{split}.csv and sis_{split}.csv."""
-    name = "val" if split.startswith(("val", "dev")) else "test"
-    images = relevant(*read_ratings(folder / f"sis_{name}.csv", "image", rows.images))
-    query, item = read_ratings(folder / f"sts_{name}.csv", "caption", rows.captions)
-    siblings = sibling_captions(embedded.caption_image)
-    captions = relevant(np.append(query, siblings[0]), np.append(item, siblings[1]))
-    found: Metrics = {}
-    for direction, items, wanted in (("i2i", embedded.images, images), ("t2t", embedded.texts, captions)):
-        numbers = recall_at(hits(top_within(items, embedded.score, CUTS[-1], tile, mesh), wanted))
-        found |= {f"cxc_{direction}_{number}": value for number, value in numbers.items()}
     return found
 
 

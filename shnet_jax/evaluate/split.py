@@ -14,11 +14,10 @@ from ml_collections import ConfigDict
 
 from shnet_jax.data.batches import gather
 from shnet_jax.data.gallery import Gallery, Part, open_gallery
-from shnet_jax.data.records import DataSet
 from shnet_jax.evaluate.bootstrap import recall_intervals
 from shnet_jax.evaluate.encode import Portion, encode
 from shnet_jax.evaluate.ensemble import Embedded
-from shnet_jax.evaluate.extra import extra_metrics
+from shnet_jax.evaluate.extra import Wanted, extra_metrics
 from shnet_jax.evaluate.pipelined import make_pipelined_text_encoder, place_variables, stage_mesh
 from shnet_jax.evaluate.protocols import Results, Subject, evaluate, find_protocol
 from shnet_jax.evaluate.rank import check_captions
@@ -56,11 +55,11 @@ def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
     By the first of config.eval.protocols, which so selects the best checkpoint.
     """
     config, model = experiment.config, experiment.model
-    gallery, encode_both = _open(experiment, split, mesh)
+    protocol = _protocols(config)[0]
+    gallery, encode_both = _open(experiment, split, mesh, (protocol,))
 
     def evaluator(variables: dict[str, Any], subject: Subject) -> Results:
         images, texts = encode_both(variables)
-        protocol = config.eval.protocols[0]
         return _ranked(images, texts, gallery.caption_image, model.score, protocol, subject, config.eval, mesh)
 
     return evaluator
@@ -70,7 +69,7 @@ def embed_split(
     experiment: Experiment, variables: dict[str, Any], split: str, mesh: Mesh, subject: Subject
 ) -> Embedded:
     """Encodes a split with variables {"params", "batch_stats"}; the result is named like the run."""
-    gallery, encode_both = _open(experiment, split, mesh)
+    gallery, encode_both = _open(experiment, split, mesh, _protocols(experiment.config))
     images, texts = encode_both(variables)
     return Embedded(
         name=experiment.config.name,
@@ -85,11 +84,11 @@ def embed_split(
 
 
 def evaluate_embedded(
-    embedded: Embedded, dataset: DataSet, evaluation: ConfigDict, mesh: Mesh, intervals: bool = True
+    embedded: Embedded, wanted: Wanted, evaluation: ConfigDict, mesh: Mesh, intervals: bool = True
 ) -> dict[str, Results]:
-    """Results by protocol, of all config.eval.protocols, with the further numbers that config.eval asks for."""
+    """Results by protocol, of all config.eval.protocols, each with the further numbers that are wanted."""
     check_score_dtype(embedded.score, evaluation.score_dtype)
-    extra = extra_metrics(embedded, dataset, evaluation, _ranking(mesh))
+    extra = extra_metrics(embedded, wanted, evaluation.tile, _ranking(mesh))
     found = {}
     for protocol in evaluation.protocols:
         results = _ranked(
@@ -109,13 +108,19 @@ def evaluate_embedded(
     return found
 
 
+def _protocols(config: ConfigDict) -> tuple[str, ...]:
+    if not config.eval.protocols:
+        raise ValueError('config.eval.protocols is empty; expected at least one, such as ("whole",)')
+    return tuple(config.eval.protocols)
+
+
 def _open(
-    experiment: Experiment, split: str, mesh: Mesh
+    experiment: Experiment, split: str, mesh: Mesh, protocols: tuple[str, ...]
 ) -> tuple[Gallery, Callable[[dict[str, Any]], tuple[Embedding, Embedding]]]:
     config = experiment.config
     check_score_dtype(experiment.model.score, config.eval.score_dtype)
     gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
-    _check(experiment, gallery)
+    _check(experiment, gallery, protocols)
     return gallery, make_encoder(experiment, gallery, mesh)
 
 
@@ -147,16 +152,14 @@ def _ranking(mesh: Mesh) -> Mesh:
     return mesh if jax.process_count() == 1 else data_mesh(jax.local_devices())
 
 
-def _check(experiment: Experiment, gallery: Gallery) -> None:
+def _check(experiment: Experiment, gallery: Gallery, protocols: tuple[str, ...]) -> None:
     """What would otherwise fail after hours of encoding, or at the end of the first epoch."""
     evaluation = experiment.config.eval
     check_captions(gallery.caption_image, gallery.images, len(gallery.captions))
     tile_shape(gallery.images, len(gallery.captions), evaluation.tile)
     if evaluation.batch_size < 1:
         raise ValueError(f"config.eval.batch_size is {evaluation.batch_size}; it must be at least 1")
-    if not evaluation.protocols:
-        raise ValueError('config.eval.protocols is empty; expected at least one, such as ("whole",)')
-    for protocol in evaluation.protocols:
+    for protocol in protocols:
         if gallery.images % find_protocol(protocol).folds:
             raise ValueError(
                 f"config.eval.protocols has {protocol!r}; the split has {gallery.images} images, which must divide "

@@ -10,7 +10,7 @@ from data_prep.builder import write_dataset
 from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluate.coco import coco_number, judgements_folder, read_ratings
 from shnet_jax.evaluate.ensemble import Embedded, combine
-from shnet_jax.evaluate.extra import extra_metrics, sibling_captions
+from shnet_jax.evaluate.extra import extra_metrics, read_wanted, sibling_captions
 from shnet_jax.evaluate.protocols import Subject
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh
@@ -63,8 +63,8 @@ def gallery(seed=0):
 
 def found(one, dataset, **fields):
     evaluation = base.get_config().eval
-    evaluation.update({"tile": 2} | fields)
-    return extra_metrics(one, dataset, evaluation, make_mesh(3))
+    evaluation.update(fields)
+    return extra_metrics(one, read_wanted(dataset, "test", evaluation), tile=2, mesh=make_mesh(3))
 
 
 def recall(lists, positives, k):

@@ -6,7 +6,10 @@ import warnings
 import numpy as np
 import pytest
 
+from shnet_jax.evaluate.protocols import evaluate
 from shnet_jax.evaluate.relevance import hits, hubness, precision_at_r, recall_at, relevant
+from shnet_jax.types import Embedding
+from tests.evaluate.test_rank import recorded
 
 IMAGES, CAPTIONS = np.arange(40) * 7 + 3, np.arange(200) * 11 + 5  # numbers as of COCO: neither rows nor dense
 
@@ -34,13 +37,47 @@ def pairs(judged):
     return relevant(*np.array([(q, i) for q, items in judged.items() for i in items]).T)
 
 
-@pytest.mark.parametrize("kind", ["random", "structured", "ties"])
-def test_equals_the_published_package(kind):
+@pytest.fixture
+def metric():
+    """The published scoring code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its optional imports
         package = pytest.importorskip("eccv_caption", reason="the published scoring code: pip install eccv_caption")
+        return package.Metrics()
+
+
+def by_number(i2t, t2i):
+    """Rankings as the package takes them."""
+    return (
+        {int(q): CAPTIONS[row].tolist() for q, row in zip(IMAGES, i2t, strict=True)},
+        {int(q): IMAGES[row].tolist() for q, row in zip(CAPTIONS, t2i, strict=True)},
+    )
+
+
+def test_whole_and_folds_equal_the_published_package(metric):
+    scores = np.random.default_rng(2).standard_normal((40, 200)) + 2 * (np.arange(40)[:, None] == np.arange(200) // 5)
+    scores = scores.astype(np.float32)
+    owner = np.arange(200) // 5
+    metric.coco_ids = CAPTIONS
+    metric.coco_gts = {
+        "i2t": {int(q): CAPTIONS[owner == row].tolist() for row, q in enumerate(IMAGES)},
+        "t2i": {int(q): [int(IMAGES[owner[row]])] for row, q in enumerate(CAPTIONS)},
+    }
+    theirs = metric.compute_all_metrics(
+        *by_number(np.argsort(-scores, axis=1), np.argsort(-scores.T, axis=1)),
+        target_metrics=("coco_1k_recalls", "coco_5k_recalls"),
+    )
+    gallery = Embedding(scores), Embedding(np.arange(200)[:, None]), owner
+    for protocol, name in (("whole", "coco_5k"), ("folds5", "coco_1k")):
+        found = evaluate(*gallery, recorded, protocol).metrics
+        for cut in ("r1", "r5", "r10"):
+            for direction in ("i2t", "t2i"):
+                assert found[f"{direction}_{cut}"] == pytest.approx(100 * theirs[f"{name}_{cut}"][direction])
+
+
+@pytest.mark.parametrize("kind", ["random", "structured", "ties"])
+def test_equals_the_published_package(kind, metric):
     rng = np.random.default_rng(1)
-    metric = package.Metrics()
     i2t, t2i = rankings(kind, rng)
     judged = {"i2t": judgements(rng, IMAGES, CAPTIONS), "t2i": judgements(rng, CAPTIONS, IMAGES)}
     metric.eccv_gts = metric.cxc_gts = {
@@ -48,8 +85,7 @@ def test_equals_the_published_package(kind):
         "t2i": {int(CAPTIONS[q]): IMAGES[items].tolist() for q, items in judged["t2i"].items()},
     }
     theirs = metric.compute_all_metrics(
-        {int(q): CAPTIONS[row].tolist() for q, row in zip(IMAGES, i2t, strict=True)},
-        {int(q): IMAGES[row].tolist() for q, row in zip(CAPTIONS, t2i, strict=True)},
+        *by_number(i2t, t2i),
         target_metrics=("eccv_map_at_r", "eccv_rprecision", "eccv_r1", "cxc_recalls"),
         Ks=(1, 5, 10),
     )
