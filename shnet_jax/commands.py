@@ -106,15 +106,19 @@ def evaluate_loaded(members: Sequence[Loaded], config: ConfigDict, name: str = "
     wanted = read_wanted(members[0].experiment.dataset, config.eval.split, config.eval)
     found = [_embed(member, config.eval.split, mesh) for member in members]
     together = found[0] if len(found) == 1 else combine(name, found)
-    one = ConfigDict(config.eval.to_dict() | {"protocols": config.eval.protocols[:1]})
+    one = _first_protocol(config.eval)
     return evaluate_embedded(together, wanted, one, mesh, intervals=False)[one.protocols[0]]
+
+
+def _first_protocol(evaluation: ConfigDict) -> ConfigDict:
+    return ConfigDict(evaluation.to_dict() | {"protocols": evaluation.protocols[:1]})
 
 
 def evaluate_zero_shot(config: ConfigDict) -> Results | None:
     """The row of the dual encoder whose vectors the data set config.data.dir has; None when it has none."""
-    return next(
-        iter(_zero_shot(open_dataset(config.data.dir), config.eval, make_mesh(config.parallel.devices)).values()), None
-    )
+    mesh = make_mesh(config.parallel.devices)
+    found = _zero_shot(open_dataset(config.data.dir), _first_protocol(config.eval), mesh)
+    return next(iter(found.values()), None)
 
 
 def _zero_shot(dataset: DataSet, evaluation: ConfigDict, mesh: Mesh) -> dict[str, Results]:
@@ -150,19 +154,20 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     last = found[rows[-1].name]
     ours = last[evaluation.protocols[0]]
     assert ours.queries is not None  # `evaluate_embedded` gives them
-    differences = {}
+    gaps = {}
     if other is not None:
-        differences[f"{rows[-1].name} - {evaluation.compare}"] = recall_intervals([ours.queries], [other])
-    name = f"{ours.card['dataset']}_{ours.card['split']}_{'+'.join(evaluation.protocols)}_{evaluation.checkpoint}"
+        gaps[f"{rows[-1].name} - {evaluation.compare}"] = recall_intervals([ours.queries], [other])
+    dataset_name, protocols = dataset.path.parent.name, "+".join(evaluation.protocols)
+    name = f"{dataset_name}_{evaluation.split}_{protocols}_{evaluation.checkpoint}"
     tables = [
         table(arms),
         extra_table(arms),
-        interval_table({n: arm.intervals for n, arm in arms.items()} | differences),
+        interval_table({n: arm.intervals for n, arm in arms.items()} | gaps),
     ]
     text = "\n".join([*filter(None, tables), *(card_table(results.card) for results in last.values())])
     workdir.mkdir(parents=True, exist_ok=True)
     save_queries(workdir / f"queries_{name}.npz", ours.queries)
-    write_json(workdir / f"results_{name}.json", arms, differences)
+    write_json(workdir / f"results_{name}.json", arms, gaps)
     write_text(workdir / f"results_{name}.md", text)
     print(text)
 
