@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.evaluate.bootstrap import load_queries, recall_intervals, save_queries
-from shnet_jax.evaluate.ensemble import Embedded, combine
+from shnet_jax.evaluate.ensemble import Embedded, combine, mean_score
 from shnet_jax.evaluate.extra import Wanted, read_wanted
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import card_table, extra_table, interval_table, table, write_json, write_text
@@ -20,6 +20,7 @@ from shnet_jax.evaluate.split import embed_split, evaluate_embedded, subject
 from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.evaluate.zero_shot import zero_shot
 from shnet_jax.experiment import Experiment, abstract_variables, assemble
+from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
@@ -177,7 +178,9 @@ def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded]
     evaluation, runs = config.eval, config.eval.ensemble
     if runs and (len({*map(str, runs)}) < len(runs) or len(runs) < 2):
         raise ValueError(f"config.eval.ensemble is {tuple(runs)}; expected at least 2 different work folders")
-    for run in runs:  # a folder without a run is told before anything is encoded
+    if runs:  # mistakes are told before anything is encoded
+        mean_score([RetrievalModel.score] * len(runs), evaluation.ensemble_weights)
+    for run in runs:
         trained_config(Path(run))
     first = load_any(runs[0], config) if runs else load(workdir, config)
     dataset = first.experiment.dataset

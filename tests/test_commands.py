@@ -140,6 +140,7 @@ def test_an_ensemble_of_runs_has_rows_of_its_own(workdir, tmp_path, capsys):
     other = tiny.folder() / "commands_other"
     train(toy(model__dim=8, name="other"), other)
     config = toy(model__dim=3, eval__ensemble=(str(workdir), str(other)), eval__hubness=True)
+    config.eval.score_dtype = "bfloat16"  # of the members; ranks are the same
     config.eval.protocols = ("whole", "folds2")
     evaluate(config, tmp_path / "both")
     names = [f"{name}, {p}" for name in ("3SHNet region", "other", "ensemble of 2") for p in config.eval.protocols]
@@ -164,6 +165,10 @@ def test_an_ensemble_of_runs_has_rows_of_its_own(workdir, tmp_path, capsys):
 def test_an_ensemble_needs_two_runs(workdir, tmp_path):
     with pytest.raises(ValueError, match="at least 2 different work folders"):
         evaluate(toy(eval__ensemble=(str(workdir), str(workdir))), tmp_path)
+    with pytest.raises(WorkdirError, match=r"nowhere: no config\.json"):
+        evaluate(toy(eval__ensemble=(str(workdir), str(tmp_path / "nowhere"))), tmp_path)
+    with pytest.raises(ValueError, match=r"config\.eval\.ensemble_weights has 1 numbers for 2 models"):
+        evaluate(toy(eval__ensemble=(str(workdir), "other"), eval__ensemble_weights=(1.0,)), tmp_path)
 
 
 def test_a_field_younger_than_the_run_has_to_be_off(workdir, tmp_path):

@@ -16,7 +16,7 @@ from shnet_jax.data.batches import gather
 from shnet_jax.data.gallery import Gallery, Part, open_gallery
 from shnet_jax.evaluate.bootstrap import recall_intervals
 from shnet_jax.evaluate.encode import Portion, encode
-from shnet_jax.evaluate.ensemble import Embedded
+from shnet_jax.evaluate.ensemble import Embedded, MeanScore
 from shnet_jax.evaluate.extra import Wanted, extra_metrics
 from shnet_jax.evaluate.pipelined import make_pipelined_text_encoder, place_variables, stage_mesh
 from shnet_jax.evaluate.protocols import Results, Subject, evaluate, find_protocol
@@ -86,7 +86,12 @@ def embed_split(
 def evaluate_embedded(
     embedded: Embedded, wanted: Wanted, evaluation: ConfigDict, mesh: Mesh, intervals: bool = True
 ) -> dict[str, Results]:
-    """Results by protocol, of all config.eval.protocols, each with the further numbers that are wanted."""
+    """Results by protocol, of all config.eval.protocols, each with the further numbers that are wanted.
+
+    An ensemble is scored in float32, which gives the same ranks whatever config.eval.score_dtype says.
+    """
+    if isinstance(embedded.score, MeanScore):
+        evaluation = ConfigDict(evaluation.to_dict() | {"score_dtype": "float32"})
     check_score_dtype(embedded.score, evaluation.score_dtype)
     extra = extra_metrics(embedded, wanted, evaluation.tile, _ranking(mesh))
     found = {}
