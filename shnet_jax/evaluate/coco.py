@@ -44,8 +44,9 @@ def read_judgements(folder: Path, name: str, image_rows: Mapping[int, int], capt
       name: "eccv" or "cxc", as the package names its files: {query number: [numbers of relevant items]}.
       image_rows, caption_rows: number -> row in the gallery.
 
-    Raises ValueError naming file and number for one that the gallery does not have: the judgements are of all 5,000
-    test images, and leaving some out would change what the numbers mean.
+    A relevant item that is not in the gallery (the package has captions beyond the 25,000) counts as one that is never
+    found, as in the package: it gets a row behind the last. Raises ValueError naming file and number for a query that
+    the gallery does not have: the judgements are of all 5,000 test images.
     """
     return (
         _read(folder / f"{name}_image_to_caption.json", image_rows, caption_rows),
@@ -57,19 +58,21 @@ def _read(path: Path, query_rows: Mapping[int, int], item_rows: Mapping[int, int
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected this file of judgements, found none")
     judged = json.loads(path.read_text(encoding="utf-8"))
-    pairs = [
-        (_row(path, query_rows, int(query), "query"), _row(path, item_rows, int(item), f"item of query {query}"))
-        for query, items in judged.items()
-        for item in items
-    ]
+    absent: dict[int, int] = {}
+    pairs = []
+    for query, items in judged.items():
+        row = _row(path, query_rows, int(query))
+        for item in map(int, items):
+            found = item_rows.get(item)
+            pairs.append((row, len(item_rows) + absent.setdefault(item, len(absent)) if found is None else found))
     query, item = np.array(pairs, np.int64).reshape(-1, 2).T
     return relevant(query, item)
 
 
-def _row(path: Path, rows: Mapping[int, int], number: int, what: str) -> int:
+def _row(path: Path, rows: Mapping[int, int], number: int) -> int:
     if number not in rows:
         raise ValueError(
-            f"{path}: {what} {number} is not among the {len(rows)} in the split; these judgements need all 5,000 test "
+            f"{path}: query {number} is not among the {len(rows)} in the split; these judgements need all 5,000 test "
             "images of COCO (Karpathy) and the annotation numbers of their captions"
         )
     return rows[number]

@@ -8,10 +8,11 @@ import pytest
 from configs import base
 from data_prep.builder import write_dataset
 from shnet_jax.data.records import open_dataset
-from shnet_jax.evaluate.coco import coco_number, judgements_folder, read_ratings
+from shnet_jax.evaluate.coco import coco_number, judgements_folder, read_judgements, read_ratings
 from shnet_jax.evaluate.ensemble import Embedded, combine
 from shnet_jax.evaluate.extra import extra_metrics, read_wanted, sibling_captions
 from shnet_jax.evaluate.protocols import Subject
+from shnet_jax.evaluate.relevance import hits
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.types import Embedding
@@ -119,6 +120,15 @@ def test_ratings_within_images_and_within_captions(coco, ensemble):
             assert got[f"cxc_{direction}_r{k}"] == pytest.approx(expected)
 
 
+def test_a_relevant_item_that_is_not_in_the_gallery_is_never_found(tmp_path):
+    for name in ("image_to_caption", "caption_to_image"):
+        (tmp_path / f"eccv_{name}.json").write_text(json.dumps({7: [3, 90, 91], 8: [4]}))
+    wanted, _ = read_judgements(tmp_path, "eccv", {7: 0, 8: 1}, {3: 0, 4: 1, 7: 2, 8: 3})
+    assert wanted.counts.tolist() == [3, 1]
+    found = hits(np.tile(np.arange(4), (2, 1)), wanted)
+    assert found.tolist() == [[True, False, False, False], [False, True, False, False]]
+
+
 def test_siblings_in_any_order():
     first, second = sibling_captions(np.array([1, 0, 1, 2, 1]))
     assert set(zip(first.tolist(), second.tolist(), strict=True)) == {(0, 2), (0, 4), (2, 0), (2, 4), (4, 0), (4, 2)}
@@ -139,8 +149,8 @@ def test_what_is_missing_is_named(coco, tmp_path):
         found(gallery(), dataset, eccv=str(tmp_path))
     for file in folder.glob("*.json"):
         (tmp_path / file.name).write_text(file.read_text())
-    (tmp_path / "cxc_caption_to_image.json").write_text(json.dumps({int(CAPTIONS[0]): [999]}))
-    with pytest.raises(ValueError, match=r"cxc_caption_to_image\.json: item of query \d+ 999 is not among the 12"):
+    (tmp_path / "cxc_caption_to_image.json").write_text(json.dumps({999: [int(IMAGES[0])]}))
+    with pytest.raises(ValueError, match=r"cxc_caption_to_image\.json: query 999 is not among the 36"):
         found(gallery(), dataset, eccv=str(tmp_path))
     (tmp_path / "sis_test.csv").write_text("image1,image2,score\n1,2,3\n")
     with pytest.raises(ValueError, match=r"sis_test\.csv line 1: expected columns image1, image2, agg_score"):
