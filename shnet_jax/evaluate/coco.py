@@ -65,8 +65,7 @@ def _read(path: Path, query_rows: Mapping[int, int], item_rows: Mapping[int, int
         for item in map(int, items):
             found = item_rows.get(item)
             pairs.append((row, len(item_rows) + absent.setdefault(item, len(absent)) if found is None else found))
-    query, item = np.array(pairs, np.int64).reshape(-1, 2).T
-    return relevant(query, item)
+    return relevant(*np.array(pairs, np.int64).reshape(-1, 2).T)
 
 
 def _row(path: Path, rows: Mapping[int, int], number: int) -> int:
