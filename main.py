@@ -16,8 +16,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "study", "plan", "scale", "convert", "embed", "search", "page"],
-    "train (or continue) a model; eval a checkpoint; study: train and compare arms; plan: what a step will cost; "
+    ["train", "eval", "cross", "study", "plan", "scale", "convert", "embed", "search", "page"],
+    "train (or continue) a model; eval a checkpoint or an ensemble; cross: evaluate every run on every data set; "
+    "study: train and compare arms; plan: what a step will cost; "
     "scale: measure the step over devices, batches, loss strategies and precisions; convert: weights in or out; "
     "embed: write the vectors of a split; search it; page: one HTML file that shows what the model finds and what it "
     "looks at.",
@@ -88,6 +89,7 @@ def main(argv: list[str]) -> None:
     # Late, so that --help and mistakes in flags are quick.
     from shnet_jax import commands
     from shnet_jax.convert import convert
+    from shnet_jax.cross import cross
     from shnet_jax.parallel import hosts
     from shnet_jax.plan.command import plan
     from shnet_jax.scaling import scale
@@ -97,8 +99,8 @@ def main(argv: list[str]) -> None:
     from shnet_jax.train.loop import NonFiniteLoss
     from shnet_jax.train.workdir import WorkdirError
 
-    modes = {"train": commands.train, "eval": commands.evaluate, "study": study, "scale": scale, "convert": convert}
-    modes |= {"embed": embed, "page": page}
+    modes = {"train": commands.train, "eval": commands.evaluate, "cross": cross, "study": study, "scale": scale}
+    modes |= {"convert": convert, "embed": embed, "page": page}
     look = partial(search, query=QUERY.value, query_file=QUERY_FILE.value, image_id=IMAGE_ID.value, top_k=TOP_K.value)
     run = (modes | {"plan": partial(plan, target=TARGET.value), "search": look})[MODE.value]
     try:

@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     model.spatial = True  # spatial highlighting (VSpM)
     model.scene_tokens = True  # the cells of seg_semantic join the pooled set
     model.category_token = True  # the category vector joins the pooled set
+    model.global_residual = False  # a linear map of image_embedding is added to the pooled vector (published: none)
     model.num_classes = 133  # classes of the label map and of the category vector (COCO panoptic 133)
     model.map_channels = 128  # channels of the convolved label map (published 128)
     model.map_input = "raw_id"  # label map as "raw_id" (published) | "embedding" (learned, 16 channels)
@@ -129,12 +130,18 @@ def get_config() -> ConfigDict:
     evaluate.split = "test"  # split of --mode=eval
     evaluate.batch_size = 128  # images, or captions, encoded at once on each device
     evaluate.tile = 512  # images of a score tile; it has 8 times as many captions
-    evaluate.folds = 0  # k > 1: mean over k consecutive galleries of equal size (COCO 1K: 5); 0: the whole split
+    evaluate.protocols = ("whole",)  # galleries: "whole" split, "folds5": mean over 5 consecutive parts (COCO 1K)
     evaluate.checkpoint = "best"  # state evaluated by --mode=eval: best | last
     evaluate.score_dtype = "float32"  # scores: float32 | bfloat16 (float32 where the order is in doubt: the same ranks)
     evaluate.overlap = False  # images on one half of the devices, captions on the other, reading ahead: the same bits
     evaluate.stages = 1  # devices that a text tower's layers are spread over (bert, transformer); 1: each has them all
     evaluate.microbatches = 8  # parts in which the captions of a batch flow through these stages
+    evaluate.hubness = False  # --mode=eval: also how unevenly items are retrieved (skewness of the 10-occurrence)
+    evaluate.eccv = ""  # --mode=eval on COCO's test split: folder of ECCV Caption's judgements, or "package"; "": not
+    evaluate.cxc = ""  # --mode=eval on COCO: folder with sis_*.csv, sts_*.csv of Crisscrossed Captions; "": not
+    evaluate.compare = ""  # --mode=eval: queries_*.npz of another run, to which differences are given; "": none
+    evaluate.ensemble = ()  # --mode=eval: work folders of runs whose scores are averaged; (): evaluate --workdir
+    evaluate.ensemble_weights = ()  # weight of each of these runs; (): equal
 
     c.search = search = ConfigDict()  # --mode=embed | search | page
     search.split = "test"  # split whose images and captions are embedded and searched
@@ -162,6 +169,12 @@ def get_config() -> ConfigDict:
     study.arms.spatial = ConfigDict({"model": {"semantic": False}})  # published ablation: keeps the extra tokens
     study.arms.none = ConfigDict({"model": off})  # no segmentation input at all: VSE-infinity
     study.only = ()  # names of the arms to run; (): all
+    study.ensembles = ConfigDict()  # name of a row -> arms whose models of the same seed are averaged, as a tuple
+    study.baseline = ""  # arm that the others are compared with, by intervals of the differences; "": none
+
+    c.cross = cross = ConfigDict()  # --mode=cross: every run on every data set, without training
+    cross.runs = ()  # work folders of the runs, the rows
+    cross.data_dirs = ()  # folders of the data sets, the columns; on each, eval.split is evaluated
 
     c.convert = convert = ConfigDict()  # --mode=convert: give one of the two (docs/convert.md)
     convert.source = ""  # .pth of the published code, or a folder that config.convert.to made: becomes the --workdir

@@ -31,7 +31,10 @@ ARRAYS = {
     "seg_semantic": "_segmentations.npy",
     "seg_map": "_seg_maps.npy",
     "categories": "_cat_onehots.npy",
+    "image_embedding": "_image_emb.npy",
 }
+CAPTION_EMBEDDINGS = "_caption_emb.npy"
+CAPTION_IDS = "_capids.txt"
 USUAL_CAPTIONS = 5  # captions an image in Flickr and COCO as SCAN distributes them
 _BLOCK = 64  # images read at once
 
@@ -41,6 +44,7 @@ class ScanSplit:
     """The files of one split and how their rows belong to images.
 
     arrays: field -> path; steps: field -> rows of that array for each image (1, or the captions of an image).
+    caption_ids: of all captions, () without; caption_embeddings: file with a row a caption.
     """
 
     name: str
@@ -51,6 +55,8 @@ class ScanSplit:
     steps: Mapping[str, int]
     files: Mapping[str, str]
     feature_dtype: str | None
+    caption_ids: tuple[int, ...] = ()
+    caption_embeddings: Path | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,12 +66,17 @@ class ScanSplit:
         for start in range(0, len(self), _BLOCK):
             stop = min(start + _BLOCK, len(self))
             blocks = {field: _rows(path, start, stop, self.steps[field]) for field, path in self.arrays.items()}
+            if self.caption_embeddings is not None:
+                vectors = _rows(self.caption_embeddings, start * count, stop * count, 1)
+                blocks["caption_embeddings"] = vectors.reshape(stop - start, count, -1)
             for image in range(start, stop):
                 where = f"split {self.name!r} row {image} (image {self.ids[image]!r})"
                 record: Record = {
                     "image_id": self.ids[image],
                     "captions": list(self.captions[image * count : (image + 1) * count]),
                 }
+                if self.caption_ids:
+                    record["caption_ids"] = np.array(self.caption_ids[image * count : (image + 1) * count], np.int64)
                 for field, block in blocks.items():
                     place = f"{where}, {self.files[field]}"
                     value = block[image - start]
@@ -117,9 +128,44 @@ def open_split(
     files = {field: path.name for field, path in arrays.items()} | {
         "captions": f"{split}_caps.txt",
         "image_id": ids_file.name,
+        "caption_ids": f"{split}{CAPTION_IDS}",
+        "caption_embeddings": f"{split}{CAPTION_EMBEDDINGS}",
     }
     image_ids = _image_ids(ids_file, ids, images, per_image, split)
-    return ScanSplit(split, tuple(captions), image_ids, per_image, arrays, steps, files, feature_dtype)
+    return ScanSplit(
+        split,
+        tuple(captions),
+        image_ids,
+        per_image,
+        arrays,
+        steps,
+        files,
+        feature_dtype,
+        _caption_ids(src / f"{split}{CAPTION_IDS}", len(captions)),
+        _caption_embeddings(src / f"{split}{CAPTION_EMBEDDINGS}", len(captions)),
+    )
+
+
+def _caption_ids(path: Path, captions: int) -> tuple[int, ...]:
+    """The numbers of the captions, one a line; () without the file."""
+    if not path.is_file():
+        return ()
+    lines = read_lines(path)
+    if len(lines) != captions:
+        raise DataError(f"{path}: expected {captions} lines, one a caption, found {len(lines)}")
+    for number, line in enumerate(lines, 1):
+        if not line.isdecimal():
+            raise DataError(f"{path} line {number}: expected a whole number, found {line!r}")
+    return tuple(map(int, lines))
+
+
+def _caption_embeddings(path: Path, captions: int) -> Path | None:
+    if not path.is_file():
+        return None
+    shape = open_array(path).shape
+    if len(shape) != 2 or shape[0] != captions:
+        raise DataError(f"{path}: expected [{captions}, E], a row a caption, found {list(shape)}")
+    return path
 
 
 def _captions_per_image(src: Path, split: str, captions: int, rows: Mapping[str, int], ids: list[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import pkgutil
+import re
 import tokenize
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import configs
-from configs import base
+from configs import base, hybrid_flickr8k, shnet_flickr8k
+from shnet_jax.study import arm_config
 
 # Fields that a configuration may have beyond those of base.py: {file name: {"section.field", ...}}.
 OWN_FIELDS: dict[str, set[str]] = {}
@@ -72,9 +74,25 @@ def test_a_configuration_keeps_to_the_fields_of_base(name):
         if field.startswith(OPEN):
             assert isinstance(value, float), f"configs/{name}.py: {field} is {value!r}, expected a float"
             continue
+        if field.startswith("study.ensembles."):
+            assert isinstance(value, tuple), f"configs/{name}.py: {field} is {value!r}, expected names of arms"
+            continue
+        field = re.sub(r"^study\.arms\.\w+\.", "", field)  # a field that the arm changes
         assert field in known, f"configs/{name}.py: {field} is not a field of base.py"
         expected = type(known[field])
         assert type(value) is expected, f"configs/{name}.py: {field} is {value!r}, expected {expected.__name__}"
+
+
+def test_the_joint_arms_of_the_hybrid_study_are_those_of_its_base():
+    hybrid, joint = hybrid_flickr8k.get_config(), shnet_flickr8k.get_config()
+    for arm in joint.study.arms:
+        ours, theirs = (arm_config(c, name, 1).to_dict() for c, name in ((hybrid, f"joint_{arm}"), (joint, arm)))
+        for config in (ours, theirs):
+            del config["study"], config["name"]
+        assert ours == theirs
+    region = arm_config(hybrid, "region_none", 1).model
+    assert region.units == ("regions",) and not (region.semantic or region.spatial or region.scene_tokens)
+    assert hybrid.study.ensembles.ensemble_semantic == ("region_semantic", "grid_semantic")
 
 
 def test_fields_of_their_own_exist():

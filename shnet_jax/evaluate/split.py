@@ -14,13 +14,16 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather
 from shnet_jax.data.gallery import Gallery, Part, open_gallery
+from shnet_jax.evaluate.bootstrap import recall_intervals
 from shnet_jax.evaluate.encode import Portion, encode
+from shnet_jax.evaluate.ensemble import Embedded, MeanScore
+from shnet_jax.evaluate.extra import Wanted, extra_metrics
 from shnet_jax.evaluate.pipelined import check_pipeline, make_pipelined_text_encoder, place_variables, stage_mesh
-from shnet_jax.evaluate.protocols import Results, Subject, evaluate
+from shnet_jax.evaluate.protocols import Results, Subject, evaluate, find_protocol
 from shnet_jax.evaluate.rank import check_captions
 from shnet_jax.evaluate.screen import check_score_dtype
 from shnet_jax.evaluate.stages import Stages
-from shnet_jax.evaluate.tiles import tile_shape
+from shnet_jax.evaluate.tiles import Items, ItemScore, tile_shape
 from shnet_jax.experiment import Experiment
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.hosts import own_rows
@@ -47,29 +50,17 @@ def subject(experiment: Experiment, split: str, step: int, selected_on: str, dev
 
 
 def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
-    """Opens a split once; the result evaluates variables {"params", "batch_stats"} on it, as often as wanted."""
+    """Opens a split once; the result evaluates variables {"params", "batch_stats"} on it, as often as wanted.
+
+    By the first of config.eval.protocols, which so selects the best checkpoint.
+    """
     config, model = experiment.config, experiment.model
-    check(model, config, mesh)
-    gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
-    _check(experiment, gallery)
-    protocol = f"folds{config.eval.folds}" if config.eval.folds > 1 else "whole"
-    encode_both = make_encoder(experiment, gallery, mesh)
-    # Every process has all embeddings in the end, and ranks them on its own devices.
-    ranking = mesh if jax.process_count() == 1 else data_mesh(jax.local_devices())
+    protocol = _protocols(config)[0]
+    gallery, encode_both = _open(experiment, split, mesh, (protocol,))
 
     def evaluator(variables: dict[str, Any], subject: Subject) -> Results:
         images, texts = encode_both(variables)
-        return evaluate(
-            images,
-            texts,
-            gallery.caption_image,
-            model.score,
-            protocol,
-            subject,
-            tile=config.eval.tile,
-            mesh=ranking,
-            score_dtype=config.eval.score_dtype,
-        )
+        return _ranked(images, texts, gallery.caption_image, model.score, protocol, subject, config.eval, mesh)
 
     return evaluator
 
@@ -89,16 +80,109 @@ def check(model: RetrievalModel, config: ConfigDict | FrozenConfigDict, mesh: Me
         check_pipeline(model, stage_mesh(text_mesh, evaluation.stages), evaluation.microbatches, evaluation.batch_size)
 
 
-def _check(experiment: Experiment, gallery: Gallery) -> None:
+def embed_split(
+    experiment: Experiment, variables: dict[str, Any], split: str, mesh: Mesh, subject: Subject
+) -> Embedded:
+    """Encodes a split with variables {"params", "batch_stats"}; the result is named like the run."""
+    gallery, encode_both = _open(experiment, split, mesh, _protocols(experiment.config))
+    images, texts = encode_both(variables)
+    return Embedded(
+        name=experiment.config.name,
+        images=images,
+        texts=texts,
+        score=experiment.model.score,
+        caption_image=gallery.caption_image,
+        image_ids=experiment.dataset.image_ids(split),
+        captions=tuple(caption for own in experiment.dataset.captions(split) for caption in own),
+        subject=subject,
+    )
+
+
+def evaluate_embedded(
+    embedded: Embedded, wanted: Wanted, evaluation: ConfigDict, mesh: Mesh, intervals: bool = True
+) -> dict[str, Results]:
+    """Results by protocol, of all config.eval.protocols, each with the further numbers that are wanted.
+
+    An ensemble is scored in float32, which gives the same ranks whatever config.eval.score_dtype says.
+    """
+    if isinstance(embedded.score, MeanScore):
+        evaluation = ConfigDict(evaluation.to_dict() | {"score_dtype": "float32"})
+    check_score_dtype(embedded.score, evaluation.score_dtype)
+    extra = extra_metrics(embedded, wanted, evaluation.tile, _ranking(mesh))
+    found = {}
+    for protocol in evaluation.protocols:
+        results = _ranked(
+            embedded.images,
+            embedded.texts,
+            embedded.caption_image,
+            embedded.score,
+            protocol,
+            embedded.subject,
+            evaluation,
+            mesh,
+        )
+        assert results.queries is not None  # `evaluate` gives them
+        found[protocol] = dataclasses.replace(
+            results, extra=extra, intervals=recall_intervals([results.queries]) if intervals else {}
+        )
+    return found
+
+
+def _protocols(config: ConfigDict) -> tuple[str, ...]:
+    if not config.eval.protocols:
+        raise ValueError('config.eval.protocols is empty; expected at least one, such as ("whole",)')
+    return tuple(config.eval.protocols)
+
+
+def _open(
+    experiment: Experiment, split: str, mesh: Mesh, protocols: tuple[str, ...]
+) -> tuple[Gallery, Callable[[dict[str, Any]], tuple[Embedding, Embedding]]]:
+    config = experiment.config
+    check(experiment.model, config, mesh)
+    gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
+    _check(experiment, gallery, protocols)
+    return gallery, make_encoder(experiment, gallery, mesh)
+
+
+def _ranked(
+    images: Items,
+    texts: Items,
+    caption_image: np.ndarray,
+    score: ItemScore,
+    protocol: str,
+    subject: Subject,
+    evaluation: ConfigDict,
+    mesh: Mesh,
+) -> Results:
+    return evaluate(
+        images,
+        texts,
+        caption_image,
+        score,
+        protocol,
+        subject,
+        tile=evaluation.tile,
+        mesh=_ranking(mesh),
+        score_dtype=evaluation.score_dtype,
+    )
+
+
+def _ranking(mesh: Mesh) -> Mesh:
+    """Every process has all embeddings in the end, and ranks them on its own devices."""
+    return mesh if jax.process_count() == 1 else data_mesh(jax.local_devices())
+
+
+def _check(experiment: Experiment, gallery: Gallery, protocols: tuple[str, ...]) -> None:
     """What would otherwise fail after hours of encoding, or at the end of the first epoch."""
     evaluation = experiment.config.eval
     check_captions(gallery.caption_image, gallery.images, len(gallery.captions))
     tile_shape(gallery.images, len(gallery.captions), evaluation.tile)
-    if evaluation.folds < 0 or (evaluation.folds > 1 and gallery.images % evaluation.folds):
-        raise ValueError(
-            f"config.eval.folds is {evaluation.folds}; the split has {gallery.images} images, which must divide into "
-            "folds of equal size (0: the whole split)"
-        )
+    for protocol in protocols:
+        if gallery.images % find_protocol(protocol).folds:
+            raise ValueError(
+                f"config.eval.protocols has {protocol!r}; the split has {gallery.images} images, which must divide "
+                'into folds of equal size ("whole": the whole split)'
+            )
 
 
 def make_encoder(

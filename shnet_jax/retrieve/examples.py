@@ -38,8 +38,7 @@ def collect(
         raise ValueError(f"config.page.results is {shown.results}; it must be at least 1")
     images, texts, ids = embeddings.images, embeddings.texts, embeddings.ids
     owner = np.asarray(ids.caption_image, np.int64)
-    protocol = f"folds{config.eval.folds}" if config.eval.folds > 1 else "whole"
-    results = evaluate(images, texts, owner, score, protocol, subject, tile, mesh)
+    results = evaluate(images, texts, owner, score, config.eval.protocols[0], subject, tile, mesh)
     found = ranks(images, texts, owner, score, tile, mesh)
 
     captions_first = score if is_dot_product(score) else turned(score)

@@ -24,5 +24,6 @@ def record(row: int = 0, count: int = 2, **changes):
         "relations": np.array([[0, 2, 3], [-1, -1, -1]], np.int32),
         "image_embedding": rng.normal(size=7).astype(np.float32),
         "identity": np.int64(row),
+        "caption_embeddings": rng.normal(size=(count, 7)).astype(np.float32),
     }
     return {name: value for name, value in (base | changes).items() if value is not None}
