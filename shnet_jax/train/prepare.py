@@ -21,6 +21,7 @@ from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
 from shnet_jax.parallel.sharding import WHOLE, global_norm, specs, split_axes
+from shnet_jax.train import momentum
 from shnet_jax.train.microbatch import STATISTICS
 from shnet_jax.train.optim import make_optimiser, schedule
 from shnet_jax.train.state import TrainState, create_state
@@ -62,6 +63,9 @@ def prepare(experiment: Experiment) -> Parts:
     split = config.data.train_split
     per_epoch = steps_per_epoch(dataset, split, batch_size)
     total_steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
+    shapes = abstract_variables(experiment)
+    built = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
+
     captions = tokenise_split(dataset, split, experiment.tokenizer)
     iterator = train_batches(
         config,
@@ -75,9 +79,6 @@ def prepare(experiment: Experiment) -> Parts:
         shard_count=jax.process_count(),
     )
     table = replicate(resident_table(dataset, split, experiment.fields), mesh) if config.data.resident else {}
-
-    shapes = abstract_variables(experiment)
-    built = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
 
     def first_state() -> TrainState:
         return built.first_state(init_variables(experiment, config.seed))
@@ -107,10 +108,14 @@ def build_step(
     steps_per_epoch: float,
     total_steps: int,
 ) -> BuiltStep:
-    """The step of a configuration. variables: shapes and dtypes of the model's {"params", "batch_stats"}."""
+    """The step of a configuration. variables: shapes and dtypes of the model's {"params", "batch_stats"}.
+
+    Raises ValueError for losses, an optimiser or momentum encoders that do not fit together.
+    """
     accumulate = config.optim.accumulate
     rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
-    loss_params, total_loss = total.build(config.loss, steps_per_epoch)
+    key_options = momentum.options(config, model)
+    loss_params, total_loss = total.build(config.loss, steps_per_epoch, queues=key_options is not None)
     devices = mesh.size if config.parallel.shard_params else 1
     axes = split_axes({"model": variables["params"], "loss": loss_params}, devices)
     tx = make_optimiser(config, rate, norm=partial(global_norm, axes=axes, name=DATA))
@@ -125,10 +130,12 @@ def build_step(
         statistics=config.train.microbatch_statistics,
         axis_name=DATA,
         split=axes,
+        key_options=key_options,
     )
 
     def state(variables: dict[str, Any]) -> TrainState:
-        return create_state(variables, loss_params, tx, ema=config.optim.ema > 0, seed=config.seed)
+        average = config.optim.ema > 0
+        return create_state(variables, loss_params, tx, ema=average, seed=config.seed, momentum=key_options)
 
     shapes = jax.eval_shape(state, variables)
     state_axes = split_axes(shapes, devices)
@@ -136,6 +143,9 @@ def build_step(
     state_axes = state_axes.replace(batch_stats=whole)
     if shapes.ema is not None:
         state_axes = state_axes.replace(ema=state_axes.ema | {"batch_stats": whole})
+    if shapes.momentum is not None:  # every device scores its queries with the whole queues
+        queues = {name: jax.tree.map(lambda _: WHOLE, getattr(shapes.momentum, name)) for name in ("images", "texts")}
+        state_axes = state_axes.replace(momentum=state_axes.momentum.replace(batch_stats=whole, **queues))
     partition = specs(state_axes)
     like = jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),

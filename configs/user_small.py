@@ -1,0 +1,26 @@
+"""USER, 3SHNet, VSE-infinity and 3SHNet with queues under the recipe that suits flickr8k_mini, shnet_flickr8k.py."""
+
+from ml_collections import ConfigDict
+
+from configs import shnet_flickr8k, user_coco
+
+
+def get_config() -> ConfigDict:
+    """`--mode=study` trains the four arms; needs what shnet_flickr8k.py needs.
+
+    Regions are dropped and the grid joins them, so SGE has the norm for any number of units.
+    """
+    c = shnet_flickr8k.get_config()
+    c.name = "USER and 3SHNet, one recipe"
+    c.model.user = user_coco.get_config().model.user
+    c.model.user.norm = "layer"
+    c.momentum.decay = 0.99
+    c.momentum.warm = True
+    c.momentum.start = "gaussian"
+    off = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
+    c.study.arms = ConfigDict()
+    c.study.arms.user = ConfigDict({"model": {"name": "user"}})
+    c.study.arms.shnet = ConfigDict({})
+    c.study.arms.vse_infinity = ConfigDict({"model": off})
+    c.study.arms.shnet_queues = ConfigDict({"momentum": {"queue": 2048}})
+    return c
