@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks import machine
 from benchmarks.rows import Row, table
 
-BENCHMARKS = ("step", "pool", "ranking", "losses", "input", "text")
+BENCHMARKS = ("step", "momentum", "pool", "ranking", "losses", "input", "text")
 """Files of this package: each has `run(sizes) -> list[Row]` and the sizes FULL and QUICK."""
 
 

@@ -11,9 +11,7 @@ def get_config() -> ConfigDict:
     c.name = "USER (SGE)"
     c.model.name = "user"
     c.model.user = user = ConfigDict()  # what this model has beside the fields of base.py
-    user.guides = (
-        "self",
-    )  # what enhances the units: "self" (SGE), "clip" (CGE, by image_embedding), both; (): nothing
+    user.guides = ("sge",)  # what enhances the units: "sge" (published), "cge" (image_embedding: ours); (): nothing
     user.attention_scale = 1.0  # factor on the scores of guide and units (published 1)
     user.dropout = 0.4  # dropout within the self-guide (published 0.4)
     user.norm = "slots"  # of the self-guide: "slots", BatchNorm per place of 36 (published) | "layer", any number

@@ -6,11 +6,15 @@ from configs import shnet_flickr8k, user_coco
 
 
 def get_config() -> ConfigDict:
-    """`--mode=study` trains the four arms; needs what shnet_flickr8k.py needs.
+    """`--mode=study` trains the four arms; needs what shnet_flickr8k.py needs."""
+    return compared(shnet_flickr8k.get_config())
 
-    Regions are dropped and the grid joins them, so SGE has the norm for any number of units.
+
+def compared(c: ConfigDict) -> ConfigDict:
+    """The four arms under any recipe for 3SHNet.
+
+    SGE has the norm for any number of units, as regions are dropped; keys follow within a short run.
     """
-    c = shnet_flickr8k.get_config()
     c.name = "USER and 3SHNet, one recipe"
     c.model.user = user_coco.get_config().model.user
     c.model.user.norm = "layer"
@@ -23,4 +27,5 @@ def get_config() -> ConfigDict:
     c.study.arms.shnet = ConfigDict({})
     c.study.arms.vse_infinity = ConfigDict({"model": off})
     c.study.arms.shnet_queues = ConfigDict({"momentum": {"queue": 2048}})
+    c.study.only = ()
     return c

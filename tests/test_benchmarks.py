@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks import flops, losses, pool, runner, step, text
+from benchmarks import flops, losses, momentum, pool, runner, step, text
 from benchmarks.rows import Row, compare, table
 from benchmarks.timing import Timing, interleave
 from shnet_jax.models import shnet
@@ -46,6 +46,17 @@ def test_a_run_writes_what_is_documented(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_momentum_encoders_are_measured_against_the_step_without(monkeypatch):
+    monkeypatch.setattr(step, "SHAPES", step.SHAPES | {"regions": (36, 8)})
+    monkeypatch.setattr(step, "VOCABULARY", 20)
+    small, large = momentum.run(momentum.Sizes(pairs=2, tokens=3, layers=1, queues=(4, 4096), rounds=1))
+    assert small.reference_memory_bytes < small.memory_bytes < large.memory_bytes
+    assert "queues of 4 " in small.what and "queues of 4096 " in large.what
+    # A queue of 4,096 more vectors of 1,024 numbers for either side.
+    assert large.memory_bytes - small.memory_bytes > 2 * 4092 * 1024 * 4
+
+
+@pytest.mark.slow
 def test_the_ring_is_measured_in_a_process_of_its_own():
     sizes = losses.Sizes(pairs=(8,), dim=4, devices=2, rounds=1)
     assert [row.what for row in losses._with_devices(sizes)] == [
@@ -57,7 +68,7 @@ def test_the_ring_is_measured_in_a_process_of_its_own():
 def test_an_unknown_benchmark_is_told(only, capsys):
     with pytest.raises(SystemExit):
         runner.main([f"--only={only}"])
-    assert "step,pool,ranking,losses,input,text" in capsys.readouterr().err
+    assert "step,momentum,pool,ranking,losses,input,text" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_told_and_compared_with_the_last_that_did(monkeypatch):

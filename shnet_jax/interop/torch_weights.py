@@ -116,7 +116,7 @@ def user_guide_slots(torch: str, *path: str) -> Slots:
 def user_image_encoder_slots(*path: str) -> Slots:
     """USER's region image encoder (`EncoderImageAggr` of its released code) at `path`."""
     return (
-        user_guide_slots("v_sa.", *path, "regions_guide")
+        user_guide_slots("v_sa.", *path, "regions_sge")
         | linear_slots("fc", *path, "regions_linear")
         | _mlp("mlp", *path, "regions_mlp")
         | gpo_slots("gpool.", *path, "pool")

@@ -27,7 +27,7 @@ from shnet_jax.types import DATA, Array, Batch, Embedding
 SLOTS = 36
 """Regions of an image, ordered by the detector's confidence, that the published norm is made for."""
 
-GUIDES = ("self", "clip")
+GUIDES = ("sge", "cge")
 NORMS = ("slots", "layer")
 
 
@@ -53,11 +53,12 @@ class SelfGuide(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=not train)
         dense = partial(Dense, dtype=self.dtype, kernel_init=xavier_uniform)
         local = self._normalised(dense(units.shape[-1], name="local")(units), train)
-        whole = BatchNorm(axis=self.axis, name="global_norm")(
-            dense(units.shape[-1], name="global")(mean), None, train=train
-        )
-        common = drop(jnp.tanh(local)) * drop(jnp.tanh(whole))[:, None, :]
-        logits = Dense(1, kernel_init=xavier_uniform, name="weight")(common)[..., 0]
+        whole = dense(units.shape[-1], name="global")(mean)
+        whole = BatchNorm(axis=self.axis, name="global_norm")(whole, None, train=train)
+        local, whole = drop(jnp.tanh(local)), drop(jnp.tanh(whole))
+        self.sow("intermediates", "locals", local)
+        self.sow("intermediates", "wholes", whole)
+        logits = Dense(1, kernel_init=xavier_uniform, name="weight")(local * whole[:, None, :])[..., 0]
         weights = masked_softmax(logits, mask)
         self.sow("intermediates", "weights", weights)
         return l2norm(einsum("nk,nkd->nd", weights, units, "float32"))
@@ -120,7 +121,7 @@ class ImageEncoder(nn.Module):
     def _enhanced(self, unit: str, x: Array, mask: Array, batch: Batch, train: bool) -> Array:
         """The units [n, N, d] of one kind and what each guide adds to them."""
         added = []
-        if "self" in self.guides:
+        if "sge" in self.guides:
             if self.norm == "slots" and x.shape[1] != SLOTS:
                 raise ValueError(
                     f"config.model.user.norm is 'slots', one BatchNorm channel for each of {SLOTS} regions, and the "
@@ -128,14 +129,13 @@ class ImageEncoder(nn.Module):
                 )
             weight = mask[..., None].astype(x.dtype)
             mean = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
-            guide = SelfGuide(self.dropout, self.norm, self.axis, self.dtype, name=f"{unit}_guide")
+            guide = SelfGuide(self.dropout, self.norm, self.axis, self.dtype, name=f"{unit}_sge")
             new = guide(x, mean, mask, train=train)
-            self.sow("intermediates", "mean", mean)
             self.sow("intermediates", "guide", new)
             added.append(write_back(x, new, mask, self.attention_scale))
-        if "clip" in self.guides:
+        if "cge" in self.guides:
             given = batch["image_embedding"].astype(jnp.float32)
-            clip = l2norm(Dense(x.shape[-1], self.dtype, xavier_uniform, name=f"{unit}_clip")(given))
+            clip = l2norm(Dense(x.shape[-1], self.dtype, xavier_uniform, name=f"{unit}_cge")(given))
             added.append(write_back(x, clip, mask, self.attention_scale))
         enhanced = sum(added, x)
         self.sow("intermediates", "enhanced", enhanced)
@@ -151,7 +151,7 @@ class USER(RetrievalModel):
     @property
     def norm_depth(self) -> int:
         """See `RetrievalModel.norm_depth`: those of the self-guide, then that of the units' MLP."""
-        return 2 if "self" in self.image.guides else 1
+        return 2 if "sge" in self.image.guides else 1
 
     def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_image`."""
@@ -164,7 +164,7 @@ class USER(RetrievalModel):
 
 def image_fields(config: ConfigDict) -> tuple[str, ...]:
     """Fields of the record that the model of this configuration reads."""
-    clip = ("image_embedding",) if "clip" in _options(config).guides else ()
+    clip = ("image_embedding",) if "cge" in _options(config).guides else ()
     return (*config.model.units, *clip)
 
 
@@ -181,7 +181,7 @@ def build(config: ConfigDict) -> USER:
     for field, value, choices in (("user.norm", own.norm, NORMS), ("dtype", m.dtype, DTYPES)):
         if value not in choices:
             raise ValueError(f"config.model.{field} is {value!r}; choose from {', '.join(choices)}")
-    if own.norm == "slots" and "self" in own.guides and (tuple(m.units) != ("regions",) or config.data.region_drop):
+    if own.norm == "slots" and "sge" in own.guides and (tuple(m.units) != ("regions",) or config.data.region_drop):
         raise ValueError(
             f"config.model.user.norm is 'slots', one BatchNorm channel for each of {SLOTS} regions; with "
             f"config.model.units = {tuple(m.units)} and config.data.region_drop = {config.data.region_drop} images "

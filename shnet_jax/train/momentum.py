@@ -23,7 +23,6 @@ from flax import struct
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.ops.norms import l2norm
 from shnet_jax.parallel import axis
 from shnet_jax.types import NO_IMAGE, Array, Batch, Embedding, Keys, Queue
 
@@ -90,7 +89,8 @@ def first_state(momentum: Momentum, variables: Mapping[str, Any], seed: int) -> 
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), SEED))
 
     def queue(key: Array) -> Queue:
-        vectors = l2norm(STARTS[momentum.start](key, (momentum.queue, momentum.dim), jnp.float32))
+        vectors = STARTS[momentum.start](key, (momentum.queue, momentum.dim), jnp.float32)
+        vectors /= jnp.linalg.norm(vectors, axis=1, keepdims=True)
         return Queue(vectors, jnp.full((momentum.queue,), NO_IMAGE, jnp.int32), jnp.zeros((), jnp.int32))
 
     # A copy: the step donates its input, and one buffer cannot be given away twice.

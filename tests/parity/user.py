@@ -34,7 +34,7 @@ def encoder(dim: int, attention_scale: float) -> ImageEncoder:
     return ImageEncoder(
         dim=dim,
         units=("regions",),
-        guides=("self",),
+        guides=("sge",),
         attention_scale=attention_scale,
         dropout=0.0,
         norm="slots",
@@ -79,9 +79,9 @@ def _image(folder: Path) -> list[Row]:
         (_, (out, updated)), grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(variables["params"], images)
         sown = updated["intermediates"]
         ours = {
-            "sge_local": images,  # the guide reads the raw regions
-            "sge_global_in": sown["mean"][0],
-            "sge_weights": sown["regions_guide"]["weights"][0],
+            "sge_local": sown["regions_sge"]["locals"][0],
+            "sge_global_in": sown["regions_sge"]["wholes"][0],
+            "sge_weights": sown["regions_sge"]["weights"][0],
             "sge_new_global": sown["guide"][0],
             "sge_output": sown["enhanced"][0],
             "gpo_in_features": sown["pooled_set"][0],
