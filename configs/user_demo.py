@@ -1,4 +1,4 @@
-"""The four arms of user_small.py on the rendered scenes of `make demo`."""
+"""The arms of user_small.py on the rendered scenes of `make demo`."""
 
 from ml_collections import ConfigDict
 

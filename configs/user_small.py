@@ -6,12 +6,12 @@ from configs import shnet_flickr8k, user_coco
 
 
 def get_config() -> ConfigDict:
-    """`--mode=study` trains the four arms; needs what shnet_flickr8k.py needs."""
+    """`--mode=study` trains the four arms, `--config.study.only` others; needs what shnet_flickr8k.py needs."""
     return compared(shnet_flickr8k.get_config())
 
 
 def compared(c: ConfigDict) -> ConfigDict:
-    """The four arms under any recipe for 3SHNet.
+    """The arms under any recipe for 3SHNet.
 
     SGE has the norm for any number of units, as regions are dropped; keys follow within a short run.
     """
@@ -26,6 +26,10 @@ def compared(c: ConfigDict) -> ConfigDict:
     c.study.arms.user = ConfigDict({"model": {"name": "user"}})
     c.study.arms.shnet = ConfigDict({})
     c.study.arms.vse_infinity = ConfigDict({"model": off})
-    c.study.arms.shnet_queues = ConfigDict({"momentum": {"queue": 2048}})
-    c.study.only = ()
+    queues = {"momentum": {"queue": 2048}}
+    c.study.arms.shnet_queues = ConfigDict(queues)
+    c.study.only = tuple(c.study.arms)
+    c.study.arms.user_queues = ConfigDict({"model": {"name": "user"}} | queues)
+    objective = {"weights": {"infonce": 0.0, "uto": 1.0}, "uto": {"batch_weight": 20.0}}
+    c.study.arms.user_uto = ConfigDict({"model": {"name": "user"}, "loss": objective} | queues)
     return c
