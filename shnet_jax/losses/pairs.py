@@ -98,10 +98,11 @@ class Direction:
         if self.queue is not None:
             best = _search(self.queue, rank, best, first_row=self.size)  # rows behind those of the batch
         found, rows = best[0][:, -1], best[1][:, -1]
-        value = _paired(self.score, self.queries, self.candidates.take(rows))
+        in_batch = rows < self.size
+        value = paired(self, self.candidates.take(jnp.where(in_batch, rows, 0)))
         if self.queue is not None:
             queued = self.queue.candidates.take(jnp.maximum(rows - self.size, 0))
-            value = jnp.where(rows < self.size, value, _paired(self.score, self.queries, queued))
+            value = jnp.where(in_batch, value, paired(self, queued))
         return jnp.where(jnp.isneginf(found), -jnp.inf, value)
 
 
