@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
     weights.triplet = 1.0  # triplet loss with hard negatives (published 1)
     weights.infonce = 0.0  # symmetric softmax cross-entropy of CLIP (published 0)
     weights.sigmoid = 0.0  # SigLIP's sigmoid loss (published 0)
+    weights.uto = 0.0  # USER's unified objective, meant for config.momentum (published 0)
     loss.pairs = pairs = ConfigDict()  # how the pairs of a global batch meet; see shnet_jax/losses/pairs.py
     pairs.strategy = "gathered"  # gathered | streamed | ring | local (local: each device's pairs only)
     pairs.tile = 1024  # candidates scored at once by "streamed"
@@ -93,6 +94,19 @@ def get_config() -> ConfigDict:
     sigmoid.scale = 10.0  # initial factor on the scores, learned (SigLIP 10)
     sigmoid.bias = -10.0  # initial bias, learned (SigLIP -10)
     sigmoid.mask_same_image = True  # captions of the same image are no negatives
+    loss.uto = uto = ConfigDict()
+    uto.scale = 90.0  # mu, sharpness of the sum over negatives (USER 90)
+    uto.offset = 0.5  # gamma, score from which on a negative counts (USER 0.5)
+    uto.batch_weight = 1.0  # lambda, weight of the in-batch part beside that of the queues (USER 1 COCO, 20 Flickr30K)
+    uto.mask_same_image = True  # captions of the same image are no negatives, in batch and queues (USER False)
+
+    c.momentum = momentum = ConfigDict()  # momentum encoders, and queues of their embeddings as further negatives
+    momentum.queue = 0  # images, and captions, of past batches that are kept as negatives; 0: no momentum encoders
+    momentum.decay = 0.999  # of the running average of the parameters that the key encoders are (USER 0.999)
+    momentum.warm = False  # min(decay, (1 + step) / (10 + step)), for short runs (USER False)
+    momentum.start = "uniform"  # first queues: "uniform" in 0..1, all alike (USER) | "gaussian", all directions
+    momentum.image_train = True  # key image encoder as in training (USER True) | False: with averaged statistics
+    momentum.text_train = False  # key text encoder as in training (USER False)
 
     c.optim = optim = ConfigDict()
     optim.lr = 5e-4  # peak learning rate (published 5e-4)

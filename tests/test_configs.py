@@ -17,7 +17,8 @@ from configs import base, hybrid_flickr8k, shnet_flickr8k
 from shnet_jax.study import arm_config
 
 # Fields that a configuration may have beyond those of base.py: {file name: {"section.field", ...}}.
-OWN_FIELDS: dict[str, set[str]] = {}
+USER = {f"model.user.{name}" for name in ("guides", "attention_scale", "dropout", "norm")}
+OWN_FIELDS = dict.fromkeys(("user_coco", "user_f30k", "user_flickr8k", "user_small", "user_demo"), USER)
 
 NAMES = [module.name for module in pkgutil.iter_modules(configs.__path__)]
 # One entry for each loss term, named by the user: its value is compared with that of any entry of base.
@@ -60,6 +61,14 @@ def test_every_field_is_documented():
     assert not undocumented(path.read_text("utf-8")), f"{path.name}: fields without a comment beside them"
 
 
+def test_every_field_of_a_model_s_own_is_documented():
+    for name, own in OWN_FIELDS.items():
+        source = Path(importlib.import_module(f"configs.{name}").__file__).read_text("utf-8")
+        lines = [line.split(": ", 1)[1] for line in undocumented(source)]
+        fields_set = {".".join(field.split(".")[-2:]) for field in own}
+        assert not [line for line in lines if line.split(" = ")[0] in fields_set], f"{name}.py: no comment beside it"
+
+
 def test_the_check_of_comments_can_fail():
     source = 'c.data = data = ConfigDict()\ndata.dir = ""\ndata.kind = "a # b"  # x\ndata.size = 3  # in rows\n'
     assert undocumented(source) == ['2: data.dir = ""', '3: data.kind = "a # b"  # x']
@@ -69,6 +78,7 @@ def test_the_check_of_comments_can_fail():
 def test_a_configuration_keeps_to_the_fields_of_base(name):
     known = fields(base.get_config())
     for field, value in fields(importlib.import_module(f"configs.{name}").get_config()).items():
+        field = re.sub(r"^study\.arms\.\w+\.", "", field)  # an arm sets fields of the configuration
         if field in OWN_FIELDS.get(name, ()):
             continue
         if field.startswith(OPEN):
