@@ -1,8 +1,8 @@
-"""WordPiece and SentencePiece behind one call, and the captions of a split as flat integer arrays.
+"""WordPiece, SentencePiece and CLIP's BPE behind one call, and the captions of a split as flat integer arrays.
 
 Augmentation works on words (3SHNet, text tower of the released code), so a tokenizer also says which pieces
-start a word. Both vocabularies mark that in the piece itself ("##" continues a word, "\u2581" starts one): a
-table over the vocabulary is all that is needed, and a split of half a million captions becomes three arrays.
+start a word. All vocabularies mark that in the piece itself ("##" continues a word, "\u2581" starts one, "</w>" ends
+one): a table over the vocabulary is all that is needed, and a split of half a million captions becomes three arrays.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ import tokenizers
 from ml_collections import ConfigDict
 from tokenizers import models, normalizers, pre_tokenizers
 
+from shnet_jax.data import clip_bpe
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, find_dataset
 
 # Both kinds have these; data_prep/vocabulary.py trains SentencePiece with them.
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+KINDS = ("wordpiece", "sentencepiece", "clip")
+NO_MASK = -1
+"""mask_id of a vocabulary without a mask token."""
 _CHUNK = 8192  # captions handed to a tokenizer at once: large enough for its threads, small enough for memory
 
 
@@ -36,24 +40,30 @@ class _Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A vocabulary with its special tokens. Id 0 is padding and is never produced.
+    """A vocabulary with its special tokens. Id 0 is padding; WordPiece and SentencePiece never produce it.
 
-    starts_word:  [vocab_size] bool, pieces that begin a word.
+    marks_word:  [vocab_size] bool, pieces that begin a word or, if `marks_ends`, that end one.
     begin_id, end_id: tokens around every caption, [CLS] and [SEP].
     random_range: ids first..last-1 that may be drawn as random tokens: the longest run without a special one.
     """
 
     vocabulary: _Vocabulary
-    starts_word: np.ndarray
+    marks_word: np.ndarray
     mask_id: int
     begin_id: int
     end_id: int
     random_range: tuple[int, int]
+    marks_ends: bool = False
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
-        return len(self.starts_word)
+        return len(self.marks_word)
+
+    def begins_word(self, pieces: np.ndarray) -> np.ndarray:
+        """[p] bool, which of the pieces [p] of texts one after the other begin a word."""
+        marked = self.marks_word[pieces]
+        return np.append(True, marked[:-1])[: len(pieces)] if self.marks_ends else marked
 
     def enclose(self, pieces: Sequence[int] | np.ndarray, max_tokens: int) -> np.ndarray:
         """Ids [m] int32 of a caption: its pieces between begin and end token, cut so that m <= max_tokens."""
@@ -128,7 +138,7 @@ def _flatten(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np
     lengths = np.fromiter(map(len, lists), np.int32, len(lists))
     ends = np.cumsum(lengths)
     pieces = np.fromiter((piece for ids in lists for piece in ids), np.int32, int(lengths.sum()))
-    first = tokenizer.starts_word[pieces]
+    first = tokenizer.begins_word(pieces)
     first[(ends - lengths)[lengths > 0]] = True  # a caption never continues the last word of the one before
     starts = np.flatnonzero(first)
     words = np.searchsorted(starts, ends) - np.searchsorted(starts, ends - lengths)
@@ -146,16 +156,25 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
     for a missing file.
     """
     path = vocabulary_file(config)
-    return wordpiece(path) if config.tokenizer.kind == "wordpiece" else sentence_piece(path)
+    kind = {"wordpiece": wordpiece, "sentencepiece": sentence_piece, "clip": clip}[config.tokenizer.kind]
+    found = kind(path)
+    if found.mask_id == NO_MASK and config.data.word_change > 0 and config.data.word_mask > 0:
+        raise ValueError(f"config.data.word_mask is {config.data.word_mask}, but {path} has no mask token: set it to 0")
+    return found
 
 
 def vocabulary_file(config: ConfigDict) -> Path:
     """The file of the vocabulary: tokenizer.path, else the data set's own SentencePiece model."""
     kind = config.tokenizer.kind
-    if kind not in ("wordpiece", "sentencepiece"):
-        raise ValueError(f"tokenizer.kind is {kind!r}; known: wordpiece, sentencepiece")
+    if kind not in KINDS:
+        raise ValueError(f"tokenizer.kind is {kind!r}; known: {', '.join(KINDS)}")
     if config.tokenizer.path:
         return Path(config.tokenizer.path)
+    if kind == "clip":
+        raise ValueError(
+            "tokenizer.kind is 'clip' but no tokenizer.json or merges.txt is named: set text.weights to a CLIP folder, "
+            "or set tokenizer.path"
+        )
     if kind == "wordpiece":
         raise ValueError(
             "tokenizer.kind is 'wordpiece' but no vocab.txt is named: set text.weights to a BERT folder (or 'minilm'), "
@@ -183,6 +202,13 @@ def sentence_piece(path: Path) -> Tokenizer:
     special = _special(path, pieces)
     starts_word = np.array([piece.startswith("\u2581") for piece in pieces])
     return _tokenizer(_SentencePiece(processor), starts_word, special)
+
+
+def clip(path: Path) -> Tokenizer:
+    """CLIP's tokenizer of a tokenizer.json, or of a merges.txt; it has no mask token."""
+    bpe = clip_bpe.read(path)
+    random_range = _longest_run([NO_MASK, bpe.begin_id, bpe.end_id], len(bpe.ends_word))
+    return Tokenizer(bpe, bpe.ends_word, NO_MASK, bpe.begin_id, bpe.end_id, random_range, marks_ends=True)
 
 
 def _tokenizer(vocabulary: _Vocabulary, starts_word: np.ndarray, special: Sequence[int]) -> Tokenizer:

@@ -92,7 +92,7 @@ def load_bert(folder: Path) -> dict[str, Any]:
     shape = sizes(folder)
     _check_vocabulary(folder / "vocab.txt", shape["vocab_size"])
     try:
-        return bert_params(_read(folder), shape)
+        return bert_params(read_tensors(folder), shape)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -160,8 +160,11 @@ def _canonical(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return named
 
 
-def _read(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the folder's file or files, float32 (integers as they are)."""
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of the folder's file or files, float32 (integers as they are).
+
+    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or against the index of the shards.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return _read_file(single)

@@ -121,12 +121,14 @@ class SelfAttention(nn.Module):
       dropout: probability that an attention weight is dropped in training.
       dtype: of the operands of the products.
       kernel_init: of the four projections, with zero biases.
+      causal: a member attends to itself and those before it only.
     """
 
     heads: int
     dropout: float
     dtype: DType
     kernel_init: Initializer
+    causal: bool = False
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
@@ -142,8 +144,11 @@ class SelfAttention(nn.Module):
 
         query, key, value = project("query"), project("key"), project("value")
         logits = einsum("tqhd,tkhd->thqk", query / math.sqrt(size), key, self.dtype)
+        allowed = mask[:, None, None, :]
+        if self.causal:
+            allowed = allowed & jnp.tri(x.shape[1], dtype=bool)
         # The least finite number, not -inf: a sequence without valid members must not give NaN.
-        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(logits.dtype).min)
+        logits = jnp.where(allowed, logits, jnp.finfo(logits.dtype).min)
         weights = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.softmax(logits, axis=-1))
         mixed = einsum("thqk,tkhd->tqhd", weights, value, self.dtype)
         return Dense(width, self.dtype, self.kernel_init, name="out")(mixed.reshape(x.shape))

@@ -20,14 +20,15 @@ from shnet_jax.ops.matmul import DTYPES, DType
 from shnet_jax.ops.norms import l2norm
 from shnet_jax.types import Array, Embedding
 
-TOWERS = ("bert", "bigru", "transformer")
+TOWERS = ("bert", "bigru", "transformer", "clip")
+_FREEZABLE = ("shnet_jax.models.bert", "shnet_jax.models.clip")
 
 
 def build_tower(config: ConfigDict) -> nn.Module:
     """The text tower of a configuration; `text.tower` may also be the dotted path of a module of yours.
 
     Raises ValueError for an unknown tower or dtype, when `config.text.vocab_size` is not known yet, and for
-    `config.text.frozen_layers` with another tower than BERT.
+    `config.text.frozen_layers` with another tower than BERT or CLIP.
     """
     text = config.text
     if text.tower not in TOWERS and "." not in text.tower:
@@ -40,10 +41,10 @@ def build_tower(config: ConfigDict) -> nn.Module:
             "(a run takes it from its tokenizer)"
         )
     path = text.tower if "." in text.tower else f"shnet_jax.models.{text.tower}"
-    if text.frozen_layers > 0 and path != "shnet_jax.models.bert":
+    if text.frozen_layers > 0 and path not in _FREEZABLE:
         raise ValueError(
             f"config.text.frozen_layers is {text.frozen_layers} and config.text.tower {text.tower!r}: "
-            "only layers of bert can be frozen, set it to 0"
+            "only layers of bert and clip can be frozen, set it to 0"
         )
     return importlib.import_module(path).build(text)
 

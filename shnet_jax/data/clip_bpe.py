@@ -1,0 +1,116 @@
+"""CLIP's byte-level BPE (Radford et al., 2021) from the files of a local folder, by the `tokenizers` package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+@dataclass(frozen=True)
+class ClipBPE:
+    """A vocabulary (see `tokenise`). ends_word: [vocab_size] bool, pieces that end a word."""
+
+    tokenizer: tokenizers.Tokenizer
+    ends_word: np.ndarray
+    begin_id: int
+    end_id: int
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+        return [found.ids for found in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def find_vocabulary(folder: Path) -> Path:
+    """The file of a CLIP folder to read: tokenizer.json, else merges.txt. FileNotFoundError without either."""
+    for name in ("tokenizer.json", "merges.txt"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(
+        f"{folder} has neither tokenizer.json nor merges.txt: the weights mean nothing without them"
+    )
+
+
+def read(path: Path) -> ClipBPE:
+    """The vocabulary of a tokenizer.json or of a merges.txt.
+
+    The merges say all: the vocabulary is 256 bytes, the same at the end of a word, the merges in turn, begin and end. A
+    vocab.json beside them must say the same.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that is none of CLIP's.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: CLIP vocabulary not found (tokenizer.json, or merges.txt)")
+    tokenizer = _of_json(path) if path.suffix == ".json" else _of_merges(path)
+    ids = tokenizer.get_vocab()
+    missing = [token for token in (BEGIN, END) if token not in ids]
+    if missing or sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(f"{path}: {len(ids)} pieces; expected consecutive ids and {BEGIN}, {END}, found no {missing}")
+    ends = np.zeros(len(ids), bool)
+    ends[[number for piece, number in ids.items() if piece.endswith(END_OF_WORD)]] = True
+    return ClipBPE(tokenizer, ends, ids[BEGIN], ids[END])
+
+
+def _of_json(path: Path) -> tokenizers.Tokenizer:
+    text = path.read_text(encoding="utf-8")
+    try:
+        described = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON (cut off?): {error}") from None
+    if not isinstance(described, dict) or not {"model", "pre_tokenizer"} <= described.keys():
+        raise ValueError(f"{path}: expected a tokenizer.json with a model and a pre_tokenizer")
+    found = tokenizers.Tokenizer.from_str(text)
+    if not isinstance(found.model, models.BPE) or found.model.end_of_word_suffix != END_OF_WORD:
+        raise ValueError(f"{path}: expected a BPE whose words end in {END_OF_WORD}, as CLIP's")
+    found.no_truncation()
+    found.no_padding()
+    return found
+
+
+def _of_merges(path: Path) -> tokenizers.Tokenizer:
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    merges = [tuple(line.split()) for line in lines if not line.startswith("#version")]
+    wrong = next((number for number, merge in enumerate(merges) if len(merge) != 2), None)
+    if wrong is not None:
+        raise ValueError(f"{path}: merge {wrong}: expected two pieces, found {' '.join(merges[wrong])!r}")
+    alphabet = _byte_order()
+    pieces = [
+        *alphabet,
+        *(piece + END_OF_WORD for piece in alphabet),
+        *("".join(merge) for merge in merges),
+        BEGIN,
+        END,
+    ]
+    ids = {piece: number for number, piece in enumerate(pieces)}
+    beside = path.with_name("vocab.json")
+    if beside.is_file() and json.loads(beside.read_text(encoding="utf-8")) != ids:
+        raise ValueError(f"{beside} is not the vocabulary that {path.name} makes; a tokenizer.json is read as it is")
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(ids, [(a, b) for a, b in merges], unk_token=END, end_of_word_suffix=END_OF_WORD)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+def _byte_order() -> list[str]:
+    """The characters that stand for the bytes, in the order of CLIP's vocabulary: the printable ones come first."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [*map(chr, printable), *(chr(256 + number) for number in range(len(others)))]
