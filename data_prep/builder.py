@@ -126,7 +126,8 @@ class _Writer:
                 place = f"{where}, {files['image_id']}" if "image_id" in files else where
                 raise DataError(f"{place}: field 'image_id': expected a new id, found that of row {rows[image_id]}")
             rows[image_id] = row
-            index.add(image_id, record["captions"])
+            identity = record.get("identity")
+            index.add(image_id, record["captions"], None if identity is None else int(identity))
             if self._tfds is None:
                 self._tfds = self._open(record)
             if row == 0:

@@ -49,10 +49,11 @@ FIELDS: dict[str, Field] = {
     "image_embedding": Field(("E",), ("float32",), "global vector of a pretrained model"),
     "caption_embeddings": Field(("n", "E"), ("float32",), "vector of each caption by the same model"),
     "identity": Field((), ("int64",), "person in the image"),
+    "image": Field(("Y", "X", "3"), ("uint8",), "the picture itself, red green blue, all of one size"),
 }
 PER_CAPTION = "n"  # the letter of the captions of an image, the one size that differs between the records of a set
 TEXT_FIELDS = ("image_id", "captions", "caption_ids")
-VISUAL_FIELDS = ("regions", "grid", "seg_semantic", "image_embedding")
+VISUAL_FIELDS = ("regions", "grid", "seg_semantic", "image_embedding", "image")
 _MASKED = {"region_mask": "regions", "grid_mask": "grid"}
 
 

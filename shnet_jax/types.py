@@ -35,6 +35,9 @@ image fields (a batch carries only those that the model asks for; see `data_prep
   seg_map       [n, H, W] uint8     label map
   categories    [n, C] bool         classes present
   image_embedding [n, E] float      global vector of a pretrained model
+  image         [n, H, W, 3] uint8  the picture itself; in training flipped, cropped and erased as `image_view` says
+  identity      [n] int32           number of the person among those of the split, in training only: the `ids` that
+                                    losses get in place of `image_index`
 text fields:
   tokens        [t, L] int32        token ids, 0 where masked
   token_mask    [t, L] bool         valid tokens

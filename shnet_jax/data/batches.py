@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from shnet_jax.data.augment import Augmentation, alter_words, keep_grid, keep_regions
+from shnet_jax.data.pictures import Views, viewed
 from shnet_jax.data.records import DataSet, RandomAccess
 from shnet_jax.data.tokenise import Captions, Tokenizer
 from shnet_jax.types import Array, Batch
@@ -61,6 +62,8 @@ def train_batches(
     A batch has, with n = batch_size / C:
       image_index  [n] int32, number of the image in the split
       region_keep  [n, K] bool, units that augmentation leaves, if `fields` has regions; so grid_keep [n, G]
+      image_view   [n, 7] int32, how the picture is altered (`pictures.Views`), if `fields` has image
+      identity     [n] int32, number of the person among those of the split, if data.identity and it has any
       tokens       [batch_size, L] int32, 0 where masked; row j belongs to image j // C
       token_mask   [batch_size, L] bool
       and, unless data.resident, `fields` and the masks of their units, as stored.
@@ -96,6 +99,7 @@ def train_batches(
         per_image=per_image,
         max_tokens=data.max_tokens,
         units={unit: len(first[unit]) for unit in _UNITS if unit in first},
+        views=Views.from_config(data, first["image"].shape[:2]) if "image" in first else None,
     )
     buckets = token_buckets(data)
     collate = partial(_collate, buckets=buckets if shard_count == 1 else buckets[-1:])
@@ -104,6 +108,10 @@ def train_batches(
     examples_drawn = grain.MapDataset.range(examples).shuffle(seed=order_seed).random_map(draw, seed=draw_seed)
     # Hosts take consecutive batches in turn: together, in their order, they hold the rows of one host's larger batch.
     stream = examples_drawn[:whole].batch(images, batch_fn=collate)[shard_index::shard_count].repeat()
+    people = dataset.identities(data.train_split) if data.identity else None
+    if people is not None:
+        numbers = np.unique(people, return_inverse=True)[1].astype(np.int32)
+        stream = stream.map(lambda batch: batch | {"identity": numbers[batch["image_index"]]})
     if not data.resident:
         stream = stream.map(lambda batch: batch | stack_images(records, batch["image_index"]))
     return iter(stream.to_iter_dataset(read_options(data)))
@@ -166,7 +174,7 @@ def gather(table: Mapping[str, Array] | None, batch: Batch) -> Batch:
     Image fields come from `table` [N, ...] by image_index, or without one from the batch itself. Masks are
     narrowed to the units that augmentation keeps; an image that would lose all its units keeps all, as an
     empty set has no pooled vector and keeping one unit would favour it. Units are zero where masked; float16
-    and bfloat16 are widened to float32 here, after the transfer to the device.
+    and bfloat16 are widened to float32 here, after the transfer to the device; so are pictures altered.
     """
     rows = {field: jnp.take(values, batch["image_index"], axis=0) for field, values in (table or {}).items()}
     out = {field: _widen(jnp.asarray(values)) for field, values in {**batch, **rows}.items()}
@@ -176,6 +184,8 @@ def gather(table: Mapping[str, Array] | None, batch: Batch) -> Batch:
             kept = valid & out.pop(keep, valid)
             out[mask] = jnp.where(kept.any(axis=1, keepdims=True), kept, valid)
             out[unit] = jnp.where(out[mask][..., None], out[unit], 0)
+    if "image_view" in out:
+        out["image"] = viewed(out["image"], out.pop("image_view"))
     return out
 
 
@@ -203,8 +213,9 @@ def _draw(
     per_image: int,
     max_tokens: int,
     units: Mapping[str, int],
+    views: Views | None,
 ) -> dict[str, Any]:
-    """One example: its image, the token ids of its captions, the units it keeps."""
+    """One example: its image, the token ids of its captions, the units it keeps, the view of its picture."""
     if per_image == 1:
         image, chosen = captions.image[number], [number]
     else:
@@ -219,11 +230,13 @@ def _draw(
         example["region_keep"] = keep_regions(units["regions"], rates, rng)
     if "grid" in units:
         example["grid_keep"] = keep_grid(units["grid"], rates, rng)
+    if views is not None:
+        example["image_view"] = views.draw(rng)
     return example
 
 
 def _collate(examples: Sequence[dict[str, Any]], *, buckets: Sequence[int]) -> HostBatch:
-    keeps = [name for name in examples[0] if name.endswith("_keep")]
+    keeps = [name for name in examples[0] if name.endswith(("_keep", "_view"))]
     return {
         "image_index": np.array([example["image_index"] for example in examples], np.int32),
         **pad_tokens([ids for example in examples for ids in example["ids"]], buckets),

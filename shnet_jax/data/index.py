@@ -1,7 +1,8 @@
 """The sidecar index_SPLIT.npz: ids and captions of a split, which else cost a pass over all its records.
 
 Its arrays are `image_ids` unicode [N], `caption_counts` int32 [N], `caption_text` uint8 [B], the UTF-8 of all captions
-one after the other, and `caption_ends` int64 [T], where each caption ends in it.
+one after the other, and `caption_ends` int64 [T], where each caption ends in it; `identities` int64 [N] where the
+records have the field `identity`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ class Index:
     caption_counts: int32 [N], captions of each image.
     text: UTF-8 of all T captions, one after the other.
     ends: int64 [T], where each caption ends in `text`.
+    identities: int64 [N], person in each image; None where the data set has none.
     """
 
     image_ids: np.ndarray
     caption_counts: np.ndarray
     text: bytes
     ends: np.ndarray
+    identities: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -57,9 +60,12 @@ class IndexBuilder:
     def __init__(self) -> None:
         self._ids: list[str] = []
         self._counts, self._text, self._ends = array("i"), bytearray(), array("q")
+        self._identities = array("q")
 
-    def add(self, image_id: str, captions: Sequence[str]) -> None:
-        """Add the next image."""
+    def add(self, image_id: str, captions: Sequence[str], identity: int | None = None) -> None:
+        """Add the next image; all of them have an identity, or none."""
+        if identity is not None:
+            self._identities.append(identity)
         self._ids.append(image_id)
         self._counts.append(len(captions))
         for caption in captions:
@@ -69,7 +75,8 @@ class IndexBuilder:
     def build(self) -> Index:
         """The index of the images so far."""
         counts, ends = np.array(self._counts, np.int32), np.array(self._ends, np.int64)
-        return Index(np.array(self._ids, np.str_), counts, bytes(self._text), ends)
+        identities = np.array(self._identities, np.int64) if self._identities else None
+        return Index(np.array(self._ids, np.str_), counts, bytes(self._text), ends, identities)
 
 
 def index_file(split: str) -> str:
@@ -79,13 +86,14 @@ def index_file(split: str) -> str:
 
 def write_index(folder: Path, split: str, index: Index) -> None:
     """Write the sidecar of a split."""
-    np.savez(
-        folder / index_file(split),
-        image_ids=index.image_ids,
-        caption_counts=index.caption_counts,
-        caption_text=np.frombuffer(index.text, np.uint8),
-        caption_ends=index.ends,
-    )
+    arrays = {} if index.identities is None else {"identities": index.identities}
+    arrays |= {
+        "image_ids": index.image_ids,
+        "caption_counts": index.caption_counts,
+        "caption_text": np.frombuffer(index.text, np.uint8),
+        "caption_ends": index.ends,
+    }
+    np.savez(folder / index_file(split), allow_pickle=False, **arrays)
 
 
 def read_index(folder: Path, split: str) -> Index | None:
@@ -101,13 +109,19 @@ def read_index(folder: Path, split: str) -> Index | None:
             if "caption_text" not in arrays:
                 return None
             index = Index(
-                arrays["image_ids"], arrays["caption_counts"], arrays["caption_text"].tobytes(), arrays["caption_ends"]
+                arrays["image_ids"],
+                arrays["caption_counts"],
+                arrays["caption_text"].tobytes(),
+                arrays["caption_ends"],
+                arrays.get("identities"),
             )
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected an index as data_prep writes it: {error}") from error
     captions, ends = int(index.caption_counts.sum()), index.ends
     if len(index.caption_counts) != len(index):
         raise ValueError(f"{path}: expected as many counts as ids, found {len(index.caption_counts)} and {len(index)}")
+    if index.identities is not None and len(index.identities) != len(index):
+        raise ValueError(f"{path}: expected an identity for each of {len(index)} ids, found {len(index.identities)}")
     if len(ends) != captions or (np.diff(ends, prepend=0, append=len(index.text)) < 0).any():
         raise ValueError(
             f"{path}: expected {captions} captions that end in order within {len(index.text)} bytes, "

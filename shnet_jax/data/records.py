@@ -97,6 +97,13 @@ class DataSet:
         """The captions of each image of a split in record order."""
         return self.index(split).all_captions()
 
+    def identities(self, split: str) -> np.ndarray | None:
+        """The person in each image of a split in record order, int64 [N]; None without the field `identity`."""
+        found = self.index(split).identities
+        if found is None and "identity" in self.features:
+            found = np.array([record["identity"] for record in self.open_split(split, ("identity",))], np.int64)
+        return found
+
     def index(self, split: str) -> Index:
         """Ids and captions of a split: its sidecar or, without one, what a pass over its records finds; kept.
 

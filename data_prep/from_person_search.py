@@ -1,0 +1,207 @@
+"""Imports CUHK-PEDES, ICFG-PEDES or RSTPReid: an annotation file and a folder of pictures, as their authors send them.
+
+    python -m data_prep.from_person_search --annotations=reid_raw.json --images=imgs --name=cuhk_pedes --out=DATA_DIR
+
+Pictures are resized and kept as they are in the record; no picture or caption is part of this project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from data_prep import command
+from data_prep.builder import write_dataset
+from data_prep.schema import DataError, Record
+
+SPLITS = ("train", "val", "test")
+PATHS = ("file_path", "img_path")  # CUHK-PEDES and ICFG-PEDES; RSTPReid
+SIZE = (384, 128)  # height and width of a picture (IRRA)
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One picture: where it lies in the folder, who it shows, what is said of it."""
+
+    path: str
+    person: int
+    captions: tuple[str, ...]
+
+
+def read_annotations(path: Path) -> dict[str, list[Annotation]]:
+    """The pictures of each split, in the order of the file: a JSON list of objects with
+
+      split     "train" | "val" | "test"
+      id        whole number >= 0, the person
+      captions  list of strings
+      file_path (CUHK-PEDES, ICFG-PEDES) or img_path (RSTPReid)
+
+    Other fields (processed_tokens) are left out. Raises DataError naming file, row and field, and for a person in two
+    splits.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path}: expected a list of pictures, found {type(rows).__name__}")
+    found: dict[str, list[Annotation]] = {}
+    split_of: dict[int, str] = {}
+    for number, row in enumerate(rows):
+        where = f"{path} row {number}"
+        split, annotation = _annotation(where, row)
+        if split_of.setdefault(annotation.person, split) != split:
+            raise DataError(
+                f"{where}: field 'id': person {annotation.person} is in the splits {split_of[annotation.person]} and "
+                f"{split}; expected one"
+            )
+        found.setdefault(split, []).append(annotation)
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def _annotation(where: str, row: Any) -> tuple[str, Annotation]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+    field = next((name for name in PATHS if name in row), None)
+    if field is None:
+        raise DataError(f"{where}: expected a field {' or '.join(PATHS)}, found {', '.join(row)}")
+    split, person, captions, place = (row.get(name) for name in ("split", "id", "captions", field))
+    if split not in SPLITS:
+        raise DataError(f"{where}: field 'split': expected one of {', '.join(SPLITS)}, found {split!r}")
+    if isinstance(person, bool) or not isinstance(person, int) or person < 0:
+        raise DataError(f"{where}: field 'id': expected a whole number >= 0, found {person!r}")
+    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+        raise DataError(f"{where}: field 'captions': expected a list of sentences, found {captions!r:.80}")
+    if not isinstance(place, str) or Path(place).is_absolute() or ".." in Path(place).parts:
+        raise DataError(f"{where}: field {field!r}: expected a path inside the folder of pictures, found {place!r}")
+    return split, Annotation(place, person, tuple(captions))
+
+
+def hold_out(splits: dict[str, list[Annotation]], persons: int) -> dict[str, list[Annotation]]:
+    """The pictures of the last `persons` of the training split, by number, become the split val.
+
+    For sets without one (ICFG-PEDES). Raises DataError when there is a val, or when the training split has no more.
+    """
+    if not persons:
+        return splits
+    people = sorted({a.person for a in splits.get("train", [])})
+    if "val" in splits or len(people) <= persons:
+        raise DataError(
+            f"--hold_out={persons}: expected no split val and more than {persons} persons in train, found splits "
+            f"{', '.join(splits)} and {len(people)} persons"
+        )
+    held = set(people[-persons:])
+    return splits | {
+        "train": [a for a in splits["train"] if a.person not in held],
+        "val": [a for a in splits["train"] if a.person in held],
+    }
+
+
+def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """The picture of a file as uint8 [height, width, 3], resized bilinearly. Raises DataError when it is none."""
+    try:
+        with Image.open(path) as picture:
+            resized = picture.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
+            return np.asarray(resized, np.uint8)
+    except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{path}: expected a picture: {error}") from None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The records of a split."""
+
+    annotations: Sequence[Annotation]
+    folder: Path
+    size: tuple[int, int]
+    first_caption: int
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __iter__(self) -> Iterator[Record]:
+        caption = self.first_caption
+        for annotation in self.annotations:
+            count = len(annotation.captions)
+            yield {
+                "image_id": annotation.path,
+                "captions": list(annotation.captions),
+                "caption_ids": np.arange(caption, caption + count, dtype=np.int64),
+                "identity": np.int64(annotation.person),
+                "image": read_picture(self.folder / annotation.path, self.size),
+            }
+            caption += count
+
+
+def import_person_search(
+    annotations: Path,
+    images: Path,
+    name: str,
+    out: Path,
+    *,
+    size: tuple[int, int] = SIZE,
+    held_out: int = 0,
+    source: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Import a set and return the version folder; see `--help` for the arguments."""
+    if not images.is_dir():
+        raise DataError(f"{images}: no such folder of pictures")
+    splits = hold_out(read_annotations(annotations), held_out)
+    records, caption = {}, 0
+    for split, found in splits.items():
+        records[split] = Pictures(found, images, size, caption)
+        caption += sum(len(a.captions) for a in found)
+    metadata = {"source": source or f"data_prep.from_person_search of {annotations.name}", "held_out": held_out}
+    files = {split: {"captions": annotations.name, "identity": annotations.name} for split in splits}
+    total = sum(map(len, records.values()))
+    return write_dataset(out, name, records, metadata, files=files, total=total, overwrite=overwrite)
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH such as 384x128, found {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+@command.reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = command.parser("from_person_search", __doc__)
+    parser.add_argument("--annotations", type=Path, required=True, help="reid_raw.json, ICFG-PEDES.json, ...")
+    parser.add_argument("--images", type=Path, required=True, help="folder that the paths in it begin in")
+    parser.add_argument("--name", required=True, help="name of the data set")
+    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--size", type=_size, default=SIZE, help="HEIGHTxWIDTH of the pictures, 384x128 unless told")
+    parser.add_argument(
+        "--hold_out", type=command.at_least(0), default=0, help="training persons that become the split val"
+    )
+    parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
+    args = parser.parse_args(argv)
+    print(
+        import_person_search(
+            args.annotations,
+            args.images,
+            args.name,
+            args.out,
+            size=args.size,
+            held_out=args.hold_out,
+            source=args.source,
+            overwrite=args.overwrite,
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

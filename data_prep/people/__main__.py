@@ -1,0 +1,8 @@
+"""`python -m data_prep.people`."""
+
+import sys
+
+from data_prep.people.write import main
+
+if __name__ == "__main__":
+    sys.exit(main())
