@@ -28,12 +28,17 @@ def get_config() -> ConfigDict:
     data.word_mask = 0.5  # share of the altered words whose pieces become the mask token (published 0.5)
     data.word_random = 0.1  # share whose pieces become random tokens (published 0.1)
     data.word_delete = 0.4  # share that is deleted (published 0.4; the rest stays as it is)
+    data.identity = True  # ids of the losses are persons where the data set knows them: no negatives of each other
+    data.image_flip = 0.5  # pictures: probability of a mirror image in training (IRRA 0.5)
+    data.image_pad = 10  # pictures: crop of this many black pixels around, in training (IRRA 10)
+    data.image_erase = 0.5  # pictures: probability that a rectangle is erased in training (IRRA 0.5)
+    data.image_erase_area = (0.02, 0.4)  # share of the picture that it takes (IRRA 0.02 to 0.4)
     data.read_threads = 4  # threads that read and decode records ahead
     data.prefetch = 8  # batches read ahead
 
     c.tokenizer = tokenizer = ConfigDict()
-    tokenizer.kind = "wordpiece"  # wordpiece (vocab.txt) | sentencepiece (model trained by data_prep)
-    tokenizer.path = ""  # vocab.txt or .model file; "": of text.weights (wordpiece) or of data.dir (sentencepiece)
+    tokenizer.kind = "wordpiece"  # wordpiece (vocab.txt) | sentencepiece (model trained by data_prep) | clip (its BPE)
+    tokenizer.path = ""  # vocab.txt, .model, tokenizer.json or merges.txt; "": of text.weights, or of data.dir
 
     c.model = model = ConfigDict()
     model.name = "shnet"  # file in shnet_jax/models, or the dotted path of a module of yours
@@ -56,8 +61,8 @@ def get_config() -> ConfigDict:
     model.dtype = "float32"  # operands of matrix products: float32 | bfloat16 (sums and parameters stay float32)
 
     c.text = text = ConfigDict()
-    text.tower = "bert"  # bert | bigru | transformer
-    text.weights = ""  # bert: folder with config.json, weights, vocab.txt; "minilm": what `make minilm` installs
+    text.tower = "bert"  # bert | bigru | transformer | clip
+    text.weights = ""  # bert, clip: folder as Hugging Face saves it; "minilm": what `make minilm` installs
     text.vocab_size = 0  # tokens of the vocabulary; 0: taken from the tokenizer
     text.layers = 12  # transformer layers (bert, transformer); set by the weights folder when there is one
     text.width = 768  # hidden size; for bigru the size of one direction is half of it
@@ -65,8 +70,10 @@ def get_config() -> ConfigDict:
     text.mlp_dim = 3072  # hidden size of the transformer's MLP (bert, transformer)
     text.max_positions = 512  # learned positions (bert, transformer)
     text.dropout = 0.1  # dropout on hidden states and attention weights
-    text.frozen_layers = 0  # bert: embeddings and this many first layers stay as loaded, without dropout; 0: all learn
-    text.remat = False  # layers are computed again in the backward pass instead of kept (bert, transformer)
+    text.frozen_layers = 0  # bert, clip: all but the layers after this many stay as loaded, no dropout; 0: all learn
+    text.remat = False  # layers are computed again in the backward pass instead of kept (bert, transformer, clip)
+    text.projection = 512  # clip: size of its joint space; set by the weights folder
+    text.activation = "quick_gelu"  # clip: quick_gelu | gelu; set by the weights folder
     text.dtype = "float32"  # operands of matrix products: float32 | bfloat16
 
     c.loss = loss = ConfigDict()
@@ -75,6 +82,10 @@ def get_config() -> ConfigDict:
     weights.infonce = 0.0  # symmetric softmax cross-entropy of CLIP (published 0)
     weights.sigmoid = 0.0  # SigLIP's sigmoid loss (published 0)
     weights.uto = 0.0  # USER's unified objective, meant for config.momentum (published 0)
+    weights.sdm = 0.0  # similarity distribution matching of global vectors (IRRA 1)
+    weights.identity = 0.0  # cross-entropy of persons, for data sets that know them (IRRA 1)
+    weights.asm = 0.0  # adaptive semantic margin, ESA-style (ours 1)
+    weights.diversity = 0.0  # elements of a set repel each other, both modalities lie alike (DivE 0.01)
     loss.pairs = pairs = ConfigDict()  # how the pairs of a global batch meet; see shnet_jax/losses/pairs.py
     pairs.strategy = "gathered"  # gathered | streamed | ring | local (local: each device's pairs only)
     pairs.tile = 1024  # candidates scored at once by "streamed"
@@ -107,6 +118,23 @@ def get_config() -> ConfigDict:
     momentum.start = "uniform"  # first queues: "uniform" in 0..1, all alike (USER) | "gaussian", all directions
     momentum.image_train = True  # key image encoder as in training (USER True) | False: with averaged statistics
     momentum.text_train = False  # key text encoder as in training (USER False)
+
+    loss.sdm = sdm = ConfigDict()
+    sdm.temperature = 0.02  # of the softmax over the cosines of a query (IRRA 0.02)
+
+    loss.identity = identity = ConfigDict()
+    identity.classes = 0  # persons of the training split; 0: taken from the data set
+    identity.dim = 0  # size of the embedding; 0: model.dim
+
+    loss.asm = asm = ConfigDict()
+    asm.margin = 0.2  # largest margin, in units of the score (ours 0.2)
+    asm.sign = -1  # -1: a smaller margin between items that are close in meaning | 1: a larger one (ours -1)
+    asm.scale = 1.0  # of the semantic term; 0: the margin is fixed (ours 1)
+    asm.of = "set"  # "set": the set term of the score | "score": the whole score (ours "set")
+
+    loss.diversity = diversity = ConfigDict()
+    diversity.sharpness = 2.0  # of the repulsion between elements of a set (DivE 2)
+    diversity.gamma = 0.0  # of the kernel that compares the modalities; 0: 1 / dimension (DivE)
 
     c.optim = optim = ConfigDict()
     optim.lr = 5e-4  # peak learning rate (published 5e-4)
@@ -145,6 +173,7 @@ def get_config() -> ConfigDict:
     evaluate.batch_size = 128  # images, or captions, encoded at once on each device
     evaluate.tile = 512  # images of a score tile; it has 8 times as many captions
     evaluate.protocols = ("whole",)  # galleries: "whole" split, "folds5": mean over 5 consecutive parts (COCO 1K)
+    evaluate.person = False  # also CMC R@1/5/10, mAP and mINP of captions by persons, and R@1 of these selects
     evaluate.checkpoint = "best"  # state evaluated by --mode=eval: best | last
     evaluate.score_dtype = "float32"  # scores: float32 | bfloat16 (float32 where the order is in doubt: the same ranks)
     evaluate.overlap = False  # images on one half of the devices, captions on the other, reading ahead: the same bits

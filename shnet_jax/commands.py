@@ -89,8 +89,19 @@ def _restore(workdir: Path, trained: ConfigDict, config: ConfigDict, step: int |
 
 def _model_differences(trained: ConfigDict, config: ConfigDict) -> list[str]:
     """Fields of the model in which the given configuration differs from the run (sizes filled in at training aside)."""
-    filled = {"weights", "vocab_size", "layers", "width", "heads", "mlp_dim", "max_positions"}
-    lines = differences(config.model.to_dict(), trained.model.to_dict(), "config.model")
+    filled = {
+        "weights",
+        "vocab_size",
+        "layers",
+        "width",
+        "heads",
+        "mlp_dim",
+        "max_positions",
+        "projection",
+        "activation",
+    }
+    theirs, ours = ({k: v for k, v in c.model.to_dict().items() if k != "clip"} for c in (config, trained))
+    lines = differences(theirs, ours, "config.model")
     ours = {k: v for k, v in trained.text.to_dict().items() if k not in filled}
     theirs = {k: v for k, v in config.text.to_dict().items() if k not in filled}
     return lines + differences(theirs, ours, "config.text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -12,9 +13,10 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax import registry
+from shnet_jax.data import clip_bpe
 from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.data.tokenise import Tokenizer, load_tokenizer
-from shnet_jax.interop import bert_weights
+from shnet_jax.interop import bert_weights, clip_weights
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Batch
 
@@ -39,10 +41,12 @@ def assemble(config: ConfigDict) -> Experiment:
     if not config.data.dir:
         raise ValueError("config.data.dir is empty: give the folder of a data set, --config.data.dir=DIR")
     dataset = open_dataset(config.data.dir)
-    if config.text.weights:
+    if config.text.weights and config.text.tower == "clip":
+        _fit_clip(config)
+    elif config.text.weights:
         if config.text.tower != "bert":
             raise ValueError(
-                f"config.text.weights are those of a BERT, config.text.tower is {config.text.tower!r}; "
+                f"config.text.weights are those of a BERT or a CLIP, config.text.tower is {config.text.tower!r}; "
                 "for its vocabulary alone set config.tokenizer.path"
             )
         folder = bert_weights.find_folder(config.text.weights)
@@ -64,7 +68,35 @@ def assemble(config: ConfigDict) -> Experiment:
     module = registry.model(config.model.name)
     fields = module.image_fields(config)
     _check_fields(config, dataset, fields)
+    _fit_classifier(config, dataset)
     return Experiment(FrozenConfigDict(config), dataset, tokenizer, module.build(config), fields)
+
+
+def _fit_clip(config: ConfigDict) -> None:
+    """Sizes of both towers, and the vocabulary, of the CLIP folder `config.text.weights`."""
+    folder = Path(config.text.weights).expanduser()
+    text, vision = clip_weights.sizes(folder)
+    config.text.update(text)
+    if "clip" in config.model:
+        config.model.clip.update(vision)
+    if config.tokenizer.kind == "clip" and not config.tokenizer.path:
+        config.tokenizer.path = str(clip_bpe.find_vocabulary(folder))
+
+
+def _fit_classifier(config: ConfigDict, dataset: DataSet) -> None:
+    """Sizes of the classifier of persons, when it is trained and they are not given."""
+    if not config.loss.weights.get("identity", 0.0):
+        return
+    identity = config.loss.identity
+    identity.dim = identity.dim or config.model.dim
+    if not identity.classes:
+        people = dataset.identities(config.data.train_split)
+        if people is None or not config.data.identity:
+            raise ValueError(
+                f"config.loss.weights.identity is above 0, which needs a data set with the field identity and "
+                f"config.data.identity; {dataset.path} has {', '.join(dataset.features)}"
+            )
+        identity.classes = len(np.unique(people))
 
 
 def _check_fields(config: ConfigDict, dataset: DataSet, fields: tuple[str, ...]) -> None:
@@ -100,8 +132,14 @@ def init_variables(experiment: Experiment, seed: int) -> dict[str, Any]:
     batch = dummy_batch(experiment)
     init = jax.jit(lambda key: experiment.model.init(key, batch, train=False))
     variables = nn.meta.unbox(dict(init(jax.random.key(seed))))
-    if experiment.config.text.weights:
-        folder = bert_weights.find_folder(experiment.config.text.weights)
+    text = experiment.config.text
+    if text.weights and text.tower == "clip":
+        words, vision = clip_weights.load_clip(Path(text.weights).expanduser())
+        variables["params"]["text"]["tower"] = words
+        if "vision_tower" in variables["params"].get("image", {}):
+            variables["params"]["image"]["vision_tower"] = vision
+    elif text.weights:
+        folder = bert_weights.find_folder(text.weights)
         variables["params"]["text"]["tower"] = bert_weights.load_bert(folder)
     variables.setdefault("batch_stats", {})
     return {name: variables[name] for name in ("params", "batch_stats")}

@@ -15,7 +15,7 @@ from shnet_jax.commands import evaluate_checkpoint, evaluate_loaded, evaluate_ze
 from shnet_jax.evaluate.bootstrap import Interval, recall_intervals
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.recall import Metrics, QueryRanks
-from shnet_jax.evaluate.report import as_dict, interval_table, markdown, write_text
+from shnet_jax.evaluate.report import PERSON, as_dict, interval_table, markdown, write_text
 from shnet_jax.observe.writer import read_metrics
 from shnet_jax.train.loop import train_and_evaluate
 
@@ -151,17 +151,19 @@ def _run(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:
 def table(runs: Mapping[str, list[Run]], pretrained: Results | None = None) -> str:
     """Markdown: a row for each arm (mean ± standard deviation over its seeds), a pretrained encoder and chance."""
     rows = []
+    guess: Metrics = next(iter(runs.values()))[0].results.chance
+    persons = [name for name in PERSON if name in guess]
+    columns = [*COLUMNS, *persons]
     for arm, found in runs.items():
-        cells = [_mean(found, column) for column in COLUMNS]
+        cells = [_mean(found, column) for column in columns]
         minutes = statistics.mean(run.minutes for run in found)
         speeds = [run.examples_per_second for run in found if run.examples_per_second is not None]
         speed = f"{statistics.mean(speeds):.0f}" if speeds else ""
         rows.append([arm, str(len(found)), *cells, f"{minutes:.1f}", speed])
-    guess: Metrics = next(iter(runs.values()))[0].results.chance
     others = {} if pretrained is None else {"zero-shot": pretrained.metrics}
     for name, metrics in (others | {"chance": guess}).items():
-        rows.append([name, "", *(f"{metrics[c]:.1f}" for c in COLUMNS), "", ""])
-    return markdown(["arm", "seeds", *HEADINGS, "minutes", "pairs/s"], rows)
+        rows.append([name, "", *(f"{metrics[c]:.1f}" if c in metrics else "" for c in columns), "", ""])
+    return markdown(["arm", "seeds", *HEADINGS, *(PERSON[c] for c in persons), "minutes", "pairs/s"], rows)
 
 
 def _mean(runs: list[Run], column: str) -> str:

@@ -19,6 +19,12 @@ from shnet_jax.study import arm_config
 # Fields that a configuration may have beyond those of base.py: {file name: {"section.field", ...}}.
 USER = {f"model.user.{name}" for name in ("guides", "attention_scale", "dropout", "norm")}
 OWN_FIELDS = dict.fromkeys(("user_coco", "user_f30k", "user_flickr8k", "user_small", "user_demo"), USER)
+_ESA = {
+    "model.esa": "source head size text_size mode depth heads similarity sharpness eta",
+    "model.clip": "grid patch layers width heads mlp_dim projection activation remat",
+}
+ESA = {f"{section}.{name}" for section, names in _ESA.items() for name in names.split()}
+OWN_FIELDS |= dict.fromkeys(("esa_people", "esa_cuhk_pedes", "esa_icfg_pedes", "esa_rstpreid", "esa_flickr8k"), ESA)
 
 NAMES = [module.name for module in pkgutil.iter_modules(configs.__path__)]
 # One entry for each loss term, named by the user: its value is compared with that of any entry of base.
@@ -103,6 +109,13 @@ def test_the_joint_arms_of_the_hybrid_study_are_those_of_its_base():
     region = arm_config(hybrid, "region_none", 1).model
     assert region.units == ("regions",) and not (region.semantic or region.spatial or region.scene_tokens)
     assert hybrid.study.ensembles.ensemble_semantic == ("region_semantic", "grid_semantic")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_arms_of_a_study_change_fields_that_there_are(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    for arm in config.study.arms:
+        arm_config(config, arm, seed=0)
 
 
 def test_fields_of_their_own_exist():

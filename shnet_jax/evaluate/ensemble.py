@@ -20,6 +20,7 @@ class Embedded:
     score: (some images, some texts) -> scores of their pairs.
     caption_image: [t] int, image of each caption.
     image_ids: unicode [n]. captions: the t sentences.
+    image_person: [n] int, person in each image, for a person search; None for none.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Embedded:
     image_ids: np.ndarray
     captions: tuple[str, ...]
     subject: Subject
+    image_person: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

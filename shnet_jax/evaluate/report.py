@@ -15,6 +15,14 @@ from shnet_jax.evaluate.recall import CUTS, DIRECTIONS
 FORMAT = 1  # raised when a key of the JSON changes its name or meaning
 ARROWS = {"i2t": "i→t", "t2i": "t→i"}
 HEADINGS = {"medr": "MedR", "meanr": "MeanR", **{f"r{k}": f"R@{k}" for k in CUTS}}
+PERSON = {
+    "person_r1": "person R@1",
+    "person_r5": "R@5",
+    "person_r10": "R@10",
+    "person_map": "mAP",
+    "person_minp": "mINP",
+}
+"""Metrics of a person search (`person.NAMES`), where there are any, and their headings."""
 COLUMNS = [*(f"{d}_{m}" for d in DIRECTIONS for m in (*(f"r{k}" for k in CUTS), "medr", "meanr")), "rsum"]
 
 
@@ -61,8 +69,9 @@ def table(arms: Mapping[str, Results]) -> str:
         guess = (f"chance ({card['images']} images, {card['captions']} captions{folds})", arm.chance)
         if guess not in rows:
             rows.append(guess)
-    cells = [[name, *(f"{metrics[column]:.1f}" for column in COLUMNS)] for name, metrics in rows]
-    return markdown(["", *map(heading, COLUMNS)], cells)
+    columns = [*COLUMNS, *(name for name in PERSON if all(name in metrics for _, metrics in rows))]
+    cells = [[name, *(f"{metrics[column]:.1f}" for column in columns)] for name, metrics in rows]
+    return markdown(["", *map(heading, columns)], cells)
 
 
 def extra_table(arms: Mapping[str, Results]) -> str:
@@ -88,7 +97,8 @@ def one_line(results: Results) -> str:
     recalls = "  ".join(
         f"{d} R@1/5/10 {m[f'{d}_r1']:.1f} {m[f'{d}_r5']:.1f} {m[f'{d}_r10']:.1f}" for d in ("i2t", "t2i")
     )
-    return f"{recalls}  rSum {m['rsum']:.1f}"
+    persons = "  person R@1 {person_r1:.1f} mAP {person_map:.1f}".format(**m) if "person_r1" in m else ""
+    return f"{recalls}  rSum {m['rsum']:.1f}{persons}"
 
 
 def card_table(card: Mapping[str, str | int]) -> str:
@@ -97,7 +107,9 @@ def card_table(card: Mapping[str, str | int]) -> str:
 
 
 def heading(column: str) -> str:
-    """The heading of one of COLUMNS."""
+    """The heading of one of COLUMNS or PERSON."""
+    if column in PERSON:
+        return PERSON[column]
     if column == "rsum":
         return "rSum"
     direction, metric = column.split("_")

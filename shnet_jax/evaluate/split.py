@@ -18,6 +18,7 @@ from shnet_jax.evaluate.bootstrap import recall_intervals
 from shnet_jax.evaluate.encode import Portion, encode
 from shnet_jax.evaluate.ensemble import Embedded, MeanScore
 from shnet_jax.evaluate.extra import Wanted, extra_metrics
+from shnet_jax.evaluate.person import person_chance, person_metrics
 from shnet_jax.evaluate.pipelined import check_pipeline, make_pipelined_text_encoder, place_variables, stage_mesh
 from shnet_jax.evaluate.protocols import Results, Subject, evaluate, find_protocol
 from shnet_jax.evaluate.rank import check_captions
@@ -57,10 +58,12 @@ def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
     config, model = experiment.config, experiment.model
     protocol = _protocols(config)[0]
     gallery, encode_both = _open(experiment, split, mesh, (protocol,))
+    people = _people(experiment, split)
 
     def evaluator(variables: dict[str, Any], subject: Subject) -> Results:
         images, texts = encode_both(variables)
-        return _ranked(images, texts, gallery.caption_image, model.score, protocol, subject, config.eval, mesh)
+        results = _ranked(images, texts, gallery.caption_image, model.score, protocol, subject, config.eval, mesh)
+        return _with_persons(results, images, texts, people, gallery.caption_image, model.score, config.eval, mesh)
 
     return evaluator
 
@@ -95,6 +98,7 @@ def embed_split(
         image_ids=experiment.dataset.image_ids(split),
         captions=tuple(caption for own in experiment.dataset.captions(split) for caption in own),
         subject=subject,
+        image_person=_people(experiment, split),
     )
 
 
@@ -118,6 +122,16 @@ def evaluate_embedded(
             embedded.score,
             protocol,
             embedded.subject,
+            evaluation,
+            mesh,
+        )
+        results = _with_persons(
+            results,
+            embedded.images,
+            embedded.texts,
+            embedded.image_person,
+            embedded.caption_image,
+            embedded.score,
             evaluation,
             mesh,
         )
@@ -164,6 +178,39 @@ def _ranked(
         tile=evaluation.tile,
         mesh=_ranking(mesh),
         score_dtype=evaluation.score_dtype,
+    )
+
+
+def _people(experiment: Experiment, split: str) -> np.ndarray | None:
+    """[n] the person in each image, when config.eval.person asks for it."""
+    if not experiment.config.eval.person:
+        return None
+    people = experiment.dataset.identities(split)
+    if people is None:
+        raise ValueError(f"config.eval.person needs the field identity, which {experiment.dataset.path} lacks")
+    return people
+
+
+def _with_persons(
+    results: Results,
+    images: Items,
+    texts: Items,
+    people: np.ndarray | None,
+    caption_image: np.ndarray,
+    score: ItemScore,
+    evaluation: ConfigDict,
+    mesh: Mesh,
+) -> Results:
+    """The results and, of the whole gallery, those of a person search; as they are without `people` [n]."""
+    if people is None:
+        return results
+    sides = people, people[caption_image]
+    found = person_metrics(images, texts, *sides, score, evaluation.tile, _ranking(mesh))
+    return dataclasses.replace(
+        results,
+        metrics=results.metrics | found,
+        chance=results.chance | person_chance(*sides),
+        card=results.card | {"persons": f"{len(np.unique(people))}; any image of the caption's person is relevant"},
     )
 
 

@@ -19,15 +19,15 @@ from orbax.checkpoint import checkpoint_managers
 
 from shnet_jax.train.state import TrainState
 
-SELECTION_METRIC = "rsum"
-"""Key of the validation result that decides which checkpoint is the best (higher is better)."""
+SELECTION_METRICS = ("person_r1", "rsum")
+"""Keys of the validation result; the first that is there decides which checkpoint is the best (higher is better)."""
 
 
 _ITEMS = ("model", "loss", "ema", "batch_stats", "momentum", "trainer")  # arrays, each under its own name
 
 
 def _selection(metrics: dict[str, float]) -> float:
-    return metrics[SELECTION_METRIC]
+    return next(metrics[name] for name in SELECTION_METRICS if name in metrics)
 
 
 def _says_something(record: Any) -> bool:

@@ -30,8 +30,11 @@ def schedule(config: ConfigDict, steps_per_epoch: float, total_steps: int) -> op
 
 
 def in_text_tower(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter belongs to the text tower itself (the head behind it learns at the full rate)."""
-    return any(getattr(key, "key", None) == "tower" for key in path)
+    """Whether a parameter belongs to the text tower itself (the head behind it learns at the full rate).
+
+    A vision tower that is trained too was pretrained with the text tower and shares its rate.
+    """
+    return any(getattr(key, "key", None) in ("tower", "vision_tower") for key in path)
 
 
 def is_frozen(path: tuple[Any, ...], frozen_layers: int) -> bool:

@@ -53,6 +53,11 @@ def prepare(experiment: Experiment) -> Parts:
     """Builds the parts; compiles nothing yet. Raises ValueError for settings that do not fit together."""
     config, dataset = experiment.config, experiment.dataset
     _check(config)
+    if "identity" in dataset.features and config.data.val_split == "test":
+        raise ValueError(
+            "config.data.val_split is 'test': the checkpoint of a person search is never chosen on the split that is "
+            "reported; set it to a validation split (docs/esa.md tells how to hold one out)"
+        )
     mesh = make_mesh(config.parallel.devices)
     batch_size = config.train.batch_size
     pairs_per_device(config, mesh.size)

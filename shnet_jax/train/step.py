@@ -51,6 +51,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         key = jax.random.fold_in(key, axis.axis_index(axis_name))
         captions = batch["tokens"].shape[0] // batch["image_index"].shape[0]
+        ids = batch.get("identity", batch["image_index"])  # two images of one person are no negatives
         axes = jax.tree.map(lambda _: sharding.WHOLE, state.params) if split is None else split
         pairs = batch["tokens"].shape[0]
         count = pairs // microbatch if 0 < microbatch < pairs else 1  # of microbatches
@@ -84,7 +85,7 @@ def make_step(
                 found, stats = encode_keys("batch_stats", moved.params, batch, own, {})
             met = momentum.meet(moved, found, captions)  # before this batch enters the queues
             moved = dataclasses.replace(moved, batch_stats=axis.pmean(stats, axis_name))
-            return momentum.enqueue(moved, found, batch["image_index"], captions, axis_name), met
+            return momentum.enqueue(moved, found, ids, captions, axis_name), met
 
         moved, met = (None, None) if key_options is None else by_keys(key_options)
 
@@ -92,7 +93,7 @@ def make_step(
             images, texts = embeddings
             loss_params = sharding.gather(params["loss"], axes["loss"], axis_name)
             ctx = Context(step=state.step, params=loss_params, score=model.score, axis=axis_name, keys=met)
-            terms = total_loss(images.repeat(captions), texts, jnp.repeat(batch["image_index"], captions), ctx)
+            terms = total_loss(images.repeat(captions), texts, jnp.repeat(ids, captions), ctx)
             return terms["loss"], terms
 
         def whole(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:

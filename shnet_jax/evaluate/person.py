@@ -1,0 +1,136 @@
+"""Person search: captions find the images of their person; CMC R@1, 5, 10, mAP and mINP (IRRA's evaluator, spec 7).
+
+Every image of the person is relevant, whoever of them the caption was written for; nothing is left out of the gallery.
+The scores of one tile of captions with all images are on the host at a time, the whole matrix never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from scipy.special import gammaln
+
+from shnet_jax.evaluate.recall import CUTS, Metrics
+from shnet_jax.evaluate.tiles import make_tiling, one_behind, programs
+from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.types import Array, Embedding, Score
+
+SLICE = 256  # captions whose images are sorted at once: 20,000 images of each are 20 MB of scores
+
+NAMES = ("person_r1", "person_r5", "person_r10", "person_map", "person_minp")
+
+
+def person_metrics(
+    images: Embedding,
+    texts: Embedding,
+    image_person: np.ndarray,
+    caption_person: np.ndarray,
+    score: Score,
+    tile: int = 512,
+    mesh: Mesh | None = None,
+) -> Metrics:
+    """The numbers NAMES, in percent. With the ranks r_1 < ... < r_R (best 1) of the R images of a caption's person:
+
+      R@k   share of captions with r_1 <= k
+      mAP   mean of 1/R sum_i i / r_i, over the full ranking
+      mINP  mean of R / r_R
+
+    Equal scores rank by the smaller index of the image, as everywhere.
+
+    Args:
+      images, texts, score, tile, mesh: as for `rank.ranks`.
+      image_person, caption_person: [n] and [t] integers, equal ones are the same person.
+
+    Raises:
+      ValueError: a caption of a person without image, NaN among the scores, persons that are not as many as items.
+    """
+    n, t = len(images.vector), len(texts.vector)
+    if image_person.shape != (n,) or caption_person.shape != (t,):
+        raise ValueError(
+            f"expected a person for each of {n} images and {t} captions, found {image_person.shape} and "
+            f"{caption_person.shape}"
+        )
+    absent = np.flatnonzero(~np.isin(caption_person, image_person))
+    if absent.size:
+        raise ValueError(
+            f"{absent.size} captions describe persons without image; row {absent[0]} is of person "
+            f"{caption_person[absent[0]]}"
+        )
+    sums = dict.fromkeys(NAMES, 0.0)
+    for columns, scores in _tiles(images, texts, score, tile, mesh or data_mesh(jax.devices()[:1])):
+        for start in range(0, len(columns), SLICE):
+            part = scores[:, start : start + SLICE]
+            found = _of_rankings(_relevant(part, image_person, caption_person[columns[start : start + SLICE]]))
+            for name, values in found.items():
+                sums[name] += float(values.sum())
+    return {name: 100.0 * total / t for name, total in sums.items()}
+
+
+def _tiles(
+    images: Embedding, texts: Embedding, score: Score, tile: int, mesh: Mesh
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Captions of each tile and their scores with all images, [n, captions]."""
+    n, t = len(images.vector), len(texts.vector)
+    tiling = make_tiling(images, texts, np.zeros(t, np.int64), np.arange(t), tile, mesh)
+    run = programs(score, mesh)
+
+    def dispatched() -> Iterator[tuple[int, np.ndarray, Array]]:
+        for number in range(tiling.caption_tiles):
+            placed = tiling.put_texts(tiling.captions(number)[0])
+            for round_ in range(tiling.rounds):
+                rows, real = tiling.image_rows(round_)
+                yield number, rows[real], run.scores(tiling.put_images(rows), placed)
+
+    scores = np.empty((n, tiling.columns), np.float32)
+    for number, rows, found in one_behind(dispatched()):
+        scores[rows] = np.asarray(found)[: len(rows)]  # padding comes last
+        if rows[-1] == n - 1:
+            columns, real = tiling.captions(number)
+            if np.isnan(scores[:, real]).any():
+                raise ValueError(f"scores of captions {columns[0]} to {columns[-1]} are NaN, so nothing can be ranked")
+            yield columns[real], scores[:, real]
+
+
+def _relevant(scores: np.ndarray, image_person: np.ndarray, caption_person: np.ndarray) -> np.ndarray:
+    """scores [n, c] -> [n, c] bool, whether the image at each place of each caption's ranking is of its person."""
+    order = np.argsort(-scores, axis=0, kind="stable")
+    return image_person[order] == caption_person
+
+
+def _of_rankings(relevant: np.ndarray) -> dict[str, np.ndarray]:
+    """relevant [n, c] bool, each column with at least one True -> the numbers of each of the c captions, 0..1."""
+    places = np.arange(1, len(relevant) + 1)[:, None]
+    found = np.cumsum(relevant, axis=0)
+    count = found[-1]
+    first = relevant.argmax(axis=0) + 1
+    last = len(relevant) - relevant[::-1].argmax(axis=0)
+    average = (relevant * found / places).sum(axis=0) / count
+    return {**{f"person_r{k}": first <= k for k in CUTS}, "person_map": average, "person_minp": count / last}
+
+
+def person_chance(image_person: np.ndarray, caption_person: np.ndarray) -> Metrics:
+    """The same numbers for a random order, in expectation."""
+    n = len(image_person)
+    people, images = np.unique(image_person, return_counts=True)
+    of_caption = images[np.searchsorted(people, caption_person)]
+    sizes, captions = np.unique(of_caption, return_counts=True)
+    rows = [_chance(n, int(size)) for size in sizes]
+    return {name: float(np.average([row[name] for row in rows], weights=captions)) for name in NAMES}
+
+
+def _chance(n: int, size: int) -> Metrics:
+    """Percent, for `size` of n images being relevant."""
+    m = np.arange(size, n + 1)  # where the last one may be
+    log_last = gammaln(m) - gammaln(size) - gammaln(m - size + 1)  # of choose(m - 1, size - 1)
+    log_all = gammaln(n + 1) - gammaln(size + 1) - gammaln(n - size + 1)
+    found = {"person_minp": float(np.sum(np.exp(log_last - log_all) * size / m))}
+    # An image at rank r is relevant with chance size / n, and then so is each before it with (size - 1) / (n - 1).
+    harmonic = float(np.sum(1 / np.arange(1, n + 1)))
+    found["person_map"] = (harmonic + (size - 1) * (n - harmonic) / max(n - 1, 1)) / n
+    for k in CUTS:
+        missed = np.prod([max(n - size - i, 0) / (n - i) for i in range(min(k, n))])
+        found[f"person_r{k}"] = 1 - float(missed)
+    return {name: 100 * value for name, value in found.items()}

@@ -1,0 +1,224 @@
+"""ESA-style: an item is its global vector and a small set of embeddings merged from its tokens.
+
+A reconstruction, after spec esa.md, of Zhao et al., "Fine-grained semantic oriented embedding set alignment for
+text-based person search" (Image and Vision Computing 152, 2024), of which the abstract alone was available. The towers
+are independent, so every item is encoded once; the set head (`models/sets.py`) works on the tokens of any backbone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from shnet_jax.models.clip import Vision, build_vision
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.layers import Dense, xavier_uniform
+from shnet_jax.models.mlp import MLP
+from shnet_jax.models.pooling import GPO
+from shnet_jax.models.sets import MODES, SetHead
+from shnet_jax.models.shnet import UNIT_MASKS
+from shnet_jax.models.text import TextEncoder, build_tower
+from shnet_jax.ops.matmul import DTYPES
+from shnet_jax.ops.norms import l2norm
+from shnet_jax.ops.set_similarity import SIMILARITIES, set_similarity
+from shnet_jax.types import DATA, Array, Batch, Embedding, Score
+
+HEADS = ("learned", "none")
+SOURCES = ("units", "picture")
+
+
+@dataclasses.dataclass(frozen=True)
+class SetScore:
+    """cos(global, global) + eta * set similarity. It has no parameters; equal ones share compiled programs.
+
+    similarity, sharpness: see `ops.set_similarity`. eta: weight of the set term; 0: the dot product alone.
+    """
+
+    similarity: str
+    sharpness: float
+    eta: float
+
+    def __call__(self, images: Embedding, texts: Embedding) -> Array:
+        """Scores [n, t]. Raises ValueError for embeddings without elements."""
+        if images.elements is None or texts.elements is None:
+            raise ValueError("a set similarity was asked of embeddings without elements")
+        within = set_similarity(
+            images.elements, images.mask, texts.elements, texts.mask, self.similarity, self.sharpness
+        )
+        return RetrievalModel.score(images, texts) + self.eta * within
+
+
+class UnitEncoder(nn.Module):
+    """VSE-infinity's tower: linear and MLP on each kind of unit, GPO over all; the units are the tokens.
+
+    Attributes are those of `config.model` (configs/base.py).
+    """
+
+    dim: int
+    units: tuple[str, ...]
+    feature_dropout: float
+    mlp: partial
+    dtype: str
+
+    @nn.compact
+    def __call__(self, batch: Batch, *, train: bool) -> Embedding:
+        """Image fields of `batch` -> global unit vectors [n, dim], tokens [n, N, dim] and their mask."""
+        tokens, masks = [], []
+        for unit in self.units:
+            x, mask = _unit(batch, unit)
+            x = nn.Dropout(self.feature_dropout, deterministic=not train)(x)
+            linear = Dense(self.dim, dtype=self.dtype, kernel_init=xavier_uniform, name=f"{unit}_linear")(x)
+            tokens.append(linear + self.mlp(self.dim // 2, self.dim, name=f"{unit}_mlp")(x, mask, train=train))
+            masks.append(mask)
+        together, mask = jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1)
+        return Embedding(l2norm(GPO(name="pool")(together, mask)), together, mask)
+
+
+class GivenTokens(nn.Module):
+    """What a frozen backbone left in the record: `image_embedding` is the global vector, the units are the tokens."""
+
+    units: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, batch: Batch, *, train: bool) -> Embedding:
+        """Image fields of `batch` -> global unit vectors [n, d], tokens [n, N, d] and their mask."""
+        given = [_unit(batch, unit) for unit in self.units]
+        tokens, mask = (jnp.concatenate(parts, axis=1) for parts in zip(*given, strict=True))
+        return Embedding(l2norm(batch["image_embedding"].astype(jnp.float32)), tokens, mask)
+
+
+class PictureEncoder(nn.Module):
+    """CLIP's vision tower on the picture: its class token is the global vector, its patches are the tokens."""
+
+    vision_tower: Vision
+
+    def __call__(self, batch: Batch, *, train: bool) -> Embedding:
+        """`image` [n, H, W, 3] of `batch` -> global unit vectors [n, d], tokens [n, patches, d] and their mask."""
+        states = self.vision_tower(batch["image"], train=train)
+        return Embedding(l2norm(states[:, 0]), states[:, 1:], jnp.ones(states[:, 1:].shape[:2], bool))
+
+
+class EndToken(nn.Module):
+    """CLIP's text side: the tower's last valid token is the global vector, nothing is learned behind the tower."""
+
+    tower: nn.Module
+
+    def __call__(self, tokens: Array, mask: Array, *, train: bool, with_elements: bool = False) -> Embedding:
+        """See `models.text.TextEncoder`."""
+        words = self.tower(tokens, mask, train=train)
+        last = jnp.sum(mask, axis=1) - 1
+        vector = l2norm(jnp.take_along_axis(words, last[:, None, None], axis=1)[:, 0])
+        return Embedding(vector, words, mask) if with_elements else Embedding(vector)
+
+
+class ESA(RetrievalModel):
+    """Two towers that give global vectors and tokens, and a set head on each; without set heads the plain model.
+
+    Attributes:
+      image, text: towers as above. image_set, text_set: their set heads, both None for global vectors alone.
+      set_score: of pairs of sets.
+    """
+
+    image: nn.Module
+    text: nn.Module
+    image_set: SetHead | None
+    text_set: SetHead | None
+    set_score: SetScore
+
+    @property
+    def norm_depth(self) -> int:
+        """See `RetrievalModel.norm_depth`: the MLPs of the units have one BatchNorm."""
+        return 1 if isinstance(self.image, UnitEncoder) else 0
+
+    @property
+    def score(self) -> Score:  # type: ignore[override]  # chosen by the configuration; the base has a function
+        """See `RetrievalModel.score`, which it is without sets."""
+        return RetrievalModel.score if self.image_set is None else self.set_score
+
+    def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
+        """See `RetrievalModel.encode_image`; elements are unit vectors [n, M, dim]."""
+        return _with_set(self.image_set, self.image(batch, train=train))
+
+    def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
+        """See `RetrievalModel.encode_text`; elements are unit vectors [t, M, dim]."""
+        found = self.text(batch["tokens"], batch["token_mask"], train=train, with_elements=True)
+        # Neither the token that begins a caption nor the one that ends it says anything of a part of it.
+        mask = found.mask & (jnp.arange(found.mask.shape[1]) > 0)
+        mask &= jnp.arange(found.mask.shape[1]) < jnp.sum(found.mask, axis=1, keepdims=True) - 1
+        return _with_set(self.text_set, found.replace(mask=mask))
+
+
+def _with_set(head: SetHead | None, found: Embedding) -> Embedding:
+    if head is None:
+        return Embedding(found.vector)
+    assert found.elements is not None and found.mask is not None  # the towers here give both
+    return Embedding(found.vector, head(found.vector, found.elements, found.mask))
+
+
+def _unit(batch: Batch, unit: str) -> tuple[Array, Array]:
+    x = batch[unit].astype(jnp.float32)
+    given = batch.get(UNIT_MASKS[unit])
+    return x, jnp.ones(x.shape[:2], bool) if given is None else given
+
+
+def image_fields(config: ConfigDict) -> tuple[str, ...]:
+    """Fields of the record that the model of this configuration reads."""
+    if config.model.esa.source == "picture":
+        return ("image",)
+    return (*config.model.units, *(("image_embedding",) if config.model.esa.head == "none" else ()))
+
+
+def build(config: ConfigDict) -> ESA:
+    """The model of a configuration whose `text.vocab_size` is known.
+
+    Raises ValueError for a field of `config.model` or `config.text` that is none of its choices.
+    """
+    m, esa = config.model, config.model.esa
+    _check(config)
+    mlp = partial(MLP, dtype=m.dtype, include_padding=m.bn_include_padding, axis=DATA if m.bn_sync else None)
+    image: nn.Module
+    if esa.source == "picture":
+        image = PictureEncoder(build_vision(m.clip, m.dtype))
+    elif esa.head == "none":
+        image = GivenTokens(tuple(m.units))
+    else:
+        image = UnitEncoder(m.dim, tuple(m.units), m.feature_dropout, mlp, m.dtype)
+    tower = build_tower(config)
+    learned = esa.head == "learned"
+    text = TextEncoder(tower=tower, dim=m.dim, dtype=config.text.dtype) if learned else EndToken(tower)
+    head = partial(SetHead, mode=esa.mode, depth=esa.depth, heads=esa.heads, dtype=m.dtype)
+    return ESA(
+        image=image,
+        text=text,
+        image_set=head(esa.size) if esa.size else None,
+        text_set=head(esa.text_size) if esa.text_size else None,
+        set_score=SetScore(esa.similarity, esa.sharpness, esa.eta),
+    )
+
+
+def _check(config: ConfigDict) -> None:
+    m, esa = config.model, config.model.esa
+    choices = {"source": SOURCES, "head": HEADS, "mode": MODES, "similarity": SIMILARITIES}
+    for field, known in choices.items():
+        if esa[field] not in known:
+            raise ValueError(f"config.model.esa.{field} is {esa[field]!r}; choose from {', '.join(known)}")
+    if m.dtype not in DTYPES:
+        raise ValueError(f"config.model.dtype is {m.dtype!r}; choose from {', '.join(DTYPES)}")
+    unknown = [u for u in m.units if u not in UNIT_MASKS]
+    if unknown or not m.units:
+        raise ValueError(f"config.model.units is {tuple(m.units)}; choose from {', '.join(UNIT_MASKS)}")
+    if bool(esa.size) != bool(esa.text_size) or min(esa.size, esa.text_size) < 0:
+        raise ValueError(
+            f"config.model.esa.size is {esa.size} and text_size {esa.text_size}: both sides have sets, or neither (0)"
+        )
+    if esa.source == "picture" and esa.head != "none":
+        raise ValueError(f"config.model.esa.source is 'picture', which needs head 'none'; it is {esa.head!r}")
+    if esa.head == "none" and config.text.projection != m.dim:
+        raise ValueError(
+            f"config.model.esa.head is 'none', so the tower's width is the embedding's: config.text.projection is "
+            f"{config.text.projection}, config.model.dim {m.dim}"
+        )

@@ -1,0 +1,71 @@
+"""Person search against a brute-force ranking of every caption, and what guessing gives against many random orders."""
+
+import jax
+import numpy as np
+import pytest
+
+from shnet_jax.evaluate.person import NAMES, person_chance, person_metrics
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.esa import SetScore
+from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.types import Embedding
+from tests.losses.oracle import unit
+
+PERSONS = np.array([5, 5, 9, 9, 9, 2, 7, 7, 5, 2, 9, 1, 1])
+CAPTIONS = np.array([9, 2, 5, 1, 7, 5, 9, 1, 2, 9, 5])
+
+
+def brute_force(scores, image_person, caption_person):
+    """scores [n, t]; one caption, one image at a time."""
+    rows = []
+    for t, person in enumerate(caption_person):
+        order = sorted(range(len(scores)), key=lambda i: (-scores[i, t], i))
+        ranks = [place for place, i in enumerate(order, 1) if image_person[i] == person]
+        precision = [number / rank for number, rank in enumerate(ranks, 1)]
+        rows.append([*(float(ranks[0] <= k) for k in (1, 5, 10)), np.mean(precision), len(ranks) / ranks[-1]])
+    return dict(zip(NAMES, 100 * np.mean(rows, axis=0), strict=True))
+
+
+def embeddings(ties):
+    rng = np.random.default_rng(0)
+    vectors = [rng.normal(size=(len(p), 4)) for p in (PERSONS, CAPTIONS)]
+    # With ties the scores are 0, 1, 2, ...: most are equal.
+    vectors = [(v > 0).astype(float) if ties else unit(v) for v in vectors]
+    elements = [unit(rng.normal(size=(len(p), m, 4))) for p, m in ((PERSONS, 3), (CAPTIONS, 2))]
+    return [Embedding(np.float32(v), np.float32(e)) for v, e in zip(vectors, elements, strict=True)]
+
+
+@pytest.mark.parametrize("tile, devices", [(512, 1), (1, 2), (4, 3)])
+@pytest.mark.parametrize("score", [RetrievalModel.score, SetScore("chamfer", 16.0, 0.5)], ids=["vectors", "sets"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_it_is_what_brute_force_finds(tile, devices, score, ties):
+    images, texts = embeddings(ties)
+    if score is RetrievalModel.score:
+        images, texts = (e.replace(elements=None) for e in (images, texts))
+    found = person_metrics(images, texts, PERSONS, CAPTIONS, score, tile, data_mesh(jax.devices()[:devices]))
+    expected = brute_force(np.asarray(score(images, texts)), PERSONS, CAPTIONS)
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_constant_score_gives_no_more_than_the_order_of_the_images():
+    images, texts = (Embedding(np.zeros((len(p), 2), np.float32)) for p in (PERSONS, CAPTIONS))
+    found = person_metrics(images, texts, PERSONS, CAPTIONS, RetrievalModel.score)
+    assert found["person_r1"] == pytest.approx(100 * np.mean(PERSONS[0] == CAPTIONS))
+
+
+def test_chance():
+    rng = np.random.default_rng(0)
+    drawn = [brute_force(rng.random((len(PERSONS), len(CAPTIONS))), PERSONS, CAPTIONS) for _ in range(400)]
+    expected = person_chance(PERSONS, CAPTIONS)
+    for name in NAMES:
+        assert expected[name] == pytest.approx(np.mean([d[name] for d in drawn]), abs=2.0), name
+
+
+def test_faults_are_told():
+    images, texts = embeddings(False)
+    with pytest.raises(ValueError, match="1 captions describe persons without image; row 3 is of person 4"):
+        person_metrics(images, texts, PERSONS, np.where(np.arange(11) == 3, 4, CAPTIONS), RetrievalModel.score)
+    with pytest.raises(ValueError, match="are NaN"):
+        person_metrics(images.replace(vector=images.vector * np.nan), texts, PERSONS, CAPTIONS, RetrievalModel.score)
+    with pytest.raises(ValueError, match="expected a person for each"):
+        person_metrics(images, texts, PERSONS[:-1], CAPTIONS, RetrievalModel.score)

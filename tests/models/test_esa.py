@@ -1,0 +1,176 @@
+"""ESA-style models: towers, sets and score behind the contract, and CLIP from pictures to an updated parameter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import esa_cuhk_pedes, esa_people
+from data_prep import people
+from data_prep.builder import write_dataset
+from shnet_jax.experiment import assemble, init_variables
+from shnet_jax.models import esa
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.esa import SetScore
+from shnet_jax.ops.set_similarity import set_similarity
+from shnet_jax.train.loop import train_and_evaluate
+from tests.train import tiny
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "clip"
+
+
+def config(**changes):
+    c = esa_people.get_config()
+    c.text.vocab_size, c.text.width, c.model.dim, c.data.token_buckets = 20, 16, 16, (8,)
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def batch(n=3, tokens=8):
+    rng = np.random.default_rng(0)
+    lengths = np.array([[8], [5], [2]])[:n]
+    mask = jnp.asarray(np.arange(tokens) < lengths)
+    return {
+        "grid": jnp.float32(rng.normal(size=(n, 7, 6))),
+        "image_embedding": jnp.float32(rng.normal(size=(n, 6))),
+        "tokens": jnp.asarray(rng.integers(1, 20, (n, tokens)) * mask),
+        "token_mask": mask,
+    }
+
+
+def encode(c, b):
+    """The model, its first variables, and its embeddings of both sides."""
+    model = esa.build(c)
+
+    @jax.jit
+    def run(b):
+        embeddings, variables = model.init_with_output(jax.random.key(0), b, train=False)
+        return variables, embeddings
+
+    with tiny.quick():
+        return model, *run(b)
+
+
+def test_sets_of_different_sizes_around_the_global_vectors():
+    model, _, (images, texts) = encode(config(**{"model.esa.size": 3, "model.esa.text_size": 2}), batch())
+    assert images.elements.shape == (3, 3, 16) and texts.elements.shape == (3, 2, 16)
+    for side in (images, texts):
+        np.testing.assert_allclose(np.linalg.norm(side.elements, axis=-1), 1, rtol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(side.vector, axis=-1), 1, rtol=1e-5)
+    expected = images.vector @ texts.vector.T
+    expected += set_similarity(images.elements, None, texts.elements, None, "smooth_chamfer", 16.0)
+    np.testing.assert_allclose(model.score(images, texts), expected, atol=1e-5)
+    # Compiled programs are found again by the score: equal models have equal ones.
+    assert model.score == esa.build(config()).score and hash(model.score) == hash(SetScore("smooth_chamfer", 16.0, 1.0))
+
+
+def test_without_sets_it_is_the_plain_model():
+    none = {"model.esa.size": 0, "model.esa.text_size": 0}
+    model, _, (images, texts) = encode(config(**none), batch())
+    assert model.score is RetrievalModel.score and images.elements is None and texts.elements is None
+    _, _, (with_sets, _) = encode(config(), batch())
+    np.testing.assert_allclose(images.vector, with_sets.vector, atol=1e-6)
+
+
+def test_tokens_of_a_frozen_backbone():
+    """Their global vector is that of the record, and nothing is learned before the set head."""
+    c = config(**{"model.esa.head": "none", "model.dim": 6, "text.tower": "clip", "text.projection": 6})
+    c.update_from_flattened_dict({"text.layers": 1, "text.heads": 2, "text.mlp_dim": 8, "model.esa.heads": 2})
+    assert esa.image_fields(c) == ("grid", "image_embedding")
+    b = batch()
+    model, variables, (images, texts) = encode(c, b)
+    vector = np.asarray(b["image_embedding"])
+    np.testing.assert_allclose(images.vector, vector / np.linalg.norm(vector, axis=1, keepdims=True), atol=1e-6)
+    assert set(variables["params"]) == {"text", "image_set", "text_set"}
+    # The vector of a caption is its last valid token's.
+    states = model.apply(
+        variables, b["tokens"], b["token_mask"], method=lambda m, t, k: m.text.tower(t, k, train=False)
+    )
+    last = np.asarray(states)[np.arange(3), [7, 4, 1]]
+    np.testing.assert_allclose(texts.vector, last / np.linalg.norm(last, axis=1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model.esa.similarity": "dot"}, r"similarity is 'dot'"),
+        ({"model.esa.size": 0}, r"size is 0 and text_size 4"),
+        ({"model.esa.source": "picture"}, r"needs head 'none'"),
+        ({"model.esa.head": "none", "text.projection": 5}, r"text.projection is 5, config.model.dim 16"),
+        ({"model.units": ("words",)}, r"units is \('words',\)"),
+    ],
+)
+def test_what_does_not_fit_is_told(changes, message):
+    with pytest.raises(ValueError, match=message):
+        esa.build(config(**changes))
+
+
+@pytest.fixture(scope="module")
+def figures():
+    splits = {s: list(people.records(3, first, first + 8)) for s, first in (("train", 0), ("val", 800), ("test", 1600))}
+    for records in splits.values():
+        for record in records:
+            record["image"] = record["image"][:, :32][:32]  # 32 x 32 pixels: patches of 8
+            del record["grid"]
+    return write_dataset(tiny.folder(), "figures", splits, {"source": "made by the tests"})
+
+
+def clip_config(figures):
+    c = esa_cuhk_pedes.get_config()
+    changes = {
+        "data.dir": str(figures),
+        "data.max_tokens": 40,
+        "data.token_buckets": (40,),
+        "data.image_pad": 2,
+        "data.read_threads": 1,
+        "data.prefetch": 2,
+        "text.weights": str(GOLDEN),
+        "text.dtype": "float32",
+        "model.dtype": "float32",
+        "model.dim": 20,
+        "model.esa.heads": 2,
+        "model.esa.depth": 1,
+        "optim.warmup_epochs": 0.0,
+        "train.batch_size": 8,
+        "train.steps": 2,
+        "train.log_steps": 1,
+        "parallel.devices": 1,
+        "eval.batch_size": 8,
+    }
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def test_a_clip_folder_gives_both_towers(figures):
+    experiment = assemble(clip_config(figures))
+    assert experiment.config.model.clip.grid == (4, 4) and experiment.config.text.projection == 20
+    assert experiment.config.loss.identity.to_dict() == {"classes": 2, "dim": 20}
+    params = init_variables(experiment, 0)["params"]
+    assert params["image"]["vision_tower"]["positions"].shape == (17, 24)
+    assert params["text"]["tower"]["words"].shape == (525, 32)
+    with np.load(GOLDEN / "outputs.npz") as recorded:
+        found = experiment.model.apply(
+            {"params": params}, {"image": jnp.asarray(recorded["pixels"])}, train=False, method="encode_image"
+        )
+        expected = recorded["image_vectors"] / np.linalg.norm(recorded["image_vectors"], axis=1, keepdims=True)
+    np.testing.assert_allclose(found.vector, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_fine_tuning_from_pictures(figures, tmp_path):
+    with tiny.quick():
+        results = train_and_evaluate(clip_config(figures), tmp_path)
+    assert set(results.metrics) >= {"person_r1", "person_map", "person_minp"}
+    assert results.metrics["person_r10"] == 100.0  # of 8 images of 2 persons
+    assert all(np.isfinite(line["loss"]) for line in tiny.lines(tmp_path) if line["kind"] == "train")
+
+
+def test_the_reported_split_chooses_no_checkpoint(figures, tmp_path):
+    c = clip_config(figures)
+    c.data.val_split = "test"
+    with pytest.raises(ValueError, match=r"val_split is 'test': the checkpoint of a person search is never chosen"):
+        train_and_evaluate(c, tmp_path)
