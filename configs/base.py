@@ -234,6 +234,7 @@ def get_config() -> ConfigDict:
     plan.grid = 49  # grid cells of an image
     plan.grid_dim = 2048  # size of a grid cell's feature
     plan.image_embedding = 512  # size of the global vector of a pretrained model
+    plan.picture = (384, 128)  # height and width of a picture (person search)
 
     c.scale = scale = ConfigDict()  # --mode=scale: the training step over devices, batches, strategies, precisions
     scale.devices = (1, 2, 4, 8)  # numbers of devices; on a CPU all above 1 are virtual: compiled and not run

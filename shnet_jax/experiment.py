@@ -42,7 +42,7 @@ def assemble(config: ConfigDict) -> Experiment:
         raise ValueError("config.data.dir is empty: give the folder of a data set, --config.data.dir=DIR")
     dataset = open_dataset(config.data.dir)
     if config.text.weights and config.text.tower == "clip":
-        _fit_clip(config)
+        fit_clip(config)
     elif config.text.weights:
         if config.text.tower != "bert":
             raise ValueError(
@@ -72,7 +72,7 @@ def assemble(config: ConfigDict) -> Experiment:
     return Experiment(FrozenConfigDict(config), dataset, tokenizer, module.build(config), fields)
 
 
-def _fit_clip(config: ConfigDict) -> None:
+def fit_clip(config: ConfigDict) -> None:
     """Sizes of both towers, and the vocabulary, of the CLIP folder `config.text.weights`."""
     folder = Path(config.text.weights).expanduser()
     text, vision = clip_weights.sizes(folder)

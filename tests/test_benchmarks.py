@@ -84,7 +84,7 @@ def test_the_ring_is_measured_in_a_process_of_its_own():
 def test_an_unknown_benchmark_is_told(only, capsys):
     with pytest.raises(SystemExit):
         runner.main([f"--only={only}"])
-    assert "step,momentum,pool,ranking,losses,input,text" in capsys.readouterr().err
+    assert "step,momentum,pool,ranking,losses,input,text,sets" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_told_and_compared_with_the_last_that_did(monkeypatch):

@@ -20,6 +20,9 @@ from shnet_jax.types import Array
 FILL = (123, 117, 104)
 """Erased pixels: the mean colour of CLIP's training pictures, which its normalisation makes zero (within rounding)."""
 
+VIEW = 7
+"""Numbers that `Views.draw` gives for a picture."""
+
 _TRIES = 10  # at a rectangle that fits (torchvision's RandomErasing)
 _ASPECT = 0.3  # least height / width of the rectangle, whose inverse is the largest
 

@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 
 from shnet_jax import registry
 from shnet_jax.data.batches import gather, stored_fields, token_buckets
+from shnet_jax.data.pictures import VIEW
 from shnet_jax.data.records import DataSet, Feature
 from shnet_jax.data.tokenise import load_tokenizer
 from shnet_jax.evaluate.split import image_tower, text_tower
-from shnet_jax.experiment import assemble
+from shnet_jax.experiment import assemble, fit_clip
 from shnet_jax.interop import bert_weights
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
@@ -47,7 +48,9 @@ def describe(config: ConfigDict) -> Subject:
         captions = int(found.dataset.caption_counts(config.data.train_split).sum())
         return Subject(ConfigDict(found.config.to_dict()), found.model, found.dataset, found.fields, captions)
     config = ConfigDict(config.to_dict())
-    if config.text.weights:
+    if config.text.weights and config.text.tower == "clip":
+        fit_clip(config)
+    elif config.text.weights:
         config.text.update(bert_weights.sizes(bert_weights.find_folder(config.text.weights)))
     if config.tokenizer.path and not config.text.vocab_size:
         config.text.vocab_size = load_tokenizer(config).vocab_size
@@ -72,6 +75,7 @@ def _described(config: ConfigDict) -> DataSet:
         "seg_map": (LABEL_MAP, "uint8"),
         "categories": ((classes,), "bool"),
         "image_embedding": ((p.image_embedding,), "float32"),
+        "image": ((*p.picture, 3), "uint8"),
     }
     named = {name: Feature(shape, np.dtype(dtype)) for name, (shape, dtype) in features.items()}
     return DataSet(Path("config.plan"), {config.data.train_split: p.images}, named, classes, {})
@@ -87,6 +91,10 @@ def train_batch(subject: Subject, pairs: int) -> dict[str, jax.ShapeDtypeStruct]
         for unit, keep in (("regions", "region_keep"), ("grid", "grid_keep"))
         if unit in fields
     }
+    if "image" in fields:
+        keeps["image_view"] = jax.ShapeDtypeStruct((images, VIEW), np.int32)
+    if "identity" in subject.dataset.features and data.identity:
+        keeps["identity"] = jax.ShapeDtypeStruct((images,), np.int32)
     kept = {"image_index": fields["image_index"]} if data.resident else fields
     return {**kept, **keeps, **text_batch(subject, pairs)}
 
