@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 128
     c.train.epochs = 6.0
     c.eval.person = True
+    c.study.only = ("set_adaptive", "set_fixed", "global_adaptive", "global_fixed")
     c.study.arms = arms = ConfigDict()
     no_set, no_set_loss = {"esa": {"size": 0, "text_size": 0}}, {"diversity": 0.0}
     arms.set_adaptive = ConfigDict({})

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from scipy.special import gammaln
 
 from shnet_jax.evaluate.recall import CUTS, Metrics
 from shnet_jax.evaluate.tiles import make_tiling, one_behind, programs
@@ -123,10 +122,14 @@ def person_chance(image_person: np.ndarray, caption_person: np.ndarray) -> Metri
 
 def _chance(n: int, size: int) -> Metrics:
     """Percent, for `size` of n images being relevant."""
-    m = np.arange(size, n + 1)  # where the last one may be
-    log_last = gammaln(m) - gammaln(size) - gammaln(m - size + 1)  # of choose(m - 1, size - 1)
-    log_all = gammaln(n + 1) - gammaln(size + 1) - gammaln(n - size + 1)
-    found = {"person_minp": float(np.sum(np.exp(log_last - log_all) * size / m))}
+    last = np.arange(size, n + 1)  # rank that the last one may have
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+
+    def log_choose(a: np.ndarray, b: int) -> np.ndarray:
+        return log_factorial[a] - log_factorial[b] - log_factorial[a - b]
+
+    share = np.exp(log_choose(last - 1, size - 1) - log_choose(np.array(n), size))
+    found = {"person_minp": float(np.sum(share * size / last))}
     # An image at rank r is relevant with chance size / n, and then so is each before it with (size - 1) / (n - 1).
     harmonic = float(np.sum(1 / np.arange(1, n + 1)))
     found["person_map"] = (harmonic + (size - 1) * (n - harmonic) / max(n - 1, 1)) / n

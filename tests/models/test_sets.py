@@ -1,14 +1,19 @@
 """The set head against a float64 copy of its equations, and what its elements must not depend on."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import erf
 
 from shnet_jax.models.sets import MODES, SetHead
+from tests.train import tiny
 
 WIDTH, SIZE = 8, 3
+
+
+erf = np.vectorize(math.erf)
 
 
 def items(n=4, tokens=6):
@@ -19,10 +24,12 @@ def items(n=4, tokens=6):
 
 def head(mode, **changes):
     module = SetHead(**({"size": SIZE, "mode": mode, "depth": 2, "heads": 2} | changes))
-    params = module.init(jax.random.key(0), *items())["params"]
+
+    with tiny.quick():
+        params = jax.jit(module.init)(jax.random.key(0), *items())["params"]
     # Norms that begin as the identity would hide a missing scale or bias.
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    return module, jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
+    rng = np.random.default_rng(1)
+    return module, jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
 
 
 def norm(x, p):
@@ -69,7 +76,13 @@ def merge(p, vector, tokens, mask):
 def test_elements(mode):
     module, params = head(mode)
     vector, tokens, mask = items()
-    found = jax.jit(lambda p: module.apply({"params": p}, vector, tokens, mask))(params)
+
+    @jax.jit
+    def run(params, tokens, mask):
+        return module.apply({"params": params}, vector, tokens, mask)
+
+    with tiny.quick():
+        found = run(params, tokens, mask)
     p, v, x = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, vector, tokens))
     x, m = norm(x, p["token_norm"]), np.asarray(mask)
     parts = slots(p, x, m, 2, 2) if mode == "slot" else merge(p, v, x, m)
@@ -81,7 +94,8 @@ def test_elements(mode):
     noise = jnp.where(mask[..., None], tokens, 7.0)
     longer = jnp.pad(noise, ((0, 0), (0, 3), (0, 0))), jnp.pad(mask, ((0, 0), (0, 3)))
     order = np.random.default_rng(1).permutation(9)
-    other = module.apply({"params": params}, vector, longer[0][:, order], longer[1][:, order])
+    with tiny.quick():
+        other = run(params, longer[0][:, order], longer[1][:, order])
     np.testing.assert_allclose(other, found, atol=1e-5)
 
 
@@ -93,8 +107,9 @@ def test_an_item_without_tokens_has_finite_elements_and_gradients(mode):
     def total(params, tokens):
         return jnp.sum(module.apply({"params": params}, vector, tokens, jnp.zeros_like(mask)) ** 3)
 
-    for leaf in jax.tree.leaves(jax.grad(total, argnums=(0, 1))(params, tokens)):
-        assert np.isfinite(leaf).all()
+    with tiny.quick():
+        grads = jax.jit(jax.grad(total, argnums=(0, 1)))(params, tokens)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize(
