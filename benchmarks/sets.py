@@ -50,7 +50,7 @@ def run(sizes: Sizes) -> list[Row]:
     def sets(count: int) -> Embedding:
         parts = rng.standard_normal((count, 1 + sizes.elements, sizes.dim), np.float32)
         parts /= np.linalg.norm(parts, axis=-1, keepdims=True)
-        return jax.device_put(Embedding(parts[:, 0], parts[:, 1:]))
+        return Embedding(jnp.asarray(parts[:, 0]), jnp.asarray(parts[:, 1:]))
 
     def gradient(score: Callable[[Embedding, Embedding], Array], images: Embedding, texts: Embedding) -> Any:
         return jax.grad(lambda v, t: jnp.sum(jax.nn.logsumexp(score(v, t), axis=1)), argnums=(0, 1))(images, texts)
@@ -70,7 +70,11 @@ def run(sizes: Sizes) -> list[Row]:
         images, texts = (len(side.vector) for side in compiled[what][1])
         of, other = (program_bytes(compiled[name][0]) for name in (what, reference))
         dims = f"{images} x {texts} pairs, {sizes.elements} x {sizes.elements} elements, D {sizes.dim}"
-        memory = {"memory_bytes": of, "reference_memory_bytes": other, "memory": "results and temporaries"}
+        memory: dict[str, Any] = {
+            "memory_bytes": of,
+            "reference_memory_bytes": other,
+            "memory": "results and temporaries",
+        }
         return compare(
             "sets",
             f"{what}, {dims}",
