@@ -25,10 +25,11 @@ def get_config() -> ConfigDict:
     c.text.mlp_dim = 2048
     c.text.max_positions = 77
     c.model.dim = 512
-    c.model.dtype = c.text.dtype = "bfloat16"
     c.model.esa.source = "picture"
     c.model.esa.head = "none"
     c.model.esa.depth = 4
+    c.loss.weights.infonce = 0.0
+    c.loss.weights.sdm = 1.0
     c.optim.lr = 5e-5  # of what is new; CLIP's own parameters a fifth, 1e-5 (IRRA)
     c.optim.text_lr_factor = 0.2
     c.optim.weight_decay = 4e-5
