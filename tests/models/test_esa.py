@@ -177,3 +177,12 @@ def test_the_reported_split_chooses_no_checkpoint(figures, tmp_path):
     c.data.val_split = "test"
     with pytest.raises(ValueError, match=r"val_split is 'test': the checkpoint of a person search is never chosen"):
         train_and_evaluate(c, tmp_path)
+
+
+def test_a_classifier_of_persons_needs_persons(figures):
+    c = clip_config(figures)
+    c.data.identity = False
+    with pytest.raises(
+        ValueError, match=r"config.loss.weights.identity is above 0, which needs a data set with the field"
+    ):
+        assemble(c)
