@@ -2,12 +2,13 @@
 
 Source: spec section 4, after Kim et al., "Improving Cross-Modal Retrieval with Set of Diverse Embeddings" (CVPR 2023).
 The cosines of all elements of all pairs never exist at once: forward and backward walk over the image elements, and
-only the planes [n, t] of one image element with each text element are there at a time.
+only those of one image element with each text element are there at a time, [n, M_t, t].
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ from shnet_jax.types import Array
 
 SIMILARITIES = ("smooth_chamfer", "chamfer", "max", "mean")
 
-_LOW = -1e30  # in place of a masked cosine; finite, so that differences of two of them are no NaN
+SHARPEST = 40.0
+"""Largest sharpness: exp(s (c - 1)) of cosines c stays far from the smallest float32, so nothing has to be rescaled."""
 
-_Planes = tuple[Array, Array]
+_LOW = -1e30  # in place of a masked cosine
+_UNROLL = 2  # image elements whose steps the compiler sees together: fewer copies of what is summed up
 
 
 def set_similarity(
@@ -40,22 +43,26 @@ def set_similarity(
     Args:
       images: [n, M_v, d]; texts: [t, M_t, d]; unit vectors where cosines are meant.
       image_mask, text_mask: [n, M_v] and [t, M_t] bool, valid elements; None: all.
-      kind: one of SIMILARITIES. sharpness: s > 0 of "smooth_chamfer" (DivE 16).
+      kind: one of SIMILARITIES. sharpness: s of "smooth_chamfer", for vectors of at most unit length (DivE 16).
 
     Raises:
-      ValueError: an unknown kind, or a sharpness that is not above 0.
+      ValueError: an unknown kind, or a sharpness that is not above 0 and at most SHARPEST.
     """
     if kind not in SIMILARITIES:
         raise ValueError(f"set similarity {kind!r}; choose from {', '.join(SIMILARITIES)}")
-    if not sharpness > 0:
-        raise ValueError(f"the sharpness of a smooth Chamfer similarity must be above 0; it is {sharpness}")
+    if not 0 < sharpness <= SHARPEST:
+        raise ValueError(
+            f"the sharpness of a smooth Chamfer similarity must be above 0 and at most {SHARPEST}, it is {sharpness}; "
+            "its limit for large ones is 'chamfer'"
+        )
     image_mask = jnp.ones(images.shape[:2], bool) if image_mask is None else image_mask
     text_mask = jnp.ones(texts.shape[:2], bool) if text_mask is None else text_mask
     if kind == "mean":
         return einsum("nd,td->nt", _mean(images, image_mask), _mean(texts, text_mask), "float32")
-    # Elements lead: a reduction over them is then a sum of whole planes.
     of_images, of_texts = images.swapaxes(0, 1), texts.swapaxes(0, 1)
-    return _best_matches(kind, sharpness, of_images, image_mask.T, of_texts, text_mask.T)
+    if kind == "smooth_chamfer":
+        return _smooth(sharpness, of_images, image_mask.T, of_texts, text_mask.T)
+    return _hard(kind, of_images, image_mask.T, of_texts, text_mask.T)
 
 
 def _mean(elements: Array, mask: Array) -> Array:
@@ -63,85 +70,127 @@ def _mean(elements: Array, mask: Array) -> Array:
     return jnp.sum(elements * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _best_matches(
-    kind: str, sharpness: float, images: Array, image_mask: Array, texts: Array, text_mask: Array
-) -> Array:
-    """images [a, n, d], image_mask [a, n], texts [b, t, d], text_mask [b, t] -> [n, t]."""
-    return _forward(kind, sharpness, images, image_mask, texts, text_mask)[0]
-
-
-def _shares(kind: str, mask: Array) -> Array:
-    """[m, k] what the best match of each of the m elements weighs in the similarity of its set, of k sets."""
+def _shares(mask: Array) -> Array:
+    """[m, k] what each of the m elements weighs in the similarity of its set, of k sets."""
     valid = mask.astype(jnp.float32)
-    return valid if kind == "max" else valid / (2 * jnp.maximum(jnp.sum(valid, axis=0), 1.0))
+    return valid / (2 * jnp.maximum(jnp.sum(valid, axis=0), 1.0))
 
 
-def _forward(
-    kind: str, sharpness: float, images: Array, image_mask: Array, texts: Array, text_mask: Array
+def _cosines(element: Array, texts: Array) -> Array:
+    """One element of each image [n, d] with all of the texts [b, t, d] -> [n, b, t]."""
+    return einsum("nd,btd->nbt", element, texts, "float32")
+
+
+def _products(weights: Array, element: Array, texts: Array) -> tuple[Array, Array]:
+    """Gradients [n, d] and [b, t, d] of `_cosines` from that of its result, weights [n, b, t]."""
+    return einsum("nbt,btd->nd", weights, texts, "float32"), einsum("nbt,nd->btd", weights, element, "float32")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _smooth(sharpness: float, images: Array, image_mask: Array, texts: Array, text_mask: Array) -> Array:
+    """images [a, n, d], image_mask [a, n], texts [b, t, d], text_mask [b, t] -> [n, t]."""
+    return _smooth_forward(sharpness, images, image_mask, texts, text_mask)[0]
+
+
+def _smooth_forward(
+    sharpness: float, images: Array, image_mask: Array, texts: Array, text_mask: Array
 ) -> tuple[Array, tuple]:
-    """The similarities, and of each element with each set of the other side its best matches (see `_Planes`).
+    """The similarities; beside the arguments the sums of exp(s (c - 1)) are kept.
 
-    For the smooth kind a plane holds log sum exp(s c), for the others the number of the best element.
+    rows [a, n, t]: over the text elements. columns [n, b, t]: over the image elements.
     """
-    smooth = kind == "smooth_chamfer"
-    n, t, count = images.shape[1], texts.shape[1], texts.shape[0]
 
-    def visit(by_text: _Planes, at: tuple[Array, Array, Array]) -> tuple[_Planes, _Planes]:
-        number, element, valid = at
-        scale = sharpness if smooth else 1.0
-        cosines = scale * einsum("nd,btd->bnt", element, texts, "float32")
-        to_texts = jnp.where(text_mask[:, None, :], cosines, _LOW)
-        to_image = jnp.where(valid[None, :, None], cosines, _LOW)
-        best, place = by_text
-        if smooth:
-            return (jnp.logaddexp(best, to_image), place), (jax.nn.logsumexp(to_texts, axis=0), place[0])
-        place = jnp.where(to_image > best, number, place)
-        by_image = jnp.max(to_texts, axis=0), jnp.argmax(to_texts, axis=0).astype(jnp.int16)
-        return (jnp.maximum(best, to_image), place), by_image
+    def visit(columns: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
+        element, valid = at
+        powers = jnp.exp(sharpness * (_cosines(element, texts) - 1))
+        row = jnp.sum(jnp.where(text_mask, powers, 0.0), axis=1)
+        return columns + jnp.where(valid[:, None, None], powers, 0.0), row
 
-    numbers = jnp.arange(images.shape[0], dtype=jnp.int16)
-    places = (1, 1, 1) if smooth else (count, n, t)
-    start = jnp.full((count, n, t), _LOW), jnp.zeros(places, jnp.int16)
-    (columns, column_places), (rows, row_places) = lax.scan(visit, start, (numbers, images, image_mask))
-
-    pairs = image_mask.any(axis=0)[:, None] & text_mask.any(axis=0)[None, :]
-    if kind == "max":
-        rows = jnp.where(image_mask[:, :, None], rows, _LOW)
-        value, column_places = jnp.max(rows, axis=0), jnp.argmax(rows, axis=0).astype(jnp.int16)[None]
-    else:
-        of_image, of_text = _shares(kind, image_mask), _shares(kind, text_mask)
-        value = jnp.sum(of_image[:, :, None] * rows, axis=0) + jnp.sum(of_text[:, None, :] * columns, axis=0)
-        value = value / sharpness if smooth else value
-    found = (rows, columns) if smooth else (row_places, column_places)
-    return jnp.where(pairs, value, 0.0), (images, image_mask, texts, text_mask, pairs, found)
+    start = jnp.zeros((images.shape[1], *text_mask.shape))
+    columns, rows = lax.scan(visit, start, (images, image_mask), unroll=_UNROLL)
+    of_image, of_text = _shares(image_mask), _shares(text_mask)
+    value = jnp.sum(of_image[:, :, None] * jnp.log(rows), axis=0) + jnp.sum(of_text * jnp.log(columns), axis=1)
+    # Both halves add s / 2 that the exponents lack: together 1.
+    value = jnp.where(_both(image_mask, text_mask), value / sharpness + 1, 0.0)
+    return value, (images, image_mask, texts, text_mask, rows, columns)
 
 
-def _backward(kind: str, sharpness: float, residuals: tuple, cotangent: Array) -> tuple:
-    images, image_mask, texts, text_mask, pairs, (rows, columns) = residuals
-    cotangent = jnp.where(pairs, cotangent, 0.0)
-    of_image, of_text = _shares(kind, image_mask), _shares(kind, text_mask)
-    numbers = jnp.arange(texts.shape[0], dtype=jnp.int16)[:, None, None]
+def _smooth_backward(sharpness: float, residuals: tuple, cotangent: Array) -> tuple:
+    images, image_mask, texts, text_mask, rows, columns = residuals
+    of_column = _shares(text_mask) / columns
 
-    def visit(sums: Array, at: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array]:
-        number, element, valid, row, share = at  # row: [n, t], plane of this image element
-        both = valid[None, :, None] & text_mask[:, None, :]
-        if kind == "smooth_chamfer":
-            logits = sharpness * einsum("nd,btd->bnt", element, texts, "float32")
-            logits = jnp.where(both, logits, 2 * _LOW)
-            weights = share[None, :, None] * jnp.exp(logits - row)
-            weights += of_text[:, None, :] * jnp.exp(logits - columns)
-        elif kind == "chamfer":
-            weights = share[None, :, None] * (row == numbers) + of_text[:, None, :] * (columns == number)
-        else:
-            weights = ((row == numbers) & (columns == number)).astype(jnp.float32)
-        weights = jnp.where(both, weights * cotangent, 0.0)
-        sums += einsum("bnt,nd->btd", weights, element, "float32")
-        return sums, einsum("bnt,btd->nd", weights, texts, "float32")
+    def visit(sums: Array, at: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        element, valid, row, share = at
+        powers = jnp.exp(sharpness * (_cosines(element, texts) - 1))
+        weights = powers * ((share[:, None] / row)[:, None, :] + of_column) * cotangent[:, None, :]
+        weights = jnp.where(valid[:, None, None] & text_mask, weights, 0.0)
+        of_element, of_texts = _products(weights, element, texts)
+        return sums + of_texts, of_element
 
-    counted = jnp.arange(images.shape[0], dtype=jnp.int16), images, image_mask, rows, of_image
-    of_texts, of_images = lax.scan(visit, jnp.zeros_like(texts), counted)
+    of_texts, of_images = lax.scan(
+        visit, jnp.zeros_like(texts), (images, image_mask, rows, _shares(image_mask)), unroll=_UNROLL
+    )
     return of_images, None, of_texts, None
 
 
-_best_matches.defvjp(_forward, _backward)
+def _both(image_mask: Array, text_mask: Array) -> Array:
+    """[n, t] whether both sets have a valid element."""
+    return image_mask.any(axis=0)[:, None] & text_mask.any(axis=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _hard(kind: str, images: Array, image_mask: Array, texts: Array, text_mask: Array) -> Array:
+    """ "chamfer" and "max"; the arguments are those of `_smooth`."""
+    return _hard_forward(kind, images, image_mask, texts, text_mask)[0]
+
+
+def _hard_forward(kind: str, images: Array, image_mask: Array, texts: Array, text_mask: Array) -> tuple[Array, tuple]:
+    """The similarities; beside the arguments the numbers of the best matches are kept, as int16.
+
+    rows [a, n, t]: of each image element, the text element. columns: of each text element, the image element
+    [n, b, t]; for "max" the image element of the best pair [n, 1, t].
+    """
+
+    def visit(best: tuple[Array, Array], at: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Any]:
+        number, element, valid = at
+        found = _cosines(element, texts)
+        to_texts = jnp.where(text_mask, found, _LOW)
+        to_image = jnp.where(valid[:, None, None], found, _LOW)
+        columns = jnp.maximum(best[0], to_image), jnp.where(to_image > best[0], number, best[1])
+        return columns, (jnp.max(to_texts, axis=1), jnp.argmax(to_texts, axis=1).astype(jnp.int16))
+
+    shape = images.shape[1], *text_mask.shape
+    numbers = jnp.arange(images.shape[0], dtype=jnp.int16)
+    start = jnp.full(shape, _LOW), jnp.zeros(shape, jnp.int16)
+    (columns, image_numbers), (rows, text_numbers) = lax.scan(
+        visit, start, (numbers, images, image_mask), unroll=_UNROLL
+    )
+    if kind == "max":
+        rows = jnp.where(image_mask[:, :, None], rows, _LOW)
+        value, image_numbers = jnp.max(rows, axis=0), jnp.argmax(rows, axis=0).astype(jnp.int16)[:, None]
+    else:
+        value = jnp.sum(_shares(image_mask)[:, :, None] * rows, axis=0) + jnp.sum(_shares(text_mask) * columns, axis=1)
+    value = jnp.where(_both(image_mask, text_mask), value, 0.0)
+    return value, (images, image_mask, texts, text_mask, text_numbers, image_numbers)
+
+
+def _hard_backward(kind: str, residuals: tuple, cotangent: Array) -> tuple:
+    images, image_mask, texts, text_mask, rows, columns = residuals
+    of_text = _shares(text_mask)
+    numbers = jnp.arange(texts.shape[0], dtype=jnp.int16)[:, None]
+
+    def visit(sums: Array, at: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array]:
+        number, element, valid, row, share = at
+        by_image, by_text = row[:, None, :] == numbers, columns == number
+        weights = by_image & by_text if kind == "max" else share[:, None, None] * by_image + of_text * by_text
+        weights = jnp.where(valid[:, None, None] & text_mask, weights * cotangent[:, None, :], 0.0)
+        of_element, of_texts = _products(weights, element, texts)
+        return sums + of_texts, of_element
+
+    counted = jnp.arange(images.shape[0], dtype=jnp.int16), images, image_mask, rows, _shares(image_mask)
+    of_texts, of_images = lax.scan(visit, jnp.zeros_like(texts), counted, unroll=_UNROLL)
+    return of_images, None, of_texts, None
+
+
+_smooth.defvjp(_smooth_forward, _smooth_backward)
+_hard.defvjp(_hard_forward, _hard_backward)
