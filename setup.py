@@ -21,7 +21,6 @@ REQUIRED = [
     "pillow>=12,<14",
     "safetensors>=0.7,<0.9",
     "scikit-image>=0.25,<0.27",
-    "pillow>=11,<14",
     "sentencepiece>=0.2.1,<0.3",
     "tensorboardX>=2.6.2,<3",
     "tensorflow-datasets>=4.9.10,<4.10",
