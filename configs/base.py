@@ -53,6 +53,22 @@ def get_config() -> ConfigDict:
     model.dropout = 0.1  # dropout of the segmentation embeddings (published 0.1)
     model.feature_dropout = 0.0  # dropout on the features of every unit, for small training sets (published 0)
     model.dtype = "float32"  # operands of matrix products: float32 | bfloat16 (sums and parameters stay float32)
+    model.cmsei = cmsei = (
+        ConfigDict()
+    )  # model.name "cmsei" (docs/cmsei.md; of its values only what is said is published)
+    cmsei.spatial_graph = True  # regions reason over who overlaps whom; needs boxes
+    cmsei.semantic_graph = True  # regions reason over the scene graph's relations (without any: the identity)
+    cmsei.iou_threshold = 0.4  # IoU above which two regions are neighbours; below 0: all pairs are
+    cmsei.relation_threshold = 0.5  # confidence above which a predicted relation counts (relation_scores)
+    cmsei.geometry_heads = 0  # H > 0: H parts of the spatial messages, weighed by learned functions of the geometry
+    cmsei.attend = ("objects", "words")  # who attends to the other side; (): global vectors alone
+    cmsei.refine = True  # gated refinement of regions and words by what they attend to
+    cmsei.sharpness = (9.0, 9.0)  # factor on the attention of objects and of words (SCAN 9 and 4 to 9)
+    cmsei.cross_sharpness = 4.0  # factor on the attention of a side's elements to the other side's global vector
+    cmsei.local_weight = 1.0  # weight of the alignment in the score
+    cmsei.cross_weight = 0.5  # weight of object-sentence and of word-image in the score; 0: no cross-level attention
+    cmsei.global_weight = 1.0  # weight of the product of the global vectors in the score
+    cmsei.block = 64  # pairs that are computed at once; memory grows with block * (regions + tokens) * dim
 
     c.text = text = ConfigDict()
     text.tower = "bert"  # bert | bigru | transformer
