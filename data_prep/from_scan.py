@@ -30,6 +30,8 @@ ARRAYS = {
     "seg_semantic": "_segmentations.npy",
     "seg_map": "_seg_maps.npy",
     "categories": "_cat_onehots.npy",
+    "relations": "_relations.npy",
+    "relation_scores": "_relation_scores.npy",
 }
 USUAL_CAPTIONS = 5  # captions an image in Flickr and COCO as SCAN distributes them
 _BLOCK = 64  # images read at once
