@@ -87,6 +87,7 @@ def get_config() -> ConfigDict:
     c.loss = loss = ConfigDict()
     loss.weights = weights = ConfigDict()  # weight of each loss term, a file in shnet_jax/losses; 0: not computed
     weights.triplet = 1.0  # triplet loss with hard negatives (published 1)
+    weights.global_triplet = 0.0  # the triplet loss on global vectors, beside a score that looks inside (CMSEI-style 1)
     weights.infonce = 0.0  # symmetric softmax cross-entropy of CLIP (published 0)
     weights.sigmoid = 0.0  # SigLIP's sigmoid loss (published 0)
     loss.pairs = pairs = ConfigDict()  # how the pairs of a global batch meet; see shnet_jax/losses/pairs.py
@@ -99,6 +100,7 @@ def get_config() -> ConfigDict:
     triplet.rank = 1  # k: the k-th hardest negative instead of the hardest (published 1)
     triplet.softness = 0.0  # t > 0: t * logsumexp(scores / t) of the negatives instead of the hardest (published 0)
     triplet.mask_same_image = True  # captions of the same image are no negatives (published False)
+    loss.global_triplet = ConfigDict(triplet)  # its own margin and so on, in cosine
     loss.infonce = infonce = ConfigDict()
     infonce.temperature = 0.07  # initial temperature of the softmax
     infonce.learn_temperature = True  # the temperature is a parameter (as in CLIP)

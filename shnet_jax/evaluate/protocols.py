@@ -39,6 +39,7 @@ class Subject:
     dtype: str = UNKNOWN  # operands of the model's matrix products
     selected_on: str = UNKNOWN  # split that chose the checkpoint; "none" for the last one
     devices: int | str = UNKNOWN  # how many encoded the gallery
+    notes: str = "none"  # on fields of the data set that the model can do without
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,7 @@ def subject(experiment: Experiment, split: str, step: int, selected_on: str, dev
         dtype=f"image {config.model.dtype}, text {config.text.dtype}",
         selected_on=selected_on,
         devices=devices,
+        notes=experiment.notes or "none",
     )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel import axis, sharding
 from shnet_jax.train.microbatch import Encode, cached_gradients
 from shnet_jax.train.state import TrainState
@@ -63,7 +63,10 @@ def make_step(
         def share(params: Any, embeddings: tuple[Embedding, Embedding]) -> tuple[Array, dict[str, Array]]:
             images, texts = embeddings
             loss_params = sharding.gather(params["loss"], axes["loss"], axis_name)
-            ctx = Context(step=state.step, params=loss_params, score=model.score, axis=axis_name)
+            # Of a score without parameters the gathered ones are dead code.
+            weights = sharding.gather(params["model"], axes["model"], axis_name)
+            score = scorer(model, {"params": weights, "batch_stats": state.batch_stats})
+            ctx = Context(step=state.step, params=loss_params, score=score, axis=axis_name)
             terms = total_loss(images.repeat(captions), texts, jnp.repeat(batch["image_index"], captions), ctx)
             return terms["loss"], terms
 
