@@ -217,7 +217,7 @@ def _loss(setup: Setup, params: Any, batch_stats: Any, batch: Any) -> Callable[[
     def encode(variables: Any, batch: Batch, table: Any) -> tuple[Embedding, Embedding]:
         return cast(tuple[Embedding, Embedding], setup.model.apply(variables, gather(table, batch), train=False))
 
-    score = scorer(setup.model, {"params": params["model"], "batch_stats": batch_stats})
+    score = scorer(setup.model, params["model"])
 
     def per_device(loss_params: Any, found: Any) -> Array:
         def share(given: Any) -> Array:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from shnet_jax.evaluate.rank import check_captions, ranks
+from shnet_jax.evaluate.rank import Ranks, check_captions, ranks
 from shnet_jax.evaluate.recall import Metrics, chance, mean, recalls
 from shnet_jax.evaluate.tiles import take
 from shnet_jax.types import Embedding, Score
@@ -52,6 +52,10 @@ class Results:
     card: dict[str, str | int]
 
 
+Ranker = Callable[[Embedding, Embedding, np.ndarray, int], Ranks]
+"""(images, captions, image of each caption, number of the fold) -> ranks."""
+
+
 def find_protocol(name: str) -> Protocol:
     """The protocol of that name: "whole", or "folds<k>" such as "folds5" (COCO 1K)."""
     if name == "whole":
@@ -71,10 +75,12 @@ def evaluate(
     tile: int = 512,
     mesh: Mesh | None = None,
     score_dtype: str = "float32",
+    ranker: Ranker | None = None,
 ) -> Results:
     """Ranks a gallery by a named protocol (see `find_protocol`).
 
-    The other arguments and errors are those of `rank.ranks`; ValueError too when the folds are unequal.
+    ranker: ranks instead of `rank.ranks`, whose arguments and errors the others are; ValueError too when the folds are
+    unequal.
     """
     plan = find_protocol(protocol)
     n, t = len(images.vector), len(texts.vector)
@@ -82,8 +88,12 @@ def evaluate(
     if n % plan.folds:
         raise ValueError(f"protocol {plan.name}: {n} images do not divide into {plan.folds} folds of equal size")
     found, guessed = [], []
-    for fold_images, fold_texts, fold_owner in _galleries(images, texts, owner, plan.folds):
-        found.append(recalls(ranks(fold_images, fold_texts, fold_owner, score, tile, mesh, score_dtype)))
+    for fold, (fold_images, fold_texts, fold_owner) in enumerate(_galleries(images, texts, owner, plan.folds)):
+        if ranker is None:
+            fold_ranks = ranks(fold_images, fold_texts, fold_owner, score, tile, mesh, score_dtype)
+        else:
+            fold_ranks = ranker(fold_images, fold_texts, fold_owner, fold)
+        found.append(recalls(fold_ranks))
         guessed.append(chance(np.bincount(fold_owner)))
     card = _card(plan, subject or Subject(), n, t, images.vector.dtype)
     return Results(mean(found), tuple(found), mean(guessed), card)

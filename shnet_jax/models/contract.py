@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 
@@ -21,7 +21,12 @@ from shnet_jax.types import Array, Batch, Embedding, Score
 
 
 class RetrievalModel(nn.Module):
-    """Base of the models: the default score and the call that initialises both towers."""
+    """Base of the models: the default score and the call that initialises both towers.
+
+    score_params: names in "params" that a score which is a method reads.
+    """
+
+    score_params: ClassVar[tuple[str, ...]] = ()
 
     @property
     def norm_depth(self) -> int:
@@ -53,13 +58,17 @@ class RetrievalModel(nn.Module):
         return found
 
 
-def scorer(model: RetrievalModel, variables: Mapping[str, Any]) -> Score:
-    """The score function of a model with variables {"params", ...}; a static score is that function itself."""
+def scorer(model: RetrievalModel, params: Mapping[str, Any]) -> Score:
+    """The score function of a model with these of its "params", `score_params` at least.
+
+    A static score is that function itself.
+    """
     if _static_score(model):
         return model.score
+    own = {name: params[name] for name in model.score_params}
 
     def score(images: Embedding, texts: Embedding) -> Array:
-        return cast(Array, model.apply(dict(variables), images, texts, method="score"))
+        return cast(Array, model.apply({"params": own}, images, texts, method="score"))
 
     return score
 

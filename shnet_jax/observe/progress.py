@@ -17,7 +17,7 @@ PLAIN_SECONDS = 10.0
 class Progress:
     """Shows step, speed, loss and remaining time of a run of `steps` steps on `stream` (standard error).
 
-    shown: False in all processes of a job but the first.
+    shown: False in all processes of a job but the first. step, examples: what is counted, as a line calls it.
     """
 
     def __init__(
@@ -26,16 +26,19 @@ class Progress:
         stream: TextIO | None = None,
         now: Callable[[], float] = time.monotonic,
         shown: bool = True,
+        step: str = "step",
+        examples: str = "examples",
     ) -> None:
         self._steps = steps
         self._shown = shown
+        self._names = step, examples
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._now = now
         self._next = now()
         self._width = 0  # of the line in place
 
-    def update(self, step: int, clock: Clock, *, loss: float) -> None:
+    def update(self, step: int, clock: Clock, *, loss: float | None = None) -> None:
         """Shows the state after `step` unless the last line is too recent."""
         if not self._shown or self._now() < self._next:
             return
@@ -43,7 +46,9 @@ class Progress:
         rate, seconds_per_step = clock.speed()
         left = datetime.timedelta(seconds=round((self._steps - step) * seconds_per_step))
         share = 100 * step // self._steps
-        line = f"step {step}/{self._steps} ({share}%)  {rate:,.0f} examples/s  loss {loss:.4g}  ETA {left}"
+        name, examples = self._names
+        value = "" if loss is None else f"loss {loss:.4g}  "
+        line = f"{name} {step}/{self._steps} ({share}%)  {rate:,.0f} {examples}/s  {value}ETA {left}"
         if self._live:
             self._stream.write("\r" + line.ljust(self._width))
             self._width = len(line)

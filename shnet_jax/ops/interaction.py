@@ -104,8 +104,8 @@ def _block(images: _Items, texts: _Items, how: Interaction) -> Array:
     valid = images.mask[:, None, :, None] & texts.mask[None, :, None, :]
     positive = jnp.where(valid, jax.nn.relu(cosines), 0.0)
     sides = {
-        "objects": lambda sharpness: _attend(images, texts, positive, sharpness, how),
-        "words": lambda sharpness: _attend(texts, images, positive.transpose(1, 0, 3, 2), sharpness, how).T,
+        "objects": lambda sharpness: _attend(images, texts, positive.swapaxes(0, 1), sharpness, how).T,
+        "words": lambda sharpness: _attend(texts, images, positive.swapaxes(2, 3), sharpness, how),
     }
     score = how.whole * einsum("nd,td->nt", images.vector, texts.vector, "float32")
     for side, sharpness in zip(SIDES, how.sharpness, strict=True):
@@ -115,25 +115,26 @@ def _block(images: _Items, texts: _Items, how: Interaction) -> Array:
 
 
 def _attend(own: _Items, other: _Items, positive: Array, sharpness: float, how: Interaction) -> Array:
-    """[n, t], what the side `own` [n, K, c] adds to the score when its elements attend to those of `other` [t, L, c].
+    """[t, n], what the side `own` [n, K, c] adds to the score when its elements attend to those of `other` [t, L, c].
 
-    positive: [n, t, K, L], the cosines of their elements, 0 where negative or masked.
+    positive: [t, n, K, L], the cosines of their elements, 0 where negative or masked. The other side comes first: then
+    the large product is one of contiguous matrices for each of its items.
     """
     d = own.vector.shape[-1]
     logits = sharpness * l2norm(positive, axis=2)  # each element of `other` shares its attention among `own`'s
-    weights = _shares(logits, other.mask[None, :, None, :])
-    seen = einsum("ntkl,tlc->ntkc", weights, other.elements[..., : 2 * d], how.dtype)  # [U, B U]
-    context, refined = seen[..., :d], own.elements[:, None, :, :d]
+    weights = _shares(logits, other.mask[:, None, None, :])
+    seen = einsum("tnkl,tlc->tnkc", weights, other.elements[..., : 2 * d], how.dtype)  # [U, B U]
+    context, refined = seen[..., :d], own.elements[None, ..., :d]
     if how.refine:
-        refined = refined + jax.nn.sigmoid(own.elements[:, None, :, 2 * d :] + seen[..., d:]) * context
+        refined = refined + jax.nn.sigmoid(own.elements[None, ..., 2 * d :] + seen[..., d:]) * context
     score = jnp.zeros((), jnp.float32)
     if how.local:
-        count = jnp.maximum(jnp.sum(own.mask, axis=1), 1)[:, None]
-        aligned = jnp.where(own.mask[:, None, :], cosine(refined, context), 0.0)
+        aligned = jnp.where(own.mask, cosine(refined, context), 0.0)
+        count = jnp.maximum(jnp.sum(own.mask, axis=1), 1)
         score = score + how.local / len(how.attend) * jnp.sum(aligned, axis=2) / count
     if how.cross:
-        whole = other.vector[None, :, None, :]
-        shares = _shares(how.cross_sharpness * cosine(refined, whole), own.mask[:, None, :])
+        whole = other.vector[:, None, None, :]
+        shares = _shares(how.cross_sharpness * cosine(refined, whole), own.mask)
         score = score + how.cross * cosine(jnp.sum(shares[..., None] * refined, axis=2), whole[:, :, 0])
     return score
 

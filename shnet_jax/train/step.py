@@ -63,9 +63,8 @@ def make_step(
         def share(params: Any, embeddings: tuple[Embedding, Embedding]) -> tuple[Array, dict[str, Array]]:
             images, texts = embeddings
             loss_params = sharding.gather(params["loss"], axes["loss"], axis_name)
-            # Of a score without parameters the gathered ones are dead code.
-            weights = sharding.gather(params["model"], axes["model"], axis_name)
-            score = scorer(model, {"params": weights, "batch_stats": state.batch_stats})
+            own, own_axes = ({n: tree["model"][n] for n in model.score_params} for tree in (params, axes))
+            score = scorer(model, sharding.gather(own, own_axes, axis_name))
             ctx = Context(step=state.step, params=loss_params, score=score, axis=axis_name)
             terms = total_loss(images.repeat(captions), texts, jnp.repeat(batch["image_index"], captions), ctx)
             return terms["loss"], terms
