@@ -146,11 +146,13 @@ def get_config() -> ConfigDict:
     c.eval = evaluate = ConfigDict()
     evaluate.split = "test"  # split of --mode=eval
     evaluate.batch_size = 128  # images, or captions, encoded at once on each device
-    evaluate.tile = 512  # images of a score tile; it has 8 times as many captions
+    evaluate.tile = 512  # images of a score tile; it has 8 times as many captions (a score that is a method: as many)
     evaluate.folds = 0  # k > 1: mean over k consecutive galleries of equal size (COCO 1K: 5); 0: the whole split
     evaluate.checkpoint = "best"  # state evaluated by --mode=eval: best | last
     evaluate.score_dtype = "float32"  # scores: float32 | bfloat16 (float32 where the order is in doubt: the same ranks)
     evaluate.overlap = False  # images on one half of the devices, captions on the other, reading ahead: the same bits
+    evaluate.two_stage = 0  # k > 0: --mode=eval also ranks in two stages, k candidates of each query re-ranked
+    evaluate.exact = True  # with two_stage: rank exactly too, to compare (a costly score: hours)
     evaluate.stages = 1  # devices that a text tower's layers are spread over (bert, transformer); 1: each has them all
     evaluate.microbatches = 8  # parts in which the captions of a batch flow through these stages
 

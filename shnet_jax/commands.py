@@ -8,9 +8,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from shnet_jax.evaluate.compare import comparison_table
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import card_table, table, write_json
-from shnet_jax.evaluate.split import make_evaluator, subject
+from shnet_jax.evaluate.split import make_comparison, make_evaluator, subject
 from shnet_jax.experiment import Experiment, abstract_variables, assemble
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
@@ -84,10 +85,20 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:
 
 
 def evaluate(config: ConfigDict, workdir: str | Path) -> None:
-    """Evaluates a checkpoint; prints table and card, writes results_<data set>_<split>_<protocol>_<checkpoint>.json."""
-    results = evaluate_checkpoint(config, workdir)
-    card, arms = results.card, {config.name: results}
+    """Evaluates a checkpoint; prints table and card, writes results_<data set>_<split>_<protocol>_<checkpoint>.json.
+
+    With config.eval.two_stage candidates, exact and two-stage ranking beside each other.
+    """
+    loaded = load(workdir, config)
+    split, mesh = config.eval.split, make_mesh(config.parallel.devices)
+    what = subject(loaded.experiment, split, loaded.step, loaded.selected_on, mesh.size)
+    compare = make_comparison(loaded.experiment, split, mesh, Path(workdir) / f"scores_{split}")
+    found = compare(loaded.variables, what)
+    card = next(iter(found.values())).card
+    arms = {config.name if len(found) == 1 else f"{config.name}, {name}": results for name, results in found.items()}
     name = f"results_{card['dataset']}_{card['split']}_{card['protocol']}_{config.eval.checkpoint}.json"
     if hosts.is_first():
         write_json(Path(workdir) / name, arms)
         print(f"{table(arms)}\n{card_table(card)}")
+        if len(found) > 1:
+            print(f"\n{comparison_table(found)}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -14,15 +16,17 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather
 from shnet_jax.data.gallery import Gallery, Part, open_gallery
+from shnet_jax.evaluate.blocks import digest, open_folder
+from shnet_jax.evaluate.compare import Effort, Rankings, with_effort
 from shnet_jax.evaluate.encode import Portion, encode
 from shnet_jax.evaluate.pipelined import check_pipeline, make_pipelined_text_encoder, place_variables, stage_mesh
-from shnet_jax.evaluate.protocols import Results, Subject, evaluate
+from shnet_jax.evaluate.protocols import Ranker, Results, Subject, evaluate
 from shnet_jax.evaluate.rank import check_captions
 from shnet_jax.evaluate.screen import check_score_dtype
 from shnet_jax.evaluate.stages import Stages
 from shnet_jax.evaluate.tiles import tile_shape
 from shnet_jax.experiment import Experiment
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.parallel.hosts import own_rows
 from shnet_jax.parallel.mapping import data_mesh, map_encode, put_batch, replicate
 from shnet_jax.types import Batch, Embedding
@@ -49,28 +53,11 @@ def subject(experiment: Experiment, split: str, step: int, selected_on: str, dev
 
 def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
     """Opens a split once; the result evaluates variables {"params", "batch_stats"} on it, as often as wanted."""
-    config, model = experiment.config, experiment.model
-    check(model, config, mesh)
-    gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
-    _check(experiment, gallery)
-    protocol = f"folds{config.eval.folds}" if config.eval.folds > 1 else "whole"
-    encode_both = make_encoder(experiment, gallery, mesh)
-    # Every process has all embeddings in the end, and ranks them on its own devices.
-    ranking = mesh if jax.process_count() == 1 else data_mesh(jax.local_devices())
+    gallery, encode_both, rankings = _open(experiment, split, mesh)
 
     def evaluator(variables: dict[str, Any], subject: Subject) -> Results:
-        images, texts = encode_both(variables)
-        return evaluate(
-            images,
-            texts,
-            gallery.caption_image,
-            model.score,
-            protocol,
-            subject,
-            tile=config.eval.tile,
-            mesh=ranking,
-            score_dtype=config.eval.score_dtype,
-        )
+        ranker = rankings.exact(variables, Effort())
+        return _evaluated(experiment, gallery, encode_both(variables), subject, ranker)
 
     return evaluator
 
@@ -81,6 +68,8 @@ def check(model: RetrievalModel, config: ConfigDict | FrozenConfigDict, mesh: Me
     check_score_dtype(model.score, evaluation.score_dtype)
     if evaluation.batch_size < 1:
         raise ValueError(f"config.eval.batch_size is {evaluation.batch_size}; it must be at least 1")
+    if evaluation.two_stage < 0:
+        raise ValueError(f"config.eval.two_stage is {evaluation.two_stage}; it is a number of candidates, or 0")
     if evaluation.overlap and jax.process_count() > 1:
         raise ValueError("config.eval.overlap needs both towers' devices in one process; switch it off for several")
     if jax.process_count() > 1 and config.parallel.mapping == "pmap":
@@ -88,6 +77,81 @@ def check(model: RetrievalModel, config: ConfigDict | FrozenConfigDict, mesh: Me
     if evaluation.stages != 1:
         text_mesh = halves(mesh)[1] if evaluation.overlap else mesh
         check_pipeline(model, stage_mesh(text_mesh, evaluation.stages), evaluation.microbatches, evaluation.batch_size)
+
+
+def make_comparison(
+    experiment: Experiment, split: str, mesh: Mesh, folder: Path
+) -> Callable[[dict[str, Any], Subject], dict[str, Results]]:
+    """As `make_evaluator`, with results by the way of ranking: exact (config.eval.exact), two stages, vectors alone.
+
+    folder: for the finished blocks of a long exact ranking, which goes on with them when it was stopped; removed when
+    all is done.
+    """
+    config = experiment.config
+    gallery, encode_both, rankings = _open(experiment, split, mesh)
+
+    def comparison(variables: dict[str, Any], subject: Subject) -> dict[str, Results]:
+        embeddings, arms = encode_both(variables), {}
+
+        def add(name: str, ranker: Ranker, effort: Effort, ranking: str | None) -> None:
+            found = _evaluated(experiment, gallery, embeddings, subject, ranker)
+            arms[name] = with_effort(found, effort, ranking)
+
+        if config.eval.exact or not config.eval.two_stage:
+            effort, kept = Effort(), None
+            if jax.process_count() == 1 and not has_static_score(experiment.model):
+                kept = open_folder(folder, _identity(experiment, variables, subject, gallery))
+            add("exact", rankings.exact(variables, effort, kept), effort, None)
+        if k := config.eval.two_stage:
+            effort = Effort()
+            ranking = (
+                f"two stages: {k} candidates of each query by global vectors, re-ranked by the score; then as exact"
+            )
+            add(f"two-stage {k}", rankings.two_stage(variables, effort), effort, ranking)
+            effort = Effort()
+            add("global vectors", rankings.vectors(effort), effort, "by the product of global vectors alone")
+        shutil.rmtree(folder, ignore_errors=True)
+        return arms
+
+    return comparison
+
+
+def _open(
+    experiment: Experiment, split: str, mesh: Mesh
+) -> tuple[Gallery, Callable[[dict[str, Any]], tuple[Embedding, Embedding]], Rankings]:
+    """The gallery of a split, what encodes it and what ranks it."""
+    config = experiment.config
+    check(experiment.model, config, mesh)
+    gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
+    _check(experiment, gallery)
+    # Every process has all embeddings in the end, and ranks them on its own devices.
+    ranking = mesh if jax.process_count() == 1 else data_mesh(jax.local_devices())
+    return gallery, make_encoder(experiment, gallery, mesh), Rankings(experiment.model, config, ranking)
+
+
+def _evaluated(
+    experiment: Experiment, gallery: Gallery, embeddings: tuple[Embedding, Embedding], subject: Subject, ranker: Ranker
+) -> Results:
+    folds = experiment.config.eval.folds
+    protocol = f"folds{folds}" if folds > 1 else "whole"
+    score = experiment.model.score
+    return evaluate(*embeddings, gallery.caption_image, score, protocol, subject, ranker=ranker)
+
+
+def _identity(experiment: Experiment, variables: dict[str, Any], subject: Subject, gallery: Gallery) -> dict[str, Any]:
+    """Which scores a folder of blocks holds."""
+    config = experiment.config
+    return {
+        "subject": dataclasses.asdict(subject),
+        "dataset": str(experiment.dataset.path),
+        "images": gallery.images,
+        "captions": len(gallery.captions),
+        "variables": digest(variables),
+        "model": config.model.to_dict(),
+        "data": config.data.to_dict(),
+        "folds": config.eval.folds,
+        "tile": config.eval.tile,
+    }
 
 
 def _check(experiment: Experiment, gallery: Gallery) -> None:

@@ -53,7 +53,7 @@ class RetrievalModel(nn.Module):
     def __call__(self, batch: Batch, *, train: bool) -> tuple[Embedding, Embedding]:
         """Both towers on one batch; used to initialise the parameters, those of the score too."""
         found = self.encode_image(batch, train=train), self.encode_text(batch, train=train)
-        if self.is_initializing() and not _static_score(self):
+        if self.is_initializing() and not has_static_score(self):
             self.score(*found)
         return found
 
@@ -63,7 +63,7 @@ def scorer(model: RetrievalModel, params: Mapping[str, Any]) -> Score:
 
     A static score is that function itself.
     """
-    if _static_score(model):
+    if has_static_score(model):
         return model.score
     own = {name: params[name] for name in model.score_params}
 
@@ -73,5 +73,6 @@ def scorer(model: RetrievalModel, params: Mapping[str, Any]) -> Score:
     return score
 
 
-def _static_score(model: RetrievalModel) -> bool:
+def has_static_score(model: RetrievalModel) -> bool:
+    """Whether the score needs nothing of the model, as the dot product."""
     return isinstance(inspect.getattr_static(model, "score"), staticmethod)
