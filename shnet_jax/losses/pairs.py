@@ -51,6 +51,7 @@ class Direction:
     queries: b embeddings. candidates: their partners and everybody else's.
     positive: [b], the score of each query with its own partner.
     score: of (queries, candidates). mask_same_image: see `directions`.
+    known: [b, B], the scores with all candidates where both directions share them; None: each finds its own.
     """
 
     queries: Embedding
@@ -58,6 +59,7 @@ class Direction:
     positive: Array
     score: Score
     mask_same_image: bool
+    known: Array | None = None
 
     @property
     def size(self) -> int:
@@ -83,11 +85,13 @@ class Direction:
         empty = jnp.full((b, rank), -jnp.inf), jnp.zeros((b, rank), jnp.int32)
 
         def visit(best: tuple[Array, Array], block: Block) -> tuple[Array, Array]:
-            scores = jnp.where(_negatives(self, block), self.score(queries, block.items), -jnp.inf)
+            # Here and not behind the walk: a score may have parameters, and its backward pass is not wanted.
+            scores = lax.stop_gradient(self.score(queries, block.items) if self.known is None else self.known)
+            scores = jnp.where(_negatives(self, block), scores, -jnp.inf)
             values, columns = _best(scores, min(rank, scores.shape[1]))
             return merge_best(best, (values, block.rows[columns]), rank)
 
-        found, rows = jax.tree.map(lax.stop_gradient, search.walk(visit, empty))
+        found, rows = search.walk(visit, empty)
         partners = self.candidates.take(rows[:, -1])
         return jnp.where(jnp.isneginf(found[:, -1]), -jnp.inf, _paired(self.score, self.queries, partners))
 
@@ -111,12 +115,18 @@ def directions(
         )
     positive = _paired(ctx.score, images, texts)
 
-    def direction(queries: Embedding, items: Embedding, score: Score) -> Direction:
-        return Direction(queries, Candidates(items, ids, ctx.pairs, ctx.axis), positive, score, mask_same_image)
+    def direction(queries: Embedding, items: Embedding, score: Score, known: Array | None) -> Direction:
+        candidates = Candidates(items, ids, ctx.pairs, ctx.axis)
+        return Direction(queries, candidates, positive, score, mask_same_image, known)
 
+    # A score of elements is costly. Where all candidates are this device's own, both directions have the same scores.
+    local = ctx.pairs.strategy == "local" or (ctx.pairs.strategy == "gathered" and axis.axis_size(ctx.axis) == 1)
+    known = ctx.score(images, texts) if local and images.elements is not None else None
     return (
-        direction(images, texts, ctx.score),
-        direction(texts, images, lambda queries, candidates: ctx.score(candidates, queries).T),
+        direction(images, texts, ctx.score, known),
+        direction(
+            texts, images, lambda queries, items: ctx.score(items, queries).T, None if known is None else known.T
+        ),
     )
 
 
@@ -211,9 +221,14 @@ def _reduce(direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Arr
     return reduce(_Inputs(queries, args, closed_over), items, fixed)
 
 
+def _scores(direction: Direction, block: Block) -> Array:
+    """[b, t], the scores of the queries with one block."""
+    return direction.score(direction.queries, block.items) if direction.known is None else direction.known
+
+
 def _of_block(direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block) -> Array:
     """[b], the reduction over the negatives of one block."""
-    values = of_score(direction.score(direction.queries, block.items), *args)
+    values = of_score(_scores(direction, block), *args)
     if kind == "sum":
         return jnp.sum(jnp.where(_negatives(direction, block), values, 0.0), axis=1)
     return jax.nn.logsumexp(jnp.where(_negatives(direction, block), values, -jnp.inf), axis=1)
@@ -223,7 +238,7 @@ def _slope(
     direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block, value: Array
 ) -> Array:
     """[b], something whose derivative is the block's part of the derivative of the reduction, `value` [b]."""
-    values = of_score(direction.score(direction.queries, block.items), *args)
+    values = of_score(_scores(direction, block), *args)
     weights = _negatives(direction, block).astype(values.dtype)
     if kind == "logsumexp":
         share = jnp.exp(values - value[:, None])  # of the sum of exponentials
