@@ -53,9 +53,7 @@ def get_config() -> ConfigDict:
     model.dropout = 0.1  # dropout of the segmentation embeddings (published 0.1)
     model.feature_dropout = 0.0  # dropout on the features of every unit, for small training sets (published 0)
     model.dtype = "float32"  # operands of matrix products: float32 | bfloat16 (sums and parameters stay float32)
-    model.cmsei = cmsei = (
-        ConfigDict()
-    )  # model.name "cmsei" (docs/cmsei.md; of its values only what is said is published)
+    model.cmsei = cmsei = ConfigDict()  # model.name "cmsei", see docs/cmsei.md
     cmsei.spatial_graph = True  # regions reason over who overlaps whom; needs boxes
     cmsei.semantic_graph = True  # regions reason over the scene graph's relations (without any: the identity)
     cmsei.iou_threshold = 0.4  # IoU above which two regions are neighbours; below 0: all pairs are

@@ -9,7 +9,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from shnet_jax.losses import total
-from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.ops.interaction import Interaction, interaction_scores
 from shnet_jax.parallel import axis, mapping
 from shnet_jax.types import DATA, Context, Embedding
