@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
     c.tokenizer.kind = "sentencepiece"
     c.model.name = "cmsei"
     c.model.dim = 128
+    c.model.cmsei.iou_threshold = -1.0  # the scenes' regions hardly overlap: all are neighbours,
+    c.model.cmsei.geometry_heads = 8  # weighed by where they lie (ours); the arm plain_spatial has neither
     c.text.tower = "bigru"
     c.text.width = 256
     c.loss.weights.global_triplet = 1.0
@@ -29,4 +31,5 @@ def get_config() -> ConfigDict:
     c.train.eval_epochs = 0.0  # a validation takes as long as many steps
     c.eval.two_stage = 50
     c.study.arms = arms()
+    c.study.arms.plain_spatial = ConfigDict({"model": {"cmsei": {"iou_threshold": 0.4, "geometry_heads": 0}}})
     return c
