@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data_prep import from_scan, geometric, relations, scene_graphs
+from data_prep import geometric, relations, scene_graphs
 from data_prep.builder import write_dataset
 from data_prep.geometric import BESIDE, INSIDE, ON
 from shnet_jax.data.records import open_dataset
@@ -115,13 +115,3 @@ def test_a_data_set_without_boxes_is_refused(tmp_path, capsys):
     path = write_dataset(tmp_path, "plain", {"train": [bare]}, {})
     assert relations.main([f"--data={path}", f"--out={tmp_path}", "--name=x", "--geometric"]) == 1
     assert f"{path}: expected the field 'boxes'" in capsys.readouterr().err
-
-
-def test_confidences_beside_the_other_arrays_are_imported(tmp_path):
-    scores = np.random.default_rng(0).random((2, 3, 3)).astype(np.float16)
-    (tmp_path / "test_caps.txt").write_text("one\ntwo\n")
-    np.save(tmp_path / "test_ims.npy", np.ones((2, 3, 4), np.float32))
-    np.save(tmp_path / "test_relation_scores.npy", scores)
-    path = from_scan.import_scan(tmp_path, "toy", tmp_path / "out", captions_per_image=1)
-    read = open_dataset(path).open_split("test", ["relation_scores"])
-    np.testing.assert_array_equal([r["relation_scores"] for r in read], scores)
