@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from shnet_jax.data.batches import gather
+from shnet_jax.evaluate.compare import comparison_table
 from shnet_jax.evaluate.protocols import Subject
 from shnet_jax.evaluate.split import make_comparison, subject
 from shnet_jax.experiment import assemble, init_variables
@@ -83,6 +84,9 @@ def test_evaluation_scores_with_the_variables_given(experiment, tmp_path):
     assert found["exact"].metrics == found["two-stage 1000"].metrics
     assert found["exact"].card["pairs_scored"] == found["two-stage 1000"].card["pairs_scored"] == 10 * 50
     assert not folder.exists()
+    lines = comparison_table(found).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(found)
+    assert "500" in lines[2] and lines[0].rstrip("| ").endswith("speed-up")
     variables["params"]["weights"]["factor"] = -variables["params"]["weights"]["factor"]
     turned = compare(variables, Subject())
     assert turned["exact"].metrics != found["exact"].metrics
