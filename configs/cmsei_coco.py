@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     c.model.cmsei.block = 256
     c.loss.weights.global_triplet = 1.0
     c.loss.triplet.warmup_epochs = 0.0  # every pair would need a backward pass; the global vectors warm up
-    c.loss.pairs.strategy = "ring"
     c.train.batch_size = 128
     c.train.epochs = 30.0
     c.eval.two_stage = 128
