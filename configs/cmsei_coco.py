@@ -1,5 +1,7 @@
 """CMSEI-style on COCO with bottom-up-attention regions, their boxes and a scene graph: settings by analogy."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import base
@@ -21,20 +23,23 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 128
     c.train.epochs = 30.0
     c.eval.two_stage = 128
-    c.study.arms = arms()
+    c.study.arms = arms({"triplet": {"warmup_epochs": 1.0}})
     return c
 
 
-def arms() -> ConfigDict:
-    """The ablations, and VSE-infinity on the same regions and words."""
-    plain = {"weights": {"global_triplet": 0.0}, "triplet": {"warmup_epochs": 1.0}}  # its only score is the global one
-    no_graphs = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
+def arms(warmup: dict[str, Any]) -> ConfigDict:
+    """The ablations, and VSE-infinity on the same regions and words.
+
+    warmup: of the loss where global vectors are all there is, and no other loss warms up for it.
+    """
+    plain = {"weights": {"global_triplet": 0.0}, **warmup}
+    no_segmentation = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
     return ConfigDict(
         {
             "full": {},
             "no_semantic_graph": {"model": {"cmsei": {"semantic_graph": False}}},
             "no_spatial_graph": {"model": {"cmsei": {"spatial_graph": False}}},
             "no_interaction": {"model": {"cmsei": {"attend": ()}}, "loss": plain},
-            "vse_infinity": {"model": {"name": "shnet", **no_graphs}, "loss": plain},
+            "vse_infinity": {"model": {"name": "shnet", **no_segmentation}, "loss": plain},
         }
     )

@@ -20,15 +20,19 @@ def get_config() -> ConfigDict:
     c.text.dtype = "bfloat16"
     c.text.frozen_layers = 6
     c.model.name = "cmsei"
-    c.model.dim = 256
+    c.model.dim = 128
+    c.loss.weights.triplet = 0.0  # the hardest negatives of small sets end on the collapse plateau (docs/cmsei.md)
+    c.loss.weights.infonce = 1.0
     c.loss.weights.global_triplet = 1.0
-    c.loss.triplet.warmup_epochs = 0.0
-    c.train.batch_size = 64
-    c.train.epochs = 4.0
+    c.loss.global_triplet.warmup_epochs = 0.0
+    c.loss.global_triplet.softness = 0.07
+    c.loss.global_triplet.reduction = "mean"
+    c.train.batch_size = 32
+    c.train.epochs = 2.5
     c.train.eval_epochs = 0.0
     c.optim.schedule = "cosine"
     c.optim.warmup_epochs = 0.5
     c.optim.ema = 0.98
     c.eval.two_stage = 50
-    c.study.arms = arms()
+    c.study.arms = arms({})
     return c
