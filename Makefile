@@ -1,8 +1,9 @@
 # Everything runs in a virtual environment that the first command makes: all it takes is Python, make and a package index.
-#   make demo | test | test-fast | lint | bench | setup | minilm | tpu-compiler | clean
+#   make demo | test | test-fast | test-extract | lint | bench | setup | minilm | tpu-compiler | clean
 # Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
 
 VENV ?= .venv
+EXTRAS ?= dev
 PYTHON ?=
 CANDIDATES = python3 python3.12 python3.11 python3.13 python
 PY = $(VENV)/bin/python
@@ -12,7 +13,7 @@ STAMP = $(VENV)/installed-setup.py
 FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 VERSION = import sys; print(*sys.version_info[:2], sep='.')
 
-.PHONY: setup demo minilm tpu-compiler test test-fast test-slow lint bench clean
+.PHONY: setup demo minilm tpu-compiler test test-fast test-slow test-extract lint bench clean
 .DEFAULT_GOAL := setup
 
 # The environment is made again when it does not run, has another Python than the one asked for, or was not finished;
@@ -45,7 +46,7 @@ setup:
 	fi; \
 	if ! cmp -s setup.py "$(STAMP)"; then \
 		echo "Installing packages into $(VENV) (about a minute, 1 GB)"; \
-		"$(PY)" -m pip install --quiet --quiet --disable-pip-version-check -e ".[dev]"; \
+		"$(PY)" -m pip install --quiet --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"; \
 		cp setup.py "$(STAMP)"; \
 	fi
 
@@ -84,6 +85,12 @@ test-fast: tpu-compiler
 
 test-slow: tpu-compiler
 	@start=$$(date +%s); $(PY) -m pytest -q -m slow && echo "slow tests: $$(( $$(date +%s) - start )) s"
+
+# Features from photographs, with PyTorch, transformers and Apache Beam in an environment of their own. PyTorch for CPU only
+# saves some GB: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-extract
+test-extract:
+	@$(MAKE) --no-print-directory setup VENV=.venv-extract EXTRAS=dev,extract,beam
+	.venv-extract/bin/python -m pytest -q tests/data_prep/extract
 
 # Ratios of this machine, to runs/bench/results.json; some of them: make bench BENCH="--only=pool,ranking"
 bench: setup

@@ -16,11 +16,18 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "study", "plan", "scale", "convert"],
-    "train (or continue) a model; eval a checkpoint; study: train and compare arms; plan: what a step will cost; "
-    "scale: measure the step over devices, batches, loss strategies and precisions; convert: weights in or out.",
+    ["train", "eval", "cross", "study", "plan", "scale", "convert", "embed", "search", "page"],
+    "train (or continue) a model; eval a checkpoint or an ensemble; cross: evaluate every run on every data set; "
+    "study: train and compare arms; plan: what a step will cost; "
+    "scale: measure the step over devices, batches, loss strategies and precisions; convert: weights in or out; "
+    "embed: write the vectors of a split; search it; page: one HTML file that shows what the model finds and what it "
+    "looks at.",
 )
 TARGET = flags.DEFINE_string("target", "", "What --mode=plan compiles for, as tpu:v5e:4x4, tpu:v4:2x2x2, gpu or cpu:8.")
+QUERY = flags.DEFINE_string("query", "", "What --mode=search looks for, in words.")
+QUERY_FILE = flags.DEFINE_string("query_file", "", "The same from a file, one query a line.")
+IMAGE_ID = flags.DEFINE_string("image_id", "", "An image of the split, to search for its captions and images like it.")
+TOP_K = flags.DEFINE_integer("top_k", 10, "Results of --mode=search for each query.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -82,16 +89,20 @@ def main(argv: list[str]) -> None:
     # Late, so that --help and mistakes in flags are quick.
     from shnet_jax import commands
     from shnet_jax.convert import convert
+    from shnet_jax.cross import cross
     from shnet_jax.parallel import hosts
     from shnet_jax.plan.command import plan
     from shnet_jax.scaling import scale
+    from shnet_jax.search_modes import embed, page, search
     from shnet_jax.study import study
     from shnet_jax.train.checkpoint import CheckpointError
     from shnet_jax.train.loop import NonFiniteLoss
     from shnet_jax.train.workdir import WorkdirError
 
-    modes = {"train": commands.train, "eval": commands.evaluate, "study": study, "scale": scale, "convert": convert}
-    run = (modes | {"plan": partial(plan, target=TARGET.value)})[MODE.value]
+    modes = {"train": commands.train, "eval": commands.evaluate, "cross": cross, "study": study, "scale": scale}
+    modes |= {"convert": convert, "embed": embed, "page": page}
+    look = partial(search, query=QUERY.value, query_file=QUERY_FILE.value, image_id=IMAGE_ID.value, top_k=TOP_K.value)
+    run = (modes | {"plan": partial(plan, target=TARGET.value), "search": look})[MODE.value]
     try:
         if DISTRIBUTED.value and MODE.value not in ("train", "eval"):
             raise ValueError(f"--distributed is for the modes train and eval, --mode is {MODE.value}")

@@ -18,6 +18,7 @@ REQUIRED = [
     "numpy>=2.0,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "pillow>=12,<14",
     "safetensors>=0.7,<0.9",
     "scikit-image>=0.25,<0.27",
     "sentencepiece>=0.2.1,<0.3",
@@ -27,13 +28,18 @@ REQUIRED = [
 ]
 
 EXTRAS = {
+    "beam": ["apache-beam>=2.77,<3"],  # data_prep.extract on many machines
     "dev": [
+        "eccv_caption==0.1.0",  # ECCV Caption's own scoring, which ours is compared with; also its judgements
         "hypothesis>=6.100,<7",
         "mypy>=1.15,<3",
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",
     ],
+    "extract": ["torch>=2.13,<3", "transformers>=5.23,<6"],  # data_prep.extract: features from photographs
+    "faiss": ["faiss-cpu>=1.9,<2"],  # config.search.index="faiss"
+    "milvus": ["pymilvus>=2.5,<4", "milvus-lite>=2.5,<4"],  # config.search.index="milvus"
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # also the compiler of --mode=plan, which needs no TPU
 }
 

@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     model.spatial = True  # spatial highlighting (VSpM)
     model.scene_tokens = True  # the cells of seg_semantic join the pooled set
     model.category_token = True  # the category vector joins the pooled set
+    model.global_residual = False  # a linear map of image_embedding is added to the pooled vector (published: none)
     model.num_classes = 133  # classes of the label map and of the category vector (COCO panoptic 133)
     model.map_channels = 128  # channels of the convolved label map (published 128)
     model.map_input = "raw_id"  # label map as "raw_id" (published) | "embedding" (learned, 16 channels)
@@ -88,6 +89,7 @@ def get_config() -> ConfigDict:
     weights.global_triplet = 0.0  # the triplet loss on global vectors, beside a score that looks inside (CMSEI-style 1)
     weights.infonce = 0.0  # symmetric softmax cross-entropy of CLIP (published 0)
     weights.sigmoid = 0.0  # SigLIP's sigmoid loss (published 0)
+    weights.uto = 0.0  # USER's unified objective, meant for config.momentum (published 0)
     loss.pairs = pairs = ConfigDict()  # how the pairs of a global batch meet; see shnet_jax/losses/pairs.py
     pairs.strategy = "gathered"  # gathered | streamed | ring | local (local: each device's pairs only)
     pairs.tile = 1024  # candidates scored at once by "streamed"
@@ -108,6 +110,19 @@ def get_config() -> ConfigDict:
     sigmoid.scale = 10.0  # initial factor on the scores, learned (SigLIP 10)
     sigmoid.bias = -10.0  # initial bias, learned (SigLIP -10)
     sigmoid.mask_same_image = True  # captions of the same image are no negatives
+    loss.uto = uto = ConfigDict()
+    uto.scale = 90.0  # mu, sharpness of the sum over negatives (USER 90)
+    uto.offset = 0.5  # gamma, score from which on a negative counts (USER 0.5)
+    uto.batch_weight = 1.0  # lambda, weight of the in-batch part beside that of the queues (USER 1 COCO, 20 Flickr30K)
+    uto.mask_same_image = True  # captions of the same image are no negatives, in batch and queues (USER False)
+
+    c.momentum = momentum = ConfigDict()  # momentum encoders, and queues of their embeddings as further negatives
+    momentum.queue = 0  # images, and captions, of past batches that are kept as negatives; 0: no momentum encoders
+    momentum.decay = 0.999  # of the running average of the parameters that the key encoders are (USER 0.999)
+    momentum.warm = False  # min(decay, (1 + step) / (10 + step)), for short runs (USER False)
+    momentum.start = "uniform"  # first queues: "uniform" in 0..1, all alike (USER) | "gaussian", all directions
+    momentum.image_train = True  # key image encoder as in training (USER True) | False: with averaged statistics
+    momentum.text_train = False  # key text encoder as in training (USER False)
 
     c.optim = optim = ConfigDict()
     optim.lr = 5e-4  # peak learning rate (published 5e-4)
@@ -145,7 +160,7 @@ def get_config() -> ConfigDict:
     evaluate.split = "test"  # split of --mode=eval
     evaluate.batch_size = 128  # images, or captions, encoded at once on each device
     evaluate.tile = 512  # images of a score tile; it has 8 times as many captions (a score that is a method: as many)
-    evaluate.folds = 0  # k > 1: mean over k consecutive galleries of equal size (COCO 1K: 5); 0: the whole split
+    evaluate.protocols = ("whole",)  # galleries: "whole" split, "folds5": mean over 5 consecutive parts (COCO 1K)
     evaluate.checkpoint = "best"  # state evaluated by --mode=eval: best | last
     evaluate.score_dtype = "float32"  # scores: float32 | bfloat16 (float32 where the order is in doubt: the same ranks)
     evaluate.overlap = False  # images on one half of the devices, captions on the other, reading ahead: the same bits
@@ -153,6 +168,29 @@ def get_config() -> ConfigDict:
     evaluate.exact = True  # with two_stage: rank exactly too, to compare (a costly score: hours)
     evaluate.stages = 1  # devices that a text tower's layers are spread over (bert, transformer); 1: each has them all
     evaluate.microbatches = 8  # parts in which the captions of a batch flow through these stages
+    evaluate.hubness = False  # --mode=eval: also how unevenly items are retrieved (skewness of the 10-occurrence)
+    evaluate.eccv = ""  # --mode=eval on COCO's test split: folder of ECCV Caption's judgements, or "package"; "": not
+    evaluate.cxc = ""  # --mode=eval on COCO: folder with sis_*.csv, sts_*.csv of Crisscrossed Captions; "": not
+    evaluate.compare = ""  # --mode=eval: queries_*.npz of another run, to which differences are given; "": none
+    evaluate.ensemble = ()  # --mode=eval: work folders of runs whose scores are averaged; (): evaluate --workdir
+    evaluate.ensemble_weights = ()  # weight of each of these runs; (): equal
+
+    c.search = search = ConfigDict()  # --mode=embed | search | page
+    search.split = "test"  # split whose images and captions are embedded and searched
+    search.embeddings = ""  # folder of its embeddings; "": WORKDIR/embeddings/DATASET_SPLIT_CHECKPOINT
+    search.index = "exact"  # exact (any score, no package) | faiss (one file) | milvus (a file or a server)
+    search.faiss = "HNSW32"  # FAISS factory string: "Flat", "HNSW32", "IVF1024,Flat", "OPQ32,IVF4096,PQ32", ...
+    search.train_vectors = 262144  # vectors that a FAISS index which has to be trained learns from, at most
+    search.milvus = "HNSW"  # Milvus index type: FLAT | IVF_FLAT | HNSW | AUTOINDEX ...
+    search.address = ""  # Milvus: file or http address; "": milvus.db in the folder of the embeddings
+    search.effort = 64  # how much of an index a query visits: nprobe of inverted lists, efSearch of HNSW graphs
+
+    c.page = page = ConfigDict()  # what --mode=page shows of config.search.split
+    page.pictures = ""  # folder with the photographs, ID.jpg, .jpeg, .png or .webp; "": boxes and label map are drawn
+    page.queries = 6  # captions, and images, shown with what they find, evenly spaced in the split
+    page.failures = 4  # worst-ranked captions, and images, shown
+    page.highlights = 4  # images whose highlighting is shown
+    page.results = 5  # results shown for a query
 
     c.study = study = ConfigDict()
     study.seeds = (0,)  # --mode=study trains every arm with each of these seeds
@@ -163,6 +201,12 @@ def get_config() -> ConfigDict:
     study.arms.spatial = ConfigDict({"model": {"semantic": False}})  # published ablation: keeps the extra tokens
     study.arms.none = ConfigDict({"model": off})  # no segmentation input at all: VSE-infinity
     study.only = ()  # names of the arms to run; (): all
+    study.ensembles = ConfigDict()  # name of a row -> arms whose models of the same seed are averaged, as a tuple
+    study.baseline = ""  # arm that the others are compared with, by intervals of the differences; "": none
+
+    c.cross = cross = ConfigDict()  # --mode=cross: every run on every data set, without training
+    cross.runs = ()  # work folders of the runs, the rows
+    cross.data_dirs = ()  # folders of the data sets, the columns; on each, eval.split is evaluated
 
     c.convert = convert = ConfigDict()  # --mode=convert: give one of the two (docs/convert.md)
     convert.source = ""  # .pth of the published code, or a folder that config.convert.to made: becomes the --workdir

@@ -11,87 +11,13 @@ units row by row.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from data_prep import command, from_scan, schema
-from data_prep.builder import write_dataset
-from data_prep.schema import DataError, Record
-
-MASK = {"grid": "grid_mask", "regions": "region_mask"}
-
-
-@dataclass(frozen=True)
-class NpySplit:
-    """The records of a split, with the features of each image from its own file.
-
-    max_units: pad every image to this many units and add a mask; None when all have the same number.
-    pool: average a feature map to pool x pool cells first; None keeps its cells.
-    """
-
-    text: from_scan.ScanSplit
-    folder: Path
-    field: str
-    max_units: int | None
-    pool: int | None
-
-    def __iter__(self) -> Iterator[Record]:
-        for row, record in enumerate(self.text):
-            path = feature_file(self.folder, record["image_id"])
-            where = f"split {self.text.name!r} row {row} (image {record['image_id']!r}), {path}"
-            units = as_units(from_scan.open_array(path), path, self.pool)
-            units = schema.as_field(self.field, units, where=where, dtype=self.text.feature_dtype)
-            if self.max_units is not None:
-                units, mask = pad(units, self.max_units, path)
-                record[MASK[self.field]] = mask
-            record[self.field] = units
-            yield record
-
-
-def feature_file(folder: Path, image_id: str) -> Path:
-    """The file of an image: its id, with or without the extension of the photograph, and .npy."""
-    for stem in (image_id, Path(image_id).stem):
-        path = folder / f"{stem}.npy"
-        if path.is_file():
-            return path
-    raise DataError(f"{folder}: image {image_id!r}: expected a file {image_id}.npy, found none")
-
-
-def as_units(array: np.ndarray, path: Path, pool: int | None) -> np.ndarray:
-    """Units [G, D] of an array [G, D], [D, h, w] or [1, D, h, w]; maps are averaged to pool x pool cells."""
-    if array.ndim == 4 and len(array) == 1:
-        array = array[0]
-    if array.ndim == 3:
-        cells = array if pool is None else adaptive_average(np.asarray(array, dtype=np.float32), pool)
-        return np.ascontiguousarray(cells.reshape(len(cells), -1).T)
-    if array.ndim == 2 and pool is None:
-        return np.array(array)
-    wanted = "[D, h, w] or [1, D, h, w] to pool" if pool else "[units, D], [D, h, w] or [1, D, h, w]"
-    raise DataError(f"{path}: expected an array {wanted}, found {list(array.shape)}")
-
-
-def adaptive_average(cells: np.ndarray, size: int) -> np.ndarray:
-    """Average a map [D, h, w] to [D, size, size], as torch's AdaptiveAvgPool2d does.
-
-    Cell i covers rows floor(i h / size) to ceil((i + 1) h / size), so neighbours may share a row.
-    """
-    for axis in (1, 2):
-        length = cells.shape[axis]
-        edges = [(i * length // size, -(-(i + 1) * length // size)) for i in range(size)]
-        cells = np.stack([cells.take(range(a, b), axis).mean(axis) for a, b in edges], axis)
-    return cells
-
-
-def pad(units: np.ndarray, count: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Units [G, D] -> [count, D] with zeros behind, and the mask [count] of the G valid ones."""
-    if len(units) > count:
-        raise DataError(f"{path}: expected at most max_units = {count} units, found {len(units)}")
-    padded = np.zeros((count, units.shape[1]), units.dtype)
-    padded[: len(units)] = units
-    return padded, np.arange(count) < len(units)
+from data_prep import command, from_scan, join
+from data_prep.schema import DataError
+from data_prep.sources.base import Source
+from data_prep.sources.units import UnitFiles
 
 
 def import_npy(
@@ -108,10 +34,11 @@ def import_npy(
     feature_dtype: str | None = "float16",
     source: str = "",
     overwrite: bool = False,
+    sources: Sequence[Source] = (),
+    skip_absent: bool = False,
 ) -> Path:
     """Import .npy files by image; returns the version folder. `--help` explains the arguments."""
-    if not features.is_dir():
-        raise DataError(f"{features}: no such folder")
+    units = UnitFiles(features, field, max_units, pool)
     texts = {
         split: from_scan.open_split(
             src, split, captions_per_image=captions_per_image, feature_dtype=feature_dtype, need="ids"
@@ -121,14 +48,21 @@ def import_npy(
     for text in texts.values():
         if field in text.arrays:
             raise DataError(f"{text.arrays[field]}: expected {field!r} only in {features}, found it here too")
-    records = {split: NpySplit(text, features, field, max_units, pool) for split, text in texts.items()}
-    files = {split: {**text.files, field: f"{features}/ID.npy"} for split, text in texts.items()}
-    metadata = {
-        "source": source or f"data_prep.from_npy of {features.resolve().name}",
-        **from_scan.class_metadata(src, texts.values()),
-    }
-    total = sum(map(len, texts.values()))
-    return write_dataset(out, name, records, metadata, files=files, total=total, overwrite=overwrite)
+    return join.write_joined(
+        texts,
+        [units, *sources],
+        name,
+        out,
+        metadata={
+            "source": source or f"data_prep.from_npy of {features.resolve().name}",
+            **from_scan.class_metadata(src, texts.values()),
+        },
+        total=sum(map(len, texts.values())),
+        files={split: texts[split].files for split in texts},
+        feature_dtype=feature_dtype,
+        skip_absent=skip_absent,
+        overwrite=overwrite,
+    )
 
 
 @command.reports_errors

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import command, schema
-from data_prep.builder import write_dataset
+from data_prep import command, join, parts, schema
+from data_prep.files import open_array, read_lines
 from data_prep.schema import DataError, Record
+from data_prep.sources.base import Source
 
 ARRAYS = {
     "regions": "_ims.npy",
@@ -32,7 +33,10 @@ ARRAYS = {
     "categories": "_cat_onehots.npy",
     "relations": "_relations.npy",
     "relation_scores": "_relation_scores.npy",
+    "image_embedding": "_image_emb.npy",
 }
+CAPTION_EMBEDDINGS = "_caption_emb.npy"
+CAPTION_IDS = "_capids.txt"
 USUAL_CAPTIONS = 5  # captions an image in Flickr and COCO as SCAN distributes them
 _BLOCK = 64  # images read at once
 
@@ -42,6 +46,7 @@ class ScanSplit:
     """The files of one split and how their rows belong to images.
 
     arrays: field -> path; steps: field -> rows of that array for each image (1, or the captions of an image).
+    caption_ids: of all captions, () without; caption_embeddings: file with a row a caption.
     """
 
     name: str
@@ -52,6 +57,8 @@ class ScanSplit:
     steps: Mapping[str, int]
     files: Mapping[str, str]
     feature_dtype: str | None
+    caption_ids: tuple[int, ...] = ()
+    caption_embeddings: Path | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,12 +68,17 @@ class ScanSplit:
         for start in range(0, len(self), _BLOCK):
             stop = min(start + _BLOCK, len(self))
             blocks = {field: _rows(path, start, stop, self.steps[field]) for field, path in self.arrays.items()}
+            if self.caption_embeddings is not None:
+                vectors = _rows(self.caption_embeddings, start * count, stop * count, 1)
+                blocks["caption_embeddings"] = vectors.reshape(stop - start, count, -1)
             for image in range(start, stop):
                 where = f"split {self.name!r} row {image} (image {self.ids[image]!r})"
                 record: Record = {
                     "image_id": self.ids[image],
                     "captions": list(self.captions[image * count : (image + 1) * count]),
                 }
+                if self.caption_ids:
+                    record["caption_ids"] = np.array(self.caption_ids[image * count : (image + 1) * count], np.int64)
                 for field, block in blocks.items():
                     place = f"{where}, {self.files[field]}"
                     value = block[image - start]
@@ -74,33 +86,9 @@ class ScanSplit:
                 yield record
 
 
-def open_array(path: Path) -> np.ndarray:
-    """The array of a .npy file, memory-mapped."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise DataError(f"{path}: expected a .npy array of numbers: {error}") from error
-
-
 def _rows(path: Path, start: int, stop: int, step: int) -> np.ndarray:
     """Rows start*step, (start+1)*step, ... copied: an open map would keep every page it read resident."""
     return np.array(open_array(path)[start * step : stop * step : step])
-
-
-def read_lines(path: Path) -> list[str]:
-    """Stripped lines of a UTF-8 text file; an empty line is an error that names its number."""
-    if not path.is_file():
-        raise DataError(f"{path}: expected this file, found none")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text: {error}") from error
-    if lines[-1] == "":
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        if not line:
-            raise DataError(f"{path} line {number}: expected text, found an empty line")
-    return lines
 
 
 def open_split(
@@ -142,9 +130,44 @@ def open_split(
     files = {field: path.name for field, path in arrays.items()} | {
         "captions": f"{split}_caps.txt",
         "image_id": ids_file.name,
+        "caption_ids": f"{split}{CAPTION_IDS}",
+        "caption_embeddings": f"{split}{CAPTION_EMBEDDINGS}",
     }
     image_ids = _image_ids(ids_file, ids, images, per_image, split)
-    return ScanSplit(split, tuple(captions), image_ids, per_image, arrays, steps, files, feature_dtype)
+    return ScanSplit(
+        split,
+        tuple(captions),
+        image_ids,
+        per_image,
+        arrays,
+        steps,
+        files,
+        feature_dtype,
+        _caption_ids(src / f"{split}{CAPTION_IDS}", len(captions)),
+        _caption_embeddings(src / f"{split}{CAPTION_EMBEDDINGS}", len(captions)),
+    )
+
+
+def _caption_ids(path: Path, captions: int) -> tuple[int, ...]:
+    """The numbers of the captions, one a line; () without the file."""
+    if not path.is_file():
+        return ()
+    lines = read_lines(path)
+    if len(lines) != captions:
+        raise DataError(f"{path}: expected {captions} lines, one a caption, found {len(lines)}")
+    for number, line in enumerate(lines, 1):
+        if not line.isdecimal():
+            raise DataError(f"{path} line {number}: expected a whole number, found {line!r}")
+    return tuple(map(int, lines))
+
+
+def _caption_embeddings(path: Path, captions: int) -> Path | None:
+    if not path.is_file():
+        return None
+    shape = open_array(path).shape
+    if len(shape) != 2 or shape[0] != captions:
+        raise DataError(f"{path}: expected [{captions}, E], a row a caption, found {list(shape)}")
+    return path
 
 
 def _captions_per_image(src: Path, split: str, captions: int, rows: Mapping[str, int], ids: list[str]) -> int:
@@ -223,19 +246,29 @@ def import_scan(
     feature_dtype: str | None = "float16",
     source: str = "",
     overwrite: bool = False,
+    sources: Sequence[Source] = (),
+    skip_absent: bool = False,
 ) -> Path:
     """Import a folder and return the version folder of the data set; see `--help` for the arguments."""
     opened = {
         split: open_split(src, split, captions_per_image=captions_per_image, feature_dtype=feature_dtype)
         for split in (splits or split_names(src))
     }
-    metadata = {
-        "source": source or f"data_prep.from_scan of {src.resolve().name}",
-        **class_metadata(src, opened.values()),
-    }
-    files = {split: opened[split].files for split in opened}
-    total = sum(map(len, opened.values()))
-    return write_dataset(out, name, opened, metadata, files=files, total=total, overwrite=overwrite)
+    return join.write_joined(
+        opened,
+        sources,
+        name,
+        out,
+        metadata={
+            "source": source or f"data_prep.from_scan of {src.resolve().name}",
+            **class_metadata(src, opened.values()),
+        },
+        total=sum(map(len, opened.values())),
+        files={split: opened[split].files for split in opened},
+        feature_dtype=feature_dtype,
+        skip_absent=skip_absent,
+        overwrite=overwrite,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,6 +284,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--feature_dtype", choices=dtypes, default="float16", help="dtype that features are stored in")
     parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
+    parts.add_arguments(parser)
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
@@ -261,6 +295,8 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "feature_dtype": None if args.feature_dtype == "keep" else args.feature_dtype,
         "source": args.source,
         "overwrite": args.overwrite,
+        "sources": parts.open_sources(args),
+        "skip_absent": args.absent == "skip",
     }
 
 

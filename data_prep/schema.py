@@ -50,8 +50,10 @@ FIELDS: dict[str, Field] = {
         ("K", "K"), FEATURE_DTYPES, "largest confidence in any predicate of each ordered pair, 0..1"
     ),
     "image_embedding": Field(("E",), ("float32",), "global vector of a pretrained model"),
+    "caption_embeddings": Field(("n", "E"), ("float32",), "vector of each caption by the same model"),
     "identity": Field((), ("int64",), "person in the image"),
 }
+PER_CAPTION = "n"  # the letter of the captions of an image, the one size that differs between the records of a set
 TEXT_FIELDS = ("image_id", "captions", "caption_ids")
 VISUAL_FIELDS = ("regions", "grid", "seg_semantic", "image_embedding")
 _MASKED = {"region_mask": "regions", "grid_mask": "grid"}
@@ -126,7 +128,7 @@ def check_record(record: Mapping[str, Any], where: str, files: Mapping[str, str]
     """
     files = files or {}
     _check_text(record, where, files)
-    sizes: dict[str, tuple[int, str]] = {}
+    sizes: dict[str, tuple[int, str]] = {PER_CAPTION: (len(record["captions"]), "captions")}
     for name in record:
         if name not in TEXT_FIELDS:
             _check_array(name, record[name], sizes, where, files)
@@ -249,9 +251,19 @@ def _describe(value: Any) -> str:
 
 
 def signature(record: Mapping[str, Any]) -> Signature:
-    """Shape and dtype of each field; what differs from image to image (captions) has the shape ()."""
-    fixed = {n: (tuple(v.shape), v.dtype.name) for n, v in record.items() if n not in TEXT_FIELDS}
+    """Shape and dtype of each field; texts, which differ from image to image, have the shape (), their number is -1."""
+    fixed = {
+        name: (tuple(-1 if size is None else size for size in _stored_shape(name, v)), v.dtype.name)
+        for name, v in record.items()
+        if name not in TEXT_FIELDS
+    }
     return {n: ((), "text") for n in TEXT_FIELDS if n in record} | fixed
+
+
+def _stored_shape(name: str, value: np.ndarray) -> tuple[int | None, ...]:
+    """The shape of a field in every record, None for the number of captions."""
+    letters = FIELDS[name].shape
+    return tuple(None if c == PER_CAPTION else size for c, size in zip(letters, value.shape, strict=True))
 
 
 def check_like(record: Mapping[str, Any], first: Signature, where: str, files: Mapping[str, str] | None = None) -> None:
@@ -290,7 +302,7 @@ def features(example: Mapping[str, Any]) -> tfds.features.FeaturesDict:
         if name == "categories":
             out[name] = tensor((-(-value.size // 8),), np.uint8, field.doc + ", packed bits (numpy.packbits)")
         else:
-            out[name] = tensor(tuple(value.shape), value.dtype, field.doc)
+            out[name] = tensor(_stored_shape(name, value), value.dtype, field.doc)
     return tfds.features.FeaturesDict(out)
 
 

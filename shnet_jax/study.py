@@ -7,13 +7,15 @@ import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from shnet_jax.commands import evaluate_checkpoint
+from shnet_jax.commands import evaluate_checkpoint, evaluate_loaded, evaluate_zero_shot, load_any
+from shnet_jax.evaluate.bootstrap import Interval, recall_intervals
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.recall import Metrics
-from shnet_jax.evaluate.report import markdown
+from shnet_jax.evaluate.recall import Metrics, QueryRanks
+from shnet_jax.evaluate.report import as_dict, interval_table, markdown, write_text
 from shnet_jax.observe.writer import read_metrics
 from shnet_jax.train.loop import train_and_evaluate
 
@@ -23,21 +25,46 @@ HEADINGS = ("i→t R@1", "R@5", "R@10", "t→i R@1", "R@5", "R@10", "rSum")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One trained run: its results on config.eval.split, minutes of training and pairs per second."""
+    """One trained run: its results on config.eval.split, minutes of training and pairs per second.
+
+    Of an ensemble: the minutes of all its members, and no speed.
+    """
 
     seed: int
     results: Results
     minutes: float
-    examples_per_second: float
+    examples_per_second: float | None
 
 
 def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
     """Trains config.study.arms with config.study.seeds below `workdir` and evaluates the best checkpoint of each.
 
-    An interrupted study continues with the same command; finished runs are not repeated. Prints the table and writes it
-    with all numbers to study.md and study.json. Raises ValueError for an arm that the configuration does not have.
+    Then config.study.ensembles of arms of the same seed. An interrupted study continues with the same command; finished
+    runs are not repeated. Prints the tables and writes them with all numbers to study.md and study.json. Raises
+    ValueError for an arm that the configuration does not have.
     """
     workdir = Path(workdir)
+    arms, ensembles = _plan(config)
+    runs: dict[str, list[Run]] = {}
+    pretrained = evaluate_zero_shot(arm_config(config, arms[0], seed=0))
+    for arm in arms:
+        runs[arm] = []
+        for seed in config.study.seeds:
+            runs[arm].append(_run(config, arm, seed, workdir / arm / f"seed_{seed}"))
+            text = _write(config, runs, pretrained, workdir)
+    for name, members in ensembles.items():
+        runs[name] = []
+        for place, seed in enumerate(config.study.seeds):
+            loaded = [load_any(workdir / arm / f"seed_{seed}", arm_config(config, arm, seed)) for arm in members]
+            minutes = sum(runs[arm][place].minutes for arm in members)
+            runs[name].append(Run(seed, evaluate_loaded(loaded, config, name), minutes, None))
+            text = _write(config, runs, pretrained, workdir)
+    print(f"\n{config.name} on split {config.eval.split} of {config.data.dir}\n\n{text}")
+    return runs
+
+
+def _plan(config: ConfigDict) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """The arms that are run, and the ensembles of which all members are; raises ValueError for a mistake in any."""
     arms = config.study.only or tuple(config.study.arms)
     if not arms or not config.study.seeds:
         raise ValueError("a study needs at least one arm in config.study.arms and one seed in config.study.seeds")
@@ -45,17 +72,59 @@ def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
     if unknown:
         raise ValueError(f"config.study.only names {unknown}; config.study.arms has {list(config.study.arms)}")
     for arm in arms:
-        arm_config(config, arm, seed=0)  # a mistake in the last arm is told before the first is trained
-    runs: dict[str, list[Run]] = {}
-    for arm in arms:
-        runs[arm] = []
-        for seed in config.study.seeds:
-            runs[arm].append(_run(config, arm, seed, workdir / arm / f"seed_{seed}"))
-            (workdir / "study.md").write_text(table(runs), encoding="utf-8")
-            document = {a: [dataclasses.asdict(run) for run in found] for a, found in runs.items()}
-            (workdir / "study.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{config.name} on split {config.eval.split} of {config.data.dir}\n\n{table(runs)}")
-    return runs
+        arm_config(config, arm, seed=0)
+    for name, members in config.study.ensembles.items():
+        unknown = [arm for arm in members if arm not in config.study.arms]
+        if unknown or len(set(members)) < 2 or name in config.study.arms:
+            raise ValueError(
+                f"config.study.ensembles.{name} is {tuple(members)}; expected a name that is no arm, and at least 2 of "
+                f"the arms {list(config.study.arms)}"
+            )
+    ensembles = {name: tuple(members) for name, members in config.study.ensembles.items() if {*members} <= {*arms}}
+    if config.study.baseline not in ("", *arms, *ensembles):
+        raise ValueError(f"config.study.baseline is {config.study.baseline!r}; this study runs {[*arms, *ensembles]}")
+    return arms, ensembles
+
+
+def _write(config: ConfigDict, runs: Mapping[str, list[Run]], pretrained: Results | None, workdir: Path) -> str:
+    """Writes study.md and study.json, whole or not at all; the tables."""
+    gaps = differences(runs, config.study.baseline)
+    text = table(runs, pretrained)
+    if gaps:
+        text += "\n" + interval_table({f"{arm} - {config.study.baseline}": found for arm, found in gaps.items()})
+    document: dict[str, Any] = {arm: [_as_dict(run) for run in found] for arm, found in runs.items()}
+    if pretrained is not None:
+        document["zero-shot"] = [{"results": as_dict(pretrained)}]
+    if gaps:
+        document["differences"] = {
+            "baseline": config.study.baseline,
+            "arms": {arm: {m: dataclasses.asdict(i) for m, i in found.items()} for arm, found in gaps.items()},
+        }
+    write_text(workdir / "study.md", text)
+    write_text(workdir / "study.json", json.dumps(document, indent=2) + "\n")
+    return text
+
+
+def _as_dict(run: Run) -> dict[str, Any]:
+    fields = dataclasses.asdict(dataclasses.replace(run, results=dataclasses.replace(run.results, queries=None)))
+    return fields | {"results": as_dict(run.results)}
+
+
+def differences(runs: Mapping[str, list[Run]], baseline: str) -> dict[str, dict[str, Interval]]:
+    """By how much each other arm exceeds the baseline: paired bootstrap over images, seeds averaged; {} without one.
+
+    Of the seeds that both arms have: an unfinished study compares like with like.
+    """
+    found = {}
+    for arm, ours in runs.items():
+        both = {run.seed for run in ours} & {run.seed for run in runs.get(baseline, [])}
+        if arm != baseline and both:
+            found[arm] = recall_intervals(_queries(ours, both), _queries(runs[baseline], both))
+    return found
+
+
+def _queries(runs: list[Run], seeds: set[int]) -> list[QueryRanks]:
+    return [run.results.queries for run in runs if run.seed in seeds and run.results.queries is not None]
 
 
 def arm_config(config: ConfigDict, arm: str, seed: int) -> ConfigDict:
@@ -79,17 +148,23 @@ def _run(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:
     return Run(seed, results, timing["seconds"] / 60, timing["examples"] / timing["seconds"])
 
 
-def table(runs: Mapping[str, list[Run]]) -> str:
-    """Markdown: one row per arm (mean over its seeds; rSum with standard deviation) and one for chance."""
+def table(runs: Mapping[str, list[Run]], pretrained: Results | None = None) -> str:
+    """Markdown: a row for each arm (mean ± standard deviation over its seeds), a pretrained encoder and chance."""
     rows = []
     for arm, found in runs.items():
-        mean = [statistics.mean(run.results.metrics[c] for run in found) for c in COLUMNS]
-        cells = [f"{value:.1f}" for value in mean]
-        if len(found) > 1:
-            cells[-1] += f" ± {statistics.stdev(run.results.metrics['rsum'] for run in found):.1f}"
+        cells = [_mean(found, column) for column in COLUMNS]
         minutes = statistics.mean(run.minutes for run in found)
-        speed = statistics.mean(run.examples_per_second for run in found)
-        rows.append([arm, str(len(found)), *cells, f"{minutes:.1f}", f"{speed:.0f}"])
+        speeds = [run.examples_per_second for run in found if run.examples_per_second is not None]
+        speed = f"{statistics.mean(speeds):.0f}" if speeds else ""
+        rows.append([arm, str(len(found)), *cells, f"{minutes:.1f}", speed])
     guess: Metrics = next(iter(runs.values()))[0].results.chance
-    rows.append(["chance", "", *(f"{guess[c]:.1f}" for c in COLUMNS), "", ""])
+    others = {} if pretrained is None else {"zero-shot": pretrained.metrics}
+    for name, metrics in (others | {"chance": guess}).items():
+        rows.append([name, "", *(f"{metrics[c]:.1f}" for c in COLUMNS), "", ""])
     return markdown(["arm", "seeds", *HEADINGS, "minutes", "pairs/s"], rows)
+
+
+def _mean(runs: list[Run], column: str) -> str:
+    values = [run.results.metrics[column] for run in runs]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"

@@ -84,6 +84,36 @@ class Pairs:
 
 
 @struct.dataclass
+class Queue:
+    """Embeddings of one modality that momentum encoders gave for past batches (train/momentum.py).
+
+    vectors: [K, d] float32, of unit length. ids: [K] int32, their image ids; NO_IMAGE where no batch has been yet.
+    pointer: [] int32, the slot that is overwritten next.
+    """
+
+    vectors: Array
+    ids: Array
+    pointer: Array
+
+
+NO_IMAGE = -1
+"""In place of an image id: a slot of a queue that still holds its random first vector, a negative of everything."""
+
+
+@struct.dataclass
+class Keys:
+    """What momentum encoders give a loss; no gradient flows into them.
+
+    images, texts: [b, d] embeddings of this device's own b pairs. image_queue, text_queue: of past batches.
+    """
+
+    images: Embedding
+    texts: Embedding
+    image_queue: Queue
+    text_queue: Queue
+
+
+@struct.dataclass
 class Context:
     """What a loss may know beside the embeddings.
 
@@ -92,6 +122,7 @@ class Context:
     score:  the model's score function.
     axis:   name of the mapped device axis, None when unmapped.
     pairs:  how pairs of other devices are met.
+    keys:   of the momentum encoders, whose queues hold further negatives; None without them.
     """
 
     step: Array
@@ -99,3 +130,4 @@ class Context:
     score: Score = struct.field(pytree_node=False)
     axis: str | None = struct.field(pytree_node=False, default=None)
     pairs: Pairs = struct.field(pytree_node=False, default=Pairs())
+    keys: Keys | None = None

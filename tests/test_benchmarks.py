@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks import flops, interaction, losses, pool, runner, step, text
+from benchmarks import flops, interaction, losses, momentum, pool, runner, step, text
 from benchmarks.rows import Row, compare, table
 from benchmarks.timing import Timing, interleave
 from shnet_jax.models import shnet
 from shnet_jax.types import Array
+from tests.train import tiny
 
 DOCUMENTED = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
 
@@ -67,6 +68,17 @@ def test_a_benchmark_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_momentum_encoders_are_measured_against_the_step_without(monkeypatch):
+    monkeypatch.setattr(step, "SHAPES", step.SHAPES | {"regions": (36, 8)})
+    monkeypatch.setattr(step, "VOCABULARY", 20)
+    with tiny.quick():
+        (row,) = momentum.run(momentum.Sizes(pairs=2, tokens=3, layers=1, queues=(4096,), rounds=1))
+    assert "queues of 4096 " in row.what and row.ratio > 0
+    # Vectors of 1,024 numbers for images and captions, and a copy of the parameters.
+    assert row.memory_bytes - row.reference_memory_bytes > 2 * 4096 * 1024 * 4
+
+
+@pytest.mark.slow
 def test_the_ring_is_measured_in_a_process_of_its_own():
     sizes = losses.Sizes(pairs=(8,), dim=4, devices=2, rounds=1)
     assert [row.what for row in losses._with_devices(sizes)] == [
@@ -78,7 +90,7 @@ def test_the_ring_is_measured_in_a_process_of_its_own():
 def test_an_unknown_benchmark_is_told(only, capsys):
     with pytest.raises(SystemExit):
         runner.main([f"--only={only}"])
-    assert "step,pool,ranking,losses,input,text" in capsys.readouterr().err
+    assert "step,momentum,pool,ranking,losses,input,text" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_told_and_compared_with_the_last_that_did(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -132,3 +133,50 @@ def test_an_unknown_checkpoint_or_split(workdir):
         load(workdir, toy(eval__checkpoint="newest"))
     with pytest.raises(ValueError, match="no split 'dev'; it has"):
         evaluate_checkpoint(toy(eval__split="dev"), workdir)
+
+
+def test_an_ensemble_of_runs_has_rows_of_its_own(workdir, tmp_path, capsys):
+    """Of runs that differ in model: the given configuration decides on the evaluation alone."""
+    other = tiny.folder() / "commands_other"
+    train(toy(model__dim=8, name="other"), other)
+    config = toy(model__dim=3, eval__ensemble=(str(workdir), str(other)), eval__hubness=True)
+    config.eval.score_dtype = "bfloat16"  # of the members; ranks are the same
+    config.eval.protocols = ("whole", "folds2")
+    evaluate(config, tmp_path / "both")
+    names = [f"{name}, {p}" for name in ("3SHNet region", "other", "ensemble of 2") for p in config.eval.protocols]
+    document = json.loads((tmp_path / "both/results_tiny_test_whole+folds2_best.json").read_text("utf-8"))
+    assert list(document["arms"]) == names
+    alone = evaluate_checkpoint(toy(), workdir)
+    assert document["arms"][names[0]]["metrics"] == alone.metrics
+    whole = document["arms"]["ensemble of 2, whole"]
+    assert whole["card"]["ensemble"] == "mean of the scores of 2 models: 3SHNet region (0.5), other (0.5)"
+    assert whole["intervals"]["rsum"]["low"] <= whole["metrics"]["rsum"] <= whole["intervals"]["rsum"]["high"]
+    assert whole["extra"].keys() == {"hubness_i2t", "hubness_t2i"}
+    assert (tmp_path / "both/results_tiny_test_whole+folds2_best.md").read_text("utf-8") in capsys.readouterr().out
+    # The saved ranks of the queries are what another evaluation is compared with.
+    saved = tmp_path / "both/queries_tiny_test_whole+folds2_best.npz"
+    evaluate(toy(eval__compare=str(saved)), workdir)
+    document = json.loads((workdir / "results_tiny_test_whole_best.json").read_text("utf-8"))
+    (difference,) = document["differences"].values()
+    gap = alone.metrics["rsum"] - whole["metrics"]["rsum"]
+    assert difference["rsum"]["estimate"] == pytest.approx(gap)
+
+
+def test_an_ensemble_needs_two_runs(workdir, tmp_path):
+    with pytest.raises(ValueError, match="at least 2 different work folders"):
+        evaluate(toy(eval__ensemble=(str(workdir), str(workdir))), tmp_path)
+    with pytest.raises(WorkdirError, match=r"nowhere: no config\.json"):
+        evaluate(toy(eval__ensemble=(str(workdir), str(tmp_path / "nowhere"))), tmp_path)
+    with pytest.raises(ValueError, match=r"config\.eval\.ensemble_weights has 1 numbers for 2 models"):
+        evaluate(toy(eval__ensemble=(str(workdir), "other"), eval__ensemble_weights=(1.0,)), tmp_path)
+
+
+def test_a_field_younger_than_the_run_has_to_be_off(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "old")
+    path = tmp_path / "old/config.json"
+    saved = json.loads(path.read_text("utf-8"))
+    del saved["model"]["bn_sync"]
+    path.write_text(json.dumps(saved))
+    assert load(tmp_path / "old", toy()).step
+    with pytest.raises(ValueError, match=r"config\.model\.bn_sync: True, there False"):
+        load(tmp_path / "old", toy(model__bn_sync=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import pkgutil
+import re
 import tokenize
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 from ml_collections import ConfigDict
 
 import configs
-from configs import base
+from configs import base, hybrid_flickr8k, shnet_flickr8k
 from shnet_jax.study import arm_config
 
 # Fields that a configuration may have beyond those of base.py: {file name: {"section.field", ...}}.
-OWN_FIELDS: dict[str, set[str]] = {}
+USER = {f"model.user.{name}" for name in ("guides", "attention_scale", "dropout", "norm")}
+OWN_FIELDS = dict.fromkeys(("user_coco", "user_f30k", "user_flickr8k", "user_small", "user_demo"), USER)
 
 NAMES = [module.name for module in pkgutil.iter_modules(configs.__path__)]
 # One entry for each loss term, named by the user: its value is compared with that of any entry of base.
@@ -59,6 +61,14 @@ def test_every_field_is_documented():
     assert not undocumented(path.read_text("utf-8")), f"{path.name}: fields without a comment beside them"
 
 
+def test_every_field_of_a_model_s_own_is_documented():
+    for name, own in OWN_FIELDS.items():
+        source = Path(importlib.import_module(f"configs.{name}").__file__).read_text("utf-8")
+        lines = [line.split(": ", 1)[1] for line in undocumented(source)]
+        fields_set = {".".join(field.split(".")[-2:]) for field in own}
+        assert not [line for line in lines if line.split(" = ")[0] in fields_set], f"{name}.py: no comment beside it"
+
+
 def test_the_check_of_comments_can_fail():
     source = 'c.data = data = ConfigDict()\ndata.dir = ""\ndata.kind = "a # b"  # x\ndata.size = 3  # in rows\n'
     assert undocumented(source) == ['2: data.dir = ""', '3: data.kind = "a # b"  # x']
@@ -71,14 +81,31 @@ def test_a_configuration_keeps_to_the_fields_of_base(name):
     for arm in config.study.arms:
         arm_config(config, arm, seed=0)  # names the field of an arm that the configuration does not have
     for field, value in fields(config).items():
-        if field in OWN_FIELDS.get(name, ()) or field.startswith("study.arms."):
+        field = re.sub(r"^study\.arms\.\w+\.", "", field)  # an arm sets fields of the configuration
+        if field in OWN_FIELDS.get(name, ()):
             continue
         if field.startswith(OPEN):
             assert isinstance(value, float), f"configs/{name}.py: {field} is {value!r}, expected a float"
             continue
+        if field.startswith("study.ensembles."):
+            assert isinstance(value, tuple), f"configs/{name}.py: {field} is {value!r}, expected names of arms"
+            continue
+        field = re.sub(r"^study\.arms\.\w+\.", "", field)  # a field that the arm changes
         assert field in known, f"configs/{name}.py: {field} is not a field of base.py"
         expected = type(known[field])
         assert type(value) is expected, f"configs/{name}.py: {field} is {value!r}, expected {expected.__name__}"
+
+
+def test_the_joint_arms_of_the_hybrid_study_are_those_of_its_base():
+    hybrid, joint = hybrid_flickr8k.get_config(), shnet_flickr8k.get_config()
+    for arm in joint.study.arms:
+        ours, theirs = (arm_config(c, name, 1).to_dict() for c, name in ((hybrid, f"joint_{arm}"), (joint, arm)))
+        for config in (ours, theirs):
+            del config["study"], config["name"]
+        assert ours == theirs
+    region = arm_config(hybrid, "region_none", 1).model
+    assert region.units == ("regions",) and not (region.semantic or region.spatial or region.scene_tokens)
+    assert hybrid.study.ensembles.ensemble_semantic == ("region_semantic", "grid_semantic")
 
 
 def test_fields_of_their_own_exist():

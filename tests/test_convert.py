@@ -168,6 +168,13 @@ def test_a_checkpoint_without_segmentation_is_vse_infinity(tmp_path):
     np.testing.assert_array_equal(model.variables["params"]["image"]["regions_linear"]["kernel"], image["fc.weight"].T)
 
 
+def test_user_needs_its_own_configuration(tmp_path):
+    image = {name: states()[0][name] for name in vse_encoder_slots()}
+    image = changed(image, v_sa__embedding_local__0__weight=np.ones((2, 2), np.float32))
+    with pytest.raises(ValueError, match=r"needs fields that --config does not have, model\.user\.guides"):
+        load_published(config(), write(tmp_path / "user.pth", image))
+
+
 def test_bfloat16_becomes_float32(tmp_path):
     half = {name: array.astype(np.dtype("bfloat16")) for name, array in states()[1].items()}
     found = load_published(config(), write(tmp_path / "half.pth", text=half)).variables["params"]["text"]["head"]

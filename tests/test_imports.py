@@ -29,12 +29,12 @@ ALLOWED: dict[str, set[str]] = {
 }
 COMMON = {"types", "registry"}
 # What a command line calls: may import every part, no part may import it.
-ENTRY = {"commands", "convert", "plan", "scale_point", "scaling", "study"}
+ENTRY = {"api", "commands", "convert", "cross", "plan", "scale_point", "scaling", "search_modes", "study"}
 
 # What a folder may import of the whole project.
 REACH = {
     "shnet_jax": {"shnet_jax"},
-    "data_prep": {"data_prep", "shnet_jax.data"},
+    "data_prep": {"data_prep", "shnet_jax.data", "shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle"},
     "configs": {"configs"},
 }
 PROJECT = {"shnet_jax", "data_prep", "configs", "tests", "benchmarks", "main"}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import statistics
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from shnet_jax import study as module
+from shnet_jax.evaluate.bootstrap import Interval
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.study import COLUMNS, Run, arm_config, study, table
+from shnet_jax.evaluate.recall import QueryRanks
+from shnet_jax.study import COLUMNS, Run, arm_config, differences, study, table
 from tests.train import tiny
 
 
@@ -31,9 +34,16 @@ def configuration(only=(), **changes):
     return c
 
 
-def results(rsum):
+def with_ensemble():
+    c = configuration()
+    c.study.ensembles = ConfigDict({"both": ("wide", "narrow")})
+    c.study.baseline = "narrow"
+    return c
+
+
+def results(rsum, queries=None):
     metrics = dict.fromkeys(COLUMNS, 10.0) | {"rsum": rsum}
-    return Results(metrics=metrics, folds=(), chance=dict.fromkeys(COLUMNS, 1.0), card={})
+    return Results(metrics=metrics, folds=(), chance=dict.fromkeys(COLUMNS, 1.0), card={}, queries=queries)
 
 
 def test_the_table_has_mean_and_standard_deviation():
@@ -49,6 +59,46 @@ def test_the_table_has_mean_and_standard_deviation():
     assert by_arm["full"][1] == "2" and by_arm["full"][-3] == f"52.0 ± {statistics.stdev((50, 54)):.1f}"
     assert by_arm["none"][-3:] == ["40.0", "1.0", "200"]
     assert "1.0" in by_arm["chance"]
+
+
+def test_differences_are_of_the_seeds_that_both_arms_have():
+    owner = np.repeat(np.arange(50), 2)
+
+    def run(seed, rank):
+        return Run(seed, results(0, QueryRanks(np.full(50, rank), np.full(100, 9), owner)), 1.0, None)
+
+    runs = {"ours": [run(0, 0), run(1, 4)], "none": [run(1, 20), run(0, 7)], "new": [run(5, 0)]}
+    found = differences(runs, "none")
+    assert list(found) == ["ours"]  # a seed that the baseline does not have is not compared
+    # Both of our seeds are among the first 5, one at rank 0; of the baseline one is among the first 10.
+    assert [found["ours"][f"i2t_r{k}"].estimate for k in (1, 5, 10)] == [50.0, 100.0, 50.0]
+    assert found["ours"]["t2i_r10"] == Interval(0.0, 0.0, 0.0)
+    assert differences(runs, "") == {}
+
+
+def test_rows_that_were_not_trained_have_no_speed():
+    runs = {"both": [Run(0, results(50), minutes=2.0, examples_per_second=None)]}
+    text = table(runs, results(30.0))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert rows[2][-3:] == ["50.0", "2.0", ""]
+    assert [rows[3][i] for i in (0, -3)] == ["zero-shot", "30.0"]
+
+
+@pytest.mark.parametrize(
+    ("members", "baseline", "message"),
+    [
+        (("wide", "narow"), "", "ensembles.both is .*at least 2 of the arms"),
+        (("wide", "wide"), "", "at least 2 of the arms"),
+        (("wide", "narrow"), "nobody", "baseline is 'nobody'; this study runs .*'both'"),
+    ],
+)
+def test_mistakes_in_ensembles_and_baseline(members, baseline, message, tmp_path):
+    config = configuration()
+    config.study.ensembles = ConfigDict({"both": members})
+    config.study.baseline = baseline
+    with pytest.raises(ValueError, match=message):
+        study(config, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_arm_differs_only_in_its_fields():
@@ -98,9 +148,9 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(module, "train_and_evaluate", counted)
     with pytest.raises(KeyboardInterrupt):
-        study(configuration(), tmp_path)
+        study(with_ensemble(), tmp_path)
     trained.append(("interrupted", 0, 0))
-    runs = study(configuration(), tmp_path)
+    runs = study(with_ensemble(), tmp_path)
     wide, narrow = "3SHNet region, wide", "3SHNet region, narrow"
     assert trained == [
         (narrow, 3, 2),
@@ -117,6 +167,8 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
         ("narrow", 4),
         ("wide", 3),
         ("wide", 4),
+        ("both", 3),
+        ("both", 4),
     ]
     text = (tmp_path / "study.md").read_text("utf-8")
     rsums = [run.results.metrics["rsum"] for run in runs["wide"]]
@@ -125,5 +177,11 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     document = json.loads((tmp_path / "study.json").read_text("utf-8"))
     assert [run["results"]["metrics"]["rsum"] for run in document["wide"]] == rsums
     assert all(run["results"]["card"]["split"] == "test" for run in document["narrow"])
+    assert "2 models: 3SHNet region, wide (0.5), 3SHNet region, narrow (0.5)" in json.dumps(document["both"])
+    assert document["both"][0]["minutes"] == sum(document[arm][0]["minutes"] for arm in ("wide", "narrow"))
+    gap = document["differences"]["arms"]["wide"]["rsum"]
+    narrow = [run.results.metrics["rsum"] for run in runs["narrow"]]
+    assert gap["estimate"] == pytest.approx(statistics.mean(rsums) - statistics.mean(narrow))
+    assert "wide - narrow" in text and f"[{gap['low']:.1f}, {gap['high']:.1f}]" in text
     again = study(configuration(only=("wide",)), tmp_path)
     assert list(again) == ["wide"] and [run.results.metrics["rsum"] for run in again["wide"]] == rsums

@@ -53,24 +53,35 @@ class Gallery:
         """[T] int32, image that each caption belongs to."""
         return self.captions.image
 
-    def image_batches(self, batch_size: int) -> Iterator[Part]:
-        """All images in order: `image_index` and the image fields as stored; finish with `batches.gather`."""
-        starts = range(0, self.images, batch_size)
+    def image_batches(self, batch_size: int, first: int = 0) -> Iterator[Part]:
+        """All images in order: `image_index` and the image fields as stored; finish with `batches.gather`.
+
+        first: batches left out at the beginning.
+        """
+        starts = range(first * batch_size, self.images, batch_size)
         parts = grain.MapDataset.source(starts).map(partial(_image_part, self.records, batch_size))
         return iter(parts.to_iter_dataset(read_options(self.data)))
 
-    def text_batches(self, batch_size: int) -> Iterator[Part]:
-        """All captions, short ones first so that little is padding: `tokens`, `token_mask` [batch_size, L].
+    def text_batches(self, batch_size: int, first: int = 0) -> Iterator[Part]:
+        """All captions as `text_batches` gives them, in the order of the data set by their numbers."""
+        return text_batches(self.captions, self.tokenizer, self.data, batch_size, first)
 
-        L is the first of data.token_buckets that fits; captions beyond data.max_tokens are cut. Write row r
-        of what is made of a part to position `numbers[r]`, and the result is in the order of the data set.
-        """
-        buckets = token_buckets(self.data)
-        order = np.argsort(self.captions.lengths(), kind="stable")
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            ids = [self.tokenizer.enclose(self.captions.caption(t)[0], self.data.max_tokens) for t in numbers]
-            yield Part(pad_tokens(ids + ids[:1] * (batch_size - len(ids)), buckets), len(numbers), numbers)
+
+def text_batches(
+    captions: Captions, tokenizer: Tokenizer, data: ConfigDict, batch_size: int, first: int = 0
+) -> Iterator[Part]:
+    """All captions, short ones first so that little is padding: `tokens`, `token_mask` [batch_size, L].
+
+    L is the first of data.token_buckets that fits; captions beyond data.max_tokens are cut. Write row r
+    of what is made of a part to position `numbers[r]`, and the result is in the order of the captions.
+    first: batches left out at the beginning.
+    """
+    buckets = token_buckets(data)
+    order = np.argsort(captions.lengths(), kind="stable")
+    for start in range(first * batch_size, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        ids = [tokenizer.enclose(captions.caption(t)[0], data.max_tokens) for t in numbers]
+        yield Part(pad_tokens(ids + ids[:1] * (batch_size - len(ids)), buckets), len(numbers), numbers)
 
 
 def open_gallery(

@@ -140,7 +140,7 @@ def score_matrix(images: Embedding, texts: Embedding, scorer: PairScorer, folder
             rows, _ = tiling.image_rows(round_)
             yield tile, round_, scorer.block(scorer.params, tiling.put_images(rows), placed)
 
-    clock, progress = Clock(), Progress(len(missing), step="block of scores", examples="pairs")
+    clock, progress = Clock(), Progress(len(missing), what="block of scores", unit="pairs")
     with clock:
         for done, (tile, round_, found) in enumerate(one_behind(dispatched()), 1):
             block = np.asarray(found, np.float32)
@@ -187,7 +187,7 @@ def listed_scores(
                 yield pairs.reshape(-1), real.reshape(-1), scorer.listed(scorer.params, here, placed, *lists)
 
     clock = Clock()
-    progress = Progress(len(rows), step="pair", examples="pairs")
+    progress = Progress(len(rows), what="pair", unit="pairs")
     done = 0
     with clock:
         for pairs, real, found in one_behind(dispatched()):

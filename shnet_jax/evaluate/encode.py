@@ -57,7 +57,7 @@ class _Gallery:
         self.fields: dict[str, np.ndarray] = {}
 
     def put(self, portion: Embedding, rows: np.ndarray) -> None:
-        fields = _on_host(portion, len(rows))
+        fields = host_fields(portion, len(rows))
         if not self.fields:
             self.fields = {k: np.zeros((len(self.times), *a.shape[1:]), a.dtype) for k, a in fields.items()}
         if "elements" in fields:
@@ -89,8 +89,8 @@ def _real(rows: np.ndarray, valid: int, count: int) -> np.ndarray:
     return real
 
 
-def _on_host(portion: Embedding, valid: int) -> dict[str, np.ndarray]:
-    """The arrays of the embedding by name; elements always come with a mask."""
+def host_fields(portion: Embedding, valid: int) -> dict[str, np.ndarray]:
+    """The first `valid` rows of an embedding's arrays by name, float32 and bool; elements always come with a mask."""
     if len(portion.vector) < valid:
         raise ValueError(f"a batch with {valid} real rows was encoded into only {len(portion.vector)}")
     fields: dict[str, Array] = {"vector": portion.vector}

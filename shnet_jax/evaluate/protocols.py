@@ -6,15 +6,16 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from shnet_jax.evaluate.bootstrap import Interval
 from shnet_jax.evaluate.rank import Ranks, check_captions, ranks
-from shnet_jax.evaluate.recall import Metrics, chance, mean, recalls
-from shnet_jax.evaluate.tiles import take
-from shnet_jax.types import Embedding, Score
+from shnet_jax.evaluate.recall import Metrics, QueryRanks, chance, mean, recalls
+from shnet_jax.evaluate.tiles import Items, ItemScore, size, take
 
 TIE_RULE = "rank = items that score strictly higher + items that score the same and have a smaller index"
 UNKNOWN = "not stated"
@@ -39,20 +40,30 @@ class Subject:
     dtype: str = UNKNOWN  # operands of the model's matrix products
     selected_on: str = UNKNOWN  # split that chose the checkpoint; "none" for the last one
     devices: int | str = UNKNOWN  # how many encoded the gallery
+    ensemble: str = "no, a single model"
     notes: str = "none"  # on fields of the data set that the model can do without
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Metrics (see `recall.Metrics`), those of each fold, those of guessing, and the protocol card."""
+    """What a gallery gave.
+
+    metrics: see `recall.Metrics`; those of each fold, those of guessing, and the protocol card beside them.
+    queries: the rank that each query got; None where only the numbers are known.
+    extra: further numbers of the whole gallery by name, see `extra.extra_metrics`.
+    intervals: of each recall, see `bootstrap.recall_intervals`.
+    """
 
     metrics: Metrics
     folds: tuple[Metrics, ...]
     chance: Metrics
     card: dict[str, str | int]
+    queries: QueryRanks | None = None
+    extra: Metrics = dataclasses.field(default_factory=dict)
+    intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
 
 
-Ranker = Callable[[Embedding, Embedding, np.ndarray, int], Ranks]
+Ranker = Callable[[Any, Any, np.ndarray, int], Ranks]
 """(images, captions, image of each caption, number of the fold) -> ranks."""
 
 
@@ -66,10 +77,10 @@ def find_protocol(name: str) -> Protocol:
 
 
 def evaluate(
-    images: Embedding,
-    texts: Embedding,
+    images: Items,
+    texts: Items,
     caption_image: np.ndarray,
-    score: Score,
+    score: ItemScore,
     protocol: str = "whole",
     subject: Subject | None = None,
     tile: int = 512,
@@ -83,32 +94,31 @@ def evaluate(
     unequal.
     """
     plan = find_protocol(protocol)
-    n, t = len(images.vector), len(texts.vector)
+    n, t = size(images), size(texts)
     owner = check_captions(caption_image, n, t)
     if n % plan.folds:
         raise ValueError(f"protocol {plan.name}: {n} images do not divide into {plan.folds} folds of equal size")
     found, guessed = [], []
-    for fold, (fold_images, fold_texts, fold_owner) in enumerate(_galleries(images, texts, owner, plan.folds)):
+    queries = QueryRanks(np.empty(n, np.int64), np.empty(t, np.int64), owner)
+    for fold, (rows, captions) in enumerate(_folds(owner, n, plan.folds)):
+        whole = plan.folds == 1  # then no copy of what may be gigabytes
+        fold_owner = owner[captions] - rows[0]
+        sides = (images, texts) if whole else (take(images, rows), take(texts, captions))
         if ranker is None:
-            fold_ranks = ranks(fold_images, fold_texts, fold_owner, score, tile, mesh, score_dtype)
+            ranked = ranks(*sides, fold_owner, score, tile, mesh, score_dtype)
         else:
-            fold_ranks = ranker(fold_images, fold_texts, fold_owner, fold)
-        found.append(recalls(fold_ranks))
+            ranked = ranker(*sides, fold_owner, fold)
+        queries.i2t[rows], queries.t2i[captions] = ranked.i2t, ranked.t2i
+        found.append(recalls(ranked))
         guessed.append(chance(np.bincount(fold_owner)))
-    card = _card(plan, subject or Subject(), n, t, images.vector.dtype)
-    return Results(mean(found), tuple(found), mean(guessed), card)
+    card = _card(plan, subject or Subject(), n, t, jax.tree.leaves(images)[0].dtype)
+    return Results(mean(found), tuple(found), mean(guessed), card, queries)
 
 
-def _galleries(
-    images: Embedding, texts: Embedding, owner: np.ndarray, folds: int
-) -> Iterator[tuple[Embedding, Embedding, np.ndarray]]:
-    """Images, captions and caption_image of each fold."""
-    if folds == 1:  # no copy of what may be gigabytes
-        yield images, texts, owner
-        return
-    for rows in np.split(np.arange(len(images.vector)), folds):
-        captions = np.flatnonzero((owner >= rows[0]) & (owner <= rows[-1]))
-        yield take(images, rows), take(texts, captions), owner[captions] - rows[0]
+def _folds(owner: np.ndarray, n: int, folds: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images and captions of each fold."""
+    for rows in np.split(np.arange(n), folds):
+        yield rows, np.flatnonzero((owner >= rows[0]) & (owner <= rows[-1]))
 
 
 def _card(plan: Protocol, subject: Subject, n: int, t: int, dtype: np.dtype) -> dict[str, str | int]:

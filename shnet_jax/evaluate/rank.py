@@ -12,9 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from shnet_jax.evaluate.screen import Rechecked, check_score_dtype, screen_programs
-from shnet_jax.evaluate.tiles import Queries, Tiling, make_tiling, needed, one_behind, programs
+from shnet_jax.evaluate.tiles import (
+    Items,
+    ItemScore,
+    Queries,
+    Tiling,
+    make_tiling,
+    needed,
+    one_behind,
+    programs,
+    size,
+)
 from shnet_jax.parallel.mapping import data_mesh
-from shnet_jax.types import Embedding, Score
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +41,10 @@ class Ranks:
 
 
 def ranks(
-    images: Embedding,
-    texts: Embedding,
+    images: Items,
+    texts: Items,
     caption_image: np.ndarray,
-    score: Score,
+    score: ItemScore,
     tile: int = 512,
     mesh: Mesh | None = None,
     score_dtype: str = "float32",
@@ -46,10 +55,10 @@ def ranks(
     the same and have a smaller index, so a constant score ranks by index and gives chance, never 100 %.
 
     Args:
-      images: n embeddings, arrays on the host (np.memmap too) or the device.
-      texts: t embeddings, in any order, any number >= 1 of captions for each image.
+      images: n embeddings, arrays on the host (np.memmap too) or the device; for an ensemble a tuple of such.
+      texts: t embeddings, likewise, in any order, any number >= 1 of captions for each image.
       caption_image: [t] integers, row in `images` of each caption's image.
-      score: (Embedding of some images, Embedding of some texts) -> scores of all their pairs; it is jitted.
+      score: (some images, some texts) -> scores of all their pairs; it is jitted.
       tile: images of a tile; it has `tiles.CAPTIONS_PER_ROW` times as many captions. A device holds a few at once.
       mesh: devices that share the work (`mapping.data_mesh`); None: the first one. The ranks are the same.
       score_dtype: "float32", or "bfloat16": scored in bfloat16, and in float32 where the order is in doubt (`screen`);
@@ -61,7 +70,7 @@ def ranks(
     """
     check_score_dtype(score, score_dtype)
     images, texts = needed(score, images), needed(score, texts)
-    n, t = len(images.vector), len(texts.vector)
+    n, t = size(images), size(texts)
     owner = check_captions(caption_image, n, t)
     order = np.argsort(owner, kind="stable")  # captions of an image side by side: few tiles hold all matches
     tiling = make_tiling(images, texts, owner, order, tile, mesh or data_mesh(jax.devices()[:1]))
@@ -102,7 +111,7 @@ def check_captions(caption_image: np.ndarray, n: int, t: int) -> np.ndarray:
     return owner.astype(np.int64)
 
 
-def match_scores(tiling: Tiling, score: Score) -> np.ndarray:
+def match_scores(tiling: Tiling, score: ItemScore) -> np.ndarray:
     """[t] float64, the score of each caption with its image, from the tiles that hold a match."""
     run = programs(score, tiling.mesh)
     positive = np.empty(len(tiling.owner), np.float64)
@@ -148,7 +157,7 @@ class Counts:
 
 
 def count(
-    tiling: Tiling, score: Score, positive: np.ndarray, best: np.ndarray, tiles: Sequence[int] | None = None
+    tiling: Tiling, score: ItemScore, positive: np.ndarray, best: np.ndarray, tiles: Sequence[int] | None = None
 ) -> Counts:
     """Counts what comes before each match: each score is computed once, for both directions.
 
@@ -172,7 +181,9 @@ def count(
     return counts
 
 
-def count_screened(tiling: Tiling, score: Score, positive: np.ndarray, best: np.ndarray) -> tuple[Counts, Rechecked]:
+def count_screened(
+    tiling: Tiling, score: ItemScore, positive: np.ndarray, best: np.ndarray
+) -> tuple[Counts, Rechecked]:
     """`count` with bfloat16 scores where they settle the order, and float32 scores for the other captions."""
     run, screen = programs(score, tiling.mesh), screen_programs(tiling.mesh)
     counts = _no_counts(tiling)
@@ -210,7 +221,7 @@ def count_screened(tiling: Tiling, score: Score, positive: np.ndarray, best: np.
 
 
 def _no_counts(tiling: Tiling) -> Counts:
-    return Counts(np.zeros(len(tiling.images.vector), np.int64), np.zeros(len(tiling.owner), np.int64))
+    return Counts(np.zeros(size(tiling.images), np.int64), np.zeros(len(tiling.owner), np.int64))
 
 
 def _image_side(tiling: Tiling, positive: np.ndarray, best: np.ndarray, round_: int) -> Queries:
@@ -220,7 +231,7 @@ def _image_side(tiling: Tiling, positive: np.ndarray, best: np.ndarray, round_: 
 
 def _caption_side(
     tiling: Tiling, positive: np.ndarray, index: np.ndarray, real: np.ndarray
-) -> tuple[Queries, Embedding, Queries]:
+) -> tuple[Queries, Items, Queries]:
     """A tile of captions as queries on the host, its embeddings and the queries on every device."""
     columns = Queries(index, real, tiling.owner[index], positive[index])
     return columns, tiling.put_texts(index), tiling.put_whole(columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -12,6 +13,19 @@ CUTS = (1, 5, 10)
 DIRECTIONS = ("i2t", "t2i")
 Metrics = dict[str, float]
 """i2t_r1, i2t_r5, i2t_r10 (percent), i2t_medr, i2t_meanr (best is 1), the same for t2i, and rsum (of 600)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryRanks:
+    """What each query of a gallery got, in the order of the data set: enough to compare two runs query by query.
+
+    i2t: [n] int64, t2i: [t] int64, 0-based ranks as `rank.Ranks` has them, each within its own fold.
+    caption_image: [t] int64, image of each caption.
+    """
+
+    i2t: np.ndarray
+    t2i: np.ndarray
+    caption_image: np.ndarray
 
 
 def recalls(ranks: Ranks) -> Metrics:

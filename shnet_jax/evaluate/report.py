@@ -6,7 +6,9 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from shnet_jax.evaluate.bootstrap import NAMES, Interval
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.recall import CUTS, DIRECTIONS
 
@@ -16,15 +18,38 @@ HEADINGS = {"medr": "MedR", "meanr": "MeanR", **{f"r{k}": f"R@{k}" for k in CUTS
 COLUMNS = [*(f"{d}_{m}" for d in DIRECTIONS for m in (*(f"r{k}" for k in CUTS), "medr", "meanr")), "rsum"]
 
 
-def to_json(arms: Mapping[str, Results]) -> str:
-    """All numbers and cards: {"format": 1, "arms": {name: {"metrics", "folds", "chance", "card"}}}."""
-    document = {"format": FORMAT, "arms": {name: dataclasses.asdict(arm) for name, arm in arms.items()}}
+def as_dict(results: Results) -> dict[str, Any]:
+    """All numbers and the card; not the ranks of single queries, which `bootstrap.save_queries` keeps."""
+    found = dataclasses.asdict(dataclasses.replace(results, queries=None))
+    return {name: value for name, value in found.items() if name != "queries"}
+
+
+def to_json(arms: Mapping[str, Results], differences: Mapping[str, Mapping[str, Interval]] | None = None) -> str:
+    """All numbers and cards: {"format": 1, "arms": {name: {"metrics", "folds", "chance", "card", ...}}}.
+
+    differences: what was compared -> recall -> its interval, under "differences".
+    """
+    document: dict[str, Any] = {"format": FORMAT, "arms": {name: as_dict(arm) for name, arm in arms.items()}}
+    if differences:
+        document["differences"] = {
+            name: {recall: dataclasses.asdict(interval) for recall, interval in found.items()}
+            for name, found in differences.items()
+        }
     return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def write_json(path: Path, arms: Mapping[str, Results]) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all; its folder must exist."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(
+    path: Path, arms: Mapping[str, Results], differences: Mapping[str, Mapping[str, Interval]] | None = None
+) -> None:
     """Writes `to_json` to a file, whose folder must exist."""
-    path.write_text(to_json(arms), encoding="utf-8")
+    write_text(path, to_json(arms, differences))
 
 
 def table(arms: Mapping[str, Results]) -> str:
@@ -37,7 +62,24 @@ def table(arms: Mapping[str, Results]) -> str:
         if guess not in rows:
             rows.append(guess)
     cells = [[name, *(f"{metrics[column]:.1f}" for column in COLUMNS)] for name, metrics in rows]
-    return markdown(["", *map(_heading, COLUMNS)], cells)
+    return markdown(["", *map(heading, COLUMNS)], cells)
+
+
+def extra_table(arms: Mapping[str, Results]) -> str:
+    """Markdown table of the further numbers (`Results.extra`), a row for each; "" when no arm has any."""
+    shown = {name: arm.extra for name, arm in arms.items() if arm.extra}
+    names = dict.fromkeys(metric for extra in shown.values() for metric in extra)
+    rows = [[m, *(f"{extra[m]:.2f}" if m in extra else "" for extra in shown.values())] for m in names]
+    return markdown(["", *shown], rows) if shown else ""
+
+
+def interval_table(arms: Mapping[str, Mapping[str, Interval]]) -> str:
+    """Markdown table of recalls, or of differences of recalls, with the bounds of their 95 % intervals."""
+    rows = [
+        [name, *(f"{i.estimate:.1f} [{i.low:.1f}, {i.high:.1f}]" for i in (found[recall] for recall in NAMES))]
+        for name, found in arms.items()
+    ]
+    return markdown(["95 % intervals", *map(heading, NAMES)], rows)
 
 
 def one_line(results: Results) -> str:
@@ -54,7 +96,8 @@ def card_table(card: Mapping[str, str | int]) -> str:
     return markdown(["protocol card", ""], [[key.replace("_", " "), str(card[key])] for key in card], ":-")
 
 
-def _heading(column: str) -> str:
+def heading(column: str) -> str:
+    """The heading of one of COLUMNS."""
     if column == "rsum":
         return "rSum"
     direction, metric = column.split("_")

@@ -32,11 +32,11 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.evaluate.tiles import Queries
+from shnet_jax.evaluate.tiles import ItemScore, Queries
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis
 from shnet_jax.parallel.mapping import Mapped, map_specs
-from shnet_jax.types import DATA, Array, Embedding, Score
+from shnet_jax.types import DATA, Array, Embedding
 
 SCORE_DTYPES = ("float32", "bfloat16")
 
@@ -56,7 +56,7 @@ class Rechecked:
         )
 
 
-def check_score_dtype(score: Score, score_dtype: str) -> None:
+def check_score_dtype(score: ItemScore, score_dtype: str) -> None:
     """Raises ValueError for a name that is none, or bfloat16 with another score than the default dot product."""
     if score_dtype not in SCORE_DTYPES:
         raise ValueError(f"config.eval.score_dtype is {score_dtype!r}; choose from {', '.join(SCORE_DTYPES)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,16 +16,19 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax.data.batches import gather
 from shnet_jax.data.gallery import Gallery, Part, open_gallery
 from shnet_jax.evaluate.blocks import digest, open_folder
-from shnet_jax.evaluate.compare import Effort, Rankings, with_effort
+from shnet_jax.evaluate.bootstrap import recall_intervals
+from shnet_jax.evaluate.compare import Rankings, Way, with_effort
 from shnet_jax.evaluate.encode import Portion, encode
+from shnet_jax.evaluate.ensemble import Embedded, MeanScore
+from shnet_jax.evaluate.extra import Wanted, extra_metrics
 from shnet_jax.evaluate.pipelined import check_pipeline, make_pipelined_text_encoder, place_variables, stage_mesh
-from shnet_jax.evaluate.protocols import Ranker, Results, Subject, evaluate
+from shnet_jax.evaluate.protocols import Results, Subject, evaluate, find_protocol
 from shnet_jax.evaluate.rank import check_captions
 from shnet_jax.evaluate.screen import check_score_dtype
 from shnet_jax.evaluate.stages import Stages
-from shnet_jax.evaluate.tiles import tile_shape
+from shnet_jax.evaluate.tiles import Items, ItemScore, tile_shape
 from shnet_jax.experiment import Experiment
-from shnet_jax.models.contract import RetrievalModel, has_static_score
+from shnet_jax.models.contract import RetrievalModel, has_static_score, scorer
 from shnet_jax.parallel.hosts import own_rows
 from shnet_jax.parallel.mapping import data_mesh, map_encode, put_batch, replicate
 from shnet_jax.types import Batch, Embedding
@@ -52,12 +54,19 @@ def subject(experiment: Experiment, split: str, step: int, selected_on: str, dev
 
 
 def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
-    """Opens a split once; the result evaluates variables {"params", "batch_stats"} on it, as often as wanted."""
-    gallery, encode_both, rankings = _open(experiment, split, mesh)
+    """Opens a split once; the result evaluates variables {"params", "batch_stats"} on it, as often as wanted.
+
+    By the first of config.eval.protocols, which so selects the best checkpoint.
+    """
+    config, model = experiment.config, experiment.model
+    protocol = _protocols(config)[0]
+    gallery, encode_both = _open(experiment, split, mesh, (protocol,))
+    rankings = None if has_static_score(model) else Rankings(model, config, _ranking(mesh))
 
     def evaluator(variables: dict[str, Any], subject: Subject) -> Results:
-        ranker = rankings.exact(variables, Effort())
-        return _evaluated(experiment, gallery, encode_both(variables), subject, ranker)
+        images, texts = encode_both(variables)
+        way = None if rankings is None else rankings.exact(variables)
+        return _ranked(images, texts, gallery.caption_image, model.score, protocol, subject, config.eval, mesh, way)
 
     return evaluator
 
@@ -79,91 +88,151 @@ def check(model: RetrievalModel, config: ConfigDict | FrozenConfigDict, mesh: Me
         check_pipeline(model, stage_mesh(text_mesh, evaluation.stages), evaluation.microbatches, evaluation.batch_size)
 
 
-def make_comparison(
-    experiment: Experiment, split: str, mesh: Mesh, folder: Path
-) -> Callable[[dict[str, Any], Subject], dict[str, Results]]:
-    """As `make_evaluator`, with results by the way of ranking: exact (config.eval.exact), two stages, vectors alone.
+def embed_split(
+    experiment: Experiment, variables: dict[str, Any], split: str, mesh: Mesh, subject: Subject
+) -> Embedded:
+    """Encodes a split with variables {"params", "batch_stats"}; the result is named like the run."""
+    gallery, encode_both = _open(experiment, split, mesh, _protocols(experiment.config))
+    images, texts = encode_both(variables)
+    return Embedded(
+        name=experiment.config.name,
+        images=images,
+        texts=texts,
+        score=scorer(experiment.model, variables["params"]),
+        caption_image=gallery.caption_image,
+        image_ids=experiment.dataset.image_ids(split),
+        captions=tuple(caption for own in experiment.dataset.captions(split) for caption in own),
+        subject=subject,
+        way=None if has_static_score(experiment.model) else _rankings(experiment, mesh).exact(variables),
+    )
 
-    folder: for the finished blocks of a long exact ranking, which goes on with them when it was stopped; removed when
-    all is done.
+
+def ways_to_rank(
+    experiment: Experiment, variables: dict[str, Any], mesh: Mesh, subject: Subject, folder: Path
+) -> list[Way]:
+    """The ways in which --mode=eval ranks a gallery, the one that it is about last; [] for a plain exact ranking.
+
+    folder: for the finished blocks of a long exact ranking, which goes on with them when it was stopped.
     """
-    config = experiment.config
-    gallery, encode_both, rankings = _open(experiment, split, mesh)
-
-    def comparison(variables: dict[str, Any], subject: Subject) -> dict[str, Results]:
-        embeddings, arms = encode_both(variables), {}
-
-        def add(name: str, ranker: Ranker, effort: Effort, ranking: str | None) -> None:
-            found = _evaluated(experiment, gallery, embeddings, subject, ranker)
-            arms[name] = with_effort(found, effort, ranking)
-
-        if config.eval.exact or not config.eval.two_stage:
-            effort, kept = Effort(), None
-            if jax.process_count() == 1 and not has_static_score(experiment.model):
-                kept = open_folder(folder, _identity(experiment, variables, subject, gallery))
-            add("exact", rankings.exact(variables, effort, kept), effort, None)
-        if k := config.eval.two_stage:
-            effort = Effort()
-            ranking = (
-                f"two stages: {k} candidates of each query by global vectors, re-ranked by the score; then as exact"
-            )
-            add(f"two-stage {k}", rankings.two_stage(variables, effort), effort, ranking)
-            effort = Effort()
-            add("global vectors", rankings.vectors(effort), effort, "by the product of global vectors alone")
-        shutil.rmtree(folder, ignore_errors=True)
-        return arms
-
-    return comparison
+    evaluation, ways = experiment.config.eval, []
+    rankings, in_blocks = _rankings(experiment, mesh), not has_static_score(experiment.model)
+    if evaluation.two_stage:
+        ways += [rankings.vectors(), rankings.two_stage(variables)]
+    if in_blocks or (evaluation.two_stage and evaluation.exact):
+        kept = in_blocks and evaluation.exact and jax.process_count() == 1
+        identity = _identity(experiment, variables, subject) if kept else {}
+        exact = rankings.exact(variables, open_folder(folder, identity) if kept else None)
+        ways += [exact] if evaluation.exact or not ways else []
+    return ways
 
 
-def _open(
-    experiment: Experiment, split: str, mesh: Mesh
-) -> tuple[Gallery, Callable[[dict[str, Any]], tuple[Embedding, Embedding]], Rankings]:
-    """The gallery of a split, what encodes it and what ranks it."""
-    config = experiment.config
-    check(experiment.model, config, mesh)
-    gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
-    _check(experiment, gallery)
-    # Every process has all embeddings in the end, and ranks them on its own devices.
-    ranking = mesh if jax.process_count() == 1 else data_mesh(jax.local_devices())
-    return gallery, make_encoder(experiment, gallery, mesh), Rankings(experiment.model, config, ranking)
+def _rankings(experiment: Experiment, mesh: Mesh) -> Rankings:
+    return Rankings(experiment.model, experiment.config, _ranking(mesh))
 
 
-def _evaluated(
-    experiment: Experiment, gallery: Gallery, embeddings: tuple[Embedding, Embedding], subject: Subject, ranker: Ranker
-) -> Results:
-    folds = experiment.config.eval.folds
-    protocol = f"folds{folds}" if folds > 1 else "whole"
-    score = experiment.model.score
-    return evaluate(*embeddings, gallery.caption_image, score, protocol, subject, ranker=ranker)
-
-
-def _identity(experiment: Experiment, variables: dict[str, Any], subject: Subject, gallery: Gallery) -> dict[str, Any]:
+def _identity(experiment: Experiment, variables: dict[str, Any], subject: Subject) -> dict[str, Any]:
     """Which scores a folder of blocks holds."""
     config = experiment.config
     return {
         "subject": dataclasses.asdict(subject),
         "dataset": str(experiment.dataset.path),
-        "images": gallery.images,
-        "captions": len(gallery.captions),
+        "images": experiment.dataset.splits[subject.split],
         "variables": digest(variables),
         "model": config.model.to_dict(),
         "data": config.data.to_dict(),
-        "folds": config.eval.folds,
         "tile": config.eval.tile,
     }
 
 
-def _check(experiment: Experiment, gallery: Gallery) -> None:
+def evaluate_embedded(
+    embedded: Embedded, wanted: Wanted, evaluation: ConfigDict, mesh: Mesh, intervals: bool = True
+) -> dict[str, Results]:
+    """Results by protocol, of all config.eval.protocols, each with the further numbers that are wanted.
+
+    An ensemble is scored in float32, which gives the same ranks whatever config.eval.score_dtype says.
+    """
+    if isinstance(embedded.score, MeanScore):
+        evaluation = ConfigDict(evaluation.to_dict() | {"score_dtype": "float32"})
+    check_score_dtype(embedded.score, evaluation.score_dtype)
+    extra = extra_metrics(embedded, wanted, evaluation.tile, _ranking(mesh))
+    found = {}
+    for protocol in evaluation.protocols:
+        results = _ranked(
+            embedded.images,
+            embedded.texts,
+            embedded.caption_image,
+            embedded.score,
+            protocol,
+            embedded.subject,
+            evaluation,
+            mesh,
+            embedded.way,
+        )
+        assert results.queries is not None  # `evaluate` gives them
+        found[protocol] = dataclasses.replace(
+            results, extra=extra, intervals=recall_intervals([results.queries]) if intervals else {}
+        )
+    return found
+
+
+def _protocols(config: ConfigDict) -> tuple[str, ...]:
+    if not config.eval.protocols:
+        raise ValueError('config.eval.protocols is empty; expected at least one, such as ("whole",)')
+    return tuple(config.eval.protocols)
+
+
+def _open(
+    experiment: Experiment, split: str, mesh: Mesh, protocols: tuple[str, ...]
+) -> tuple[Gallery, Callable[[dict[str, Any]], tuple[Embedding, Embedding]]]:
+    config = experiment.config
+    check(experiment.model, config, mesh)
+    gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
+    _check(experiment, gallery, protocols)
+    return gallery, make_encoder(experiment, gallery, mesh)
+
+
+def _ranked(
+    images: Items,
+    texts: Items,
+    caption_image: np.ndarray,
+    score: ItemScore,
+    protocol: str,
+    subject: Subject,
+    evaluation: ConfigDict,
+    mesh: Mesh,
+    way: Way | None = None,
+) -> Results:
+    found = evaluate(
+        images,
+        texts,
+        caption_image,
+        score,
+        protocol,
+        subject,
+        tile=evaluation.tile,
+        mesh=_ranking(mesh),
+        score_dtype=evaluation.score_dtype,
+        ranker=way.ranker if way else None,
+    )
+    return with_effort(found, way) if way else found
+
+
+def _ranking(mesh: Mesh) -> Mesh:
+    """Every process has all embeddings in the end, and ranks them on its own devices."""
+    return mesh if jax.process_count() == 1 else data_mesh(jax.local_devices())
+
+
+def _check(experiment: Experiment, gallery: Gallery, protocols: tuple[str, ...]) -> None:
     """What would otherwise fail after hours of encoding, or at the end of the first epoch."""
     evaluation = experiment.config.eval
     check_captions(gallery.caption_image, gallery.images, len(gallery.captions))
     tile_shape(gallery.images, len(gallery.captions), evaluation.tile)
-    if evaluation.folds < 0 or (evaluation.folds > 1 and gallery.images % evaluation.folds):
-        raise ValueError(
-            f"config.eval.folds is {evaluation.folds}; the split has {gallery.images} images, which must divide into "
-            "folds of equal size (0: the whole split)"
-        )
+    for protocol in protocols:
+        if gallery.images % find_protocol(protocol).folds:
+            raise ValueError(
+                f"config.eval.protocols has {protocol!r}; the split has {gallery.images} images, which must divide "
+                'into folds of equal size ("whole": the whole split)'
+            )
 
 
 def make_encoder(
@@ -176,11 +245,11 @@ def make_encoder(
     """
     evaluation = experiment.config.eval
     check(experiment.model, experiment.config, mesh)
-    make_towers = _make_towers(experiment, *(halves(mesh) if evaluation.overlap else (mesh, mesh)))
+    place = make_towers(experiment, *(halves(mesh) if evaluation.overlap else (mesh, mesh)))
     rows = evaluation.batch_size * mesh.size
 
     def encode_both(variables: dict[str, Any]) -> tuple[Embedding, Embedding]:
-        image, text = make_towers(variables)
+        image, text = place(variables)
         image_parts, text_parts = gallery.image_batches(rows), gallery.text_batches(rows)
         n, t = gallery.images, len(gallery.captions)
         if not evaluation.overlap:
@@ -212,7 +281,7 @@ def pieces(parts: Iterable[Part], rows: int) -> Iterator[Part]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tower:
+class Tower:
     """A tower with its variables. apply: a batch that `put` placed on the devices of `mesh` -> its embeddings."""
 
     mesh: Mesh
@@ -230,9 +299,10 @@ def text_tower(model: RetrievalModel, variables: Any, batch: Batch) -> Embedding
     return cast(Embedding, model.apply(variables, batch, train=False, method="encode_text"))
 
 
-def _make_towers(
+def make_towers(
     experiment: Experiment, image_mesh: Mesh, text_mesh: Mesh
-) -> Callable[[dict[str, Any]], tuple[_Tower, _Tower]]:
+) -> Callable[[dict[str, Any]], tuple[Tower, Tower]]:
+    """The result places variables {"params", "batch_stats"} and gives the towers of images and of captions."""
     config, model = experiment.config, experiment.model
     mapping, stages = config.parallel.mapping, config.eval.stages
     together = image_mesh is text_mesh
@@ -252,15 +322,15 @@ def _make_towers(
         # Without the layers of the text tower, which may be more than a device holds.
         return (placed.shared if together else replicate(placed.shared, image_mesh)), placed
 
-    def towers(variables: dict[str, Any]) -> tuple[_Tower, _Tower]:
+    def towers(variables: dict[str, Any]) -> tuple[Tower, Tower]:
         for_image, for_text = place(variables)
         return (
-            _Tower(
+            Tower(
                 image_mesh,
                 lambda batch: put_batch(own_rows(batch), image_mesh, mapping),
                 partial(encode_image, for_image),
             ),
-            _Tower(
+            Tower(
                 text_mesh,
                 lambda batch: put_batch(own_rows(batch), text_mesh, mapping if stages == 1 else "shard_map"),
                 partial(encode_text, for_text),
@@ -279,11 +349,11 @@ def halves(mesh: Mesh) -> tuple[Mesh, Mesh]:
     return data_mesh(devices[:middle]), data_mesh(devices[middle:])
 
 
-def _in_turn(tower: _Tower, parts: Iterable[Part], count: int) -> Embedding:
+def _in_turn(tower: Tower, parts: Iterable[Part], count: int) -> Embedding:
     return encode(lambda batch: tower.apply(tower.put(batch)), _portions(parts), count)
 
 
-def _ahead(stages: Stages, tower: _Tower, parts: Iterable[Part], count: int) -> Embedding:
+def _ahead(stages: Stages, tower: Tower, parts: Iterable[Part], count: int) -> Embedding:
     placed = ((tower.put(part.batch), part.valid, part.numbers) for part in parts)
     return encode(tower.apply, stages.ahead(placed, READ_AHEAD), count)
 

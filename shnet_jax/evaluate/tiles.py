@@ -10,9 +10,9 @@ rank, is bitwise the same.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,15 @@ from jax.sharding import PartitionSpec as P
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis
 from shnet_jax.parallel.mapping import Mapped, map_specs
-from shnet_jax.types import DATA, Array, Embedding, Score
+from shnet_jax.types import DATA, Array, Embedding
 
 CAPTIONS_PER_ROW = 8  # a tile has this many captions for each of its images: 512 x 4096 float32 scores are 8 MiB
+
+Items = Any
+"""A gallery side: an `Embedding`, or any pytree of them (one for each model of an ensemble) whose leaves have a row an
+item; the score function knows which."""
+ItemScore = Callable[[Items, Items], Array]
+"""(n images, t captions) -> scores [n, t]; a `types.Score` is one."""
 
 T = TypeVar("T")
 Tree = TypeVar("Tree")
@@ -50,14 +56,14 @@ class Queries:
 class Tiling:
     """How the pairs of n images and t captions are cut into tiles.
 
-    images, texts: embeddings on the host (NumPy, np.memmap) or a device.
+    images, texts: items on the host (NumPy, np.memmap) or a device.
     owner: [t] int64, image of each caption.
     order: [t] int64, captions as they are tiled.
     rows, columns: images and captions of a tile. mesh: its devices, one axis `DATA`.
     """
 
-    images: Embedding
-    texts: Embedding
+    images: Items
+    texts: Items
     owner: np.ndarray
     order: np.ndarray
     rows: int
@@ -67,7 +73,7 @@ class Tiling:
     @property
     def rounds(self) -> int:
         """Rounds in which all images meet one tile of captions."""
-        return -(-len(self.images.vector) // (self.rows * self.mesh.size))
+        return -(-size(self.images) // (self.rows * self.mesh.size))
 
     @property
     def caption_tiles(self) -> int:
@@ -76,18 +82,18 @@ class Tiling:
 
     def image_rows(self, round_: int) -> tuple[np.ndarray, np.ndarray]:
         """Images of a round, [devices * rows], and which are real; padding repeats the last one."""
-        return _block(len(self.images.vector), self.rows * self.mesh.size, round_)
+        return _block(size(self.images), self.rows * self.mesh.size, round_)
 
     def captions(self, tile: int) -> tuple[np.ndarray, np.ndarray]:
         """Captions of a tile, [columns], and which are real; padding repeats the last one."""
         positions, real = _block(len(self.order), self.columns, tile)
         return self.order[positions], real
 
-    def put_images(self, rows: np.ndarray) -> Embedding:
+    def put_images(self, rows: np.ndarray) -> Items:
         """Those images, split over the devices."""
         return self.put_split(_on_host(self.images, rows))
 
-    def put_texts(self, index: np.ndarray) -> Embedding:
+    def put_texts(self, index: np.ndarray) -> Items:
         """Those captions, whole on every device."""
         return self.put_whole(_on_host(self.texts, index))
 
@@ -100,11 +106,9 @@ class Tiling:
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
 
-def make_tiling(
-    images: Embedding, texts: Embedding, owner: np.ndarray, order: np.ndarray, tile: int, mesh: Mesh
-) -> Tiling:
+def make_tiling(images: Items, texts: Items, owner: np.ndarray, order: np.ndarray, tile: int, mesh: Mesh) -> Tiling:
     """A Tiling of tiles with `tile` images; a smaller gallery has smaller ones, whatever the number of devices."""
-    rows, columns = tile_shape(len(images.vector), len(texts.vector), tile)
+    rows, columns = tile_shape(size(images), size(texts), tile)
     return Tiling(images, texts, owner, order, rows, columns, mesh)
 
 
@@ -115,12 +119,17 @@ def tile_shape(n: int, t: int, tile: int) -> tuple[int, int]:
     return min(tile, n), min(tile * CAPTIONS_PER_ROW, t)
 
 
-def needed(score: Score, items: Embedding) -> Embedding:
+def size(items: Items) -> int:
+    """How many items there are."""
+    return len(jax.tree.leaves(items)[0])
+
+
+def needed(score: ItemScore, items: Items) -> Items:
     """What the score looks at: of the default one the vectors alone, so that no set members travel for nothing."""
     return Embedding(items.vector) if score is RetrievalModel.score else items
 
 
-def take(items: Embedding, rows: np.ndarray) -> Embedding:
+def take(items: Tree, rows: np.ndarray) -> Tree:
     """The items of those rows, in that order."""
     return jax.tree.map(lambda a: a[rows], items)
 
@@ -134,7 +143,7 @@ def one_behind(dispatched: Iterable[T]) -> Iterator[T]:
     yield from before
 
 
-def _on_host(items: Embedding, rows: np.ndarray) -> Embedding:
+def _on_host(items: Items, rows: np.ndarray) -> Items:
     return jax.tree.map(np.asarray, take(items, rows))
 
 
@@ -161,11 +170,11 @@ class Programs:
 
 
 @lru_cache(maxsize=16)
-def programs(score: Score, mesh: Mesh) -> Programs:
+def programs(score: ItemScore, mesh: Mesh) -> Programs:
     """The programs for a score function; JAX compiles each for the shapes it meets."""
 
-    def scores(images: Embedding, texts: Embedding) -> Array:
-        found, shape = score(images, texts), (len(images.vector), len(texts.vector))
+    def scores(images: Items, texts: Items) -> Array:
+        found, shape = score(images, texts), (size(images), size(texts))
         if found.shape != shape:
             raise ValueError(f"score gave shape {found.shape} for {shape[0]} images and {shape[1]} captions")
         return found

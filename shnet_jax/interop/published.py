@@ -1,4 +1,4 @@
-"""Checkpoints of the released PyTorch code of 3SHNet (region model with BERT) and VSE-infinity, for our `shnet` model.
+"""Checkpoints of the released PyTorch code of 3SHNet, USER and VSE-infinity: regions and BERT.
 
 Such a file holds {"model": [state of the image encoder, state of the text encoder], "opt": its options, "epoch",
 "best_rsum", "Eiters"}, names with DataParallel's "module." before them or not. Another published model is one more
@@ -28,6 +28,7 @@ from shnet_jax.interop.torch_weights import (
     misfits,
     text_head_slots,
     to_variables,
+    user_image_encoder_slots,
     vse_encoder_slots,
 )
 
@@ -74,6 +75,27 @@ FAMILIES = (
             "dim": ("fc.weight", 0),
             "num_classes": ("embed_category.0.weight", 1),
             "map_channels": ("crossmodalfusion_sp.embedding_Seg.0.weight", 0),
+        },
+    ),
+    Family(
+        "USER (SGE), region model",
+        "v_sa.embedding_local.0.weight",
+        user_image_encoder_slots,
+        {
+            "model.name": "user",
+            "model.units": ("regions",),
+            "model.user.guides": ("self",),
+            "model.user.norm": "slots",
+            "loss.uto.mask_same_image": False,
+        },
+        {"dim": ("fc.weight", 0)},
+        {
+            "attention_lamda": "model.user.attention_scale",
+            "moco_M": "momentum.queue",
+            "moco_r": "momentum.decay",
+            "mu": "loss.uto.scale",
+            "gama": "loss.uto.offset",
+            "loss_lamda": "loss.uto.batch_weight",
         },
     ),
     Family(

@@ -1,4 +1,4 @@
-"""Names and layouts of the published PyTorch 3SHNet and VSE-infinity modules, and of ours.
+"""Names and layouts of the published PyTorch 3SHNet, USER and VSE-infinity modules, and of ours.
 
 A map is a flat dict: torch name -> `Slot` (where the array lives with us and how its axes are turned). It works on
 parameters, on gradients and on optimiser moments alike.
@@ -109,6 +109,27 @@ def image_encoder_slots(*path: str) -> Slots:
         | _mlp("seg_mlp", *path, "scene_mlp")
         | linear_slots("embed_category.0", *path, "category", "linear")
         | norm_slots("embed_category.3", *path, "category", "norm")
+    )
+
+
+def user_guide_slots(torch: str, *path: str) -> Slots:
+    """USER's self-guide (`v_sa` of the released code), with the published norm, at `path`."""
+    return (
+        linear_slots(f"{torch}embedding_local.0", *path, "local")
+        | _batch_norm(f"{torch}embedding_local.1", *path, "local_norm")
+        | linear_slots(f"{torch}embedding_global.0", *path, "global")
+        | _batch_norm(f"{torch}embedding_global.1", *path, "global_norm")
+        | linear_slots(f"{torch}embedding_common.0", *path, "weight")
+    )
+
+
+def user_image_encoder_slots(*path: str) -> Slots:
+    """USER's region image encoder (`EncoderImageAggr` of its released code) at `path`."""
+    return (
+        user_guide_slots("v_sa.", *path, "regions_sge")
+        | linear_slots("fc", *path, "regions_linear")
+        | _mlp("mlp", *path, "regions_mlp")
+        | gpo_slots("gpool.", *path, "pool")
     )
 
 

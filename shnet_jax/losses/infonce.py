@@ -15,6 +15,9 @@ from shnet_jax.types import Array, Context, Embedding
 MAX_SCALE = 100.0
 """Largest factor on the scores, 1 / temperature, that is learned (CLIP)."""
 
+TAKES_QUEUES = True
+"""The queues of momentum encoders (`ctx.keys`) are further negatives: see losses/total.py."""
+
 
 def init_params(*, temperature: float, learn_temperature: bool, **_: Any) -> dict[str, Array]:
     """{"log_scale": [] float32, log(1 / temperature)} when the temperature is learned, else {}.

@@ -15,6 +15,11 @@ how much of the score matrix exists at a time, is the strategy, `ctx.pairs.strat
 
 Streamed and ring score each tile once more in the backward pass instead of keeping it.
 
+With momentum encoders (`ctx.keys`) the other modality's queue holds further negatives of every query: `sum`,
+`logsumexp` and `hardest` count them in, whatever the strategy. Every device has the whole queue, scored at once or,
+with streamed and ring, in tiles. No gradient flows into it. `Direction.batch` leaves it out, `Direction.queue` is it
+alone.
+
 The gradient convention of all losses: a loss returns this device's share of the global loss. Shares add up (`psum`) to
 the global loss; a mean divides by the global count, which is a constant. Each device scores its own images against all
 texts and its own texts against all images, and differentiates through the gathering or the ring, whose gradient brings
@@ -36,7 +41,7 @@ from jax import lax
 
 from shnet_jax.losses.candidates import Block, Candidates, merge_best
 from shnet_jax.parallel import axis
-from shnet_jax.types import Array, Context, Embedding, Score
+from shnet_jax.types import Array, Context, Embedding, Queue, Score
 
 OfScore = Callable[..., Array]
 """(scores [b, t], *args) -> [b, t], elementwise; args are [b, 1] or [] arrays. It closes over no traced value."""
@@ -51,6 +56,8 @@ class Direction:
     queries: b embeddings. candidates: their partners and everybody else's.
     positive: [b], the score of each query with its own partner.
     score: of (queries, candidates). mask_same_image: see `directions`.
+    ids: [b], image ids of the queries. in_queue: the candidates are a queue, which holds no partner of any query.
+    queue: the same queries against the queue; None without one.
     known: [b, B], the scores with all candidates where both directions share them; None: each finds its own.
     """
 
@@ -59,6 +66,9 @@ class Direction:
     positive: Array
     score: Score
     mask_same_image: bool
+    ids: Array
+    in_queue: bool = False
+    queue: Direction | None = None
     known: Array | None = None
 
     @property
@@ -66,34 +76,36 @@ class Direction:
         """B, pairs in the global batch."""
         return self.positive.shape[0] * axis.axis_size(self.candidates.axis)
 
+    @property
+    def batch(self) -> Direction:
+        """These queries against the batch alone."""
+        return dataclasses.replace(self, queue=None)
+
     def sum(self, of_score: OfScore, *args: Array) -> Array:
         """[b], the sum over each query's negatives of `of_score(score, *args)`; 0 where it has none."""
-        return _reduce(self, "sum", of_score, args)
+        value = _reduce(self.batch, "sum", of_score, args)
+        return value if self.queue is None else value + _reduce(self.queue, "sum", of_score, args)
 
     def logsumexp(self, of_score: OfScore, *args: Array) -> Array:
         """[b], log of the sum over each query's negatives of exp(`of_score(score, *args)`); -inf without one."""
-        return _reduce(self, "logsumexp", of_score, args)
+        value = _reduce(self.batch, "logsumexp", of_score, args)
+        return value if self.queue is None else _add_exp(value, _reduce(self.queue, "logsumexp", of_score, args))
 
     def hardest(self, rank: int = 1) -> Array:
         """[b], the score of each query's rank-th best-scored negative; -inf where it has fewer.
 
         The search keeps `rank` scores and rows a query; gradients reach these b pairs only.
         """
-        b = self.positive.shape[0]
-        queries, items = lax.stop_gradient((self.queries, self.candidates.items))
-        search = dataclasses.replace(self.candidates, items=items)
-        empty = jnp.full((b, rank), -jnp.inf), jnp.zeros((b, rank), jnp.int32)
-
-        def visit(best: tuple[Array, Array], block: Block) -> tuple[Array, Array]:
-            # Here and not behind the walk: a score may have parameters, and its backward pass is not wanted.
-            scores = lax.stop_gradient(self.score(queries, block.items) if self.known is None else self.known)
-            scores = jnp.where(_negatives(self, block), scores, -jnp.inf)
-            values, columns = _best(scores, min(rank, scores.shape[1]))
-            return merge_best(best, (values, block.rows[columns]), rank)
-
-        found, rows = search.walk(visit, empty)
-        partners = self.candidates.take(rows[:, -1])
-        return jnp.where(jnp.isneginf(found[:, -1]), -jnp.inf, _paired(self.score, self.queries, partners))
+        best = _search(self, rank, None, first_row=0)
+        if self.queue is not None:
+            best = _search(self.queue, rank, best, first_row=self.size)  # rows behind those of the batch
+        found, rows = best[0][:, -1], best[1][:, -1]
+        in_batch = rows < self.size
+        value = paired(self, self.candidates.take(jnp.where(in_batch, rows, 0)))
+        if self.queue is not None:
+            queued = self.queue.candidates.take(jnp.maximum(rows - self.size, 0))
+            value = jnp.where(in_batch, value, paired(self, queued))
+        return jnp.where(jnp.isneginf(found), -jnp.inf, value)
 
 
 def directions(
@@ -115,19 +127,33 @@ def directions(
         )
     positive = _paired(ctx.score, images, texts)
 
-    def direction(queries: Embedding, items: Embedding, score: Score, known: Array | None) -> Direction:
-        candidates = Candidates(items, ids, ctx.pairs, ctx.axis)
-        return Direction(queries, candidates, positive, score, mask_same_image, known)
-
     # A score of elements is costly. Where all candidates are this device's own, both directions have the same scores.
     local = ctx.pairs.strategy == "local" or (ctx.pairs.strategy == "gathered" and axis.axis_size(ctx.axis) == 1)
     known = ctx.score(images, texts) if local and images.elements is not None else None
+
+    def direction(
+        queries: Embedding, items: Embedding, score: Score, queue: Queue | None, known: Array | None
+    ) -> Direction:
+        met = Candidates(items, ids, ctx.pairs, ctx.axis)
+        found = Direction(queries, met, positive, score, mask_same_image, ids, known=known)
+        return found if queue is None else dataclasses.replace(found, queue=_against(queue, found))
+
+    image_queue, text_queue = (ctx.keys.image_queue, ctx.keys.text_queue) if ctx.keys else (None, None)
+    turned = None if known is None else known.T
     return (
-        direction(images, texts, ctx.score, known),
-        direction(
-            texts, images, lambda queries, items: ctx.score(items, queries).T, None if known is None else known.T
-        ),
+        direction(images, texts, ctx.score, text_queue, known),
+        direction(texts, images, lambda queries, items: ctx.score(items, queries).T, image_queue, turned),
     )
+
+
+def _against(queue: Queue, direction: Direction) -> Direction:
+    """The queries of a direction against a queue."""
+    pairs = direction.candidates.pairs
+    at_once = pairs.strategy in ("local", "gathered")
+    pairs = dataclasses.replace(pairs, strategy="local" if at_once else "streamed")
+    items = Embedding(lax.stop_gradient(queue.vectors))
+    candidates = Candidates(items, queue.ids, pairs, None)
+    return dataclasses.replace(direction, candidates=candidates, in_queue=True, known=None)
 
 
 def _paired(score: Score, queries: Embedding, candidates: Embedding) -> Array:
@@ -140,6 +166,42 @@ def _paired(score: Score, queries: Embedding, candidates: Embedding) -> Array:
     return jax.vmap(one)(queries, candidates)
 
 
+def paired(direction: Direction, candidates: Embedding) -> Array:
+    """[b], the score of each query of a direction with the candidate of the same row."""
+    return _paired(direction.score, direction.queries, candidates)
+
+
+Best = tuple[Array, Array]
+"""Scores [b, rank] of each query's best negatives so far, and their rows."""
+
+
+def _search(direction: Direction, rank: int, best: Best | None, first_row: int) -> Best:
+    """The best negatives, further ones being `best`; `first_row`: the number that row 0 is given."""
+    b = direction.positive.shape[0]
+    queries, items = lax.stop_gradient((direction.queries, direction.candidates.items))
+    search = dataclasses.replace(direction.candidates, items=items)
+    if best is None:
+        best = jnp.full((b, rank), -jnp.inf), jnp.zeros((b, rank), jnp.int32)
+
+    def visit(best: Best, block: Block) -> Best:
+        # Here and not behind the walk: a score may have parameters, and its backward pass is not wanted.
+        scores = lax.stop_gradient(
+            direction.score(queries, block.items) if direction.known is None else direction.known
+        )
+        scores = jnp.where(_negatives(direction, block), scores, -jnp.inf)
+        values, columns = _best(scores, min(rank, scores.shape[1]))
+        return merge_best(best, (values, first_row + block.rows[columns]), rank)
+
+    return search.walk(visit, best)
+
+
+def _add_exp(a: Array, b: Array) -> Array:
+    """log(exp(a) + exp(b)); its gradient is 0, not NaN, where both are -inf."""
+    none = jnp.isneginf(a) & jnp.isneginf(b)
+    value = jnp.logaddexp(jnp.where(none, 0.0, a), jnp.where(none, 0.0, b))
+    return jnp.where(none, -jnp.inf, value)
+
+
 def _best(scores: Array, rank: int) -> tuple[Array, Array]:
     """The `rank` largest of each row and their columns, [b, rank] both; of equal ones the first."""
     if rank > 1:
@@ -150,9 +212,12 @@ def _best(scores: Array, rank: int) -> tuple[Array, Array]:
 
 def _negatives(direction: Direction, block: Block) -> Array:
     """[b, t] bool, the candidates of the block that count as wrong."""
-    own = direction.candidates.own_block()
-    others = own.ids[:, None] != block.ids if direction.mask_same_image else own.rows[:, None] != block.rows
-    return others & (block.rows >= 0)
+    counted = block.rows >= 0
+    if direction.mask_same_image:
+        return (direction.ids[:, None] != block.ids) & counted
+    if direction.in_queue:
+        return jnp.broadcast_to(counted, (direction.ids.shape[0], *counted.shape))
+    return (direction.candidates.own_block().rows[:, None] != block.rows) & counted
 
 
 @struct.dataclass
@@ -175,15 +240,16 @@ def _reduce(direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Arr
 
     # A score may close over traced parameters of its model: gradients must find them among the arguments.
     score, closed_over = jax.closure_convert(direction.score, direction.queries, candidates.tile_items())
-    fixed = (candidates.ids, direction.queries.mask, candidates.items.mask)
+    fixed = (direction.ids, candidates.ids, direction.queries.mask, candidates.items.mask)
 
     def bind(inputs: _Inputs, items: Embedding, fixed: Any) -> Direction:
-        ids, of_queries, of_items = fixed
+        own_ids, ids, of_queries, of_items = fixed
         items = dataclasses.replace(items, mask=of_items)
         return dataclasses.replace(
             direction,
             queries=dataclasses.replace(inputs.queries, mask=of_queries),
             candidates=dataclasses.replace(candidates, items=items, ids=ids),
+            ids=own_ids,
             score=lambda queries, items: score(queries, items, *inputs.closed_over),
         )
 

@@ -22,14 +22,19 @@ return.
 """
 
 
-def build(loss_config: ConfigDict, steps_per_epoch: float) -> tuple[dict[str, dict[str, Array]], Total]:
+def build(
+    loss_config: ConfigDict, steps_per_epoch: float, *, queues: bool = False
+) -> tuple[dict[str, dict[str, Array]], Total]:
     """The losses of `loss_config.weights` with their options `loss_config[name]`; those of weight 0 are left
     out. How they meet the pairs of other devices is `loss_config.pairs` (gathered when there is none).
 
     steps_per_epoch: optimiser steps of an epoch; an option `warmup_epochs` reaches its loss as
       `warmup_steps`.
+    queues: momentum encoders will give the queues of `ctx.keys`. The module of a loss that counts them among its
+      negatives, as `pairs.directions` does by itself, says so by `TAKES_QUEUES = True`.
     Returns (initial parameters {loss name: its params}, the total). Raises ValueError for a weight that is
-    negative or not finite, when no loss is left, and for an option that a loss does not have or lacks.
+    negative or not finite, when no loss is left, for an option that a loss does not have or lacks, and for a loss that
+    takes no queues where there will be some.
     """
     weights = {name: float(weight) for name, weight in loss_config.weights.items()}
     for name, weight in weights.items():
@@ -39,6 +44,11 @@ def build(loss_config: ConfigDict, steps_per_epoch: float) -> tuple[dict[str, di
     if not weights:
         raise ValueError("loss.weights names no loss with a weight above 0")
     modules = {name: registry.loss(name) for name in weights}
+    if queues and (without := [name for name, module in modules.items() if not getattr(module, "TAKES_QUEUES", False)]):
+        raise ValueError(
+            f"config.momentum.queue is above 0, and the loss {', '.join(without)} of config.loss.weights takes no "
+            "queues: set its weight or config.momentum.queue to 0"
+        )
     options = {
         name: _options(name, module, loss_config.get(name, ConfigDict()), steps_per_epoch)
         for name, module in modules.items()

@@ -13,6 +13,9 @@ from shnet_jax.losses import pairs
 from shnet_jax.parallel import axis
 from shnet_jax.types import Array, Context, Embedding
 
+TAKES_QUEUES = True
+"""The queues of momentum encoders (`ctx.keys`) are further negatives: see losses/total.py."""
+
 
 def init_params(**_: Any) -> dict[str, Array]:
     """This loss learns nothing."""
@@ -57,6 +60,7 @@ def loss(
             "and only one of them may differ from rank 1 and softness 0"
         )
     candidates = ids.shape[0] * (1 if ctx.pairs.strategy == "local" else axis.axis_size(ctx.axis))
+    candidates += ctx.keys.text_queue.ids.shape[0] if ctx.keys else 0
     if rank >= candidates:
         raise ValueError(f"loss.triplet.rank is {rank}; a query meets only {candidates - 1} others")
     both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)

@@ -105,9 +105,12 @@ def merge(parts: Any) -> Any:
 
 
 def advance(batch_stats: Any, moments: Any) -> Any:
-    """Running statistics ("batch_stats" of a model) after a batch of these moments ("moments" of the same model)."""
+    """Running statistics ("batch_stats" of a model) after a batch of these moments ("moments" of the same model).
+
+    What has no moments, a tower that did not run as in training, keeps its statistics.
+    """
     if not isinstance(moments.get("batch"), Moments):
-        return {name: advance(stats, moments[name]) for name, stats in batch_stats.items()}
+        return {n: advance(stats, moments[n]) if n in moments else stats for n, stats in batch_stats.items()}
     mean, var = moments["batch"].into(batch_stats["mean"], batch_stats["var"])
     return {"mean": mean, "var": var}
 

@@ -33,6 +33,7 @@ class ImageEncoder(nn.Module):
     spatial: bool
     scene_tokens: bool
     category_token: bool
+    global_residual: bool
     num_classes: int
     map_channels: int
     map_input: str
@@ -101,6 +102,10 @@ class ImageEncoder(nn.Module):
         self.sow("intermediates", "pooled_mask", pooled_mask)
         pooled = GPO(name="pool")(pooled_set, pooled_mask)
         self.sow("intermediates", "pooled", pooled)
+        if self.global_residual:
+            # Both of unit length first: neither drowns the other, whatever model the vector comes from.
+            vector = l2norm(batch["image_embedding"].astype(jnp.float32))
+            pooled = l2norm(pooled) + Dense(self.dim, dtype=self.dtype, name="global_linear")(vector)
         return l2norm(pooled)
 
     def _mlp(self, name: str) -> MLP:
@@ -151,6 +156,8 @@ def image_fields(config: ConfigDict) -> tuple[str, ...]:
         fields.append("seg_map")
     if m.category_token:
         fields.append("categories")
+    if m.global_residual:
+        fields.append("image_embedding")
     return tuple(fields)
 
 
@@ -175,6 +182,7 @@ def build(config: ConfigDict) -> SHNet:
         spatial=m.spatial,
         scene_tokens=m.scene_tokens,
         category_token=m.category_token,
+        global_residual=m.global_residual,
         num_classes=m.num_classes,
         map_channels=m.map_channels,
         map_input=m.map_input,

@@ -17,7 +17,7 @@ PLAIN_SECONDS = 10.0
 class Progress:
     """Shows step, speed, loss and remaining time of a run of `steps` steps on `stream` (standard error).
 
-    shown: False in all processes of a job but the first. step, examples: what is counted, as a line calls it.
+    shown: False in all processes of a job but the first. what: name of a step. unit: what is counted.
     """
 
     def __init__(
@@ -26,12 +26,12 @@ class Progress:
         stream: TextIO | None = None,
         now: Callable[[], float] = time.monotonic,
         shown: bool = True,
-        step: str = "step",
-        examples: str = "examples",
+        what: str = "step",
+        unit: str = "examples",
     ) -> None:
+        self._what, self._unit = what, unit
         self._steps = steps
         self._shown = shown
-        self._names = step, examples
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._now = now
@@ -46,9 +46,8 @@ class Progress:
         rate, seconds_per_step = clock.speed()
         left = datetime.timedelta(seconds=round((self._steps - step) * seconds_per_step))
         share = 100 * step // self._steps
-        name, examples = self._names
-        value = "" if loss is None else f"loss {loss:.4g}  "
-        line = f"{name} {step}/{self._steps} ({share}%)  {rate:,.0f} {examples}/s  {value}ETA {left}"
+        shown = "" if loss is None else f"loss {loss:.4g}  "
+        line = f"{self._what} {step}/{self._steps} ({share}%)  {rate:,.0f} {self._unit}/s  {shown}ETA {left}"
         if self._live:
             self._stream.write("\r" + line.ljust(self._width))
             self._width = len(line)

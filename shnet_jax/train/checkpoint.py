@@ -1,4 +1,4 @@
-"""Checkpoints: parameters, statistics, optimiser, averages, rng, data position, clock and metric as one atomic whole.
+"""Checkpoints: all of a state (parameters, optimiser, averages, queues, ...), data position, clock and metric as one.
 
 The only file that imports orbax. Saving is asynchronous; a step's folder gets its name only when it is complete, so a
 run killed while saving continues from the checkpoint before.
@@ -23,7 +23,7 @@ SELECTION_METRIC = "rsum"
 """Key of the validation result that decides which checkpoint is the best (higher is better)."""
 
 
-_ITEMS = ("model", "loss", "ema", "batch_stats", "trainer")  # arrays, each under its own name
+_ITEMS = ("model", "loss", "ema", "batch_stats", "momentum", "trainer")  # arrays, each under its own name
 
 
 def _selection(metrics: dict[str, float]) -> float:
@@ -193,6 +193,7 @@ def _items(state: TrainState) -> dict[str, Any]:
         "loss": state.params["loss"],
         "ema": state.ema,
         "batch_stats": state.batch_stats,
+        "momentum": state.momentum,
         "trainer": rest,
     }
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
@@ -204,6 +205,7 @@ def _from_items(items: dict[str, Any], like: TrainState) -> TrainState:
         params={"model": items["model"], "loss": items.get("loss", like.params["loss"])},
         ema=items.get("ema"),
         batch_stats=items.get("batch_stats", like.batch_stats),
+        momentum=items.get("momentum"),
         **items["trainer"],
     )
 

@@ -60,32 +60,16 @@ def cached_gradients(
     norm_depth: BatchNorms on the longest path through a tower; 0: there is none.
     Returns (gradient, metrics, running averages after this batch).
     """
-    parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
-    each = (parts, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count)))
-
-    def forward(params: Any, given: Any, part: Any) -> tuple[Embeddings, Any]:
-        return encode(params, part[0], part[1], given)
+    each = _cut(batch, key, count)
 
     def embed(params: Any, given: Any, part: Any) -> Embeddings:
-        return _without_masks(forward(params, given, part)[0])
+        return _without_masks(encode(params, part[0], part[1], given)[0])
 
     def moments(params: Any, given: Any, part: Any) -> Any:
-        return forward(params, given, part)[1]  # what else the towers compute is dead code here
+        return encode(params, part[0], part[1], given)[1]
 
-    # Forward: the statistics, pass after pass, then the embeddings.
-    given = lax.stop_gradient(running_moments(batch_stats)) if statistics == "running" else {}
-    passes: list[tuple[Any, Callable[[Any], tuple[Any]]]] = []
-    for _ in range(norm_depth if statistics == "exact" else 0):
-        found = _map(partial(moments, params, given), each)
-        merged, of_found = jax.vjp(merge, found)
-        passes.append((given, of_found))
-        given = merged
-    embeddings, found = _map(partial(forward, params, given), each)
-    whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), embeddings)
-    if statistics == "local":  # as over devices: the average of what each would have
-        batch_stats = jax.tree.map(lambda x: x.mean(0), jax.vmap(advance, (None, 0))(batch_stats, found))
-    else:
-        batch_stats = advance(batch_stats, merge(found) if statistics == "running" else given)
+    embeddings, batch_stats, given, passes = _forward(encode, params, batch_stats, each, statistics, norm_depth)
+    whole = _joined(embeddings)
 
     # Backward: the loss, then the embeddings, then the statistics in the opposite order.
     def share_of(params: Any, bare: Embeddings) -> tuple[Array, dict[str, Array]]:
@@ -107,6 +91,64 @@ def _without_masks(embeddings: Embeddings) -> Embeddings:
     """What a gradient is taken of: masks are no numbers."""
     images, texts = (dataclasses.replace(x, mask=None) for x in embeddings)
     return images, texts
+
+
+def embed_in_parts(
+    encode: Encode,
+    params: Any,
+    batch_stats: Any,
+    batch: Any,
+    key: Array,
+    *,
+    count: int,
+    statistics: str,
+    norm_depth: int,
+) -> tuple[Embeddings, Any]:
+    """(embeddings of this device's whole batch, running averages after it); arguments as in `cached_gradients`."""
+    found = _forward(encode, params, batch_stats, _cut(batch, key, count), statistics, norm_depth)
+    return _joined(found[0]), found[1]
+
+
+def _cut(batch: Any, key: Array, count: int) -> tuple[Any, Array]:
+    """The microbatches, every leaf [count, ...], and the key of each."""
+    parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+    return parts, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+
+
+def _joined(embeddings: Embeddings) -> Embeddings:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), embeddings)
+
+
+def _forward(
+    encode: Encode, params: Any, batch_stats: Any, each: Any, statistics: str, norm_depth: int
+) -> tuple[Embeddings, Any, Any, list[tuple[Any, Callable[[Any], tuple[Any]]]]]:
+    """The statistics, pass after pass, then the embeddings.
+
+    Returns (embeddings of each microbatch, running averages, moments that normalised them, and of each pass the moments
+    it was given and how a gradient by those it gave leads back to those of its microbatches).
+    """
+
+    def forward(given: Any, part: Any) -> tuple[Embeddings, Any]:
+        return encode(params, part[0], part[1], given)
+
+    def moments(given: Any, part: Any) -> Any:
+        return forward(given, part)[1]  # what else the towers compute is dead code here
+
+    given = lax.stop_gradient(running_moments(batch_stats)) if statistics == "running" else {}
+    passes: list[tuple[Any, Callable[[Any], tuple[Any]]]] = []
+    for _ in range(norm_depth if statistics == "exact" else 0):
+        found = _map(partial(moments, given), each)
+        merged, of_found = jax.vjp(merge, found)
+        passes.append((given, of_found))
+        given = merged
+    embeddings, found = _map(partial(forward, given), each)
+    if not jax.tree.leaves(found):
+        return embeddings, batch_stats, given, passes
+    if statistics == "local":  # as over devices: the average of what each would have
+        batch_stats = jax.tree.map(lambda x: x.mean(0), jax.vmap(advance, (None, 0))(batch_stats, found))
+    else:
+        batch_stats = advance(batch_stats, merge(found) if statistics == "running" else given)
+    return embeddings, batch_stats, given, passes
 
 
 def _map(fn: Callable[[Any], Any], each: Any) -> Any:

@@ -22,6 +22,7 @@ from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
 from shnet_jax.parallel.sharding import WHOLE, global_norm, specs, split_axes
+from shnet_jax.train import momentum
 from shnet_jax.train.microbatch import STATISTICS
 from shnet_jax.train.optim import make_optimiser, schedule
 from shnet_jax.train.state import TrainState, create_state
@@ -130,7 +131,7 @@ def build_step(
 ) -> BuiltStep:
     """The step of a configuration. variables: shapes and dtypes of the model's {"params", "batch_stats"}.
 
-    Raises ValueError for microbatches of a model that does not say how its BatchNorms lie.
+    Raises ValueError for losses, an optimiser, microbatches or momentum encoders that do not fit together.
     """
     if config.train.microbatch and not takes_microbatches(model, variables):
         raise ValueError(
@@ -139,7 +140,8 @@ def build_step(
         )
     accumulate = config.optim.accumulate
     rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
-    loss_params, total_loss = total.build(config.loss, steps_per_epoch)
+    key_options = momentum.options(config, model)
+    loss_params, total_loss = total.build(config.loss, steps_per_epoch, queues=key_options is not None)
     devices = mesh.size if config.parallel.shard_params else 1
     axes = split_axes({"model": variables["params"], "loss": loss_params}, devices)
     tx = make_optimiser(config, rate, norm=partial(global_norm, axes=axes, name=DATA))
@@ -154,10 +156,12 @@ def build_step(
         statistics=config.train.microbatch_statistics,
         axis_name=DATA,
         split=axes,
+        key_options=key_options,
     )
 
     def state(variables: dict[str, Any]) -> TrainState:
-        return create_state(variables, loss_params, tx, ema=config.optim.ema > 0, seed=config.seed)
+        average = config.optim.ema > 0
+        return create_state(variables, loss_params, tx, ema=average, seed=config.seed, momentum=key_options)
 
     shapes = jax.eval_shape(state, variables)
     state_axes = split_axes(shapes, devices)
@@ -165,6 +169,9 @@ def build_step(
     state_axes = state_axes.replace(batch_stats=whole)
     if shapes.ema is not None:
         state_axes = state_axes.replace(ema=state_axes.ema | {"batch_stats": whole})
+    if shapes.momentum is not None:  # every device scores its queries with the whole queues
+        queues = {name: jax.tree.map(lambda _: WHOLE, getattr(shapes.momentum, name)) for name in ("images", "texts")}
+        state_axes = state_axes.replace(momentum=state_axes.momentum.replace(batch_stats=whole, **queues))
     partition = specs(state_axes)
     like = jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),

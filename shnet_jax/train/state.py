@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from shnet_jax.train.momentum import Momentum, MomentumState, first_state
 from shnet_jax.types import Array
 
 
@@ -19,6 +20,7 @@ class TrainState:
     step: [] int32. params: {"model": ..., "loss": ...}. ema: running averages {"params", "batch_stats"}, or None.
     rng: key data from which every step derives its own key by its number.
     nonfinite: [] int32, batches whose loss or gradient was not finite (their update was not made).
+    momentum: key encoders and queues (train/momentum.py), None without them.
     """
 
     step: Array
@@ -28,6 +30,7 @@ class TrainState:
     ema: Any
     rng: Array
     nonfinite: Array
+    momentum: MomentumState | None = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -41,8 +44,9 @@ def create_state(
     tx: optax.GradientTransformation,
     ema: bool,
     seed: int,
+    momentum: Momentum | None = None,
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step. momentum: options of the momentum encoders, None for none."""
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     params = {"model": variables["params"], "loss": loss_params}
     return TrainState(
@@ -54,4 +58,5 @@ def create_state(
         ema=jax.tree.map(jnp.copy, variables) if ema else None,
         rng=jax.random.key_data(jax.random.key(seed)),
         nonfinite=jnp.zeros((), jnp.int32),
+        momentum=None if momentum is None else first_state(momentum, variables, seed),
     )

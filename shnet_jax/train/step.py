@@ -14,9 +14,10 @@ from jax import lax
 
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel import axis, sharding
-from shnet_jax.train.microbatch import Encode, cached_gradients
+from shnet_jax.train import momentum
+from shnet_jax.train.microbatch import Encode, cached_gradients, embed_in_parts
 from shnet_jax.train.state import TrainState
-from shnet_jax.types import Array, Batch, Context, Embedding
+from shnet_jax.types import Array, Batch, Context, Embedding, Keys
 
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
@@ -33,6 +34,7 @@ def make_step(
     statistics: str = "exact",
     axis_name: str | None = None,
     split: Any = None,
+    key_options: momentum.Momentum | None = None,
 ) -> Step:
     """One optimiser step as a pure function `(state, batch, table) -> (state, metrics)` of one device.
 
@@ -40,6 +42,7 @@ def make_step(
     total_loss: (images, texts, ids, ctx) -> {"loss": this device's share, ...}; see losses/pairs.py for the convention.
     microbatch, statistics: pairs that a device encodes at once, 0: all of its own; see train/microbatch.py.
     split: axes along which the parameters are split over the devices (`parallel.sharding.split_axes`); None: none is.
+    key_options: of the momentum encoders, whose state is `state.momentum` (train/momentum.py); None: there are none.
     A batch whose loss or gradient is not finite changes nothing but the counters; with `stop_on_nonfinite` nor does any
     batch after it, so that the state the loop saves is the one before the fault.
     """
@@ -49,6 +52,9 @@ def make_step(
         key = jax.random.fold_in(key, axis.axis_index(axis_name))
         captions = batch["tokens"].shape[0] // batch["image_index"].shape[0]
         axes = jax.tree.map(lambda _: sharding.WHOLE, state.params) if split is None else split
+        pairs = batch["tokens"].shape[0]
+        count = pairs // microbatch if 0 < microbatch < pairs else 1  # of microbatches
+        parts: dict[str, Any] = {"count": count, "statistics": statistics, "norm_depth": model.norm_depth}
 
         def encode(mutable: str, params: Any, batch: Batch, key: Array, given: Any) -> tuple[Any, Any]:
             weights = sharding.gather(params["model"], axes["model"], axis_name)
@@ -60,12 +66,34 @@ def make_step(
         def encoder(mutable: str) -> Encode:
             return sharding.regathering(partial(encode, mutable), axes)
 
+        def by_keys(options: momentum.Momentum) -> tuple[momentum.MomentumState, Keys]:
+            """The momentum encoders after this batch, and what the loss is given of them."""
+            assert state.momentum is not None
+            moved = momentum.follow(options, state.momentum, state.params["model"], state.batch_stats, state.step)
+
+            def encode_keys(mutable: str, params: Any, batch: Batch, key: Array, given: Any) -> tuple[Any, Any]:
+                weights = sharding.gather(params, axes["model"], axis_name)
+                variables = {"params": weights, "batch_stats": moved.batch_stats, "given_moments": given}
+                return momentum.encode(options, model, variables, finish(table, batch), key, mutable)
+
+            own = jax.random.fold_in(key, momentum.SEED)
+            if count > 1:
+                encode_part = partial(encode_keys, "moments")
+                found, stats = embed_in_parts(encode_part, moved.params, moved.batch_stats, batch, own, **parts)
+            else:
+                found, stats = encode_keys("batch_stats", moved.params, batch, own, {})
+            met = momentum.meet(moved, found, captions)  # before this batch enters the queues
+            moved = dataclasses.replace(moved, batch_stats=axis.pmean(stats, axis_name))
+            return momentum.enqueue(moved, found, batch["image_index"], captions, axis_name), met
+
+        moved, met = (None, None) if key_options is None else by_keys(key_options)
+
         def share(params: Any, embeddings: tuple[Embedding, Embedding]) -> tuple[Array, dict[str, Array]]:
             images, texts = embeddings
             loss_params = sharding.gather(params["loss"], axes["loss"], axis_name)
             own, own_axes = ({n: tree["model"][n] for n in model.score_params} for tree in (params, axes))
             score = scorer(model, sharding.gather(own, own_axes, axis_name))
-            ctx = Context(step=state.step, params=loss_params, score=score, axis=axis_name)
+            ctx = Context(step=state.step, params=loss_params, score=score, axis=axis_name, keys=met)
             terms = total_loss(images.repeat(captions), texts, jnp.repeat(batch["image_index"], captions), ctx)
             return terms["loss"], terms
 
@@ -75,18 +103,9 @@ def make_step(
             return loss, (terms, batch_stats)
 
         # Shares add up over the devices, and so do their gradients (losses/pairs.py).
-        pairs = batch["tokens"].shape[0]
-        if 0 < microbatch < pairs:
+        if count > 1:
             grads, terms, batch_stats = cached_gradients(
-                encoder("moments"),
-                share,
-                state.params,
-                state.batch_stats,
-                batch,
-                key,
-                count=pairs // microbatch,
-                statistics=statistics,
-                norm_depth=model.norm_depth,
+                encoder("moments"), share, state.params, state.batch_stats, batch, key, **parts
             )
         else:
             (_, (terms, batch_stats)), grads = jax.value_and_grad(whole, has_aux=True)(state.params)
@@ -97,21 +116,21 @@ def make_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         apply = finite & (state.nonfinite == 0) if stop_on_nonfinite else finite
 
-        def update() -> tuple[Any, Any, Any, Any]:
+        def update() -> tuple[Any, Any, Any, Any, Any]:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             if state.ema is None:
-                return params, batch_stats, opt_state, None
+                return params, batch_stats, opt_state, None, moved
             # Averages over few steps forget the initial parameters faster.
             decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
             latest = {"params": params["model"], "batch_stats": batch_stats}
-            return params, batch_stats, opt_state, optax.incremental_update(latest, state.ema, 1.0 - decay)
+            return params, batch_stats, opt_state, optax.incremental_update(latest, state.ema, 1.0 - decay), moved
 
-        def leave() -> tuple[Any, Any, Any, Any]:
-            return state.params, state.batch_stats, state.opt_state, state.ema
+        def leave() -> tuple[Any, Any, Any, Any, Any]:
+            return state.params, state.batch_stats, state.opt_state, state.ema, state.momentum
 
         # A branch, not a choice between two results: the arrays of the old state can be updated where they are.
-        params, batch_stats, opt_state, average = lax.cond(apply, update, leave)
+        params, batch_stats, opt_state, average, moved = lax.cond(apply, update, leave)
 
         # A batch that is not finite counts only as such in the means of a log line.
         metrics = {name: jnp.where(finite, value, 0.0) for name, value in metrics.items()}
@@ -123,6 +142,7 @@ def make_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
             ema=average,
+            momentum=moved,
             nonfinite=state.nonfinite + ~finite,
         )
         return state, metrics

@@ -19,13 +19,16 @@ CONFIG = "config.json"
 # have moved, so their paths are free and their contents are compared.
 FREE_TO_CHANGE = (
     "config.convert.",
+    "config.cross.",
     "config.data.dir",
     "config.data.prefetch",
     "config.data.read_threads",
     "config.eval.",
     "config.name",
+    "config.page.",
     "config.plan.",
     "config.scale.",
+    "config.search.",
     "config.study.",
     "config.text.weights",
     "config.tokenizer.path",
@@ -107,6 +110,21 @@ def save_config(config: ConfigDict | FrozenConfigDict, path: Path) -> None:
 def load_config(path: Path) -> ConfigDict:
     """A configuration saved by `save_config`."""
     return ConfigDict(json.loads(path.read_text(encoding="utf-8"), object_hook=_tuples))
+
+
+def complete(saved: ConfigDict, like: ConfigDict) -> ConfigDict:
+    """The configuration of a run, with the fields of `like` that are younger than it switched off.
+
+    A field that a run's file does not have did not exist when it was trained, and what it asks for was not done: it is
+    False, 0, "" or (), as its default in configs/base.py then has to be.
+    """
+    found = ConfigDict(saved.to_dict())
+    for name, value in like.items():
+        if isinstance(value, ConfigDict):
+            found[name] = complete(found.get(name, ConfigDict()), value)
+        elif name not in found:
+            found[name] = type(value)()
+    return found
 
 
 def _tuples(section: dict[str, Any]) -> dict[str, Any]:

@@ -60,3 +60,11 @@ def test_caption_image_maps_to_the_right_image(gallery, tiny):
     record = tiny.open_split("test", ("captions",))[3]
     t = int(np.flatnonzero(gallery.caption_image == 3)[7])
     assert gallery.captions.caption(t)[0].tolist() == gallery.tokenizer.vocabulary.pieces([record["captions"][7]])[0]
+
+
+def test_batches_left_out_at_the_beginning(gallery):
+    for side in (gallery.image_batches, gallery.text_batches):
+        for ours, theirs in zip(side(3, first=1), list(side(3))[1:], strict=True):
+            np.testing.assert_array_equal(ours.numbers, theirs.numbers)
+            for name, values in theirs.batch.items():
+                np.testing.assert_array_equal(ours.batch[name], values)

@@ -25,5 +25,6 @@ def record(row: int = 0, count: int = 2, **changes):
         "relation_scores": rng.random((4, 4)).astype(np.float16),
         "image_embedding": rng.normal(size=7).astype(np.float32),
         "identity": np.int64(row),
+        "caption_embeddings": rng.normal(size=(count, 7)).astype(np.float32),
     }
     return {name: value for name, value in (base | changes).items() if value is not None}

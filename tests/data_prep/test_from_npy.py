@@ -3,6 +3,7 @@ import pytest
 
 from data_prep import from_npy, progress
 from data_prep.schema import DataError
+from data_prep.sources import units
 from shnet_jax.data.records import open_dataset
 
 IDS = ["391895.jpg", "522418.jpg"]
@@ -63,7 +64,7 @@ def test_pooling_is_that_of_adaptive_average_pooling():
     cells = np.random.default_rng(0).normal(size=(2, 5, 9))
     rows, columns = [(0, 2), (1, 4), (3, 5)], [(0, 3), (3, 6), (6, 9)]  # by hand from floor and ceil
     expected = [[cells[:, a:b, c:d].mean((1, 2)) for c, d in columns] for a, b in rows]
-    np.testing.assert_allclose(from_npy.adaptive_average(cells, 3), np.moveaxis(np.array(expected), 2, 0), rtol=1e-12)
+    np.testing.assert_allclose(units.adaptive_average(cells, 3), np.moveaxis(np.array(expected), 2, 0), rtol=1e-12)
 
 
 def test_maps_of_different_sizes_are_pooled_to_one(src, tmp_path):
@@ -96,7 +97,7 @@ def test_arrays_of_the_split_are_imported_too(src, tmp_path):
         (
             (np.ones((2, 3)), np.full((2, 3), 1e6)),
             {"feature_dtype": "float16"},
-            r"522418\.npy: field 'grid': .*fit float16",
+            r"image '522418\.jpg'\), .*ID\.npy: field 'grid': .*fit float16",
         ),
     ],
 )

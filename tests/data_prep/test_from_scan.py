@@ -28,6 +28,7 @@ def _arrays(images, rng):
         "cat_onehots": (rng.random((images, 11)) < 0.4).astype(np.float64),
         "relations": rng.integers(0, 4, (images, 2, 3)),
         "relation_scores": rng.random((images, 4, 4)).astype(np.float32),
+        "image_emb": rng.normal(size=(images, 5)).astype(np.float32),
     }
 
 
@@ -77,6 +78,34 @@ def test_all_arrays_arrive_in_their_fields(src, tmp_path):
             expected = arrays[suffix.removeprefix("_").removesuffix(".npy")][i]
             expected = np.where(expected == 255, 11, expected) if field == "seg_map" else expected
             np.testing.assert_array_equal(record[field], expected, err_msg=field)
+
+
+def test_embeddings_and_numbers_of_captions(src, tmp_path):
+    vectors = np.random.default_rng(1).normal(size=(IMAGES * PER, 5))
+    numbers = [7 * k + 1 for k in range(IMAGES * PER)]
+    for split in ("train", "dev"):
+        np.save(src / f"{split}_caption_emb.npy", vectors)
+        _lines(src / f"{split}_capids.txt", map(str, numbers))
+    dataset = _first(src, tmp_path / "out")
+    assert dataset.features["caption_embeddings"].shape == (None, 5)
+    records = list(dataset.open_split("dev", ("caption_embeddings", "caption_ids")))
+    np.testing.assert_array_equal(np.concatenate([r["caption_embeddings"] for r in records]), vectors.astype("f4"))
+    assert np.concatenate([r["caption_ids"] for r in records]).tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("lines", "shape", "message"),
+    [
+        (["1"] * 24, (25, 5), r"dev_capids\.txt: expected 25 lines, one a caption, found 24"),
+        (["1"] * 24 + ["x"], (25, 5), r"dev_capids\.txt line 25: expected a whole number, found 'x'"),
+        (["1"] * 25, (5, 5), r"dev_caption_emb\.npy: expected \[25, E\], a row a caption, found \[5, 5\]"),
+    ],
+)
+def test_files_of_captions_that_do_not_fit(lines, shape, message, src, tmp_path):
+    _lines(src / "dev_capids.txt", lines)
+    np.save(src / "dev_caption_emb.npy", np.ones(shape))
+    with pytest.raises(DataError, match=message):
+        from_scan.import_scan(src, "toy", tmp_path / "out")
 
 
 def test_features_are_stored_in_float16_unless_kept(src, tmp_path):

@@ -44,6 +44,18 @@ def test_one_visual_field_is_enough(visual):
         ({"categories": np.zeros(12, bool)}, "categories", "C = 11 as in 'seg_semantic'", "bool [12]"),
         ({"region_mask": np.zeros(4, bool)}, "region_mask", "at least one valid", "none of 4"),
         ({"colour": np.zeros(3)}, "colour", "one of", "unknown"),
+        (
+            {"caption_embeddings": np.zeros((3, 7), np.float32)},
+            "caption_embeddings",
+            "float32 [n, E] with n = 2 as in 'captions'",
+            "[3, 7]",
+        ),
+        (
+            {"caption_embeddings": np.zeros((2, 6), np.float32)},
+            "caption_embeddings",
+            "E = 7 as in 'image_embedding'",
+            "[2, 6]",
+        ),
         (_with("regions", (1, 2), np.nan), "regions", "finite", "nan at [1, 2]"),
         (_with("grid", (2, 0), np.inf), "grid", "finite", "inf at [2, 0]"),
         (_with("boxes", 2, [0, 0, 1.01, 1]), "boxes", "0..1", "box 2"),

@@ -75,7 +75,7 @@ def test_json_keeps_every_number(tmp_path):
     write_json(tmp_path / "results.json", {"ours": found})
     read = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert read["format"] == 1
-    assert list(read["arms"]["ours"]) == ["metrics", "folds", "chance", "card"]
+    assert list(read["arms"]["ours"]) == ["metrics", "folds", "chance", "card", "extra", "intervals"]
     assert read["arms"]["ours"]["metrics"] == found.metrics
     assert read["arms"]["ours"]["folds"] == list(found.folds)
     assert to_json({"ours": found}) == (tmp_path / "results.json").read_text(encoding="utf-8")

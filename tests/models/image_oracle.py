@@ -83,6 +83,10 @@ def convolve(image: np.ndarray, p: Tree) -> np.ndarray:
     return np.stack(rows) + bias
 
 
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / (math.sqrt(float(x @ x)) + 1e-8)
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """The encoder of `config.model`'s options on trees of parameters and statistics (None: training, no dropout)."""
@@ -167,7 +171,10 @@ class Encoder:
     def __call__(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         """Unit vectors [n, dim]."""
         vectors = []
-        for rows in self.sets(batch):
-            pooled = pool(rows, gpo_weights(len(rows), self.params["pool"]))
-            vectors.append(pooled / (math.sqrt(float(pooled @ pooled)) + 1e-8))
+        for image, rows in enumerate(self.sets(batch)):
+            vector = unit(pool(rows, gpo_weights(len(rows), self.params["pool"])))
+            if self.options["global_residual"]:
+                given = unit(np.asarray(batch["image_embedding"][image], np.float64))
+                vector = unit(vector + dense(given, self.params["global_linear"]))
+            vectors.append(vector)
         return np.stack(vectors)

@@ -20,7 +20,7 @@ ARMS = {name: arm.to_dict().get("model", {}) for name, arm in get_config().study
 # Every arm with the published choices or, spread over them, with the others.
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
-    "semantic": {"units": ("regions", "grid")},
+    "semantic": {"units": ("regions", "grid"), "global_residual": True},
     "spatial": {"units": ("grid",), "map_input": "embedding", "map_position": "2d"},
     "none": {},
 }
@@ -45,6 +45,7 @@ def images(n: int = 3) -> dict[str, np.ndarray]:
         "seg_semantic": rng.random((n, CLASSES, 2, 2), np.float32),
         "seg_map": rng.integers(0, CLASSES + 1, (n, 8, 6)).astype(np.uint8),  # CLASSES itself is void
         "categories": rng.random((n, CLASSES)) < 0.5,
+        "image_embedding": 5 * rng.normal(size=(n, 9)).astype(np.float32),
     }
 
 
@@ -129,7 +130,10 @@ def test_without_a_mask_all_units_are_valid():
 def test_image_fields():
     assert shnet.image_fields(config_of("full")) == ("regions", "seg_semantic", "seg_map", "categories")
     assert shnet.image_fields(config_of("none")) == ("regions",)
-    assert shnet.image_fields(config_of("semantic")) == ("regions", "grid", "seg_semantic", "categories")
+    assert shnet.image_fields(config_of("semantic")) == (
+        *("regions", "grid", "seg_semantic", "categories"),
+        "image_embedding",
+    )
     # Without VSeM the published ablation still reads the class maps, as tokens.
     assert shnet.image_fields(config_of("spatial")) == ("grid", "seg_semantic", "seg_map", "categories")
     assert shnet.image_fields(config_of("spatial", scene_tokens=False, category_token=False)) == ("grid", "seg_map")

@@ -61,3 +61,9 @@ def test_shorter_line_covers_a_longer_one(time):
     assert len(second) == len(first)
     progress.close()
     assert stream.getvalue().endswith("\n")
+
+
+def test_another_name_for_a_step_and_no_loss(time):
+    stream = io.StringIO()
+    Progress(4, stream, now=lambda: time.now, what="images: batch").update(1, CLOCK)
+    assert stream.getvalue() == "images: batch 1/4 (25%)  1,234 examples/s  ETA 0:00:06\n"

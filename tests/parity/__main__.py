@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.parity.compare import Fixture, Row, skip
 
-CHECKS = ("gpo", "shnet", "bert", "losses", "metrics", "train_steps", "convert")
+CHECKS = ("gpo", "shnet", "bert", "losses", "metrics", "train_steps", "user", "user_train_steps", "convert")
 
 
 def unread(folder: Path, opened: list[Fixture], told: set[str]) -> list[Row]:

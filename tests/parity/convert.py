@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, user_coco
 from shnet_jax import registry
 from shnet_jax.convert import load_published
 from shnet_jax.data.tokenise import SPECIAL
@@ -21,7 +21,7 @@ from tests.parity.compare import Fixture, Row, compare
 
 GROUP = "converted checkpoint"
 # Recordings that end with weights and the embeddings of their first batch, and the configurations of their models.
-CASES = {"shnet_train_steps": base}
+CASES = {"shnet_train_steps": base, "user_train_steps": user_coco}
 
 
 def check(folder: Path) -> list[Row]:
@@ -48,8 +48,10 @@ def _check(fixture: Fixture, config: ConfigDict) -> list[Row]:
         checkpoint = {"epoch": 1, "model": states, "best_rsum": 0.0, "opt": options, "Eiters": 4}
         config.tokenizer.path, config.text.heads = str(vocabulary), int(fixture["meta.num_heads"])
         converted = load_published(config, save(Path(name) / "model_best.pth", checkpoint))
-    model = registry.model(converted.config.model.name).build(converted.config)
-    batch = shnet.inputs(arrays) | {"tokens": tokens, "token_mask": tokens != 0}
+    model_name = converted.config.model.name
+    model = registry.model(model_name).build(converted.config)
+    images = {"regions": jnp.asarray(arrays["images"])} if model_name == "user" else shnet.inputs(arrays)
+    batch = images | {"tokens": tokens, "token_mask": tokens != 0}
     images, texts = jax.jit(lambda variables: model.apply(variables, batch, train=False))(converted.variables)
     rows = []
     for side, ours in (("image", images), ("text", texts)):

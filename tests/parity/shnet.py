@@ -27,6 +27,7 @@ def encoder(dim: int) -> ImageEncoder:
         spatial=True,
         scene_tokens=True,
         category_token=True,
+        global_residual=False,
         num_classes=133,
         map_channels=128,
         map_input="raw_id",

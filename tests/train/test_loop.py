@@ -226,6 +226,7 @@ def test_a_folder_without_a_checkpoint_can_be_claimed_anew(tmp_path):
         ({"model__num_classes": 5, "model__name": "shnet"}, "22 classes, config.model.num_classes is 5"),
         ({"model__name": "shnett"}, "unknown model 'shnett'"),
         ({"text__vocab_size": 5}, "the text tower has 5 tokens, the tokenizer"),
+        ({"momentum__queue": 19}, "config.momentum.queue is 19; it must hold a whole batch"),
     ],
 )
 def test_a_configuration_that_cannot_be_trained(changes, message, tmp_path):
@@ -253,6 +254,19 @@ def test_four_devices_resume_between_the_batches_of_an_update(mapping, split, mo
     parallel = {"parallel__devices": 4, "parallel__mapping": mapping, "parallel__shard_params": split}
     config = toy(**parallel, optim__accumulate=2, train__steps=6)
     stopped_and_resumed(config, 3, monkeypatch, tmp_path)
+
+
+def test_key_encoders_and_queues_resume(monkeypatch, tmp_path):
+    """Between two wraps of the queues; the toy's key image encoder has dropout and statistics of its own."""
+    weights = {"triplet": 0.0, "infonce": 0.0, "uto": 1.0}
+    config = toy(train__steps=6, train__eval_epochs=0.0, momentum__queue=110, loss__weights=weights)
+    stopped_and_resumed(config, 4, monkeypatch, tmp_path)
+    arrays = tiny.arrays(tmp_path / "resumed", 6)
+    assert arrays["momentum['texts']['pointer']"] == 6 * 20 % 110
+    ids = arrays["momentum['texts']['ids']"]
+    assert (ids >= 0).all() and len(set(ids)) > 10
+    keys, own = (arrays[f"{item}['image']['norm']['mean']"] for item in ("momentum['batch_stats']", "batch_stats"))
+    assert np.abs(keys).max() > 0 and not np.array_equal(keys, own)
 
 
 @pytest.mark.slow

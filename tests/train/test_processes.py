@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.train import tiny
+from tests.train.test_loop import same_arrays
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 6
+SPLIT = "--config.parallel.shard_params"
 
 
 def command(workdir, *more):
@@ -31,13 +35,13 @@ def environment(devices):
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-def together(workdir, *more):
-    """Both processes of the job, 2 devices each; their outputs. Fails when one fails."""
+def start(workdir, *more):
+    """Both processes of the job, 2 devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     job = ["--distributed", f"--coordinator_address={address}", "--process_count=2"]
-    processes = [
+    return [
         subprocess.Popen(
             command(workdir, *job, f"--process_id={i}", *more),
             cwd=ROOT,
@@ -48,14 +52,23 @@ def together(workdir, *more):
         )
         for i in range(2)
     ]
+
+
+def outputs_of(processes, status=0):
+    """Of the processes when they have ended; fails when one ended with another status."""
     try:
         outputs = [process.communicate(timeout=200) for process in processes]
     finally:
         for process in processes:
             process.kill()
     for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
+        assert process.returncode == status, errors[-3000:]
     return [out for out, _ in outputs]
+
+
+def together(workdir, *more):
+    """The job from its start to its end; the outputs."""
+    return outputs_of(start(workdir, *more))
 
 
 def alone(workdir, *more):
@@ -88,3 +101,24 @@ def test_two_processes_train_resume_and_evaluate_like_one(tmp_path):
     evaluated = together(two, "--mode=eval")
     assert "rSum" in evaluated[0] and "rSum" not in evaluated[1]
     assert len(list(two.glob("results_*.json"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [False, True])
+def test_sigterm_in_one_process_stops_both_and_the_job_goes_on(split, tmp_path):
+    """With parameters on every device, and split over the devices of both processes."""
+    flags = ["--mode=train", "--config.train.steps=40", "--config.train.eval_epochs=0", f"{SPLIT}={split}"]
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    together(undisturbed, *flags)
+    processes = start(stopped, *flags)
+    log = stopped / "metrics.jsonl"
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and not (log.exists() and '{"step": 8, ' in log.read_text("utf-8")):
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)  # not the one that writes the log
+    outputs_of(processes, 128 + signal.SIGTERM)
+    saved = max(int(path.name) for path in (stopped / "checkpoints").iterdir() if path.name.isdecimal())
+    assert 8 < saved < 40 and saved % 10 == 0
+    together(stopped, *flags)
+    same_arrays(tiny.arrays(stopped, 40), tiny.arrays(undisturbed, 40))
+    assert tiny.lines(stopped) == tiny.lines(undisturbed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -10,8 +12,9 @@ from flax import linen as nn
 
 from shnet_jax.data.batches import gather
 from shnet_jax.evaluate.compare import comparison_table
+from shnet_jax.evaluate.extra import read_wanted
 from shnet_jax.evaluate.protocols import Subject
-from shnet_jax.evaluate.split import make_comparison, subject
+from shnet_jax.evaluate.split import embed_split, evaluate_embedded, make_evaluator, subject, ways_to_rank
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.losses import total
 from shnet_jax.parallel.mapping import data_mesh, map_step, put_batch, replicate
@@ -76,21 +79,31 @@ def test_the_score_takes_part_in_the_step(experiment):
 
 def test_evaluation_scores_with_the_variables_given(experiment, tmp_path):
     variables = init_variables(experiment, 0)
-    mesh = data_mesh(jax.devices()[:2])
-    folder = tmp_path / "scores"
-    compare = make_comparison(experiment, "test", mesh, folder)
-    found = compare(variables, Subject())
-    assert list(found) == ["exact", "two-stage 1000", "global vectors"]
+    mesh, what = data_mesh(jax.devices()[:2]), Subject(split="test")
+
+    def compare(variables):
+        embedded = embed_split(experiment, variables, "test", mesh, what)
+        wanted = read_wanted(experiment.dataset, "test", experiment.config.eval)
+        ways = ways_to_rank(experiment, variables, mesh, what, tmp_path / "scores")
+        rows = {way.name: dataclasses.replace(embedded, way=way) for way in ways}
+        return {
+            name: evaluate_embedded(row, wanted, experiment.config.eval, mesh)["whole"] for name, row in rows.items()
+        }
+
+    found = compare(variables)
+    assert list(found) == ["global vectors", "two-stage 1000", "exact"]
     assert found["exact"].metrics == found["two-stage 1000"].metrics
     assert found["exact"].card["pairs_scored"] == found["two-stage 1000"].card["pairs_scored"] == 10 * 50
-    assert not folder.exists()
     lines = comparison_table(found).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(found)
-    assert "500" in lines[2] and lines[0].rstrip("| ").endswith("speed-up")
+    assert "500" in lines[3] and lines[0].rstrip("| ").endswith("speed-up")
+    assert list((tmp_path / "scores").glob("*/block_*.npy"))
     variables["params"]["weights"]["factor"] = -variables["params"]["weights"]["factor"]
-    turned = compare(variables, Subject())
+    turned = compare(variables)
     assert turned["exact"].metrics != found["exact"].metrics
     assert turned["global vectors"].metrics == found["global vectors"].metrics
+    trained = make_evaluator(experiment, "test", mesh)(variables, what)
+    assert trained.metrics == turned["exact"].metrics
 
 
 def test_fields_that_a_data_set_lacks_are_said(caplog):

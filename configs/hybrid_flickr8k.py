@@ -1,0 +1,27 @@
+"""Regions, grid, both in one model and both as an ensemble, each with and without segmentation, on flickr8k_mini."""
+
+from ml_collections import ConfigDict
+
+from configs import shnet_flickr8k
+
+UNITS = {"region": ("regions",), "grid": ("grid",), "joint": ("regions", "grid")}
+
+
+def get_config() -> ConfigDict:
+    """`--mode=study`: 12 arms, then ensembles of the region and the grid model of the same highlighting and seed.
+
+    The joint arms are those of shnet_flickr8k.py.
+    """
+    c = shnet_flickr8k.get_config()
+    c.name = "3SHNet"
+    kinds = c.study.arms.to_dict()  # full, semantic, spatial, none
+    c.study.arms = ConfigDict(
+        {
+            f"{name}_{kind}": {"model": {"units": units} | changes.get("model", {})}
+            for name, units in UNITS.items()
+            for kind, changes in kinds.items()
+        }
+    )
+    c.study.ensembles = ConfigDict({f"ensemble_{kind}": (f"region_{kind}", f"grid_{kind}") for kind in kinds})
+    c.study.baseline = "joint_none"
+    return c

@@ -1,0 +1,35 @@
+"""USER, 3SHNet, VSE-infinity and 3SHNet with queues under the recipe that suits flickr8k_mini, shnet_flickr8k.py."""
+
+from ml_collections import ConfigDict
+
+from configs import shnet_flickr8k, user_coco
+
+
+def get_config() -> ConfigDict:
+    """`--mode=study` trains the four arms, `--config.study.only` others; needs what shnet_flickr8k.py needs."""
+    return compared(shnet_flickr8k.get_config())
+
+
+def compared(c: ConfigDict) -> ConfigDict:
+    """The arms under any recipe for 3SHNet.
+
+    SGE has the norm for any number of units, as regions are dropped; keys follow within a short run.
+    """
+    c.name = "USER and 3SHNet, one recipe"
+    c.model.user = user_coco.get_config().model.user
+    c.model.user.norm = "layer"
+    c.momentum.decay = 0.99
+    c.momentum.warm = True
+    c.momentum.start = "gaussian"
+    off = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
+    c.study.arms = ConfigDict()
+    c.study.arms.user = ConfigDict({"model": {"name": "user"}})
+    c.study.arms.shnet = ConfigDict({})
+    c.study.arms.vse_infinity = ConfigDict({"model": off})
+    queues = {"momentum": {"queue": 2048}}
+    c.study.arms.shnet_queues = ConfigDict(queues)
+    c.study.only = tuple(c.study.arms)
+    c.study.arms.user_queues = ConfigDict({"model": {"name": "user"}} | queues)
+    objective = {"weights": {"infonce": 0.0, "uto": 1.0}, "uto": {"batch_weight": 20.0}}
+    c.study.arms.user_uto = ConfigDict({"model": {"name": "user"}, "loss": objective} | queues)
+    return c

@@ -1,0 +1,31 @@
+"""Makes a data set from photographs and captions with pretrained models.
+
+    python -m data_prep.extract --images=DIR --captions=FILE --segmenter=MODEL --backbone=MODEL --name=NAME --out=DIR
+
+A run that was stopped goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from data_prep import command
+from data_prep.extract import run
+
+
+@command.reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = command.parser("extract", __doc__)
+    run.add_arguments(parser)
+    args: argparse.Namespace = parser.parse_args(argv)
+    work = run.prepare(args)
+    run.extract_here(work, args)
+    print(run.build(work, args))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Patch tokens and a global embedding by CLIP, SigLIP or DINOv2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+from data_prep.schema import DataError
+
+
+class Backbone:
+    """A vision transformer that sees the whole photograph, squashed to a square.
+
+    Nothing is cropped, unlike CLIP's and DINOv2's own preparation, so that boxes and the grid cover the same picture.
+    """
+
+    def __init__(self, name: str, device: torch.device, image_size: int | None = None):
+        """Loads the model `name`. image_size: side of the square in pixels; None is what its processor makes."""
+        self._processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+        self._model = AutoModel.from_pretrained(name, trust_remote_code=False).eval().to(device)
+        self._device = device
+        vision = getattr(self._model.config, "vision_config", self._model.config)
+        for needed in ("image_size", "patch_size"):
+            if not isinstance(getattr(vision, needed, None), int):
+                raise DataError(
+                    f"backbone {name}: expected a vision transformer with square patches, found no {needed}"
+                )
+        self._size = image_size or _own_size(self._processor, vision.image_size)
+        self._side, rest = divmod(self._size, vision.patch_size)
+        if rest:
+            raise DataError(f"backbone {name}: image_size {self._size}: expected a multiple of {vision.patch_size}")
+        # DINOv2 always fits its position embedding to the image; CLIP and SigLIP want to be asked.
+        fit = self._size != vision.image_size and vision.model_type not in ("dinov2", "dinov2_with_registers")
+        self._options = {"interpolate_pos_encoding": True} if fit else {}
+
+    def __call__(self, images: Sequence[Image.Image]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each image its tokens [h, w, D], the last hidden state, and its global vector [E], both float32.
+
+        The vector is CLIP's projected image embedding, SigLIP's pooled one or DINOv2's class token; not normalised.
+        """
+        size = {"height": self._size, "width": self._size}
+        inputs = self._processor(
+            images=list(images), do_resize=True, size=size, do_center_crop=False, return_tensors="pt"
+        )
+        pixels = inputs["pixel_values"].to(self._device)
+        forward = getattr(self._model, "get_image_features", self._model)
+        with torch.inference_mode():
+            outputs = forward(pixel_values=pixels, **self._options)
+        # Class and register tokens come before the patches.
+        tokens = outputs.last_hidden_state[:, -(self._side**2) :].float().cpu().numpy()
+        vectors = outputs.pooler_output.float().cpu().numpy()
+        return list(zip(tokens.reshape(len(images), self._side, self._side, -1), vectors, strict=True))
+
+
+def _own_size(processor: object, default: int) -> int:
+    """Side of the images that a processor makes."""
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = crop or getattr(processor, "size", None) or {}
+    return int(size.get("height") or size.get("shortest_edge") or default)

@@ -1,0 +1,160 @@
+"""The work of an extraction in blocks of photographs, each one file, so that it resumes and spreads over machines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_prep import schema
+from data_prep.captions import Captioned, Splits
+from data_prep.extract import images
+from data_prep.extract.settings import Settings
+from data_prep.schema import DataError, Record
+
+SIZE = 64  # photographs of a block: as many are lost when a run is killed
+_ROWS = "rows"
+_THREADS = 4
+
+Extract = Callable[[Sequence[Image.Image], Sequence[str]], list[Record]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Photographs first..first + len(items) of a split. path: the file of their features."""
+
+    path: Path
+    split: str
+    items: tuple[Captioned, ...]
+
+
+def plan(folder: Path, settings: Settings, splits: Splits) -> list[Block]:
+    """The blocks of an extraction, whose files lie in `folder`, which is made.
+
+    Raises DataError when the folder holds the blocks of other settings or photographs.
+    """
+    listing = "\n".join(f"{split}\t{item.file}" for split, items in splits.items() for item in items)
+    wanted = settings.as_json() | {"photographs": hashlib.sha256(listing.encode()).hexdigest(), "block": SIZE}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for key in wanted:
+            if found.get(key) != wanted[key]:
+                raise DataError(
+                    f"{path}: an extraction with {key} = {found.get(key)!r} was begun here, now it is {wanted[key]!r}; "
+                    "finish that one, use another --name, or delete this folder"
+                )
+    else:
+        _write(path, lambda file: file.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8"))
+    return [
+        Block(folder / f"{split}-{start // SIZE:06d}.npz", split, tuple(items[start : start + SIZE]))
+        for split, items in splits.items()
+        for start in range(0, len(items), SIZE)
+    ]
+
+
+def extract(
+    block: Block,
+    folder: Path,
+    extractor: Extract,
+    batch_size: int,
+    on_broken: Callable[[str], None],
+    on_done: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the file of a block.
+
+    folder: of the photographs. on_broken: called with name and reason of each that cannot be read, which is left out
+    if that returns. on_done: called after each photograph.
+    """
+    paths = [images.find(folder, item.file) for item in block.items]
+    rows: list[int] = []
+    records: list[Record] = []
+    for start, loaded in _batches(paths, batch_size):
+        good = []
+        for row, image in enumerate(loaded, start):
+            if isinstance(image, images.BrokenImage):
+                on_broken(str(image))
+            else:
+                good.append((row, image))
+        if good:
+            records += extractor([image for _, image in good], [str(paths[row]) for row, _ in good])
+            rows += [row for row, _ in good]
+        for _ in loaded:
+            on_done()
+    fields: dict[str, Any] = {_ROWS: np.array(rows, np.int64)}
+    for name in records[0] if records else ():
+        fields[name] = np.stack([record[name] for record in records])
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, **fields)
+
+    _write(block.path, write)
+
+
+def _batches(paths: Sequence[Path], size: int) -> Iterator[tuple[int, list[Image.Image | images.BrokenImage]]]:
+    """First row and photographs of each batch; the next one is read while this one is worked on."""
+    starts = range(0, len(paths), size)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        upcoming = pool.map(_load, paths[:size])
+        for start in starts:
+            loaded = list(upcoming)
+            upcoming = pool.map(_load, paths[start + size : start + 2 * size])
+            yield start, loaded
+
+
+def _load(path: Path) -> Image.Image | images.BrokenImage:
+    try:
+        return images.load(path)
+    except images.BrokenImage as error:
+        return error
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write to a name of its own, then rename: two workers may do the same block."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def records(blocks: Sequence[Block], feature_dtype: str) -> Iterator[Record]:
+    """The records of blocks that were extracted, with their captions."""
+    for block in blocks:
+        with np.load(block.path, allow_pickle=False) as arrays:
+            fields = {name: arrays[name] for name in arrays.files}
+        rows = fields.pop(_ROWS)
+        for place, row in enumerate(rows.tolist()):
+            item = block.items[row]
+            visual = {
+                name: schema.as_field(name, values[place], where=item.file, dtype=feature_dtype)
+                for name, values in fields.items()
+            }
+            yield item.record() | visual
+
+
+def skipped(blocks: Sequence[Block]) -> list[str]:
+    """The photographs that could not be read, of blocks that were extracted."""
+    names = []
+    for block in blocks:
+        with np.load(block.path, allow_pickle=False) as arrays:
+            kept = set(arrays[_ROWS].tolist())
+        names += [item.file for row, item in enumerate(block.items) if row not in kept]
+    return names
+
+
+def remove(folder: Path) -> None:
+    """Delete the blocks of a finished extraction."""
+    shutil.rmtree(folder)

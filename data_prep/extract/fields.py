@@ -1,0 +1,60 @@
+"""From a batch of photographs to the fields of their records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_prep import schema
+from data_prep.extract.backbone import Backbone
+from data_prep.extract.pool import box_average
+from data_prep.extract.segment import Segmenter
+from data_prep.extract.settings import Settings
+from data_prep.schema import Record
+
+
+class Extractor:
+    """The models of an extraction, loaded once."""
+
+    def __init__(self, settings: Settings, device: str = ""):
+        """device: cpu, cuda, cuda:1, ...; "" is the first GPU if there is one."""
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._settings = settings
+        self._segmenter = None
+        if settings.segmenter:
+            self._segmenter = Segmenter(
+                settings.segmenter,
+                place,
+                regions=settings.regions,
+                region_score=settings.region_score,
+                seg_map=settings.seg_map,
+            )
+        self._backbone = Backbone(settings.backbone, place, settings.image_size) if settings.backbone else None
+
+    def __call__(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[Record]:
+        """Visual fields of each image, as they are stored. names: for error messages."""
+        records: list[Record] = [{} for _ in images]
+        if self._segmenter is not None:
+            records = self._segmenter(images)
+        if self._backbone is not None:
+            for record, (grid, vector) in zip(records, self._backbone(images), strict=True):
+                if "boxes" in record:
+                    record["regions"] = box_average(grid, record["boxes"])
+                    record["region_mask"] = np.ones(len(record["boxes"]), bool)
+                record["grid"] = grid.reshape(-1, grid.shape[-1])
+                record["image_embedding"] = vector
+        return [self._stored(record, name) for record, name in zip(records, names, strict=True)]
+
+    def _stored(self, record: Record, name: str) -> Record:
+        """Regions padded to their number, everything in its dtype; bfloat16, which a block cannot hold, comes later."""
+        dtype = "float16" if self._settings.feature_dtype == "float16" else "float32"
+        out: Record = {}
+        for field, value in record.items():
+            if schema.FIELDS[field].shape[0] == "K":
+                missing = self._settings.regions - len(value)
+                value = np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
+            out[field] = schema.as_field(field, value, where=name, dtype=dtype)
+        return out

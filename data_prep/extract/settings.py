@@ -1,0 +1,63 @@
+"""What an extraction depends on, and its flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from data_prep import command
+from data_prep.schema import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that the features depend on, beside the photographs.
+
+    segmenter, backbone: folders or hub names of transformers models; "" leaves their fields out.
+    image_size: side of the square that the backbone sees; None is its own.
+    regions, region_score: most regions of an image, and the least confidence of all but the first.
+    seg_map: "panoptic" (segments without overlap, unsure pixels void) or "semantic" (the likeliest class everywhere).
+    feature_dtype: what regions, grid and seg_semantic are stored in.
+    """
+
+    images: Path
+    segmenter: str
+    backbone: str
+    image_size: int | None = None
+    regions: int = 36
+    region_score: float = 0.1
+    seg_map: str = "panoptic"
+    feature_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        """Raises DataError when no model is named or the photographs' folder does not exist."""
+        if not self.segmenter and not self.backbone:
+            raise DataError("expected --segmenter, --backbone or both, found neither")
+        if not self.images.is_dir():
+            raise DataError(f"{self.images}: no such folder")
+
+    def as_json(self) -> dict[str, Any]:
+        """What a later run must have too, to go on with the blocks of an earlier one."""
+        return dataclasses.asdict(self) | {"images": str(self.images.resolve())}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `from_arguments`."""
+    count = command.at_least(1)
+    parser.add_argument("--images", type=Path, required=True, help="folder of photographs")
+    parser.add_argument(
+        "--segmenter", default="", help="Mask2Former, MaskFormer or DETR on COCO panoptic: folder or name"
+    )
+    parser.add_argument("--backbone", default="", help="CLIP, SigLIP or DINOv2: folder or name")
+    parser.add_argument("--image_size", type=count, help="side of the square that the backbone sees; default: its own")
+    parser.add_argument("--regions", type=count, default=36, help="most regions of an image")
+    parser.add_argument("--region_score", type=float, default=0.1, help="least confidence of a region, 0..1")
+    parser.add_argument("--seg_map", choices=("panoptic", "semantic"), default="panoptic", help="kind of label map")
+
+
+def from_arguments(args: argparse.Namespace) -> Settings:
+    """The settings that the flags say."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    return Settings(**{name: getattr(args, name) for name in names})

@@ -1,0 +1,21 @@
+"""Imports the label maps that UPSNet writes for COCO (its folders pan_2ch or ssegs).
+
+python -m data_prep.from_upsnet --upsnet=DIR --captions=val=captions_val2017.json --name=NAME --out=DATA_DIR
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from data_prep import command, join
+
+
+@command.reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return join.run("from_upsnet", "upsnet", __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Segmentation of each image from COCO panoptic files (PNG and JSON) or from UPSNet's PNG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_prep import captions, coco_panoptic, label_maps
+from data_prep.schema import DataError, Record
+from data_prep.sources.base import Absent
+
+FIELDS = ("seg_semantic", "seg_map", "categories")
+
+
+@dataclass(frozen=True)
+class Panoptic:
+    """COCO panoptic annotations, or predictions in that format.
+
+    annotations: the JSON; its `images` may be absent, as in the files that evaluation takes.
+    folder: the PNG that its entries name.
+    """
+
+    annotations: Path
+    folder: Path
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The names of the classes."""
+        return {"class_names": list(coco_panoptic.NAMES)}
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Where its fields come from."""
+        return dict.fromkeys(FIELDS, str(self.annotations))
+
+    @cached_property
+    def _entries(self) -> dict[str, tuple[str, dict[int, int]]]:
+        """Image name or number -> (PNG, segment -> category), for every name that the JSON gives an image."""
+        try:
+            content = json.loads(self.annotations.read_text(encoding="utf-8"))
+            names = {image["id"]: image["file_name"] for image in content.get("images", [])}
+            entries = {}
+            for entry in content["annotations"]:
+                categories = {segment["id"]: segment["category_id"] for segment in entry["segments_info"]}
+                number = entry["image_id"]
+                for name in (str(number), *captions.keys(names.get(number, entry["file_name"]))):
+                    entries[name] = (entry["file_name"], categories)
+        except ValueError as error:
+            raise DataError(f"{self.annotations}: expected JSON: {error}") from error
+        except KeyError as error:
+            raise DataError(
+                f"{self.annotations}: expected the key {error.args[0]!r}, found an entry without"
+            ) from error
+        return entries
+
+    def read(self, image_id: str) -> Record:
+        """seg_semantic [133, 7, 7], seg_map [64, 64] and categories [133]."""
+        for key in captions.keys(image_id):
+            if key in self._entries:
+                file, categories = self._entries[key]
+                break
+        else:
+            raise Absent(f"{self.annotations}: image {image_id!r}: expected an annotation, found none")
+        path = self.folder / file
+        segments = coco_panoptic.segment_ids(_pixels(path, "RGB"))
+        return label_maps.fields(coco_panoptic.label_map(segments, categories, str(path)), coco_panoptic.CLASSES)
+
+
+@dataclass(frozen=True)
+class Upsnet:
+    """Label maps that UPSNet's test script writes for COCO: `pan_2ch` (class, instance, 0) or `ssegs` (class)."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        """Raises DataError when there is no such folder."""
+        if not self.folder.is_dir():
+            raise DataError(f"{self.folder}: no such folder")
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The names of the classes."""
+        return {"class_names": list(coco_panoptic.NAMES)}
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Where its fields come from."""
+        return dict.fromkeys(FIELDS, f"{self.folder}/ID.png")
+
+    def read(self, image_id: str) -> Record:
+        """seg_semantic [133, 7, 7], seg_map [64, 64] and categories [133], classes in COCO's order."""
+        path = self._file(image_id)
+        pixels = _pixels(path, None)
+        labels = pixels if pixels.ndim == 2 else pixels[..., 0]
+        return label_maps.fields(coco_panoptic.from_stuff_first(labels, str(path)), coco_panoptic.CLASSES)
+
+    def _file(self, image_id: str) -> Path:
+        for key in captions.keys(image_id):
+            # ssegs keeps the photograph's extension; COCO 2017 pads numbers to 12 digits
+            for name in (key, f"{key}.jpg", key.zfill(12), f"{key.zfill(12)}.jpg"):
+                path = self.folder / f"{name}.png"
+                if path.is_file():
+                    return path
+        raise Absent(f"{self.folder}: image {image_id!r}: expected its label map as PNG, found none")
+
+
+def _pixels(path: Path, mode: str | None) -> np.ndarray:
+    """Pixels of a PNG, converted to `mode` if given; [H, W] or [H, W, channels] uint8."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert(mode) if mode else image)
+    except OSError as error:
+        raise DataError(f"{path}: expected a PNG: {error}") from error

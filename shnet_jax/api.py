@@ -1,0 +1,123 @@
+"""A trained model in a few lines of Python; what `shnet_jax.load` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from shnet_jax import commands
+from shnet_jax.data.gallery import Part, open_gallery
+from shnet_jax.data.records import DataSet
+from shnet_jax.parallel.mapping import make_mesh
+from shnet_jax.retrieve.folder import Embeddings, make_ids, open_embeddings
+from shnet_jax.retrieve.query import Answer, Searcher, encode_parts, encode_texts, place_towers
+from shnet_jax.train.workdir import trained_config
+from shnet_jax.types import Embedding
+
+
+def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None = None) -> Retriever:
+    """The best checkpoint of a run, or a certain one of it.
+
+    Args:
+      path: the work folder of a run, or the folder of one of its checkpoints (WORKDIR/checkpoints/STEP).
+      data_dir: data set that images come from; "": that of the run.
+      config: of the same model, for another choice in its sections eval, parallel and search; None: that of the run.
+
+    Raises:
+      FileNotFoundError, ValueError, WorkdirError, CheckpointError: there is nothing to load, or it does not fit.
+    """
+    path = Path(path)
+    workdir, step = path, None
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        workdir, step = path.parent.parent, int(path.name)
+    config = ConfigDict((trained_config(workdir) if config is None else config).to_dict())
+    config.data.dir = str(data_dir) or config.data.dir
+    return Retriever(commands.load(workdir, config, step), config)
+
+
+class Retriever:
+    """A trained model with its data set: encodes images and sentences, searches one with the other."""
+
+    def __init__(self, loaded: commands.Loaded, config: ConfigDict):
+        self.loaded, self.config = loaded, config
+        self._mesh = make_mesh(config.parallel.devices)
+        self._galleries: dict[str, Embeddings] = {}
+
+    @property
+    def dataset(self) -> DataSet:
+        """The data set that images come from."""
+        return self.loaded.experiment.dataset
+
+    @cached_property
+    def _towers(self) -> Any:
+        return place_towers(self.loaded.experiment, self.loaded.variables, self._mesh)
+
+    def encode_texts(self, texts: Sequence[str]) -> Embedding:
+        """Sentences -> their t embeddings, NumPy: `.vector` [t, d] float32, of unit length."""
+        return encode_texts(self.loaded.experiment, self._towers[1], texts)
+
+    def encode_images(self, images: str | Mapping[str, np.ndarray]) -> Embedding:
+        """Images -> their n embeddings, NumPy: `.vector` [n, d] float32, of unit length.
+
+        images: a split of the data set; or the record fields that the model reads ({"regions": [n, K, D], ...}, see
+          docs/data.md), with the masks of padded units.
+        Raises ValueError for fields that are missing or differ in their number of images.
+        """
+        rows = self.config.eval.batch_size * self._mesh.size
+        if isinstance(images, str):
+            experiment = self.loaded.experiment
+            gallery = open_gallery(
+                experiment.config, experiment.dataset, images, experiment.tokenizer, experiment.fields
+            )
+            return encode_parts(self._towers[0], gallery.image_batches(rows), gallery.images)
+        fields = {name: np.asarray(values) for name, values in images.items()}
+        missing = [name for name in self.loaded.experiment.fields if name not in fields and not name.endswith("_mask")]
+        counts = {name: len(values) for name, values in fields.items()}
+        if missing or len(set(counts.values())) != 1:
+            raise ValueError(
+                f"the model reads {', '.join(self.loaded.experiment.fields)} of each image; "
+                f"found {', '.join(f'{name} of {count}' for name, count in counts.items()) or 'nothing'}"
+            )
+        count = next(iter(counts.values()))
+        return encode_parts(self._towers[0], _parts(fields, count, rows), count)
+
+    def search(self, query: str | Sequence[str], split: str = "test", top_k: int = 10) -> list[Answer]:
+        """The images of a split that fit each sentence best, an Answer with `.hits` for each.
+
+        The split is encoded at the first search and kept; `open` takes its vectors from a folder instead.
+        """
+        queries = [query] if isinstance(query, str) else list(query)
+        return self._searcher(split).images_by_text(queries, self.encode_texts(queries), top_k)
+
+    def search_by_image(self, image_id: str | Sequence[str], split: str = "test", top_k: int = 10) -> list[Answer]:
+        """The captions that fit images of a split best, and the images most like them."""
+        return self._searcher(split).by_image([image_id] if isinstance(image_id, str) else list(image_id), top_k)
+
+    def open(self, folder: str | Path) -> None:
+        """Takes the embeddings of a split from a folder of --mode=embed. Raises ValueError for another checkpoint's."""
+        found = open_embeddings(folder)
+        if found.source["checkpoint_step"] != self.loaded.step:
+            raise ValueError(f"{folder} is of step {found.source['checkpoint_step']}, the model of {self.loaded.step}")
+        self._galleries[found.source["split"]] = found
+
+    def _searcher(self, split: str) -> Searcher:
+        if split not in self._galleries:
+            ids = make_ids(self.dataset, split)
+            images, texts = self.encode_images(split), self.encode_texts(ids.captions)
+            self._galleries[split] = Embeddings(Path(), {"split": split}, ids, images, texts)
+        score, eval_ = self.loaded.experiment.model.score, self.config.eval
+        return Searcher(self._galleries[split], score, ConfigDict({"index": "exact"}), eval_.tile, self._mesh)
+
+
+def _parts(fields: Mapping[str, np.ndarray], count: int, rows: int) -> Any:
+    """Batches of full size; the last one repeats its first row."""
+    for start in range(0, count, rows):
+        numbers = np.arange(start, min(start + rows, count))
+        padded = np.pad(numbers, (0, rows - len(numbers)), constant_values=start)
+        batch = {name: values[padded] for name, values in fields.items()}
+        yield Part({"image_index": padded.astype(np.int32), **batch}, len(numbers), numbers)

@@ -1,0 +1,80 @@
+"""Every run on every data set, without training: how far a model carries to data that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from shnet_jax.commands import evaluate_loaded, evaluate_zero_shot, load_any
+from shnet_jax.data.records import find_dataset
+from shnet_jax.evaluate.protocols import Results
+from shnet_jax.evaluate.report import markdown, table, write_json, write_text
+from shnet_jax.train.workdir import trained_config
+
+Matrix = dict[str, dict[str, Results]]
+"""Run -> data set -> results."""
+
+
+def cross(config: ConfigDict, workdir: str | Path) -> Matrix:
+    """Evaluates the runs config.cross.runs on config.eval.split of each of config.cross.data_dirs.
+
+    A run keeps its vocabulary and its checkpoint, which its own validation split chose: nothing is tuned to the other
+    data sets. Prints the tables and writes them to cross.md and, with all cards, cross.json in `workdir`, after each
+    evaluation. Raises ValueError when there is nothing to do or two rows or columns have the same name, and what
+    `commands.load_any` raises for a run or a data set that does not fit it.
+    """
+    workdir = Path(workdir)
+    columns = {find_dataset(folder).parent.name: folder for folder in config.cross.data_dirs}
+    rows = {_row(Path(run)): run for run in config.cross.runs}
+    for field, given, named in (("runs", config.cross.runs, rows), ("data_dirs", config.cross.data_dirs, columns)):
+        if not given or len(named) < len(given):
+            raise ValueError(
+                f"config.cross.{field} is {tuple(given)}; expected at least one, all with names of their own, "
+                f"found {list(named)}"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    matrix: Matrix = {}
+    for row, run in rows.items():
+        for column, folder in columns.items():
+            results = evaluate_loaded([load_any(run, _on(config, folder))], config)
+            matrix.setdefault(row, {})[column] = results
+            _write(matrix, workdir)
+    for column, folder in columns.items():
+        if (pretrained := evaluate_zero_shot(_on(config, folder))) is not None:
+            matrix.setdefault("zero-shot", {})[column] = pretrained
+    print(_write(matrix, workdir))
+    return matrix
+
+
+def _on(config: ConfigDict, folder: str) -> ConfigDict:
+    own = ConfigDict(config.to_dict())
+    own.data.dir = folder
+    return own
+
+
+def _row(run: Path) -> str:
+    """Name of a run, and the data set that it was trained on."""
+    config = trained_config(run)
+    folder = Path(config.data.dir)
+    trained_on = folder.parent.name if (folder / "dataset_info.json").is_file() else folder.name
+    return f"{config.name}, seed {config.seed}, trained on {trained_on}"
+
+
+def _write(matrix: Matrix, workdir: Path) -> str:
+    arms = {f"{row} → {column}": results for row, found in matrix.items() for column, results in found.items()}
+    text = f"{rsums(matrix)}\n{table(arms)}"
+    write_json(workdir / "cross.json", arms)
+    write_text(workdir / "cross.md", text)
+    return text
+
+
+def rsums(matrix: Mapping[str, Mapping[str, Results]]) -> str:
+    """Markdown table of rSum, a row for each run and a column for each data set."""
+    columns = list(dict.fromkeys(column for found in matrix.values() for column in found))
+    cells = [
+        [row, *(f"{found[c].metrics['rsum']:.1f}" if c in found else "" for c in columns)]
+        for row, found in matrix.items()
+    ]
+    return markdown(["rSum", *columns], cells)

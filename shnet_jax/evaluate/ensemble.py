@@ -1,0 +1,116 @@
+"""A gallery as one model sees it, and as several see it together: the weighted mean of their scores, tile by tile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from shnet_jax.evaluate.compare import Way
+from shnet_jax.evaluate.protocols import Subject
+from shnet_jax.evaluate.tiles import Items, ItemScore
+from shnet_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """n images and t captions of a split, encoded.
+
+    images, texts: one embedding of each, or for an ensemble a tuple with one of each member.
+    score: (some images, some texts) -> scores of their pairs.
+    caption_image: [t] int, image of each caption.
+    image_ids: unicode [n]. captions: the t sentences.
+    way: how they are ranked; None: by `rank.ranks` with the score.
+    """
+
+    name: str
+    images: Items
+    texts: Items
+    score: ItemScore
+    caption_image: np.ndarray
+    image_ids: np.ndarray
+    captions: tuple[str, ...]
+    subject: Subject
+    way: Way | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanScore:
+    """sum of weight * score over the members of an ensemble; the weights add up to 1.
+
+    Called with one embedding of each member on either side. Equal ones are equal, so they share compiled programs.
+    """
+
+    scores: tuple[ItemScore, ...]
+    weights: tuple[float, ...]
+
+    def __call__(self, images: Sequence[Items], texts: Sequence[Items]) -> Array:
+        """Scores [n, t] of n images and t captions."""
+        members = zip(self.weights, self.scores, images, texts, strict=True)
+        first, *rest = (weight * score(a, b).astype("float32") for weight, score, a, b in members)
+        return sum(rest, start=first)
+
+
+def mean_score(scores: Sequence[ItemScore], weights: Sequence[float] = ()) -> MeanScore:
+    """The mean of scores, weighted in proportion to `weights` (none: equally).
+
+    Raises ValueError for weights that are too many or few, negative, not finite or all zero.
+    """
+    given = np.asarray(weights if len(weights) else [1.0] * len(scores), np.float64)
+    if len(given) != len(scores):
+        raise ValueError(f"config.eval.ensemble_weights has {len(given)} numbers for {len(scores)} models")
+    if not np.isfinite(given).all() or (given < 0).any() or not given.sum():
+        raise ValueError(
+            f"config.eval.ensemble_weights is {tuple(weights)}; expected finite numbers >= 0, not all of them 0"
+        )
+    return MeanScore(tuple(scores), tuple((given / given.sum()).tolist()))
+
+
+def combine(name: str, members: Sequence[Embedded], weights: Sequence[float] = ()) -> Embedded:
+    """The ensemble of models that encoded the same gallery; it scores by the mean of their scores.
+
+    The members may differ in model, text tower and features. Raises ValueError unless there are at least two, with the
+    same images and captions in the same order.
+    """
+    if len(members) < 2:
+        raise ValueError(f"an ensemble has at least 2 members, got {len(members)}")
+    first = members[0]
+    for other in members[1:]:
+        _check_same_gallery(first, other)
+    score = mean_score([m.score for m in members], weights)
+    parts = ", ".join(f"{m.name} ({w:.3g})" for m, w in zip(members, score.weights, strict=True))
+    return dataclasses.replace(
+        first,
+        name=name,
+        images=tuple(m.images for m in members),
+        texts=tuple(m.texts for m in members),
+        score=score,
+        subject=_joint_subject([m.subject for m in members], f"mean of the scores of {len(members)} models: {parts}"),
+    )
+
+
+def _check_same_gallery(first: Embedded, other: Embedded) -> None:
+    where = f"{first.name} ({first.subject.dataset}, {first.subject.split}) and {other.name} ({other.subject.dataset}, "
+    where += f"{other.subject.split})"
+    for kind, ours, theirs in (
+        ("images", first.image_ids.tolist(), other.image_ids.tolist()),
+        ("captions", first.captions, other.captions),
+        ("caption_image", first.caption_image.tolist(), other.caption_image.tolist()),
+    ):
+        if len(ours) != len(theirs):
+            raise ValueError(f"ensemble of {where}: {len(ours)} and {len(theirs)} {kind}; expected the same gallery")
+        for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if a != b:
+                raise ValueError(
+                    f"ensemble of {where}: {kind} row {row} is {a!r} and {b!r}; expected the same, in the same order"
+                )
+
+
+def _joint_subject(subjects: Sequence[Subject], ensemble: str) -> Subject:
+    """What is the same in all, and the different values of the rest in the order of the members."""
+    joint = {}
+    for field in dataclasses.fields(Subject):
+        values = [getattr(subject, field.name) for subject in subjects]
+        joint[field.name] = values[0] if len(set(values)) == 1 else ", ".join(map(str, values))
+    return Subject(**joint | {"ensemble": ensemble})

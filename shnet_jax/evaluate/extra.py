@@ -1,0 +1,138 @@
+"""What config.eval asks for beyond recalls: hubness, ECCV Caption, Crisscrossed Captions. All of the whole gallery."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from shnet_jax.data.records import DataSet
+from shnet_jax.evaluate.coco import coco_number, judgements_folder, read_judgements, read_ratings, rows_of
+from shnet_jax.evaluate.ensemble import Embedded
+from shnet_jax.evaluate.recall import CUTS, Metrics
+from shnet_jax.evaluate.relevance import Relevant, hits, hubness, precision_at_r, recall_at, relevant
+from shnet_jax.evaluate.tiles import Items, ItemScore, size
+from shnet_jax.evaluate.topk import Top, top_items
+from shnet_jax.types import Array
+
+OCCURRENCE = 10  # k of the k-occurrence
+
+
+class CocoRows:
+    """Rows of a split by COCO's numbers. Raises ValueError for a data set without caption_ids."""
+
+    def __init__(self, dataset: DataSet, split: str):
+        if "caption_ids" not in dataset.features:
+            raise ValueError(
+                f"{dataset.path}: no field caption_ids, by which these judgements know the captions; import the split "
+                f"with a file {split}_capids.txt"
+            )
+        ids = dataset.open_split(split, ("caption_ids",))
+        self.images = rows_of(np.array([coco_number(i) for i in dataset.image_ids(split)]), "image")
+        self.captions = rows_of(np.concatenate([record["caption_ids"] for record in ids]), "caption")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What config.eval asks for, with the judgements read.
+
+    between: name -> relevant captions of images, relevant images of captions. within: "i2i" and "t2t" -> the same of
+    images to images and of captions to captions; both empty without.
+    """
+
+    hubness: bool
+    between: Mapping[str, tuple[Relevant, Relevant]]
+    within: Mapping[str, Relevant]
+
+
+def read_wanted(dataset: DataSet, split: str, evaluation: ConfigDict) -> Wanted:
+    """Reads the judgements that config.eval names, before anything is encoded.
+
+    Raises ValueError or FileNotFoundError when a file is missing or does not fit the split.
+    """
+    between: dict[str, tuple[Relevant, Relevant]] = {}
+    within: dict[str, Relevant] = {}
+    if evaluation.eccv or evaluation.cxc:
+        rows = CocoRows(dataset, split)
+        if evaluation.eccv:
+            folder = judgements_folder(evaluation.eccv)
+            between = {name: read_judgements(folder, name, rows.images, rows.captions) for name in ("eccv", "cxc")}
+        if evaluation.cxc:
+            ratings, name = Path(evaluation.cxc), "val" if split.startswith(("val", "dev")) else "test"
+            counts = dataset.caption_counts(split)
+            siblings = sibling_captions(np.repeat(np.arange(len(counts)), counts))
+            query, item = read_ratings(ratings / f"sts_{name}.csv", "caption", rows.captions)
+            within = {
+                "i2i": relevant(*read_ratings(ratings / f"sis_{name}.csv", "image", rows.images)),
+                "t2t": relevant(np.append(query, siblings[0]), np.append(item, siblings[1])),
+            }
+    return Wanted(evaluation.hubness, between, within)
+
+
+def extra_metrics(embedded: Embedded, wanted: Wanted, tile: int, mesh: Mesh) -> Metrics:
+    """Numbers by name, {} when nothing is wanted.
+
+    hubness_i2t, hubness_t2i: skewness of how often captions (images) are among the first 10 of an image (caption).
+    eccv_i2t_map_at_r, _rprecision, _r1 and the same for t2i: ECCV Caption, percent.
+    cxc_i2t_r1, _r5, _r10, the same for t2i: Crisscrossed Captions, percent; for i2i and t2t where ratings are given.
+    """
+    found: Metrics = {}
+    if wanted.between or wanted.hubness:
+        most = max([OCCURRENCE, CUTS[-1], *(side.most for sides in wanted.between.values() for side in sides)])
+        top = top_items(embedded.images, embedded.texts, embedded.score, most, tile, mesh)
+        if wanted.hubness:
+            found |= {
+                "hubness_i2t": hubness(top.i2t[:, :OCCURRENCE], size(embedded.texts)),
+                "hubness_t2i": hubness(top.t2i[:, :OCCURRENCE], size(embedded.images)),
+            }
+        for name, sides in wanted.between.items():
+            found |= _judged(name, top, sides)
+    for direction, pairs in wanted.within.items():
+        items = embedded.images if direction == "i2i" else embedded.texts
+        numbers = recall_at(hits(top_within(items, embedded.score, CUTS[-1], tile, mesh), pairs))
+        found |= {f"cxc_{direction}_{number}": value for number, value in numbers.items()}
+    return found
+
+
+def _judged(name: str, top: Top, sides: tuple[Relevant, Relevant]) -> Metrics:
+    found: Metrics = {}
+    for direction, lists, pairs in (("i2t", top.i2t, sides[0]), ("t2i", top.t2i, sides[1])):
+        hit = hits(lists, pairs)
+        numbers = precision_at_r(hit, pairs.counts) if name == "eccv" else recall_at(hit)
+        found |= {f"{name}_{direction}_{number}": value for number, value in numbers.items()}
+    return found
+
+
+def sibling_captions(caption_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All ordered pairs of different captions of the same image, [p] each."""
+    order = np.argsort(caption_image, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(caption_image[order])) + 1)
+    pairs = np.concatenate([np.stack(np.meshgrid(g, g, indexing="ij"), -1).reshape(-1, 2) for g in groups])
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    return pairs[:, 0], pairs[:, 1]
+
+
+def top_within(items: Items, score: ItemScore, k: int, tile: int, mesh: Mesh) -> np.ndarray:
+    """[m, k] the first k of the m items for each of them, by the model's score of their embeddings.
+
+    An item scores 0 with itself, as in the code of VSE-infinity, so it is not the first of its own list.
+    """
+    numbered = (items, np.arange(size(items), dtype=np.int32))
+    return top_items(numbered, numbered, _Others(score), k, tile, mesh).i2t
+
+
+@dataclasses.dataclass(frozen=True)
+class _Others:
+    """A score of (items, their numbers) that is 0 for an item with itself; equal ones share compiled programs."""
+
+    score: ItemScore
+
+    def __call__(self, queries: Any, others: Any) -> Array:
+        same = queries[1][:, None] == others[1][None, :]
+        return jnp.where(same, 0.0, self.score(queries[0], others[0]))

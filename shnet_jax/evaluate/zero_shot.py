@@ -1,0 +1,54 @@
+"""The pretrained dual encoder whose vectors a data set carries, evaluated on the same path as a trained model."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shnet_jax.data.records import DataSet
+from shnet_jax.evaluate.ensemble import Embedded
+from shnet_jax.evaluate.protocols import Subject
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.types import Embedding
+
+FIELDS = ("image_embedding", "caption_embeddings")
+NAME = "zero-shot"
+
+
+def zero_shot(dataset: DataSet, split: str) -> Embedded | None:
+    """The gallery by cosine of `image_embedding` and `caption_embeddings`; None unless the data set has both.
+
+    Raises ValueError for a vector of length 0, which has no direction.
+    """
+    if not all(field in dataset.features for field in FIELDS):
+        return None
+    images, captions = [], []
+    for record in dataset.open_split(split, FIELDS):
+        images.append(record["image_embedding"])
+        captions.append(record["caption_embeddings"])
+    sides = [
+        _unit(dataset, split, *side) for side in ((FIELDS[0], np.stack(images)), (FIELDS[1], np.concatenate(captions)))
+    ]
+    return Embedded(
+        name=NAME,
+        images=sides[0],
+        texts=sides[1],
+        score=RetrievalModel.score,
+        caption_image=np.repeat(np.arange(len(images)), [len(c) for c in captions]),
+        image_ids=dataset.image_ids(split),
+        captions=tuple(caption for own in dataset.captions(split) for caption in own),
+        subject=Subject(
+            dataset=dataset.path.parent.name,
+            split=split,
+            checkpoint_step=0,
+            parameters="none learned here: cosine of image_embedding and caption_embeddings",
+            dtype="as stored",
+            selected_on="none",
+        ),
+    )
+
+
+def _unit(dataset: DataSet, split: str, field: str, vectors: np.ndarray) -> Embedding:
+    length = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    if not length.all():
+        raise ValueError(f"{dataset.path}: split {split!r}: {field}: row {int(np.argmin(length))} is all zero")
+    return Embedding((vectors / length).astype(np.float32))

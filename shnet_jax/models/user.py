@@ -1,0 +1,211 @@
+"""USER: units enhanced by a guide, a global vector of their own image (Zhang et al., IEEE TIP 2024, arXiv 2301.06844).
+
+The guide is found in the units themselves (SGE, as in the released code) or comes from a pretrained model (CGE, which
+was not released: ours). Without any guide this is VSE-infinity. Momentum encoders and queues are no part of the model:
+`train/momentum.py`; the objective is `losses/uto.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.layers import Dense, LayerNorm, xavier_uniform
+from shnet_jax.models.mlp import MLP, BatchNorm
+from shnet_jax.models.pooling import GPO
+from shnet_jax.models.shnet import UNIT_MASKS
+from shnet_jax.models.text import TextEncoder, build_tower
+from shnet_jax.ops.matmul import DTYPES, einsum
+from shnet_jax.ops.norms import l2norm
+from shnet_jax.types import DATA, Array, Batch, Embedding
+
+SLOTS = 36
+"""Regions of an image, ordered by the detector's confidence, that the published norm is made for."""
+
+GUIDES = ("sge", "cge")
+NORMS = ("slots", "layer")
+
+
+class SelfGuide(nn.Module):
+    """SGE's guide: a mean of the units, weighted by how each agrees with their plain mean.
+
+    Attributes:
+      dropout: behind both tanh (published 0.4).
+      norm: of the units. "slots": BatchNorm with one channel for each place in the list, over batch and features, so
+        that every image needs the same number of units (published). "layer": LayerNorm of each unit, for any number.
+      axis: name of the device axis over which the BatchNorms take their statistics; None: each device its own.
+      dtype: of the operands of the large products.
+    """
+
+    dropout: float
+    norm: str
+    axis: str | None
+    dtype: str
+
+    @nn.compact
+    def __call__(self, units: Array, mean: Array, mask: Array, *, train: bool) -> Array:
+        """units [n, N, d], mean [n, d] (any global vector), mask [n, N] -> guide [n, d] of unit length."""
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        dense = partial(Dense, dtype=self.dtype, kernel_init=xavier_uniform)
+        local = self._normalised(dense(units.shape[-1], name="local")(units), train)
+        whole = dense(units.shape[-1], name="global")(mean)
+        whole = BatchNorm(axis=self.axis, name="global_norm")(whole, None, train=train)
+        local, whole = drop(jnp.tanh(local)), drop(jnp.tanh(whole))
+        self.sow("intermediates", "locals", local)
+        self.sow("intermediates", "wholes", whole)
+        logits = Dense(1, kernel_init=xavier_uniform, name="weight")(local * whole[:, None, :])[..., 0]
+        weights = masked_softmax(logits, mask)
+        self.sow("intermediates", "weights", weights)
+        return l2norm(einsum("nk,nkd->nd", weights, units, "float32"))
+
+    def _normalised(self, local: Array, train: bool) -> Array:
+        if self.norm == "layer":
+            return LayerNorm(epsilon=1e-5, name="local_norm")(local)
+        norm = BatchNorm(axis=self.axis, name="local_norm")
+        return norm(local.swapaxes(1, 2), None, train=train).swapaxes(1, 2)
+
+
+def masked_softmax(logits: Array, mask: Array) -> Array:
+    """Softmax over the valid of [n, N]; 0 where masked, everywhere for a set without valid members."""
+    # The least finite number, not -inf: a set without valid members must not give NaN.
+    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    return jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
+
+
+def write_back(units: Array, guide: Array, mask: Array, scale: float) -> Array:
+    """What a guide [n, d] adds to the units [n, N, d]: b_i guide, b = l2norm(softmax(scale <guide, unit_i>))."""
+    share = l2norm(masked_softmax(scale * einsum("nkd,nd->nk", units, guide, "float32"), mask))
+    return share[..., None] * guide[:, None, :]
+
+
+class ImageEncoder(nn.Module):
+    """The visual tower. Attributes are those of `config.model` and `config.model.user` (configs/user_coco.py)."""
+
+    dim: int
+    units: tuple[str, ...]
+    guides: tuple[str, ...]
+    attention_scale: float
+    dropout: float
+    norm: str
+    feature_dropout: float
+    mlp: partial
+    axis: str | None
+    dtype: str
+
+    @nn.compact
+    def __call__(self, batch: Batch, *, train: bool) -> Array:
+        """Image fields of `batch` -> unit vectors [n, dim].
+
+        Raises ValueError when `norm` is "slots" and an image has another number of regions than SLOTS.
+        """
+        projected, masks = [], []
+        for unit in self.units:
+            x = nn.Dropout(self.feature_dropout, deterministic=not train)(batch[unit].astype(jnp.float32))
+            given = batch.get(UNIT_MASKS[unit])
+            mask = jnp.ones(x.shape[:2], bool) if given is None else given
+            x = self._enhanced(unit, x, mask, batch, train)
+            linear = Dense(self.dim, dtype=self.dtype, kernel_init=xavier_uniform, name=f"{unit}_linear")(x)
+            projected.append(linear + self.mlp(self.dim // 2, self.dim, name=f"{unit}_mlp")(x, mask, train=train))
+            masks.append(mask)
+        pooled_set, pooled_mask = jnp.concatenate(projected, axis=1), jnp.concatenate(masks, axis=1)
+        self.sow("intermediates", "pooled_set", pooled_set)
+        pooled = GPO(name="pool")(pooled_set, pooled_mask)
+        self.sow("intermediates", "pooled", pooled)
+        return l2norm(pooled)
+
+    def _enhanced(self, unit: str, x: Array, mask: Array, batch: Batch, train: bool) -> Array:
+        """The units [n, N, d] of one kind and what each guide adds to them."""
+        added = []
+        if "sge" in self.guides:
+            if self.norm == "slots" and x.shape[1] != SLOTS:
+                raise ValueError(
+                    f"config.model.user.norm is 'slots', one BatchNorm channel for each of {SLOTS} regions, and the "
+                    f"data set has {x.shape[1]} {unit}: set config.model.user.norm to 'layer'"
+                )
+            weight = mask[..., None].astype(x.dtype)
+            mean = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+            guide = SelfGuide(self.dropout, self.norm, self.axis, self.dtype, name=f"{unit}_sge")
+            new = guide(x, mean, mask, train=train)
+            self.sow("intermediates", "guide", new)
+            added.append(write_back(x, new, mask, self.attention_scale))
+        if "cge" in self.guides:
+            given = batch["image_embedding"].astype(jnp.float32)
+            clip = l2norm(Dense(x.shape[-1], self.dtype, xavier_uniform, name=f"{unit}_cge")(given))
+            added.append(write_back(x, clip, mask, self.attention_scale))
+        enhanced = sum(added, x)
+        self.sow("intermediates", "enhanced", enhanced)
+        return enhanced
+
+
+class USER(RetrievalModel):
+    """USER's towers with any text tower; the score is the dot product of unit vectors."""
+
+    image: ImageEncoder
+    text: TextEncoder
+
+    @property
+    def norm_depth(self) -> int:
+        """See `RetrievalModel.norm_depth`: those of the self-guide, then that of the units' MLP."""
+        return 2 if "sge" in self.image.guides else 1
+
+    def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
+        """See `RetrievalModel.encode_image`."""
+        return Embedding(self.image(batch, train=train))
+
+    def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
+        """See `RetrievalModel.encode_text`."""
+        return self.text(batch["tokens"], batch["token_mask"], train=train)
+
+
+def image_fields(config: ConfigDict) -> tuple[str, ...]:
+    """Fields of the record that the model of this configuration reads."""
+    clip = ("image_embedding",) if "cge" in _options(config).guides else ()
+    return (*config.model.units, *clip)
+
+
+def build(config: ConfigDict) -> USER:
+    """The model of a configuration whose `text.vocab_size` is known.
+
+    Raises ValueError for a field of `config.model` or `config.text` that is none of its choices, and for the published
+    norm where images may have other units than its SLOTS regions.
+    """
+    m, own = config.model, _options(config)
+    for field, values, choices in (("units", m.units, UNIT_MASKS), ("user.guides", own.guides, GUIDES)):
+        if [v for v in values if v not in choices] or (field == "units" and not values):
+            raise ValueError(f"config.model.{field} is {tuple(values)}; choose from {', '.join(choices)}")
+    for field, value, choices in (("user.norm", own.norm, NORMS), ("dtype", m.dtype, DTYPES)):
+        if value not in choices:
+            raise ValueError(f"config.model.{field} is {value!r}; choose from {', '.join(choices)}")
+    if own.norm == "slots" and "sge" in own.guides and (tuple(m.units) != ("regions",) or config.data.region_drop):
+        raise ValueError(
+            f"config.model.user.norm is 'slots', one BatchNorm channel for each of {SLOTS} regions; with "
+            f"config.model.units = {tuple(m.units)} and config.data.region_drop = {config.data.region_drop} images "
+            "differ in their units: drop no regions and use no other units, or set config.model.user.norm to 'layer'"
+        )
+    axis = DATA if m.bn_sync else None
+    image = ImageEncoder(
+        dim=m.dim,
+        units=tuple(m.units),
+        guides=tuple(own.guides),
+        attention_scale=own.attention_scale,
+        dropout=own.dropout,
+        norm=own.norm,
+        feature_dropout=m.feature_dropout,
+        mlp=partial(MLP, dtype=m.dtype, include_padding=m.bn_include_padding, axis=axis),
+        axis=axis,
+        dtype=m.dtype,
+    )
+    return USER(image=image, text=TextEncoder(tower=build_tower(config), dim=m.dim, dtype=config.text.dtype))
+
+
+def _options(config: ConfigDict) -> ConfigDict:
+    if "user" not in config.model:
+        raise ValueError(
+            "config.model.name is 'user' and there is no config.model.user; begin with configs/user_coco.py"
+        )
+    return config.model.user

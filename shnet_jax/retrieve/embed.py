@@ -1,0 +1,163 @@
+"""Embeddings of a whole split, written part by part, so that a killed run goes on where it was.
+
+Each batch becomes a file of its own, and all of them, in the end, one file for the images and one for the captions.
+Neither step holds more than a batch. A batch has the same rows and shapes whenever it is encoded, so the result is byte
+for byte the one of a run that was never killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from shnet_jax.data.gallery import Part, open_gallery
+from shnet_jax.evaluate.encode import host_fields
+from shnet_jax.evaluate.split import Tower, make_towers
+from shnet_jax.evaluate.tiles import one_behind
+from shnet_jax.experiment import Experiment
+from shnet_jax.observe.clock import Clock
+from shnet_jax.observe.progress import Progress
+from shnet_jax.retrieve import tensors
+from shnet_jax.retrieve.folder import (
+    FORMAT,
+    IDS,
+    SOURCE,
+    Embeddings,
+    make_ids,
+    open_embeddings,
+    read_source,
+    write_json,
+)
+from shnet_jax.types import Embedding
+
+PARTS = "parts"
+
+
+def embed(
+    experiment: Experiment, variables: dict[str, Any], split: str, mesh: Mesh, folder: str | Path, source: dict
+) -> Embeddings:
+    """Writes the embeddings of a split to `folder`, or goes on writing them; a complete folder stays as it is.
+
+    Args:
+      variables: {"params", "batch_stats"}.
+      mesh: devices that share each batch of config.eval.batch_size rows a device.
+      source: what made them (`commands.provenance`), kept in embeddings.json; JSON values.
+
+    Raises:
+      ValueError: the folder holds embeddings of another source, or parts of them.
+    """
+    folder = Path(folder)
+    rows = experiment.config.eval.batch_size * mesh.size
+    if rows < 1:
+        raise ValueError(f"config.eval.batch_size is {experiment.config.eval.batch_size}; it must be at least 1")
+    source = {"format": FORMAT} | source | {"batch_rows": rows}
+    if (made := read_source(folder)) is not None:
+        check_source(folder / SOURCE, made, source)
+        return open_embeddings(folder)
+    gallery = open_gallery(experiment.config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
+    parts = folder / PARTS
+    begun = read_source(parts)
+    if begun is None:
+        parts.mkdir(parents=True, exist_ok=True)
+        write_json(parts / SOURCE, source)
+    else:
+        check_source(parts / SOURCE, begun, source)
+    image, text = make_towers(experiment, mesh, mesh)(variables)
+    for side, tower, count, batches in (
+        ("images", image, gallery.images, gallery.image_batches),
+        ("texts", text, len(gallery.captions), gallery.text_batches),
+    ):
+        if not (folder / f"{side}.safetensors").exists():
+            _encode(parts, side, tower, count, rows, batches)
+            assemble(parts, side, count, folder / f"{side}.safetensors")
+    write_json(folder / IDS, dataclasses.asdict(make_ids(experiment.dataset, split)))
+    write_json(folder / SOURCE, source)
+    shutil.rmtree(parts)
+    return open_embeddings(folder)
+
+
+def check_source(path: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ValueError, naming what differs, unless both are the same."""
+    lines = [
+        f"{key}: {made.get(key)!r} there, {wanted.get(key)!r} here"
+        for key in sorted(made.keys() | wanted.keys())
+        if made.get(key) != wanted.get(key)
+    ]
+    if lines:
+        raise ValueError(
+            f"{path} says that the embeddings beside it were made otherwise; choose another folder "
+            "(config.search.embeddings) or delete this one:\n  " + "\n  ".join(lines)
+        )
+
+
+def _part(parts: Path, side: str, number: int) -> Path:
+    return parts / f"{side}-{number:06d}.safetensors"
+
+
+def _encode(
+    parts: Path, side: str, tower: Tower, count: int, rows: int, batches: Callable[[int, int], Iterator[Part]]
+) -> None:
+    """Writes the parts that are not yet there, each under its name only when it is whole."""
+    total = -(-count // rows)
+    first = next((i for i in range(total) if not _part(parts, side, i).exists()), total)
+    progress, clock = Progress(total, what=f"{side}: batch"), Clock()
+
+    def dispatched() -> Iterator[tuple[int, Part, Embedding]]:
+        for number, part in enumerate(batches(rows, first), start=first):
+            yield number, part, tower.apply(tower.put(part.batch))
+
+    with clock:
+        for number, part, found in one_behind(dispatched()):
+            arrays = host_fields(found, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}
+            path = _part(parts, side, number)
+            temporary = path.with_suffix(".tmp")
+            save_file(arrays, temporary)
+            temporary.replace(path)
+            clock.tick(part.valid)
+            progress.update(number + 1, clock)
+    progress.close()
+
+
+def assemble(parts: Path, side: str, count: int, path: Path) -> None:
+    """Puts the rows of all parts of a side at their places in one file; holds one part at a time.
+
+    Where parts differ in their number of elements (captions of several lengths), shorter ones get zeros that the mask
+    excludes. Raises ValueError for a row in no part or in two.
+    """
+    found = sorted(parts.glob(f"{side}-*.safetensors"))
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    for part in found:  # only the headers
+        for name, (shape, dtype) in _peek(part).items():
+            longest = np.maximum(shapes[name][0][1:], shape[1:]) if name in shapes else shape[1:]
+            shapes[name] = ((count, *map(int, longest)), dtype)
+    temporary = path.with_suffix(".tmp")
+    whole, times = tensors.create(temporary, shapes), np.zeros(count, np.int8)
+    for part in found:
+        arrays = load_file(part)
+        rows = arrays.pop("rows")
+        for name, values in arrays.items():
+            at: Any = (rows, *map(slice, values.shape[1:]))
+            whole[name][at] = values
+        np.add.at(times, rows, 1)
+    wrong = np.flatnonzero(times != 1)
+    if wrong.size:
+        raise ValueError(f"{parts}: row {wrong[0]} of the {side} came {times[wrong[0]]} times; delete this folder")
+    for array in whole.values():
+        if isinstance(array, np.memmap):
+            array.flush()
+    temporary.replace(path)
+
+
+def _peek(part: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of the embedding's arrays in a part."""
+    with safe_open(part, framework="numpy") as file:
+        slices = {name: file.get_slice(name) for name in file.keys() if name != "rows"}  # noqa: SIM118
+        return {name: (tuple(s.get_shape()), tensors.CODES[s.get_dtype()]) for name, s in slices.items()}

@@ -1,0 +1,110 @@
+"""How an image is shown on a page: its photograph, or else its label map with the boxes of its regions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shnet_jax.data.records import DataSet
+from shnet_jax.retrieve.html import Markup, tag
+from shnet_jax.retrieve.pictures import class_name, inside, label_map, photograph, shares
+
+OUTLINES = 12  # boxes drawn on an image without photograph
+
+
+@dataclasses.dataclass
+class Album:
+    """The images that a page shows, each picture kept once, as a rule of the style sheet.
+
+    names: of the classes, [] when they are unknown. photographs: how many images have one.
+    """
+
+    dataset: DataSet
+    split: str
+    pictures: Path | None
+    names: Sequence[str] = ()
+    photographs: int = 0
+    _shown: dict[int, Scene] = dataclasses.field(default_factory=dict)
+
+    def scene(self, row: int) -> Scene:
+        """The image `row` of the split."""
+        if row not in self._shown:
+            fields = [f for f in ("boxes", "seg_map", "region_mask") if f in self.dataset.features]
+            record = self.dataset.open_split(self.split, ["image_id", *fields])[row]
+            photo = photograph(self.pictures, record["image_id"]) if self.pictures else None
+            self.photographs += photo is not None
+            self._shown[row] = Scene(f"p{len(self._shown)}", record, photo, self.names)
+        return self._shown[row]
+
+    def style(self) -> Markup:
+        """The rules that hold the pictures."""
+        return Markup("".join(scene.rule() for scene in self._shown.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One image: `name` is the class of its picture's rule, record has image_id and what the data set has of it."""
+
+    name: str
+    record: dict[str, Any]
+    photo: tuple[str, float] | None
+    names: Sequence[str]
+
+    @property
+    def image_id(self) -> str:
+        """Its id."""
+        return self.record["image_id"]
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """[k, 4] of the valid regions, x1 y1 x2 y2 in 0..1."""
+        boxes = self.record.get("boxes", np.zeros((0, 4), np.float32))
+        mask = self.record.get("region_mask")
+        return boxes if mask is None or len(mask) != len(boxes) else boxes[mask]
+
+    def rule(self) -> str:
+        """Its picture as a rule of CSS; data URIs and numbers only."""
+        if self.photo is not None:
+            source, aspect = self.photo
+        elif "seg_map" in self.record:
+            source, aspect = label_map(self.record["seg_map"], self.names), 1.0
+        else:
+            return ""
+        pixels = "" if self.photo else "image-rendering:pixelated;"
+        return (
+            f".{self.name}>.base{{background-image:url({source});{pixels}}}.{self.name}{{aspect-ratio:{aspect:.4f}}}\n"
+        )
+
+    def classes(self, most: int = 3) -> list[tuple[str, str, float]]:
+        """Its largest classes: (name, colour, share)."""
+        return shares(self.record["seg_map"], self.names, most) if "seg_map" in self.record else []
+
+    def inside(self, box: np.ndarray) -> str:
+        """What the label map mostly says within a box."""
+        return shares(inside(self.record["seg_map"], box), self.names, 1)[0][0] if "seg_map" in self.record else ""
+
+    def class_name(self, number: int) -> str:
+        """The name of a class of its label map."""
+        return class_name(number, self.names)
+
+    def picture(self, *above: Markup, dim: bool = False) -> Markup:
+        """The picture with layers above it. dim: the picture steps back behind them."""
+        outlines = None
+        if self.photo is None and not above and len(self.boxes):
+            outlines = self.overlay(tag("rect", **rectangle(box), class_="outline") for box in self.boxes[:OUTLINES])
+        base = tag("div", class_="base dim" if dim else "base")
+        return tag("div", base, above, outlines, class_=f"pic {self.name}", role="img", aria_label=self.image_id)
+
+    def overlay(self, marks: Iterable[Markup]) -> Markup:
+        """Marks in per cent of width and height, over the picture."""
+        return tag("svg", marks, viewBox="0 0 100 100", preserveAspectRatio="none", class_="over", aria_hidden="true")
+
+
+def rectangle(box: np.ndarray) -> dict[str, float]:
+    """Attributes of a box x1 y1 x2 y2 in 0..1 as a rect of an overlay."""
+    x1, y1, x2, y2 = (100 * float(v) for v in np.clip(box, 0, 1))
+    return {"x": x1, "y": y1, "width": max(x2 - x1, 0.5), "height": max(y2 - y1, 0.5)}

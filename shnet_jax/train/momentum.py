@@ -1,0 +1,162 @@
+"""Momentum encoders and the queues of what they gave for past batches (MoCo, He et al. 2020; USER, Zhang et al. 2024).
+
+The key encoders are running averages of the model's parameters. Each step, in this order (USER's released code):
+
+  1. they move towards the parameters that the batch will be scored with, before the optimiser changes these;
+  2. they encode the batch, without a gradient;
+  3. the loss counts the queues as they are among its negatives: the keys of this batch are not in them yet;
+  4. the keys of the whole batch overwrite the oldest entries.
+
+What changes here is part of the training state, and so of its checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.parallel import axis
+from shnet_jax.types import NO_IMAGE, Array, Batch, Embedding, Keys, Queue
+
+STARTS: Mapping[str, Callable[..., Array]] = {"uniform": jax.random.uniform, "gaussian": jax.random.normal}
+
+SEED = 2**31 - 1
+"""Folded into a key where steps or microbatches fold in their number, which stays below."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum:
+    """Options of `config.momentum` (configs/base.py), checked. dim: size of an embedding."""
+
+    queue: int
+    dim: int
+    decay: float
+    warm: bool
+    start: str
+    image_train: bool
+    text_train: bool
+
+    def in_training(self, tower: str) -> bool:
+        """Whether the key encoder below params/`tower` runs as in training; the text tower's is "text"."""
+        return self.text_train if tower == "text" else self.image_train
+
+
+@struct.dataclass
+class MomentumState:
+    """params, batch_stats: of the key encoders, as the model's own. images, texts: the queues."""
+
+    params: Any
+    batch_stats: Any
+    images: Queue
+    texts: Queue
+
+
+def options(config: ConfigDict | FrozenConfigDict, model: RetrievalModel) -> Momentum | None:
+    """The momentum encoders of a configuration; None where `config.momentum.queue` is 0.
+
+    Raises ValueError for settings that do not fit together, and for a model whose score is no dot product of vectors.
+    """
+    m, pairs = config.momentum, config.train.batch_size
+    if m.queue == 0:
+        return None
+    if m.queue < pairs:
+        raise ValueError(
+            f"config.momentum.queue is {m.queue}; it must hold a whole batch, config.train.batch_size = {pairs} pairs, "
+            "or be 0"
+        )
+    if not 0 <= m.decay < 1:
+        raise ValueError(f"config.momentum.decay is {m.decay}; it must be at least 0 and below 1")
+    if m.start not in STARTS:
+        raise ValueError(f"config.momentum.start is {m.start!r}; choose from {', '.join(STARTS)}")
+    if model.score is not RetrievalModel.score:
+        raise ValueError(
+            f"config.momentum.queue is {m.queue}, and the model {config.model.name!r} scores otherwise than by the dot "
+            "product of one vector of an image and one of a text, which is what queues hold: set it to 0"
+        )
+    return Momentum(m.queue, config.model.dim, m.decay, m.warm, m.start, m.image_train, m.text_train)
+
+
+def first_state(momentum: Momentum, variables: Mapping[str, Any], seed: int) -> MomentumState:
+    """Key encoders equal to the model, and queues of random unit vectors, which count as negatives of everything."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), SEED))
+
+    def queue(key: Array) -> Queue:
+        vectors = STARTS[momentum.start](key, (momentum.queue, momentum.dim), jnp.float32)
+        vectors /= jnp.linalg.norm(vectors, axis=1, keepdims=True)
+        return Queue(vectors, jnp.full((momentum.queue,), NO_IMAGE, jnp.int32), jnp.zeros((), jnp.int32))
+
+    # A copy: the step donates its input, and one buffer cannot be given away twice.
+    copies = jax.tree.map(jnp.copy, {name: variables.get(name, {}) for name in ("params", "batch_stats")})
+    return MomentumState(copies["params"], copies["batch_stats"], queue(keys[0]), queue(keys[1]))
+
+
+def follow(momentum: Momentum, state: MomentumState, params: Any, batch_stats: Any, step: Array) -> MomentumState:
+    """The key encoders moved towards the model. Averaged statistics are kept for the towers that need them only.
+
+    An encoder that runs as in training normalises by the statistics of its batch; its running ones, as published, are
+    its own.
+    """
+    decay = jnp.float32(momentum.decay)
+    if momentum.warm:
+        decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))  # as the running average that is evaluated
+
+    def average(latest: Any, old: Any) -> Any:
+        return optax.incremental_update(latest, old, 1.0 - decay)
+
+    stats = {
+        tower: own if momentum.in_training(tower) else average(batch_stats[tower], own)
+        for tower, own in state.batch_stats.items()
+    }
+    return dataclasses.replace(state, params=average(params, state.params), batch_stats=stats)
+
+
+def encode(
+    momentum: Momentum, model: RetrievalModel, variables: dict[str, Any], batch: Batch, key: Array, mutable: str
+) -> tuple[tuple[Embedding, Embedding], Any]:
+    """Embeddings of a batch by the key encoders, and the collection `mutable` as they leave it."""
+    embeddings = []
+    for method, tower in (("encode_image", "image"), ("encode_text", "text")):
+        found, updated = model.apply(
+            variables,
+            batch,
+            train=momentum.in_training(tower),
+            method=method,
+            rngs={"dropout": key},
+            mutable=[mutable],
+        )
+        embeddings.append(found)
+        variables = {**variables, **updated}
+    return (embeddings[0], embeddings[1]), variables.get(mutable, {})
+
+
+def meet(state: MomentumState, keys: tuple[Embedding, Embedding], captions: int) -> Keys:
+    """What the loss is given: the keys of this device's pairs, an image repeated for its captions, and the queues."""
+    return Keys(keys[0].repeat(captions), keys[1], state.images, state.texts)
+
+
+def enqueue(
+    state: MomentumState, keys: tuple[Embedding, Embedding], ids: Array, captions: int, axis_name: str | None
+) -> MomentumState:
+    """The queues with the keys of the global batch, in its order; ids [n]: of this device's images."""
+    given = (keys[0].vector, ids), (keys[1].vector, jnp.repeat(ids, captions))
+    images, texts = axis.all_gather(given, axis_name)
+    return dataclasses.replace(state, images=put(state.images, *images), texts=put(state.texts, *texts))
+
+
+def put(queue: Queue, vectors: Array, ids: Array) -> Queue:
+    """The queue after vectors [b, d] and their ids [b] took the places of its oldest; b is at most its size."""
+    size, count = queue.ids.shape[0], ids.shape[0]
+    slots = (queue.pointer + jnp.arange(count, dtype=jnp.int32)) % size
+    return Queue(
+        queue.vectors.at[slots].set(vectors, unique_indices=True),
+        queue.ids.at[slots].set(ids, unique_indices=True),
+        (queue.pointer + count) % size,
+    )

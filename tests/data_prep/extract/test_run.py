@@ -1,0 +1,134 @@
+"""The steps of an extraction with a stand-in for the models: none of it needs PyTorch."""
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from data_prep.extract import __main__ as command
+from data_prep.extract import blocks, images, run
+from shnet_jax.data.records import open_dataset
+
+
+class Means:
+    """In place of the models: the mean colour of each photograph. `limit` photographs, then the power fails."""
+
+    def __init__(self, limit=1000):
+        self.seen, self.limit = [], limit
+
+    def __call__(self, photographs, names):
+        if len(self.seen) + len(photographs) > self.limit:
+            raise KeyboardInterrupt
+        self.seen += [name.rpartition("/")[2] for name in names]
+        return [{"image_embedding": np.asarray(p).mean((0, 1)).astype(np.float32)} for p in photographs]
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """Ten photographs, one of them cut off and one missing; flags that extract them."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    cat = Image.fromarray(skimage.data.chelsea()).resize((60, 40))
+    rows = ["image,caption,split"]
+    for number in range(10):
+        path = folder / f"{number}.jpg"
+        rows += [f"{number}.jpg,a cat {number},{'val' if number == 9 else 'train'}"]
+        if number != 4:
+            cat.rotate(90 * number).point(lambda value, n=number: value * (n + 1) // 10).save(path)
+    path = folder / "2.jpg"
+    path.write_bytes(path.read_bytes()[:600])
+    (tmp_path / "captions.csv").write_text("\n".join(rows) + "\n")
+    return [
+        f"--images={folder}",
+        f"--captions={tmp_path / 'captions.csv'}",
+        f"--out={tmp_path / 'sets'}",
+        "--name=cats",
+        "--backbone=none",
+        "--batch_size=2",
+    ]
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """Puts a stand-in in place of the models; blocks of three photographs."""
+
+    def use(means):
+        monkeypatch.setattr(blocks, "SIZE", 3)
+        monkeypatch.setattr(run, "load_extractor", lambda settings, device: means)
+        return means
+
+    return use
+
+
+def test_broken_photographs_are_named_and_left_out(tmp_path, flags, models, capsys):
+    models(Means())
+    assert command.main(flags) == 0
+    err = capsys.readouterr().err
+    assert "2.jpg: " in err and "4.jpg: no such file" in err
+    assert "left out 2 photographs that cannot be read: 2.jpg, 4.jpg\n" in err
+    dataset = open_dataset(tmp_path / "sets")
+    assert dataset.metadata["skipped"] == ["2.jpg", "4.jpg"]
+    found = {
+        record["image_id"]: record
+        for split in ("train", "val")
+        for record in dataset.open_split(split, ["image_id", "captions", "image_embedding"])
+    }
+    assert list(found) == [f"{n}.jpg" for n in (0, 1, 3, 5, 6, 7, 8, 9)]
+    for name, record in found.items():
+        assert record["captions"] == [f"a cat {name[0]}"]
+        expected = np.asarray(Image.open(tmp_path / "photographs" / name)).mean((0, 1))
+        np.testing.assert_allclose(record["image_embedding"], expected, rtol=1e-5)
+    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["cats"]  # the blocks are gone
+
+
+def test_a_stopped_run_goes_on(tmp_path, flags, models, capsys):
+    first = models(Means(limit=5))
+    with pytest.raises(KeyboardInterrupt):
+        command.main(flags)
+    assert len(first.seen) > 2 and not (tmp_path / "sets" / "cats").exists()
+    second = models(Means())
+    assert command.main(flags) == 0
+    assert "going on after 6 of 10 photographs" in capsys.readouterr().err
+    assert second.seen == ["6.jpg", "7.jpg", "8.jpg", "9.jpg"]
+    assert open_dataset(tmp_path / "sets").splits == {"train": 7, "val": 1}
+
+
+def test_other_settings_do_not_mix_with_what_was_begun(flags, models, capsys):
+    models(Means(limit=5))
+    with pytest.raises(KeyboardInterrupt):
+        command.main(flags)
+    assert command.main([*flags, "--image_size=14"]) == 1
+    assert "an extraction with image_size = None was begun here, now it is 14" in capsys.readouterr().err
+
+
+def test_a_broken_photograph_may_be_an_error(flags, models, capsys):
+    models(Means())
+    assert command.main([*flags, "--broken=fail"]) == 1
+    assert "2.jpg: " in capsys.readouterr().err
+
+
+def test_an_existing_set_is_kept(tmp_path, flags, models, capsys):
+    models(Means())
+    assert command.main(flags) == 0
+    again = models(Means())
+    assert command.main(flags) == 1 and not again.seen
+    assert "cats/1.0.0 exists" in capsys.readouterr().err
+    assert command.main([*flags, "--overwrite"]) == 0 and len(again.seen) == 8
+
+
+def test_flags_that_cannot_work(flags, capsys):
+    assert command.main([flag for flag in flags if not flag.startswith("--backbone")]) == 1
+    assert "expected --segmenter, --backbone or both" in capsys.readouterr().err
+    assert command.main([*flags, "--images=/absent"]) == 1
+    assert "/absent: no such folder" in capsys.readouterr().err
+
+
+def test_photographs_are_found_upright_and_in_colour(tmp_path):
+    gray = Image.new("L", (30, 20), 100)
+    exif = gray.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    gray.save(tmp_path / "a.jpg", exif=exif)
+    path = images.find(tmp_path, "val2014/a.jpg")
+    assert path == tmp_path / "a.jpg"
+    loaded = images.load(path)
+    assert loaded.mode == "RGB" and loaded.size == (20, 30)

@@ -1,0 +1,150 @@
+"""Losses with the queues of momentum encoders equal the float64 oracle, whatever strategy, devices and mapping."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from shnet_jax.losses import total
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.parallel import axis, mapping
+from shnet_jax.types import DATA, PAIR_STRATEGIES, Context, Embedding, Keys, Queue
+from tests.losses import oracle
+from tests.parallel.test_losses import IDS, float32
+
+QUEUE = 11  # two tiles of 5 and one left over
+QUEUE_IDS = np.array([4, -1, 2, 9, -1, 12, 13, 0, 8, -1, 14], np.int32)  # some are of images in the batch
+UTO = {"scale": 90.0, "offset": 0.5, "batch_weight": 3.0, "mask_same_image": True}
+TRIPLET = {"margin": 0.2, "warmup_epochs": 1.0, "reduction": "mean", "mask_same_image": True}
+INFONCE = {"temperature": 0.2, "learn_temperature": False, "mask_same_image": True}
+OBJECTIVES = {
+    "uto": {"weights": {"uto": 1.0}, "uto": UTO},
+    "uto as published": {"weights": {"uto": 1.0}, "uto": UTO | {"mask_same_image": False}},
+    "third hardest and infonce": {
+        "weights": {"triplet": 1.0, "infonce": 2.0},
+        "triplet": TRIPLET | {"rank": 3},
+        "infonce": INFONCE,
+    },
+    "hardest": {"weights": {"triplet": 1.0}, "triplet": TRIPLET | {"mask_same_image": False}},
+    "soft triplet": {"weights": {"triplet": 1.0}, "triplet": TRIPLET | {"softness": 0.1}},
+}
+STEP, WARMUP_STEPS = 3, 3
+
+
+@functools.cache
+def data():
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.normal(size=(16, 5)), "text": rng.normal(size=(16, 4)), "ids": IDS}
+    batch |= {name: oracle.unit(rng.normal(size=(16, 3))) for name in ("image_keys", "text_keys")}
+    params = {"image": rng.normal(size=(5, 3)), "text": rng.normal(size=(4, 3))}
+    return batch, params, [oracle.unit(rng.normal(size=(QUEUE, 3))) for _ in range(2)]
+
+
+@functools.cache
+def reference(objective, step, blocks):
+    """Loss and gradients of both towers in float64; `blocks`: parts of the batch, each with the whole queues."""
+    batch, params, queues = data()
+    config = OBJECTIVES[objective]
+
+    def part(rows, images, texts):
+        scores, ids = images[rows] @ texts[rows].T, IDS[rows]
+        further = (images[rows] @ queues[1].T, QUEUE_IDS), (texts[rows] @ queues[0].T, QUEUE_IDS)
+        value = 0.0
+        if "uto" in config["weights"]:
+            pairs = (images, batch["text_keys"]), (texts, batch["image_keys"])
+            partners = [(queries[rows] * keys[rows]).sum(1) for queries, keys in pairs]
+            mask = config["uto"]["mask_same_image"]
+            options = {"scale": 90.0, "offset": 0.5, "weight": 3.0, "mask": mask}
+            value += sum(oracle.uto(scores, ids, **options, queues=further, partners=partners))
+        if "triplet" in config["weights"]:
+            own = config["triplet"]
+            options = {name: own[name] for name in ("margin", "rank", "softness") if name in own}
+            warm, mask = step < WARMUP_STEPS, own["mask_same_image"]
+            value += oracle.triplet(scores, ids, warm=warm, mean=True, mask=mask, queues=further, **options)
+        if "infonce" in config["weights"]:
+            value += 2.0 * oracle.infonce(scores, ids, scale=5.0, mask=True, queues=further)
+        return value
+
+    def value(params):
+        images, texts = (oracle.unit(batch[k] @ params[k]) for k in ("image", "text"))
+        return sum(part(rows, images, texts) for rows in np.split(np.arange(len(IDS)), blocks)) / blocks
+
+    return value(params), {k: oracle.gradient(lambda x, k=k: value(params | {k: x}), params[k]) for k in params}
+
+
+def make_step(objective, strategy, axis_name):
+    config = ConfigDict(OBJECTIVES[objective] | {"pairs": {"strategy": strategy, "tile": 5}})
+    loss_params, compute = total.build(config, steps_per_epoch=WARMUP_STEPS, queues=True)
+
+    def step(state, batch):
+        images, texts = (Queue(vectors, QUEUE_IDS, jnp.int32(0)) for vectors in state["queues"])
+        keys = Keys(Embedding(batch["image_keys"]), Embedding(batch["text_keys"]), images, texts)
+
+        def share(params):
+            images, texts = (
+                Embedding(v / jnp.linalg.norm(v, axis=-1, keepdims=True))
+                for v in (batch["image"] @ params["image"], batch["text"] @ params["text"])
+            )
+            ctx = Context(state["step"], loss_params, RetrievalModel.score, axis=axis_name, keys=keys)
+            values = compute(images, texts, batch["ids"], ctx)
+            return values["loss"], values
+
+        grads, values = jax.grad(share, has_aux=True)(state["params"])
+        return axis.psum((grads, values), axis_name)
+
+    return step
+
+
+FAST = {
+    ("uto", "gathered", 1, None),
+    ("uto", "streamed", 8, "shard_map"),
+    ("uto", "ring", 8, "shard_map"),
+    ("uto", "local", 2, "pmap"),
+    ("third hardest and infonce", "gathered", 1, None),
+    ("third hardest and infonce", "ring", 2, "shard_map"),
+    ("uto as published", "gathered", 1, None),
+    ("hardest", "gathered", 1, None),
+}
+WAYS = [(1, None), *((devices, how) for devices in (2, 8) for how in mapping.MAPPINGS)]
+CASES = [("uto", strategy, *way) for strategy in PAIR_STRATEGIES for way in WAYS]
+CASES += [(objective, "gathered", 1, None) for objective in OBJECTIVES if objective != "uto"]
+CASES += [(o, s, 2, "shard_map") for o in list(OBJECTIVES)[2:] for s in PAIR_STRATEGIES]
+
+
+@pytest.mark.parametrize(
+    "objective, strategy, devices, how",
+    [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
+def test_loss_and_gradients(objective, strategy, devices, how):
+    batch, params, queues = data()
+    if how is None:
+        run = jax.jit(make_step(objective, strategy, None))
+    else:
+        mesh = mapping.data_mesh(jax.devices()[:devices])
+        run = mapping.map_step(make_step(objective, strategy, DATA), mesh, how, donate_state=False)
+    for step in (STEP,) if "uto" in objective else (STEP - 1, STEP):
+        state = float32({"params": params, "queues": queues}) | {"step": np.int32(step)}
+        rows = float32(batch)
+        if how is not None:
+            state, rows = mapping.replicate(state, mesh), mapping.put_batch(rows, mesh, how)
+        grads, values = run(state, rows)
+        loss, expected = reference(objective, step, devices if strategy == "local" else 1)
+        np.testing.assert_allclose(values["loss"], loss, rtol=2e-5)
+        for name, wanted in expected.items():
+            np.testing.assert_allclose(grads[name], wanted, rtol=0, atol=2e-4 * np.abs(wanted).max(), err_msg=name)
+
+
+def test_the_mask_reaches_the_queue():
+    masked, published = (reference(objective, STEP, 1)[0] for objective in ("uto", "uto as published"))
+    assert published > masked + 1e-3
+
+
+def test_a_loss_that_takes_no_queues_is_refused():
+    config = ConfigDict({"weights": {"uto": 1.0, "sigmoid": 0.5}, "uto": UTO})
+    with pytest.raises(ValueError, match=r"momentum\.queue is above 0, and the loss sigmoid of .* takes no queues"):
+        total.build(config, 1, queues=True)

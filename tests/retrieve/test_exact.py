@@ -1,0 +1,78 @@
+"""Top-k against a stable sort of the whole matrix in NumPy, on several numbers of devices and with many ties."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.retrieve.exact import is_dot_product, top_k, turned
+from shnet_jax.types import Embedding
+
+DOT = RetrievalModel.score
+
+
+def oracle(queries, gallery, k):
+    scores = queries.astype(np.float64) @ gallery.T.astype(np.float64)
+    index = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return index, np.take_along_axis(scores, index, 1)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize(("n", "q", "k", "tile"), [(37, 5, 4, 3), (37, 21, 37, 2), (3, 1, 10, 512), (64, 9, 7, 4)])
+def test_equals_sorting_whatever_the_ties_sizes_and_tiles(devices, n, q, k, tile):
+    rng = np.random.default_rng([n, q])
+    gallery, queries = (rng.integers(-1, 2, (m, 4)).astype(np.float32) for m in (n, q))  # scores -4 .. 4: ties, zeros
+    found = top_k(Embedding(queries), Embedding(gallery), k, DOT, tile, data_mesh(jax.devices()[:devices]))
+    index, score = oracle(queries, gallery, min(k, n))
+    np.testing.assert_array_equal(found.index, index)
+    np.testing.assert_array_equal(found.score, score)
+
+
+def test_equal_items_of_real_vectors_keep_their_order_on_any_number_of_devices():
+    rng = np.random.default_rng(0)
+    gallery = np.tile(rng.normal(size=(11, 24)).astype(np.float32), (7, 1))  # each item 7 times, in many tiles
+    queries = rng.normal(size=(6, 24)).astype(np.float32)
+    found = [top_k(Embedding(queries), Embedding(gallery), 9, DOT, 5, data_mesh(jax.devices()[:d])) for d in (1, 2, 8)]
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.index, found[0].index)
+        np.testing.assert_array_equal(other.score, found[0].score)  # bitwise
+    np.testing.assert_array_equal(found[0].index[:, :7], np.arange(0, 77, 11) + found[0].index[:, :1])
+
+
+def test_a_score_of_sets_and_its_turned_form():
+    def score(images, texts):  # best pair of members: no dot product of two vectors
+        return (images.elements[:, None, :, None] * texts.elements[None, :, None, :]).sum(-1).max((2, 3))
+
+    rng = np.random.default_rng(1)
+    images, texts = (
+        Embedding(np.zeros((n, 1), np.float32), rng.normal(size=(n, 3, 2)).astype(np.float32)) for n in (13, 10)
+    )
+    table = (images.elements[:, None, :, None] * texts.elements[None, :, None, :]).sum(-1).max((2, 3))
+    by_text = top_k(texts, images, 3, score, 2, data_mesh(jax.devices()[:2]))
+    by_image = top_k(images, texts, 3, turned(score), 2, data_mesh(jax.devices()[:2]))
+    np.testing.assert_array_equal(by_text.index, np.argsort(-table.T, axis=1, kind="stable")[:, :3])
+    np.testing.assert_array_equal(by_image.index, np.argsort(-table, axis=1, kind="stable")[:, :3])
+    assert is_dot_product(DOT) and not is_dot_product(score) and turned(score) is turned(score)
+
+
+def test_a_gallery_in_a_file_and_many_queries_at_a_small_tile(tmp_path):
+    rng = np.random.default_rng(2)
+    vectors = np.memmap(tmp_path / "vectors", np.float32, "w+", shape=(50, 6))
+    vectors[:] = rng.integers(-2, 3, vectors.shape)
+    queries = rng.integers(-2, 3, (40, 6)).astype(np.float32)  # 40 queries, 16 at a time
+    found = top_k(Embedding(queries), Embedding(vectors), 5, DOT, 2)
+    np.testing.assert_array_equal(found.index, oracle(queries, np.asarray(vectors), 5)[0])
+
+
+def test_what_cannot_be_searched():
+    good, empty = Embedding(np.ones((3, 2), np.float32)), Embedding(np.ones((0, 2), np.float32))
+    with pytest.raises(ValueError, match="top_k is 0"):
+        top_k(good, good, 0, DOT)
+    with pytest.raises(ValueError, match="gallery is empty"):
+        top_k(good, empty, 1, DOT)
+    with pytest.raises(ValueError, match="3 scores are not finite"):
+        top_k(Embedding(np.full((1, 2), np.nan, np.float32)), good, 1, DOT)
+    assert top_k(empty, good, 2, DOT).index.shape == (0, 2)

@@ -1,0 +1,194 @@
+"""The page: its structure and escaping, its pictures, and what a real browser makes of it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shnet_jax.data.batches import stack_images, stored_fields
+from shnet_jax.evaluate.split import subject
+from shnet_jax.experiment import Experiment, assemble, init_variables
+from shnet_jax.parallel.mapping import make_mesh
+from shnet_jax.retrieve import charts, html, pictures
+from shnet_jax.retrieve.embed import embed
+from shnet_jax.retrieve.examples import collect, spaced, worst
+from shnet_jax.retrieve.folder import Embeddings
+from shnet_jax.retrieve.highlight import highlights, look
+from shnet_jax.retrieve.page import page as render
+from shnet_jax.retrieve.scene import Album
+from tests.train import tiny
+
+EVIL = "<script>document.title='owned';console.error('owned')</script>"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick():
+        yield
+
+
+def evil(record):
+    """Captions and ids that would be a program if they were not escaped."""
+    captions = [f'{EVIL} "{caption}" & \'' for caption in record["captions"]]
+    return record | {"captions": captions, "image_id": f'{record["image_id"]}"><img src=x onerror=alert(1)>'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    path: Path
+    experiment: Experiment
+    variables: dict
+    embeddings: Embeddings
+    album: Album
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The page of an untrained 3SHNet."""
+    c = tiny.config(data__dir=str(tiny.write("evil", evil)))
+    c.name = f"name {EVIL}"
+    c.page.update({"queries": 2, "failures": 2, "highlights": 2, "results": 3})
+    folder, experiment, mesh = tmp_path_factory.mktemp("page"), assemble(c), make_mesh(1)
+    variables = init_variables(experiment, 0)
+    embeddings = embed(experiment, variables, "test", mesh, folder / "embeddings", {})
+    about = subject(experiment, "test", 1, "none", 1)
+    contents = collect(experiment, variables, embeddings, c, about, mesh)
+    history = [{"kind": "eval", "step": s, "i2t_r1": 5.0 * s} for s in (1, 2)]
+    album = Album(experiment.dataset, "test", None, experiment.dataset.metadata.get("class_names", ()))
+    path = folder / "page.html"
+    path.write_text(render(dataclasses.replace(contents, history=history), album), "utf-8")
+    return Made(path, experiment, variables, embeddings, album)
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed in turn, and collects them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.seen, self.attributes, self.words = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += [(name, value) for name, value in attrs]
+        self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_everything_is_there_and_nothing_comes_from_elsewhere(made):
+    text = made.path.read_text("utf-8")
+    page = Tags(text)
+    words = "".join(page.words)
+    for wanted in (
+        "How well it retrieves", "rSum", "guessing", "How it learned", "Words to images", "An image to words",
+        "Failures worth seeing", "Semantic gate of the regions", "Spatial attention, mean", "How the set is pooled",
+    ):  # fmt: skip
+        assert wanted in words, wanted
+    assert not {"script", "link", "iframe", "object"} & {*page.seen}
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    links = [value for name, value in page.attributes if name in ("src", "href")]
+    assert links and all(re.match(r"#|data:image/(png|jpeg);base64,", value) for value in links)
+    assert set(re.findall(r"url\((.{10})", text)) == {"data:image"} and "http" not in text
+    assert EVIL in words and f"“{EVIL}" in words  # as text
+    assert text.count("✓ right") >= 2 and "card good" in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_a_browser_shows_it_without_a_word_of_complaint(made):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    command = [str(BROWSER), *flags, f"--user-data-dir={tiny.folder() / 'browser'}", "--dump-dom", made.path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "CONSOLE" not in done.stderr and "owned" in done.stdout
+    assert "<title>name &lt;script&gt;" in done.stdout and "<script" not in done.stdout
+
+
+def test_looking_changes_no_number(made):
+    experiment, rows = made.experiment, range(10)
+    records = experiment.dataset.open_split("test", stored_fields(experiment.dataset, experiment.fields))
+    batch = {"image_index": np.arange(10, dtype=np.int32), **stack_images(records, rows)}
+    found, seen, _ = look(experiment.model, made.variables, batch)
+    np.testing.assert_allclose(found.vector, made.embeddings.images.vector, atol=1e-5)
+    first, second = highlights(experiment, made.variables, "test", [2, 0])
+    for one, row in ((first, 2), (second, 0)):
+        np.testing.assert_allclose(one.gate, seen["semantic", "gate"][row], atol=1e-5)
+        np.testing.assert_allclose(one.attention.sum(1), 1, atol=1e-4)
+        np.testing.assert_array_equal(one.valid, records[row]["region_mask"])
+        assert one.units == {"regions": 8} and len(one.weights) == 2 * one.valid.sum() + 50
+        assert (one.gate[one.valid] > 0).all() and not one.gate[~one.valid].any()
+        np.testing.assert_allclose(one.weights.sum(), 1, atol=1e-5)
+
+
+def test_a_file_that_is_no_photograph(tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"a\.png: expected a photograph, but cannot identify"):
+        pictures.photograph(tmp_path, "a")
+    assert pictures.photograph(tmp_path, "b") is None
+
+
+def decoded(source):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGBA")).astype(int)
+
+
+def test_pictures_show_what_is_in_the_arrays():
+    seg_map = np.array([[0, 0, 3], [1, 2, 2]], np.uint8)
+    names = ("sky-other-merged", "dog", "cup")  # 3 is void
+    shown = decoded(pictures.label_map(seg_map, names))
+    hexes = [[f"#{r:02x}{g:02x}{b:02x}" for r, g, b, _ in row] for row in shown]
+    assert hexes == [[pictures.colour(int(c), names) for c in row] for row in seg_map]
+    assert len({pictures.colour(c, names) for c in range(4)}) == 4
+    assert [(name, share) for name, _, share in pictures.shares(seg_map, names, 2)] == [("sky", 1 / 3), ("cup", 1 / 3)]
+    assert pictures.class_name(3, names) == "unlabelled" and pictures.class_name(3, ()) == "class 3"
+    np.testing.assert_array_equal(pictures.inside(seg_map, np.array([0.4, 0.5, 1.0, 1.0])), [[2, 2]])
+    assert pictures.inside(seg_map, np.array([1.0, 1.0, 1.0, 1.0])).tolist() == [[2]]
+    np.testing.assert_array_equal(
+        decoded(pictures.heat(np.array([[0.0, 0.25], [1.0, 0.0]])))[..., 3], [[0, 112], [225, 0]]
+    )
+    point = np.zeros((32, 32))
+    point[5, 9] = 1
+    assert np.argwhere(decoded(pictures.heat(point))[..., 3]).tolist() == [
+        [y, x] for y in (4, 5, 6) for x in (8, 9, 10)
+    ]
+    assert not decoded(pictures.heat(np.zeros((2, 2))))[..., 3].any()
+
+
+def test_html_escapes_text_and_attributes():
+    found = html.tag("p", "<b>&", html.tag("i", "x"), None, title='"><', class_="a", data_n=0.5, hidden=True, lang=None)
+    assert found == '<p title="&quot;&gt;&lt;" class="a" data-n="0.5" hidden>&lt;b&gt;&amp;<i>x</i></p>'
+    assert html.render(["a", ["<", None]]) == "a&lt;"
+
+
+def test_charts():
+    text = charts.lines({"a": [(0, 1.0), (10, 3.0)], "gone": [], "b": [(5, float("nan"))]}, "step", "t")
+    assert re.findall(r'points="([^"]*)"', text) == ["46.0,132.7 550.0,10.0"]  # 1 and 3 on an axis from 0 to 3
+    assert "gone" not in text and ">b<" not in text
+    assert "Nothing recorded" in charts.lines({}, "step", "t")
+    assert charts.ticks(0, 97.0) == [0, 20, 40, 60, 80, 100]
+    assert charts.ticks(3.0, 3.0)[0] <= 3 <= charts.ticks(3, 3)[-1] and len(charts.ticks(0, 0.004)) <= 7
+    bar = charts.shares([("x", 0.95), ("y", 0.05), ("z", 0.0)], "t")
+    assert "95%" in bar and "y 5.0%" in bar and bar.count("flex-grow") == 2
+
+
+def test_the_choice_of_examples():
+    assert spaced(10, 2).tolist() == [2, 7] and spaced(3, 8).tolist() == [0, 1, 2] and not len(spaced(0, 4))
+    assert worst(np.array([0, 5, 0, 9, 5]), 3).tolist() == [3, 1, 4] and not len(worst(np.zeros(3, int), 2))
