@@ -59,6 +59,20 @@ def get_config() -> ConfigDict:
     model.dropout = 0.1  # dropout of the segmentation embeddings (published 0.1)
     model.feature_dropout = 0.0  # dropout on the features of every unit, for small training sets (published 0)
     model.dtype = "float32"  # operands of matrix products: float32 | bfloat16 (sums and parameters stay float32)
+    model.cmsei = cmsei = ConfigDict()  # model.name "cmsei", see docs/cmsei.md
+    cmsei.spatial_graph = True  # regions reason over who overlaps whom; needs boxes
+    cmsei.semantic_graph = True  # regions reason over the scene graph's relations (without any: the identity)
+    cmsei.iou_threshold = 0.4  # IoU above which two regions are neighbours; below 0: all pairs are
+    cmsei.relation_threshold = 0.5  # confidence above which a predicted relation counts (relation_scores)
+    cmsei.geometry_heads = 0  # H > 0: H parts of the spatial messages, weighed by learned functions of the geometry
+    cmsei.attend = ("objects", "words")  # who attends to the other side; (): global vectors alone
+    cmsei.refine = True  # gated refinement of regions and words by what they attend to
+    cmsei.sharpness = (9.0, 9.0)  # factor on the attention of objects and of words (SCAN 9 and 4 to 9)
+    cmsei.cross_sharpness = 4.0  # factor on the attention of a side's elements to the other side's global vector
+    cmsei.local_weight = 1.0  # weight of the alignment in the score
+    cmsei.cross_weight = 0.5  # weight of object-sentence and of word-image in the score; 0: no cross-level attention
+    cmsei.global_weight = 1.0  # weight of the product of the global vectors in the score
+    cmsei.block = 64  # pairs that are computed at once; memory grows with block * (regions + tokens) * dim
 
     c.text = text = ConfigDict()
     text.tower = "bert"  # bert | bigru | transformer | clip
@@ -79,6 +93,7 @@ def get_config() -> ConfigDict:
     c.loss = loss = ConfigDict()
     loss.weights = weights = ConfigDict()  # weight of each loss term, a file in shnet_jax/losses; 0: not computed
     weights.triplet = 1.0  # triplet loss with hard negatives (published 1)
+    weights.global_triplet = 0.0  # the triplet loss on global vectors, beside a score that looks inside (CMSEI-style 1)
     weights.infonce = 0.0  # symmetric softmax cross-entropy of CLIP (published 0)
     weights.sigmoid = 0.0  # SigLIP's sigmoid loss (published 0)
     weights.uto = 0.0  # USER's unified objective, meant for config.momentum (published 0)
@@ -96,6 +111,7 @@ def get_config() -> ConfigDict:
     triplet.rank = 1  # k: the k-th hardest negative instead of the hardest (published 1)
     triplet.softness = 0.0  # t > 0: t * logsumexp(scores / t) of the negatives instead of the hardest (published 0)
     triplet.mask_same_image = True  # captions of the same image are no negatives (published False)
+    loss.global_triplet = ConfigDict(triplet)  # its own margin and so on, in cosine
     loss.infonce = infonce = ConfigDict()
     infonce.temperature = 0.07  # initial temperature of the softmax
     infonce.learn_temperature = True  # the temperature is a parameter (as in CLIP)
@@ -171,12 +187,14 @@ def get_config() -> ConfigDict:
     c.eval = evaluate = ConfigDict()
     evaluate.split = "test"  # split of --mode=eval
     evaluate.batch_size = 128  # images, or captions, encoded at once on each device
-    evaluate.tile = 512  # images of a score tile; it has 8 times as many captions
+    evaluate.tile = 512  # images of a score tile; it has 8 times as many captions (a score that is a method: as many)
     evaluate.protocols = ("whole",)  # galleries: "whole" split, "folds5": mean over 5 consecutive parts (COCO 1K)
     evaluate.person = False  # also CMC R@1/5/10, mAP and mINP of captions by persons, and R@1 of these selects
     evaluate.checkpoint = "best"  # state evaluated by --mode=eval: best | last
     evaluate.score_dtype = "float32"  # scores: float32 | bfloat16 (float32 where the order is in doubt: the same ranks)
     evaluate.overlap = False  # images on one half of the devices, captions on the other, reading ahead: the same bits
+    evaluate.two_stage = 0  # k > 0: --mode=eval also ranks in two stages, k candidates of each query re-ranked
+    evaluate.exact = True  # with two_stage: rank exactly too, to compare (a costly score: hours)
     evaluate.stages = 1  # devices that a text tower's layers are spread over (bert, transformer); 1: each has them all
     evaluate.microbatches = 8  # parts in which the captions of a batch flow through these stages
     evaluate.hubness = False  # --mode=eval: also how unevenly items are retrieved (skewness of the 10-occurrence)

@@ -31,6 +31,8 @@ ARRAYS = {
     "seg_semantic": "_segmentations.npy",
     "seg_map": "_seg_maps.npy",
     "categories": "_cat_onehots.npy",
+    "relations": "_relations.npy",
+    "relation_scores": "_relation_scores.npy",
     "image_embedding": "_image_emb.npy",
 }
 CAPTION_EMBEDDINGS = "_caption_emb.npy"

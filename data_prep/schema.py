@@ -46,6 +46,9 @@ FIELDS: dict[str, Field] = {
     "seg_map": Field(("H", "W"), ("uint8",), "class of each pixel; C where there is none"),
     "categories": Field(("C",), ("bool",), "classes present"),
     "relations": Field(("R", "3"), ("int32",), "subject box, predicate, object box; padded rows are -1"),
+    "relation_scores": Field(
+        ("K", "K"), FEATURE_DTYPES, "largest confidence in any predicate of each ordered pair, 0..1"
+    ),
     "image_embedding": Field(("E",), ("float32",), "global vector of a pretrained model"),
     "caption_embeddings": Field(("n", "E"), ("float32",), "vector of each caption by the same model"),
     "identity": Field((), ("int64",), "person in the image"),
@@ -212,6 +215,13 @@ def _check_boxes(record: Mapping[str, Any], where: str, files: Mapping[str, str]
 
 
 def _check_relations(record: Mapping[str, Any], where: str, files: Mapping[str, str]) -> None:
+    if "relation_scores" in record:
+        scores = np.asarray(record["relation_scores"], np.float32)
+        outside = (scores < 0) | (scores > 1)
+        if outside.any():
+            i, j = (int(x) for x in np.argwhere(outside)[0])
+            found = f"{scores[i, j]} as that of regions {i} and {j}"
+            raise _error(where, files, "relation_scores", "confidences in 0..1", found)
     if "relations" in record:
         relations = record["relations"]
         count = next((len(record[name]) for name in ("regions", "boxes") if name in record), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from ml_collections import ConfigDict
 
 from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.evaluate.bootstrap import load_queries, recall_intervals, save_queries
+from shnet_jax.evaluate.compare import comparison_table
 from shnet_jax.evaluate.ensemble import Embedded, combine, mean_score
 from shnet_jax.evaluate.extra import Wanted, read_wanted
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import card_table, extra_table, interval_table, table, write_json, write_text
-from shnet_jax.evaluate.split import embed_split, evaluate_embedded, subject
+from shnet_jax.evaluate.split import embed_split, evaluate_embedded, subject, ways_to_rank
 from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.evaluate.zero_shot import zero_shot
 from shnet_jax.experiment import Experiment, abstract_variables, assemble
@@ -26,6 +28,8 @@ from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.workdir import complete, differences, trained_config
+
+SCORES = "scores"  # in a work folder: blocks of a long ranking that is not finished
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -176,6 +180,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     name = f"{dataset_name}_{evaluation.split}_{protocols}_{evaluation.checkpoint}"
     tables = [
         table(arms),
+        comparison_table(arms) if evaluation.two_stage and not evaluation.ensemble else "",
         extra_table(arms),
         interval_table({n: arm.intervals for n, arm in arms.items()} | gaps),
     ]
@@ -185,6 +190,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     write_json(workdir / f"results_{name}.json", arms, gaps)
     write_text(workdir / f"results_{name}.md", text)
     print(text)
+    shutil.rmtree(workdir / SCORES, ignore_errors=True)
 
 
 def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded], DataSet, Wanted]:
@@ -201,7 +207,11 @@ def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded]
     wanted = read_wanted(dataset, evaluation.split, evaluation)
     members = [_embed(first, evaluation.split, mesh)]
     if not runs:
-        return [dataclasses.replace(members[0], name=config.name)], dataset, wanted
+        own, folder = dataclasses.replace(members[0], name=config.name), workdir / SCORES
+        ways = ways_to_rank(first.experiment, first.variables, mesh, own.subject, folder)
+        if len(ways) > 1:
+            return [dataclasses.replace(own, name=f"{own.name}, {way.name}", way=way) for way in ways], dataset, wanted
+        return [dataclasses.replace(own, way=ways[0]) if ways else own], dataset, wanted
     # One after another: only one model's parameters are on the devices.
     del first
     members += [_embed(load_any(run, config), evaluation.split, mesh) for run in runs[1:]]

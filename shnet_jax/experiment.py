@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -20,16 +22,22 @@ from shnet_jax.interop import bert_weights, clip_weights
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Batch
 
+log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of a run. `config` is complete: sizes that come from weights or tokenizer are filled in."""
+    """The parts of a run. `config` is complete: sizes that come from weights or tokenizer are filled in.
+
+    fields: of the record, that the model reads. notes: what results have to say of optional ones, "" for nothing.
+    """
 
     config: FrozenConfigDict
     dataset: DataSet
     tokenizer: Tokenizer
     model: RetrievalModel
     fields: tuple[str, ...]
+    notes: str = ""
 
 
 def assemble(config: ConfigDict) -> Experiment:
@@ -69,7 +77,21 @@ def assemble(config: ConfigDict) -> Experiment:
     fields = module.image_fields(config)
     _check_fields(config, dataset, fields)
     _fit_classifier(config, dataset)
-    return Experiment(FrozenConfigDict(config), dataset, tokenizer, module.build(config), fields)
+    optional, notes = optional_fields(module, config, dataset)
+    if notes:
+        log.info("%s: %s", dataset.path, notes)
+    return Experiment(FrozenConfigDict(config), dataset, tokenizer, module.build(config), (*fields, *optional), notes)
+
+
+def optional_fields(module: ModuleType, config: ConfigDict, dataset: DataSet) -> tuple[tuple[str, ...], str]:
+    """The optional field that a model reads of this data set, () or (field,), and what results have to say of it."""
+    wanted: dict[str, str] = module.optional_fields(config) if hasattr(module, "optional_fields") else {}
+    if not wanted:
+        return (), ""
+    for field in wanted:
+        if field in dataset.features:
+            return (field,), f"{field}: {dataset.metadata.get(f'{field}_source', 'as imported')}"
+    return (), f"no {' or '.join(wanted)}: {next(iter(wanted.values()))}"
 
 
 def fit_clip(config: ConfigDict) -> None:

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax.data.batches import gather
 from shnet_jax.experiment import assemble
 from shnet_jax.losses import total
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.observe.compiled import compile_lowered, memory
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.machine import describe as describe_machine
@@ -217,11 +217,13 @@ def _loss(setup: Setup, params: Any, batch_stats: Any, batch: Any) -> Callable[[
     def encode(variables: Any, batch: Batch, table: Any) -> tuple[Embedding, Embedding]:
         return cast(tuple[Embedding, Embedding], setup.model.apply(variables, gather(table, batch), train=False))
 
+    score = scorer(setup.model, params["model"])
+
     def per_device(loss_params: Any, found: Any) -> Array:
         def share(given: Any) -> Array:
             (images, texts), own = given
             # After the warm-up of a loss, which is another program in some of them.
-            ctx = Context(step=jnp.int32(2**30), params=own, score=setup.model.score, axis=DATA)
+            ctx = Context(step=jnp.int32(2**30), params=own, score=score, axis=DATA)
             return total_loss(images.repeat(captions), texts, jnp.repeat(found["ids"], captions), ctx)["loss"]
 
         value, gradient = jax.value_and_grad(share)((found["embeddings"], loss_params))

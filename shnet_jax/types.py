@@ -34,6 +34,8 @@ image fields (a batch carries only those that the model asks for; see `data_prep
   seg_semantic  [n, C, h, w] float  per-class map
   seg_map       [n, H, W] uint8     label map
   categories    [n, C] bool         classes present
+  relations     [n, R, 3] int32     subject region, predicate, object region; padded rows are -1
+  relation_scores [n, K, K] float   confidence in a relation of each ordered pair, 0..1
   image_embedding [n, E] float      global vector of a pretrained model
   image         [n, H, W, 3] uint8  the picture itself; in training flipped, cropped and erased as `image_view` says
   identity      [n] int32           number of the person among those of the split, in training only: the `ids` that

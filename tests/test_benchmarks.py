@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks import flops, losses, momentum, pool, runner, step, text
+from benchmarks import flops, interaction, losses, momentum, pool, runner, step, text
 from benchmarks.rows import Row, compare, table
 from benchmarks.timing import Timing, interleave
 from shnet_jax.models import shnet
@@ -44,6 +44,12 @@ def test_a_run_writes_what_is_documented(tmp_path, monkeypatch, capsys):
         assert row["benchmark"] == "pool" or row["memory_bytes"] > 0
     printed = capsys.readouterr().out
     assert "| losses | triplet, ring, 16 pairs, D 4, 4 virtual CPU devices |" in printed and str(out) in printed
+
+
+def test_the_interaction_is_compared_in_pairs():
+    score, stages = interaction.run(dataclasses.replace(interaction.QUICK, images=6, captions=12, dim=4))
+    assert score.work == stages.work == 6 * 12 and score.ratio > 0 and stages.ratio > 0
+    assert " of 72 pairs scored" in stages.what
 
 
 def test_a_benchmark_that_fails_is_a_row(tmp_path, monkeypatch, capsys):

@@ -39,7 +39,7 @@ VERSION = 1  # raised when the same (seed, index) gives another record
 CAPTIONS = 5
 LEAST_REGIONS = 8  # a scene has up to 7 things
 RELATIONS = 32  # rows of `relations`; a scene with more keeps the rarer predicates
-PIXELS, NOTES = range(3, 5)  # streams of random numbers; world.py has 0..2
+PIXELS, NOTES, MISTAKES = range(3, 6)  # streams of random numbers; world.py has 0..2
 _CHUNK = 32  # images of one task of a worker process; even, so that a pair's scenes are made once
 
 sample = world.sample
@@ -56,12 +56,15 @@ def tell(seed: int, index: int) -> list[tuple[str, Facts]]:
     return _captions.captions(sample(seed, index), random.Random(f"{seed} {index}"), CAPTIONS, unlike=twin)
 
 
-def scene(seed: int, index: int, *, label_noise: float = 0.05, regions: int = 16) -> dict[str, Any]:
+def scene(
+    seed: int, index: int, *, label_noise: float = 0.05, regions: int = 16, relation_noise: float = 0.0
+) -> dict[str, Any]:
     """The record of scene `index` >= 0 of the world `seed` >= 0, whatever else is generated.
 
     Args:
       label_noise: share of wrong 4 x 4 blocks in `seg_map` and of wrong labels in `box_classes`.
       regions: K, rows of the region fields; at least LEAST_REGIONS, since all things get a box.
+      relation_noise: share of wrong rows in `relations`: their object is another region of the image.
 
     Returns:
       image_id, captions (5), caption_ids int64 [5]; regions float16 [K, 200], region_mask bool [K],
@@ -71,8 +74,9 @@ def scene(seed: int, index: int, *, label_noise: float = 0.05, regions: int = 16
     """
     if regions < LEAST_REGIONS:
         raise ValueError(f"scenes: regions: expected at least {LEAST_REGIONS}, found {regions}")
-    if not 0 <= label_noise < 1:
-        raise ValueError(f"scenes: label_noise: expected a share in 0 <= share < 1, found {label_noise}")
+    for name, share in (("label_noise", label_noise), ("relation_noise", relation_noise)):
+        if not 0 <= share < 1:
+            raise ValueError(f"scenes: {name}: expected a share in 0 <= share < 1, found {share}")
     made = sample(seed, index)
     rng = np.random.default_rng([seed, NOTES, index])
     source = features.planes(draw(seed, index))
@@ -87,7 +91,23 @@ def scene(seed: int, index: int, *, label_noise: float = 0.05, regions: int = 16
         # a wrong block has 16 pixels: what two of them could make is taken for noise
         "categories": np.bincount(seg_map.ravel(), minlength=len(CLASS_NAMES)) >= 36,
     }
-    return record | _detections(made, source, rng, regions, label_noise)
+    record |= _detections(made, source, rng, regions, label_noise)
+    if relation_noise:
+        valid = int(record["region_mask"].sum())
+        mistakes = np.random.default_rng([seed, MISTAKES, index])
+        record["relations"] = _mistaken(record["relations"], valid, relation_noise, mistakes)
+    return record
+
+
+def _mistaken(relations: np.ndarray, regions: int, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """The rows [R, 3] with the object exchanged, with probability `rate`, for a region that is neither end of it."""
+    subject, predicate, thing = relations.T
+    wrong = (subject >= 0) & (rng.random(len(relations)) < rate)
+    low, high = np.minimum(subject, thing), np.maximum(subject, thing)
+    other = rng.integers(0, regions - 2, len(relations))
+    other += other >= low
+    other += other >= high
+    return np.stack([subject, predicate, np.where(wrong, other, thing)], axis=1).astype(np.int32)
 
 
 def _detections(

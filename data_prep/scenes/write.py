@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=command.at_least(0), default=0, help="world that the scenes are drawn from")
     noise = "share of wrong blocks in the label maps and of wrong box labels"
     parser.add_argument("--label_noise", type=_share, default=0.05, help=noise)
+    noise = "share of relations with a wrong object"
+    parser.add_argument("--relation_noise", type=_share, default=0.0, help=noise)
     regions = "regions of an image: things, distractors and padding"
     parser.add_argument("--regions", type=command.at_least(scenes.LEAST_REGIONS), default=16, help=regions)
     args = parser.parse_args(argv)
@@ -79,5 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if size > FIRST["val"]:
             parser.error(f"argument --{split}: expected at most {FIRST['val']} images, found {size}")
     options = {"label_noise": args.label_noise, "regions": args.regions}
+    if args.relation_noise:  # sets without are what they were before there was this choice
+        options["relation_noise"] = args.relation_noise
     print(write(args.out, args.name, args.seed, sizes, options))
     return 0

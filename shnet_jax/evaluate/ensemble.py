@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shnet_jax.evaluate.compare import Way
 from shnet_jax.evaluate.protocols import Subject
 from shnet_jax.evaluate.tiles import Items, ItemScore
 from shnet_jax.types import Array
@@ -21,6 +22,7 @@ class Embedded:
     caption_image: [t] int, image of each caption.
     image_ids: unicode [n]. captions: the t sentences.
     image_person: [n] int, person in each image, for a person search; None for none.
+    way: how they are ranked; None: by `rank.ranks` with the score.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Embedded:
     captions: tuple[str, ...]
     subject: Subject
     image_person: np.ndarray | None = None
+    way: Way | None = None
 
 
 @dataclasses.dataclass(frozen=True)

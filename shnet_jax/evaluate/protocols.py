@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from shnet_jax.evaluate.bootstrap import Interval
-from shnet_jax.evaluate.rank import check_captions, ranks
+from shnet_jax.evaluate.rank import Ranks, check_captions, ranks
 from shnet_jax.evaluate.recall import Metrics, QueryRanks, chance, mean, recalls
 from shnet_jax.evaluate.tiles import Items, ItemScore, size, take
 
@@ -40,6 +41,7 @@ class Subject:
     selected_on: str = UNKNOWN  # split that chose the checkpoint; "none" for the last one
     devices: int | str = UNKNOWN  # how many encoded the gallery
     ensemble: str = "no, a single model"
+    notes: str = "none"  # on fields of the data set that the model can do without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Results:
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
 
 
+Ranker = Callable[[Any, Any, np.ndarray, int], Ranks]
+"""(images, captions, image of each caption, number of the fold) -> ranks."""
+
+
 def find_protocol(name: str) -> Protocol:
     """The protocol of that name: "whole", or "folds<k>" such as "folds5" (COCO 1K)."""
     if name == "whole":
@@ -80,10 +86,12 @@ def evaluate(
     tile: int = 512,
     mesh: Mesh | None = None,
     score_dtype: str = "float32",
+    ranker: Ranker | None = None,
 ) -> Results:
     """Ranks a gallery by a named protocol (see `find_protocol`).
 
-    The other arguments and errors are those of `rank.ranks`; ValueError too when the folds are unequal.
+    ranker: ranks instead of `rank.ranks`, whose arguments and errors the others are; ValueError too when the folds are
+    unequal.
     """
     plan = find_protocol(protocol)
     n, t = size(images), size(texts)
@@ -92,11 +100,14 @@ def evaluate(
         raise ValueError(f"protocol {plan.name}: {n} images do not divide into {plan.folds} folds of equal size")
     found, guessed = [], []
     queries = QueryRanks(np.empty(n, np.int64), np.empty(t, np.int64), owner)
-    for rows, captions in _folds(owner, n, plan.folds):
+    for fold, (rows, captions) in enumerate(_folds(owner, n, plan.folds)):
         whole = plan.folds == 1  # then no copy of what may be gigabytes
         fold_owner = owner[captions] - rows[0]
         sides = (images, texts) if whole else (take(images, rows), take(texts, captions))
-        ranked = ranks(*sides, fold_owner, score, tile, mesh, score_dtype)
+        if ranker is None:
+            ranked = ranks(*sides, fold_owner, score, tile, mesh, score_dtype)
+        else:
+            ranked = ranker(*sides, fold_owner, fold)
         queries.i2t[rows], queries.t2i[captions] = ranked.i2t, ranked.t2i
         found.append(recalls(ranked))
         guessed.append(chance(np.bincount(fold_owner)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -14,7 +15,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather
 from shnet_jax.data.gallery import Gallery, Part, open_gallery
+from shnet_jax.evaluate.blocks import digest, open_folder
 from shnet_jax.evaluate.bootstrap import recall_intervals
+from shnet_jax.evaluate.compare import Rankings, Way, with_effort
 from shnet_jax.evaluate.encode import Portion, encode
 from shnet_jax.evaluate.ensemble import Embedded, MeanScore
 from shnet_jax.evaluate.extra import Wanted, extra_metrics
@@ -26,7 +29,7 @@ from shnet_jax.evaluate.screen import check_score_dtype
 from shnet_jax.evaluate.stages import Stages
 from shnet_jax.evaluate.tiles import Items, ItemScore, tile_shape
 from shnet_jax.experiment import Experiment
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, has_static_score, scorer
 from shnet_jax.parallel.hosts import own_rows
 from shnet_jax.parallel.mapping import data_mesh, map_encode, put_batch, replicate
 from shnet_jax.types import Batch, Embedding
@@ -47,6 +50,7 @@ def subject(experiment: Experiment, split: str, step: int, selected_on: str, dev
         dtype=f"image {config.model.dtype}, text {config.text.dtype}",
         selected_on=selected_on,
         devices=devices,
+        notes=experiment.notes or "none",
     )
 
 
@@ -59,10 +63,12 @@ def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
     protocol = _protocols(config)[0]
     gallery, encode_both = _open(experiment, split, mesh, (protocol,))
     people = _people(experiment, split)
+    rankings = None if has_static_score(model) else Rankings(model, config, _ranking(mesh))
 
     def evaluator(variables: dict[str, Any], subject: Subject) -> Results:
         images, texts = encode_both(variables)
-        results = _ranked(images, texts, gallery.caption_image, model.score, protocol, subject, config.eval, mesh)
+        way = None if rankings is None else rankings.exact(variables)
+        results = _ranked(images, texts, gallery.caption_image, model.score, protocol, subject, config.eval, mesh, way)
         return _with_persons(results, images, texts, people, gallery.caption_image, model.score, config.eval, mesh)
 
     return evaluator
@@ -74,6 +80,8 @@ def check(model: RetrievalModel, config: ConfigDict | FrozenConfigDict, mesh: Me
     check_score_dtype(model.score, evaluation.score_dtype)
     if evaluation.batch_size < 1:
         raise ValueError(f"config.eval.batch_size is {evaluation.batch_size}; it must be at least 1")
+    if evaluation.two_stage < 0:
+        raise ValueError(f"config.eval.two_stage is {evaluation.two_stage}; it is a number of candidates, or 0")
     if evaluation.overlap and jax.process_count() > 1:
         raise ValueError("config.eval.overlap needs both towers' devices in one process; switch it off for several")
     if jax.process_count() > 1 and config.parallel.mapping == "pmap":
@@ -93,13 +101,51 @@ def embed_split(
         name=experiment.config.name,
         images=images,
         texts=texts,
-        score=experiment.model.score,
+        score=scorer(experiment.model, variables["params"]),
         caption_image=gallery.caption_image,
         image_ids=experiment.dataset.image_ids(split),
         captions=tuple(caption for own in experiment.dataset.captions(split) for caption in own),
         subject=subject,
         image_person=_people(experiment, split),
+        way=None if has_static_score(experiment.model) else _rankings(experiment, mesh).exact(variables),
     )
+
+
+def ways_to_rank(
+    experiment: Experiment, variables: dict[str, Any], mesh: Mesh, subject: Subject, folder: Path
+) -> list[Way]:
+    """The ways in which --mode=eval ranks a gallery, the one that it is about last; [] for a plain exact ranking.
+
+    folder: for the finished blocks of a long exact ranking, which goes on with them when it was stopped.
+    """
+    evaluation, ways = experiment.config.eval, []
+    rankings, in_blocks = _rankings(experiment, mesh), not has_static_score(experiment.model)
+    if evaluation.two_stage:
+        ways += [rankings.vectors(), rankings.two_stage(variables)]
+    if in_blocks or (evaluation.two_stage and evaluation.exact):
+        kept = in_blocks and evaluation.exact and jax.process_count() == 1
+        identity = _identity(experiment, variables, subject) if kept else {}
+        exact = rankings.exact(variables, open_folder(folder, identity) if kept else None)
+        ways += [exact] if evaluation.exact or not ways else []
+    return ways
+
+
+def _rankings(experiment: Experiment, mesh: Mesh) -> Rankings:
+    return Rankings(experiment.model, experiment.config, _ranking(mesh))
+
+
+def _identity(experiment: Experiment, variables: dict[str, Any], subject: Subject) -> dict[str, Any]:
+    """Which scores a folder of blocks holds."""
+    config = experiment.config
+    return {
+        "subject": dataclasses.asdict(subject),
+        "dataset": str(experiment.dataset.path),
+        "images": experiment.dataset.splits[subject.split],
+        "variables": digest(variables),
+        "model": config.model.to_dict(),
+        "data": config.data.to_dict(),
+        "tile": config.eval.tile,
+    }
 
 
 def evaluate_embedded(
@@ -124,6 +170,7 @@ def evaluate_embedded(
             embedded.subject,
             evaluation,
             mesh,
+            embedded.way,
         )
         results = _with_persons(
             results,
@@ -167,8 +214,9 @@ def _ranked(
     subject: Subject,
     evaluation: ConfigDict,
     mesh: Mesh,
+    way: Way | None = None,
 ) -> Results:
-    return evaluate(
+    found = evaluate(
         images,
         texts,
         caption_image,
@@ -178,7 +226,9 @@ def _ranked(
         tile=evaluation.tile,
         mesh=_ranking(mesh),
         score_dtype=evaluation.score_dtype,
+        ranker=way.ranker if way else None,
     )
+    return with_effort(found, way) if way else found
 
 
 def _people(experiment: Experiment, split: str) -> np.ndarray | None:

@@ -58,6 +58,7 @@ class Direction:
     score: of (queries, candidates). mask_same_image: see `directions`.
     ids: [b], image ids of the queries. in_queue: the candidates are a queue, which holds no partner of any query.
     queue: the same queries against the queue; None without one.
+    known: [b, B], the scores with all candidates where both directions share them; None: each finds its own.
     """
 
     queries: Embedding
@@ -68,6 +69,7 @@ class Direction:
     ids: Array
     in_queue: bool = False
     queue: Direction | None = None
+    known: Array | None = None
 
     @property
     def size(self) -> int:
@@ -125,15 +127,22 @@ def directions(
         )
     positive = _paired(ctx.score, images, texts)
 
-    def direction(queries: Embedding, items: Embedding, score: Score, queue: Queue | None) -> Direction:
+    # A score of elements is costly. Where all candidates are this device's own, both directions have the same scores.
+    local = ctx.pairs.strategy == "local" or (ctx.pairs.strategy == "gathered" and axis.axis_size(ctx.axis) == 1)
+    known = ctx.score(images, texts) if local and images.elements is not None else None
+
+    def direction(
+        queries: Embedding, items: Embedding, score: Score, queue: Queue | None, known: Array | None
+    ) -> Direction:
         met = Candidates(items, ids, ctx.pairs, ctx.axis)
-        found = Direction(queries, met, positive, score, mask_same_image, ids)
+        found = Direction(queries, met, positive, score, mask_same_image, ids, known=known)
         return found if queue is None else dataclasses.replace(found, queue=_against(queue, found))
 
     image_queue, text_queue = (ctx.keys.image_queue, ctx.keys.text_queue) if ctx.keys else (None, None)
+    turned = None if known is None else known.T
     return (
-        direction(images, texts, ctx.score, text_queue),
-        direction(texts, images, lambda queries, candidates: ctx.score(candidates, queries).T, image_queue),
+        direction(images, texts, ctx.score, text_queue, known),
+        direction(texts, images, lambda queries, items: ctx.score(items, queries).T, image_queue, turned),
     )
 
 
@@ -143,7 +152,8 @@ def _against(queue: Queue, direction: Direction) -> Direction:
     at_once = pairs.strategy in ("local", "gathered")
     pairs = dataclasses.replace(pairs, strategy="local" if at_once else "streamed")
     items = Embedding(lax.stop_gradient(queue.vectors))
-    return dataclasses.replace(direction, candidates=Candidates(items, queue.ids, pairs, None), in_queue=True)
+    candidates = Candidates(items, queue.ids, pairs, None)
+    return dataclasses.replace(direction, candidates=candidates, in_queue=True, known=None)
 
 
 def _paired(score: Score, queries: Embedding, candidates: Embedding) -> Array:
@@ -174,11 +184,15 @@ def _search(direction: Direction, rank: int, best: Best | None, first_row: int) 
         best = jnp.full((b, rank), -jnp.inf), jnp.zeros((b, rank), jnp.int32)
 
     def visit(best: Best, block: Block) -> Best:
-        scores = jnp.where(_negatives(direction, block), direction.score(queries, block.items), -jnp.inf)
+        # Here and not behind the walk: a score may have parameters, and its backward pass is not wanted.
+        scores = lax.stop_gradient(
+            direction.score(queries, block.items) if direction.known is None else direction.known
+        )
+        scores = jnp.where(_negatives(direction, block), scores, -jnp.inf)
         values, columns = _best(scores, min(rank, scores.shape[1]))
         return merge_best(best, (values, first_row + block.rows[columns]), rank)
 
-    return jax.tree.map(lax.stop_gradient, search.walk(visit, best))
+    return search.walk(visit, best)
 
 
 def _add_exp(a: Array, b: Array) -> Array:
@@ -273,9 +287,14 @@ def _reduce(direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Arr
     return reduce(_Inputs(queries, args, closed_over), items, fixed)
 
 
+def _scores(direction: Direction, block: Block) -> Array:
+    """[b, t], the scores of the queries with one block."""
+    return direction.score(direction.queries, block.items) if direction.known is None else direction.known
+
+
 def _of_block(direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block) -> Array:
     """[b], the reduction over the negatives of one block."""
-    values = of_score(direction.score(direction.queries, block.items), *args)
+    values = of_score(_scores(direction, block), *args)
     if kind == "sum":
         return jnp.sum(jnp.where(_negatives(direction, block), values, 0.0), axis=1)
     return jax.nn.logsumexp(jnp.where(_negatives(direction, block), values, -jnp.inf), axis=1)
@@ -285,7 +304,7 @@ def _slope(
     direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block, value: Array
 ) -> Array:
     """[b], something whose derivative is the block's part of the derivative of the reduction, `value` [b]."""
-    values = of_score(direction.score(direction.queries, block.items), *args)
+    values = of_score(_scores(direction, block), *args)
     weights = _negatives(direction, block).astype(values.dtype)
     if kind == "logsumexp":
         share = jnp.exp(values - value[:, None])  # of the sum of exponentials

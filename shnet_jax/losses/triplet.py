@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -66,6 +67,8 @@ def loss(
     size = both[0].size
 
     def every(direction: pairs.Direction) -> Array:
+        # Scored inside the branch: a gradient of scores from outside would be computed after the warm-up too.
+        direction = dataclasses.replace(direction, known=None)
         own = direction.positive[:, None]
         return direction.sum(lambda scores, own: jax.nn.relu(margin + scores - own), own).sum()
 

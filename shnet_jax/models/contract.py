@@ -1,21 +1,32 @@
 """Contract 1: what a model is. Loss, evaluation, embedding and search use only this.
 
 A model is a `flax.linen.Module` with the three methods below; its file also has
-`build(config) -> RetrievalModel` and `image_fields(config) -> tuple[str, ...]` (the record fields it reads).
+`build(config) -> RetrievalModel` and `image_fields(config) -> tuple[str, ...]` (the record fields it reads). It may
+have `optional_fields(config) -> dict[str, str]`: fields of which it reads the first that a data set has, each with what
+happens where there is none.
 The parameters of a text tower lie at params/text/tower: pretrained weights are put there, and the optimiser gives
 what lies there its own learning rate and keeps the frozen layers as they are.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
 import flax.linen as nn
 
 from shnet_jax.ops.matmul import einsum
-from shnet_jax.types import Array, Batch, Embedding
+from shnet_jax.types import Array, Batch, Embedding, Score
 
 
 class RetrievalModel(nn.Module):
-    """Base of the models: the default score and the call that initialises both towers."""
+    """Base of the models: the default score and the call that initialises both towers.
+
+    score_params: names in "params" that a score which is a method reads.
+    """
+
+    score_params: ClassVar[tuple[str, ...]] = ()
 
     @property
     def norm_depth(self) -> int:
@@ -32,9 +43,36 @@ class RetrievalModel(nn.Module):
 
     @staticmethod
     def score(images: Embedding, texts: Embedding) -> Array:
-        """Scores [n, t] of every image with every text: the dot product of their unit vectors."""
+        """Scores [n, t] of every image with every text: the dot product of their unit vectors.
+
+        A model with a score of its own overrides it by a static method, or by a method, which may have parameters and
+        is reached through `scorer`; it leaves `vector` a unit vector, by which candidates are found.
+        """
         return einsum("nd,td->nt", images.vector, texts.vector, "float32")
 
     def __call__(self, batch: Batch, *, train: bool) -> tuple[Embedding, Embedding]:
-        """Both towers on one batch; used to initialise the parameters."""
-        return self.encode_image(batch, train=train), self.encode_text(batch, train=train)
+        """Both towers on one batch; used to initialise the parameters, those of the score too."""
+        found = self.encode_image(batch, train=train), self.encode_text(batch, train=train)
+        if self.is_initializing() and not has_static_score(self):
+            self.score(*found)
+        return found
+
+
+def scorer(model: RetrievalModel, params: Mapping[str, Any]) -> Score:
+    """The score function of a model with these of its "params", `score_params` at least.
+
+    A static score is that function itself.
+    """
+    if has_static_score(model):
+        return model.score
+    own = {name: params[name] for name in model.score_params}
+
+    def score(images: Embedding, texts: Embedding) -> Array:
+        return cast(Array, model.apply({"params": own}, images, texts, method="score"))
+
+    return score
+
+
+def has_static_score(model: RetrievalModel) -> bool:
+    """Whether the score needs nothing of the model, as the dot product."""
+    return isinstance(inspect.getattr_static(model, "score"), staticmethod)

@@ -17,7 +17,7 @@ PLAIN_SECONDS = 10.0
 class Progress:
     """Shows step, speed, loss and remaining time of a run of `steps` steps on `stream` (standard error).
 
-    shown: False in all processes of a job but the first. what: name of a step.
+    shown: False in all processes of a job but the first. what: name of a step. unit: what is counted.
     """
 
     def __init__(
@@ -27,8 +27,9 @@ class Progress:
         now: Callable[[], float] = time.monotonic,
         shown: bool = True,
         what: str = "step",
+        unit: str = "examples",
     ) -> None:
-        self._what = what
+        self._what, self._unit = what, unit
         self._steps = steps
         self._shown = shown
         self._stream = stream or sys.stderr
@@ -46,7 +47,7 @@ class Progress:
         left = datetime.timedelta(seconds=round((self._steps - step) * seconds_per_step))
         share = 100 * step // self._steps
         shown = "" if loss is None else f"loss {loss:.4g}  "
-        line = f"{self._what} {step}/{self._steps} ({share}%)  {rate:,.0f} examples/s  {shown}ETA {left}"
+        line = f"{self._what} {step}/{self._steps} ({share}%)  {rate:,.0f} {self._unit}/s  {shown}ETA {left}"
         if self._live:
             self._stream.write("\r" + line.ljust(self._width))
             self._width = len(line)

@@ -12,6 +12,17 @@ def l2norm(x: Array, axis: int = -1) -> Array:
 
     The gradient at x = 0 is defined as that of x / 1e-8, where the plain formula gives NaN.
     """
+    return x / (_length(x, axis) + 1e-8)
+
+
+def cosine(a: Array, b: Array) -> Array:
+    """Cosine of vectors along the last axis, of shapes that broadcast; 0 where one of them is 0."""
+    lengths = (_length(a, -1) + 1e-8) * (_length(b, -1) + 1e-8)
+    return jnp.sum(a * b, axis=-1) / lengths[..., 0]
+
+
+def _length(x: Array, axis: int) -> Array:
+    """Euclidean length along `axis`, which is kept with size 1; its gradient at 0 is 0."""
     squares = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
     zero = squares == 0
-    return x / (jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squares))) + 1e-8)
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squares)))

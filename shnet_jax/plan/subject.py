@@ -17,7 +17,7 @@ from shnet_jax.data.pictures import VIEW
 from shnet_jax.data.records import DataSet, Feature
 from shnet_jax.data.tokenise import load_tokenizer
 from shnet_jax.evaluate.split import image_tower, text_tower
-from shnet_jax.experiment import assemble, fit_clip
+from shnet_jax.experiment import assemble, fit_clip, optional_fields
 from shnet_jax.interop import bert_weights
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
@@ -25,6 +25,7 @@ from shnet_jax.types import Embedding
 BERT_VOCABULARY = 30522  # of bert-base-uncased, where nothing says how many words there are
 LABEL_MAP = (64, 64)  # of seg_map, and below the cells of seg_semantic: what the importers make
 CELLS = (7, 7)
+RELATIONS = 15  # of an image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,9 @@ def describe(config: ConfigDict) -> Subject:
     config.text.vocab_size = config.text.vocab_size or BERT_VOCABULARY
     module = registry.model(config.model.name)
     captions = config.plan.images * config.plan.captions
-    return Subject(config, module.build(config), _described(config), module.image_fields(config), captions)
+    dataset = _described(config)
+    fields = (*module.image_fields(config), *optional_fields(module, config, dataset)[0])
+    return Subject(config, module.build(config), dataset, fields, captions)
 
 
 def _described(config: ConfigDict) -> DataSet:
@@ -74,6 +77,7 @@ def _described(config: ConfigDict) -> DataSet:
         "seg_semantic": ((classes, *CELLS), "float16"),
         "seg_map": (LABEL_MAP, "uint8"),
         "categories": ((classes,), "bool"),
+        "relations": ((RELATIONS, 3), "int32"),
         "image_embedding": ((p.image_embedding,), "float32"),
         "image": ((*p.picture, 3), "uint8"),
     }

@@ -17,6 +17,7 @@ In all three the running averages take up the statistics of the batch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -62,7 +63,7 @@ def cached_gradients(
     each = _cut(batch, key, count)
 
     def embed(params: Any, given: Any, part: Any) -> Embeddings:
-        return encode(params, part[0], part[1], given)[0]
+        return _without_masks(encode(params, part[0], part[1], given)[0])
 
     def moments(params: Any, given: Any, part: Any) -> Any:
         return encode(params, part[0], part[1], given)[1]
@@ -71,14 +72,25 @@ def cached_gradients(
     whole = _joined(embeddings)
 
     # Backward: the loss, then the embeddings, then the statistics in the opposite order.
-    (_, metrics), (gradient, of_whole) = jax.value_and_grad(share, argnums=(0, 1), has_aux=True)(params, whole)
-    cotangents = jax.tree.map(lambda x, like: x.reshape(like.shape), of_whole, embeddings)
+    def share_of(params: Any, bare: Embeddings) -> tuple[Array, dict[str, Array]]:
+        images, texts = (dataclasses.replace(x, mask=y.mask) for x, y in zip(bare, whole, strict=True))
+        return share(params, (images, texts))
+
+    graded = jax.value_and_grad(share_of, argnums=(0, 1), has_aux=True)
+    (_, metrics), (gradient, of_whole) = graded(params, _without_masks(whole))
+    cotangents = jax.tree.map(lambda x, like: x.reshape(like.shape), of_whole, _without_masks(embeddings))
     of_params, of_given = _pull(embed, params, given, each, cotangents)
     gradient = jax.tree.map(jnp.add, gradient, of_params)
     for given, of_found in reversed(passes):
         of_params, of_given = _pull(moments, params, given, each, of_found(of_given)[0])
         gradient = jax.tree.map(jnp.add, gradient, of_params)
     return gradient, metrics, batch_stats
+
+
+def _without_masks(embeddings: Embeddings) -> Embeddings:
+    """What a gradient is taken of: masks are no numbers."""
+    images, texts = (dataclasses.replace(x, mask=None) for x in embeddings)
+    return images, texts
 
 
 def embed_in_parts(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel import axis, sharding
 from shnet_jax.train import momentum
 from shnet_jax.train.microbatch import Encode, cached_gradients, embed_in_parts
@@ -92,7 +92,9 @@ def make_step(
         def share(params: Any, embeddings: tuple[Embedding, Embedding]) -> tuple[Array, dict[str, Array]]:
             images, texts = embeddings
             loss_params = sharding.gather(params["loss"], axes["loss"], axis_name)
-            ctx = Context(step=state.step, params=loss_params, score=model.score, axis=axis_name, keys=met)
+            own, own_axes = ({n: tree["model"][n] for n in model.score_params} for tree in (params, axes))
+            score = scorer(model, sharding.gather(own, own_axes, axis_name))
+            ctx = Context(step=state.step, params=loss_params, score=score, axis=axis_name, keys=met)
             terms = total_loss(images.repeat(captions), texts, jnp.repeat(ids, captions), ctx)
             return terms["loss"], terms
 

@@ -22,6 +22,7 @@ def record(row: int = 0, count: int = 2, **changes):
         "seg_map": rng.integers(0, 12, (8, 9)).astype(np.uint8),
         "categories": rng.random(11) < 0.5,
         "relations": np.array([[0, 2, 3], [-1, -1, -1]], np.int32),
+        "relation_scores": rng.random((4, 4)).astype(np.float16),
         "image_embedding": rng.normal(size=7).astype(np.float32),
         "identity": np.int64(row),
         "caption_embeddings": rng.normal(size=(count, 7)).astype(np.float32),

@@ -26,6 +26,8 @@ def _arrays(images, rng):
         "segmentations": rng.random((images, 11, 2, 2)).astype(np.float32),
         "seg_maps": seg_maps,
         "cat_onehots": (rng.random((images, 11)) < 0.4).astype(np.float64),
+        "relations": rng.integers(0, 4, (images, 2, 3)),
+        "relation_scores": rng.random((images, 4, 4)).astype(np.float32),
         "image_emb": rng.normal(size=(images, 5)).astype(np.float32),
     }
 

@@ -266,6 +266,19 @@ def test_label_noise_has_its_rate(rate):
     assert abs(np.mean(wrong) - rate) < 0.2 * rate + 1e-9
 
 
+def test_relation_noise_has_its_rate_and_names_other_regions():
+    changed, rows = 0, 0
+    for index in range(12):
+        clean, noisy = (scenes.scene(0, index, relation_noise=rate) for rate in (0.0, 0.3))
+        before, after, valid = clean.pop("relations"), noisy.pop("relations"), clean["region_mask"].sum()
+        same(clean, noisy)
+        np.testing.assert_array_equal(after[:, :2], before[:, :2])
+        wrong = after[:, 2] != before[:, 2]
+        assert (after[wrong, 2] != after[wrong, 0]).all() and (after[before[:, 0] >= 0, 2] < valid).all()
+        changed, rows = changed + wrong.sum(), rows + (before[:, 0] >= 0).sum()
+    assert 0.15 < changed / rows < 0.45
+
+
 def test_semantic_map_is_the_share_of_each_cell():
     seg_map = scenes.scene(0, 3)["seg_map"]
     got = scenes.scene(0, 3)["seg_semantic"].astype(float)
@@ -311,6 +324,7 @@ def test_a_linear_probe_retrieves_far_above_chance():
     [
         ("--regions=7", "--regions: expected a whole number >= 8, found '7'"),
         ("--label_noise=1", "--label_noise: expected a number in 0 <= share < 1, found '1'"),
+        ("--relation_noise=-1", "--relation_noise: expected a number in 0 <= share < 1, found '-1'"),
         ("--label_noise=nan", "--label_noise: expected a number in 0 <= share < 1, found 'nan'"),
         ("--train=1000000001", "--train: expected at most 1000000000 images, found 1000000001"),
         ("--val=-1", "--val: expected a whole number >= 0, found '-1'"),

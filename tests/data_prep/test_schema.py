@@ -38,6 +38,8 @@ def test_one_visual_field_is_enough(visual):
         ({"boxes": np.zeros((3, 4), np.float32)}, "boxes", "K = 4 as in 'regions'", "[3, 4]"),
         ({"boxes": np.zeros((4, 5), np.float32)}, "boxes", "float32 [K, 4]", "[4, 5]"),
         ({"grid": np.zeros((1, 3, 5), np.float16)}, "grid", "[G, Dg]", "[1, 3, 5]"),
+        ({"relation_scores": np.zeros((4, 3), np.float16)}, "relation_scores", "[K, K] with K = 4", "[4, 3]"),
+        ({"relation_scores": np.full((4, 4), 2, np.float16)}, "relation_scores", "0..1", "2.0 as that of regions 0"),
         ({"grid": None}, "grid_mask", "'grid'", "none"),
         ({"categories": np.zeros(12, bool)}, "categories", "C = 11 as in 'seg_semantic'", "bool [12]"),
         ({"region_mask": np.zeros(4, bool)}, "region_mask", "at least one valid", "none of 4"),

@@ -1,0 +1,145 @@
+"""Adds relations between regions to a data set that has boxes, as a new data set.
+
+    python -m data_prep.relations --data=DATA/coco --name=coco_graphs --out=DATA --scene_graphs=predicted.json
+    python -m data_prep.relations --data=DATA/coco --name=coco_stand_in --out=DATA --geometric
+
+`--scene_graphs` takes Visual Genome's JSON, annotated or predicted (`data_prep.scene_graphs`). `--geometric` derives a
+stand-in from boxes and classes alone (`data_prep.geometric`); its results are to be called that. Confidences of
+predicted relations as arrays need no step of their own: SPLIT_relation_scores.npy beside the others (`from_scan`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import command, geometric, scene_graphs
+from data_prep.builder import write_dataset
+from data_prep.schema import DataError, Record
+from shnet_jax.data.records import DataSet, RandomAccess, open_dataset
+
+ROWS = 15  # relations of an image (spec cmsei: "top 15")
+STAND_IN = "geometric stand-in"
+
+Relate = Callable[[Record], np.ndarray]
+"""A record with boxes -> its relations [rows, 3]."""
+
+
+class _Related:
+    """The records of a split with relations; iterated once, like any importer's."""
+
+    def __init__(self, records: RandomAccess, relate: Relate):
+        self._records, self._relate = records, relate
+
+    def __iter__(self) -> Iterator[Record]:
+        for record in self._records:
+            yield dict(record) | {"relations": self._relate(record)}
+
+
+def add_relations(
+    dataset: DataSet, relate: Relate, name: str, out: Path, *, predicates: Sequence[str], origin: str, overwrite: bool
+) -> Path:
+    """Writes the data set once more with `relate`'s relations instead of those that it may have; returns its folder.
+
+    origin: where the relations come from, kept in the metadata as `relations_source`.
+    """
+    _need(dataset, "boxes")
+    kept = {k: v for k, v in dataset.metadata.items() if k != "num_classes"}
+    metadata = kept | {
+        "source": f"{kept.get('source', '')}; relations: {origin}",
+        "relations_source": origin,
+        "predicates": list(predicates),
+    }
+    fields = tuple(dataset.features)
+    splits = {split: _Related(dataset.open_split(split, fields), relate) for split in dataset.splits}
+    total = sum(dataset.splits.values())
+    return write_dataset(out, name, splits, metadata, total=total, overwrite=overwrite)
+
+
+def stand_in(record: Record, *, least_score: float, rows: int) -> np.ndarray:
+    """See `geometric.geometric_relations`; boxes without scores all count as certain."""
+    boxes = record["boxes"]
+    scores = record.get("box_scores", np.ones(len(boxes), np.float32))
+    return geometric.geometric_relations(
+        boxes, record["box_classes"], scores, _valid(record), least_score=least_score, rows=rows
+    )
+
+
+def from_graphs(
+    record: Record,
+    *,
+    graphs: Mapping[str, scene_graphs.Graph],
+    names: Mapping[str, int],
+    least_iou: float,
+    least_score: float,
+    rows: int,
+) -> np.ndarray:
+    """See `scene_graphs.region_relations`; an image without a graph has no relations."""
+    graph = scene_graphs.graph_of(graphs, record["image_id"])
+    if graph is None:
+        return np.full((rows, 3), -1, np.int32)
+    limits = {"least_iou": least_iou, "least_score": least_score, "rows": rows}
+    return scene_graphs.region_relations(graph, record["boxes"], _valid(record), names, **limits)  # type: ignore[arg-type]
+
+
+def _valid(record: Record) -> np.ndarray:
+    return record.get("region_mask", np.ones(len(record["boxes"]), bool))
+
+
+def _need(dataset: DataSet, field: str) -> None:
+    if field not in dataset.features:
+        raise DataError(f"{dataset.path}: expected the field {field!r}, which relations need, found none")
+
+
+def _check_coverage(dataset: DataSet, graphs: Mapping[str, scene_graphs.Graph], path: Path) -> None:
+    for split in dataset.splits:
+        ids = dataset.image_ids(split).tolist()
+        missing = [i for i in ids if scene_graphs.graph_of(graphs, i) is None]
+        if len(missing) == len(ids):
+            raise DataError(f"{path}: no graph for any image of split {split!r}, such as {missing[0]!r}")
+        if missing:
+            print(f"note: {path}: no graph for {len(missing)} of {len(ids)} images of {split!r}", file=sys.stderr)
+
+
+@command.reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = command.parser("relations", __doc__)
+    parser.add_argument("--data", type=Path, required=True, help="data set with boxes")
+    parser.add_argument("--name", required=True, help="name of the new data set")
+    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--scene_graphs", type=Path, help="JSON file in the layout of Visual Genome's scene_graphs.json")
+    kind.add_argument("--geometric", action="store_true", help="a stand-in from boxes and classes alone")
+    parser.add_argument("--image_data", type=Path, help="JSON file with width and height of each image")
+    parser.add_argument("--least_score", type=float, default=0.3, help="of a predicted relation, or of a box (0.3)")
+    parser.add_argument("--least_iou", type=float, default=0.5, help="of an object and its region (0.5)")
+    parser.add_argument("--rows", type=command.at_least(1), default=ROWS, help=f"relations of an image ({ROWS})")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
+    args = parser.parse_args(argv)
+    dataset = open_dataset(args.data)
+    limits = {"least_score": args.least_score, "rows": args.rows}
+    relate: Relate
+    if args.geometric:
+        _need(dataset, "box_classes")
+        names: Sequence[str] = geometric.PREDICATES
+        relate = partial(stand_in, **limits)
+        origin = f"{STAND_IN}, boxes of score {args.least_score:g} and more"
+    else:
+        graphs = scene_graphs.read_graphs(args.scene_graphs, args.image_data)
+        _check_coverage(dataset, graphs, args.scene_graphs)
+        names = scene_graphs.predicates(graphs)
+        numbers = {name: i for i, name in enumerate(names)}
+        relate = partial(from_graphs, graphs=graphs, names=numbers, least_iou=args.least_iou, **limits)
+        origin = f"scene graphs of {args.scene_graphs.name}"
+    where = {"predicates": names, "origin": origin, "overwrite": args.overwrite}
+    print(add_relations(dataset, relate, args.name, args.out, **where))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Triplet loss on the product of global vectors, beside another one on a score that looks inside (CMSEI, section 4).
+
+It keeps the towers' own vectors a retrieval model of their own: they find the candidates that the score then re-ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from shnet_jax.losses import triplet
+from shnet_jax.types import Array, Context, Embedding
+
+
+def init_params(**_: Any) -> dict[str, Array]:
+    """This loss learns nothing."""
+    return {}
+
+
+def loss(
+    images: Embedding,
+    texts: Embedding,
+    ids: Array,
+    ctx: Context,
+    *,
+    margin: float,
+    warmup_steps: int,
+    reduction: str,
+    mask_same_image: bool,
+    rank: int = 1,
+    softness: float = 0.0,
+) -> dict[str, Array]:
+    """`triplet.loss`, whose options these are, with the scores v.w; its values are named global_triplet_*."""
+    found = triplet.loss(
+        Embedding(images.vector),  # the elements do not travel
+        Embedding(texts.vector),
+        ids,
+        dataclasses.replace(ctx, score=_product),
+        margin=margin,
+        warmup_steps=warmup_steps,
+        reduction=reduction,
+        mask_same_image=mask_same_image,
+        rank=rank,
+        softness=softness,
+    )
+    return {f"global_{name}": value for name, value in found.items()}
+
+
+def _product(images: Embedding, texts: Embedding) -> Array:
+    return jnp.einsum("nd,td->nt", images.vector, texts.vector, precision=lax.Precision.HIGHEST)

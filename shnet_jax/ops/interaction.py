@@ -1,0 +1,144 @@
+"""Scores of images and sentences that look at each other: object-word attention, refinement, cross-level attention.
+
+Spec cmsei, section 3 ("CMSEI-style": structure published, formulas reconstructed). With V_i the regions of an image,
+W_j the words of a sentence, v and w their global unit vectors:
+
+  c_ij = cos(V_i, W_j);  objects attend to words by a_ij = softmax_j(l1 [c_ij]+ / |[c_.j]+|),  U_i = sum_j a_ij W_j
+  refinement  V'_i = V_i + sigmoid(A V_i + B U_i) * U_i
+  alignment   mean_i cos(V'_i, U_i)
+  cross-level o_i = softmax_i(l2 cos(V'_i, w)), cos(sum_i o_i V'_i, w)
+
+and the same with regions and words exchanged; the score is a weighted sum of alignment, cross-level terms and v.w.
+
+B U_i = sum_j a_ij (B W_j): the products with A and B are made once for each region and word, by the towers, and travel
+in `Embedding.elements` as [X, B' X, A X] (B' that of the other side's gate), so no pair costs a product with a matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from shnet_jax.ops.matmul import DType, einsum
+from shnet_jax.ops.norms import cosine, l2norm
+from shnet_jax.types import Array, Embedding
+
+SIDES = ("objects", "words")
+
+
+@dataclasses.dataclass(frozen=True)
+class Interaction:
+    """What the score consists of; `config.model.cmsei`.
+
+    attend: who attends: "objects" to the words, "words" to the objects, or both. refine: the gated refinement (else the
+    elements are [n, m, d] alone). sharpness: l1 of objects and of words. cross_sharpness: l2.
+    local, cross, whole: weights of the alignment (mean over the sides), of each cross-level term, and of v.w.
+    block: pairs that are computed at once: memory grows with block * (K + L) * d. dtype: of the operands of products.
+    """
+
+    attend: tuple[str, ...] = SIDES
+    refine: bool = True
+    sharpness: tuple[float, float] = (9.0, 9.0)
+    cross_sharpness: float = 4.0
+    local: float = 1.0
+    cross: float = 0.5
+    whole: float = 1.0
+    block: int = 64
+    dtype: DType = "float32"
+
+
+def interaction_scores(images: Embedding, texts: Embedding, how: Interaction) -> Array:
+    """Scores [n, t] of n images with elements [n, K, c] and t sentences with elements [t, L, c], c = 3 d or (without
+    refinement) d; computed block by block, and once more in the backward pass, so that what exists at a time is
+    [block, K, d] and never [n, t, K, d].
+    """
+    own, others = _items(images), _items(texts)
+    n, t = len(own.vector), len(others.vector)
+    rows = min(n, max(1, math.isqrt(how.block)))
+    columns = min(t, max(1, how.block // rows))
+    one = jax.checkpoint(partial(_block, how=how))
+    if (rows, columns) == (n, t):
+        return one(own, others)
+    across, down = _cut(others, columns), _cut(own, rows)
+    found = lax.map(lambda some: lax.map(lambda others: one(some, others), across), down)
+    return found.swapaxes(1, 2).reshape(-1, found.shape[1] * columns)[:n, :t]
+
+
+@struct.dataclass
+class _Items:
+    """An embedding whose elements and mask are there."""
+
+    vector: Array
+    elements: Array
+    mask: Array
+
+
+def _items(given: Embedding) -> _Items:
+    if given.elements is None:
+        raise ValueError("an interaction needs the elements of every item, regions or words; got global vectors alone")
+    mask = jnp.ones(given.elements.shape[:2], bool) if given.mask is None else given.mask
+    return _Items(given.vector, given.elements, mask)
+
+
+def _cut(items: _Items, size: int) -> _Items:
+    """Leaves [n, ...] -> [blocks, size, ...]; the last block is filled with copies of the last item."""
+    missing = -len(items.vector) % size
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), mode="edge") if missing else x
+        return x.reshape(-1, size, *x.shape[1:])
+
+    return jax.tree.map(cut, items)
+
+
+def _block(images: _Items, texts: _Items, how: Interaction) -> Array:
+    d = images.vector.shape[-1]
+    regions, words = l2norm(images.elements[..., :d]), l2norm(texts.elements[..., :d])
+    cosines = einsum("nkd,tld->ntkl", regions, words, how.dtype)
+    valid = images.mask[:, None, :, None] & texts.mask[None, :, None, :]
+    positive = jnp.where(valid, jax.nn.relu(cosines), 0.0)
+    sides = {
+        "objects": lambda sharpness: _attend(images, texts, positive.swapaxes(0, 1), sharpness, how).T,
+        "words": lambda sharpness: _attend(texts, images, positive.swapaxes(2, 3), sharpness, how),
+    }
+    score = how.whole * einsum("nd,td->nt", images.vector, texts.vector, "float32")
+    for side, sharpness in zip(SIDES, how.sharpness, strict=True):
+        if side in how.attend:
+            score = score + sides[side](sharpness)
+    return score
+
+
+def _attend(own: _Items, other: _Items, positive: Array, sharpness: float, how: Interaction) -> Array:
+    """[t, n], what the side `own` [n, K, c] adds to the score when its elements attend to those of `other` [t, L, c].
+
+    positive: [t, n, K, L], the cosines of their elements, 0 where negative or masked. The other side comes first: then
+    the large product is one of contiguous matrices for each of its items.
+    """
+    d = own.vector.shape[-1]
+    logits = sharpness * l2norm(positive, axis=2)  # each element of `other` shares its attention among `own`'s
+    weights = _shares(logits, other.mask[:, None, None, :])
+    seen = einsum("tnkl,tlc->tnkc", weights, other.elements[..., : 2 * d], how.dtype)  # [U, B U]
+    context, refined = seen[..., :d], own.elements[None, ..., :d]
+    if how.refine:
+        refined = refined + jax.nn.sigmoid(own.elements[None, ..., 2 * d :] + seen[..., d:]) * context
+    score = jnp.zeros((), jnp.float32)
+    if how.local:
+        aligned = jnp.where(own.mask, cosine(refined, context), 0.0)
+        count = jnp.maximum(jnp.sum(own.mask, axis=1), 1)
+        score = score + how.local / len(how.attend) * jnp.sum(aligned, axis=2) / count
+    if how.cross:
+        whole = other.vector[:, None, None, :]
+        shares = _shares(how.cross_sharpness * cosine(refined, whole), own.mask)
+        score = score + how.cross * cosine(jnp.sum(shares[..., None] * refined, axis=2), whole[:, :, 0])
+    return score
+
+
+def _shares(logits: Array, mask: Array) -> Array:
+    """Softmax along the last axis over what is valid; finite, whatever it holds, where nothing is."""
+    return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1)

@@ -1,0 +1,149 @@
+"""Scores in blocks and in two stages, for a set similarity and for a score with parameters of its own."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shnet_jax.evaluate import blocks
+from shnet_jax.evaluate.blocks import listed_scores, make_programs, open_folder, pair_scorer, ranks_of, score_matrix
+from shnet_jax.evaluate.rank import ranks
+from shnet_jax.evaluate.two_stage import two_stage_ranks
+from shnet_jax.models.contract import RetrievalModel, scorer
+from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.types import Embedding
+
+N, T, K, L, D = 21, 50, 3, 6, 4
+
+
+class Bilinear(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", nn.initializers.normal(1.0), (D, D))
+
+
+class Sets(RetrievalModel):
+    """Best match among the valid members, through a matrix that is a parameter of the score."""
+
+    score_params = ("metric",)
+    metric: nn.Module
+
+    def score(self, images, texts):
+        pairs = jnp.einsum("nkd,tld->ntkl", self.metric(images.elements), texts.elements)
+        valid = images.mask[:, None, :, None] & texts.mask[None, :, None, :]
+        return jnp.where(valid, pairs, -jnp.inf).max(axis=(2, 3))
+
+
+def items(count, size, seed):
+    rng = np.random.default_rng(seed)
+    elements = rng.normal(size=(count, size, D)).astype(np.float32)
+    vector = elements[:, 0] / np.linalg.norm(elements[:, 0], axis=1, keepdims=True)
+    return Embedding(vector, elements, np.arange(size) < rng.integers(1, size + 1, (count, 1)))
+
+
+@functools.cache
+def gallery():
+    owner = np.random.default_rng(2).permutation(np.arange(T) % N)
+    return items(N, K, 0), items(T, L, 1), owner
+
+
+PARAMS = {"metric": {"kernel": np.random.default_rng(3).normal(size=(D, D)).astype(np.float32)}}
+
+
+@functools.cache
+def programs(devices):
+    return make_programs(Sets(Bilinear()), data_mesh(jax.devices()[:devices]))
+
+
+def made(devices=1, tile=8, buckets=(2, 4)):
+    mesh = data_mesh(jax.devices()[:devices])
+    return pair_scorer(Sets(Bilinear()), programs(devices), PARAMS, mesh, tile, buckets)
+
+
+@functools.cache
+def oracle():
+    images, texts, _ = gallery()
+    pairs = np.einsum("nkd,tld->ntkl", images.elements @ PARAMS["metric"]["kernel"], texts.elements)
+    valid = images.mask[:, None, :, None] & texts.mask[None, :, None, :]
+    return np.where(valid, pairs, -np.inf).max(axis=(2, 3))
+
+
+@pytest.mark.parametrize(("devices", "tile"), [(1, 8), (2, 4), (1, 100)])
+def test_blocks_and_lists_give_the_score_of_every_pair(devices, tile):
+    images, texts, owner = gallery()
+    found = score_matrix(images, texts, made(devices, tile))
+    np.testing.assert_allclose(found, oracle(), rtol=1e-5)
+    pairs = np.random.default_rng(4).permutation(N * T)[:77]
+    ours = listed_scores(images, texts, pairs // T, pairs % T, made(devices, tile))
+    np.testing.assert_allclose(ours, oracle().ravel()[pairs], rtol=1e-5)
+    mine, whole = ranks_of(found, owner, 8, data_mesh(jax.devices()[:1])), exact()
+    np.testing.assert_array_equal(mine.i2t, whole.i2t)
+    np.testing.assert_array_equal(mine.t2i, whole.t2i)
+
+
+@functools.cache
+def exact():
+    images, texts, owner = gallery()
+    return ranks(images, texts, owner, scorer(Sets(Bilinear()), PARAMS), 8)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_two_stages_with_the_whole_gallery_are_exact(devices):
+    found, pairs = two_stage_ranks(*gallery(), max(N, T), made(devices))
+    np.testing.assert_array_equal(found.i2t, exact().i2t)
+    np.testing.assert_array_equal(found.t2i, exact().t2i)
+    assert pairs == N * T
+
+
+def test_two_stages_rerank_the_candidates_and_leave_the_others():
+    images, texts, owner = gallery()
+    k = 4
+    found, pairs = two_stage_ranks(images, texts, owner, k, made())
+    vectors, scores = images.vector @ texts.vector.T, oracle()
+
+    def ordered(whole, score):
+        first = np.argsort(-whole, kind="stable")
+        best = sorted(first[:k], key=lambda j: (-score[j], j))
+        return [*best, *first[k:]]
+
+    i2t = [min(ordered(vectors[i], scores[i]).index(j) for j in np.flatnonzero(owner == i)) for i in range(N)]
+    t2i = [ordered(vectors[:, j], scores[:, j]).index(owner[j]) for j in range(T)]
+    np.testing.assert_array_equal(found.i2t, i2t)
+    np.testing.assert_array_equal(found.t2i, t2i)
+    assert (np.array(t2i) >= k).any() and (np.array(t2i) < k).any()
+    assert max(N, T) * k <= pairs <= (N + T) * k
+
+
+def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
+    images, texts, _ = gallery()
+    folder = open_folder(tmp_path / "scores", {"step": 1})
+    keep, kept = blocks._keep, []
+
+    def stopped(path, block):
+        keep(path, block)
+        kept.append(path)
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(blocks, "_keep", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        score_matrix(images, texts, made(), folder)
+    assert len(list(folder.glob("block_*.npy"))) == 5
+    (folder / "block_9_9.tmp").write_bytes(b"half")
+    assert open_folder(tmp_path / "scores", {"step": 1}) == folder
+    np.testing.assert_allclose(score_matrix(images, texts, made(), folder), oracle(), rtol=1e-5)
+    assert len(kept) == 21 == len(set(kept))  # 3 x 7 blocks, each once
+    open_folder(tmp_path / "scores", {"step": 2})
+    assert not list(folder.glob("block_*"))
+
+
+def test_nan_and_no_candidates_are_errors():
+    images, texts, owner = gallery()
+    broken = Embedding(images.vector, np.where(np.arange(N)[:, None, None] == 2, np.nan, images.elements), images.mask)
+    with pytest.raises(ValueError, match="scores of candidates are NaN"):
+        two_stage_ranks(broken, texts, owner, T, made())
+    with pytest.raises(ValueError, match="two_stage is 0"):
+        two_stage_ranks(images, texts, owner, 0, made())
