@@ -46,6 +46,7 @@ def test_a_run_writes_what_is_documented(tmp_path, monkeypatch, capsys):
     assert "| losses | triplet, ring, 16 pairs, D 4, 4 virtual CPU devices |" in printed and str(out) in printed
 
 
+@pytest.mark.slow
 def test_the_interaction_is_compared_in_pairs():
     score, stages = interaction.run(dataclasses.replace(interaction.QUICK, images=6, captions=12, dim=4))
     assert score.work == stages.work == 6 * 12 and score.ratio > 0 and stages.ratio > 0

@@ -135,6 +135,7 @@ def test_an_unknown_checkpoint_or_split(workdir):
         evaluate_checkpoint(toy(eval__split="dev"), workdir)
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_runs_has_rows_of_its_own(workdir, tmp_path, capsys):
     """Of runs that differ in model: the given configuration decides on the evaluation alone."""
     other = tiny.folder() / "commands_other"

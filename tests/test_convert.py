@@ -267,6 +267,7 @@ def equal(ours, theirs) -> None:
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 def test_out_and_in_again_bit_by_bit(tmp_path, capsys):
     out, again = tmp_path / "out", tmp_path / "again"
     convert(config(convert__to=str(out)), workdir())

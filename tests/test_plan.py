@@ -95,6 +95,7 @@ def test_the_gallery_is_that_of_the_evaluation():
     assert gallery(describe(tiny.config())) == (10, 50)
 
 
+@pytest.mark.slow
 def test_stages_divide_the_layers_and_must_fit():
     """A device holds the parameters of its stage only, in evaluation too."""
     mesh, arguments = data_mesh(jax.devices()[:4]), []

@@ -217,6 +217,7 @@ def test_a_study_without_any_result_says_so(tmp_path, monkeypatch):
     assert ended.value.code != 0 and (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_plots_of_points_that_are_gone_go_too(tmp_path):
     make_report(tmp_path, virtual=False)
     (tmp_path / "plots" / "speed_weak_999.png").write_bytes(b"old")

@@ -45,8 +45,9 @@ class RetrievalModel(nn.Module):
     def score(images: Embedding, texts: Embedding) -> Array:
         """Scores [n, t] of every image with every text: the dot product of their unit vectors.
 
-        A model with a score of its own overrides it by a static method, or by a method, which may have parameters and
-        is reached through `scorer`; it leaves `vector` a unit vector, by which candidates are found.
+        A model with a score of its own overrides it by a static method, by a property that gives a function, or by a
+        method, which may have parameters and is reached through `scorer`; it leaves `vector` a unit vector, by which
+        candidates are found.
         """
         return einsum("nd,td->nt", images.vector, texts.vector, "float32")
 
@@ -74,5 +75,5 @@ def scorer(model: RetrievalModel, params: Mapping[str, Any]) -> Score:
 
 
 def has_static_score(model: RetrievalModel) -> bool:
-    """Whether the score needs nothing of the model, as the dot product."""
-    return isinstance(inspect.getattr_static(model, "score"), staticmethod)
+    """Whether the score needs no parameters: a static method, or a property that gives a function."""
+    return not inspect.isfunction(inspect.getattr_static(model, "score"))

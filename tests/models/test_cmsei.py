@@ -158,6 +158,7 @@ def random_items(count, size, seed, dim=DIM):
     )
 
 
+@pytest.mark.slow
 def test_blocks_change_neither_scores_nor_gradients():
     images, texts = random_items(5, K, 0), random_items(7, L, 1)
     weights = np.random.default_rng(2).normal(size=(5, 7))
@@ -188,6 +189,7 @@ def test_gradients_are_finite_where_nothing_agrees():
     assert np.isfinite(compiled(graded)(images.elements)).all()
 
 
+@pytest.mark.slow
 def test_what_exists_at_once_is_a_block_and_no_tile():
     """By the compiler's account: [n, t, K, d] of the tile is never there, in neither pass."""
     n, size, dim, block = 128, 16, 64, 16

@@ -15,7 +15,7 @@ from data_prep import people
 from data_prep.builder import write_dataset
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.models import esa
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.models.esa import SetScore
 from shnet_jax.ops.set_similarity import set_similarity
 from shnet_jax.train.loop import train_and_evaluate
@@ -65,10 +65,12 @@ def test_sets_of_different_sizes_around_the_global_vectors():
     expected = images.vector @ texts.vector.T
     expected += set_similarity(images.elements, None, texts.elements, None, "smooth_chamfer", 16.0)
     np.testing.assert_allclose(model.score(images, texts), expected, atol=1e-5)
+    assert has_static_score(model)
     # Compiled programs are found again by the score: equal models have equal ones.
     assert model.score == esa.build(config()).score and hash(model.score) == hash(SetScore("smooth_chamfer", 16.0, 1.0))
 
 
+@pytest.mark.slow
 def test_without_sets_it_is_the_plain_model():
     none = {"model.esa.size": 0, "model.esa.text_size": 0}
     model, _, (images, texts) = encode(config(**none), batch())
@@ -77,6 +79,7 @@ def test_without_sets_it_is_the_plain_model():
     np.testing.assert_allclose(images.vector, with_sets.vector, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tokens_of_a_frozen_backbone():
     """Their global vector is that of the record, and nothing is learned before the set head."""
     c = config(**{"model.esa.head": "none", "model.dim": 6, "text.tower": "clip", "text.projection": 6})
@@ -146,6 +149,7 @@ def clip_config(figures):
     return c
 
 
+@pytest.mark.slow
 def test_a_clip_folder_gives_both_towers(figures):
     experiment = assemble(clip_config(figures))
     assert experiment.config.model.clip.grid == (4, 4) and experiment.config.text.projection == 20

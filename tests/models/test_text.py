@@ -68,7 +68,8 @@ def test_every_valid_token_and_its_place_matter_within_its_caption(name):
     tokens, mask = captions()
     plain = np.asarray(evaluated(tower)(params, tokens, mask))
     last, swapped = tokens.at[2, 4].set(tokens[2, 4] % 39 + 1), tokens.at[2, 1:3].set(tokens[2, 2:0:-1])
-    for changed, seen_at in ((last, 0), (swapped, 3)):
+    before = 4 if name == "clip" else 0  # CLIP's words see those before them only
+    for changed, seen_at in ((last, before), (swapped, 3)):
         moved = np.abs(np.asarray(evaluated(tower)(params, changed, mask)) - plain)
         assert moved[2, seen_at].max() > 1e-3
         assert moved[[0, 1, 3]].max() < 1e-6
@@ -89,7 +90,8 @@ def test_bfloat16_stays_near_float32(name):
 def test_gradients_are_finite_and_none_reaches_padding(name):
     tower = tower_of(name)
     tokens, mask = captions()
-    target = mask[..., None] * jax.random.normal(jax.random.key(5), (4, 9, 32))
+    width = evaluated(tower)(params_of(tower), tokens, mask).shape[-1]
+    target = mask[..., None] * jax.random.normal(jax.random.key(5), (4, 9, width))
 
     def loss(params):
         return jnp.sum(target * tower.apply({"params": params}, tokens, mask, train=False))
@@ -102,7 +104,7 @@ def test_gradients_are_finite_and_none_reaches_padding(name):
     assert np.abs(words[used]).max(axis=1).min() > 0
 
 
-@every_tower
+@pytest.mark.parametrize("name", [name for name in TOWERS if name != "clip"])  # which was trained without
 def test_dropout_in_training(name):
     tower = tower_of(name)
     params = params_of(tower)

@@ -95,16 +95,10 @@ def float32(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float32) if x.dtype == np.float64 else x, tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "devices"),
-    [
-        ("gathered", 1),
-        ("ring", 8),
-        pytest.param("streamed", 2, marks=pytest.mark.slow),
-        pytest.param("gathered", 8, marks=pytest.mark.slow),
-        pytest.param("ring", 2, marks=pytest.mark.slow),
-        pytest.param("streamed", 8, marks=pytest.mark.slow),
-    ],
+    [("gathered", 1), ("ring", 8), ("streamed", 2), ("gathered", 8), ("ring", 2), ("streamed", 8)],
 )
 def test_loss_and_gradients_equal_the_dense_oracle(strategy, devices):
     batch, params = (float32(x) for x in data())
@@ -121,7 +115,8 @@ def test_loss_and_gradients_equal_the_dense_oracle(strategy, devices):
             np.testing.assert_allclose(found, derivative, rtol=0, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("strategy", ["ring", pytest.param("streamed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ring", "streamed"])
 def test_memory_of_a_device_is_that_of_the_tile(strategy):
     """By the compiler's account of the gradient: no [b, B, K, D] of this device's pairs, in warm-up or after it."""
     devices, size, k, dim, block = 8, 1024, 16, 64, 16

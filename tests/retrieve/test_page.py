@@ -29,6 +29,8 @@ from shnet_jax.retrieve.scene import Album
 from tests.train import tiny
 
 EVIL = "<script>document.title='owned';console.error('owned')</script>"
+pytestmark = pytest.mark.slow  # every one needs the page, which takes a model's compilation
+
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

@@ -256,6 +256,7 @@ def test_four_devices_resume_between_the_batches_of_an_update(mapping, split, mo
     stopped_and_resumed(config, 3, monkeypatch, tmp_path)
 
 
+@pytest.mark.slow
 def test_key_encoders_and_queues_resume(monkeypatch, tmp_path):
     """Between two wraps of the queues; the toy's key image encoder has dropout and statistics of its own."""
     weights = {"triplet": 0.0, "infonce": 0.0, "uto": 1.0}

@@ -62,6 +62,7 @@ def test_split_equals_whole(small_is_split, microbatch):
         np.testing.assert_allclose(ours, one, rtol=1e-3, atol=2e-4, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_each_device_holds_its_part(small_is_split):
     state, _, built = trained(True)
     axes = sharding.split_axes(jax.eval_shape(lambda: state), 4)
