@@ -111,6 +111,7 @@ def bert(tokens: np.ndarray, params) -> np.ndarray:
     return x
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_is_evaluated_as_numpy_does():
     loaded = load(workdir(), evaluation())
     assert loaded.step == 1234

@@ -193,6 +193,7 @@ def test_a_part_that_does_not_fit_costs_not_the_step(tmp_path, monkeypatch):
     assert found["message"].startswith("not all parts were measured: out of memory: jax.errors.JaxRuntimeError: RES")
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_a_part_is_there_already(monkeypatch):
     def parts(*_):
         yield "encode", lambda: None

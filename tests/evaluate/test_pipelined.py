@@ -148,6 +148,7 @@ def test_a_device_holds_its_share_of_the_layers():
     assert "layer_0" in tower  # what is placed is a copy
 
 
+@pytest.mark.slow
 def test_the_program_is_given_its_share_and_keeps_no_copy():
     model, batch = build("bert", layers=4, width=64, mlp_dim=256), captions(8)
     layers = 4 * count_bytes(shapes(model, batch)["params"]["text"]["tower"]["layer_0"])

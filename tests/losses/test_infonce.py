@@ -37,6 +37,7 @@ def test_value_and_gradients(mask):
         np.testing.assert_allclose(grad, reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_fixed_temperature_equals_the_learned_one_at_its_start():
     images, texts = pairs()
     params = infonce.init_params(temperature=0.1, learn_temperature=True)

@@ -104,13 +104,11 @@ def check(found, expected):
         np.testing.assert_allclose(grads[key], wanted, rtol=0, atol=2e-4 * np.abs(wanted).max(), err_msg=key)
 
 
-QUICK = {("gathered", None, 1)}
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy, devices, how",
     [
-        pytest.param(strategy, devices, how, marks=[] if (strategy, how, devices) in QUICK else pytest.mark.slow)
+        (strategy, devices, how)
         for strategy in PAIR_STRATEGIES
         for devices, how in [(1, None), *((n, how) for n in (2, 8) for how in mapping.MAPPINGS)]
         if strategy != "local" or devices < 8  # one pair on each device has no negative: nothing to compare

@@ -119,6 +119,7 @@ def test_without_attention_the_score_is_the_dot_product():
     assert with_elements.elements.shape == (N, K, 3 * DIM)
 
 
+@pytest.mark.slow
 def test_the_order_of_regions_changes_nothing():
     model, variables, run = built()
     order = np.random.default_rng(1).permutation(K)
@@ -220,6 +221,7 @@ def test_graphs_from_scores_follow_the_threshold_and_masks():
     np.testing.assert_allclose(graphs.normalised(everyone, np.ones((1, 3), bool)), np.full((1, 3, 3), 1 / 3))
 
 
+@pytest.mark.slow
 def test_without_relations_the_graph_is_the_identity():
     model, variables, run = built()
     bare = {name: value for name, value in batch().items() if name != "relations"}

@@ -82,6 +82,7 @@ def test_pooling_equals_numpy(lengths):
         np.testing.assert_allclose(out[i], expected, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_table_and_direct_path_agree_in_value_and_gradients():
     lengths = [6, 1, 4, 0, 5, 5, 2, 3]
     features, mask = sets(lengths)

@@ -68,6 +68,7 @@ def test_sets_of_one_element_score_their_product(kind):
     np.testing.assert_allclose(found, images[:, 0] @ texts[:, 0].T, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_smooth_chamfer_lies_above_chamfer_by_at_most_log_m():
     images, image_mask, texts, text_mask = sets()
     args = jnp.float32(images), image_mask, jnp.float32(texts), text_mask

@@ -72,6 +72,7 @@ def test_a_step_does_not_depend_on_microbatches_and_devices(devices, microbatch)
         assert all(np.abs(x).max() > 1e-6 for x in jax.tree.leaves(wanted[name]))
 
 
+@pytest.mark.slow
 def test_a_dropped_region_leaves_the_graphs():
     """Its box and its relations change nothing, as if the detector had not found it."""
     model, _, run = small.built()

@@ -119,6 +119,7 @@ def test_exact_equals_the_whole_batch_on_two_devices(axis):
     agree(one_step(2, 4, axis=axis), one_step(2, 0, axis=axis))
 
 
+@pytest.mark.slow
 def test_local_statistics_are_those_of_as_many_devices():
     agree(one_step(1, PAIRS // 4, "local"), one_step(4, 0))
 
@@ -139,6 +140,7 @@ def share(params, embeddings):
     return terms["loss"], terms
 
 
+@pytest.mark.slow
 def test_running_statistics_normalise_and_take_up_the_batch():
     params, stats, _ = one_step(1, 4, "running")
     loss_params = total.build(LOSS, 3)[0]

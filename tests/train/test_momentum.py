@@ -179,6 +179,7 @@ def test_a_batch_as_large_as_the_queue_fills_it_from_the_pointer_on():
     assert queue.ids.tolist() == [1, 2, 3, 0] and queue.vectors[:, 0].tolist() == [1, 2, 3, 0] and queue.pointer == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False])
 def test_the_key_image_encoder_has_dropout_as_in_training_or_not(train):
     plain, other = (run(1, "shard_map", model=Linear(rate), chosen=options(image_train=train)) for rate in (0.0, 0.5))

@@ -105,6 +105,7 @@ def test_frozen_layers_do_not_even_decay():
     assert same == {"model/text/tower/words", "model/text/tower/layer_0/kernel"}
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_averaged():
     first, second = draw(1), draw(2)
     mean = {name: (first[name] + second[name]) / 2 for name in first}

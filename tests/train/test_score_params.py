@@ -57,6 +57,7 @@ def experiment():
     return assemble(tiny.config(model__name=__name__, model__dropout=0.0, eval__two_stage=1000, eval__tile=4))
 
 
+@pytest.mark.slow
 def test_the_score_takes_part_in_the_step(experiment):
     variables = init_variables(experiment, 0)
     assert variables["params"]["weights"]["factor"].shape == (16,)
