@@ -252,6 +252,7 @@ def get_config() -> ConfigDict:
     plan.grid = 49  # grid cells of an image
     plan.grid_dim = 2048  # size of a grid cell's feature
     plan.image_embedding = 512  # size of the global vector of a pretrained model
+    plan.persons = 11003  # persons in the training split, for a classifier of them (CUHK-PEDES: 11,003)
     plan.picture = (384, 128)  # height and width of a picture (person search)
 
     c.scale = scale = ConfigDict()  # --mode=scale: the training step over devices, batches, strategies, precisions

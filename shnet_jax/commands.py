@@ -56,8 +56,12 @@ def load(workdir: str | Path, config: ConfigDict, step: int | None = None) -> Lo
     given configuration or the data set does not fit them.
     """
     workdir = Path(workdir)
-    trained = complete(trained_config(workdir), config)
-    if wrong := _model_differences(trained, config):
+    saved = trained_config(workdir)
+    trained = complete(saved, config)
+    younger = [
+        name for name, value in config.model.items() if isinstance(value, ConfigDict) and name not in saved.model
+    ]
+    if wrong := _model_differences(trained, config, {"clip", *younger}):
         raise ValueError(f"{workdir} was trained with another model than --config names:\n  " + "\n  ".join(wrong))
     return _restore(workdir, trained, config, step)
 
@@ -91,8 +95,11 @@ def _restore(workdir: Path, trained: ConfigDict, config: ConfigDict, step: int |
     return Loaded(experiment, variables, step, trained.data.val_split if chosen else "none")
 
 
-def _model_differences(trained: ConfigDict, config: ConfigDict) -> list[str]:
-    """Fields of the model in which the given configuration differs from the run (sizes filled in at training aside)."""
+def _model_differences(trained: ConfigDict, config: ConfigDict, aside: set[str]) -> list[str]:
+    """Fields of the model in which the given configuration differs from the run (sizes filled in at training aside).
+
+    aside: sections of config.model that say nothing about this run.
+    """
     filled = {
         "weights",
         "vocab_size",
@@ -104,7 +111,7 @@ def _model_differences(trained: ConfigDict, config: ConfigDict) -> list[str]:
         "projection",
         "activation",
     }
-    theirs, ours = ({k: v for k, v in c.model.to_dict().items() if k != "clip"} for c in (config, trained))
+    theirs, ours = ({k: v for k, v in c.model.to_dict().items() if k not in aside} for c in (config, trained))
     lines = differences(theirs, ours, "config.model")
     ours = {k: v for k, v in trained.text.to_dict().items() if k not in filled}
     theirs = {k: v for k, v in config.text.to_dict().items() if k not in filled}
@@ -198,6 +205,8 @@ def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded]
     evaluation, runs = config.eval, config.eval.ensemble
     if runs and (len({*map(str, runs)}) < len(runs) or len(runs) < 2):
         raise ValueError(f"config.eval.ensemble is {tuple(runs)}; expected at least 2 different work folders")
+    if runs and evaluation.two_stage:
+        raise ValueError("config.eval.two_stage ranks with one model; set it to 0 for config.eval.ensemble")
     if runs:  # mistakes are told before anything is encoded
         mean_score([RetrievalModel.score] * len(runs), evaluation.ensemble_weights)
     for run in runs:

@@ -14,11 +14,16 @@ import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, user_coco
 from shnet_jax.commands import evaluate_checkpoint, load, train
 from shnet_jax.convert import convert, load_folder, load_published, load_run
 from shnet_jax.interop.published import text_encoder_slots
-from shnet_jax.interop.torch_weights import image_encoder_slots, to_variables, vse_encoder_slots
+from shnet_jax.interop.torch_weights import (
+    image_encoder_slots,
+    to_variables,
+    user_image_encoder_slots,
+    vse_encoder_slots,
+)
 from shnet_jax.models.bert import EPSILON
 from shnet_jax.plan import subject
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
@@ -167,6 +172,23 @@ def test_a_checkpoint_without_segmentation_is_vse_infinity(tmp_path):
     assert not any(model.config.model[n] for n in ("semantic", "spatial", "scene_tokens", "category_token"))
     assert set(model.variables["params"]["image"]) == {"regions_linear", "regions_mlp", "pool"}
     np.testing.assert_array_equal(model.variables["params"]["image"]["regions_linear"]["kernel"], image["fc.weight"].T)
+
+
+def test_user(tmp_path):
+    c = user_coco.get_config()
+    flat = {"tokenizer.path": str(vocabulary()), "text.heads": 2, "parallel.devices": 1}
+    c.update_from_flattened_dict(flat | BERT | {"model.dim": 8, "plan.region_dim": 200})
+    like = traverse_util.flatten_dict(subject.variables(subject.describe(c)))
+    rng = np.random.default_rng(2)
+    image = {
+        name: rng.uniform(0.5, 2.0, slot.theirs(like[slot.collection, *slot.path].shape)).astype(np.float32)
+        for name, slot in user_image_encoder_slots("image").items()
+    }
+    model = load_published(c, write(tmp_path / "user.pth", image, moco_M=1024, attention_lamda=3.0))
+    assert model.config.model.user.guides == ("sge",) and model.config.model.user.attention_scale == 3.0
+    assert model.config.momentum.queue == 1024
+    kernel = model.variables["params"]["image"]["regions_sge"]["local"]["kernel"]
+    np.testing.assert_array_equal(kernel, image["v_sa.embedding_local.0.weight"].T)
 
 
 def test_user_needs_its_own_configuration(tmp_path):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base, demo
+from configs import base, demo, esa_cuhk_pedes
 from shnet_jax.experiment import abstract_variables, assemble
 from shnet_jax.observe.compiled import Memory, OutOfMemory
 from shnet_jax.observe.hardware import CHIPS, GIB, Chip, chip, memory_limit, target_devices
@@ -18,7 +18,7 @@ from shnet_jax.observe.work import Work
 from shnet_jax.parallel import sharding
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.plan import command, programs, search
-from shnet_jax.plan.subject import describe, gallery, resident_table, train_batch, variables
+from shnet_jax.plan.subject import describe, gallery, random_batch, resident_table, train_batch, variables
 from shnet_jax.plan.table import table
 from shnet_jax.train.prepare import prepare
 from tests.train import tiny
@@ -79,6 +79,14 @@ def test_described_sizes():
         "tokens": ((64, 32), "int32"),
         "token_mask": ((64, 32), "bool"),
     }
+
+
+def test_a_person_search_without_data():
+    subject = describe(esa_cuhk_pedes.get_config())
+    assert subject.config.loss.identity.classes == subject.config.plan.persons == 11003
+    assert shapes(train_batch(subject, 64))["identity"] == ((64,), "int32")
+    identity = random_batch(subject, 4, 0)["identity"]
+    assert identity.tolist() == [0, 0, 1, 1]
 
 
 def test_words_are_those_of_the_vocabulary_that_is_named(tmp_path):

@@ -34,13 +34,19 @@ class Effort:
 class Way:
     """A way to rank a gallery.
 
-    ranking: what the protocol card says of it, "": the usual. effort: that of the last gallery.
+    ranking: what the protocol card says of it, "": the usual, every pair by the model's score. effort: that of the last
+    gallery.
     """
 
     name: str
     ranker: Ranker
     effort: Effort
     ranking: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether every pair was ranked by the model's score."""
+        return not self.ranking
 
 
 class Rankings:

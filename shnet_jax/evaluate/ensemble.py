@@ -88,6 +88,7 @@ def combine(name: str, members: Sequence[Embedded], weights: Sequence[float] = (
         images=tuple(m.images for m in members),
         texts=tuple(m.texts for m in members),
         score=score,
+        way=None,
         subject=_joint_subject([m.subject for m in members], f"mean of the scores of {len(members)} models: {parts}"),
     )
 

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from shnet_jax.evaluate.recall import CUTS, Metrics
-from shnet_jax.evaluate.tiles import make_tiling, one_behind, programs
+from shnet_jax.evaluate.tiles import Items, ItemScore, make_tiling, one_behind, programs, size
 from shnet_jax.parallel.mapping import data_mesh
-from shnet_jax.types import Array, Embedding, Score
+from shnet_jax.types import Array
 
 SLICE = 256  # captions whose images are sorted at once: 20,000 images of each are 20 MB of scores
 
@@ -23,11 +23,11 @@ NAMES = ("person_r1", "person_r5", "person_r10", "person_map", "person_minp")
 
 
 def person_metrics(
-    images: Embedding,
-    texts: Embedding,
+    images: Items,
+    texts: Items,
     image_person: np.ndarray,
     caption_person: np.ndarray,
-    score: Score,
+    score: ItemScore,
     tile: int = 512,
     mesh: Mesh | None = None,
 ) -> Metrics:
@@ -46,7 +46,7 @@ def person_metrics(
     Raises:
       ValueError: a caption of a person without image, NaN among the scores, persons that are not as many as items.
     """
-    n, t = len(images.vector), len(texts.vector)
+    n, t = size(images), size(texts)
     if image_person.shape != (n,) or caption_person.shape != (t,):
         raise ValueError(
             f"expected a person for each of {n} images and {t} captions, found {image_person.shape} and "
@@ -69,10 +69,10 @@ def person_metrics(
 
 
 def _tiles(
-    images: Embedding, texts: Embedding, score: Score, tile: int, mesh: Mesh
+    images: Items, texts: Items, score: ItemScore, tile: int, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Captions of each tile and their scores with all images, [n, captions]."""
-    n, t = len(images.vector), len(texts.vector)
+    n, t = size(images), size(texts)
     tiling = make_tiling(images, texts, np.zeros(t, np.int64), np.arange(t), tile, mesh)
     run = programs(score, mesh)
 

@@ -69,8 +69,8 @@ def table(arms: Mapping[str, Results]) -> str:
         guess = (f"chance ({card['images']} images, {card['captions']} captions{folds})", arm.chance)
         if guess not in rows:
             rows.append(guess)
-    columns = [*COLUMNS, *(name for name in PERSON if all(name in metrics for _, metrics in rows))]
-    cells = [[name, *(f"{metrics[column]:.1f}" for column in columns)] for name, metrics in rows]
+    columns = [*COLUMNS, *(name for name in PERSON if any(name in metrics for _, metrics in rows))]
+    cells = [[name, *(f"{metrics[c]:.1f}" if c in metrics else "" for c in columns)] for name, metrics in rows]
     return markdown(["", *map(heading, columns)], cells)
 
 

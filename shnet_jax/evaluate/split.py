@@ -82,6 +82,10 @@ def check(model: RetrievalModel, config: ConfigDict | FrozenConfigDict, mesh: Me
         raise ValueError(f"config.eval.batch_size is {evaluation.batch_size}; it must be at least 1")
     if evaluation.two_stage < 0:
         raise ValueError(f"config.eval.two_stage is {evaluation.two_stage}; it is a number of candidates, or 0")
+    if not (evaluation.exact or evaluation.two_stage):
+        raise ValueError(
+            "config.eval.exact is False, which needs config.eval.two_stage candidates: nothing else is ranked"
+        )
     if evaluation.overlap and jax.process_count() > 1:
         raise ValueError("config.eval.overlap needs both towers' devices in one process; switch it off for several")
     if jax.process_count() > 1 and config.parallel.mapping == "pmap":
@@ -158,7 +162,10 @@ def evaluate_embedded(
     if isinstance(embedded.score, MeanScore):
         evaluation = ConfigDict(evaluation.to_dict() | {"score_dtype": "float32"})
     check_score_dtype(embedded.score, evaluation.score_dtype)
-    extra = extra_metrics(embedded, wanted, evaluation.tile, _ranking(mesh))
+    # Further numbers are of the model's score, so of no other way to rank.
+    exact = embedded.way is None or embedded.way.exact
+    extra = extra_metrics(embedded, wanted, evaluation.tile, _ranking(mesh)) if exact else {}
+    people = embedded.image_person if exact else None
     found = {}
     for protocol in evaluation.protocols:
         results = _ranked(
@@ -176,7 +183,7 @@ def evaluate_embedded(
             results,
             embedded.images,
             embedded.texts,
-            embedded.image_person,
+            people,
             embedded.caption_image,
             embedded.score,
             evaluation,

@@ -84,7 +84,7 @@ FAMILIES = (
         {
             "model.name": "user",
             "model.units": ("regions",),
-            "model.user.guides": ("self",),
+            "model.user.guides": ("sge",),
             "model.user.norm": "slots",
             "loss.uto.mask_same_image": False,
         },

@@ -56,6 +56,9 @@ def describe(config: ConfigDict) -> Subject:
     if config.tokenizer.path and not config.text.vocab_size:
         config.text.vocab_size = load_tokenizer(config).vocab_size
     config.text.vocab_size = config.text.vocab_size or BERT_VOCABULARY
+    if config.loss.weights.get("identity", 0.0):
+        identity = config.loss.identity
+        identity.dim, identity.classes = identity.dim or config.model.dim, identity.classes or config.plan.persons
     module = registry.model(config.model.name)
     captions = config.plan.images * config.plan.captions
     dataset = _described(config)
@@ -81,6 +84,8 @@ def _described(config: ConfigDict) -> DataSet:
         "image_embedding": ((p.image_embedding,), "float32"),
         "image": ((*p.picture, 3), "uint8"),
     }
+    if config.loss.weights.get("identity", 0.0):
+        features["identity"] = ((), "int64")
     named = {name: Feature(shape, np.dtype(dtype)) for name, (shape, dtype) in features.items()}
     return DataSet(Path("config.plan"), {config.data.train_split: p.images}, named, classes, {})
 
@@ -115,6 +120,8 @@ def random_batch(subject: Subject, pairs: int, seed: int) -> dict[str, np.ndarra
             return rng.random(like.shape) < 0.1
         if like.dtype == bool:
             return np.ones(like.shape, bool)
+        if name == "identity":  # persons of two images each
+            return (np.arange(like.shape[0]) // 2).astype(like.dtype)
         if np.issubdtype(like.dtype, np.integer):
             return rng.integers(1, limits.get(name, 2), like.shape).astype(like.dtype)
         return rng.random(like.shape, np.float32).astype(like.dtype)

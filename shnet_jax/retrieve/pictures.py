@@ -74,7 +74,8 @@ def photograph(folder: Path, image_id: str) -> tuple[str, float] | None:
     Raises ValueError for a file that is no picture.
     """
     path = next((p for suffix in SUFFIXES if (p := folder / f"{image_id}{suffix}").is_file()), None)
-    if path is None:
+    # An id of somebody else's data set must not bring a file from elsewhere into a page that is passed on.
+    if path is None or not path.resolve().is_relative_to(folder.resolve()):
         return None
     try:
         with Image.open(path) as opened:

@@ -26,6 +26,7 @@ FREE_TO_CHANGE = (
     "config.eval.",
     "config.name",
     "config.page.",
+    "config.parallel.devices",
     "config.plan.",
     "config.scale.",
     "config.search.",
@@ -35,6 +36,10 @@ FREE_TO_CHANGE = (
     "config.train.keep",
     "config.train.on_nonfinite",
 )
+
+
+# Of these, what decides which state is the best one: numbers of two kinds cannot be compared.
+SELECTING = ("config.eval.person", "config.eval.protocols")
 
 
 class WorkdirError(RuntimeError):
@@ -54,7 +59,7 @@ def claim(workdir: Path, experiment: Experiment) -> None:
         if not path.exists():
             raise WorkdirError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
         found = differences(experiment.config.to_dict(), load_config(path).to_dict())
-        found = [line for line in found if not line.startswith(FREE_TO_CHANGE)]
+        found = [line for line in found if line.startswith(SELECTING) or not line.startswith(FREE_TO_CHANGE)]
         for copy, original in kept.items():
             if copy.exists() and original.exists() and copy.read_bytes() != original.read_bytes():
                 found.append(f"{original} differs from what the run began with, {copy.name}")

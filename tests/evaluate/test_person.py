@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from shnet_jax.evaluate.ensemble import MeanScore
 from shnet_jax.evaluate.person import NAMES, person_chance, person_metrics
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.esa import SetScore
@@ -45,6 +46,15 @@ def test_it_is_what_brute_force_finds(tile, devices, score, ties):
     found = person_metrics(images, texts, PERSONS, CAPTIONS, score, tile, data_mesh(jax.devices()[:devices]))
     expected = brute_force(np.asarray(score(images, texts)), PERSONS, CAPTIONS)
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_ensemble_of_models():
+    images, texts = embeddings(ties=False)
+    vectors = [e.replace(elements=None) for e in (images, texts)]
+    both = MeanScore((SetScore("chamfer", 16.0, 0.5), RetrievalModel.score), (0.25, 0.75))
+    found = person_metrics((images, vectors[0]), (texts, vectors[1]), PERSONS, CAPTIONS, both, 4)
+    scores = 0.25 * both.scores[0](images, texts) + 0.75 * RetrievalModel.score(*vectors)
+    assert found == pytest.approx(brute_force(np.asarray(scores), PERSONS, CAPTIONS), abs=1e-4)
 
 
 def test_a_constant_score_gives_no_more_than_the_order_of_the_images():

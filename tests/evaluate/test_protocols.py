@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from shnet_jax.evaluate.protocols import Subject, evaluate, find_protocol
 from shnet_jax.evaluate.rank import ranks
 from shnet_jax.evaluate.recall import recalls
-from shnet_jax.evaluate.report import card_table, table, to_json, write_json
+from shnet_jax.evaluate.report import PERSON, card_table, table, to_json, write_json
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
 
@@ -19,6 +20,13 @@ def gallery(n=20, captions=3, seed=0):
     owner = rng.permutation(np.repeat(np.arange(n), captions))
     texts = images[owner] + rng.standard_normal((n * captions, 16)).astype(np.float32)
     return Embedding(images), Embedding(texts), owner
+
+
+def test_a_row_without_persons_leaves_their_columns_empty():
+    plain = evaluate(*gallery(), SCORE, "whole")
+    results = dataclasses.replace(plain, metrics=plain.metrics | dict.fromkeys(PERSON, 50.0))
+    lines = table({"sets": results, "zero-shot": plain}).splitlines()
+    assert lines[2].split("|")[-2].strip() == "50.0" and lines[3].split("|")[-2].strip() == ""
 
 
 def test_folds_rank_each_block_alone_and_average():

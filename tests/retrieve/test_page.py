@@ -148,6 +148,14 @@ def test_a_file_that_is_no_photograph(tmp_path):
     assert pictures.photograph(tmp_path, "b") is None
 
 
+def test_an_id_brings_no_file_from_elsewhere(tmp_path):
+    (tmp_path / "photographs").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "private.png")
+    for image_id in ("../private", "../private.png", str(tmp_path / "private.png")):
+        assert pictures.photograph(tmp_path / "photographs", image_id) is None
+    assert pictures.photograph(tmp_path, "private") is not None
+
+
 def decoded(source):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGBA")).astype(int)
 
