@@ -84,7 +84,7 @@ test-fast: tpu-compiler
 	@start=$$(date +%s); $(PY) -m pytest -q -n 2 -m "not slow" && echo "fast tests: $$(( $$(date +%s) - start )) s"
 
 test-slow: tpu-compiler
-	@start=$$(date +%s); $(PY) -m pytest -q -m slow && echo "slow tests: $$(( $$(date +%s) - start )) s"
+	@start=$$(date +%s); $(PY) -m pytest -q -n 2 --dist loadfile -m slow && echo "slow tests: $$(( $$(date +%s) - start )) s"
 
 # Features from photographs, with PyTorch, transformers and Apache Beam in an environment of their own. PyTorch for CPU only
 # saves some GB: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-extract
