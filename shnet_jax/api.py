@@ -110,8 +110,8 @@ class Retriever:
             ids = make_ids(self.dataset, split)
             images, texts = self.encode_images(split), self.encode_texts(ids.captions)
             self._galleries[split] = Embeddings(Path(), {"split": split}, ids, images, texts)
-        score, eval_ = self.loaded.experiment.model.score, self.config.eval
-        return Searcher(self._galleries[split], score, ConfigDict({"index": "exact"}), eval_.tile, self._mesh)
+        tile = self.config.eval.tile
+        return Searcher(self._galleries[split], self.loaded.score, ConfigDict({"index": "exact"}), tile, self._mesh)
 
 
 def _parts(fields: Mapping[str, np.ndarray], count: int, rows: int) -> Any:

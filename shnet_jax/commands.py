@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from shnet_jax.evaluate.split import embed_split, evaluate_embedded, subject, wa
 from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.evaluate.zero_shot import zero_shot
 from shnet_jax.experiment import Experiment, abstract_variables, assemble
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.workdir import complete, differences, trained_config
+from shnet_jax.types import Score
 
 SCORES = "scores"  # in a work folder: blocks of a long ranking that is not finished
 
@@ -47,6 +49,11 @@ class Loaded:
     variables: dict[str, Any]
     step: int
     selected_on: str
+
+    @cached_property
+    def score(self) -> Score:
+        """The model's score with what was trained of it; always the same function, as programs are kept by it."""
+        return scorer(self.experiment.model, self.variables["params"])
 
 
 def load(workdir: str | Path, config: ConfigDict, step: int | None = None) -> Loaded:

@@ -77,14 +77,9 @@ def search(
     if top_k < 1:
         raise ValueError(f"--top_k is {top_k}; it must be at least 1")
     mesh, loaded = _mesh(config), load(workdir, config)
-    check_index(config.search.index, loaded.experiment.model.score)
-    searcher = Searcher(
-        embeddings_of(loaded, config, workdir, mesh),
-        loaded.experiment.model.score,
-        config.search,
-        config.eval.tile,
-        mesh,
-    )
+    check_index(config.search.index, loaded.score)
+    embeddings = embeddings_of(loaded, config, workdir, mesh)
+    searcher = Searcher(embeddings, loaded.score, config.search, config.eval.tile, mesh)
     answers = []
     if queries:
         _, text = place_towers(loaded.experiment, loaded.variables, mesh)

@@ -51,6 +51,10 @@ class Wanted:
     within: Mapping[str, Relevant]
 
 
+NOTHING = Wanted(hubness=False, between={}, within={})
+"""Recalls alone."""
+
+
 def read_wanted(dataset: DataSet, split: str, evaluation: ConfigDict) -> Wanted:
     """Reads the judgements that config.eval names, before anything is encoded.
 

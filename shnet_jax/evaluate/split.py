@@ -69,7 +69,8 @@ def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
         images, texts = encode_both(variables)
         way = None if rankings is None else rankings.exact(variables)
         results = _ranked(images, texts, gallery.caption_image, model.score, protocol, subject, config.eval, mesh, way)
-        return _with_persons(results, images, texts, people, gallery.caption_image, model.score, config.eval, mesh)
+        score = scorer(model, variables["params"])
+        return _with_persons(results, images, texts, people, gallery.caption_image, score, config.eval, mesh)
 
     return evaluator
 
@@ -99,14 +100,26 @@ def embed_split(
     experiment: Experiment, variables: dict[str, Any], split: str, mesh: Mesh, subject: Subject
 ) -> Embedded:
     """Encodes a split with variables {"params", "batch_stats"}; the result is named like the run."""
-    gallery, encode_both = _open(experiment, split, mesh, _protocols(experiment.config))
-    images, texts = encode_both(variables)
+    _, encode_both = _open(experiment, split, mesh, _protocols(experiment.config))
+    return embedded_split(experiment, variables, *encode_both(variables), mesh, subject)
+
+
+def embedded_split(
+    experiment: Experiment,
+    variables: dict[str, Any],
+    images: Embedding,
+    texts: Embedding,
+    mesh: Mesh,
+    subject: Subject,
+) -> Embedded:
+    """The split `subject.split`, whose embeddings are there already: from `embed_split`, or from a folder."""
+    split, counts = subject.split, experiment.dataset.caption_counts(subject.split)
     return Embedded(
         name=experiment.config.name,
         images=images,
         texts=texts,
         score=scorer(experiment.model, variables["params"]),
-        caption_image=gallery.caption_image,
+        caption_image=np.repeat(np.arange(len(counts)), counts),
         image_ids=experiment.dataset.image_ids(split),
         captions=tuple(caption for own in experiment.dataset.captions(split) for caption in own),
         subject=subject,
