@@ -26,6 +26,7 @@ from shnet_jax.experiment import Experiment, abstract_variables, assemble
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
+from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.workdir import complete, differences, trained_config
@@ -170,7 +171,7 @@ def _embed(loaded: Loaded, split: str, mesh: Mesh) -> Embedded:
 def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     """Evaluates a checkpoint, or those of config.eval.ensemble one by one and together.
 
-    Prints tables and card and writes them to results_<data set>_<split>_<protocols>_<checkpoint>.md and .json in
+    Prints tables and card and writes them to results_<data set>_<split>_<protocols>_<checkpoint>.md, .html and .json in
     `workdir`, and the ranks of all queries to queries_<...>.npz, for config.eval.compare. A data set with the vectors
     of a pretrained dual encoder (`zero_shot`) gets a row for that too.
     """
@@ -194,15 +195,18 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     name = f"{dataset_name}_{evaluation.split}_{protocols}_{evaluation.checkpoint}"
     tables = [
         table(arms),
-        comparison_table(arms) if evaluation.two_stage and not evaluation.ensemble else "",
+        comparison_table(arms) if evaluation.two_stage and not evaluation.ensemble else None,
         extra_table(arms),
         interval_table({n: arm.intervals for n, arm in arms.items()} | gaps),
     ]
-    text = "\n".join([*filter(None, tables), *(card_table(results.card) for results in last.values())])
+    shown = [found for found in tables if found is not None]
+    cards = [card_table(results.card, f"{rows[-1].name}, {protocol}") for protocol, results in last.items()]
+    text = "\n".join(map(str, [*shown, *cards]))
     workdir.mkdir(parents=True, exist_ok=True)
     save_queries(workdir / f"queries_{name}.npz", ours.queries)
     write_json(workdir / f"results_{name}.json", arms, gaps)
     write_text(workdir / f"results_{name}.md", text)
+    write_text(workdir / f"results_{name}.html", results_page(f"{config.name}, {dataset_name}", shown, cards))
     print(text)
     shutil.rmtree(workdir / SCORES, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from shnet_jax.retrieve.folder import Ids
 from shnet_jax.retrieve.highlight import Highlight
 from shnet_jax.retrieve.highlight_view import pooling_section, view
 from shnet_jax.retrieve.html import Child, Markup, table, tag
-from shnet_jax.retrieve.page_style import CSS
+from shnet_jax.retrieve.page_style import document
 from shnet_jax.retrieve.scene import Album
 
 BANDS = ((1, "first"), (5, "2 to 5"), (10, "6 to 10"), (50, "11 to 50"))
@@ -87,21 +87,14 @@ def page(contents: Contents, album: Album) -> str:
             "There are no photographs here: a picture is the image's label map, its colours are classes, and the "
             "frames are regions of the detector."
         )
-    body = tag(
-        "main",
+    return document(
+        f"{contents.title}: {card['dataset']} {card['split']}",
+        album.style(),
         tag("h1", contents.title),
         tag("p", about, class_="muted"),
         tag("nav", [tag("a", title, href=f"#{name}") for name, title, _ in sections], aria_label="Sections"),
         [tag("section", tag("h2", title), parts, id=name) for name, title, parts in sections],
     )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{contents.title}: {card['dataset']} {card['split']}"),
-        tag("style", Markup(CSS), album.style()),
-    )
-    return f"<!doctype html>\n{tag('html', head, tag('body', body), lang='en')}\n"
 
 
 def _numbers(contents: Contents) -> Child:
