@@ -19,7 +19,7 @@ from shnet_jax.evaluate.ensemble import Embedded, combine, mean_score
 from shnet_jax.evaluate.extra import Wanted, read_wanted
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import card_table, extra_table, interval_table, table, write_json, write_text
-from shnet_jax.evaluate.split import embed_split, evaluate_embedded, subject, ways_to_rank
+from shnet_jax.evaluate.split import embed_split, evaluate_embedded, in_two_stages, subject, ways_to_rank
 from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.evaluate.zero_shot import zero_shot
 from shnet_jax.experiment import Experiment, abstract_variables, assemble
@@ -32,6 +32,7 @@ from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.workdir import complete, differences, trained_config
 from shnet_jax.types import Score
 
+TWO_STAGE_ENSEMBLE = "an ensemble is ranked exactly: set config.eval.two_stage to 0 and config.eval.exact to True"
 SCORES = "scores"  # in a work folder: blocks of a long ranking that is not finished
 
 
@@ -135,11 +136,18 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:
 
 
 def evaluate_loaded(members: Sequence[Loaded], config: ConfigDict, name: str = "ensemble") -> Results:
-    """As `evaluate_checkpoint`; several models together, as an ensemble of that name."""
+    """As `evaluate_checkpoint`; several models together, as an ensemble of that name.
+
+    In two stages where config.eval.exact is False; raises ValueError for an ensemble then.
+    """
+    if len(members) > 1 and not config.eval.exact:
+        raise ValueError(TWO_STAGE_ENSEMBLE)
     mesh = make_mesh(config.parallel.devices)
     wanted = read_wanted(members[0].experiment.dataset, config.eval.split, config.eval)
     found = [_embed(member, config.eval.split, mesh) for member in members]
     together = found[0] if len(found) == 1 else combine(name, found)
+    if not config.eval.exact:
+        together = dataclasses.replace(together, way=in_two_stages(members[0].experiment, members[0].variables, mesh))
     one = _first_protocol(config.eval)
     return evaluate_embedded(together, wanted, one, mesh, intervals=False)[one.protocols[0]]
 
@@ -217,7 +225,7 @@ def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded]
     if runs and (len({*map(str, runs)}) < len(runs) or len(runs) < 2):
         raise ValueError(f"config.eval.ensemble is {tuple(runs)}; expected at least 2 different work folders")
     if runs and evaluation.two_stage:
-        raise ValueError("config.eval.two_stage ranks with one model; set it to 0 for config.eval.ensemble")
+        raise ValueError(TWO_STAGE_ENSEMBLE)
     if runs:  # mistakes are told before anything is encoded
         mean_score([RetrievalModel.score] * len(runs), evaluation.ensemble_weights)
     for run in runs:

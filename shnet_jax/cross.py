@@ -21,10 +21,11 @@ Matrix = dict[str, dict[str, Results]]
 def cross(config: ConfigDict, workdir: str | Path) -> Matrix:
     """Evaluates the runs config.cross.runs on config.eval.split of each of config.cross.data_dirs.
 
-    A run keeps its vocabulary and its checkpoint, which its own validation split chose: nothing is tuned to the other
-    data sets. Prints the tables and writes them to cross.md and, with all cards, to cross.html and cross.json in
-    `workdir`, after each evaluation. Raises ValueError when there is nothing to do or two rows or columns have the same
-    name, and what `commands.load_any` raises for a run or a data set that does not fit it.
+    In two stages where config.eval.exact is False. A run keeps its vocabulary and its checkpoint, which its own
+    validation split chose: nothing is tuned to the other data sets. Prints the tables and writes them to cross.md and,
+    with all cards, to cross.html and cross.json in `workdir`, after each evaluation. Raises ValueError when there is
+    nothing to do or two rows or columns have the same name, and what `commands.load_any` raises for a run or a data set
+    that does not fit it.
     """
     workdir = Path(workdir)
     columns = {find_dataset(folder).parent.name: folder for folder in config.cross.data_dirs}

@@ -11,7 +11,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from shnet_jax.commands import evaluate_checkpoint, evaluate_loaded, evaluate_zero_shot, load_any
+from shnet_jax.commands import (
+    TWO_STAGE_ENSEMBLE,
+    evaluate_checkpoint,
+    evaluate_loaded,
+    evaluate_zero_shot,
+    load_any,
+)
 from shnet_jax.evaluate.bootstrap import Interval, recall_intervals
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.recall import Metrics, QueryRanks
@@ -82,6 +88,8 @@ def _plan(config: ConfigDict) -> tuple[tuple[str, ...], dict[str, tuple[str, ...
                 f"the arms {list(config.study.arms)}"
             )
     ensembles = {name: tuple(members) for name, members in config.study.ensembles.items() if {*members} <= {*arms}}
+    if ensembles and not config.eval.exact:
+        raise ValueError(TWO_STAGE_ENSEMBLE)
     if config.study.baseline not in ("", *arms, *ensembles):
         raise ValueError(f"config.study.baseline is {config.study.baseline!r}; this study runs {[*arms, *ensembles]}")
     return arms, ensembles

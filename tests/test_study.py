@@ -101,6 +101,14 @@ def test_mistakes_in_ensembles_and_baseline(members, baseline, message, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_an_ensemble_is_ranked_exactly(tmp_path):
+    config = with_ensemble()
+    config.eval.two_stage, config.eval.exact = 5, False
+    with pytest.raises(ValueError, match=r"an ensemble is ranked exactly: set config\.eval\.two_stage to 0"):
+        study(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_arm_differs_only_in_its_fields():
     config = configuration()
     own = arm_config(config, "narrow", 4)

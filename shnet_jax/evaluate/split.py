@@ -128,6 +128,11 @@ def embedded_split(
     )
 
 
+def in_two_stages(experiment: Experiment, variables: dict[str, Any], mesh: Mesh) -> Way:
+    """Ranking in two stages alone, of config.eval.two_stage candidates."""
+    return _rankings(experiment, mesh).two_stage(variables)
+
+
 def ways_to_rank(
     experiment: Experiment, variables: dict[str, Any], mesh: Mesh, subject: Subject, folder: Path
 ) -> list[Way]:
