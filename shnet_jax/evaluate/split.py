@@ -20,7 +20,7 @@ from shnet_jax.evaluate.bootstrap import recall_intervals
 from shnet_jax.evaluate.compare import Rankings, Way, with_effort
 from shnet_jax.evaluate.encode import Portion, encode
 from shnet_jax.evaluate.ensemble import Embedded, MeanScore
-from shnet_jax.evaluate.extra import Wanted, extra_metrics
+from shnet_jax.evaluate.extra import WITHIN, Wanted, extra_metrics
 from shnet_jax.evaluate.person import person_chance, person_metrics
 from shnet_jax.evaluate.pipelined import check_pipeline, make_pipelined_text_encoder, place_variables, stage_mesh
 from shnet_jax.evaluate.protocols import Results, Subject, evaluate, find_protocol
@@ -209,7 +209,10 @@ def evaluate_embedded(
         )
         assert results.queries is not None  # `evaluate` gives them
         found[protocol] = dataclasses.replace(
-            results, extra=extra, intervals=recall_intervals([results.queries]) if intervals else {}
+            results,
+            extra=extra,
+            intervals=recall_intervals([results.queries]) if intervals else {},
+            card=results.card | ({"within": WITHIN} if exact and wanted.within else {}),
         )
     return found
 
