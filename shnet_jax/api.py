@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from shnet_jax import commands
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.data.records import DataSet
+from shnet_jax.evaluate.blocks import digest
 from shnet_jax.parallel.mapping import make_mesh
-from shnet_jax.retrieve.folder import Embeddings, make_ids, open_embeddings
+from shnet_jax.retrieve.folder import SOURCE, Embeddings, make_ids, open_embeddings
 from shnet_jax.retrieve.query import Answer, Searcher, encode_parts, encode_texts, place_towers
 from shnet_jax.train.workdir import trained_config
 from shnet_jax.types import Embedding
@@ -99,10 +100,18 @@ class Retriever:
         return self._searcher(split).by_image([image_id] if isinstance(image_id, str) else list(image_id), top_k)
 
     def open(self, folder: str | Path) -> None:
-        """Takes the embeddings of a split from a folder of --mode=embed. Raises ValueError for another checkpoint's."""
+        """Takes the embeddings of a split from a folder of --mode=embed.
+
+        Raises ValueError for those of another checkpoint, of another run or of another step.
+        """
         found = open_embeddings(folder)
-        if found.source["checkpoint_step"] != self.loaded.step:
-            raise ValueError(f"{folder} is of step {found.source['checkpoint_step']}, the model of {self.loaded.step}")
+        ours = {"checkpoint_step": self.loaded.step, "weights_sha256": digest(self.loaded.variables)}
+        for name, value in ours.items():
+            if (there := found.source.get(name)) != value:
+                raise ValueError(
+                    f"{folder} holds embeddings of another checkpoint: {name} is {there!r} in its {SOURCE}, "
+                    f"{value!r} of this model; make them with --mode=embed on its run"
+                )
         self._galleries[found.source["split"]] = found
 
     def _searcher(self, split: str) -> Searcher:
@@ -110,8 +119,8 @@ class Retriever:
             ids = make_ids(self.dataset, split)
             images, texts = self.encode_images(split), self.encode_texts(ids.captions)
             self._galleries[split] = Embeddings(Path(), {"split": split}, ids, images, texts)
-        score, eval_ = self.loaded.experiment.model.score, self.config.eval
-        return Searcher(self._galleries[split], score, ConfigDict({"index": "exact"}), eval_.tile, self._mesh)
+        tile = self.config.eval.tile
+        return Searcher(self._galleries[split], self.loaded.score, ConfigDict({"index": "exact"}), tile, self._mesh)
 
 
 def _parts(fields: Mapping[str, np.ndarray], count: int, rows: int) -> Any:

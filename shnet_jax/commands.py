@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,20 @@ from shnet_jax.evaluate.ensemble import Embedded, combine, mean_score
 from shnet_jax.evaluate.extra import Wanted, read_wanted
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import card_table, extra_table, interval_table, table, write_json, write_text
-from shnet_jax.evaluate.split import embed_split, evaluate_embedded, subject, ways_to_rank
+from shnet_jax.evaluate.split import embed_split, evaluate_embedded, in_two_stages, subject, ways_to_rank
 from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.evaluate.zero_shot import zero_shot
 from shnet_jax.experiment import Experiment, abstract_variables, assemble
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
+from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.workdir import complete, differences, trained_config
+from shnet_jax.types import Score
 
+TWO_STAGE_ENSEMBLE = "an ensemble is ranked exactly: set config.eval.two_stage to 0 and config.eval.exact to True"
 SCORES = "scores"  # in a work folder: blocks of a long ranking that is not finished
 
 
@@ -47,6 +51,11 @@ class Loaded:
     variables: dict[str, Any]
     step: int
     selected_on: str
+
+    @cached_property
+    def score(self) -> Score:
+        """The model's score with what was trained of it; always the same function, as programs are kept by it."""
+        return scorer(self.experiment.model, self.variables["params"])
 
 
 def load(workdir: str | Path, config: ConfigDict, step: int | None = None) -> Loaded:
@@ -127,11 +136,18 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:
 
 
 def evaluate_loaded(members: Sequence[Loaded], config: ConfigDict, name: str = "ensemble") -> Results:
-    """As `evaluate_checkpoint`; several models together, as an ensemble of that name."""
+    """As `evaluate_checkpoint`; several models together, as an ensemble of that name.
+
+    In two stages where config.eval.exact is False; raises ValueError for an ensemble then.
+    """
+    if len(members) > 1 and not config.eval.exact:
+        raise ValueError(TWO_STAGE_ENSEMBLE)
     mesh = make_mesh(config.parallel.devices)
     wanted = read_wanted(members[0].experiment.dataset, config.eval.split, config.eval)
     found = [_embed(member, config.eval.split, mesh) for member in members]
     together = found[0] if len(found) == 1 else combine(name, found)
+    if not config.eval.exact:
+        together = dataclasses.replace(together, way=in_two_stages(members[0].experiment, members[0].variables, mesh))
     one = _first_protocol(config.eval)
     return evaluate_embedded(together, wanted, one, mesh, intervals=False)[one.protocols[0]]
 
@@ -163,7 +179,7 @@ def _embed(loaded: Loaded, split: str, mesh: Mesh) -> Embedded:
 def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     """Evaluates a checkpoint, or those of config.eval.ensemble one by one and together.
 
-    Prints tables and card and writes them to results_<data set>_<split>_<protocols>_<checkpoint>.md and .json in
+    Prints tables and card and writes them to results_<data set>_<split>_<protocols>_<checkpoint>.md, .html and .json in
     `workdir`, and the ranks of all queries to queries_<...>.npz, for config.eval.compare. A data set with the vectors
     of a pretrained dual encoder (`zero_shot`) gets a row for that too.
     """
@@ -187,15 +203,18 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     name = f"{dataset_name}_{evaluation.split}_{protocols}_{evaluation.checkpoint}"
     tables = [
         table(arms),
-        comparison_table(arms) if evaluation.two_stage and not evaluation.ensemble else "",
+        comparison_table(arms) if evaluation.two_stage and not evaluation.ensemble else None,
         extra_table(arms),
         interval_table({n: arm.intervals for n, arm in arms.items()} | gaps),
     ]
-    text = "\n".join([*filter(None, tables), *(card_table(results.card) for results in last.values())])
+    shown = [found for found in tables if found is not None]
+    cards = [card_table(results.card, f"{rows[-1].name}, {protocol}") for protocol, results in last.items()]
+    text = "\n".join(map(str, [*shown, *cards]))
     workdir.mkdir(parents=True, exist_ok=True)
     save_queries(workdir / f"queries_{name}.npz", ours.queries)
     write_json(workdir / f"results_{name}.json", arms, gaps)
     write_text(workdir / f"results_{name}.md", text)
+    write_text(workdir / f"results_{name}.html", results_page(f"{config.name}, {dataset_name}", shown, cards))
     print(text)
     shutil.rmtree(workdir / SCORES, ignore_errors=True)
 
@@ -206,7 +225,7 @@ def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded]
     if runs and (len({*map(str, runs)}) < len(runs) or len(runs) < 2):
         raise ValueError(f"config.eval.ensemble is {tuple(runs)}; expected at least 2 different work folders")
     if runs and evaluation.two_stage:
-        raise ValueError("config.eval.two_stage ranks with one model; set it to 0 for config.eval.ensemble")
+        raise ValueError(TWO_STAGE_ENSEMBLE)
     if runs:  # mistakes are told before anything is encoded
         mean_score([RetrievalModel.score] * len(runs), evaluation.ensemble_weights)
     for run in runs:

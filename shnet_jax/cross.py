@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from shnet_jax.commands import evaluate_loaded, evaluate_zero_shot, load_any
 from shnet_jax.data.records import find_dataset
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.report import markdown, table, write_json, write_text
+from shnet_jax.evaluate.report import Table, card_table, table, write_json, write_text
+from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.workdir import trained_config
 
 Matrix = dict[str, dict[str, Results]]
@@ -20,10 +21,11 @@ Matrix = dict[str, dict[str, Results]]
 def cross(config: ConfigDict, workdir: str | Path) -> Matrix:
     """Evaluates the runs config.cross.runs on config.eval.split of each of config.cross.data_dirs.
 
-    A run keeps its vocabulary and its checkpoint, which its own validation split chose: nothing is tuned to the other
-    data sets. Prints the tables and writes them to cross.md and, with all cards, cross.json in `workdir`, after each
-    evaluation. Raises ValueError when there is nothing to do or two rows or columns have the same name, and what
-    `commands.load_any` raises for a run or a data set that does not fit it.
+    In two stages where config.eval.exact is False. A run keeps its vocabulary and its checkpoint, which its own
+    validation split chose: nothing is tuned to the other data sets. Prints the tables and writes them to cross.md and,
+    with all cards, to cross.html and cross.json in `workdir`, after each evaluation. Raises ValueError when there is
+    nothing to do or two rows or columns have the same name, and what `commands.load_any` raises for a run or a data set
+    that does not fit it.
     """
     workdir = Path(workdir)
     columns = {find_dataset(folder).parent.name: folder for folder in config.cross.data_dirs}
@@ -64,17 +66,20 @@ def _row(run: Path) -> str:
 
 def _write(matrix: Matrix, workdir: Path) -> str:
     arms = {f"{row} → {column}": results for row, found in matrix.items() for column, results in found.items()}
-    text = f"{rsums(matrix)}\n{table(arms)}"
+    tables = [rsums(matrix), table(arms)]
+    text = "\n".join(map(str, tables))
     write_json(workdir / "cross.json", arms)
     write_text(workdir / "cross.md", text)
+    cards = [card_table(results.card, arm) for arm, results in arms.items()]
+    write_text(workdir / "cross.html", results_page("Every run on every data set", tables, cards))
     return text
 
 
-def rsums(matrix: Mapping[str, Mapping[str, Results]]) -> str:
-    """Markdown table of rSum, a row for each run and a column for each data set."""
+def rsums(matrix: Mapping[str, Mapping[str, Results]]) -> Table:
+    """rSum, a row for each run and a column for each data set."""
     columns = list(dict.fromkeys(column for found in matrix.values() for column in found))
     cells = [
         [row, *(f"{found[c].metrics['rsum']:.1f}" if c in found else "" for c in columns)]
         for row, found in matrix.items()
     ]
-    return markdown(["rSum", *columns], cells)
+    return Table("rSum, of 600", ["rSum", *columns], cells)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.commands import Loaded, load
 from shnet_jax.data.records import CHECKSUMS
+from shnet_jax.evaluate.blocks import digest
 from shnet_jax.evaluate.split import subject
 from shnet_jax.observe.writer import FILE as METRICS
 from shnet_jax.observe.writer import read_metrics
@@ -30,7 +31,7 @@ RESULTS = "search.json"
 
 
 def provenance(loaded: Loaded, workdir: Path, split: str, devices: int) -> dict[str, Any]:
-    """What embeddings come from: data set, split, checkpoint step, hashes of configuration and data set."""
+    """What embeddings come from: data set, split, checkpoint step, hashes of configuration, weights and data set."""
     what = subject(loaded.experiment, split, loaded.step, loaded.selected_on, devices)
     checksums = loaded.experiment.dataset.path / CHECKSUMS  # sets of other tools have none
     return {
@@ -40,6 +41,7 @@ def provenance(loaded: Loaded, workdir: Path, split: str, devices: int) -> dict[
         "checkpoint_step": loaded.step,
         "parameters": what.parameters,
         "config_sha256": _sha256(workdir / CONFIG),
+        "weights_sha256": digest(loaded.variables),
         "dtype": what.dtype,
         "devices": devices,
     }
@@ -77,14 +79,9 @@ def search(
     if top_k < 1:
         raise ValueError(f"--top_k is {top_k}; it must be at least 1")
     mesh, loaded = _mesh(config), load(workdir, config)
-    check_index(config.search.index, loaded.experiment.model.score)
-    searcher = Searcher(
-        embeddings_of(loaded, config, workdir, mesh),
-        loaded.experiment.model.score,
-        config.search,
-        config.eval.tile,
-        mesh,
-    )
+    check_index(config.search.index, loaded.score)
+    embeddings = embeddings_of(loaded, config, workdir, mesh)
+    searcher = Searcher(embeddings, loaded.score, config.search, config.eval.tile, mesh)
     answers = []
     if queries:
         _, text = place_towers(loaded.experiment, loaded.variables, mesh)

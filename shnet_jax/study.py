@@ -11,12 +11,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from shnet_jax.commands import evaluate_checkpoint, evaluate_loaded, evaluate_zero_shot, load_any
+from shnet_jax.commands import (
+    TWO_STAGE_ENSEMBLE,
+    evaluate_checkpoint,
+    evaluate_loaded,
+    evaluate_zero_shot,
+    load_any,
+)
 from shnet_jax.evaluate.bootstrap import Interval, recall_intervals
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.recall import Metrics, QueryRanks
-from shnet_jax.evaluate.report import PERSON, as_dict, interval_table, markdown, write_text
+from shnet_jax.evaluate.report import PERSON, Table, as_dict, card_table, interval_table, write_text
 from shnet_jax.observe.writer import read_metrics
+from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.loop import train_and_evaluate
 
 COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum")
@@ -40,8 +47,8 @@ def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
     """Trains config.study.arms with config.study.seeds below `workdir` and evaluates the best checkpoint of each.
 
     Then config.study.ensembles of arms of the same seed. An interrupted study continues with the same command; finished
-    runs are not repeated. Prints the tables and writes them with all numbers to study.md and study.json. Raises
-    ValueError for an arm that the configuration does not have.
+    runs are not repeated. Prints the tables and writes them to study.md, with the protocol cards to study.html and with
+    all numbers to study.json. Raises ValueError for an arm that the configuration does not have.
     """
     workdir = Path(workdir)
     arms, ensembles = _plan(config)
@@ -81,17 +88,19 @@ def _plan(config: ConfigDict) -> tuple[tuple[str, ...], dict[str, tuple[str, ...
                 f"the arms {list(config.study.arms)}"
             )
     ensembles = {name: tuple(members) for name, members in config.study.ensembles.items() if {*members} <= {*arms}}
+    if ensembles and not config.eval.exact:
+        raise ValueError(TWO_STAGE_ENSEMBLE)
     if config.study.baseline not in ("", *arms, *ensembles):
         raise ValueError(f"config.study.baseline is {config.study.baseline!r}; this study runs {[*arms, *ensembles]}")
     return arms, ensembles
 
 
 def _write(config: ConfigDict, runs: Mapping[str, list[Run]], pretrained: Results | None, workdir: Path) -> str:
-    """Writes study.md and study.json, whole or not at all; the tables."""
-    gaps = differences(runs, config.study.baseline)
-    text = table(runs, pretrained)
+    """Writes study.md, study.html and study.json, each whole or not at all; the tables."""
+    gaps, tables = differences(runs, config.study.baseline), [table(runs, pretrained)]
     if gaps:
-        text += "\n" + interval_table({f"{arm} - {config.study.baseline}": found for arm, found in gaps.items()})
+        tables.append(interval_table({f"{arm} - {config.study.baseline}": found for arm, found in gaps.items()}))
+    text = "\n".join(map(str, tables))
     document: dict[str, Any] = {arm: [_as_dict(run) for run in found] for arm, found in runs.items()}
     if pretrained is not None:
         document["zero-shot"] = [{"results": as_dict(pretrained)}]
@@ -101,6 +110,8 @@ def _write(config: ConfigDict, runs: Mapping[str, list[Run]], pretrained: Result
             "arms": {arm: {m: dataclasses.asdict(i) for m, i in found.items()} for arm, found in gaps.items()},
         }
     write_text(workdir / "study.md", text)
+    cards = [card_table(run.results.card, f"{arm}, seed {run.seed}") for arm, found in runs.items() for run in found]
+    write_text(workdir / "study.html", results_page(f"{config.name}, {config.eval.split}", tables, cards))
     write_text(workdir / "study.json", json.dumps(document, indent=2) + "\n")
     return text
 
@@ -148,8 +159,8 @@ def _run(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:
     return Run(seed, results, timing["seconds"] / 60, timing["examples"] / timing["seconds"])
 
 
-def table(runs: Mapping[str, list[Run]], pretrained: Results | None = None) -> str:
-    """Markdown: a row for each arm (mean ± standard deviation over its seeds), a pretrained encoder and chance."""
+def table(runs: Mapping[str, list[Run]], pretrained: Results | None = None) -> Table:
+    """A row for each arm (mean ± standard deviation over its seeds), a pretrained encoder and chance."""
     rows = []
     guess: Metrics = next(iter(runs.values()))[0].results.chance
     persons = [name for name in PERSON if name in guess]
@@ -163,7 +174,8 @@ def table(runs: Mapping[str, list[Run]], pretrained: Results | None = None) -> s
     others = {} if pretrained is None else {"zero-shot": pretrained.metrics}
     for name, metrics in (others | {"chance": guess}).items():
         rows.append([name, "", *(f"{metrics[c]:.1f}" if c in metrics else "" for c in columns), "", ""])
-    return markdown(["arm", "seeds", *HEADINGS, *(PERSON[c] for c in persons), "minutes", "pairs/s"], rows)
+    heading = ["arm", "seeds", *HEADINGS, *(PERSON[c] for c in persons), "minutes", "pairs/s"]
+    return Table("Recall in per cent, mean and standard deviation over seeds", heading, rows)
 
 
 def _mean(runs: list[Run], column: str) -> str:

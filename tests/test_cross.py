@@ -63,6 +63,16 @@ def test_the_matrix_of_runs_and_data_sets(run, vectors, tmp_path, capsys):
     assert list(document["arms"]) == [f"{row} → tiny", f"{row} → vectors", "zero-shot → vectors"]
 
 
+def test_in_two_stages(run, tmp_path):
+    """Where the exact ranking is switched off; all images and captions as candidates give the same ranks."""
+    config = toy(eval__two_stage=1000, eval__exact=False)
+    config.cross.runs, config.cross.data_dirs = (str(run),), (str(tiny.dataset()),)
+    ((found,),) = (row.values() for row in cross(config, tmp_path).values())
+    assert found.card["ranking"].startswith("two stages: 1000") and found.card["pairs_scored"] == 10 * 50
+    assert found.metrics == evaluate_checkpoint(toy(), run).metrics
+    assert "two stages: 1000" in (tmp_path / "cross.html").read_text("utf-8")
+
+
 def test_nothing_to_do_and_names_that_repeat(run, tmp_path):
     config = toy()
     with pytest.raises(ValueError, match=r"config\.cross\.runs is \(\)"):

@@ -53,7 +53,7 @@ def test_the_table_has_mean_and_standard_deviation():
         ],
         "none": [Run(0, results(40), minutes=1.0, examples_per_second=200.0)],
     }
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table(runs).splitlines() if line]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in str(table(runs)).splitlines() if line]
     assert rows[0][:2] == ["arm", "seeds"] and rows[0][-3:] == ["rSum", "minutes", "pairs/s"]
     by_arm = {row[0]: row for row in rows[2:]}
     assert by_arm["full"][1] == "2" and by_arm["full"][-3] == f"52.0 ± {statistics.stdev((50, 54)):.1f}"
@@ -78,7 +78,7 @@ def test_differences_are_of_the_seeds_that_both_arms_have():
 
 def test_rows_that_were_not_trained_have_no_speed():
     runs = {"both": [Run(0, results(50), minutes=2.0, examples_per_second=None)]}
-    text = table(runs, results(30.0))
+    text = str(table(runs, results(30.0)))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert rows[2][-3:] == ["50.0", "2.0", ""]
     assert [rows[3][i] for i in (0, -3)] == ["zero-shot", "30.0"]
@@ -97,6 +97,14 @@ def test_mistakes_in_ensembles_and_baseline(members, baseline, message, tmp_path
     config.study.ensembles = ConfigDict({"both": members})
     config.study.baseline = baseline
     with pytest.raises(ValueError, match=message):
+        study(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ensemble_is_ranked_exactly(tmp_path):
+    config = with_ensemble()
+    config.eval.two_stage, config.eval.exact = 5, False
+    with pytest.raises(ValueError, match=r"an ensemble is ranked exactly: set config\.eval\.two_stage to 0"):
         study(config, tmp_path)
     assert not list(tmp_path.iterdir())
 

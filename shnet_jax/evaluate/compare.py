@@ -16,7 +16,7 @@ from shnet_jax.data.batches import token_buckets
 from shnet_jax.evaluate.blocks import PairScorer, make_programs, pair_scorer, ranks_of, score_matrix
 from shnet_jax.evaluate.protocols import Ranker, Results
 from shnet_jax.evaluate.rank import Ranks, ranks
-from shnet_jax.evaluate.report import ARROWS, markdown
+from shnet_jax.evaluate.report import ARROWS, Table
 from shnet_jax.evaluate.two_stage import two_stage_ranks
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.types import Embedding
@@ -126,8 +126,8 @@ def with_effort(results: Results, way: Way) -> Results:
     return dataclasses.replace(results, card=card | ({"ranking": way.ranking} if way.ranking else {}))
 
 
-def comparison_table(arms: Mapping[str, Results]) -> str:
-    """Markdown: recalls of each way of ranking, pairs scored, seconds; speed-up against the last one."""
+def comparison_table(arms: Mapping[str, Results]) -> Table:
+    """Recalls of each way of ranking, pairs scored, seconds; speed-up against the last one."""
     arms = {name: arm for name, arm in arms.items() if "pairs_scored" in arm.card}
     columns = [f"{d}_r{k}" for d in ARROWS for k in (1, 5, 10)]
     headings = [f"{ARROWS[c[:3]]} R@{c[5:]}" for c in columns]
@@ -138,4 +138,5 @@ def comparison_table(arms: Mapping[str, Results]) -> str:
         speed = f"{float(last['ranking_seconds']) / seconds:.1f}" if seconds else ""
         recalls = [f"{arm.metrics[c]:.1f}" for c in (*columns, "rsum")]
         rows.append([name, *recalls, f"{pairs:,}", f"{seconds:.1f}", speed])
-    return markdown(["ranking", *headings, "rSum", "pairs scored", "seconds", "speed-up"], rows)
+    heading = ["ranking", *headings, "rSum", "pairs scored", "seconds", "speed-up"]
+    return Table("Exact ranking and ranking in two stages", heading, rows)

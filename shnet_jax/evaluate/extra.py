@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -14,13 +15,15 @@ from ml_collections import ConfigDict
 
 from shnet_jax.data.records import DataSet
 from shnet_jax.evaluate.coco import coco_number, judgements_folder, read_judgements, read_ratings, rows_of
-from shnet_jax.evaluate.ensemble import Embedded
+from shnet_jax.evaluate.ensemble import Embedded, MeanScore
 from shnet_jax.evaluate.recall import CUTS, Metrics
 from shnet_jax.evaluate.relevance import Relevant, hits, hubness, precision_at_r, recall_at, relevant
 from shnet_jax.evaluate.tiles import Items, ItemScore, size
 from shnet_jax.evaluate.topk import Top, top_items
-from shnet_jax.types import Array
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.types import Array, Embedding
 
+WITHIN = "images with images, captions with captions: by the product of global vectors"
 OCCURRENCE = 10  # k of the k-occurrence
 
 
@@ -49,6 +52,10 @@ class Wanted:
     hubness: bool
     between: Mapping[str, tuple[Relevant, Relevant]]
     within: Mapping[str, Relevant]
+
+
+NOTHING = Wanted(hubness=False, between={}, within={})
+"""Recalls alone."""
 
 
 def read_wanted(dataset: DataSet, split: str, evaluation: ConfigDict) -> Wanted:
@@ -80,7 +87,8 @@ def extra_metrics(embedded: Embedded, wanted: Wanted, tile: int, mesh: Mesh) -> 
 
     hubness_i2t, hubness_t2i: skewness of how often captions (images) are among the first 10 of an image (caption).
     eccv_i2t_map_at_r, _rprecision, _r1 and the same for t2i: ECCV Caption, percent.
-    cxc_i2t_r1, _r5, _r10, the same for t2i: Crisscrossed Captions, percent; for i2i and t2t where ratings are given.
+    cxc_i2t_r1, _r5, _r10, the same for t2i: Crisscrossed Captions, percent; for i2i and t2t where ratings are given,
+      by the product of global vectors (`WITHIN`).
     """
     found: Metrics = {}
     if wanted.between or wanted.hubness:
@@ -119,12 +127,18 @@ def sibling_captions(caption_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def top_within(items: Items, score: ItemScore, k: int, tile: int, mesh: Mesh) -> np.ndarray:
-    """[m, k] the first k of the m items for each of them, by the model's score of their embeddings.
+    """[m, k] the first k of the m items for each of them, by the product of their global vectors.
 
-    An item scores 0 with itself, as in the code of VSE-infinity, so it is not the first of its own list.
+    A score of sets, or of regions and words, is of an image and a caption; of an ensemble the mean is over its members'
+    products, weighted as its scores are. An item scores 0 with itself, as in the code of VSE-infinity, so it is not the
+    first of its own list.
     """
-    numbered = (items, np.arange(size(items), dtype=np.int32))
-    return top_items(numbered, numbered, _Others(score), k, tile, mesh).i2t
+    vectors = jax.tree.map(lambda e: Embedding(e.vector), items, is_leaf=lambda e: isinstance(e, Embedding))
+    product: ItemScore = RetrievalModel.score
+    if isinstance(score, MeanScore):
+        product = dataclasses.replace(score, scores=(RetrievalModel.score,) * len(score.scores))
+    numbered = (vectors, np.arange(size(vectors), dtype=np.int32))
+    return top_items(numbered, numbered, _Others(product), k, tile, mesh).i2t
 
 
 @dataclasses.dataclass(frozen=True)

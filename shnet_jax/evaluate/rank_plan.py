@@ -34,6 +34,8 @@ class RankPlan:
     bytes_per_device: most that a device holds, by the compiler's account of the programs; depends on the tile only.
     sent_per_device: bytes of embeddings that travel to each device in all.
     seconds: of all rounds; None when no round was measured.
+    pairs: that the score is computed for, all devices together and padding included; None for all, by the tile.
+    host_bytes: of scores that the host keeps, 0: none.
     """
 
     images: int
@@ -46,6 +48,8 @@ class RankPlan:
     bytes_per_device: int
     sent_per_device: int
     seconds: float | None
+    pairs: int | None = None
+    host_bytes: int = 0
 
     @property
     def tiles(self) -> int:
@@ -54,10 +58,13 @@ class RankPlan:
 
     def __str__(self) -> str:
         took = "not measured" if self.seconds is None else f"about {self.seconds:,.1f} s"
+        took = took if self.pairs is None else f"{self.pairs:,} pairs scored, {took}"
+        moved = f"{self.sent_per_device / 2**30:.2f} GiB received"
+        moved += f", {self.host_bytes / 2**30:.2f} GiB of scores on the host" if self.host_bytes else ""
         return (
             f"{self.images:,} images x {self.captions:,} captions on {self.devices} devices: {self.tiles:,} tiles of "
             f"{self.rows} x {self.columns} in {self.rounds:,} rounds; on each device {self.work.flops:.3g} FLOP, "
-            f"{self.bytes_per_device / 2**20:.1f} MiB held, {self.sent_per_device / 2**30:.2f} GiB received; {took}"
+            f"{self.bytes_per_device / 2**20:.1f} MiB held, {moved}; {took}"
         )
 
 
@@ -74,7 +81,7 @@ def plan_ranking(
     staircase = across + down - 1
     rounds = across * down + staircase
     scored, counted = _compile_round(rows, columns, items, mesh, score)
-    image, text = (_bytes(needed(score, item)) for item in items)
+    image, text = (item_bytes(needed(score, item)) for item in items)
     return RankPlan(
         images=n,
         captions=t,
@@ -96,8 +103,8 @@ def _held(scored: Memory, counted: Memory) -> int:
     )
 
 
-def _bytes(item: Embedding) -> int:
-    """On a device: floats in float32, as `encode` keeps them."""
+def item_bytes(item: Embedding) -> int:
+    """Of one item on a device: floats in float32, as `encode` keeps them."""
     return sum(math.prod(leaf.shape) * (1 if leaf.dtype == bool else 4) for leaf in jax.tree.leaves(item))
 
 

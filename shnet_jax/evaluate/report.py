@@ -1,10 +1,10 @@
-"""Results as JSON for programs and as an aligned Markdown table for people."""
+"""Results as JSON for programs and as tables, in Markdown once they are text, for people."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,31 @@ PERSON = {
 }
 """Metrics of a person search (`person.NAMES`), where there are any, and their headings."""
 COLUMNS = [*(f"{d}_{m}" for d in DIRECTIONS for m in (*(f"r{k}" for k in CUTS), "medr", "meanr")), "rsum"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells under a heading; the first column names the rows. As text: Markdown with columns of equal width.
+
+    title: what it shows, for where there are several. words: the columns behind the first are words and not numbers.
+    """
+
+    title: str
+    heading: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: bool = False
+
+    def __str__(self) -> str:
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in (self.heading, *self.rows)]
+        widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(self.heading))]
+        left = [True] + [self.words] * (len(self.heading) - 1)
+        rule = ["-" * w if to_left else "-" * (w - 1) + ":" for w, to_left in zip(widths, left, strict=True)]
+
+        def text(cells: Sequence[str]) -> str:
+            padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left, strict=True)]
+            return "| " + " | ".join(padded) + " |\n"
+
+        return "".join(map(text, (lines[0], rule, *lines[1:])))
 
 
 def as_dict(results: Results) -> dict[str, Any]:
@@ -60,8 +85,8 @@ def write_json(
     write_text(path, to_json(arms, differences))
 
 
-def table(arms: Mapping[str, Results]) -> str:
-    """Markdown table: a row for each arm, one for guessing on each gallery; recalls are in percent."""
+def table(arms: Mapping[str, Results]) -> Table:
+    """A row for each arm, one for guessing on each gallery; recalls are in percent."""
     rows = [(name, arm.metrics) for name, arm in arms.items()]
     for arm in arms.values():
         card = arm.card
@@ -71,24 +96,24 @@ def table(arms: Mapping[str, Results]) -> str:
             rows.append(guess)
     columns = [*COLUMNS, *(name for name in PERSON if any(name in metrics for _, metrics in rows))]
     cells = [[name, *(f"{metrics[c]:.1f}" if c in metrics else "" for c in columns)] for name, metrics in rows]
-    return markdown(["", *map(heading, columns)], cells)
+    return Table("Recall in per cent, and ranks", ["", *map(heading, columns)], cells)
 
 
-def extra_table(arms: Mapping[str, Results]) -> str:
-    """Markdown table of the further numbers (`Results.extra`), a row for each; "" when no arm has any."""
+def extra_table(arms: Mapping[str, Results]) -> Table | None:
+    """The further numbers (`Results.extra`), a row for each; None when no arm has any."""
     shown = {name: arm.extra for name, arm in arms.items() if arm.extra}
     names = dict.fromkeys(metric for extra in shown.values() for metric in extra)
     rows = [[m, *(f"{extra[m]:.2f}" if m in extra else "" for extra in shown.values())] for m in names]
-    return markdown(["", *shown], rows) if shown else ""
+    return Table("Further numbers", ["", *shown], rows) if shown else None
 
 
-def interval_table(arms: Mapping[str, Mapping[str, Interval]]) -> str:
-    """Markdown table of recalls, or of differences of recalls, with the bounds of their 95 % intervals."""
+def interval_table(arms: Mapping[str, Mapping[str, Interval]]) -> Table:
+    """Recalls, or differences of recalls, with the bounds of their 95 % intervals."""
     rows = [
         [name, *(f"{i.estimate:.1f} [{i.low:.1f}, {i.high:.1f}]" for i in (found[recall] for recall in NAMES))]
         for name, found in arms.items()
     ]
-    return markdown(["95 % intervals", *map(heading, NAMES)], rows)
+    return Table("Where the recalls lie", ["95 % intervals", *map(heading, NAMES)], rows)
 
 
 def one_line(results: Results) -> str:
@@ -101,9 +126,10 @@ def one_line(results: Results) -> str:
     return f"{recalls}  rSum {m['rsum']:.1f}{persons}"
 
 
-def card_table(card: Mapping[str, str | int]) -> str:
-    """The protocol card as a Markdown table of two columns."""
-    return markdown(["protocol card", ""], [[key.replace("_", " "), str(card[key])] for key in card], ":-")
+def card_table(card: Mapping[str, str | int], name: str = "") -> Table:
+    """The protocol card, of whatever has that name, in two columns."""
+    rows = [[key.replace("_", " "), str(card[key])] for key in card]
+    return Table(f"Protocol card of {name}" if name else "Protocol card", ["protocol card", ""], rows, words=True)
 
 
 def heading(column: str) -> str:
@@ -114,17 +140,3 @@ def heading(column: str) -> str:
         return "rSum"
     direction, metric = column.split("_")
     return f"{ARROWS[direction]} {HEADINGS[metric]}"
-
-
-def markdown(heading: list[str], rows: Iterable[list[str]], align: str = "-:") -> str:
-    """A Markdown table with columns of equal width; the first is aligned to the left, the others as `align` says."""
-    lines = [heading, *rows]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heading))]
-    left = [True] + [align == ":-"] * (len(heading) - 1)
-
-    def line(cells: list[str]) -> str:
-        padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left, strict=True)]
-        return "| " + " | ".join(padded) + " |\n"
-
-    rule = ["-" * w if to_left else "-" * (w - 1) + ":" for w, to_left in zip(widths, left, strict=True)]
-    return line(heading) + line(rule) + "".join(map(line, rows))

@@ -20,7 +20,7 @@ from shnet_jax.evaluate.bootstrap import recall_intervals
 from shnet_jax.evaluate.compare import Rankings, Way, with_effort
 from shnet_jax.evaluate.encode import Portion, encode
 from shnet_jax.evaluate.ensemble import Embedded, MeanScore
-from shnet_jax.evaluate.extra import Wanted, extra_metrics
+from shnet_jax.evaluate.extra import WITHIN, Wanted, extra_metrics
 from shnet_jax.evaluate.person import person_chance, person_metrics
 from shnet_jax.evaluate.pipelined import check_pipeline, make_pipelined_text_encoder, place_variables, stage_mesh
 from shnet_jax.evaluate.protocols import Results, Subject, evaluate, find_protocol
@@ -69,7 +69,8 @@ def make_evaluator(experiment: Experiment, split: str, mesh: Mesh) -> Evaluator:
         images, texts = encode_both(variables)
         way = None if rankings is None else rankings.exact(variables)
         results = _ranked(images, texts, gallery.caption_image, model.score, protocol, subject, config.eval, mesh, way)
-        return _with_persons(results, images, texts, people, gallery.caption_image, model.score, config.eval, mesh)
+        score = scorer(model, variables["params"])
+        return _with_persons(results, images, texts, people, gallery.caption_image, score, config.eval, mesh)
 
     return evaluator
 
@@ -99,20 +100,37 @@ def embed_split(
     experiment: Experiment, variables: dict[str, Any], split: str, mesh: Mesh, subject: Subject
 ) -> Embedded:
     """Encodes a split with variables {"params", "batch_stats"}; the result is named like the run."""
-    gallery, encode_both = _open(experiment, split, mesh, _protocols(experiment.config))
-    images, texts = encode_both(variables)
+    _, encode_both = _open(experiment, split, mesh, _protocols(experiment.config))
+    return embedded_split(experiment, variables, *encode_both(variables), mesh, subject)
+
+
+def embedded_split(
+    experiment: Experiment,
+    variables: dict[str, Any],
+    images: Embedding,
+    texts: Embedding,
+    mesh: Mesh,
+    subject: Subject,
+) -> Embedded:
+    """The split `subject.split`, whose embeddings are there already: from `embed_split`, or from a folder."""
+    split, counts = subject.split, experiment.dataset.caption_counts(subject.split)
     return Embedded(
         name=experiment.config.name,
         images=images,
         texts=texts,
         score=scorer(experiment.model, variables["params"]),
-        caption_image=gallery.caption_image,
+        caption_image=np.repeat(np.arange(len(counts)), counts),
         image_ids=experiment.dataset.image_ids(split),
         captions=tuple(caption for own in experiment.dataset.captions(split) for caption in own),
         subject=subject,
         image_person=_people(experiment, split),
         way=None if has_static_score(experiment.model) else _rankings(experiment, mesh).exact(variables),
     )
+
+
+def in_two_stages(experiment: Experiment, variables: dict[str, Any], mesh: Mesh) -> Way:
+    """Ranking in two stages alone, of config.eval.two_stage candidates."""
+    return _rankings(experiment, mesh).two_stage(variables)
 
 
 def ways_to_rank(
@@ -191,7 +209,10 @@ def evaluate_embedded(
         )
         assert results.queries is not None  # `evaluate` gives them
         found[protocol] = dataclasses.replace(
-            results, extra=extra, intervals=recall_intervals([results.queries]) if intervals else {}
+            results,
+            extra=extra,
+            intervals=recall_intervals([results.queries]) if intervals else {},
+            card=results.card | ({"within": WITHIN} if exact and wanted.within else {}),
         )
     return found
 

@@ -15,14 +15,16 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from shnet_jax.evaluate.block_plan import PairCost, measure_pairs, plan_blocks, plan_two_stage
 from shnet_jax.evaluate.rank_plan import RankPlan, measure_round, plan_ranking
 from shnet_jax.evaluate.split import check
+from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.hardware import GIB, Chip, chip, memory_limit, target_devices
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.plan.programs import Program, bounds, compile_program, lower_encode, lower_train, stays_while_evaluating
 from shnet_jax.plan.search import advice, fitting_microbatch, largest_batch
-from shnet_jax.plan.subject import Subject, describe, embeddings, gallery
+from shnet_jax.plan.subject import Subject, describe, embeddings, gallery, variables
 from shnet_jax.plan.table import table
 from shnet_jax.train.prepare import pairs_per_device
 
@@ -72,7 +74,7 @@ def make_plan(subject: Subject, mesh: Mesh) -> dict[str, Any]:
         return compile_program(lower, config.eval.batch_size, limit, effort, stays)
 
     programs = {"train": train(pairs), "encode images": encode("image"), "encode captions": encode("text")}
-    ranking = _ranking(subject, mesh)
+    rankings = _rankings(subject, mesh)
     first, largest, changes = programs["train"], None, []
     if first.fits is False:
         changes = advice(config, mesh.size)
@@ -100,18 +102,35 @@ def make_plan(subject: Subject, mesh: Mesh) -> dict[str, Any]:
             "plan.effort": effort,
         },
         "programs": {name: _as_dict(program, peaks, kind) for name, program in programs.items()},
-        "ranking": _ranking_as_dict(ranking, stays, limit, peaks, kind),
+        "rankings": {name: _ranking_as_dict(way, stays, limit, peaks, kind) for name, way in rankings.items()},
         "largest_pairs_per_device": largest,
         "changes": changes,
     }
 
 
-def _ranking(subject: Subject, mesh: Mesh) -> RankPlan:
-    """Of the gallery; its seconds where the devices are those of this machine."""
-    tile, score, items = subject.config.eval.tile, subject.model.score, embeddings(subject)
+def _rankings(subject: Subject, mesh: Mesh) -> dict[str, RankPlan]:
+    """The ways in which --mode=eval ranks the gallery; their seconds where the devices are those of this machine."""
+    evaluation, model, items = subject.config.eval, subject.model, embeddings(subject)
+    n, t = gallery(subject)
+    tile, here = evaluation.tile, mesh.devices.flat[0].platform != "tpu"
     log.info("compiling the ranking")
-    measured = None if mesh.devices.flat[0].platform == "tpu" else measure_round(items, mesh, tile, score)
-    return plan_ranking(*gallery(subject), items, mesh, tile, score, measured)
+    found = {}
+    if evaluation.two_stage or not has_static_score(model):
+        cost = PairCost(model, variables(subject)["params"], items)
+        cost = dataclasses.replace(cost, pair_seconds=measure_pairs(cost, mesh) if here else None)
+    if evaluation.two_stage:
+        seconds = measure_round(items, mesh, tile, RetrievalModel.score) if here else None
+        found["global vectors"] = plan_ranking(n, t, items, mesh, tile, RetrievalModel.score, seconds)
+        staged = plan_two_stage(n, t, evaluation.two_stage, cost, mesh, tile)
+        if staged.seconds is not None and found["global vectors"].seconds is not None:
+            staged = dataclasses.replace(staged, seconds=staged.seconds + found["global vectors"].seconds)
+        found[f"two-stage {evaluation.two_stage}"] = staged
+    if not evaluation.exact:
+        return found
+    if has_static_score(model):
+        seconds = measure_round(items, mesh, tile, model.score) if here else None
+        return found | {"exact": plan_ranking(n, t, items, mesh, tile, model.score, seconds)}
+    return found | {"exact": plan_blocks(n, t, cost, mesh, tile)}
 
 
 def _as_dict(program: Program, peaks: Chip | None, kind: str) -> dict[str, Any]:

@@ -48,12 +48,12 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(f"{once} loops do not say how often they run: what is in them is counted once.")
     if hidden := sum(p["work"]["hidden"] for p in programs if p["work"]):
         lines.append(f"{hidden} calls of libraries do not say what they do: their operations are not counted.")
-    ranking = report["ranking"]
-    lines.append(f"ranking: {ranking['text']}")
-    held = f"  with what stays from training {_amount(ranking['needed'], _BYTES)} on each device"
-    if "compute_seconds" in ranking:
-        held += f"; at least {_amount(max(ranking['compute_seconds'], ranking['memory_seconds']), _SECONDS)}"
-    lines.append(f"{held}; fits: {_FITS[ranking['fits']]}")
+    for name, ranking in report["rankings"].items():
+        lines.append(f"ranking, {name}: {ranking['text']}")
+        held = f"  with what stays from training {_amount(ranking['needed'], _BYTES)} on each device"
+        if "compute_seconds" in ranking:
+            held += f"; at least {_amount(max(ranking['compute_seconds'], ranking['memory_seconds']), _SECONDS)}"
+        lines.append(f"{held}; fits: {_FITS[ranking['fits']]}")
     most = report["largest_pairs_per_device"]
     if most is not None:
         lines.append(f"largest batch that fits: {most:,} pairs a device, {most * devices:,} in all")

@@ -8,8 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.protocols import Subject, evaluate
-from shnet_jax.evaluate.rank import ranks
+from shnet_jax.evaluate.extra import NOTHING
+from shnet_jax.evaluate.protocols import Subject
+from shnet_jax.evaluate.split import embedded_split, evaluate_embedded
 from shnet_jax.evaluate.tiles import take
 from shnet_jax.experiment import Experiment
 from shnet_jax.retrieve.exact import Found, is_dot_product, top_k, turned
@@ -30,7 +31,7 @@ def collect(
 
     Raises ValueError for a number of config.page below 0 (page.results: below 1).
     """
-    shown, tile, score = config.page, config.eval.tile, experiment.model.score
+    shown, tile = config.page, config.eval.tile
     for name in ("queries", "failures", "highlights"):
         if shown[name] < 0:
             raise ValueError(f"config.page.{name} is {shown[name]}; it must be at least 0")
@@ -38,8 +39,14 @@ def collect(
         raise ValueError(f"config.page.results is {shown.results}; it must be at least 1")
     images, texts, ids = embeddings.images, embeddings.texts, embeddings.ids
     owner = np.asarray(ids.caption_image, np.int64)
-    results = evaluate(images, texts, owner, score, config.eval.protocols[0], subject, tile, mesh)
-    found = ranks(images, texts, owner, score, tile, mesh)
+    gallery = embedded_split(experiment, variables, images, texts, mesh, subject)
+    score, protocol = gallery.score, config.eval.protocols[0]
+    # The examples are of the whole gallery, whatever the numbers are of.
+    protocols = tuple(dict.fromkeys((protocol, "whole")))
+    evaluation = ConfigDict(config.eval.to_dict() | {"protocols": protocols})
+    by_protocol = evaluate_embedded(gallery, NOTHING, evaluation, mesh, intervals=False)
+    found = by_protocol["whole"].queries
+    assert found is not None  # `evaluate_embedded` gives them
 
     captions_first = score if is_dot_product(score) else turned(score)
 
@@ -63,9 +70,10 @@ def collect(
     looked = [int(row) for row in spaced(n, shown.highlights)]
     return Contents(
         title=str(config.name),
-        results=results,
+        results=by_protocol[protocol],
         ranks=found,
         ids=ids,
+        persons=gallery.image_person,
         captions=by_caption(captions),
         images=by_image(spaced(n, shown.queries, offset=0.75)),
         caption_failures=by_caption(worst(found.t2i, shown.failures)),

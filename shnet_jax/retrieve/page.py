@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.rank import Ranks
-from shnet_jax.evaluate.report import COLUMNS, heading
+from shnet_jax.evaluate.recall import QueryRanks
+from shnet_jax.evaluate.report import COLUMNS, PERSON, heading
 from shnet_jax.retrieve import charts
 from shnet_jax.retrieve.folder import Ids
 from shnet_jax.retrieve.highlight import Highlight
 from shnet_jax.retrieve.highlight_view import pooling_section, view
 from shnet_jax.retrieve.html import Child, Markup, table, tag
-from shnet_jax.retrieve.page_style import CSS
+from shnet_jax.retrieve.page_style import document
 from shnet_jax.retrieve.scene import Album
 
 BANDS = ((1, "first"), (5, "2 to 5"), (10, "6 to 10"), (50, "11 to 50"))
@@ -42,6 +42,8 @@ class Shown:
 class Contents:
     """What a page shows.
 
+    results: by the first of config.eval.protocols. ranks: of the whole gallery.
+    persons: [n] the person in each image, all of whose images are right; None: none but a caption's own is.
     captions, images: queries of each kind; failures of each kind: those ranked worst.
     highlights: (row of an image, what the model looked at).
     history: lines of metrics.jsonl.
@@ -49,14 +51,19 @@ class Contents:
 
     title: str
     results: Results
-    ranks: Ranks
+    ranks: QueryRanks
     ids: Ids
+    persons: np.ndarray | None
     captions: Sequence[Shown]
     images: Sequence[Shown]
     caption_failures: Sequence[Shown]
     image_failures: Sequence[Shown]
     highlights: Sequence[tuple[int, Highlight]]
     history: Sequence[Mapping[str, Any]]
+
+    def right(self, image: int, other: int) -> bool:
+        """Whether what belongs to one image answers a query of the other."""
+        return image == other or (self.persons is not None and self.persons[image] == self.persons[other])
 
 
 def page(contents: Contents, album: Album) -> str:
@@ -80,21 +87,14 @@ def page(contents: Contents, album: Album) -> str:
             "There are no photographs here: a picture is the image's label map, its colours are classes, and the "
             "frames are regions of the detector."
         )
-    body = tag(
-        "main",
+    return document(
+        f"{contents.title}: {card['dataset']} {card['split']}",
+        album.style(),
         tag("h1", contents.title),
         tag("p", about, class_="muted"),
         tag("nav", [tag("a", title, href=f"#{name}") for name, title, _ in sections], aria_label="Sections"),
         [tag("section", tag("h2", title), parts, id=name) for name, title, parts in sections],
     )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{contents.title}: {card['dataset']} {card['split']}"),
-        tag("style", Markup(CSS), album.style()),
-    )
-    return f"<!doctype html>\n{tag('html', head, tag('body', body), lang='en')}\n"
 
 
 def _numbers(contents: Contents) -> Child:
@@ -105,13 +105,16 @@ def _numbers(contents: Contents) -> Child:
         ("words → image, R@1 in %", m["t2i_r1"]),
         ("image → words, R@1 in %", m["i2t_r1"]),
     ]
+    if "person_map" in m:
+        tiles += [("words → person, R@1 in %", m["person_r1"]), ("words → person, mAP in %", m["person_map"])]
+    columns = [*COLUMNS, *(name for name in PERSON if name in m)]
     rows = [("this model", m), ("guessing", found.chance)]
     ranks = contents.ranks
     return [
         tag("div", [tag("div", tag("b", f"{value:.1f}"), tag("span", name)) for name, value in tiles], class_="tiles"),
         table(
-            ["", *(heading(column) for column in COLUMNS)],
-            [[name, *(f"{metrics[column]:.1f}" for column in COLUMNS)] for name, metrics in rows],
+            ["", *map(heading, columns)],
+            [[name, *(f"{metrics[column]:.1f}" for column in columns)] for name, metrics in rows],
         ),
         tag(
             "div",
@@ -158,24 +161,28 @@ def _by_caption(contents: Contents, shown: Sequence[Shown], album: Album) -> Chi
     if not shown:
         return None
     return [
-        tag("p", "A caption and the images that fit it best. A green frame marks the image that it was written for."),
-        [_caption_query(contents.ids, one, album) for one in shown],
+        tag(
+            "p",
+            "A caption and the images that fit it best. A green frame marks ",
+            "the image that it was written for." if contents.persons is None else "the images of its person.",
+        ),
+        [_caption_query(contents, one, album) for one in shown],
     ]
 
 
-def _caption_query(ids: Ids, shown: Shown, album: Album) -> Markup:
-    right = shown.match
+def _caption_query(contents: Contents, shown: Shown, album: Album) -> Markup:
+    ids = contents.ids
 
     def card(place: str, row: int) -> Markup:
-        good = row == right
+        good = contents.right(row, shown.match)
         mark = tag("span", "✓ right" if good else "✗", class_="mark")
         words = None if good else tag("div", ids.captions_of(row)[0], class_="sub")
         text = tag("div", tag("div", tag("span", place), mark, class_="head"), words, class_="text")
         return tag("div", album.scene(row).picture(), text, class_="card good" if good else "card bad")
 
     found = [card(f"{rank}.  {score:.3f}", row) for rank, (row, score) in enumerate(shown.best, start=1)]
-    if right not in [row for row, _ in shown.best]:
-        found.append(card(f"rank {shown.rank}", right))
+    if shown.match not in [row for row, _ in shown.best]:
+        found.append(card(f"rank {shown.rank}", shown.match))
     return tag(
         "div", tag("p", "“", ids.captions[shown.query], "”", class_="say"), tag("div", found, class_="cards"),
         class_="query",
@@ -186,14 +193,20 @@ def _by_image(contents: Contents, shown: Sequence[Shown], album: Album) -> Child
     if not shown:
         return None
     return [
-        tag("p", "An image and the captions that fit it best; its own are green."),
-        [_image_query(contents.ids, one, album) for one in shown],
+        tag(
+            "p",
+            "An image and the captions that fit it best; ",
+            "its own are green." if contents.persons is None else "those of its person are green.",
+        ),
+        [_image_query(contents, one, album) for one in shown],
     ]
 
 
-def _image_query(ids: Ids, shown: Shown, album: Album) -> Markup:
+def _image_query(contents: Contents, shown: Shown, album: Album) -> Markup:
+    ids = contents.ids
+
     def line(row: int, number: str) -> Markup:
-        good = ids.caption_image[row] == shown.query
+        good = contents.right(ids.caption_image[row], shown.query)
         mark = tag("span", "✓" if good else "✗", class_="mark")
         return tag(
             "li", mark, tag("span", number, class_="num"), tag("span", ids.captions[row]),
@@ -216,8 +229,8 @@ def _keys(classes: Sequence[tuple[str, str, float]]) -> Markup:
 
 
 def _failures(contents: Contents, album: Album) -> Child:
-    captions = [_caption_query(contents.ids, one, album) for one in contents.caption_failures]
-    images = [_image_query(contents.ids, one, album) for one in contents.image_failures]
+    captions = [_caption_query(contents, one, album) for one in contents.caption_failures]
+    images = [_image_query(contents, one, album) for one in contents.image_failures]
     if not captions and not images:
         return None
     return [
@@ -230,8 +243,9 @@ def _failures(contents: Contents, album: Album) -> Child:
 def _highlights(contents: Contents, album: Album) -> Child:
     views = [view(album.scene(row), found, contents.ids.captions_of(row)) for row, found in contents.highlights]
     shown = [one for one in views if one]
+    pooling = pooling_section([found.weights for _, found in contents.highlights])
     if not shown:
-        return None
+        return pooling
     return [
         tag(
             "p",
@@ -239,5 +253,5 @@ def _highlights(contents: Contents, album: Album) -> Child:
             "fits the scene as a whole, and the spatial attention of each looks up where, and among what, it lies.",
         ),
         shown,
-        pooling_section([found.weights for _, found in contents.highlights]),
+        pooling,
     ]

@@ -1,4 +1,8 @@
-"""The style sheet of a page: light and dark, from a phone to a wide screen, without any other file."""
+"""What pages have in common: a style sheet, light and dark, from a phone to a wide screen, without any other file."""
+
+from __future__ import annotations
+
+from shnet_jax.retrieve.html import Child, Markup, tag
 
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1d1d22;--soft:#5f6068;--line:#e2e0db;--good:#1a7f4b;
@@ -84,3 +88,15 @@ li .num{font-variant-numeric:tabular-nums;color:var(--soft)}
 .cards{grid-template-columns:repeat(2,1fr)}.side{grid-template-columns:1fr}
 .side>.card{max-width:200px}main{padding-top:20px}h2{margin-top:40px}li{padding:5px 6px}}
 """
+
+
+def document(title: str, style: Markup, *body: Child) -> str:
+    """A whole page. style: further rules of the style sheet; body: what is on the page."""
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Markup(CSS), style),
+    )
+    return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', body)), lang='en')}\n"

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from shnet_jax.data.gallery import Part, text_batches
 from shnet_jax.data.tokenise import tokenise_captions
 from shnet_jax.evaluate.encode import encode
-from shnet_jax.evaluate.report import markdown
+from shnet_jax.evaluate.report import Table
 from shnet_jax.evaluate.split import Tower, make_towers
 from shnet_jax.evaluate.tiles import take
 from shnet_jax.experiment import Experiment
@@ -183,6 +183,6 @@ def tables(answers: Sequence[Answer]) -> str:
         ]
         by = "image " if answer.kind == "image" else ""
         heading = ["", "score", "image", "caption" if answer.target == CAPTIONS else "first caption"]
-        body = markdown(heading, [[cell.replace("|", "\\|") for cell in row] for row in rows], ":-")
-        texts.append(f"{by}{answer.query!r} -> {answer.target}\n{body}")
+        title = f"{by}{answer.query!r} -> {answer.target}"
+        texts.append(f"{title}\n{Table(title, heading, rows, words=True)}")
     return "\n".join(texts)

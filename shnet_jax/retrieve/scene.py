@@ -1,17 +1,22 @@
-"""How an image is shown on a page: its photograph, or else its label map with the boxes of its regions."""
+"""How an image is shown on a page: its photograph, or else its label map with the boxes of its regions.
+
+A photograph is a file of a folder, or the pixels that the record itself has.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from shnet_jax.data.records import DataSet
 from shnet_jax.retrieve.html import Markup, tag
-from shnet_jax.retrieve.pictures import class_name, inside, label_map, photograph, shares
+from shnet_jax.retrieve.pictures import SIDE, class_name, inside, label_map, photograph, shares, uri
 
 OUTLINES = 12  # boxes drawn on an image without photograph
 
@@ -33,9 +38,11 @@ class Album:
     def scene(self, row: int) -> Scene:
         """The image `row` of the split."""
         if row not in self._shown:
-            fields = [f for f in ("boxes", "seg_map", "region_mask") if f in self.dataset.features]
+            fields = [f for f in ("boxes", "seg_map", "region_mask", "image") if f in self.dataset.features]
             record = self.dataset.open_split(self.split, ["image_id", *fields])[row]
             photo = photograph(self.pictures, record["image_id"]) if self.pictures else None
+            if photo is None and "image" in record:
+                photo = thumbnail(record["image"])
             self.photographs += photo is not None
             self._shown[row] = Scene(f"p{len(self._shown)}", record, photo, self.names)
         return self._shown[row]
@@ -102,6 +109,14 @@ class Scene:
     def overlay(self, marks: Iterable[Markup]) -> Markup:
         """Marks in per cent of width and height, over the picture."""
         return tag("svg", marks, viewBox="0 0 100 100", preserveAspectRatio="none", class_="over", aria_hidden="true")
+
+
+def thumbnail(pixels: np.ndarray) -> tuple[str, float]:
+    """A picture [H, W, 3] uint8 made small as a data URI, and its width / height."""
+    picture, out = Image.fromarray(pixels), io.BytesIO()
+    picture.thumbnail((SIDE, SIDE))
+    picture.save(out, "JPEG", quality=82)
+    return uri(out.getvalue(), "jpeg"), pixels.shape[1] / pixels.shape[0]
 
 
 def rectangle(box: np.ndarray) -> dict[str, float]:

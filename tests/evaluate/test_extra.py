@@ -1,5 +1,6 @@
 """COCO's further judgements on a small gallery: read by number, scored through the streamed lists."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,9 +11,10 @@ from data_prep.builder import write_dataset
 from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluate.coco import coco_number, judgements_folder, read_judgements, read_ratings
 from shnet_jax.evaluate.ensemble import Embedded, combine
-from shnet_jax.evaluate.extra import extra_metrics, read_wanted, sibling_captions
+from shnet_jax.evaluate.extra import WITHIN, extra_metrics, read_wanted, sibling_captions
 from shnet_jax.evaluate.protocols import Subject
 from shnet_jax.evaluate.relevance import hits
+from shnet_jax.evaluate.split import evaluate_embedded
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.types import Embedding
@@ -118,6 +120,24 @@ def test_ratings_within_images_and_within_captions(coco, ensemble):
         for k in (1, 5, 10):
             expected = recall(np.argsort(-scores, 1, kind="stable"), positives, k)
             assert got[f"cxc_{direction}_r{k}"] == pytest.approx(expected)
+
+
+def test_within_a_modality_a_score_of_pairs_has_no_say(coco):
+    folder, dataset = coco
+    plain = gallery()
+
+    def of_pairs(images, texts):
+        raise AssertionError("asked for the score of two images, or of two captions")
+
+    sides = [s.replace(elements=np.zeros((len(s.vector), 2, 3), np.float32)) for s in (plain.images, plain.texts)]
+    odd = dataclasses.replace(plain, images=sides[0], texts=sides[1], score=of_pairs)
+    got = found(plain, dataset, cxc=str(folder))
+    assert found(odd, dataset, cxc=str(folder)) == got and "cxc_i2i_r1" in got
+    evaluation = base.get_config().eval
+    evaluation.cxc = str(folder)
+    wanted = read_wanted(dataset, "test", evaluation)
+    results = evaluate_embedded(plain, wanted, evaluation, make_mesh(1), intervals=False)["whole"]
+    assert results.card["within"] == WITHIN and results.extra == got
 
 
 def test_a_relevant_item_that_is_not_in_the_gallery_is_never_found(tmp_path):

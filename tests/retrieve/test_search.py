@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import shnet_jax
+from shnet_jax.api import Retriever
 from shnet_jax.data.records import open_dataset
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.embed import embed
 from shnet_jax.retrieve.query import Searcher, read_queries
-from shnet_jax.search_modes import page, search
+from shnet_jax.search_modes import embeddings_of, page, search
 from tests.retrieve import gallery
 from tests.train import tiny
 
@@ -75,6 +78,19 @@ def test_a_checkpoint_by_its_folder():
     assert shnet_jax.load(gallery.toy_run() / "checkpoints" / "2").loaded.step == 2
     with pytest.raises(RuntimeError, match=r"no checkpoint 7 in"):
         shnet_jax.load(gallery.toy_run() / "checkpoints" / "7")
+
+
+def test_embeddings_of_another_run_are_refused(model):
+    """Of the same configuration and step, so that only the weights tell them apart."""
+    made = embeddings_of(model.loaded, gallery.toy(), gallery.toy_run(), make_mesh(1))
+    model.open(made.folder)
+    variables = jax.tree.map(lambda leaf: leaf + 1, model.loaded.variables)
+    other = Retriever(dataclasses.replace(model.loaded, variables=variables), model.config)
+    with pytest.raises(ValueError, match=r"weights_sha256 is '\w{64}' in its embeddings\.json, '\w{64}' of this model"):
+        other.open(made.folder)
+    later = Retriever(dataclasses.replace(model.loaded, step=7), model.config)
+    with pytest.raises(ValueError, match="checkpoint_step is 2 in its"):
+        later.open(made.folder)
 
 
 def test_the_command_writes_and_prints_what_it_found(model, capsys, tmp_path):

@@ -95,7 +95,7 @@ def test_evaluation_scores_with_the_variables_given(experiment, tmp_path):
     assert list(found) == ["global vectors", "two-stage 1000", "exact"]
     assert found["exact"].metrics == found["two-stage 1000"].metrics
     assert found["exact"].card["pairs_scored"] == found["two-stage 1000"].card["pairs_scored"] == 10 * 50
-    lines = comparison_table(found).splitlines()
+    lines = str(comparison_table(found)).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(found)
     assert "500" in lines[3] and lines[0].rstrip("| ").endswith("speed-up")
     assert list((tmp_path / "scores").glob("*/block_*.npy"))

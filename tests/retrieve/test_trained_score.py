@@ -1,0 +1,94 @@
+"""A model whose score has parameters is searched and shown by what was trained of it, not by its vectors."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shnet_jax import search_modes
+from shnet_jax.api import Retriever
+from shnet_jax.commands import Loaded
+from shnet_jax.evaluate.split import subject
+from shnet_jax.experiment import assemble, init_variables
+from shnet_jax.parallel.mapping import make_mesh
+from shnet_jax.retrieve.examples import collect
+from tests.train import tiny
+
+FACTORS = np.linspace(-3.0, 2.0, 16).astype(np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick():
+        yield
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny.config(model__name="tests.train.test_score_params", eval__tile=4, page__highlights=0)
+
+
+@pytest.fixture(scope="module")
+def loaded(config):
+    experiment = assemble(config)
+    variables = init_variables(experiment, 0)
+    variables["params"]["weights"]["factor"] = jnp.asarray(FACTORS)
+    return Loaded(experiment, variables, 3, "none")
+
+
+@pytest.fixture(scope="module")
+def scores(loaded, config):
+    """[10, 50] in float64; the dot product would put other items first."""
+    model = Retriever(loaded, config)
+    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    images = model.encode_images("test").vector.astype(np.float64)
+    texts = model.encode_texts(captions).vector.astype(np.float64)
+    found = (images * FACTORS) @ texts.T
+    assert (found.argmax(0) != (images @ texts.T).argmax(0)).mean() > 0.5
+    return found
+
+
+def best(scores, k):
+    return np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+
+
+def test_from_python(loaded, config, scores):
+    model = Retriever(loaded, config)
+    ids = model.dataset.image_ids("test")
+    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    found = model.search(captions[:4], top_k=3)
+    assert [[hit.image_id for hit in answer.hits] for answer in found] == ids[best(scores[:, :4].T, 3)].tolist()
+    np.testing.assert_allclose(found[1].hits[0].score, scores[:, 1].max(), atol=1e-5)
+    (by_image,) = model.search_by_image(ids[6], top_k=3)
+    assert [hit.caption for hit in by_image.hits] == [captions[i] for i in best(scores[6], 3)]
+
+
+def test_by_the_command(loaded, config, scores, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(search_modes, "load", lambda workdir, config: loaded)
+    ids = loaded.experiment.dataset.image_ids("test")
+    search_modes.search(config, tmp_path, image_id=str(ids[2]), top_k=4)
+    (answer,) = json.loads((tmp_path / "search.json").read_text("utf-8"))["results"]
+    np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], np.sort(scores[2])[:-5:-1], atol=1e-5)
+    config.search.index = "faiss"
+    with pytest.raises(ValueError, match="this model scores pairs in a way of its own"):
+        search_modes.search(config, tmp_path, "words")
+    config.search.index = "exact"
+
+
+def test_on_the_page(loaded, config, scores, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    mesh = make_mesh(1)
+    embeddings = search_modes.embeddings_of(loaded, config, tmp_path, mesh)
+    about = subject(loaded.experiment, "test", 3, "none", 1)
+    config.eval.protocols = ("folds2",)
+    found = collect(loaded.experiment, loaded.variables, embeddings, config, about, mesh)
+    config.eval.protocols = ("whole",)
+    owner = np.arange(50) // 5
+    np.testing.assert_array_equal(found.ranks.t2i, (scores > scores[owner, np.arange(50)]).sum(0))
+    assert found.results.card["protocol"] == "folds2" and found.results.queries.t2i.max() < 5
+    for shown in found.captions:
+        assert [row for row, _ in shown.best] == best(scores[:, shown.query], config.page.results).tolist()

@@ -1,0 +1,155 @@
+"""Each model through every mode, as a user would take it: what fits one model alone is found here.
+
+The sets are tiny, the towers a few units wide; numbers are looked at elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import shnet_jax
+from configs import cmsei_scenes, demo, esa_people, user_demo
+from data_prep import people
+from data_prep.builder import write_dataset
+from shnet_jax.commands import evaluate, train
+from shnet_jax.convert import convert
+from shnet_jax.cross import cross
+from shnet_jax.plan import command, programs
+from shnet_jax.search_modes import embed, page, search
+from tests.train import tiny
+
+pytestmark = pytest.mark.slow
+
+SMALL = {
+    "data.resident": False, "data.read_threads": 1, "data.prefetch": 2, "data.captions_per_image": 1,
+    "data.max_tokens": 16, "data.token_buckets": (16,), "model.dim": 8, "model.map_channels": 2,
+    "model.dtype": "float32", "text.width": 8, "text.dtype": "float32",
+    "train.batch_size": 8, "train.steps": 2, "train.log_steps": 1, "train.eval_epochs": 0.0, "parallel.devices": 1,
+    "eval.batch_size": 8, "eval.tile": 4, "eval.hubness": True, "eval.two_stage": 3, "plan.search": False,
+    "plan.effort": -1.0, "page.queries": 1, "page.failures": 1, "page.highlights": 1, "page.results": 2,
+}  # fmt: skip
+
+
+@functools.cache
+def figures() -> Path:
+    """Figures of which two images each are of a person, as the pictures that they are, too."""
+    starts = {"train": 0, "val": 800, "test": 1600}
+    splits = {split: list(people.records(3, start, start + 8)) for split, start in starts.items()}
+    return write_dataset(tiny.folder(), "figures_of_modes", splits, {"source": "made by the tests"})
+
+
+def small(c: ConfigDict, data: Path, **changes) -> ConfigDict:
+    flat = SMALL | {"data.dir": str(data)} | {name.replace("__", "."): value for name, value in changes.items()}
+    c.update_from_flattened_dict(flat)
+    c.unlock()
+    return c
+
+
+def shnet() -> ConfigDict:
+    return small(demo.get_config(), tiny.dataset())
+
+
+def user() -> ConfigDict:
+    c = user_demo.get_config()
+    return small(c, tiny.dataset(), model__name="user", momentum__queue=16, loss__weights__uto=1.0)
+
+
+def cmsei() -> ConfigDict:
+    return small(cmsei_scenes.get_config(), tiny.dataset(), model__cmsei__geometry_heads=2)
+
+
+def esa() -> ConfigDict:
+    fixed = {"model__esa__size": 2, "model__esa__text_size": 3, "model__esa__depth": 1, "model__esa__heads": 2}
+    return small(esa_people.get_config(), figures(), **fixed)
+
+
+def only_traced(*args):
+    """The step is not compiled a second time."""
+    programs.lower_train(*args)
+    return jax.jit(lambda x: x).lower(1.0)
+
+
+@pytest.mark.parametrize("model", [shnet, user, cmsei, esa])
+def test_every_mode(model, tmp_path, monkeypatch):
+    config, first, second = model(), tmp_path / "first", tmp_path / "converted"
+    with tiny.quick():
+        train(config, first)
+
+        evaluate(config, first)
+        (results,) = first.glob("results_*.json")
+        arms = json.loads(results.read_text("utf-8"))["arms"]
+        assert list(arms) == [f"{config.name}, {way}" for way in ("global vectors", "two-stage 3", "exact")]
+        assert all(np.isfinite(arm["metrics"]["rsum"]) for arm in arms.values())
+
+        # All that there is as candidates: the ranks of the exact search, whatever the score looks at.
+        config.eval.two_stage = 10**6
+        evaluate(config, first)
+        arms = json.loads(results.read_text("utf-8"))["arms"]
+        _, staged, exact = arms.values()
+        recalls = {name: value for name, value in staged["metrics"].items() if "person" not in name}
+        assert recalls == {name: exact["metrics"][name] for name in recalls}
+        config.eval.two_stage = 0
+
+        embed(config, first)
+        search(config, first, "a red thing", top_k=2)
+        answers = json.loads((first / "search.json").read_text("utf-8"))["results"]
+        page(config, first)
+        (shown,) = first.glob("page_*.html")
+        text = shown.read_text("utf-8")
+        assert f"{exact['metrics']['rsum']:.1f}" in text and "How it learned" in text
+        if model is esa:  # it has persons, pixels and weights of its pooling, and neither gates nor attention
+            for wanted in (
+                "words → person, mAP",
+                "the images of its person",
+                "data:image/jpeg",
+                "How the set is pooled",
+            ):
+                assert wanted in text, wanted
+            assert "Semantic gate" not in text and "There are no photographs" not in text
+        retriever = shnet_jax.load(first)
+        (folder,) = (first / "embeddings").iterdir()
+        retriever.open(folder)
+        assert [hit.image_id for hit in retriever.search("a red thing", top_k=2)[0].hits] == [
+            hit["image_id"] for hit in answers[0]["hits"]
+        ]
+
+        monkeypatch.setattr(command, "lower_train", only_traced)
+        config.eval.two_stage = 3
+        command.plan(config, tmp_path / "plan", "cpu:1")
+        planned = json.loads((tmp_path / "plan/plan_cpu_1.json").read_text("utf-8"))["rankings"]
+        assert list(planned) == ["global vectors", "two-stage 3", "exact"]
+        blocks = model is cmsei  # whose score is scored pair by pair
+        assert planned["exact"]["columns"] == (4 if blocks else 32)
+        config.eval.two_stage = 0
+
+        config.convert.to = str(tmp_path / "weights")
+        convert(config, first)
+        config.convert.to, config.convert.source = "", str(tmp_path / "weights")
+        convert(config, second)
+        config.convert.source = ""
+
+        # With its own converted self: what it says alone.
+        config.eval.ensemble = (str(first), str(second))
+        evaluate(config, tmp_path / "both")
+        (both,) = (tmp_path / "both").glob("results_*.json")
+        arms = json.loads(both.read_text("utf-8"))["arms"]
+        assert [arm["metrics"] for arm in arms.values()] == [exact["metrics"]] * 3
+        config.eval.ensemble = ()
+
+        config.cross.runs, config.cross.data_dirs = (str(first),), (config.data.dir,)
+        ((results,),) = (row.values() for row in cross(config, tmp_path / "cross").values())
+        assert results.metrics == exact["metrics"]
+
+
+def test_sets_fill_no_queue(tmp_path):
+    config = esa()
+    config.momentum.queue = 16
+    with pytest.raises(ValueError, match="which is what queues hold"):
+        train(config, tmp_path)
