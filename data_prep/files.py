@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.schema import DataError
+from shnet_jax import foreign
 
 
 def open_array(path: Path) -> np.ndarray:
-    """The array of a .npy file, memory-mapped."""
+    """The array of a .npy file, memory-mapped. Raises DataError for anything else, and one that is cut off."""
+    with data_errors():
+        return foreign.open_npy(path)
+
+
+@contextmanager
+def data_errors() -> Iterator[None]:
+    """Faults of `foreign` as DataError."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        yield
+    except DataError:
+        raise
     except ValueError as error:
-        raise DataError(f"{path}: expected a .npy array of numbers: {error}") from error
+        raise DataError(str(error)) from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises DataError naming the file."""
+    with data_errors():
+        return foreign.read_json(path)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that has to lie in `folder`. Raises DataError for a name that leads out of it."""
+    with data_errors():
+        return foreign.inside(folder, name)
+
+
+def read_picture(path: Path, mode: str | None = "RGB") -> np.ndarray:
+    """The pixels of a picture, [H, W, 3] uint8 or as `mode` has them. Raises DataError for a file that is none."""
+    try:
+        with data_errors():
+            return np.asarray(foreign.read_picture(path, mode))
+    except FileNotFoundError:
+        raise DataError(f"{path}: expected a picture, found no such file") from None
 
 
 def read_lines(path: Path) -> list[str]:

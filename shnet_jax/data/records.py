@@ -17,10 +17,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from shnet_jax.data.index import Index, IndexBuilder, index_file, read_index
+from shnet_jax.foreign import read_object
 
 CHECKSUMS = "checksums.json"
 SENTENCEPIECE = "sentencepiece.model"
-_INFO = "dataset_info.json"
+_INFO, _FEATURES = "dataset_info.json", "features.json"
 
 log = logging.getLogger(__name__)
 
@@ -137,11 +138,39 @@ class DataSet:
 def open_dataset(directory: str | Path) -> DataSet:
     """The data set that `find_dataset` finds in `directory`."""
     path = find_dataset(directory)
+    _check_names(path)
     info = tfds.builder_from_directory(path).info
     metadata = dict(info.metadata.items()) if info.metadata is not None else {}
     features = {name: _feature(name, feature, metadata) for name, feature in sorted(info.features.items())}
     splits = {name: split.num_examples for name, split in info.splits.items() if name != "all"}
     return DataSet(path, splits, features, metadata.get("num_classes"), metadata)
+
+
+def _check_names(path: Path) -> None:
+    """TFDS imports the modules that features.json names and reads the files that dataset_info.json names.
+
+    Raises ValueError for modules outside TFDS, and files outside the folder: the set may be somebody else's.
+    """
+    if (path / _FEATURES).is_file():
+        for key, value in _texts(read_object(path / _FEATURES)):
+            if key in ("pythonClassName", "python_class_name", "type") and not value.startswith("tensorflow_datasets."):
+                raise ValueError(f"{path / _FEATURES}: names {value!r:.200}, which is no part of tensorflow_datasets")
+    for key, value in _texts(read_object(path / _INFO)):
+        if key in ("filepathTemplate", "filepath_template", "name") and ("/" in value or ".." in value):
+            raise ValueError(f"{path / _INFO}: {key} is {value!r:.200}, which leads out of this folder")
+
+
+def _texts(value: Any) -> Iterator[tuple[str, str]]:
+    """Every (key, text) at any depth of JSON values."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(item, str):
+                yield key, item
+            else:
+                yield from _texts(item)
 
 
 def open_split(dataset_dir: str | Path, split: str, fields: Sequence[str]) -> RandomAccess:

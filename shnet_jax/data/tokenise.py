@@ -187,7 +187,10 @@ def wordpiece(path: Path) -> Tokenizer:
     """The uncased BERT tokenizer of a vocab.txt (one piece per line, its line number is its id)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: WordPiece vocabulary not found (a vocab.txt with one piece per line)")
-    pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    try:
+        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a vocab.txt in UTF-8: {error}") from None
     special = _special(path, pieces)
     starts_word = np.array([not piece.startswith("##") for piece in pieces])
     return _tokenizer(_WordPiece({piece: i for i, piece in enumerate(pieces)}), starts_word, special)
@@ -197,7 +200,10 @@ def sentence_piece(path: Path) -> Tokenizer:
     """The tokenizer of a SentencePiece model that has the pieces SPECIAL, [PAD] as id 0."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: SentencePiece model not found (data_prep trains one for every data set)")
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected a SentencePiece model (cut off?): {error}") from None
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     special = _special(path, pieces)
     starts_word = np.array([piece.startswith("\u2581") for piece in pieces])
