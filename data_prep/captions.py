@@ -71,8 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read(captions: str, split_lists: str | None = None) -> Splits:
+def read(captions: str, split_lists: str | None = None, *, strict: bool = True) -> Splits:
     """Photographs by split, in the order of the files; see `add_arguments` for the two flags.
+
+    Without `strict` an empty caption is kept, and spoils the record of its photograph.
 
     Raises DataError naming file and row when a file is of no known format, says nothing of splits, has an empty
     caption, puts an image into two splits or names one outside of the folder of photographs; FileNotFoundError when
@@ -81,7 +83,7 @@ def read(captions: str, split_lists: str | None = None) -> Splits:
     lines: list[tuple[str, _Line]] = []
     lists = _split_lists(split_lists) if split_lists else None
     for split, path in _named_files(captions, default=""):
-        for line in _lines(path):
+        for line in _lines(path, strict):
             lines.append((_split(line, split, lists, path), line))
     found: dict[str, tuple[str, list[_Line]]] = {}
     for split, line in lines:
@@ -145,13 +147,13 @@ def _split(line: _Line, named: str, lists: dict[str, str] | None, path: Path) ->
     return split
 
 
-def _lines(path: Path) -> Iterator[_Line]:
+def _lines(path: Path, strict: bool) -> Iterator[_Line]:
     """Captions of a file of any format; each is stripped and its runs of blanks are one."""
     reader = {".json": _json, ".csv": _csv, ".tsv": _csv}.get(path.suffix.lower(), _token)
     for line in reader(path):
         _check(line, path)
         caption = " ".join(line.caption.split())
-        if not caption:
+        if strict and not caption:
             raise DataError(f"{path}: image {line.file!r}: expected a caption, found an empty one")
         yield line._replace(caption=caption)
 

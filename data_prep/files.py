@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.schema import DataError
+from data_prep.schema import DataError, is_text
 from shnet_jax import foreign
 
 
@@ -51,17 +51,20 @@ def read_picture(path: Path, mode: str | None = "RGB") -> np.ndarray:
         raise DataError(f"{path}: expected a picture, found no such file") from None
 
 
-def read_lines(path: Path) -> list[str]:
-    """Stripped lines of a UTF-8 text file; an empty line is an error that names its number."""
+def read_lines(path: Path, *, strict: bool = True) -> list[str]:
+    """Stripped lines of a UTF-8 text file; an empty line, or one of other bytes, is an error that names its number.
+
+    Without `strict` such lines are kept: no record may have them, so each spoils its own alone.
+    """
     if not path.is_file():
         raise DataError(f"{path}: expected this file, found none")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text: {error}") from error
+    # what is not UTF-8 becomes half of a surrogate pair, which text never has
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")]
     if lines[-1] == "":
         lines.pop()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if strict else (), 1):
         if not line:
             raise DataError(f"{path} line {number}: expected text, found an empty line")
+        if not line.isprintable() and not is_text(line):
+            raise DataError(f"{path} line {number}: expected UTF-8 text, found {line[:80]!r}")
     return lines

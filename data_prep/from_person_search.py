@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep import command
+from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.builder import write_dataset
 from data_prep.files import data_errors, inside, read_json
 from data_prep.schema import DataError, Record
@@ -125,18 +126,21 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.annotations)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[Record | Bad]:
         caption = self.first_caption
         for annotation in self.annotations:
-            count = len(annotation.captions)
-            yield {
-                "image_id": annotation.path,
-                "captions": list(annotation.captions),
-                "caption_ids": np.arange(caption, caption + count, dtype=np.int64),
-                "identity": np.int64(annotation.person),
-                "image": read_picture(inside(self.folder, annotation.path), self.size),
-            }
-            caption += count
+            yield record_or_bad(annotation.path, self._record, annotation, caption)
+            caption += len(annotation.captions)
+
+    def _record(self, annotation: Annotation, caption: int) -> Record:
+        """The record of a picture whose first caption has the number `caption`."""
+        return {
+            "image_id": annotation.path,
+            "captions": list(annotation.captions),
+            "caption_ids": np.arange(caption, caption + len(annotation.captions), dtype=np.int64),
+            "identity": np.int64(annotation.person),
+            "image": read_picture(inside(self.folder, annotation.path), self.size),
+        }
 
 
 def import_person_search(
@@ -149,6 +153,7 @@ def import_person_search(
     held_out: int = 0,
     source: str = "",
     overwrite: bool = False,
+    on_bad_record: Policy = "fail",
 ) -> Path:
     """Import a set and return the version folder; see `--help` for the arguments."""
     if not images.is_dir():
@@ -161,7 +166,9 @@ def import_person_search(
     metadata = {"source": source or f"data_prep.from_person_search of {annotations.name}", "held_out": held_out}
     files = {split: {"captions": annotations.name, "identity": annotations.name} for split in splits}
     total = sum(map(len, records.values()))
-    return write_dataset(out, name, records, metadata, files=files, total=total, overwrite=overwrite)
+    return write_dataset(
+        out, name, records, metadata, files=files, total=total, overwrite=overwrite, on_bad_record=on_bad_record
+    )
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -184,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--hold_out", type=command.at_least(0), default=0, help="training persons that become the split val"
     )
     parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
+    command.add_writing_arguments(parser)
     args = parser.parse_args(argv)
     print(
         import_person_search(
@@ -196,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             held_out=args.hold_out,
             source=args.source,
             overwrite=args.overwrite,
+            on_bad_record=args.on_bad_record,
         )
     )
     return 0

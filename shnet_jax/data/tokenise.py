@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 from tokenizers import models, normalizers, pre_tokenizers
 
 from shnet_jax.data import clip_bpe
+from shnet_jax.data.checksums import check_files
+from shnet_jax.data.errors import DataError
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, find_dataset
 
 # Both kinds have these; data_prep/vocabulary.py trains SentencePiece with them.
@@ -200,10 +202,12 @@ def sentence_piece(path: Path) -> Tokenizer:
     """The tokenizer of a SentencePiece model that has the pieces SPECIAL, [PAD] as id 0."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: SentencePiece model not found (data_prep trains one for every data set)")
+    if path.name == SENTENCEPIECE:  # of a data set: a changed bit may change pieces and nothing else
+        check_files(path.parent, [SENTENCEPIECE])
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except RuntimeError as error:
-        raise ValueError(f"{path}: expected a SentencePiece model (cut off?): {error}") from None
+        raise DataError(f"{path}: expected a SentencePiece model (cut off?): {error}", file=path.name) from None
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     special = _special(path, pieces)
     starts_word = np.array([piece.startswith("\u2581") for piece in pieces])

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax import foreign, registry
-from shnet_jax.data.records import CHECKSUMS
+from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.data.tokenise import vocabulary_file
 from shnet_jax.experiment import Experiment
 
