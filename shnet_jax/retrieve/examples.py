@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.extra import NOTHING
 from shnet_jax.evaluate.protocols import Subject
-from shnet_jax.evaluate.split import embedded_split, evaluate_embedded
+from shnet_jax.evaluate.split import embedded_split, evaluate_embedded, make_rankings
 from shnet_jax.evaluate.tiles import take
 from shnet_jax.experiment import Experiment
 from shnet_jax.retrieve.exact import Found, is_dot_product, top_k, turned
@@ -39,7 +39,8 @@ def collect(
         raise ValueError(f"config.page.results is {shown.results}; it must be at least 1")
     images, texts, ids = embeddings.images, embeddings.texts, embeddings.ids
     owner = np.asarray(ids.caption_image, np.int64)
-    gallery = embedded_split(experiment, variables, images, texts, mesh, subject)
+    rankings = make_rankings(experiment, mesh)
+    gallery = embedded_split(experiment, subject.split, variables, images, texts, subject, rankings)
     score, protocol = gallery.score, config.eval.protocols[0]
     # The examples are of the whole gallery, whatever the numbers are of.
     protocols = tuple(dict.fromkeys((protocol, "whole")))
