@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.extra import NOTHING
+from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k, turned
 from shnet_jax.evaluate.protocols import Subject
 from shnet_jax.evaluate.split import embedded_split, evaluate_embedded, make_rankings
 from shnet_jax.evaluate.tiles import take
 from shnet_jax.experiment import Experiment
-from shnet_jax.retrieve.exact import Found, is_dot_product, top_k, turned
 from shnet_jax.retrieve.folder import Embeddings
 from shnet_jax.retrieve.highlight import highlights
 from shnet_jax.retrieve.page import Contents, Shown
