@@ -74,7 +74,7 @@ def test_by_the_command(loaded, config, scores, tmp_path, monkeypatch, capsys):
     (answer,) = json.loads((tmp_path / "search.json").read_text("utf-8"))["results"]
     np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], np.sort(scores[2])[:-5:-1], atol=1e-5)
     config.search.index = "faiss"
-    with pytest.raises(ValueError, match="this model scores pairs in a way of its own"):
+    with pytest.raises(ValueError, match=r"this model scores pairs in a way of its own \(Weighted\.score\)"):
         search_modes.search(config, tmp_path, "words")
     config.search.index = "exact"
 
