@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ def collect(
 ) -> Contents:
     """Ranks the gallery and chooses what is shown of it, by config.page; the same whenever it is asked for.
 
+    In two stages where config.eval.exact is False; the examples are then found by the score all the same.
+
     Raises ValueError for a number of config.page below 0 (page.results: below 1).
     """
     shown, tile = config.page, config.eval.tile
@@ -41,6 +44,8 @@ def collect(
     owner = np.asarray(ids.caption_image, np.int64)
     rankings = make_rankings(experiment, mesh)
     gallery = embedded_split(experiment, subject.split, variables, images, texts, subject, rankings)
+    if not config.eval.exact:
+        gallery = dataclasses.replace(gallery, way=rankings.two_stage(variables))
     score, protocol = gallery.score, config.eval.protocols[0]
     # The examples are of the whole gallery, whatever the numbers are of.
     protocols = tuple(dict.fromkeys((protocol, "whole")))
