@@ -195,7 +195,7 @@ def get_config() -> ConfigDict:
     evaluate.overlap = False  # images on one half of the devices, captions on the other, reading ahead: the same bits
     evaluate.two_stage = 0  # k > 0: --mode=eval also ranks in two stages, k candidates of each query re-ranked
     evaluate.exact = (
-        True  # with two_stage: rank exactly too (a costly score: hours); False: not, in cross and study too
+        True  # with two_stage: rank exactly too (a costly score: hours); False: not, nor in cross, study, page
     )
     evaluate.stages = 1  # devices that a text tower's layers are spread over (bert, transformer); 1: each has them all
     evaluate.microbatches = 8  # parts in which the captions of a batch flow through these stages

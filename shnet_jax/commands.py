@@ -214,7 +214,10 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     save_queries(workdir / f"queries_{name}.npz", ours.queries)
     write_json(workdir / f"results_{name}.json", arms, gaps)
     write_text(workdir / f"results_{name}.md", text)
-    write_text(workdir / f"results_{name}.html", results_page(f"{config.name}, {dataset_name}", shown, cards))
+    write_text(
+        workdir / f"results_{name}.html",
+        results_page(f"{config.name} on {dataset_name}, {evaluation.split}", shown, cards),
+    )
     print(text)
     remove_folder(workdir / SCORES)
 

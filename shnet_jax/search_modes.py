@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from shnet_jax.commands import Loaded, load
 from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.evaluate.blocks import digest
+from shnet_jax.evaluate.report import write_text
 from shnet_jax.evaluate.split import subject
 from shnet_jax.observe.writer import FILE as METRICS
 from shnet_jax.observe.writer import read_metrics
@@ -113,9 +114,7 @@ def page(config: ConfigDict, workdir: str | Path) -> None:
     album = Album(dataset, split, pictures, dataset.metadata.get("class_names", ()))
     text = render(contents, album)
     path = workdir / f"page_{dataset.path.parent.name}_{split}.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)
     if pictures is not None and not album.photographs:
         print(
             f"no photograph in {pictures} is named after an image of the page; boxes and label maps are drawn instead"

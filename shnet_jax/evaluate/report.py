@@ -10,7 +10,7 @@ from typing import Any
 
 from shnet_jax.evaluate.bootstrap import NAMES, Interval
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.recall import CUTS, DIRECTIONS
+from shnet_jax.evaluate.recall import CUTS, DIRECTIONS, Metrics
 
 FORMAT = 1  # raised when a key of the JSON changes its name or meaning
 ARROWS = {"i2t": "i→t", "t2i": "t→i"}
@@ -87,13 +87,18 @@ def write_json(
 
 def table(arms: Mapping[str, Results]) -> Table:
     """A row for each arm, one for guessing on each gallery; recalls are in percent."""
-    rows = [(name, arm.metrics) for name, arm in arms.items()]
+    guesses: list[tuple[str, Metrics]] = []
     for arm in arms.values():
         card = arm.card
         folds = f", {card['folds']} folds" if card["folds"] != 1 else ""
-        guess = (f"chance ({card['images']} images, {card['captions']} captions{folds})", arm.chance)
-        if guess not in rows:
-            rows.append(guess)
+        name = f"chance ({card['images']} images, {card['captions']} captions{folds})"
+        # Of one gallery not every arm has the numbers of a person search.
+        known = (g for n, g in guesses if n == name and all(g.get(m, v) == v for m, v in arm.chance.items()))
+        if (same := next(known, None)) is None:
+            guesses.append((name, dict(arm.chance)))
+        else:
+            same.update(arm.chance)
+    rows = [*((name, arm.metrics) for name, arm in arms.items()), *guesses]
     columns = [*COLUMNS, *(name for name in PERSON if any(name in metrics for _, metrics in rows))]
     cells = [[name, *(f"{metrics[c]:.1f}" if c in metrics else "" for c in columns)] for name, metrics in rows]
     return Table("Recall in per cent, and ranks", ["", *map(heading, columns)], cells)

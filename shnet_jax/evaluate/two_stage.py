@@ -6,20 +6,13 @@ exact ranking; the items behind the candidates keep the order of the global vect
 
 from __future__ import annotations
 
-from functools import partial
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from shnet_jax.evaluate.blocks import PairScorer, listed_scores
+from shnet_jax.evaluate.nearest import top_k
 from shnet_jax.evaluate.rank import Ranks, ranks
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.types import Array, Embedding
-
-ROWS = 512
-"""Queries whose candidates are looked for at once."""
+from shnet_jax.types import Embedding
 
 
 def two_stage_ranks(
@@ -31,11 +24,13 @@ def two_stage_ranks(
     """
     if k < 1:
         raise ValueError(f"config.eval.two_stage is {k}; at least 1 candidate is needed")
-    whole = ranks(
-        Embedding(images.vector), Embedding(texts.vector), owner, RetrievalModel.score, scorer.tile, scorer.mesh
+    own, others, how = (
+        Embedding(images.vector),
+        Embedding(texts.vector),
+        (RetrievalModel.score, scorer.tile, scorer.mesh),
     )
-    captions = candidates(images.vector, texts.vector, k)
-    pictures = candidates(texts.vector, images.vector, k)
+    whole = ranks(own, others, owner, *how)
+    captions, pictures = top_k(own, others, k, *how).index, top_k(others, own, k, *how).index
     n, t = len(images.vector), len(texts.vector)
     by_image = np.arange(n)[:, None] * t + captions
     by_text = pictures * t + np.arange(t)[:, None]
@@ -50,23 +45,6 @@ def two_stage_ranks(
     i2t = _reranked(captions, of(by_image), owner[captions] == np.arange(n)[:, None], whole.i2t)
     t2i = _reranked(pictures, of(by_text), pictures == owner[:, None], whole.t2i)
     return Ranks(i2t, t2i), len(pairs)
-
-
-def candidates(queries: Array | np.ndarray, items: Array | np.ndarray, k: int) -> np.ndarray:
-    """The k items [q, k] int64 with the largest dot product, best first, equal ones by their index."""
-    k = min(k, len(items))
-    everything = jnp.asarray(items)
-    found = []
-    for start in range(0, len(queries), ROWS):
-        some = np.asarray(queries[start : start + ROWS])
-        padded = np.pad(some, ((0, min(ROWS, len(queries)) - len(some)), (0, 0)))
-        found.append(np.asarray(_best(jnp.asarray(padded), everything, k))[: len(some)])
-    return np.concatenate(found).astype(np.int64)
-
-
-@partial(jax.jit, static_argnums=2)
-def _best(queries: Array, items: Array, k: int) -> Array:
-    return lax.top_k(RetrievalModel.score(Embedding(queries), Embedding(items)), k)[1]
 
 
 def _reranked(items: np.ndarray, scores: np.ndarray, match: np.ndarray, otherwise: np.ndarray) -> np.ndarray:

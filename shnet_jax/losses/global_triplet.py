@@ -38,7 +38,7 @@ def loss(
         Embedding(images.vector),  # the elements do not travel
         Embedding(texts.vector),
         ids,
-        dataclasses.replace(ctx, score=_product),
+        dataclasses.replace(ctx, score=product),
         margin=margin,
         warmup_steps=warmup_steps,
         reduction=reduction,
@@ -49,5 +49,6 @@ def loss(
     return {f"global_{name}": value for name, value in found.items()}
 
 
-def _product(images: Embedding, texts: Embedding) -> Array:
+def product(images: Embedding, texts: Embedding) -> Array:
+    """Scores [n, t] by the global vectors alone, whatever the model's score is."""
     return jnp.einsum("nd,td->nt", images.vector, texts.vector, precision=lax.Precision.HIGHEST)

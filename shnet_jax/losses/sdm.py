@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from shnet_jax.losses import pairs
+from shnet_jax.losses.global_triplet import product
 from shnet_jax.parallel import axis
 from shnet_jax.types import Array, Context, Embedding
 
@@ -37,7 +37,7 @@ def loss(images: Embedding, texts: Embedding, ids: Array, ctx: Context, *, tempe
     if not temperature > 0:
         raise ValueError(f"loss.sdm.temperature must be above 0; it is {temperature}")
     images, texts = Embedding(images.vector), Embedding(texts.vector)  # no set has to travel
-    ctx = dataclasses.replace(ctx, score=_cosine)
+    ctx = dataclasses.replace(ctx, score=product)
     others = pairs.directions(images, texts, ids, ctx, mask_same_image=False)
     strangers = pairs.directions(images, texts, ids, ctx, mask_same_image=True)
     batch_ids = ids if ctx.pairs.strategy == "local" else axis.all_gather(ids, ctx.axis)
@@ -56,10 +56,6 @@ def loss(images: Embedding, texts: Embedding, ids: Array, ctx: Context, *, tempe
         total += (entropy - right * jnp.log(1 / same + EPSILON) - wrong * math.log(EPSILON)).sum()
         matched += right.sum()
     return {"sdm_loss": total / others[0].size, "sdm_matched": matched / (2 * others[0].size)}
-
-
-def _cosine(images: Embedding, texts: Embedding) -> Array:
-    return jnp.einsum("nd,td->nt", images.vector, texts.vector, precision=lax.Precision.HIGHEST)
 
 
 def _x_exp_x(x: Array) -> Array:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.layers import Dense, LayerNorm, torch_uniform, xavier_uniform
 from shnet_jax.models.pooling import GPO
+from shnet_jax.models.shnet import given_unit
 from shnet_jax.models.text import TextEncoder, build_tower
 from shnet_jax.ops import graphs
 from shnet_jax.ops.interaction import SIDES, Interaction, interaction_scores
@@ -88,9 +89,8 @@ class ImageEncoder(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool) -> tuple[Array, Array, Array]:
         """Image fields of `batch` -> regions [n, K, dim], their mask [n, K], unit vectors [n, dim]."""
-        x = nn.Dropout(self.feature_dropout, deterministic=not train)(batch["regions"].astype(jnp.float32))
-        mask = batch.get("region_mask")
-        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        x, mask = given_unit(batch, "regions")
+        x = nn.Dropout(self.feature_dropout, deterministic=not train)(x)
         projected = Dense(self.dim, self.dtype, xavier_uniform, name="regions_linear")(x)
         self.sow("intermediates", "projected", projected)
         reasoned = []

@@ -71,6 +71,7 @@ def scorer(model: RetrievalModel, params: Mapping[str, Any]) -> Score:
     def score(images: Embedding, texts: Embedding) -> Array:
         return cast(Array, model.apply({"params": own}, images, texts, method="score"))
 
+    score.__qualname__ = f"{type(model).__name__}.score"  # messages name it
     return score
 
 

@@ -20,7 +20,7 @@ from shnet_jax.models.layers import Dense, xavier_uniform
 from shnet_jax.models.mlp import MLP
 from shnet_jax.models.pooling import GPO
 from shnet_jax.models.sets import MODES, SetHead
-from shnet_jax.models.shnet import UNIT_MASKS
+from shnet_jax.models.shnet import UNIT_MASKS, given_unit
 from shnet_jax.models.text import TextEncoder, build_tower
 from shnet_jax.ops.matmul import DTYPES
 from shnet_jax.ops.norms import l2norm
@@ -69,7 +69,7 @@ class UnitEncoder(nn.Module):
         """Image fields of `batch` -> global unit vectors [n, dim], tokens [n, N, dim] and their mask."""
         tokens, masks = [], []
         for unit in self.units:
-            x, mask = _unit(batch, unit)
+            x, mask = given_unit(batch, unit)
             x = nn.Dropout(self.feature_dropout, deterministic=not train)(x)
             linear = Dense(self.dim, dtype=self.dtype, kernel_init=xavier_uniform, name=f"{unit}_linear")(x)
             tokens.append(linear + self.mlp(self.dim // 2, self.dim, name=f"{unit}_mlp")(x, mask, train=train))
@@ -86,7 +86,7 @@ class GivenTokens(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool) -> Embedding:
         """Image fields of `batch` -> global unit vectors [n, d], tokens [n, N, d] and their mask."""
-        given = [_unit(batch, unit) for unit in self.units]
+        given = [given_unit(batch, unit) for unit in self.units]
         tokens, mask = (jnp.concatenate(parts, axis=1) for parts in zip(*given, strict=True))
         return Embedding(l2norm(batch["image_embedding"].astype(jnp.float32)), tokens, mask)
 
@@ -157,12 +157,6 @@ def _with_set(head: SetHead | None, found: Embedding) -> Embedding:
         return Embedding(found.vector)
     assert found.elements is not None and found.mask is not None  # the towers here give both
     return Embedding(found.vector, head(found.vector, found.elements, found.mask))
-
-
-def _unit(batch: Batch, unit: str) -> tuple[Array, Array]:
-    x = batch[unit].astype(jnp.float32)
-    given = batch.get(UNIT_MASKS[unit])
-    return x, jnp.ones(x.shape[:2], bool) if given is None else given
 
 
 def image_fields(config: ConfigDict) -> tuple[str, ...]:

@@ -24,6 +24,12 @@ from shnet_jax.types import DATA, Array, Batch, Embedding
 UNIT_MASKS = {"regions": "region_mask", "grid": "grid_mask"}
 
 
+def given_unit(batch: Batch, unit: str) -> tuple[Array, Array]:
+    """The features [n, K, D] float32 of one kind of unit and their mask [n, K]; without one, all are valid."""
+    x, mask = batch[unit].astype(jnp.float32), batch.get(UNIT_MASKS[unit])
+    return x, jnp.ones(x.shape[:2], bool) if mask is None else mask
+
+
 class ImageEncoder(nn.Module):
     """The visual tower. Attributes are those of `config.model` (configs/base.py)."""
 
@@ -115,10 +121,8 @@ class ImageEncoder(nn.Module):
         """Every visual unit's linear features, those plus their MLP ([n, N, dim] both) and the mask [n, N]."""
         linears, projecteds, masks = [], [], []
         for unit in self.units:
-            x = batch[unit].astype(jnp.float32)
+            x, mask = given_unit(batch, unit)
             x = nn.Dropout(self.feature_dropout, deterministic=not train)(x)
-            given = batch.get(UNIT_MASKS[unit])
-            mask = jnp.ones(x.shape[:2], bool) if given is None else given
             linear = Dense(self.dim, dtype=self.dtype, kernel_init=xavier_uniform, name=f"{unit}_linear")(x)
             linears.append(linear)
             projecteds.append(linear + self._mlp(f"{unit}_mlp")(x, mask, train=train))

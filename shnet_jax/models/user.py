@@ -18,7 +18,7 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.layers import Dense, LayerNorm, xavier_uniform
 from shnet_jax.models.mlp import MLP, BatchNorm
 from shnet_jax.models.pooling import GPO
-from shnet_jax.models.shnet import UNIT_MASKS
+from shnet_jax.models.shnet import UNIT_MASKS, given_unit
 from shnet_jax.models.text import TextEncoder, build_tower
 from shnet_jax.ops.matmul import DTYPES, einsum
 from shnet_jax.ops.norms import l2norm
@@ -105,9 +105,8 @@ class ImageEncoder(nn.Module):
         """
         projected, masks = [], []
         for unit in self.units:
-            x = nn.Dropout(self.feature_dropout, deterministic=not train)(batch[unit].astype(jnp.float32))
-            given = batch.get(UNIT_MASKS[unit])
-            mask = jnp.ones(x.shape[:2], bool) if given is None else given
+            x, mask = given_unit(batch, unit)
+            x = nn.Dropout(self.feature_dropout, deterministic=not train)(x)
             x = self._enhanced(unit, x, mask, batch, train)
             linear = Dense(self.dim, dtype=self.dtype, kernel_init=xavier_uniform, name=f"{unit}_linear")(x)
             projected.append(linear + self.mlp(self.dim // 2, self.dim, name=f"{unit}_mlp")(x, mask, train=train))

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.block_plan import PairCost, measure_pairs, plan_blocks, plan_two_stage
 from shnet_jax.evaluate.rank_plan import RankPlan, measure_round, plan_ranking
-from shnet_jax.evaluate.split import check
+from shnet_jax.evaluate.towers import check
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.hardware import GIB, Chip, chip, memory_limit, target_devices

@@ -12,9 +12,9 @@ from typing import Protocol, Self
 import numpy as np
 from ml_collections import ConfigDict
 
+from shnet_jax.evaluate.nearest import Found
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.progress import Progress
-from shnet_jax.retrieve.exact import Found
 from shnet_jax.retrieve.folder import Embeddings
 
 PACKAGES = {"faiss": ("faiss", "faiss-cpu"), "milvus": ("pymilvus", "pymilvus milvus-lite")}

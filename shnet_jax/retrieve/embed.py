@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.evaluate.encode import host_fields
-from shnet_jax.evaluate.split import Tower, make_towers
 from shnet_jax.evaluate.tiles import one_behind
+from shnet_jax.evaluate.towers import Tower, make_towers
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.progress import Progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.extra import NOTHING
+from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k, turned
 from shnet_jax.evaluate.protocols import Subject
-from shnet_jax.evaluate.split import embedded_split, evaluate_embedded
+from shnet_jax.evaluate.split import embedded_split, evaluate_embedded, make_rankings
 from shnet_jax.evaluate.tiles import take
 from shnet_jax.experiment import Experiment
-from shnet_jax.retrieve.exact import Found, is_dot_product, top_k, turned
 from shnet_jax.retrieve.folder import Embeddings
 from shnet_jax.retrieve.highlight import highlights
 from shnet_jax.retrieve.page import Contents, Shown
@@ -29,6 +30,8 @@ def collect(
 ) -> Contents:
     """Ranks the gallery and chooses what is shown of it, by config.page; the same whenever it is asked for.
 
+    In two stages where config.eval.exact is False; the examples are then found by the score all the same.
+
     Raises ValueError for a number of config.page below 0 (page.results: below 1).
     """
     shown, tile = config.page, config.eval.tile
@@ -39,7 +42,10 @@ def collect(
         raise ValueError(f"config.page.results is {shown.results}; it must be at least 1")
     images, texts, ids = embeddings.images, embeddings.texts, embeddings.ids
     owner = np.asarray(ids.caption_image, np.int64)
-    gallery = embedded_split(experiment, variables, images, texts, mesh, subject)
+    rankings = make_rankings(experiment, mesh)
+    gallery = embedded_split(experiment, subject.split, variables, images, texts, subject, rankings)
+    if not config.eval.exact:
+        gallery = dataclasses.replace(gallery, way=rankings.two_stage(variables))
     score, protocol = gallery.score, config.eval.protocols[0]
     # The examples are of the whole gallery, whatever the numbers are of.
     protocols = tuple(dict.fromkeys((protocol, "whole")))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from shnet_jax.evaluate.nearest import Found
 from shnet_jax.retrieve.backends import blocks, require
-from shnet_jax.retrieve.exact import Found
 from shnet_jax.retrieve.folder import Embeddings
 
 log = logging.getLogger(__name__)

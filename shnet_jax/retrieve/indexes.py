@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k
 from shnet_jax.foreign import read_object
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.retrieve.backends import Index, digest
-from shnet_jax.retrieve.exact import Found, is_dot_product, top_k
 from shnet_jax.retrieve.faiss_index import FaissIndex
 from shnet_jax.retrieve.folder import Embeddings, write_json
 from shnet_jax.retrieve.milvus_index import MilvusIndex

@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 from shnet_jax.data.gallery import Part, text_batches
 from shnet_jax.data.tokenise import tokenise_captions
 from shnet_jax.evaluate.encode import encode
+from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k, turned
 from shnet_jax.evaluate.report import Table
-from shnet_jax.evaluate.split import Tower, make_towers
 from shnet_jax.evaluate.tiles import take
+from shnet_jax.evaluate.towers import Tower, make_towers
 from shnet_jax.experiment import Experiment
-from shnet_jax.retrieve.exact import Found, is_dot_product, top_k, turned
 from shnet_jax.retrieve.folder import Embeddings
 from shnet_jax.retrieve.indexes import check_index, open_index, rescored
 from shnet_jax.types import Embedding, Score

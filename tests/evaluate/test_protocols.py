@@ -24,8 +24,11 @@ def gallery(n=20, captions=3, seed=0):
 
 def test_a_row_without_persons_leaves_their_columns_empty():
     plain = evaluate(*gallery(), SCORE, "whole")
-    results = dataclasses.replace(plain, metrics=plain.metrics | dict.fromkeys(PERSON, 50.0))
+    persons, guess = dict.fromkeys(PERSON, 50.0), dict.fromkeys(PERSON, 9.0)
+    results = dataclasses.replace(plain, metrics=plain.metrics | persons, chance=plain.chance | guess)
     lines = str(table({"sets": results, "zero-shot": plain})).splitlines()
+    assert len(lines) == 5 and lines[4].split("|")[-2].strip() == "9.0"  # one gallery, one row of guessing
+    assert str(table({"zero-shot": plain, "sets": results})).splitlines()[4] == lines[4]
     assert lines[2].split("|")[-2].strip() == "50.0" and lines[3].split("|")[-2].strip() == ""
 
 

@@ -9,7 +9,8 @@ import pytest
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.evaluate import split
 from shnet_jax.evaluate.protocols import Subject
-from shnet_jax.evaluate.split import make_encoder, make_evaluator, pieces
+from shnet_jax.evaluate.split import make_evaluator
+from shnet_jax.evaluate.towers import make_encoder, pieces
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.models.text import TextEncoder, build_tower
 from shnet_jax.parallel.mapping import data_mesh

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from shnet_jax.commands import load
 from shnet_jax.data.gallery import open_gallery
 from shnet_jax.data.records import open_dataset
-from shnet_jax.evaluate.split import make_encoder
+from shnet_jax.evaluate.towers import make_encoder
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import embed as writing

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from configs import base
+from shnet_jax.evaluate.nearest import top_k
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.retrieve import backends, indexes
-from shnet_jax.retrieve.exact import top_k
 from shnet_jax.retrieve.folder import Embeddings, Ids
 from shnet_jax.types import Embedding
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 
 from shnet_jax import search_modes
 from shnet_jax.api import Retriever
@@ -74,7 +76,7 @@ def test_by_the_command(loaded, config, scores, tmp_path, monkeypatch, capsys):
     (answer,) = json.loads((tmp_path / "search.json").read_text("utf-8"))["results"]
     np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], np.sort(scores[2])[:-5:-1], atol=1e-5)
     config.search.index = "faiss"
-    with pytest.raises(ValueError, match="this model scores pairs in a way of its own"):
+    with pytest.raises(ValueError, match=r"this model scores pairs in a way of its own \(Weighted\.score\)"):
         search_modes.search(config, tmp_path, "words")
     config.search.index = "exact"
 
@@ -90,5 +92,9 @@ def test_on_the_page(loaded, config, scores, tmp_path, monkeypatch):
     owner = np.arange(50) // 5
     np.testing.assert_array_equal(found.ranks.t2i, (scores > scores[owner, np.arange(50)]).sum(0))
     assert found.results.card["protocol"] == "folds2" and found.results.queries.t2i.max() < 5
+    staged = tiny.config(model__name="tests.train.test_score_params", eval__two_stage=1000, eval__exact=False)
+    experiment = dataclasses.replace(loaded.experiment, config=FrozenConfigDict(staged))
+    again = collect(experiment, loaded.variables, embeddings, staged, about, mesh)
+    assert again.results.card["ranking"].startswith("two stages")
     for shown in found.captions:
         assert [row for row, _ in shown.best] == best(scores[:, shown.query], config.page.results).tolist()

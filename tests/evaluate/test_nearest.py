@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from shnet_jax.evaluate.nearest import is_dot_product, top_k, turned
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
-from shnet_jax.retrieve.exact import is_dot_product, top_k, turned
 from shnet_jax.types import Embedding
 
 DOT = RetrievalModel.score
