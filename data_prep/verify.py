@@ -8,7 +8,6 @@ Exit status 0 when it is usable (there may be notes), 1 when it is not.
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from data_prep.progress import Progress
 from data_prep.schema import DataError
 from shnet_jax.data.index import Index, index_file, read_index
 from shnet_jax.data.records import CHECKSUMS, SENTENCEPIECE, DataSet, open_dataset
+from shnet_jax.foreign import inside, read_object
 
 _SHOWN = 10  # problems of one kind that are printed
 
@@ -119,10 +119,15 @@ def _check_files(report: Report) -> None:
     if not path.is_file():
         report.notes.append(f"no {CHECKSUMS}: files not compared")
         return
-    for name, expected in json.loads(path.read_text()).items():
-        if not (folder / name).is_file():
+    try:
+        listed = {name: (inside(folder, name), expected) for name, expected in read_object(path).items()}
+    except ValueError as error:
+        report.problems.append(str(error))
+        return
+    for name, (file, expected) in listed.items():
+        if not file.is_file():
             report.problems.append(f"{name}: missing, listed in {CHECKSUMS}")
-        elif (found := sha256(folder / name)) != expected:
+        elif (found := sha256(file)) != expected:
             report.problems.append(f"{name}: expected sha256 {expected}, found {found}")
 
 
