@@ -25,7 +25,7 @@ IMAGE_COLUMNS = ("image", "image_id", "image_name", "filename", "file_name", "fi
 CAPTION_COLUMNS = ("caption", "comment", "sentence", "raw")
 _DELIMITERS = ",\t;|"
 _NUMBERS = range(-(2**63), 2**63)  # of captions; they are stored as int64
-_NUMBERED = re.compile(r"(?:COCO_[a-z]+\d*_)?0*(\d+)")  # 000000391895 and COCO_val2014_000000391895 are image 391895
+_NUMBERED = re.compile(r"(?:COCO_[a-z]+\d*_)?(\d+)")  # 000000391895 and COCO_val2014_000000391895 are image 391895
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def keys(image_id: str) -> Iterator[str]:
     yield image_id
     if stem != image_id:
         yield stem
-    if (match := _NUMBERED.fullmatch(stem)) and match[1] != stem:
-        yield match[1]
+    if (match := _NUMBERED.fullmatch(stem)) and (number := match[1].lstrip("0") or "0") != stem:
+        yield number
 
 
 def _named_files(text: str, default: str) -> Iterator[tuple[str, Path]]:

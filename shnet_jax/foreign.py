@@ -21,6 +21,8 @@ from PIL import Image
 
 MAX_PIXELS = 2**26
 """Pixels of a picture that is decoded: a PNG of some kB may say that it has a thousand times as many."""
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Of pictures. Pillow knows more, and runs another program (Ghostscript) to read some of them."""
 MAX_ARRAYS = 1000
 """Arrays of an .npz."""
 
@@ -63,6 +65,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 entries = archive.infolist()
                 if len(entries) > MAX_ARRAYS:
                     raise ValueError(f"{len(entries)} arrays, more than {MAX_ARRAYS}")
+                if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                    raise ValueError("its arrays together should be larger than the file")
                 return {entry.filename.removesuffix(".npy"): _member(archive, entry) for entry in entries}
         # Versions that Python does not know, passwords, entries behind the end: damage shows in many ways.
         except (
@@ -142,7 +146,7 @@ def read_picture(path: Path, mode: str | None = "RGB") -> Image.Image:
     Raises FileNotFoundError, and ValueError for a file that is no picture, damaged, or of more than MAX_PIXELS.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
             picture.load()

@@ -39,8 +39,8 @@ _WRITTEN = (
     "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS "
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID"
 )
-MAX_OPCODES = 2_000_000
-"""Opcodes of one pickle, some 60 for each tensor; a second for each million."""
+MAX_OPCODES = 1_000_000
+"""Opcodes of one pickle, some 60 for each tensor; they take a second and less than 0.5 GB."""
 MAX_TUPLES = 20_000
 """Tuples in one pickle, four for each tensor: a key of a million tuples in one another ends Python without a word."""
 MAX_HASHED = 1_000_000
