@@ -13,6 +13,7 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -158,7 +159,7 @@ def _lines(path: Path) -> Iterator[_Line]:
 
 def _check(line: _Line, path: Path) -> None:
     file, caption, split, number = line
-    if not isinstance(file, str) or not Path(file).name or Path(file).is_absolute() or ".." in Path(file).parts:
+    if not isinstance(file, str) or not _is_below(file):
         raise DataError(f"{path}: expected the name of an image below the folder of photographs, found {file!r:.200}")
     if not isinstance(caption, str) or not isinstance(split, str | None):
         raise DataError(
@@ -168,6 +169,12 @@ def _check(line: _Line, path: Path) -> None:
         raise DataError(
             f"{path}: image {file!r}: expected a whole number of 64 bits as caption id, found {number!r:.80}"
         )
+
+
+@lru_cache(maxsize=64)  # captions of an image stand side by side
+def _is_below(file: str) -> bool:
+    path = Path(file)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
 def _json(path: Path) -> Iterator[_Line]:

@@ -131,7 +131,8 @@ def inside(folder: Path, name: str) -> Path:
     try:
         longest = max(len(os.fsencode(part)) for part in parts)
         path = folder / name
-        here = longest <= _NAME and path.resolve().is_relative_to(folder.resolve())
+        # Where nothing is, no link has to be followed: an image has several names, and most of them have no file.
+        here = longest <= _NAME and (not os.path.lexists(path) or path.resolve().is_relative_to(folder.resolve()))
     except (OSError, RuntimeError, UnicodeEncodeError) as error:  # links in a circle
         raise ValueError(f"{folder}: {name!r:.200} is no name of a file in this folder: {error}") from None
     if not here:

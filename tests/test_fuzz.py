@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import TARGETS, Target
 from tests.fuzz.worker import attempt
 
 INPUTS = 80
@@ -24,3 +24,15 @@ def test_damaged_files_give_documented_errors(name, tmp_path):
         outcomes += [attempt(target, target.make(rng.choice(seeds), rng), tmp_path, None) for _ in range(INPUTS)]
     wrong = [text for text, _ in outcomes if text]
     assert not wrong, wrong[0]
+
+
+def test_faults_are_found(tmp_path):
+    def undocumented(folder, data):
+        raise KeyError("a")
+
+    def silent(folder, data):
+        raise ValueError
+
+    for parse, match in ((undocumented, "KeyError: 'a'"), (silent, "without a message")):
+        wrong, _ = attempt(Target(lambda: [b"x"], parse), b"x", tmp_path, None)
+        assert wrong is not None and match in wrong
