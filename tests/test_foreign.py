@@ -361,6 +361,8 @@ def test_a_vocabulary_that_is_a_link_elsewhere(run):
         ("features.json", {"featuresDict": {"a": {"pythonClassName": "evil_package.model.X"}}}, "is no part of"),
         ("features.json", {"type": "evil_package.model.X", "content": {}}, "is no part of"),
         ("dataset_info.json", {"splits": [{"name": "a", "filepathTemplate": "../{SPLIT}"}]}, "leads out of"),
+        ("dataset_info.json", {"splits": [3]}, "is no name"),
+        ("dataset_info.json", {"name": "../../x"}, "leads out of"),
         ("dataset_info.json", {"splits": [{"name": "../../x", "shardLengths": ["1"]}]}, "leads out of"),
     ],
 )
