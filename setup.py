@@ -40,6 +40,7 @@ EXTRAS = {
     ],
     "extract": ["torch>=2.13,<3", "transformers>=5.23,<6"],  # data_prep.extract: features from photographs
     "faiss": ["faiss-cpu>=1.9,<2"],  # config.search.index="faiss"
+    "fuzz": ["atheris>=3,<4"],  # python -m tests.fuzz --engine=atheris; on Linux
     "milvus": ["pymilvus>=2.5,<4", "milvus-lite>=2.5,<4"],  # config.search.index="milvus"
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # also the compiler of --mode=plan, which needs no TPU
 }

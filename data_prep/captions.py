@@ -13,6 +13,7 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ IMAGE_COLUMNS = ("image", "image_id", "image_name", "filename", "file_name", "fi
 CAPTION_COLUMNS = ("caption", "comment", "sentence", "raw")
 _DELIMITERS = ",\t;|"
 _NUMBERS = range(-(2**63), 2**63)  # of captions; they are stored as int64
-_NUMBERED = re.compile(r"(?:COCO_[a-z]+\d*_)?0*(\d+)")  # 000000391895 and COCO_val2014_000000391895 are image 391895
+_NUMBERED = re.compile(r"(?:COCO_[a-z]+\d*_)?(\d+)")  # 000000391895 and COCO_val2014_000000391895 are image 391895
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def keys(image_id: str) -> Iterator[str]:
     yield image_id
     if stem != image_id:
         yield stem
-    if (match := _NUMBERED.fullmatch(stem)) and match[1] != stem:
-        yield match[1]
+    if (match := _NUMBERED.fullmatch(stem)) and (number := match[1].lstrip("0") or "0") != stem:
+        yield number
 
 
 def _named_files(text: str, default: str) -> Iterator[tuple[str, Path]]:
@@ -160,7 +161,7 @@ def _lines(path: Path, strict: bool) -> Iterator[_Line]:
 
 def _check(line: _Line, path: Path) -> None:
     file, caption, split, number = line
-    if not isinstance(file, str) or not Path(file).name or Path(file).is_absolute() or ".." in Path(file).parts:
+    if not isinstance(file, str) or not _is_below(file):
         raise DataError(f"{path}: expected the name of an image below the folder of photographs, found {file!r:.200}")
     if not isinstance(caption, str) or not isinstance(split, str | None):
         raise DataError(
@@ -170,6 +171,12 @@ def _check(line: _Line, path: Path) -> None:
         raise DataError(
             f"{path}: image {file!r}: expected a whole number of 64 bits as caption id, found {number!r:.80}"
         )
+
+
+@lru_cache(maxsize=64)  # captions of an image stand side by side
+def _is_below(file: str) -> bool:
+    path = Path(file)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
 def _json(path: Path) -> Iterator[_Line]:

@@ -24,6 +24,7 @@ from shnet_jax.data.checksums import CHECKSUMS, read_checksums, sha256
 from shnet_jax.data.index import Index, index_file, read_index
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, open_dataset
 from shnet_jax.data.tokenise import sentence_piece
+from shnet_jax.foreign import inside
 
 _SHOWN = 10  # problems of one kind that are printed
 
@@ -127,9 +128,14 @@ def _check_files(report: Report) -> None:
     if (folder / SKIPPED).is_file():
         report.notes.append(f"{SKIPPED}: lists bad records that the import left out")
     for name, expected in sums.items():
-        if not (folder / name).is_file():
+        try:
+            file = inside(folder, name)
+        except ValueError as error:
+            report.problems.append(str(error))
+            continue
+        if not file.is_file():
             report.problems.append(f"{name}: missing, listed in {CHECKSUMS}")
-        elif (found := sha256(folder / name)) != expected:
+        elif (found := sha256(file)) != expected:
             report.problems.append(f"{name}: expected sha256 {expected}, found {found}")
 
 

@@ -137,7 +137,7 @@ def write_folder(folder: Path, model: Model) -> None:
     """model.safetensors, config.json and the vocabulary in a new folder, whole or not at all."""
     if folder.exists():
         raise WorkdirError(f"{folder} exists already; choose another --config.convert.to")
-    temporary = folder.with_name(f"{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}.incomplete")  # hidden, as nobody else's
     shutil.rmtree(temporary, ignore_errors=True)
     adopt(temporary, model.config, vocabulary_file(model.config))
     write_weights(temporary / WEIGHTS, model.variables, model.step)

@@ -21,6 +21,8 @@ from PIL import Image
 
 MAX_PIXELS = 2**26
 """Pixels of a picture that is decoded: a PNG of some kB may say that it has a thousand times as many."""
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Of pictures. Pillow knows more, and runs another program (Ghostscript) to read some of them."""
 MAX_ARRAYS = 1000
 """Arrays of an .npz."""
 
@@ -63,6 +65,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 entries = archive.infolist()
                 if len(entries) > MAX_ARRAYS:
                     raise ValueError(f"{len(entries)} arrays, more than {MAX_ARRAYS}")
+                if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                    raise ValueError("its arrays together should be larger than the file")
                 return {entry.filename.removesuffix(".npy"): _member(archive, entry) for entry in entries}
         # Versions that Python does not know, passwords, entries behind the end: damage shows in many ways.
         except (
@@ -127,7 +131,8 @@ def inside(folder: Path, name: str) -> Path:
     try:
         longest = max(len(os.fsencode(part)) for part in parts)
         path = folder / name
-        here = longest <= _NAME and path.resolve().is_relative_to(folder.resolve())
+        # Where nothing is, no link has to be followed: an image has several names, and most of them have no file.
+        here = longest <= _NAME and (not os.path.lexists(path) or path.resolve().is_relative_to(folder.resolve()))
     except (OSError, RuntimeError, UnicodeEncodeError) as error:  # links in a circle
         raise ValueError(f"{folder}: {name!r:.200} is no name of a file in this folder: {error}") from None
     if not here:
@@ -142,7 +147,7 @@ def read_picture(path: Path, mode: str | None = "RGB") -> Image.Image:
     Raises FileNotFoundError, and ValueError for a file that is no picture, damaged, or of more than MAX_PIXELS.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
             picture.load()

@@ -246,6 +246,8 @@ def test_arrays_of_no_use(name, value, match, tmp_path):
         ({"no_txtnorm": True}, r"opt\.no_txtnorm is True; .* have False"),
         ({"precomp_enc_type": "backbone"}, r"opt\.precomp_enc_type is 'backbone'"),
         ({"embed_size": 1024}, r"opt\.embed_size is 1024; the arrays, .* have 8"),
+        ({"batch_size": float("inf")}, r"becomes config\.train\.batch_size is inf, expected a number that training"),
+        ({"margin": float("nan")}, r"becomes config\.loss\.triplet\.margin is nan"),
     ],
 )
 def test_options_of_another_model(options, match, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -28,6 +29,7 @@ from data_prep.sources.units import UnitFiles
 from shnet_jax import foreign, registry
 from shnet_jax.convert import load_folder
 from shnet_jax.data.records import open_dataset
+from shnet_jax.interop.bert_weights import read_tensors
 from shnet_jax.retrieve import pictures, tensors
 from shnet_jax.train.workdir import WorkdirError, save_config, trained_config
 
@@ -122,6 +124,12 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
     np.savez_compressed(tmp_path / "0.npz", a=np.zeros(10**7))
     assert (tmp_path / "0.npz").stat().st_size < 10**5
     assert peak(foreign.read_npz, tmp_path / "0.npz") < 2**20
+    with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:  # two entries of the directory for the same bytes
+        archive.writestr("a.npy", header("(1000,)", data=bytes(8000)))
+        archive.filelist.append(copy.copy(archive.filelist[0]))
+        archive.filelist[1].filename = "b.npy"
+    with pytest.raises(ValueError, match=r"should be larger than the file|[Oo]verlap"):
+        foreign.read_npz(tmp_path / "0.npz")
     with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:
         for number in range(foreign.MAX_ARRAYS + 1):
             archive.writestr(f"{number}.npy", b"")
@@ -149,6 +157,14 @@ def test_a_safetensors_header_that_lies(entry, match, tmp_path):
         tensors.open_mapped(tmp_path / "x")
 
 
+@pytest.mark.parametrize("code", ["F8_E4M3", "F4", "X"])
+def test_numbers_of_a_kind_that_is_not_known(code, tmp_path):
+    text = json.dumps({"a": {"dtype": code, "shape": [2], "data_offsets": [0, 1 if code == "F4" else 2]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(1 if code == "F4" else 2))
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
+        read_tensors(tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------- JSON and pictures
 
 
@@ -159,6 +175,24 @@ def test_json_that_is_none(text, tmp_path):
         foreign.read_object(tmp_path / "a.json")
     with pytest.raises(DataError, match=r"a\.json: expected JSON"):
         captions.read(f"train={tmp_path / 'a.json'}")
+
+
+def test_names_of_many_zeros_are_read_in_no_time():
+    assert list(captions.keys("0" * 10**6 + "x")) == ["0" * 10**6 + "x"]
+    assert (
+        list(captions.keys("COCO_val2014_000000391895.jpg"))[-1] == "391895" and list(captions.keys("000"))[-1] == "0"
+    )
+
+
+def test_a_picture_that_another_program_would_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was asked"))
+    text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(%pipe%touch ran) (w) file\n%%EOF\n"
+    (tmp_path / "0.jpg").write_text(text)
+    assert Image.open(tmp_path / "0.jpg").format == "EPS"
+    with pytest.raises(ValueError, match=r"0\.jpg: expected a picture"):
+        pictures.photograph(tmp_path, "0")
+    with pytest.raises(images.BrokenImage, match=r"0\.jpg"):
+        images.load(tmp_path / "0.jpg")
 
 
 def test_a_picture_that_is_a_bomb(tmp_path):
@@ -328,6 +362,8 @@ def test_a_vocabulary_that_is_a_link_elsewhere(run):
         ("features.json", {"featuresDict": {"a": {"pythonClassName": "evil_package.model.X"}}}, "is no part of"),
         ("features.json", {"type": "evil_package.model.X", "content": {}}, "is no part of"),
         ("dataset_info.json", {"splits": [{"name": "a", "filepathTemplate": "../{SPLIT}"}]}, "leads out of"),
+        ("dataset_info.json", {"splits": [3]}, "is no name"),
+        ("dataset_info.json", {"name": "../../x"}, "leads out of"),
         ("dataset_info.json", {"splits": [{"name": "../../x", "shardLengths": ["1"]}]}, "leads out of"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from data_prep.files import inside
-from shnet_jax.foreign import MAX_PIXELS
+from shnet_jax.foreign import FORMATS, MAX_PIXELS
 
 
 class BrokenImage(Exception):
@@ -26,7 +26,7 @@ def find(folder: Path, file: str) -> Path:
 def load(path: Path) -> Image.Image:
     """An RGB image, turned upright as its EXIF says. Raises BrokenImage."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImage(f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             return ImageOps.exif_transpose(image).convert("RGB")

@@ -164,22 +164,25 @@ def _check_names(path: Path) -> None:
         for key, value in _texts(read_object(path / _FEATURES)):
             if key in ("pythonClassName", "python_class_name", "type") and not value.startswith("tensorflow_datasets."):
                 raise ValueError(f"{path / _FEATURES}: names {value!r:.200}, which is no part of tensorflow_datasets")
-    for key, value in _texts(read_object(path / _INFO)):
-        if key in ("filepathTemplate", "filepath_template", "name") and ("/" in value or ".." in value):
-            raise ValueError(f"{path / _INFO}: {key} is {value!r:.200}, which leads out of this folder")
+    info = read_object(path / _INFO)
+    splits = info.get("splits", [])
+    for part in (info, *(splits if isinstance(splits, list) else [])):
+        for key in ("name", "filepathTemplate", "filepath_template"):
+            place = part.get(key, "") if isinstance(part, dict) else None
+            if not isinstance(place, str) or "/" in place or ".." in place:
+                raise ValueError(f"{path / _INFO}: {key} {place!r:.200} is no name, or leads out of this folder")
 
 
 def _texts(value: Any) -> Iterator[tuple[str, str]]:
     """Every (key, text) at any depth of JSON values."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(item, str):
-                yield key, item
-            else:
-                yield from _texts(item)
+    left = [value]
+    while left:
+        found = left.pop()
+        if isinstance(found, dict):
+            yield from ((key, item) for key, item in found.items() if isinstance(item, str))
+            left += found.values()
+        elif isinstance(found, list):
+            left += found
 
 
 def open_split(dataset_dir: str | Path, split: str, fields: Sequence[str]) -> RandomAccess:

@@ -6,7 +6,6 @@ They are read from where the user has them; images are known by their COCO numbe
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from shnet_jax.evaluate.relevance import Relevant, relevant
+from shnet_jax.foreign import read_object
 
 PACKAGE = "eccv_caption"
 CXC_POSITIVE = {"image": 2.5, "caption": 3.0}  # ratings from here on are matches (Parekh et al., EACL 2021)
@@ -57,7 +57,7 @@ def read_judgements(folder: Path, name: str, image_rows: Mapping[int, int], capt
 def _read(path: Path, query_rows: Mapping[int, int], item_rows: Mapping[int, int]) -> Relevant:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected this file of judgements, found none")
-    judged = json.loads(path.read_text(encoding="utf-8"))
+    judged = read_object(path)
     absent: dict[int, int] = {}
     pairs = []
     for query, items in judged.items():

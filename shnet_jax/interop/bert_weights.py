@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 # Tensors of Hugging Face checkpoints that the tower has no use for: constants, the pooler and task heads.
 IGNORED = ("embeddings.position_ids", "pooler.", "cls.", "classifier.", "qa_outputs.")
 
-MAX_SIZE = 10**6
-"""Of any axis that a config.json names: each layer costs time and memory before a tensor is looked at."""
+MAX_SIZE, MAX_LAYERS = 10**6, 1000
+"""Of what a config.json names: each layer costs time and memory before a tensor is looked at."""
 
 _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
@@ -79,9 +79,15 @@ def sizes(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {name} is {found!r}; the BERT tower has {expected!r}")
     found_sizes = {ours: config.get(name) for ours, name in _SIZES.items()}
     for ours, size in found_sizes.items():
-        if type(size) is not int or not 1 <= size <= MAX_SIZE:
-            raise ValueError(f"{path}: {_SIZES[ours]} is {size!r:.80}, expected a positive integer up to {MAX_SIZE}")
+        check_size(path, _SIZES[ours], size)
     return found_sizes
+
+
+def check_size(path: Path, name: str, size: Any) -> None:
+    """Raises ValueError for a size in a config.json that no model has."""
+    most = MAX_LAYERS if "layers" in name else MAX_SIZE
+    if type(size) is not int or not 1 <= size <= most:
+        raise ValueError(f"{path}: {name} is {size!r:.80}, expected a positive integer up to {most}")
 
 
 def load_bert(folder: Path) -> dict[str, Any]:
@@ -195,7 +201,7 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
         # The flax reader, as NumPy alone has no bfloat16.
         with safe_open(path, framework="flax") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except (SafetensorError, AttributeError) as error:  # also of 8-bit floats, which it does not know in JAX
         raise ValueError(f"{path}: not a readable safetensors file (cut off?): {error}") from None
     return {
         name: np.asarray(a, np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else np.asarray(a)

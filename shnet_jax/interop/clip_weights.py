@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from shnet_jax.foreign import read_object
-from shnet_jax.interop.bert_weights import MAX_SIZE, read_tensors
+from shnet_jax.interop.bert_weights import check_size, read_tensors
 from shnet_jax.interop.torch_weights import Slot, Slots, linear_slots, norm_slots, to_variables
 from shnet_jax.models.clip import ACTIVATIONS, EPSILON, Text, Vision
 
@@ -77,8 +77,7 @@ def _section(path: Path, config: Mapping[str, Any], part: str, names: Mapping[st
 
 
 def _whole(path: Path, name: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_SIZE:
-        raise ValueError(f"{path}: {name} is {value!r:.80}, expected a positive integer up to {MAX_SIZE}")
+    check_size(path, name, value)
     return value
 
 

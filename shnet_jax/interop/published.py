@@ -155,6 +155,10 @@ class Published:
                 raise ValueError(f"{self.file.path}: {what}")
         named = {**TRAINING, **self.family.options}
         numbers = {f: self.options[o] for o, f in named.items() if type(self.options.get(o)) in (int, float)}
+        for field, number in numbers.items():
+            if not abs(number) < 2**53:
+                found = f"an option that becomes config.{field} is {reprlib.repr(number)}"
+                raise ValueError(f"{self.file.path}: {found}, expected a number that training could have had")
         if decay := numbers.pop("optim.decay_epochs", None):
             fields["optim.decay_epochs"] = (float(decay),)
         return fields | numbers

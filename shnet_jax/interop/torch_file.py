@@ -87,7 +87,7 @@ def open_torch_file(path: str | Path) -> TorchFile:
     """Reads what `torch.save` wrote, but for the arrays.
 
     Raises FileNotFoundError, and ValueError for a file that is cut off, damaged, of another kind, or that names
-    anything beyond ALLOWED.
+    anything that `torch_pickle` does not know.
     """
     path = Path(path)
     if not path.is_file():

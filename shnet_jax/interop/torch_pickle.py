@@ -39,13 +39,13 @@ _WRITTEN = (
     "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS "
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID"
 )
-MAX_OPCODES = 2_000_000
-"""Opcodes of one pickle, some 60 for each tensor; a second for each million."""
+MAX_OPCODES = 1_000_000
+"""Opcodes of one pickle, some 60 for each tensor; they take a second and less than 0.5 GB."""
 MAX_TUPLES = 20_000
 """Tuples in one pickle, four for each tensor: a key of a million tuples in one another ends Python without a word."""
-MAX_HASHED = 1_000_000
-"""Objects that are looked at to hash the keys of one pickle. Sixty tuples that each hold the one before twice are a key
-of 2^60."""
+MAX_LOOKED = 1_000_000
+"""Objects that are looked at to hash keys or to hand over arguments, and those that are copied. Sixty tuples that each
+hold the one before twice are a key of 2^60, and a list that is written once can be an argument in every other byte."""
 _OPCODES = frozenset(_WRITTEN.split())
 
 
@@ -66,39 +66,83 @@ class Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-# Objects without attributes: a pickle can set attributes of whatever it has in hand.
-class _RebuildTensor:
+class _Fixed:
+    """What a name stands for. A pickle may set attributes of whatever it has in hand, but not of these."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes what a name stands for")
+
+
+class _RebuildTensor(_Fixed):
     __slots__ = ()
 
     def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
         return Tensor(storage, offset, shape, strides)
 
 
-class _OrderedDict:
-    __slots__ = ()
-
-    def __call__(self, items: Any = ()) -> collections.OrderedDict[str, Any]:
-        pairs = list(items)  # Python 2 wrote them as an argument, Python 3 puts them in one by one
-        if not all(isinstance(pair, list | tuple) and pair and isinstance(pair[0], str) for pair in pairs):
-            raise pickle.UnpicklingError("an OrderedDict is made of something else than names and values")
-        return collections.OrderedDict(pairs)
-
-
-class _RebuildParameter:
+class _RebuildParameter(_Fixed):
     __slots__ = ()
 
     def __call__(self, data: Any, *_: Any) -> Any:
         return data
 
 
-ALLOWED: Mapping[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _OrderedDict(),
-    ("argparse", "Namespace"): types.SimpleNamespace,
-    ("torch._utils", "_rebuild_tensor"): _RebuildTensor(),
-    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
-    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-} | {("torch", kind): kind for kind in DTYPES}
-"""All that a pickle may name, and what it gets instead."""
+class _StateDict(collections.OrderedDict[str, Any]):
+    def __setstate__(self, state: Any) -> None:
+        """Leaves out what torch notes of a state's version."""
+
+
+class _Copies:
+    """Counts what is copied into new collections: the same few bytes can ask for it again and again."""
+
+    def __init__(self) -> None:
+        self._left = MAX_LOOKED
+
+    def spend(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise pickle.UnpicklingError(f"it copies more than {MAX_LOOKED} objects")
+
+
+class _OrderedDict(_Fixed):
+    __slots__ = ("_copies",)
+
+    def __init__(self, copies: _Copies):
+        self._copies = copies
+
+    def __call__(self, items: Any = ()) -> _StateDict:
+        # Python 2 wrote the items as an argument, Python 3 puts them in one by one.
+        if not isinstance(items, list | tuple):
+            raise pickle.UnpicklingError("an OrderedDict is made of something else than names and values")
+        self._copies.spend(len(items))
+        if not all(isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], str) for item in items):
+            raise pickle.UnpicklingError("an OrderedDict is made of something else than names and values")
+        return _StateDict(items)
+
+
+def _namespace(copies: _Copies) -> type[types.SimpleNamespace]:
+    class Namespace(types.SimpleNamespace):
+        def __setstate__(self, state: Any) -> None:
+            if not isinstance(state, dict) or not all(type(n) is str and not n.startswith("__") for n in state):
+                raise pickle.UnpicklingError("a Namespace is made of something else than names and values")
+            copies.spend(len(state))
+            vars(self).update(state)
+
+    return Namespace
+
+
+def _allowed() -> Mapping[tuple[str, str], Any]:
+    """All that a pickle may name, and what it gets instead; for one pickle."""
+    copies = _Copies()
+    return {
+        ("collections", "OrderedDict"): _OrderedDict(copies),
+        ("argparse", "Namespace"): _namespace(copies),
+        ("torch._utils", "_rebuild_tensor"): _RebuildTensor(),
+        ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+        ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+    } | {("torch", kind): kind for kind in DTYPES}
 
 
 class Unpickler:
@@ -123,7 +167,7 @@ class Unpickler:
         return found
 
     def _look_through(self) -> None:
-        tuples = hashed = 0
+        tuples = looked = 0
         sizes = _Sizes()
         for number, (opcode, value, _) in enumerate(pickletools.genops(self._stream)):
             if opcode.name not in _OPCODES:
@@ -133,20 +177,20 @@ class Unpickler:
             if opcode.name in ("BINPUT", "LONG_BINPUT") and int(value or 0) > number:
                 raise pickle.UnpicklingError("its pickle asks for more memory than it has objects")
             tuples += opcode.name.startswith("TUPLE")
-            hashed += sizes.step(opcode.name, value)
+            looked += sizes.step(opcode.name, value)
             for what, found, most in (
                 ("opcodes", number, MAX_OPCODES),
                 ("tuples", tuples, MAX_TUPLES),
-                ("objects in its keys", hashed, MAX_HASHED),
+                ("objects in its keys and arguments", looked, MAX_LOOKED),
             ):
                 if found > most:
                     raise pickle.UnpicklingError(f"its pickle has more than {most} {what}")
 
 
 class _Sizes:
-    """Does what opcodes do, with the size of each object in its place: how many are met when it is hashed.
+    """Does what opcodes do, with the size of each object in its place: how many are met when it is looked through.
 
-    A list or a dictionary has size 1, as it has no hash. Raises IndexError or KeyError where an unpickler fails.
+    A list or a dictionary has size 1: it has no hash. Raises IndexError or KeyError where an unpickler fails.
     """
 
     def __init__(self) -> None:
@@ -155,7 +199,7 @@ class _Sizes:
         self._memo: dict[int, int] = {}
 
     def step(self, name: str, value: Any) -> int:
-        """One opcode with its argument; -> the size of what is hashed by it."""
+        """One opcode with its argument; -> the size of what it looks through."""
         stack = self._stack
         match name:
             case "PROTO" | "FRAME" | "STOP":
@@ -184,6 +228,7 @@ class _Sizes:
             case "REDUCE" | "NEWOBJ":
                 size = stack.pop()
                 stack[-1] = 1 + size
+                return size
             case "BINPERSID":
                 stack[-1] = 1
             case "STACK_GLOBAL":
@@ -207,11 +252,11 @@ _FAULTS = (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeEr
 class _Restricted(pickle.Unpickler):
     def __init__(self, stream: io.BytesIO, storages: dict[str, Storage]):
         super().__init__(stream)
-        self._storages = storages
+        self._storages, self._allowed = storages, _allowed()
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return ALLOWED[module, name]
+            return self._allowed[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not loaded") from None
 

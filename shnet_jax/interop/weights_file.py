@@ -36,7 +36,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
         with safe_open(path, framework="flax") as file:
             notes = file.metadata() or {}
             flat: dict[str, jax.Array] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except (SafetensorError, AttributeError) as error:  # also of 8-bit floats, which it does not know in JAX
         raise ValueError(f"{path}: not a readable safetensors file (cut off?): {error}") from None
     step = notes.get("step", "")
     if notes.get("format") != FORMAT or not step.isdecimal():

@@ -154,7 +154,10 @@ def read_queries(query: str, query_file: str) -> list[str]:
     found = [query] if query.strip() else []
     if query_file:
         path = Path(query_file)
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected queries in UTF-8: {error}") from None
         found += [line.strip() for line in lines if line.strip()]
         if not found:
             raise ValueError(f"{path}: no query, expected one a line")

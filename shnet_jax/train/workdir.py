@@ -113,9 +113,11 @@ def trained_config(workdir: Path, own: ConfigDict | None = None) -> ConfigDict:
 
 def _modules(path: Path, config: ConfigDict) -> list[str]:
     """The modules that a configuration names: model and text tower; names of losses cannot have dots."""
-    for section in ("model", "text", "loss", "tokenizer", "data", "eval", "optim"):
-        if not isinstance(config.get(section), ConfigDict):
-            raise WorkdirError(f"{path}: {section} is {config.get(section)!r:.80}, expected a section; not of a run")
+    for section in ("model", "text", "tokenizer", "data", "eval", "loss", "optim"):
+        # A run of an older version may lack some.
+        found = config.get(section, None if section in ("model", "text", "tokenizer") else ConfigDict())
+        if not isinstance(found, ConfigDict):
+            raise WorkdirError(f"{path}: {section} is {found!r:.80}, expected a section; not of a run")
     names = [config.model.get("name"), config.text.get("tower")]
     if not all(isinstance(name, str) for name in names):
         raise WorkdirError(f"{path}: model.name and text.tower are {names!r:.200}, expected names")

@@ -116,18 +116,25 @@ def test_nan_is_an_error_that_counts():
         ranked(scores, np.arange(14) // 2, 4)
 
 
+@st.composite
+def of_one_shape(draw):
+    """As `galleries`, always 5 images with 11 captions: each new shape costs a compilation."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return rng.integers(0, 4, (5, 11)), rng.permutation(np.repeat(np.arange(5), (1, 2, 4, 3, 1)))
+
+
 @settings(max_examples=25)
-@given(galleries(), st.sampled_from([1, 3, 100]))
-def test_infinite_scores_are_numbers_like_others(gallery, tile):
+@given(of_one_shape())
+def test_infinite_scores_are_numbers_like_others(gallery):
     levels = np.array([-np.inf, -1.0, 2.0, np.inf], np.float32)  # a score of sets without members is -inf
-    scores = levels[gallery[0].astype(int)]
-    found, (i2t, t2i) = ranked(scores, gallery[1], tile), oracle(scores, gallery[1])
+    scores = levels[gallery[0]]
+    found, (i2t, t2i) = ranked(scores, gallery[1], 2), oracle(scores, gallery[1])
     np.testing.assert_array_equal(found.i2t, i2t)
     np.testing.assert_array_equal(found.t2i, t2i)
 
 
 @settings(max_examples=20)
-@given(galleries(), st.sampled_from([np.nan, np.inf, -np.inf, 3e38]), st.sampled_from(["float32", "bfloat16"]))
+@given(of_one_shape(), st.sampled_from([np.nan, np.inf, -np.inf, 3e38]), st.sampled_from(["float32", "bfloat16"]))
 def test_embeddings_that_are_not_finite_are_an_error_or_ranked_by_their_scores(gallery, value, score_dtype):
     scores, owner = gallery
     images, texts = np.ones((len(scores), 3), np.float32), np.arange(3.0 * len(owner), dtype=np.float32).reshape(-1, 3)

@@ -30,6 +30,7 @@ from shnet_jax.data import tokenise
 from shnet_jax.data.index import IndexBuilder, read_index, write_index
 from shnet_jax.evaluate.bootstrap import load_queries, save_queries
 from shnet_jax.evaluate.recall import QueryRanks
+from shnet_jax.foreign import MAX_PIXELS
 from shnet_jax.interop import bert_weights, clip_weights, weights_file
 from shnet_jax.interop.torch_file import TorchFile, open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
@@ -49,13 +50,15 @@ Make = Callable[[bytes, random.Random], bytes]
 class Target:
     """parse(folder, data): puts the data into files of an empty folder and reads them as the project does.
 
-    errors: what may come of it. make: another input from a seed.
+    errors: what may come of it. make: another input from a seed. memory: bytes that any input may take, beside some for
+    each of its own.
     """
 
     seeds: Callable[[], list[bytes]]
     parse: Parse
     errors: tuple[type[Exception], ...] = (ValueError,)
     make: Make = mutate
+    memory: int = 64 * 2**20
 
 
 def _written(folder: Path, name: str, data: bytes) -> Path:
@@ -385,5 +388,5 @@ TARGETS: dict[str, Target] = {
     "sentencepiece": Target(_sentencepiece_seeds, _sentencepiece),
     "wordpiece": Target(_wordpiece_seeds, lambda f, d: _encode(tokenise.wordpiece(_written(f, "vocab.txt", d)))),
     "clip_bpe": Target(_clip_seeds, _clip),
-    "picture": Target(_picture_seeds, _picture),
+    "picture": Target(_picture_seeds, _picture, memory=8 * MAX_PIXELS),
 }

@@ -21,7 +21,7 @@ from typing import Any
 from tests.fuzz.targets import TARGETS, Target
 
 SECONDS = 10.0  # for one input
-MEMORY, FACTOR = 64 * 2**20, 100  # bytes that one input may add to the process, beside FACTOR times its own size
+FACTOR = 100  # bytes that an input may add to the process for each of its own, beside `Target.memory`
 HEADROOM = 2**30  # address space beyond what the libraries take
 
 # Events of the interpreter that no parser of ours has a reason for (docs.python.org/3/library/audit_events.html).
@@ -86,7 +86,7 @@ def attempt(target: Target, data: bytes, folder: Path, watch: Watch | None) -> t
     except Exception:  # whatever else comes out is what is looked for
         return traceback.format_exc(limit=-8), False
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    if grown > MEMORY + FACTOR * len(data):
+    if grown > target.memory + FACTOR * len(data):
         return f"{grown} bytes of memory for {len(data)} bytes of input", taken
     if watch is not None and watch.seen:
         return "; ".join(watch.seen), taken

@@ -121,6 +121,10 @@ def test_a_pickle_that_calls_something_is_named_and_not_run(protocol, legacy, tm
 
 # Tuples that each hold the one before twice: a key whose hash looks at 2^60 objects.
 DOUBLED = b"N" + b"".join(bytes([0x71, i, 0x68, i, 0x86]) for i in range(60))
+ITEM = b"X\x01\x00\x00\x00aN\x86q\x01"  # ("a", None)
+LIST = b"]q\x00(" + ITEM + b"h\x01" * 999 + b"e"
+DICT = b"}q\x00(" + b"".join(b"X\x04\x00\x00\x00%04dN" % i for i in range(1000)) + b"u"
+REUSED = (name("torch._utils", "_rebuild_parameter") + b"h\x00R") * 1001
 
 
 @pytest.mark.parametrize(
@@ -134,24 +138,27 @@ DOUBLED = b"N" + b"".join(bytes([0x71, i, 0x68, i, 0x86]) for i in range(60))
         (b"\x96" + struct.pack("<Q", 2**50), "not a checkpoint that can be read safely"),  # 1 PiB of bytearray
         (b"Nr" + struct.pack("<I", 2**31), "more memory"),  # a memo of 2^31 places
         (b"}N" + b"\x85" * 200_000 + b"Ns", "more than 20000 tuples"),  # a key whose hash needs a stack without end
-        (b"}" + DOUBLED + b"Ns", "more than 1000000 objects in its keys"),
-        (b"}(" + DOUBLED + b"Nu", "more than 1000000 objects in its keys"),
-        (b"}(" + DOUBLED + b"NK\x01Nu", "more than 1000000 objects in its keys"),
+        (b"}" + DOUBLED + b"Ns", "more than 1000000 objects in its keys and arguments"),
+        (b"}(" + DOUBLED + b"Nu", "more than 1000000 objects in its keys and arguments"),
+        (b"}(" + DOUBLED + b"NK\x01Nu", "more than 1000000 objects in its keys and arguments"),
         (name("collections", "OrderedDict") + b"]" + DOUBLED + b"N\x86a\x85R", "else than names and values"),
         # Neither an opcode that changes nothing nor a tensor in between hides the tuple.
-        (b"}" + DOUBLED + b"(eNbq\x60h\x60\x85Ns", "more than 1000000 objects in its keys"),
+        (b"}" + DOUBLED + b"(eNbq\x60h\x60\x85Ns", "more than 1000000 objects in its keys and arguments"),
         (
             b"}" + name("torch._utils", "_rebuild_tensor_v2") + b"(" + DOUBLED + b"NNNtRNs",
-            "more than 1000000 objects in its keys",
+            "more than 1000000 objects in its keys and arguments",
         ),
         (b"X" + struct.pack("<I", 2**31) + b"a", "not a checkpoint that can be read safely"),
+        # Arguments that were written once and are used again and again.
+        (b"(" + b"N" * 1000 + b"tq\x00" + b"(" + REUSED + b"t", "more than 1000000 objects in its keys and arg"),
+        (b"(" + LIST + (name("collections", "OrderedDict") + b"h\x00\x85R") * 1001 + b"t", "copies more than 1000000"),
+        (b"(" + DICT + (name("argparse", "Namespace") + b")\x81h\x00b") * 1001 + b"t", "copies more than 1000000"),
         # Nothing of what a file may name has attributes to be set, or lets its class be changed.
-        (name("torch._utils", "_rebuild_tensor_v2") + b"}(X\x01\x00\x00\x00aK\x01ub", "__dict__"),
-        (name("collections", "OrderedDict") + b"N}(X\x04\x00\x00\x00keysK\x01u\x86b", "no attribute"),
-        (
-            name("argparse", "Namespace") + b"N}(X\x04\x00\x00\x00__eq__K\x01u\x86b".replace(b"__eq__", b"__eq"),
-            "immutable",
-        ),
+        (name("torch._utils", "_rebuild_tensor_v2") + b"}(X\x01\x00\x00\x00aK\x01ub", "changes what a name stands for"),
+        (name("collections", "OrderedDict") + b"N}(X\x04\x00\x00\x00keysK\x01u\x86b", "changes what a name stands"),
+        (name("argparse", "Namespace") + b"N}(X\x04\x00\x00\x00__eqK\x01u\x86b", "missing 1 required positional"),
+        (name("argparse", "Namespace") + b")\x81}(X\x04\x00\x00\x00__eqK\x01ub", "else than names and values"),
+        (name("argparse", "Namespace") + b")\x81N}(X\x01\x00\x00\x00aK\x01u\x86b", "else than names and values"),
         (
             b"N" + b"".join(bytes([0x71, i, 0x68, i, 0x86]) for i in range(60)) + b"Q",
             "a storage is described by",

@@ -65,6 +65,14 @@ def test_vectors_ids_and_what_made_them(whole):
     ]  # fmt: skip
 
 
+def test_a_folder_of_somebody_else_is_not_taken_for_parts(tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"parts of embeddings are kept, and holds thesis\.txt, which --mode=embed"):
+        embed(config(tmp_path), gallery.toy_run())
+    assert (tmp_path / "parts" / "thesis.txt").exists()
+
+
 class Killed(Exception):
     pass
 
