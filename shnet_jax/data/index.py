@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from shnet_jax.data.errors import DataError
-
 
 @dataclass(frozen=True)
 class Index:
@@ -101,7 +99,7 @@ def write_index(folder: Path, split: str, index: Index) -> None:
 def read_index(folder: Path, split: str) -> Index | None:
     """The index of a split; None when there is no sidecar or, as in older data sets, one without captions.
 
-    Raises DataError, naming the file, when it is damaged or its arrays do not fit together.
+    Raises ValueError, naming the file, when it is damaged or its arrays do not fit together.
     """
     path = folder / index_file(split)
     if not path.is_file():
@@ -117,22 +115,16 @@ def read_index(folder: Path, split: str) -> Index | None:
                 arrays["caption_ends"],
                 arrays.get("identities"),
             )
-    except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise _damaged(path, f"expected an index as data_prep writes it: {error}") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: expected an index as data_prep writes it: {error}") from error
     captions, ends = int(index.caption_counts.sum()), index.ends
     if len(index.caption_counts) != len(index):
-        raise _damaged(path, f"expected as many counts as ids, found {len(index.caption_counts)} and {len(index)}")
+        raise ValueError(f"{path}: expected as many counts as ids, found {len(index.caption_counts)} and {len(index)}")
     if index.identities is not None and len(index.identities) != len(index):
-        raise _damaged(path, f"expected an identity for each of {len(index)} ids, found {len(index.identities)}")
+        raise ValueError(f"{path}: expected an identity for each of {len(index)} ids, found {len(index.identities)}")
     if len(ends) != captions or (np.diff(ends, prepend=0, append=len(index.text)) < 0).any():
-        raise _damaged(
-            path,
-            f"expected {captions} captions that end in order within {len(index.text)} bytes, "
-            f"found {len(ends)}: {ends.tolist()[:3]} ... {ends.tolist()[-1:]}",
+        raise ValueError(
+            f"{path}: expected {captions} captions that end in order within {len(index.text)} bytes, "
+            f"found {len(ends)}: {ends.tolist()[:3]} ... {ends.tolist()[-1:]}"
         )
     return index
-
-
-def _damaged(path: Path, what: str) -> DataError:
-    remedy = "copy the file again, or remove it: it is then made again from the records, whenever the set is opened"
-    return DataError(f"{path}: {what}; {remedy}", file=path.name)
