@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import bad_records, from_bottom_up, from_npy, from_person_search, from_scan, relations, verify
+from data_prep import bad_records, from_bottom_up, from_npy, from_person_search, from_scan, progress, relations, verify
 from data_prep.builder import write_dataset
 from data_prep.schema import DataError
 from shnet_jax.data.records import find_dataset, open_dataset
@@ -177,7 +178,8 @@ def test_a_bad_file_is_refused_with_or_without_skipping(spoil, message, src, tmp
     assert not list((tmp_path / "out").glob("toy/*"))
 
 
-def test_bad_records_are_left_out_and_listed(good, src, tmp_path, capsys):
+def test_bad_records_are_left_out_and_listed(good, src, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     for fault in RECORDS.values():
         fault.spoil(src)
     assert from_scan.main(_flags(src, tmp_path / "out", "--on_bad_record=skip")) == 0
@@ -186,7 +188,7 @@ def test_bad_records_are_left_out_and_listed(good, src, tmp_path, capsys):
     assert error.splitlines()[-1] == (
         f"toy: left out 9 bad records (8 of split 'dev', 1 of split 'train'): {path / 'skipped.json'}"
     )
-    assert "toy: 48 records, 9 left out in 0:00:0" in error
+    assert "toy: 3/48 records (6%), 2 left out, " in error and "toy: 48 records, 9 left out in 0:00:0" in error
 
     expected = {(f.split, f.row, f.field, f.file) for f in RECORDS.values()}
     listed = _skipped(tmp_path / "out")
@@ -224,6 +226,11 @@ def test_more_than_half_bad_is_no_data_set(src, tmp_path):
         DataError, match=r"split 'dev': expected at most 50% bad records, found 13 of 24; the first: .*row 0"
     ):
         from_scan.import_scan(src, "more", tmp_path, **options)
+
+
+def test_an_import_without_a_good_record_ends_soon(tmp_path):
+    with pytest.raises(DataError, match=r"split 'a': expected at most 50% bad records, found 100 of 100; the first: "):
+        write_dataset(tmp_path, "toy", {"a": repeat(record(captions=[]))}, {}, on_bad_record="skip")
 
 
 def test_files_of_single_images(src, tmp_path):
@@ -267,9 +274,10 @@ def test_lines_of_a_table_joined_to_captions(tmp_path):
     rows = [[str(i), "640", "480", "2", cell(np.ones((2, 4)) * 100), cell(np.ones((2, 3)))] for i in range(6)]
     rows[4][5] = "%%%"
     rows[5][3] = "0"
+    del rows[3]  # absent: neither bad nor counted, and the others keep their numbers
     (tmp_path / "t.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
     flags = [f"--bottom_up={tmp_path / 't.tsv'}", f"--captions=test={tmp_path / 'c.csv'}", "--name=toy"]
-    flags += [f"--out={tmp_path / 'out'}"]
+    flags += [f"--out={tmp_path / 'out'}", "--absent=skip"]
     assert from_bottom_up.main(flags) == 1
     assert from_bottom_up.main([*flags, "--on_bad_record=skip"]) == 0
     listed = _skipped(tmp_path / "out")
