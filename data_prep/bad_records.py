@@ -14,6 +14,7 @@ Policy = Literal["fail", "skip"]
 POLICIES: tuple[Policy, ...] = ("fail", "skip")
 SKIPPED = "skipped.json"
 MOST = 0.5  # of a split: more bad records than this say that the import is wrong, not its records
+FIRST = 100  # records of a split, of which at least one has to be good for the others to be tried
 
 P = ParamSpec("P")
 T = TypeVar("T")

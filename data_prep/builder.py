@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from data_prep import schema, vocabulary
-from data_prep.bad_records import Bad, BadRecords, Policy
+from data_prep.bad_records import FIRST, Bad, BadRecords, Policy
 from data_prep.progress import Progress
 from data_prep.schema import DataError, Record
 from shnet_jax.data.checksums import CHECKSUMS, sha256
@@ -147,6 +147,8 @@ class _Writer:
             except DataError as error:
                 self._bad.add(error, split, row, item.image_id if isinstance(item, Bad) else item.get("image_id"))
                 self._progress.step(left_out=True)
+                if count == FIRST and not rows:
+                    self._bad.check_split(split, count)
                 continue
             identity = record.get("identity")
             index.add(record["image_id"], record["captions"], None if identity is None else int(identity))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from PIL import Image
 from data_prep import command
 from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.builder import write_dataset
-from data_prep.files import data_errors, inside, read_json
+from data_prep.files import inside, read_json
 from data_prep.schema import DataError, Record
 from shnet_jax import foreign
 
@@ -38,7 +38,11 @@ class Annotation:
     captions: tuple[str, ...]
 
 
-def read_annotations(path: Path) -> dict[str, list[Annotation]]:
+Annotations = dict[str, list[Annotation | Bad]]
+"""Of each split, with a Bad for each row that has faults."""
+
+
+def read_annotations(path: Path, *, strict: bool = True) -> Annotations:
     """The pictures of each split, in the order of the file: a JSON list of objects with
 
       split     "train" | "val" | "test"
@@ -47,16 +51,23 @@ def read_annotations(path: Path) -> dict[str, list[Annotation]]:
       file_path (CUHK-PEDES, ICFG-PEDES) or img_path (RSTPReid)
 
     Other fields (processed_tokens) are left out. Raises DataError naming file, row and field, and for a person in two
-    splits.
+    splits; without `strict`, a row whose split is known becomes a Bad instead.
     """
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path}: expected a list of pictures, found {type(rows).__name__}")
-    found: dict[str, list[Annotation]] = {}
+    found: Annotations = {}
     split_of: dict[int, str] = {}
     for number, row in enumerate(rows):
         where = f"{path} row {number}"
-        split, annotation = _annotation(where, row)
+        try:
+            split, annotation = _annotation(where, row)
+        except DataError as error:
+            if strict or not isinstance(row, dict) or row.get("split") not in SPLITS:
+                raise
+            place = str(next((row[name] for name in PATHS if name in row), number))
+            found.setdefault(row["split"], []).append(Bad(place, DataError(str(error), file=path.name)))
+            continue
         if split_of.setdefault(annotation.person, split) != split:
             raise DataError(
                 f"{where}: field 'id': person {annotation.person} is in the splits {split_of[annotation.person]} and "
@@ -84,14 +95,14 @@ def _annotation(where: str, row: Any) -> tuple[str, Annotation]:
     return split, Annotation(place, person, tuple(captions))
 
 
-def hold_out(splits: dict[str, list[Annotation]], persons: int) -> dict[str, list[Annotation]]:
+def hold_out(splits: Annotations, persons: int) -> Annotations:
     """The pictures of the last `persons` of the training split, by number, become the split val.
 
     For sets without one (ICFG-PEDES). Raises DataError when there is a val, or when the training split has no more.
     """
     if not persons:
         return splits
-    people = sorted({a.person for a in splits.get("train", [])})
+    people = sorted({a.person for a in _good(splits.get("train", []))})
     if "val" in splits or len(people) <= persons:
         raise DataError(
             f"--hold_out={persons}: expected no split val and more than {persons} persons in train, found splits "
@@ -99,18 +110,23 @@ def hold_out(splits: dict[str, list[Annotation]], persons: int) -> dict[str, lis
         )
     held = set(people[-persons:])
     return splits | {
-        "train": [a for a in splits["train"] if a.person not in held],
-        "val": [a for a in splits["train"] if a.person in held],
+        "train": [a for a in splits["train"] if isinstance(a, Bad) or a.person not in held],
+        "val": [a for a in _good(splits["train"]) if a.person in held],
     }
+
+
+def _good(annotations: Iterable[Annotation | Bad]) -> list[Annotation]:
+    return [annotation for annotation in annotations if isinstance(annotation, Annotation)]
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     """The picture of a file as uint8 [height, width, 3], resized bilinearly. Raises DataError when it is none."""
     try:
-        with data_errors():
-            picture = foreign.read_picture(path)
+        picture = foreign.read_picture(path)
     except FileNotFoundError:
-        raise DataError(f"{path}: expected a picture, found no such file") from None
+        raise DataError(f"{path}: expected a picture, found no such file", file=path.name, field="image") from None
+    except ValueError as error:
+        raise DataError(str(error), file=path.name, field="image") from None
     return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR), np.uint8)
 
 
@@ -118,7 +134,7 @@ def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
 class Pictures:
     """The records of a split."""
 
-    annotations: Sequence[Annotation]
+    annotations: Sequence[Annotation | Bad]
     folder: Path
     size: tuple[int, int]
     first_caption: int
@@ -129,6 +145,9 @@ class Pictures:
     def __iter__(self) -> Iterator[Record | Bad]:
         caption = self.first_caption
         for annotation in self.annotations:
+            if isinstance(annotation, Bad):
+                yield annotation
+                continue
             yield record_or_bad(annotation.path, self._record, annotation, caption)
             caption += len(annotation.captions)
 
@@ -158,11 +177,11 @@ def import_person_search(
     """Import a set and return the version folder; see `--help` for the arguments."""
     if not images.is_dir():
         raise DataError(f"{images}: no such folder of pictures")
-    splits = hold_out(read_annotations(annotations), held_out)
+    splits = hold_out(read_annotations(annotations, strict=on_bad_record == "fail"), held_out)
     records, caption = {}, 0
     for split, found in splits.items():
         records[split] = Pictures(found, images, size, caption)
-        caption += sum(len(a.captions) for a in found)
+        caption += sum(len(a.captions) for a in _good(found))
     metadata = {"source": source or f"data_prep.from_person_search of {annotations.name}", "held_out": held_out}
     files = {split: {"captions": annotations.name, "identity": annotations.name} for split in splits}
     total = sum(map(len, records.values()))

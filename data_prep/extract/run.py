@@ -49,7 +49,8 @@ def prepare(args: argparse.Namespace) -> Work:
         raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
     chosen = settings.from_arguments(args)
     folder = args.out / f".{args.name}.extract"
-    return Work(chosen, folder, blocks.plan(folder, chosen, captions.read(args.captions, args.split_lists)))
+    splits = captions.read(args.captions, args.split_lists, strict=args.on_bad_record == "fail")
+    return Work(chosen, folder, blocks.plan(folder, chosen, splits))
 
 
 def on_broken(policy: str) -> Callable[[str], None]:

@@ -11,8 +11,8 @@ from shnet_jax.foreign import read_object
 
 CHECKSUMS = "checksums.json"
 ADVICE = (
-    "; the file is damaged or was changed: copy the data set again, or import it again; if the change was meant, "
-    f"remove {CHECKSUMS}"
+    f"; the file, or its line of {CHECKSUMS}, is damaged or was changed: copy the data set again, or import it again; "
+    f"if the change was meant, remove {CHECKSUMS}"
 )
 
 

@@ -118,16 +118,21 @@ class DataSet:
         """
         self._check_split(split)
         if split not in self._indices:
-            index = read_index(self.path, split)
-            if index is None:
-                index = self._scan(split)
-            if len(index) != self.splits[split]:
-                raise DataError(
-                    f"{self.path / index_file(split)}: expected {self.splits[split]} image ids, found {len(index)}",
-                    file=index_file(split),
-                )
-            self._indices[split] = index
+            self._indices[split] = self._read_index(split)
         return self._indices[split]
+
+    def _read_index(self, split: str) -> Index:
+        path, size = self.path / index_file(split), self.splits[split]
+        remedy = "copy the file again, or remove it: its content is then read from the records, each time"
+        try:
+            index = read_index(self.path, split)
+        except ValueError as error:
+            raise DataError(f"{error}; {remedy}", file=path.name) from error
+        if index is None:
+            index = self._scan(split)
+        if len(index) != size:
+            raise DataError(f"{path}: expected {size} image ids, found {len(index)}; {remedy}", file=path.name)
+        return index
 
     def _scan(self, split: str) -> Index:
         name, size = index_file(split), self.splits[split]
@@ -198,7 +203,9 @@ def _builder(path: Path) -> tfds.core.DatasetBuilder:
     check_files(path, _SMALL)
     _check_names(path)
     try:
-        return tfds.builder_from_directory(path)
+        builder = tfds.builder_from_directory(path)
+        dict(builder.info.metadata or {})  # read only when asked for
+        return builder
     except (
         ValueError,
         KeyError,

@@ -166,7 +166,10 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
 
 
 def vocabulary_file(config: ConfigDict) -> Path:
-    """The file of the vocabulary: tokenizer.path, else the data set's own SentencePiece model."""
+    """The file of the vocabulary: tokenizer.path, else the data set's own SentencePiece model.
+
+    Raises ValueError for an unknown kind and no file named, DataError for a model unlike its checksum.
+    """
     kind = config.tokenizer.kind
     if kind not in KINDS:
         raise ValueError(f"tokenizer.kind is {kind!r}; known: {', '.join(KINDS)}")
@@ -182,7 +185,9 @@ def vocabulary_file(config: ConfigDict) -> Path:
             "tokenizer.kind is 'wordpiece' but no vocab.txt is named: set text.weights to a BERT folder (or 'minilm'), "
             "set tokenizer.path, or use tokenizer.kind='sentencepiece', whose model lies in the data set"
         )
-    return find_dataset(config.data.dir) / SENTENCEPIECE
+    folder = find_dataset(config.data.dir)
+    check_files(folder, [SENTENCEPIECE])  # a changed bit may change the pieces and nothing else
+    return folder / SENTENCEPIECE
 
 
 def wordpiece(path: Path) -> Tokenizer:
@@ -202,8 +207,6 @@ def sentence_piece(path: Path) -> Tokenizer:
     """The tokenizer of a SentencePiece model that has the pieces SPECIAL, [PAD] as id 0."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: SentencePiece model not found (data_prep trains one for every data set)")
-    if path.name == SENTENCEPIECE:  # of a data set: a changed bit may change pieces and nothing else
-        check_files(path.parent, [SENTENCEPIECE])
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except RuntimeError as error:

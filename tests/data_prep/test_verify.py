@@ -109,7 +109,8 @@ def test_an_index_that_disagrees_is_a_problem(tmp_path, records):
 def test_an_index_of_other_records_is_a_problem(tmp_path, records):
     path = write_dataset(tmp_path, "toy", {"a": records}, {})
     _write_index(path, records[:4])
-    assert verify.verify(path).problems == [f"{path / 'index_a.npz'}: expected 6 image ids, found 4"]
+    (problem,) = verify.verify(path).problems
+    assert problem.startswith(f"{path / 'index_a.npz'}: expected 6 image ids, found 4; copy the file again, or")
 
 
 def test_a_set_without_sidecars_is_usable(tmp_path, records):

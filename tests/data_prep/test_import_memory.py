@@ -1,0 +1,56 @@
+"""Importers hold captions, never features: ten times the records take about as much memory, in fresh processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import from_scan
+
+MIB = 1 << 20
+SMALL, LARGE = 200, 2000
+SHAPE = (36, 256)
+
+_PEAK = """
+import sys
+from data_prep import from_npy, from_scan
+kind, *flags = sys.argv[1:]
+status = {"from_scan": from_scan, "from_npy": from_npy}[kind].main(flags)
+# not ru_maxrss, which begins with that of the process that started this one
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+sys.exit(status)
+"""
+
+
+def _peak(kind, images, tmp_path):
+    """Bytes that the import took at most, and those of its features."""
+    src, features = tmp_path / f"{kind}{images}", tmp_path / f"features{images}"
+    src.mkdir()
+    array = np.random.default_rng(0).normal(size=(images, *SHAPE)).astype(np.float32)
+    flags = [f"--src={src}", "--name=toy", f"--out={src}", "--feature_dtype=keep"]
+    if kind == "from_scan":
+        np.save(src / "dev_ims.npy", array)
+    else:
+        features.mkdir()
+        for i, rows in enumerate(array):
+            np.save(features / f"{i}.npy", rows)
+        flags += [f"--features={features}", "--as=regions"]
+    (src / "dev_caps.txt").write_text("".join(f"a dog number {i} runs\n" for i in range(images)))
+    (src / "dev_ids.txt").write_text("".join(f"{i}\n" for i in range(images)))
+    run = [sys.executable, "-c", _PEAK, kind, *flags]
+    root = Path(from_scan.__file__).parent.parent
+    out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=root, timeout=120).stdout
+    return int(out.splitlines()[-1]) * 1024, array.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
+@pytest.mark.parametrize("kind", ["from_scan", "from_npy"])
+def test_ten_times_the_records_take_no_more_memory(kind, tmp_path):
+    (small, few), (large, many) = (_peak(kind, images, tmp_path) for images in (SMALL, LARGE))
+    assert many - few > 60 * MIB
+    growth = large - small
+    print(f"{kind}: {small / MIB:.0f} and {large / MIB:.0f} MiB at most for {few / MIB:.0f} and {many / MIB:.0f} MiB")
+    assert growth < (many - few) / 2
