@@ -27,7 +27,8 @@ from shnet_jax.foreign import read_object
 
 SENTENCEPIECE = "sentencepiece.model"
 _INFO, _FEATURES = "dataset_info.json", "features.json"
-_SMALL = (_INFO, _FEATURES, "metadata.json")  # read when a set is opened: their damage need not be a fault in form
+# Read when a set is opened, and compared with their checksums: damage need not be a fault in form.
+_SMALL = (_INFO, _FEATURES, "metadata.json")
 
 log = logging.getLogger(__name__)
 
@@ -206,13 +207,8 @@ def _builder(path: Path) -> tfds.core.DatasetBuilder:
         builder = tfds.builder_from_directory(path)
         dict(builder.info.metadata or {})  # read only when asked for
         return builder
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        ImportError,
-        ParseError,
-    ) as error:  # ImportError: an encoding of TensorFlow
+    # ImportError: a feature that needs TensorFlow
+    except (ValueError, KeyError, TypeError, ImportError, ParseError) as error:
         raise DataError(f"{path}: expected {', '.join(_SMALL)} as TFDS writes them: {error}") from error
 
 
