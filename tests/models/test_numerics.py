@@ -70,7 +70,7 @@ def batch(empty: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c != "3SHNet, BERT")) for c in CASES])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (not c.startswith("VSE"))) for c in CASES])
 def test_nothing_valid(case):
     c = config(case)
     model = registry.model(c.model.name).build(c)
@@ -96,5 +96,5 @@ def test_nothing_valid(case):
             lengths = np.linalg.norm(side.vector, axis=1)
             assert np.all((np.abs(lengths - 1) < 1e-3) | (lengths < 1e-3)), lengths
     for ours, beside, alone in zip(usual[3], some[3], none[3], strict=True):  # evaluated: each item for itself
-        np.testing.assert_allclose(beside.vector[[0, 2]], ours.vector[[0, 2]], atol=1e-4)
-        np.testing.assert_allclose(beside.vector[1], alone.vector[1], atol=1e-4)
+        wanted = np.where(np.arange(N)[:, None] == 1, alone.vector, ours.vector)
+        np.testing.assert_allclose(beside.vector, wanted, atol=1e-4)
