@@ -8,16 +8,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from benchmarks.resident import Curve, watch
 from benchmarks.rows import Row
-from data_prep.scenes.write import write
+from data_prep import scenes
+from data_prep.builder import write_dataset
 
 ROOT = Path(__file__).parents[1]
 CURVES = Path("runs/bench/memory.json")
 """Resident memory over time of every process, beside the results."""
+
+DIFFERENT, WIDER = 64, 3
+"""Scenes that are rendered, and shown again under other ids, as a large set would take long; times their features."""
 
 SMALL = {
     "data.resident": False,
@@ -56,7 +64,7 @@ def run(sizes: Sizes) -> list[Row]:
         folder = Path(name)
         for images in (sizes.images, sizes.images * sizes.factor):
             splits = {"train": images, "val": sizes.val, "test": images}
-            data_set = write(folder, f"scenes_{images}", 0, splits, {"label_noise": 0.05, "regions": 16})
+            data_set = write(folder, f"scenes_{images}", splits)
             data.append(sum(path.stat().st_size for path in data_set.rglob("*") if path.is_file()))
             for stage, command in stages(data_set, folder / f"run_{images}").items():
                 curve, peak = watch(command, ROOT)
@@ -77,6 +85,20 @@ def run(sizes: Sizes) -> list[Row]:
         )
         for stage, (small, large) in peaks.items()
     ]
+
+
+def write(folder: Path, name: str, splits: dict[str, int]) -> Path:
+    """A data set of so many images in each split; returns its folder."""
+    rendered = [scenes.scene(0, number) for number in range(DIFFERENT)]
+
+    def records(split: str, images: int) -> Iterator[dict[str, Any]]:
+        for number, record in enumerate(islice(cycle(rendered), images)):
+            wide = np.tile(record["regions"], (1, WIDER))
+            captions = number * len(record["captions"]) + np.arange(len(record["captions"]))
+            yield record | {"image_id": f"{split}-{number}", "regions": wide, "caption_ids": captions}
+
+    made = {split: records(split, images) for split, images in splits.items()}
+    return write_dataset(folder, name, made, {"source": "benchmarks.memory"}, total=sum(splits.values()))
 
 
 def stages(data_set: Path, workdir: Path) -> dict[str, Sequence[str]]:

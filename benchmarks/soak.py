@@ -15,9 +15,8 @@ from pathlib import Path
 from benchmarks import resident
 from benchmarks.input import Sizes as InputSizes
 from benchmarks.input import configuration
-from benchmarks.memory import ROOT
+from benchmarks.memory import ROOT, write
 from benchmarks.rows import Row
-from data_prep.scenes.write import write
 from shnet_jax.experiment import assemble
 from shnet_jax.train.prepare import prepare
 
@@ -71,8 +70,7 @@ def main() -> None:
     curve: list[tuple[int, int]] = []
     CURVE.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        features = {"label_noise": 0.05, "regions": 16}
-        data_set = write(Path(folder), "scenes", 0, {"train": options.images}, features)
+        data_set = write(Path(folder), "scenes", {"train": options.images})
         config = configuration(data_set, InputSizes(batch_size=min(320, 5 * options.images)), resident=False)
         iterator = prepare(assemble(config)).iterator
         begin = time.perf_counter()
