@@ -36,6 +36,9 @@ DISTRIBUTED = flags.DEFINE_bool(
 COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, the same in all processes.")
 PROCESSES = flags.DEFINE_integer("process_count", 0, "Processes of the job.")
 PROCESS = flags.DEFINE_integer("process_id", -1, "This process, 0 to process_count - 1.")
+HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_seconds", 60, "Seconds without a sign of life after which a process counts as dead and all others end."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -109,7 +112,7 @@ def main(argv: list[str]) -> None:
         if not DISTRIBUTED.value and (COORDINATOR.value or PROCESSES.value or PROCESS.value >= 0):
             raise ValueError("--coordinator_address, --process_count and --process_id belong to --distributed")
         if DISTRIBUTED.value:
-            hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+            hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
         run(CONFIG.value, str(WORKDIR.value))
     except (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, WorkdirError) as error:
         if debug:

@@ -16,7 +16,7 @@ from subprocess import SubprocessError
 from benchmarks import machine
 from benchmarks.rows import Row, table
 
-BENCHMARKS = ("step", "momentum", "pool", "ranking", "losses", "input", "text", "sets", "interaction")
+BENCHMARKS = ("step", "momentum", "pool", "ranking", "losses", "input", "text", "sets", "interaction", "memory", "soak")
 """Files of this package: each has `run(sizes) -> list[Row]` and the sizes FULL and QUICK."""
 
 FAULTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, OSError, SubprocessError)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks import flops, interaction, losses, momentum, pool, runner, step, text
+from benchmarks import flops, interaction, losses, memory, momentum, pool, resident, runner, step, text
 from benchmarks.rows import Row, compare, table
 from benchmarks.timing import Timing, interleave
 from shnet_jax.models import shnet
@@ -205,3 +205,19 @@ def test_operations_of_training_are_those_that_the_compiler_counts():
     rest = {name: tree for name, tree in variables.items() if name != "params"}
     counted = jax.jit(jax.grad(value)).lower(variables["params"], rest, batch).cost_analysis()["flops"]
     assert 1.0 <= counted / (2 * flops.image_training_flops(config.model, step.SHAPES)) < 1.1
+
+
+def test_memory_of_a_process_over_its_life(tmp_path):
+    hold = "import time; x = bytearray(60 * 2**20); time.sleep(0.3); del x; time.sleep(0.3)"
+    curve, peak = resident.watch(["-c", hold], tmp_path)
+    assert peak - curve[-1][1] > 50 * 2**20  # it was given back
+    assert max(held for _, held in curve) > 60 * 2**20 and curve[-1][0] > 0.3
+    with pytest.raises(RuntimeError, match="status 3:\nno such data set"):
+        resident.watch(["-c", "print('no such data set'); raise SystemExit(3)"], tmp_path)
+
+
+def test_the_stages_of_memory_are_commands_of_main(tmp_path):
+    commands = memory.stages(tmp_path / "set", tmp_path / "run")
+    assert set(commands) == {"import", "training", "evaluation", "embedding"}
+    for command in list(commands.values())[1:]:
+        assert command[0] == "main.py" and f"--config.data.dir={tmp_path / 'set'}" in command

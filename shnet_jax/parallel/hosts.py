@@ -7,6 +7,12 @@ is the identity.
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import jax
@@ -16,13 +22,21 @@ from jax.experimental import multihost_utils
 Tree = TypeVar("Tree")
 
 
-def connect(coordinator: str, count: int, index: int) -> None:
+HEARTBEAT = 60
+"""Seconds without a sign of life after which a process counts as dead (JAX itself: 100)."""
+
+
+def connect(coordinator: str, count: int, index: int, heartbeat: int = HEARTBEAT) -> None:
     """Joins the job; must come before anything else asks JAX for devices.
 
     coordinator: host:port of process 0, the same in all. count: processes. index: this one, 0..count-1. On a TPU pod,
     under Slurm, Open MPI and on Kubernetes JAX finds all three by itself: give "", 0 and -1.
-    Raises ValueError when only some of them are given.
+    heartbeat: seconds after which all others end when a process, or its machine, is gone without a word. Where it can
+    be seen at once, as from a closed connection, they end at once.
+    Raises ValueError when only some of the three are given, or for a heartbeat below 1.
     """
+    if heartbeat < 1:
+        raise ValueError(f"--heartbeat_seconds is {heartbeat}; it must be at least 1")
     given = (bool(coordinator), count > 0, index >= 0)
     if any(given) and not all(given):
         raise ValueError(
@@ -32,9 +46,38 @@ def connect(coordinator: str, count: int, index: int) -> None:
     if all(given) and index >= count:
         raise ValueError(f"--process_id is {index}; with {count} processes it is at most {count - 1}")
     if all(given):
-        jax.distributed.initialize(coordinator, count, index)
+        jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=heartbeat)
     else:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
+    # Where the coordinator dies JAX says so and aborts; the stacks of some twenty threads would bury its words.
+    faulthandler.enable(all_threads=False)
+
+
+@contextmanager
+def ending_together(*common: type[Exception]) -> Iterator[None]:
+    """A fault that this process of a job has alone ends it, at once, with status 1; in one process it passes through.
+
+    As of a record that cannot be read, of memory, or of a connection to a process that died. An orderly end would wait
+    for the others at a barrier, as a checkpoint that is being saved and JAX itself do, while they wait for this one's
+    part of a step: for minutes. common: what all processes raise in the same step, and SystemExit: an orderly end.
+    """
+    try:
+        yield
+    except common:
+        raise
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} ends, and the others with it. Where the "
+            "error above is one of a connection (Gloo, NCCL, coordination service), another process died before; its "
+            "own output says why. All of them, started again with the same command, go on from the last checkpoint",
+            file=sys.stderr,
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def is_first() -> bool:

@@ -112,8 +112,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
         notes = {"clock": clock.state(), "sums": interval, "devices": mesh.size, "processes": jax.process_count()}
         checkpoints.save(int(state.step), state, notes, iterator, metrics)
 
-    # Whatever ends the loop, a checkpoint that is being saved is completed.
-    with stop_signals() as stopped, clock, closing(checkpoints), closing(writer), closing(progress):
+    # Whatever ends the loop, a checkpoint that is being saved is completed, unless a process of several fails alone.
+    alone = hosts.ending_together(NonFiniteLoss)
+    with stop_signals() as stopped, clock, closing(checkpoints), closing(writer), closing(progress), alone:
         for at in range(first + 1, total_steps + 1):
             with clock.waiting_for_data():
                 batch = next(iterator)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -71,6 +74,13 @@ def together(workdir, *more):
     return outputs_of(start(workdir, *more))
 
 
+def until(process_log, text, seconds=150):
+    """Waits for a line of the log; the caller's assertions tell when it never came."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not (process_log.exists() and text in process_log.read_text("utf-8")):
+        time.sleep(0.01)
+
+
 def alone(workdir, *more):
     done = subprocess.run(command(workdir, *more), cwd=ROOT, env=environment(4), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -103,22 +113,64 @@ def test_two_processes_train_resume_and_evaluate_like_one(tmp_path):
     assert len(list(two.glob("results_*.json"))) == 1
 
 
+LONG = ("--mode=train", "--config.train.steps=40", "--config.train.eval_epochs=0")
+QUEUED = (*LONG, "--config.momentum.queue=60")
+
+
+@functools.cache
+def undisturbed(*flags):
+    """Work folder of a job that nothing happened to."""
+    workdir = Path(tempfile.mkdtemp(dir=tiny.folder()))
+    together(workdir, *flags)
+    return workdir
+
+
+def goes_on(workdir, flags):
+    """Started again the job ends bitwise as the undisturbed one."""
+    together(workdir, *flags)
+    same_arrays(tiny.arrays(workdir, 40), tiny.arrays(undisturbed(*flags), 40))
+    assert tiny.lines(workdir) == tiny.lines(undisturbed(*flags))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("split", [False, True])
-def test_sigterm_in_one_process_stops_both_and_the_job_goes_on(split, tmp_path):
-    """With parameters on every device, and split over the devices of both processes."""
-    flags = ["--mode=train", "--config.train.steps=40", "--config.train.eval_epochs=0", f"{SPLIT}={split}"]
-    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
-    together(undisturbed, *flags)
-    processes = start(stopped, *flags)
-    log = stopped / "metrics.jsonl"
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and not (log.exists() and '{"step": 8, ' in log.read_text("utf-8")):
-        time.sleep(0.01)
+@pytest.mark.parametrize("flags", [QUEUED, (*LONG, f"{SPLIT}=True")], ids=["queues", "split"])
+def test_sigterm_in_one_process_stops_both_and_the_job_goes_on(flags, tmp_path):
+    """With parameters on every device and queues of momentum encoders, and split over the devices of both processes."""
+    processes = start(tmp_path, *flags)
+    until(tmp_path / "metrics.jsonl", '{"step": 8, ')
     processes[1].send_signal(signal.SIGTERM)  # not the one that writes the log
     outputs_of(processes, 128 + signal.SIGTERM)
-    saved = max(int(path.name) for path in (stopped / "checkpoints").iterdir() if path.name.isdecimal())
+    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal())
     assert 8 < saved < 40 and saved % 10 == 0
-    together(stopped, *flags)
-    same_arrays(tiny.arrays(stopped, 40), tiny.arrays(undisturbed, 40))
-    assert tiny.lines(stopped) == tiny.lines(undisturbed)
+    goes_on(tmp_path, flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [pytest.param(1, id="worker"), pytest.param(0, id="coordinator")])
+def test_a_killed_process_ends_the_other_and_the_job_goes_on(victim, tmp_path):
+    processes = start(tmp_path, *QUEUED, "--heartbeat_seconds=10")
+    until(tmp_path / "metrics.jsonl", '{"step": 8, ')
+    processes[victim].kill()
+    killed = time.monotonic()
+    try:
+        _, said = processes[1 - victim].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert time.monotonic() - killed < 40  # 10 s without a heartbeat, and a machine that has other things to do
+    assert processes[1 - victim].returncode not in (0, None)
+    assert re.search(r"another (process|task) died", said), said[-3000:]
+    if victim == 1:  # the state on disk is the same kind whoever died
+        goes_on(tmp_path, QUEUED)
+
+
+@pytest.mark.slow
+def test_queues_of_two_processes_are_those_of_one(tmp_path):
+    alone(tmp_path, *QUEUED)
+    ours, expected = tiny.arrays(undisturbed(*QUEUED), 40), tiny.arrays(tmp_path, 40)
+    assert ours.keys() == expected.keys()
+    queues = {name: values for name, values in expected.items() if "['images']" in name or "['texts']" in name}
+    assert {len(values) for values in queues.values() if values.ndim} == {60}
+    for name, values in queues.items():
+        np.testing.assert_allclose(ours[name], values, atol=0.02, err_msg=name)  # ids and pointers: the same

@@ -1,0 +1,57 @@
+"""Resident memory of a process over its life, read from /proc (Linux)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from shnet_jax.observe import machine
+
+INTERVAL = 0.05
+"""Seconds between two looks."""
+
+Curve = list[tuple[float, int]]
+"""(seconds since the start, bytes)."""
+
+
+def bytes_of(process: int | str = "self", entry: str = "VmRSS") -> int:
+    """Memory that a process holds now, or with `VmHWM` ever held; 0 when it is gone. RuntimeError without /proc."""
+    if not os.path.exists("/proc/self/status"):
+        raise RuntimeError("resident memory is read from /proc, which this system does not have")
+    try:
+        found = machine.entry(f"/proc/{process}/status", entry)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(found.split()[0]) * 1024 if found else 0
+
+
+def watch(command: Sequence[str], folder: Path) -> tuple[Curve, int]:
+    """Runs a Python command line in `folder` to its end; its curve and its peak in bytes.
+
+    Raises RuntimeError with the end of what it said when it fails.
+    """
+    with tempfile.TemporaryFile() as said:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=folder, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
+        )
+        curve: Curve = []
+        peak = 0
+        try:
+            while process.poll() is None:
+                if held := bytes_of(process.pid):
+                    curve.append((round(time.perf_counter() - start, 3), held))
+                    peak = max(peak, bytes_of(process.pid, "VmHWM"))
+                time.sleep(INTERVAL)
+        finally:
+            process.kill()
+        if process.returncode:
+            said.seek(0)
+            text = said.read().decode(errors="replace")[-2000:]
+            raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}:\n{text}")
+    return curve, peak

@@ -1,0 +1,50 @@
+"""What a process of several does with a fault that it has alone; the jobs themselves: tests/train/test_processes.py."""
+
+import os
+
+import jax
+import pytest
+
+from shnet_jax.parallel import hosts
+
+
+class Common(RuntimeError):
+    """What all processes raise together."""
+
+
+class Exited(BaseException):
+    """In place of the end of the process."""
+
+
+@pytest.fixture
+def second_of_three(monkeypatch):
+    def leave(status):
+        raise Exited(status)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(os, "_exit", leave)
+
+
+def test_a_fault_of_one_process_ends_it_at_once_with_a_word(second_of_three, capsys):
+    with pytest.raises(Exited, match="1"), hosts.ending_together(Common):
+        raise ValueError("record 7 of shard 3")
+    said = capsys.readouterr().err
+    assert "record 7 of shard 3" in said
+    assert "process 1 of 3 ends" in said and "another process died" in said and "same command" in said
+
+
+@pytest.mark.parametrize("error", [Common("all"), SystemExit(143), KeyboardInterrupt()])
+def test_what_all_raise_is_an_orderly_end(error, second_of_three):
+    with pytest.raises(type(error)), hosts.ending_together(Common):
+        raise error
+
+
+def test_alone_nothing_changes():
+    with pytest.raises(ValueError, match="of its own"), hosts.ending_together(Common):
+        raise ValueError("of its own")
+
+
+def test_a_heartbeat_takes_a_second_at_least():
+    with pytest.raises(ValueError, match="heartbeat_seconds is 0"):
+        hosts.connect("127.0.0.1:1", 2, 0, heartbeat=0)
