@@ -90,6 +90,7 @@ def main(argv: list[str]) -> None:
     from shnet_jax import commands
     from shnet_jax.convert import convert
     from shnet_jax.cross import cross
+    from shnet_jax.observe.files import FolderInUse, describe
     from shnet_jax.parallel import hosts
     from shnet_jax.plan.command import plan
     from shnet_jax.scaling import scale
@@ -111,10 +112,10 @@ def main(argv: list[str]) -> None:
         if DISTRIBUTED.value:
             hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         run(CONFIG.value, str(WORKDIR.value))
-    except (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, WorkdirError) as error:
+    except (ValueError, OSError, CheckpointError, FolderInUse, NonFiniteLoss, WorkdirError) as error:
         if debug:
             raise
-        _fail(f"{error} (-v=1 shows where)", 1)
+        _fail(f"{describe(error) if isinstance(error, OSError) else error} (-v=1 shows where)", 1)
 
 
 if __name__ == "__main__":

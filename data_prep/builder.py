@@ -20,6 +20,7 @@ from data_prep.progress import Progress
 from data_prep.schema import DataError, Record
 from shnet_jax.data.index import Index, IndexBuilder, write_index
 from shnet_jax.data.records import CHECKSUMS, SENTENCEPIECE
+from shnet_jax.observe.files import sole_writer
 
 VERSION = "1.0.0"
 SHARD_BYTES = 512 << 20  # large enough for sequential reads, small enough to copy and to spread over hosts
@@ -53,12 +54,13 @@ def write_dataset(
     Raises:
       DataError: a record is not as it has to be, an image_id occurs twice in a split, a split is empty.
       FileExistsError: the data set exists and `overwrite` is False.
+      FolderInUse: another process is writing it.
     """
     _check_names(name, splits)
     target = Path(out) / name / VERSION
     if target.exists() and not overwrite:
         raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
-    with _whole_or_nothing(target) as folder:
+    with sole_writer(target.parent), _whole_or_nothing(target) as folder:
         progress = Progress(name, total)
         writer = _Writer(folder, name, dict(metadata), files or {}, progress)
         indices = {split: writer.write(split, records) for split, records in splits.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from shnet_jax.data.tokenise import load_tokenizer, vocabulary_file
 from shnet_jax.interop import bert_weights
 from shnet_jax.interop.published import open_published
 from shnet_jax.interop.weights_file import read_weights, write_weights
+from shnet_jax.observe.files import sole_writer
 from shnet_jax.plan import subject
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.workdir import CONFIG, WorkdirError, adopt, trained_config
+from shnet_jax.train.workdir import CONFIG, WorkdirError, adopt, complete, trained_config
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +48,11 @@ def convert(config: ConfigDict, workdir: str | Path) -> None:
             "--config.convert.to=FOLDER is made from it"
         )
     if to:
-        model = load_run(workdir, config.eval.checkpoint)
+        model = load_run(workdir, config.eval.checkpoint, config)
         write_folder(Path(to), model)
         print(f"{Path(to) / WEIGHTS}: {_describe(model)}, from {workdir}")
         return
-    model = load_folder(source) if Path(source).is_dir() else load_published(config, source)
+    model = load_folder(source, config) if Path(source).is_dir() else load_published(config, source)
     write_run(workdir, model)
     print(
         f"{workdir}: {_describe(model)}, from {source}\n"
@@ -85,10 +87,13 @@ def load_published(config: ConfigDict, path: str | Path) -> Model:
     return Model(config, variables, published.step)
 
 
-def load_run(workdir: str | Path, checkpoint: str = "best") -> Model:
-    """The model in a work folder; checkpoint: best | last. Where averages were kept, these are it."""
+def load_run(workdir: str | Path, checkpoint: str = "best", like: ConfigDict | None = None) -> Model:
+    """The model in a work folder; checkpoint: best | last. Where averages were kept, these are it.
+
+    like: has the fields that are younger than the run.
+    """
     workdir = Path(workdir)
-    config = trained_config(workdir)
+    config = _trained(workdir, like)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.step(checkpoint)
     if step is None:
@@ -101,13 +106,18 @@ def load_run(workdir: str | Path, checkpoint: str = "best") -> Model:
     return Model(config, variables, step)
 
 
-def load_folder(folder: str | Path) -> Model:
-    """The model in a folder of `write_folder`.
+def _trained(folder: Path, like: ConfigDict | None) -> ConfigDict:
+    config = trained_config(folder)
+    return config if like is None else complete(config, like)
+
+
+def load_folder(folder: str | Path, like: ConfigDict | None = None) -> Model:
+    """The model in a folder of `write_folder`. like: has the fields that are younger than it.
 
     Raises ValueError naming each array that its configuration has no place for, or the other way round.
     """
     folder = Path(folder)
-    config = trained_config(folder)
+    config = _trained(folder, like)
     variables, step = read_weights(folder / WEIGHTS)
     found, expected = (_ranks(tree) for tree in (variables, _expected(config)))
     if found != expected:
@@ -121,22 +131,27 @@ def load_folder(folder: str | Path) -> Model:
 
 
 def write_run(workdir: Path, model: Model) -> None:
-    """A work folder that --mode=eval takes. Raises WorkdirError for one that has checkpoints."""
-    adopt(workdir, model.config, vocabulary_file(model.config))
-    checkpoints = Checkpoints(workdir, keep=1)
-    checkpoints.save_variables(model.step, jax.tree.map(jax.numpy.asarray, model.variables), {"converted": True})
-    checkpoints.close()
+    """A work folder that --mode=eval takes.
+
+    Raises WorkdirError for one that has checkpoints, FolderInUse for one that another process writes to.
+    """
+    with sole_writer(workdir):
+        adopt(workdir, model.config, vocabulary_file(model.config))
+        with closing(Checkpoints(workdir, keep=1)) as checkpoints:
+            variables = jax.tree.map(jax.numpy.asarray, model.variables)
+            checkpoints.save_variables(model.step, variables, {"converted": True})
 
 
 def write_folder(folder: Path, model: Model) -> None:
     """model.safetensors, config.json and the vocabulary in a new folder, whole or not at all."""
-    if folder.exists():
-        raise WorkdirError(f"{folder} exists already; choose another --config.convert.to")
     temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    adopt(temporary, model.config, vocabulary_file(model.config))
-    write_weights(temporary / WEIGHTS, model.variables, model.step)
-    temporary.rename(folder)
+    with sole_writer(folder.parent, f".{folder.name}.lock"):
+        if folder.exists():
+            raise WorkdirError(f"{folder} exists already; choose another --config.convert.to")
+        shutil.rmtree(temporary, ignore_errors=True)
+        adopt(temporary, model.config, vocabulary_file(model.config))
+        write_weights(temporary / WEIGHTS, model.variables, model.step)
+        temporary.rename(folder)
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,7 +34,13 @@ ENTRY = {"api", "commands", "convert", "cross", "plan", "scale_point", "scaling"
 # What a folder may import of the whole project.
 REACH = {
     "shnet_jax": {"shnet_jax"},
-    "data_prep": {"data_prep", "shnet_jax.data", "shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle"},
+    "data_prep": {
+        "data_prep",
+        "shnet_jax.data",
+        "shnet_jax.interop.torch_file",
+        "shnet_jax.interop.torch_pickle",
+        "shnet_jax.observe.files",
+    },
     "configs": {"configs"},
 }
 PROJECT = {"shnet_jax", "data_prep", "configs", "tests", "benchmarks", "main"}

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import one_line
 from shnet_jax.evaluate.split import make_evaluator, subject
-from shnet_jax.experiment import assemble
+from shnet_jax.experiment import Experiment, assemble
 from shnet_jax.observe import cost
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.curves import write_curves
@@ -26,7 +26,7 @@ from shnet_jax.parallel.mapping import put_batch
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.prepare import prepare
 from shnet_jax.train.signals import Interrupted, stop_signals
-from shnet_jax.train.workdir import WorkdirError, claim
+from shnet_jax.train.workdir import claimed
 
 log = logging.getLogger(__name__)
 
@@ -42,21 +42,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     """Trains to the end, from the last checkpoint in `workdir` if there is one; returns the last validation result.
 
     Writes config.json, the vocabulary, metrics.jsonl, TensorBoard events, curves.png and checkpoints/ into `workdir`.
+    No other run can write there meanwhile (FolderInUse), and a damaged checkpoint is set aside for the one before it.
     Raises NonFiniteLoss, and Interrupted after SIGTERM or SIGINT; in both cases the state was saved. When a loss is
     found not to be finite the next batch is usually on its way, and changes nothing either: a run that then continues
     with config.train.on_nonfinite = "skip" goes without both.
     """
-    workdir = Path(workdir)
     experiment = assemble(config)
+    with claimed(Path(workdir), experiment):
+        return _train(experiment, Path(workdir))
+
+
+def _train(experiment: Experiment, workdir: Path) -> Results:
     config, data = experiment.config, experiment.config.data
-    refused: WorkdirError | None = None
-    try:
-        if hosts.is_first():
-            claim(workdir, experiment)
-    except WorkdirError as error:
-        refused = error
-    if hosts.anywhere(refused is not None):  # all end, none waits for the others
-        raise refused or WorkdirError(f"{workdir}: refused by process 0, whose message says why")
     parts = prepare(experiment)
     mesh, iterator, total_steps = parts.mesh, parts.iterator, parts.total_steps
     evaluate = make_evaluator(experiment, data.val_split, mesh)
