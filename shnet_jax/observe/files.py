@@ -56,8 +56,7 @@ def sole_writer(folder: str | Path, name: str = LOCK) -> Iterator[None]:
     file = _locked(path)
     try:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}: {shlex.join(sys.argv)}\n")
-        file.flush()
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}: {shlex.join(sys.argv)}\n".encode())
         yield
     except OSError as error:
         if error.filename is None and error.errno in _OF_DISKS:  # Python does not say which file a write was for
@@ -84,7 +83,7 @@ def describe(error: OSError) -> str:
 def _locked(path: Path) -> Any:
     """The file, locked. Again when its last holder removed it between opening and locking."""
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -92,7 +91,7 @@ def _locked(path: Path) -> Any:
         except BlockingIOError:
             with file:
                 file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = file.read().decode(errors="replace").strip() or "another process"
             raise FolderInUse(
                 f"{path.parent} is being written to by {holder}\nNothing was changed: wait for it, end it, or choose "
                 "another folder"

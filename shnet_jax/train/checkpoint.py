@@ -26,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from shnet_jax.observe.files import free_space
 from shnet_jax.train import integrity
+from shnet_jax.train.integrity import CheckpointError
 from shnet_jax.train.state import TrainState
 
 SELECTION_METRICS = ("person_r1", "rsum")
@@ -51,10 +52,6 @@ def _says_something(record: Any) -> bool:
     return not any(text in str(record.msg) for text in ("did not provide metrics", "directory is read only"))
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, does not fit the model, or cannot be read or written."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint: the state and the notes saved with it."""
@@ -75,7 +72,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._checked: set[int] = set()
         for step in integrity.steps(self.folder):  # which one is the best is read from all of them
-            self._refuse(step, integrity.faults(self.folder / str(step), below="metrics/"))
+            integrity.check(self.folder, step, below="metrics/")
         policies = checkpoint_managers
         if keep is None:
             access: dict[str, Any] = {"read_only": True, "create": False, "save_interval_steps": 0}
@@ -193,34 +190,9 @@ class Checkpoints:
 
     def check(self, step: int) -> None:
         """Raises CheckpointError, naming file and fault, when a file of this step is not the one that was written."""
-        if step in self._checked:
-            return
-        found = integrity.faults(self.folder / str(step))
-        if found is None:
-            log.warning(
-                "checkpoint %d in %s has no %s (an earlier version saved it): whether its files are whole is not known",
-                step,
-                self.folder,
-                integrity.CHECKSUMS,
-            )
-        self._refuse(step, found)
-        self._checked.add(step)
-
-    def _refuse(self, step: int, faults: list[str] | None) -> None:
-        if not faults:
-            return
-        if not (self.folder / str(step)).exists():
-            raise CheckpointError(
-                f"checkpoint {step} in {self.folder} was removed while it was read, by the training that goes on "
-                "there: run this again"
-            )
-        whole = [n for n in integrity.steps(self.folder) if integrity.faults(self.folder / str(n)) == []]
-        raise CheckpointError(
-            f"checkpoint {step} in {self.folder} is damaged:\n  "
-            + "\n  ".join(faults[:5] + ([f"and {len(faults) - 5} more"] if len(faults) > 5 else []))
-            + f"\nWhole are: {', '.join(map(str, whole)) or 'none'}. Training, started again, sets the damaged one "
-            "aside and goes on from the last whole one"
-        )
+        if step not in self._checked:
+            integrity.check(self.folder, step)
+            self._checked.add(step)
 
     def notes(self, step: int) -> dict[str, Any]:
         """The notes saved with a step."""
@@ -270,6 +242,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # without checksums this is how damage shows
+            if not (self.folder / str(step)).exists():
+                raise integrity.removed(self.folder, step) from error
             raise CheckpointError(f"checkpoint {step} in {self.folder} cannot be read: {_reason(error)}") from error
 
     def _request(self, step: int, name: str, tree: Any, sharding: Any = None) -> ocp.args.CheckpointArgs:
@@ -297,32 +271,6 @@ class Checkpoints:
                 f"checkpoint {step} in {self.folder} does not fit this configuration and data set "
                 f"(another model, text tower or feature size?):\n  {shown}"
             )
-
-
-def set_damaged_aside(workdir: str | Path) -> None:
-    """Renames each damaged checkpoint to STEP.damaged and warns of it; who goes on then takes the last whole one.
-
-    Raises CheckpointError, and renames nothing, when none is whole.
-    """
-    folder = Path(workdir).absolute() / "checkpoints"
-    found = {step: integrity.faults(folder / str(step)) for step in integrity.steps(folder)}
-    damaged = {step: faults for step, faults in found.items() if faults}
-    if damaged and len(damaged) == len(found):
-        lines = "\n  ".join(f"{step}/{faults[0]}" for step, faults in damaged.items())
-        raise CheckpointError(
-            f"{folder}: no checkpoint is whole:\n  {lines}\nTo train from the start choose another --workdir, or move "
-            "this folder away"
-        )
-    for step, faults in damaged.items():
-        name = integrity.set_aside(folder, step).name
-        log.warning(
-            "checkpoint %d in %s is damaged and was skipped, it is %s now: %s%s",
-            step,
-            folder,
-            name,
-            faults[0],
-            f" (and {len(faults) - 1} more)" if len(faults) > 1 else "",
-        )
 
 
 def _reason(error: Exception) -> str:

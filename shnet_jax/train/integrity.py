@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,16 @@ from shnet_jax.observe.files import write_json
 CHECKSUMS = "checksums.json"
 DAMAGED = ".damaged"
 
+log = logging.getLogger(__name__)
+
 # Orbax writes these two once more when it names the folder. Of the first all but the time of that is compared; nothing
 # is read from the second.
 _METADATA, _COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
 _TIME = "commit_timestamp_nsecs"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, does not fit the model, or cannot be read or written."""
 
 
 def write_checksums(folder: Path) -> None:
@@ -79,6 +86,65 @@ def _measure(path: Path) -> dict[str, Any]:
         return {"bytes": file.tell(), "sha256": digest}
 
 
+def check(folder: Path, step: int, below: str = "") -> None:
+    """Raises CheckpointError when a file of the checkpoint `folder`/`step` is not the one that was written.
+
+    It names the file, what was expected and found, and the checkpoints that are whole. Where nothing is known of the
+    files there is a warning. below: as in `faults`.
+    """
+    found = faults(folder / str(step), below)
+    if found is None and not below:
+        log.warning(
+            "checkpoint %d in %s has no %s (an earlier version saved it): whether its files are whole is not known",
+            step,
+            folder,
+            CHECKSUMS,
+        )
+    if not found:
+        return
+    if not (folder / str(step)).exists():
+        if below:
+            return
+        raise removed(folder, step)
+    whole = [other for other in steps(folder) if faults(folder / str(other)) == []]
+    raise CheckpointError(
+        f"checkpoint {step} in {folder} is damaged:\n  "
+        + "\n  ".join(found[:5] + ([f"and {len(found) - 5} more"] if len(found) > 5 else []))
+        + f"\nWhole are: {', '.join(map(str, whole)) or 'none'}. Training, started again, sets the damaged one aside "
+        "and goes on from the last whole one"
+    )
+
+
+def removed(folder: Path, step: int) -> CheckpointError:
+    """What to raise for a checkpoint that has gone since it was chosen."""
+    return CheckpointError(
+        f"checkpoint {step} in {folder} was removed while it was read, by the training that goes on there: run this "
+        "again"
+    )
+
+
+def set_damaged_aside(workdir: str | Path) -> None:
+    """Renames each damaged checkpoint to STEP.damaged and warns of it; who goes on then takes the last whole one.
+
+    Raises CheckpointError, and renames nothing, when none is whole.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+    found = {step: faults(folder / str(step)) for step in steps(folder)}
+    damaged = {step: lines for step, lines in found.items() if lines}
+    if damaged and len(damaged) == len(found):
+        shown = "\n  ".join(f"{step}/{lines[0]}" for step, lines in damaged.items())
+        raise CheckpointError(
+            f"{folder}: no checkpoint is whole:\n  {shown}\nTo train from the start choose another --workdir, or move "
+            "this folder away"
+        )
+    for step, lines in damaged.items():
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        name = _set_aside(folder, step).name
+        log.warning(
+            "checkpoint %d in %s is damaged and was skipped, it is %s now: %s%s", step, folder, name, lines[0], more
+        )
+
+
 def steps(folder: Path) -> list[int]:
     """The steps that have a folder below `folder`, ascending; those that were set aside are none."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
@@ -89,8 +155,7 @@ def damaged(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob(f"*{DAMAGED}*"))
 
 
-def set_aside(folder: Path, step: int) -> Path:
-    """Renames a damaged checkpoint, so that nothing takes it for one and nothing is lost; its new name."""
+def _set_aside(folder: Path, step: int) -> Path:
     names = (folder / f"{step}{DAMAGED}{f'.{i}' if i > 1 else ''}" for i in range(1, 1000))
     target = next(name for name in names if not name.exists())
     return (folder / str(step)).rename(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 from contextlib import closing
@@ -43,9 +44,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
 
     Writes config.json, the vocabulary, metrics.jsonl, TensorBoard events, curves.png and checkpoints/ into `workdir`.
     No other run can write there meanwhile (FolderInUse), and a damaged checkpoint is set aside for the one before it.
-    Raises NonFiniteLoss, and Interrupted after SIGTERM or SIGINT; in both cases the state was saved. When a loss is
-    found not to be finite the next batch is usually on its way, and changes nothing either: a run that then continues
-    with config.train.on_nonfinite = "skip" goes without both.
+    Raises NonFiniteLoss, and Interrupted after SIGTERM or SIGINT; in both cases the state was saved. After a loss that
+    is not finite, config.train.on_nonfinite = "skip" goes on as if it had been set from the start.
     """
     experiment = assemble(config)
     with claimed(Path(workdir), experiment):
@@ -82,6 +82,7 @@ def _train(experiment: Experiment, workdir: Path) -> Results:
     eval_steps = max(1, round(every * parts.steps_per_epoch)) if every else total_steps
     utilisation = cost.Utilisation(parts.step, mesh.size, (config.model.dtype, config.text.dtype))
     results: Results | None = None
+    place, latest = iterator.get_state(), dict[str, Any]()
     pending: tuple[int, dict[str, np.ndarray], dict[str, Any]] | None = None
 
     def look(at: int, batch: dict[str, np.ndarray], metrics: dict[str, Any]) -> None:
@@ -92,6 +93,7 @@ def _train(experiment: Experiment, workdir: Path) -> Results:
             if config.train.on_nonfinite == "skip":
                 log.warning("%s; its update was skipped", message)
             else:
+                step_back(at)
                 save()
                 raise NonFiniteLoss(
                     f"{message}. The parameters before it are saved in {checkpoints.folder}. Look at these images, "
@@ -99,6 +101,14 @@ def _train(experiment: Experiment, workdir: Path) -> Results:
                     "--config.train.on_nonfinite=skip"
                 )
         progress.update(at, clock, loss=float(metrics["loss"]))
+
+    def step_back(at: int) -> None:
+        # The batch after the one that is looked at is on its way. After a fault it changes no more than the counters.
+        nonlocal state
+        if int(state.step) > at:
+            counted = latest["nonfinite"].astype(state.nonfinite.dtype)
+            state = dataclasses.replace(state, step=state.step - 1, nonfinite=state.nonfinite - counted)
+            iterator.set_state(place)
 
     def learning_rate() -> float:
         updates = (int(state.step) - int(state.nonfinite)) // config.optim.accumulate
@@ -112,18 +122,19 @@ def _train(experiment: Experiment, workdir: Path) -> Results:
     # Whatever ends the loop, a checkpoint that is being saved is completed.
     with stop_signals() as stopped, clock, closing(checkpoints), closing(writer), closing(progress):
         for at in range(first + 1, total_steps + 1):
+            place = iterator.get_state()
             with clock.waiting_for_data():
                 batch = next(iterator)
             device_batch = put_batch(batch, mesh, config.parallel.mapping)
             with clock.paused():  # compiles when the shapes are new
                 utilisation.count(state, device_batch, parts.table)
-            state, metrics = parts.step(state, device_batch, parts.table)
-            sums = _add(sums, metrics)
-            clock.tick(config.train.batch_size)
+            state, latest = parts.step(state, device_batch, parts.table)
             # The step before this one is finished by now: looking at its numbers keeps the device busy.
             if pending is not None:
                 look(*pending)
-            pending = (at, batch, metrics)
+            pending = (at, batch, latest)
+            sums = _add(sums, latest)
+            clock.tick(config.train.batch_size)
             # One answer for the rest of this step, and the same in all processes, which ask each other now and then.
             ask = jax.process_count() == 1 or at % STOP_STEPS == 0
             stop = hosts.anywhere(bool(stopped)) if ask else False

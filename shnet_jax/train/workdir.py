@@ -18,7 +18,7 @@ from shnet_jax.data.tokenise import vocabulary_file
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe.files import FolderInUse, sole_writer
 from shnet_jax.parallel import hosts
-from shnet_jax.train.checkpoint import CheckpointError, set_damaged_aside
+from shnet_jax.train.integrity import CheckpointError, set_damaged_aside
 
 CONFIG = "config.json"
 

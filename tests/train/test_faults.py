@@ -20,7 +20,8 @@ from shnet_jax.observe.files import FolderInUse, describe, sole_writer
 from shnet_jax.observe.writer import MetricWriter
 from shnet_jax.retrieve import tensors
 from shnet_jax.train import integrity
-from shnet_jax.train.checkpoint import CheckpointError, Checkpoints, set_damaged_aside
+from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.train.integrity import set_damaged_aside
 from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.workdir import WorkdirError, claim, load_config
 from tests.train import tiny
@@ -274,6 +275,14 @@ def test_a_full_disk_ends_the_log_with_its_reason(small_disk):
     assert fault.value.errno == errno.ENOSPC
     text = describe(fault.value)
     assert text.startswith(f"{small_disk}: No space left on device; 0.0 of 0.1 MB are free there.")
+
+
+def test_a_full_disk_does_not_take_the_name_of_who_writes(small_disk):
+    fill(small_disk)
+    with pytest.raises(OSError, match="No space left") as fault, sole_writer(small_disk):
+        pytest.fail("began")
+    assert fault.value.filename == str(small_disk)
+    assert sorted(p.name for p in small_disk.iterdir()) == ["filler"]
 
 
 def test_a_full_disk_is_an_error_before_vectors_are_mapped(small_disk):
