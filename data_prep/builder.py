@@ -20,7 +20,7 @@ from data_prep.progress import Progress
 from data_prep.schema import DataError, Record
 from shnet_jax.data.index import Index, IndexBuilder, write_index
 from shnet_jax.data.records import CHECKSUMS, SENTENCEPIECE
-from shnet_jax.observe.files import sole_writer
+from shnet_jax.observe.files import disk_faults, sole_writer
 
 VERSION = "1.0.0"
 SHARD_BYTES = 512 << 20  # large enough for sequential reads, small enough to copy and to spread over hosts
@@ -60,7 +60,11 @@ def write_dataset(
     target = Path(out) / name / VERSION
     if target.exists() and not overwrite:
         raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
-    with sole_writer(target.parent), _whole_or_nothing(target) as folder:
+    with (
+        sole_writer(target.parent),
+        disk_faults(target.parent, RuntimeError),  # of array_record
+        _whole_or_nothing(target) as folder,
+    ):
         progress = Progress(name, total)
         writer = _Writer(folder, name, dict(metadata), files or {}, progress)
         indices = {split: writer.write(split, records) for split, records in splits.items()}

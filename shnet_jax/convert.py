@@ -12,12 +12,13 @@ from typing import Any
 import jax
 from flax import traverse_util
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 
 from shnet_jax.data.tokenise import load_tokenizer, vocabulary_file
 from shnet_jax.interop import bert_weights
 from shnet_jax.interop.published import open_published
 from shnet_jax.interop.weights_file import read_weights, write_weights
-from shnet_jax.observe.files import sole_writer
+from shnet_jax.observe.files import disk_faults, sole_writer
 from shnet_jax.plan import subject
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.workdir import CONFIG, WorkdirError, adopt, complete, trained_config
@@ -145,7 +146,7 @@ def write_run(workdir: Path, model: Model) -> None:
 def write_folder(folder: Path, model: Model) -> None:
     """model.safetensors, config.json and the vocabulary in a new folder, whole or not at all."""
     temporary = folder.with_name(f"{folder.name}.tmp")
-    with sole_writer(folder.parent, f".{folder.name}.lock"):
+    with sole_writer(folder.parent, f".{folder.name}.lock"), disk_faults(folder, SafetensorError):
         if folder.exists():
             raise WorkdirError(f"{folder} exists already; choose another --config.convert.to")
         shutil.rmtree(temporary, ignore_errors=True)

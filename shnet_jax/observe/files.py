@@ -67,6 +67,18 @@ def sole_writer(folder: str | Path, name: str = LOCK) -> Iterator[None]:
         file.close()
 
 
+@contextmanager
+def disk_faults(folder: str | Path, *kinds: type[Exception]) -> Iterator[None]:
+    """A full disk, of which libraries tell by exceptions of these kinds, as the OSError about `folder` that it is."""
+    try:
+        yield
+    except kinds as error:
+        full = os.strerror(errno.ENOSPC)
+        if full not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, full, str(folder)) from error
+
+
 def describe(error: OSError) -> str:
     """What the system refused, at which file, and what of it can be seen: one line."""
     name = error.filename2 or error.filename

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from shnet_jax.data.gallery import Part, open_gallery
@@ -24,7 +24,7 @@ from shnet_jax.evaluate.split import Tower, make_towers
 from shnet_jax.evaluate.tiles import one_behind
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe.clock import Clock
-from shnet_jax.observe.files import sole_writer
+from shnet_jax.observe.files import disk_faults, sole_writer
 from shnet_jax.observe.progress import Progress
 from shnet_jax.retrieve import tensors
 from shnet_jax.retrieve.folder import (
@@ -65,7 +65,7 @@ def embed(
         check_source(folder / SOURCE, made, source)
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # of a run that was killed just before it removed them
         return open_embeddings(folder)
-    with sole_writer(folder):
+    with sole_writer(folder), disk_faults(folder, SafetensorError):
         _write(experiment, variables, split, mesh, folder, source)
     return open_embeddings(folder)
 

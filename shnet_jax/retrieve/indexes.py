@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.observe.files import sole_writer
+from shnet_jax.observe.files import disk_faults, sole_writer
 from shnet_jax.retrieve.backends import Index, digest
 from shnet_jax.retrieve.exact import Found, is_dot_product, top_k
 from shnet_jax.retrieve.faiss_index import FaissIndex
@@ -60,7 +60,7 @@ def open_index(search: ConfigDict, embeddings: Embeddings, side: str, tile: int,
     index = build.open(search, embeddings, side) if {key: known.get(key) for key in wanted} == wanted else None
     if index is not None and known.get("effort") == search.effort:
         return index, known
-    with sole_writer(embeddings.folder):
+    with sole_writer(embeddings.folder), disk_faults(embeddings.folder, RuntimeError):  # of FAISS
         if index is None:
             note.unlink(missing_ok=True)  # a build that is interrupted leaves an index that nothing is known of
             index = build.make(search, embeddings, side)

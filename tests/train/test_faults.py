@@ -10,11 +10,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from configs import scaling as small
+from data_prep.scenes.write import main as importer
+from shnet_jax import scaling
+from shnet_jax.convert import write_run
 from shnet_jax.experiment import assemble
 from shnet_jax.observe.files import FolderInUse, describe, sole_writer
 from shnet_jax.observe.writer import MetricWriter
@@ -221,27 +226,44 @@ with sole_writer(sys.argv[1]):
 """
 
 
-def test_one_writer_at_a_time(tmp_path):
+@contextmanager
+def held(folder):
+    """Another process is the one that writes to `folder`."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         try:
-            assert other.stdout.readline() == "held\n"
-            before = (tmp_path / ".lock").read_text()
-            with pytest.raises(FolderInUse) as refused, sole_writer(tmp_path):
-                pytest.fail("two writers")
-            assert f"{tmp_path} is being written to by process {other.pid} on {os.uname().nodename} since " in str(
-                refused.value
-            )
-            assert (tmp_path / ".lock").read_text() == before
-            other.send_signal(signal.SIGKILL)
-            other.wait()
-            assert (tmp_path / ".lock").exists()  # nobody's
-            with sole_writer(tmp_path):
-                assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
+            assert other.stdout is not None and other.stdout.readline() == "held\n"
+            yield other
         finally:
             other.kill()
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with held(tmp_path) as other:
+        before = (tmp_path / ".lock").read_text()
+        with pytest.raises(FolderInUse) as refused, sole_writer(tmp_path):
+            pytest.fail("two writers")
+        expected = f"{tmp_path} is being written to by process {other.pid} on {os.uname().nodename} since "
+        assert str(refused.value).startswith(expected)
+        assert (tmp_path / ".lock").read_text() == before
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        assert (tmp_path / ".lock").exists()  # nobody's
+        with sole_writer(tmp_path):
+            assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
     assert not list(tmp_path.iterdir())
+
+
+def test_importers_and_conversion_wait_for_nobody(tmp_path, capsys):
+    with held(tmp_path / "scenes"):
+        assert importer(["--out", str(tmp_path), "--train=5", "--val=5", "--test=5"]) == 1
+        assert f"error: {tmp_path / 'scenes'} is being written to by process " in capsys.readouterr().err
+        with pytest.raises(FolderInUse):
+            write_run(tmp_path / "scenes", None)
+    with held(tmp_path), pytest.raises(FolderInUse):
+        scaling.scale(small.get_config(), tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
 
 
 # ------------------------------------------------------------------------------------------------------------- disks
@@ -289,6 +311,15 @@ def test_a_full_disk_is_an_error_before_vectors_are_mapped(small_disk):
     fill(small_disk, left=50_000)
     with pytest.raises(OSError, match="No space left"):
         tensors.create(small_disk / "a.safetensors", {"vector": ((100, 200), np.dtype("<f4"))})
+
+
+@pytest.mark.parametrize("size", ["64k", "300k"])
+def test_a_data_set_that_does_not_fit_on_the_disk(size, small_disk, capsys):
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(small_disk)], check=True)
+    assert importer(["--out", str(small_disk), "--train=15", "--val=5", "--test=5"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"error: {small_disk}") and "No space left on device; " in told
+    assert not [path for path in small_disk.rglob("*") if path.is_file()]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's threads
