@@ -6,7 +6,7 @@ import re
 import runpy
 import sys
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -82,17 +82,25 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _unraisable(fault: Any) -> None:
+    """Without what TensorStore's threads say after a write that failed, which is told once and as an error."""
+    if str(fault.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(fault)
+
+
 def main(argv: list[str]) -> None:
     """Runs the mode; faults that a user can mend are printed as one message, without a traceback (-v=1 shows it)."""
     del argv
     debug = logging.get_verbosity() >= logging.DEBUG
     if not debug:
         logging.set_verbosity(logging.WARNING)  # orbax and TFDS report every step at INFO
+        sys.unraisablehook = _unraisable
     python_logging.getLogger("shnet_jax").setLevel(python_logging.INFO)
     # Late, so that --help and mistakes in flags are quick.
     from shnet_jax import commands
     from shnet_jax.convert import convert
     from shnet_jax.cross import cross
+    from shnet_jax.observe.files import FolderInUse, describe
     from shnet_jax.parallel import hosts
     from shnet_jax.plan.command import plan
     from shnet_jax.scaling import scale
@@ -114,10 +122,10 @@ def main(argv: list[str]) -> None:
         if DISTRIBUTED.value:
             hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
         run(CONFIG.value, str(WORKDIR.value))
-    except (ValueError, FileNotFoundError, CheckpointError, NonFiniteLoss, WorkdirError) as error:
+    except (ValueError, OSError, CheckpointError, FolderInUse, NonFiniteLoss, WorkdirError) as error:
         if debug:
             raise
-        _fail(f"{error} (-v=1 shows where)", 1)
+        _fail(f"{describe(error) if isinstance(error, OSError) else error} (-v=1 shows where)", 1)
 
 
 if __name__ == "__main__":

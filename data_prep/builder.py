@@ -22,6 +22,7 @@ from data_prep.schema import DataError, Record
 from shnet_jax.data.checksums import CHECKSUMS, sha256
 from shnet_jax.data.index import Index, IndexBuilder, write_index
 from shnet_jax.data.records import SENTENCEPIECE
+from shnet_jax.observe.files import disk_faults, sole_writer
 
 VERSION = "1.0.0"
 SHARD_BYTES = 512 << 20  # large enough for sequential reads, small enough to copy and to spread over hosts
@@ -60,13 +61,18 @@ def write_dataset(
       DataError: a record is not as it has to be, an image_id occurs twice in a split or in `train*` and another split,
         a split is empty, more than half of one is to be left out.
       FileExistsError: the data set exists and `overwrite` is False.
+      FolderInUse: another process is writing it.
     """
     _check_names(name, splits)
     target = Path(out) / name / VERSION
     if target.exists() and not overwrite:
         raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
     bad = BadRecords(on_bad_record)
-    with _whole_or_nothing(target) as folder:
+    with (
+        sole_writer(target.parent),
+        disk_faults(target.parent, RuntimeError),  # of array_record
+        _whole_or_nothing(target) as folder,
+    ):
         progress = Progress(name, total)
         writer = _Writer(folder, name, dict(metadata), files or {}, progress, bad)
         indices = {split: writer.write(split, records) for split, records in splits.items()}

@@ -9,6 +9,7 @@ from functools import wraps
 
 from data_prep.bad_records import POLICIES, SKIPPED
 from data_prep.schema import DataError
+from shnet_jax.observe.files import FolderInUse, describe
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -45,14 +46,16 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reports_errors(main: Main) -> Callable[..., int]:
-    """Decorates `main(argv) -> exit status`: a fault in the data is one line on stderr and status 1, no traceback."""
+    """Decorates `main(argv) -> exit status`: faults of data and disk are one line on stderr and status 1."""
 
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         try:
             return main(argv)
-        except (DataError, FileExistsError, FileNotFoundError) as error:
+        except (DataError, FileExistsError, FileNotFoundError, FolderInUse) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+        except OSError as error:
+            print(f"error: {describe(error)}", file=sys.stderr)
+        return 1
 
     return run

@@ -32,14 +32,24 @@ def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None 
 
     Raises:
       FileNotFoundError, ValueError, WorkdirError, CheckpointError: there is nothing to load, or it does not fit.
+      ValueError: the run is older than fields that are needed now, and config is None.
     """
     path = Path(path)
     workdir, step = path, None
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         workdir, step = path.parent.parent, int(path.name)
+    own = config is None
     config = ConfigDict((trained_config(workdir) if config is None else config).to_dict())
     config.data.dir = str(data_dir) or config.data.dir
-    return Retriever(commands.load(workdir, config, step), config)
+    try:
+        return Retriever(commands.load(workdir, config, step), config)
+    except AttributeError as error:
+        if not own or "ConfigDict" not in type(error.obj).__name__:
+            raise
+        raise ValueError(
+            f"{workdir}: the run is older than the field {error.name!r}; give config=, that of its file in configs/, "
+            "which has the younger fields"
+        ) from None
 
 
 class Retriever:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import traverse_util
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 
 from shnet_jax.data.tokenise import load_tokenizer, vocabulary_file
 from shnet_jax.interop import bert_weights
 from shnet_jax.interop.published import open_published
 from shnet_jax.interop.weights_file import read_weights, write_weights
+from shnet_jax.observe.files import disk_faults, sole_writer
 from shnet_jax.plan import subject
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.workdir import CONFIG, WorkdirError, adopt, trained_config
+from shnet_jax.train.workdir import CONFIG, WorkdirError, adopt, complete, trained_config
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +91,10 @@ def load_published(config: ConfigDict, path: str | Path) -> Model:
 def load_run(workdir: str | Path, checkpoint: str = "best", own: ConfigDict | None = None) -> Model:
     """The model in a work folder; checkpoint: best | last. Where averages were kept, these are it.
 
-    own: the user's configuration, see `workdir.trained_config`.
+    own: the user's configuration; see `workdir.trained_config`. It has the fields that are younger than the run.
     """
     workdir = Path(workdir)
-    config = trained_config(workdir, own)
+    config = _trained(workdir, own)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.step(checkpoint)
     if step is None:
@@ -104,14 +107,18 @@ def load_run(workdir: str | Path, checkpoint: str = "best", own: ConfigDict | No
     return Model(config, variables, step)
 
 
-def load_folder(folder: str | Path, own: ConfigDict | None = None) -> Model:
-    """The model in a folder of `write_folder`.
+def _trained(folder: Path, own: ConfigDict | None) -> ConfigDict:
+    config = trained_config(folder, own)
+    return config if own is None else complete(config, own)
 
-    own: the user's configuration, see `workdir.trained_config`.
+
+def load_folder(folder: str | Path, own: ConfigDict | None = None) -> Model:
+    """The model in a folder of `write_folder`; own as for `load_run`.
+
     Raises ValueError naming each array that its configuration has no place for, or the other way round.
     """
     folder = Path(folder)
-    config = trained_config(folder, own)
+    config = _trained(folder, own)
     config.text.weights = ""  # they are in the folder
     variables, step = read_weights(folder / WEIGHTS)
     found, expected = (_ranks(tree) for tree in (variables, _expected(config)))
@@ -126,22 +133,27 @@ def load_folder(folder: str | Path, own: ConfigDict | None = None) -> Model:
 
 
 def write_run(workdir: Path, model: Model) -> None:
-    """A work folder that --mode=eval takes. Raises WorkdirError for one that has checkpoints."""
-    adopt(workdir, model.config, vocabulary_file(model.config))
-    checkpoints = Checkpoints(workdir, keep=1)
-    checkpoints.save_variables(model.step, jax.tree.map(jax.numpy.asarray, model.variables), {"converted": True})
-    checkpoints.close()
+    """A work folder that --mode=eval takes.
+
+    Raises WorkdirError for one that has checkpoints, FolderInUse for one that another process writes to.
+    """
+    with sole_writer(workdir):
+        adopt(workdir, model.config, vocabulary_file(model.config))
+        with closing(Checkpoints(workdir, keep=1)) as checkpoints:
+            variables = jax.tree.map(jax.numpy.asarray, model.variables)
+            checkpoints.save_variables(model.step, variables, {"converted": True})
 
 
 def write_folder(folder: Path, model: Model) -> None:
     """model.safetensors, config.json and the vocabulary in a new folder, whole or not at all."""
-    if folder.exists():
-        raise WorkdirError(f"{folder} exists already; choose another --config.convert.to")
     temporary = folder.with_name(f".{folder.name}.incomplete")  # hidden, as nobody else's
-    shutil.rmtree(temporary, ignore_errors=True)
-    adopt(temporary, model.config, vocabulary_file(model.config))
-    write_weights(temporary / WEIGHTS, model.variables, model.step)
-    temporary.rename(folder)
+    with sole_writer(folder.parent, f".{folder.name}.lock"), disk_faults(folder, SafetensorError):
+        if folder.exists():
+            raise WorkdirError(f"{folder} exists already; choose another --config.convert.to")
+        shutil.rmtree(temporary, ignore_errors=True)
+        adopt(temporary, model.config, vocabulary_file(model.config))
+        write_weights(temporary / WEIGHTS, model.variables, model.step)
+        temporary.rename(folder)
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import os
 import statistics
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -264,8 +267,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="One point of a scaling study; called by main.py --mode=scale.")
     parser.add_argument("--config", type=Path, help="configuration of the point; without it OUT describes the machine")
     parser.add_argument("--compile_only", action="store_true", help="the compiler's figures only, nothing is run")
+    parser.add_argument("--attached", action="store_true", help="end when standard input ends")
     parser.add_argument("out", type=Path)
     given = parser.parse_args(argv)
+    if given.attached:
+        threading.Thread(target=_end_with_input, daemon=True).start()
     if given.config is None:
         results: Iterable[dict[str, Any]] = [describe_machine()]
     else:
@@ -273,6 +279,12 @@ def main(argv: list[str] | None = None) -> None:
         results = [compile_point(config)] if given.compile_only else measure_point(config)
     for found in results:
         write_json(given.out, found)
+
+
+def _end_with_input() -> None:
+    """A study that was killed and started again does not find the point that it left, still at work beside its own."""
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 if __name__ == "__main__":

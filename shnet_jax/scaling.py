@@ -28,7 +28,7 @@ import jax
 from ml_collections import ConfigDict
 
 from shnet_jax.data.batches import token_buckets
-from shnet_jax.observe.files import write_json
+from shnet_jax.observe.files import sole_writer, write_json
 from shnet_jax.observe.scale_report import write_report
 from shnet_jax.observe.scale_rows import Row, Study
 from shnet_jax.train.workdir import save_config
@@ -74,13 +74,17 @@ def scale(config: ConfigDict, workdir: str | Path) -> list[Row]:
 
     An interrupted study goes on with the same command: points that were measured, or did not fit in memory, with the
     same settings on the same kind of machine are not repeated (delete points/ to repeat them); failed ones are.
-    Raises ValueError for settings that do not fit together or to the machine; ends the process with status 1 when no
-    point has a result.
+    Raises ValueError for settings that do not fit together or to the machine, FolderInUse when another study writes
+    there; ends the process with status 1 when no point has a result.
     """
     if jax.distributed.is_initialized():
         raise ValueError("--mode=scale starts processes of its own on one machine: run it without --distributed")
-    workdir = Path(workdir)
     _check(config)
+    with sole_writer(workdir):
+        return _scale(config, Path(workdir))
+
+
+def _scale(config: ConfigDict, workdir: Path) -> list[Row]:
     folder = workdir / "points"
     folder.mkdir(parents=True, exist_ok=True)
     machine = describe_machine(folder)
@@ -281,14 +285,20 @@ def _python(arguments: list[str], environment: Mapping[str, str], limit: float, 
     paths = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
     # Filtered tracebacks end in a note instead of the error.
     environment = {**environment, "PYTHONPATH": paths, "JAX_TRACEBACK_FILTERING": "off"}
-    try:
-        with log.open("wb") as out:
-            command = [sys.executable, "-m", "shnet_jax.scale_point", *arguments]
-            return subprocess.run(
-                command, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=limit, check=False
-            ).returncode
-    except subprocess.TimeoutExpired:
-        return None
+    command = [sys.executable, "-m", "shnet_jax.scale_point", "--attached", *arguments]
+    with (
+        log.open("wb") as out,
+        # Its end of the pipe tells the point when this process is gone, however it ended.
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            process.kill()
 
 
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit|Memory|Interrupt)\b.*$", re.MULTILINE)

@@ -36,7 +36,7 @@ ENTRY = {"api", "commands", "convert", "cross", "plan", "scale_point", "scaling"
 REACH = {
     "shnet_jax": {"shnet_jax"},
     "data_prep": {
-        *("data_prep", "shnet_jax.data", "shnet_jax.foreign"),
+        *("data_prep", "shnet_jax.data", "shnet_jax.foreign", "shnet_jax.observe.files"),
         *("shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle"),
     },
     "configs": {"configs"},

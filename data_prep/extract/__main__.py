@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from data_prep import command
 from data_prep.extract import run
+from shnet_jax.observe.files import sole_writer
 
 
 @command.reports_errors
@@ -22,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_arguments(parser)
     args: argparse.Namespace = parser.parse_args(argv)
     work = run.prepare(args)
-    run.extract_here(work, args)
+    with sole_writer(work.folder):
+        run.extract_here(work, args)
     print(run.build(work, args))
     return 0
 

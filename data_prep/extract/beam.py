@@ -17,6 +17,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from data_prep import command
 from data_prep.extract import blocks, run
 from data_prep.extract.settings import Settings
+from shnet_jax.observe.files import sole_writer
 
 
 class ExtractBlock(beam.DoFn):
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pending = work.pending()
     print(f"extract: {len(pending)} of {len(work.blocks)} blocks of {blocks.SIZE} photographs to do", file=sys.stderr)
     if pending:
-        with beam.Pipeline(options=PipelineOptions(beam_flags)) as pipeline:
+        with sole_writer(work.folder), beam.Pipeline(options=PipelineOptions(beam_flags)) as pipeline:
             _ = (
                 pipeline
                 | beam.Create(pending)

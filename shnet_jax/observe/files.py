@@ -1,14 +1,121 @@
-"""Files that are whole or not there: what is interrupted leaves the one before."""
+"""Files that are whole or not there, and folders that one process at a time writes to."""
 
 from __future__ import annotations
 
+import datetime
+import errno
+import fcntl
 import json
+import logging
+import os
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LOCK = ".lock"
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+log = logging.getLogger(__name__)
+
+
+class FolderInUse(RuntimeError):
+    """Another process writes to the folder."""
+
 
 def write_json(path: Path, document: Any) -> None:
-    """`document` as JSON, indented."""
+    """`document` as JSON, indented; what is interrupted leaves the file that was there before."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def free_space(path: str | Path) -> str:
+    """What is free on the disk of a file or folder, or of the nearest folder above it that exists, in words."""
+    path = Path(path).absolute()
+    usage = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists()))
+    return f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free"
+
+
+@contextmanager
+def sole_writer(folder: str | Path, name: str = LOCK) -> Iterator[None]:
+    """Makes this process the only one that writes to `folder`, which is made if it is not there.
+
+    The lock (flock on a file in it) is the kernel's and ends with the process, however that ends. Who only reads takes
+    no notice of it. A file system without locks gets a warning. name: of the file, where only a part of the folder is
+    meant.
+    Raises FolderInUse, naming process and host, when another process has it; nothing was changed then.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    file = _locked(path)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}: {shlex.join(sys.argv)}\n".encode())
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _OF_DISKS:  # Python does not say which file a write was for
+            error.filename = str(folder)
+        raise
+    finally:
+        path.unlink(missing_ok=True)  # before the lock goes with the file
+        file.close()
+
+
+@contextmanager
+def disk_faults(folder: str | Path, *kinds: type[Exception]) -> Iterator[None]:
+    """A full disk, of which libraries tell by exceptions of these kinds, as the OSError about `folder` that it is."""
+    try:
+        yield
+    except kinds as error:
+        full = os.strerror(errno.ENOSPC)
+        if full not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, full, str(folder)) from error
+
+
+def describe(error: OSError) -> str:
+    """What the system refused, at which file, and what of it can be seen: one line."""
+    name = error.filename2 or error.filename
+    where = f"{name}: " if name is not None else ""
+    text = f"{where}{error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = f"; {free_space(os.fsdecode(name))} there" if isinstance(name, (str, bytes, os.PathLike)) else ""
+        return f"{text}{free}. What was whole before is so still: make space, then give the same command"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{text}; needed was to write there, as user {os.geteuid()}"
+    return text
+
+
+def _locked(path: Path) -> Any:
+    """The file, locked. Again when its last holder removed it between opening and locking."""
+    while True:
+        file = path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read().decode(errors="replace").strip() or "another process"
+            raise FolderInUse(
+                f"{path.parent} is being written to by {holder}\nNothing was changed: wait for it, end it, or choose "
+                "another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                file.close()
+                raise
+            log.warning("%s: this file system has no locks; see to it that no second run writes here", path.parent)
+            return file
+        file.close()
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(" ", "seconds")

@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 FILE = "metrics.jsonl"
 KINDS = ("train", "eval")
@@ -39,7 +42,7 @@ class MetricWriter:
         if resumed:
             _drop_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resumed else None)
+        self._board = _Board(workdir / "tensorboard", purge_step=resume_step + 1 if resumed else None)
 
     def write(
         self,
@@ -65,13 +68,41 @@ class MetricWriter:
         self._file.flush()
         for group, scalars in ((kind, values), ("timing", timing or {})):
             for name, value in scalars.items():
-                self._board.add_scalar(f"{group}/{name}", float(value), step)
+                self._board.add(f"{group}/{name}", float(value), step)
         self._board.flush()
 
     def close(self) -> None:
         """Closes both files."""
         self._file.close()
         self._board.close()
+
+
+class _Board:
+    """TensorBoard's events, written by the thread that calls.
+
+    tensorboardX's own SummaryWriter has a thread of its own: that dies of a full disk, and the queue to it then fills
+    until training waits forever.
+    purge_step: TensorBoard forgets what it knows of this step and later ones.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        if purge_step is not None:
+            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, name: str, value: float, step: int) -> None:
+        self._write(Event(step=step, summary=scalar(name, value)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 class NoWriter:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from shnet_jax.data.gallery import Part, open_gallery
@@ -24,6 +24,7 @@ from shnet_jax.evaluate.tiles import one_behind
 from shnet_jax.evaluate.towers import Tower, make_towers
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe.clock import Clock
+from shnet_jax.observe.files import disk_faults, sole_writer
 from shnet_jax.observe.progress import Progress
 from shnet_jax.retrieve import tensors
 from shnet_jax.retrieve.folder import (
@@ -53,6 +54,7 @@ def embed(
 
     Raises:
       ValueError: the folder holds embeddings of another source, or parts of them.
+      FolderInUse: another process is writing it.
     """
     folder = Path(folder)
     rows = experiment.config.eval.batch_size * mesh.size
@@ -61,7 +63,17 @@ def embed(
     source = {"format": FORMAT} | source | {"batch_rows": rows}
     if (made := read_source(folder)) is not None:
         check_source(folder / SOURCE, made, source)
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # of a run that was killed just before it removed them
         return open_embeddings(folder)
+    with sole_writer(folder), disk_faults(folder, SafetensorError):
+        _write(experiment, variables, split, mesh, folder, source)
+    return open_embeddings(folder)
+
+
+def _write(
+    experiment: Experiment, variables: dict[str, Any], split: str, mesh: Mesh, folder: Path, source: dict[str, Any]
+) -> None:
+    rows = source["batch_rows"]
     gallery = open_gallery(experiment.config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
     parts = folder / PARTS
     begun = read_source(parts)
@@ -86,7 +98,6 @@ def embed(
     write_json(folder / IDS, dataclasses.asdict(make_ids(experiment.dataset, split)))
     write_json(folder / SOURCE, source)
     shutil.rmtree(parts)
-    return open_embeddings(folder)
 
 
 def check_source(path: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k
 from shnet_jax.foreign import read_object
 from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.observe.files import disk_faults, sole_writer
 from shnet_jax.retrieve.backends import Index, digest
 from shnet_jax.retrieve.faiss_index import FaissIndex
 from shnet_jax.retrieve.folder import Embeddings, write_json
@@ -42,6 +43,9 @@ def open_index(search: ConfigDict, embeddings: Embeddings, side: str, tile: int,
     Returns:
       The index, and what is known of it: kind, settings, vectors, effort, recall (share of the exact first `depth`
       found with that effort), queries (that it was measured with).
+
+    Raises:
+      FolderInUse: another process writes to the folder of the embeddings.
     """
     build: type[Index] = BUILDERS[search.index]
     note = embeddings.folder / f"index_{search.index}_{side}.json"
@@ -55,11 +59,12 @@ def open_index(search: ConfigDict, embeddings: Embeddings, side: str, tile: int,
     index = build.open(search, embeddings, side) if {key: known.get(key) for key in wanted} == wanted else None
     if index is not None and known.get("effort") == search.effort:
         return index, known
-    if index is None:
-        note.unlink(missing_ok=True)  # a build that is interrupted leaves an index that nothing is known of
-        index = build.make(search, embeddings, side)
-    known = wanted | {"effort": search.effort} | measured(index, embeddings, side, tile, mesh)
-    write_json(note, known)
+    with sole_writer(embeddings.folder), disk_faults(embeddings.folder, RuntimeError):  # of FAISS
+        if index is None:
+            note.unlink(missing_ok=True)  # a build that is interrupted leaves an index that nothing is known of
+            index = build.make(search, embeddings, side)
+        known = wanted | {"effort": search.effort} | measured(index, embeddings, side, tile, mesh)
+        write_json(note, known)
     return index, known
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,9 @@ def create(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -
     text += b" " * (-len(text) % _LENGTH)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(_LENGTH, "little") + text)
-        file.truncate(_LENGTH + len(text) + offset)
+        file.flush()
+        # Really there: a full disk is an error here, and not a crash (SIGBUS) when the map is written to.
+        os.posix_fallocate(file.fileno(), 0, _LENGTH + len(text) + offset)
     return _map(path, "r+")
 
 

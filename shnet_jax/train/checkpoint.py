@@ -1,28 +1,42 @@
 """Checkpoints: all of a state (parameters, optimiser, averages, queues, ...), data position, clock and metric as one.
 
 The only file that imports orbax. Saving is asynchronous; a step's folder gets its name only when it is complete, so a
-run killed while saving continues from the checkpoint before.
+run killed while saving continues from the checkpoint before. The thread that writes it also reads it once more for its
+checksums (`train.integrity`), just before it is named: training waits for that no more than for the writing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
+from absl import logging as absl_logging
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
+from shnet_jax.observe.files import free_space
+from shnet_jax.train import integrity
+from shnet_jax.train.integrity import CheckpointError
 from shnet_jax.train.state import TrainState
 
 SELECTION_METRICS = ("person_r1", "rsum")
 """Keys of the validation result; the first that is there decides which checkpoint is the best (higher is better)."""
 
 
+log = logging.getLogger(__name__)
+
+_FROM_ORBAX = (OSError, ValueError, RuntimeError)  # a disk that is full or gone, from Python or from TensorStore
+_REMOVED = "removed"  # checkpoints that are no longer kept, until their files are deleted
 _ITEMS = ("model", "loss", "ema", "batch_stats", "momentum", "trainer")  # arrays, each under its own name
 
 
@@ -31,12 +45,11 @@ def _selection(metrics: dict[str, float]) -> float:
 
 
 def _says_something(record: Any) -> bool:
-    # Orbax warns of each checkpoint between two evaluations that it has no metric, and of each folder only read.
+    # Orbax warns of each checkpoint between two evaluations that it has no metric, and of each folder only read. What
+    # fails in its threads it logs with a traceback for each of them, and raises as well: our own message is of that.
+    if record.exc_info and not absl_logging.vlog_is_on(1):
+        return not ("orbax" in record.pathname or "No space left on device" in str(record.exc_info[1]))
     return not any(text in str(record.msg) for text in ("did not provide metrics", "directory is read only"))
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, does not fit the model, or cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +69,37 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int | None = None):
         self.folder = Path(workdir).absolute() / "checkpoints"
+        self._saving: int | None = None
+        self._checked: set[int] = set()
+        for step in integrity.steps(self.folder):  # which one is the best is read from all of them
+            integrity.check(self.folder, step, below="metrics/")
         policies = checkpoint_managers
         if keep is None:
             access: dict[str, Any] = {"read_only": True, "create": False, "save_interval_steps": 0}
         else:
             best = policies.BestN(get_metric_fn=_selection, n=1, keep_checkpoints_without_metrics=False)
             kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
-            access = {"cleanup_tmp_directories": True, "preservation_policy": kept}
-        logging.get_absl_logger().addFilter(_says_something)
+            # Renamed before they are deleted: a run killed while deleting leaves no half checkpoint.
+            access = {"cleanup_tmp_directories": True, "preservation_policy": kept, "todelete_subdir": _REMOVED}
+        for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+            logger.addFilter(_says_something)
         arrays = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
         self._manager = ocp.CheckpointManager(
             self.folder,
             # Named here, since a manager that has not yet saved would not know how to read them.
             item_handlers=arrays | {"notes": ocp.JsonCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(best_fn=_selection, best_mode="max", **access),
+            options=ocp.CheckpointManagerOptions(
+                best_fn=_selection,
+                best_mode="max",
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+                **access,
+            ),
         )
+
+    def _seal(self) -> None:
+        """All files of the step that is being saved are there; its folder does not yet have its name."""
+        for folder in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            integrity.write_checksums(folder)
 
     def save(
         self,
@@ -86,18 +115,37 @@ class Checkpoints:
         """
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items |= {"notes": ocp.args.JsonSave(notes), "data": grain.checkpoint.CheckpointSave(iterator)}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        self._save(step, items, metrics)
 
     def save_variables(self, step: int, variables: dict[str, Any], notes: dict[str, Any]) -> None:
         """Saves {"params", "batch_stats"} and `notes` alone: can be evaluated, not continued. Returns when on disk."""
         trees = {"model": variables["params"], "batch_stats": variables["batch_stats"]}
         items: dict[str, Any] = {n: ocp.args.StandardSave(tree) for n, tree in trees.items() if jax.tree.leaves(tree)}
-        self._manager.save(step, args=ocp.args.Composite(notes=ocp.args.JsonSave(notes), **items))
+        self._save(step, items | {"notes": ocp.args.JsonSave(notes)})
         self.wait()
 
+    def _save(self, step: int, items: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        self.wait()
+        self._saving = step
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        except _FROM_ORBAX as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception) -> CheckpointError:
+        last = integrity.steps(self.folder)
+        return CheckpointError(
+            f"checkpoint {self._saving} could not be written to {self.folder}, where {free_space(self.folder)}: "
+            f"{_reason(error)}. The checkpoints before it are as they were"
+            + (f", the last one is {last[-1]}: the same command goes on from it" if last else "")
+        )
+
     def abstract_variables(self, step: int, *, averaged: bool) -> dict[str, Any]:
-        """Shapes and dtypes of what `restore_variables` gives, as they were saved."""
-        saved = self._manager.item_metadata(step)
+        """Shapes and dtypes of what `restore_variables` gives, as they were saved.
+
+        Raises CheckpointError for a damaged file.
+        """
+        saved = self._saved(step)
         trees = dict(saved["ema"]) if averaged else {"params": saved["model"], "batch_stats": saved.get("batch_stats")}
         return {
             name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(trees.get(name) or {}))
@@ -105,12 +153,20 @@ class Checkpoints:
         }
 
     def wait(self) -> None:
-        """Until what was started to be saved is on disk."""
-        self._manager.wait_until_finished()
+        """Until what was started to be saved is on disk. Raises CheckpointError when it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except _FROM_ORBAX as error:
+            raise self._not_written(error) from error
+        if self._saving is not None and jax.process_index() == 0:
+            shutil.rmtree(self.folder / _REMOVED, ignore_errors=True)
 
     def close(self) -> None:
         """Waits and lets go of the folder."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     @property
     def best(self) -> int | None:
@@ -122,22 +178,35 @@ class Checkpoints:
         if which not in ("last", "best"):
             raise ValueError(f"config.eval.checkpoint is {which!r}; choose best or last")
         if which == "best" and self.best is not None:
+            if aside := integrity.damaged(self.folder):
+                log.warning(
+                    "%s: %s was set aside as damaged; %d is the best of the others",
+                    self.folder,
+                    ", ".join(aside),
+                    self.best,
+                )
             return self.best
         return self._manager.latest_step()
 
+    def check(self, step: int) -> None:
+        """Raises CheckpointError, naming file and fault, when a file of this step is not the one that was written."""
+        if step not in self._checked:
+            integrity.check(self.folder, step)
+            self._checked.add(step)
+
     def notes(self, step: int) -> dict[str, Any]:
         """The notes saved with a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
+        return self._read(step, {"notes": ocp.args.JsonRestore()})["notes"]
 
     def restore(self, step: int, like: TrainState, iterator: grain.DatasetIterator) -> Restored:
         """The state of a step in the structure, shapes and shardings of `like`; moves `iterator` to its position.
 
-        Raises CheckpointError when the saved arrays differ from `like` in structure or shape.
+        Raises CheckpointError for a damaged file, or when the saved arrays differ from `like` in structure or shape.
         """
         target = _items(like)
         items = {name: self._request(step, name, tree) for name, tree in target.items()}
         items |= {"notes": ocp.args.JsonRestore(), "data": grain.checkpoint.CheckpointRestore(iterator)}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        restored = self._read(step, items)
         return Restored(_from_items({n: restored[n] for n in target}, like), restored.notes)
 
     def restore_variables(
@@ -147,19 +216,38 @@ class Checkpoints:
 
         on_host: in the memory of the host, for what is more than a device holds.
 
-        Raises CheckpointError when they differ from `like` in structure or shape.
+        Raises CheckpointError for a damaged file, or when they differ from `like` in structure or shape.
         """
         one = SingleDeviceSharding(jax.local_devices(backend="cpu" if on_host else None)[0])
         wanted = {"ema": like} if averaged else {"model": like["params"], "batch_stats": like["batch_stats"]}
         wanted = {item: tree for item, tree in wanted.items() if jax.tree.leaves(tree)}
         items = {item: self._request(step, item, tree, one) for item, tree in wanted.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        restored = self._read(step, items)
         if averaged:
             return restored["ema"]
         return {"params": restored["model"], "batch_stats": restored.get("batch_stats", like["batch_stats"])}
 
+    def _read(self, step: int, items: dict[str, Any]) -> Any:
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _saved(self, step: int) -> Any:
+        """Shapes and dtypes of the items of a step."""
+        with self._reading(step):
+            return self._manager.item_metadata(step)
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        self.check(step)
+        try:
+            yield
+        except (OSError, ValueError) as error:  # without checksums this is how damage shows
+            if not (self.folder / str(step)).exists():
+                raise integrity.removed(self.folder, step) from error
+            raise CheckpointError(f"checkpoint {step} in {self.folder} cannot be read: {_reason(error)}") from error
+
     def _request(self, step: int, name: str, tree: Any, sharding: Any = None) -> ocp.args.CheckpointArgs:
-        saved = self._manager.item_metadata(step).get(name)
+        saved = self._saved(step).get(name)
         if saved is None and name == "trainer":
             raise CheckpointError(
                 f"checkpoint {step} in {self.folder} holds weights alone, as --mode=convert writes them: it can be "
@@ -183,6 +271,12 @@ class Checkpoints:
                 f"checkpoint {step} in {self.folder} does not fit this configuration and data set "
                 f"(another model, text tower or feature size?):\n  {shown}"
             )
+
+
+def _reason(error: Exception) -> str:
+    """In few words; TensorStore tells every layer between the array and the file."""
+    full = os.strerror(errno.ENOSPC)
+    return full if full in str(error) else next(iter(str(error).splitlines()), type(error).__name__)[:300]
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 from contextlib import closing
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import one_line
 from shnet_jax.evaluate.split import make_evaluator, subject
-from shnet_jax.experiment import assemble
+from shnet_jax.experiment import Experiment, assemble
 from shnet_jax.observe import cost
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.curves import write_curves
@@ -26,7 +27,7 @@ from shnet_jax.parallel.mapping import put_batch
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.prepare import prepare
 from shnet_jax.train.signals import Interrupted, stop_signals
-from shnet_jax.train.workdir import WorkdirError, claim
+from shnet_jax.train.workdir import claimed
 
 log = logging.getLogger(__name__)
 
@@ -42,21 +43,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     """Trains to the end, from the last checkpoint in `workdir` if there is one; returns the last validation result.
 
     Writes config.json, the vocabulary, metrics.jsonl, TensorBoard events, curves.png and checkpoints/ into `workdir`.
-    Raises NonFiniteLoss, and Interrupted after SIGTERM or SIGINT; in both cases the state was saved. When a loss is
-    found not to be finite the next batch is usually on its way, and changes nothing either: a run that then continues
-    with config.train.on_nonfinite = "skip" goes without both.
+    No other run can write there meanwhile (FolderInUse), and a damaged checkpoint is set aside for the one before it.
+    Raises NonFiniteLoss, and Interrupted after SIGTERM or SIGINT; in both cases the state was saved. After a loss that
+    is not finite, config.train.on_nonfinite = "skip" goes on as if it had been set from the start.
     """
-    workdir = Path(workdir)
     experiment = assemble(config)
+    with claimed(Path(workdir), experiment):
+        return _train(experiment, Path(workdir))
+
+
+def _train(experiment: Experiment, workdir: Path) -> Results:
     config, data = experiment.config, experiment.config.data
-    refused: WorkdirError | None = None
-    try:
-        if hosts.is_first():
-            claim(workdir, experiment)
-    except WorkdirError as error:
-        refused = error
-    if hosts.anywhere(refused is not None):  # all end, none waits for the others
-        raise refused or WorkdirError(f"{workdir}: refused by process 0, whose message says why")
     parts = prepare(experiment)
     mesh, iterator, total_steps = parts.mesh, parts.iterator, parts.total_steps
     evaluate = make_evaluator(experiment, data.val_split, mesh)
@@ -85,6 +82,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     eval_steps = max(1, round(every * parts.steps_per_epoch)) if every else total_steps
     utilisation = cost.Utilisation(parts.step, mesh.size, (config.model.dtype, config.text.dtype))
     results: Results | None = None
+    place, latest = iterator.get_state(), dict[str, Any]()
     pending: tuple[int, dict[str, np.ndarray], dict[str, Any]] | None = None
 
     def look(at: int, batch: dict[str, np.ndarray], metrics: dict[str, Any]) -> None:
@@ -95,6 +93,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
             if config.train.on_nonfinite == "skip":
                 log.warning("%s; its update was skipped", message)
             else:
+                step_back(at)
                 save()
                 raise NonFiniteLoss(
                     f"{message}. The parameters before it are saved in {checkpoints.folder}. Look at these images, "
@@ -102,6 +101,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
                     "--config.train.on_nonfinite=skip"
                 )
         progress.update(at, clock, loss=float(metrics["loss"]))
+
+    def step_back(at: int) -> None:
+        # The batch after the one that is looked at is on its way. After a fault it changes no more than the counters.
+        nonlocal state
+        if int(state.step) > at:
+            counted = latest["nonfinite"].astype(state.nonfinite.dtype)
+            state = dataclasses.replace(state, step=state.step - 1, nonfinite=state.nonfinite - counted)
+            iterator.set_state(place)
 
     def learning_rate() -> float:
         updates = (int(state.step) - int(state.nonfinite)) // config.optim.accumulate
@@ -116,18 +123,19 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     alone = hosts.ending_together(NonFiniteLoss)
     with stop_signals() as stopped, clock, closing(checkpoints), closing(writer), closing(progress), alone:
         for at in range(first + 1, total_steps + 1):
+            place = iterator.get_state()
             with clock.waiting_for_data():
                 batch = next(iterator)
             device_batch = put_batch(batch, mesh, config.parallel.mapping)
             with clock.paused():  # compiles when the shapes are new
                 utilisation.count(state, device_batch, parts.table)
-            state, metrics = parts.step(state, device_batch, parts.table)
-            sums = _add(sums, metrics)
-            clock.tick(config.train.batch_size)
+            state, latest = parts.step(state, device_batch, parts.table)
             # The step before this one is finished by now: looking at its numbers keeps the device busy.
             if pending is not None:
                 look(*pending)
-            pending = (at, batch, metrics)
+            pending = (at, batch, latest)
+            sums = _add(sums, latest)
+            clock.tick(config.train.batch_size)
             # One answer for the rest of this step, and the same in all processes, which ask each other now and then.
             ask = jax.process_count() == 1 or at % STOP_STEPS == 0
             stop = hosts.anywhere(bool(stopped)) if ask else False

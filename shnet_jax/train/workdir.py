@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,13 @@ from shnet_jax import foreign, registry
 from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.data.tokenise import vocabulary_file
 from shnet_jax.experiment import Experiment
+from shnet_jax.observe.files import FolderInUse, sole_writer
+from shnet_jax.parallel import hosts
+from shnet_jax.train.integrity import CheckpointError, set_damaged_aside
 
 CONFIG = "config.json"
+
+log = logging.getLogger(__name__)
 
 # What may differ between the runs of one work folder: nothing that changes the parameters. Data set and vocabulary may
 # have moved, so their paths are free and their contents are compared.
@@ -43,8 +52,33 @@ FREE_TO_CHANGE = (
 SELECTING = ("config.eval.person", "config.eval.protocols")
 
 
+# Fields of these that a run's file does not have, as it is older than they, have to be off: they would change what it
+# learns. Others are options of something that is off, or say what it did anyway, and are taken as they are given.
+SWITCHES = re.compile(r"config\.(loss\.weights\.|optim\.|momentum\.queue|model\.\w+:)")
+
+
 class WorkdirError(RuntimeError):
     """A folder is not the work folder of a run, or not of this one."""
+
+
+@contextmanager
+def claimed(workdir: Path, experiment: Experiment) -> Iterator[None]:
+    """`workdir` is the folder of this configuration and of this job alone, and its checkpoints are whole.
+
+    Raises what process 0 finds against it, in all processes: FolderInUse, WorkdirError, CheckpointError or OSError.
+    """
+    refused: Exception | None = None
+    with ExitStack() as held:
+        try:
+            if hosts.is_first():
+                held.enter_context(sole_writer(workdir))
+                claim(workdir, experiment)
+                set_damaged_aside(workdir)
+        except (FolderInUse, WorkdirError, CheckpointError, OSError) as error:
+            refused = error
+        if hosts.anywhere(refused is not None):  # all end, none waits for the others
+            raise refused or WorkdirError(f"{workdir}: refused by process 0, whose message says why")
+        yield
 
 
 def claim(workdir: Path, experiment: Experiment) -> None:
@@ -59,8 +93,7 @@ def claim(workdir: Path, experiment: Experiment) -> None:
     if any((workdir / "checkpoints").glob("*")):
         if not path.exists():
             raise WorkdirError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
-        found = differences(experiment.config.to_dict(), load_config(path).to_dict())
-        found = [line for line in found if line.startswith(SELECTING) or not line.startswith(FREE_TO_CHANGE)]
+        found = _changes(experiment.config.to_dict(), load_config(path), workdir)
         for copy, original in kept.items():
             if copy.exists() and original.exists() and copy.read_bytes() != original.read_bytes():
                 found.append(f"{original} differs from what the run began with, {copy.name}")
@@ -70,6 +103,8 @@ def claim(workdir: Path, experiment: Experiment) -> None:
                 + "\n  ".join(found)
             )
         return
+    if (workdir / "dataset_info.json").exists() or (path.exists() and "train" not in load_config(path)):
+        raise WorkdirError(f"{workdir} holds something else than a run; choose another --workdir")
     path.unlink(missing_ok=True)  # until all is in place
     workdir.mkdir(parents=True, exist_ok=True)
     for copy, original in kept.items():
@@ -77,6 +112,34 @@ def claim(workdir: Path, experiment: Experiment) -> None:
         if original.exists():  # sets of other tools have no checksums
             shutil.copyfile(original, copy)
     save_config(experiment.config, path)
+
+
+def _changes(config: dict[str, Any], saved: ConfigDict, workdir: Path) -> list[str]:
+    """What keeps a run with the configuration `saved` from going on with `config`, a line for each field."""
+    found = differences(config, complete(saved, ConfigDict(config)).to_dict())
+    found = [line for line in found if line.startswith(SELECTING) or not line.startswith(FREE_TO_CHANGE)]
+    younger = [line for line in found if not _has(saved, line) and not SWITCHES.match(line)]
+    if younger:
+        given = ", ".join(line.rpartition(", there ")[0] for line in younger)
+        log.info("%s: this run is older than some fields, which are taken as --config gives them: %s", workdir, given)
+    gone = [line for line in found if ": 'absent', there " in line and not _get(saved, line)]
+    return [line for line in found if line not in younger and line not in gone]
+
+
+def _get(config: ConfigDict, line: str) -> Any:
+    """The value that a line of `differences` is about; KeyError when there is none."""
+    value: Any = config
+    for name in line.partition(":")[0].split(".")[1:]:
+        value = value[name]
+    return value
+
+
+def _has(config: ConfigDict, line: str) -> bool:
+    try:
+        _get(config, line)
+    except KeyError:
+        return False
+    return True
 
 
 def adopt(workdir: Path, config: ConfigDict | FrozenConfigDict, vocabulary: Path) -> None:
@@ -132,12 +195,11 @@ def save_config(config: ConfigDict | FrozenConfigDict, path: Path) -> None:
 
 
 def load_config(path: Path) -> ConfigDict:
-    """A configuration saved by `save_config`. Raises ValueError for a file that is none."""
-    found = foreign.read_object(path)
+    """A configuration saved by `save_config`. Raises WorkdirError for a file that is none."""
     try:
-        return ConfigDict(_tuples(found))
-    except (TypeError, ValueError, AttributeError) as error:  # names that a field cannot have
-        raise ValueError(f"{path}: no configuration: {error}") from None
+        return ConfigDict(_tuples(foreign.read_object(path)))
+    except (TypeError, ValueError, AttributeError) as error:  # also of names that a field cannot have
+        raise WorkdirError(f"{path}: not the JSON of a configuration ({error})") from None
 
 
 def complete(saved: ConfigDict, like: ConfigDict) -> ConfigDict:

@@ -32,13 +32,13 @@ def command(workdir: Path) -> list[str]:
     return [sys.executable, "main.py", *FLAGS, *rest, f"--workdir={workdir}"]
 
 
-def start(workdir: Path) -> subprocess.Popen[str]:
+def start(workdir: Path, *more: str) -> subprocess.Popen[str]:
     environment = os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tiny.folder() / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    return subprocess.Popen(command(workdir), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command(workdir), *more], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def finish(workdir: Path) -> None:

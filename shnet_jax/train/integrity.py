@@ -1,0 +1,161 @@
+"""Checksums of a checkpoint's files: written before its folder gets its name, compared before it is read.
+
+    checkpoints/300/checksums.json   {"model/d/87a1bf": {"bytes": 202, "sha256": "5e1c..."}, ...}
+
+Orbax names the folder of a step when all of it is written; the checksums are made just before, so no kill can leave a
+named step without them. A step that has none comes from an earlier version of this code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shnet_jax.observe.files import write_json
+
+CHECKSUMS = "checksums.json"
+DAMAGED = ".damaged"
+
+log = logging.getLogger(__name__)
+
+# Orbax writes these two once more when it names the folder. Of the first all but the time of that is compared; nothing
+# is read from the second.
+_METADATA, _COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
+_TIME = "commit_timestamp_nsecs"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, does not fit the model, or cannot be read or written."""
+
+
+def write_checksums(folder: Path) -> None:
+    """Size and SHA-256 of each file below `folder` into its checksums.json."""
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    write_json(folder / CHECKSUMS, {n: _measure(folder / n) for n in names if n not in (_COMMITTED, CHECKSUMS)})
+
+
+def faults(folder: Path, below: str = "") -> list[str] | None:
+    """What is wrong with the files of a checkpoint, one line each; None when it has no checksums.
+
+    below: only the files whose name begins so, as far as it is known which these are.
+    """
+    if not (folder / CHECKSUMS).exists():
+        return None
+    return list(_faults(folder, below))
+
+
+def _faults(folder: Path, below: str) -> Iterator[str]:
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        known = {name: dict(entry) for name, entry in expected.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        if not below:
+            yield f"{CHECKSUMS}: expected a JSON object of sizes and SHA-256, found {error}"
+        return
+    for name, entry in known.items():
+        if not name.startswith(below):
+            continue
+        try:
+            found = _measure(folder / name)
+        except FileNotFoundError:
+            yield f"{name}: expected {entry.get('bytes', 'some')} bytes, found no file"
+        except (OSError, ValueError) as error:
+            yield f"{name}: cannot be read: {error}"
+        else:
+            differing = [key for key in found if found[key] != entry.get(key)]
+            if differing:
+                key = differing[0]
+                yield f"{name}: expected {_text(key, entry.get(key))}, found {_text(key, found[key])}"
+
+
+def _text(key: str, value: Any) -> str:
+    return f"{value} bytes" if key == "bytes" else f"{key} {value}"
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    if path.name == _METADATA:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata.pop(_TIME, None)
+        return {"sha256": hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()}
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def check(folder: Path, step: int, below: str = "") -> None:
+    """Raises CheckpointError when a file of the checkpoint `folder`/`step` is not the one that was written.
+
+    It names the file, what was expected and found, and the checkpoints that are whole. Where nothing is known of the
+    files there is a warning. below: as in `faults`.
+    """
+    found = faults(folder / str(step), below)
+    if found is None and not below:
+        log.warning(
+            "checkpoint %d in %s has no %s (an earlier version saved it): whether its files are whole is not known",
+            step,
+            folder,
+            CHECKSUMS,
+        )
+    if not found:
+        return
+    if not (folder / str(step)).exists():
+        if below:
+            return
+        raise removed(folder, step)
+    whole = [other for other in steps(folder) if faults(folder / str(other)) == []]
+    raise CheckpointError(
+        f"checkpoint {step} in {folder} is damaged:\n  "
+        + "\n  ".join(found[:5] + ([f"and {len(found) - 5} more"] if len(found) > 5 else []))
+        + f"\nWhole are: {', '.join(map(str, whole)) or 'none'}. Training, started again, sets the damaged one aside "
+        "and goes on from the last whole one"
+    )
+
+
+def removed(folder: Path, step: int) -> CheckpointError:
+    """What to raise for a checkpoint that has gone since it was chosen."""
+    return CheckpointError(
+        f"checkpoint {step} in {folder} was removed while it was read, by the training that goes on there: run this "
+        "again"
+    )
+
+
+def set_damaged_aside(workdir: str | Path) -> None:
+    """Renames each damaged checkpoint to STEP.damaged and warns of it; who goes on then takes the last whole one.
+
+    Raises CheckpointError, and renames nothing, when none is whole.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+    found = {step: faults(folder / str(step)) for step in steps(folder)}
+    damaged = {step: lines for step, lines in found.items() if lines}
+    if damaged and len(damaged) == len(found):
+        shown = "\n  ".join(f"{step}/{lines[0]}" for step, lines in damaged.items())
+        raise CheckpointError(
+            f"{folder}: no checkpoint is whole:\n  {shown}\nTo train from the start choose another --workdir, or move "
+            "this folder away"
+        )
+    for step, lines in damaged.items():
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        name = _set_aside(folder, step).name
+        log.warning(
+            "checkpoint %d in %s is damaged and was skipped, it is %s now: %s%s", step, folder, name, lines[0], more
+        )
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that have a folder below `folder`, ascending; those that were set aside are none."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+
+
+def damaged(folder: Path) -> list[str]:
+    """Names of the checkpoints that were set aside."""
+    return sorted(path.name for path in folder.glob(f"*{DAMAGED}*"))
+
+
+def _set_aside(folder: Path, step: int) -> Path:
+    names = (folder / f"{step}{DAMAGED}{f'.{i}' if i > 1 else ''}" for i in range(1, 1000))
+    target = next(name for name in names if not name.exists())
+    return (folder / str(step)).rename(target)

@@ -1,0 +1,307 @@
+"""Kills real processes at random moments and starts them again: `python -m tests.soak --kills=50 --seed=0`.
+
+Killed (-9 and SIGTERM) are training, also while it writes a checkpoint; evaluation; an importer; --mode=embed; the
+building of a FAISS index, where FAISS is installed; a small --mode=scale. Each is killed a few times, started again by
+the same command until it ends by itself, and must then have left what a run that nobody disturbed leaves: the same
+parameters bit by bit, the same log, the same files byte by byte, the same results.
+
+The processes are forks of one that has imported the libraries and done nothing else, which saves the seconds of that at
+every start. Prints a line for each kill and a table; exits with status 1 when anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+STEPS = 30
+PATIENCE = 300.0  # seconds that no run may take
+KILLS_OF_A_RUN = 4  # then it may end
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+
+# Imported once, by the process that the others are forks of.
+PRELOADED = [
+    "absl.app", "jax", "optax", "flax.linen", "grain", "orbax.checkpoint", "tensorflow_datasets", "sentencepiece",
+    "safetensors.numpy", "matplotlib.pyplot", "ml_collections.config_flags",
+]  # fmt: skip
+
+
+def start(command: list[str], log: Path) -> multiprocessing.context.ForkServerProcess:
+    """The process of `python COMMAND`, whose output goes to `log`."""
+    process = multiprocessing.get_context("forkserver").Process(target=_become, args=(command, str(log)))
+    process.start()
+    return process
+
+
+def _become(command: list[str], log: str) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.path.insert(0, str(ROOT))
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to kill.
+
+    command: of a run that writes below a folder. result: what it has left there, in a form that == compares.
+    ready: whether a certain moment to kill has come, for kills that wait for one. weight: its share of the kills.
+    """
+
+    name: str
+    command: Callable[[Path], list[str]]
+    result: Callable[[Path], Any]
+    weight: float
+    ready: Callable[[Path], bool] | None = None
+
+
+@dataclass
+class Tally:
+    """A row of the table."""
+
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys((s.name for s in SIGNALS), 0))
+    runs: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def flags(data: Path, mode: str, **changes: Any) -> list[str]:
+    """Of main.py, for the tiny model on the tiny data set."""
+    from tests.train import tiny
+
+    values = dict(tiny.CHANGES) | {"data.dir": data, "model.name": "tests.train.toy", "train.steps": STEPS}
+    values |= {"train.eval_epochs": 1.0, "eval.batch_size": 4}
+    values |= {name.replace("__", "."): value for name, value in changes.items()}
+    return ["main.py", f"--mode={mode}", "--config=configs/demo.py", *(f"--config.{n}={v}" for n, v in values.items())]
+
+
+def subjects(place: Path) -> tuple[list[Subject], list[str]]:
+    """All that can be killed here, and a line for what cannot; what they need is made in `place`."""
+    from tests.train import tiny
+
+    data, trained, features = tiny.dataset().parent, place / "trained", place / "npy"
+    finish([*flags(data, "train"), f"--workdir={trained}"], place / "trained.log")
+    write_features(features)
+
+    def parameters(folder: Path) -> Any:
+        arrays = tiny.arrays(folder, STEPS)
+        assert len(arrays) > 20
+        return {n: (a.dtype.str, a.shape, a.tobytes()) for n, a in arrays.items()}, tiny.lines(folder), names(folder)
+
+    def names(folder: Path) -> list[str]:  # nothing half written, nothing set aside
+        return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+    def saving(folder: Path) -> bool:
+        return any((folder / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+    def with_run(mode: str, **changes: Any) -> Callable[[Path], list[str]]:
+        def command(folder: Path) -> list[str]:
+            if not folder.exists():
+                shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("results_*", "queries_*"))
+            return [*flags(data, mode, **changes), f"--workdir={folder}"]
+
+        return command
+
+    def results(folder: Path) -> Any:
+        found = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("results_*.json")}
+        assert found and not list(folder.glob("*.tmp"))
+        return found, contents(folder, "queries_*")
+
+    def importing(folder: Path) -> list[str]:
+        given = {"src": features, "features": features / "grids", "as": "grid", "name": "killed", "out": folder}
+        return ["-m", "data_prep.from_npy", *(f"--{name}={value}" for name, value in given.items())]
+
+    def points(folder: Path) -> Any:
+        rows = (folder / "scaling.csv").read_text(encoding="utf-8").splitlines()
+        assert (folder / "report.html").exists() and not list((folder / "points").glob("*.log"))
+        return [row.split(",")[:5] for row in rows]  # what was measured differs from run to run
+
+    def scaling(folder: Path) -> list[str]:
+        values = {"devices": "(1,)", "pairs_per_device": "(10,20)", "batch_sizes": "()", "strategies": "('gathered',)"}
+        values |= {"dtypes": "('float32',)", "steps": "2", "warmup_steps": "0"}
+        return [*flags(data, "scale"), *(f"--config.scale.{n}={v}" for n, v in values.items()), f"--workdir={folder}"]
+
+    found = [
+        Subject("train", lambda folder: [*flags(data, "train"), f"--workdir={folder}"], parameters, 0.44, saving),
+        Subject("eval", with_run("eval"), results, 0.14),
+        Subject("import", importing, lambda folder: contents(folder, "**/*"), 0.16),
+        Subject(
+            "embed",
+            with_run("embed", search__split="train"),
+            lambda folder: contents(folder / "embeddings", "**/*"),
+            0.18,
+            lambda folder: any(folder.glob("embeddings/*/parts/texts-*")),
+        ),
+        Subject("scale", scaling, points, 0.08),
+    ]
+    if importlib.util.find_spec("faiss") is None:
+        return found, ["index: not killed, since faiss is not installed (pip install faiss-cpu)"]
+    searching = with_run("search", search__split="train", search__index="faiss", search__faiss="HNSW32")
+    index = Subject(
+        "index",
+        lambda folder: [*searching(folder), "--query=a red star"],
+        lambda folder: contents(folder / "embeddings", "**/*"),
+        0.12,
+    )
+    return [*found, index], []
+
+
+def write_features(folder: Path, images: int = 300) -> None:
+    """One .npy an image, captions and ids, as `data_prep.from_npy` reads them."""
+    random_numbers, words = np.random.default_rng(0), [f"word{i}" for i in range(60)]
+    (folder / "grids").mkdir(parents=True)
+    for split, count in (("train", images), ("val", 20)):
+        ids = [f"{split}{i}" for i in range(count)]
+        for name in ids:
+            np.save(folder / "grids" / f"{name}.npy", random_numbers.standard_normal((9, 16)).astype(np.float32))
+        captions = [" ".join(random_numbers.choice(words, 8)) for _ in range(5 * count)]
+        (folder / f"{split}_ids.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
+        (folder / f"{split}_caps.txt").write_text("".join(f"{c}\n" for c in captions), encoding="utf-8")
+
+
+def contents(folder: Path, pattern: str) -> dict[str, bytes]:
+    """Of every file; fails when there is none."""
+    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.glob(pattern)) if p.is_file()}
+    assert found, f"nothing in {folder}"
+    return found
+
+
+def finish(command: list[str], log: Path) -> float:
+    """Runs to the end; seconds. Raises RuntimeError with the end of the output when it fails."""
+    begin = time.monotonic()
+    process = start(command, log)
+    process.join(PATIENCE)
+    if process.exitcode != 0:
+        process.kill()
+        said = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""
+        raise RuntimeError(f"{' '.join(command)}\nended with status {process.exitcode}:\n{said}")
+    return time.monotonic() - begin
+
+
+def kill(subject: Subject, folder: Path, log: Path, within: float, choose: random.Random) -> tuple[str, str]:
+    """Starts and kills; (name of the signal or "", what is to be told): "" when it ended before the moment came."""
+    number, moment = choose.choice(SIGNALS), choose.uniform(0, within)
+    at_point = subject.ready is not None and choose.random() < 0.5
+    begin = time.monotonic()
+    process = start(subject.command(folder), log)
+    while process.exitcode is None and time.monotonic() - begin < PATIENCE:
+        if subject.ready(folder) if at_point and subject.ready else time.monotonic() - begin >= moment:
+            break
+        time.sleep(0.001)
+    if process.exitcode is None:
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(PATIENCE)
+    process.kill()
+    at = f"after {time.monotonic() - begin:.2f} s" + (" at its point" if at_point else "")
+    if process.exitcode == 0:
+        return "", f"ended by itself {at}"
+    if process.exitcode in (-number, 128 + number):
+        return number.name, f"{number.name} {at}"
+    raise RuntimeError(f"ended with status {process.exitcode} {at}: {log.read_text(errors='replace')[-2000:]}")
+
+
+def soak(subject: Subject, kills: int, place: Path, choose: random.Random) -> Tally:
+    """Kills it that often, in runs that are killed a few times each and then end."""
+    tally = Tally()
+    undisturbed = place / f"{subject.name}_undisturbed"
+    seconds = finish(subject.command(undisturbed), place / f"{subject.name}.log")
+    expected = subject.result(undisturbed)
+    while sum(tally.kills.values()) < kills and tally.runs < 3 * kills and not tally.faults:
+        tally.runs += 1
+        folder, log = place / f"{subject.name}_{tally.runs}", place / f"{subject.name}_{tally.runs}.log"
+        try:
+            for _ in range(min(KILLS_OF_A_RUN, kills - sum(tally.kills.values()))):
+                name, told = kill(subject, folder, log, seconds, choose)
+                print(f"{subject.name}, run {tally.runs}: {told}", flush=True)
+                if not name:
+                    break
+                tally.kills[name] += 1
+            finish(subject.command(folder), log)
+            if subject.result(folder) != expected:
+                raise RuntimeError(f"{folder} is not as {undisturbed}")
+        except (RuntimeError, OSError, AssertionError) as error:
+            tally.faults.append(str(error))
+            print(f"{subject.name}, run {tally.runs}: FAULT: {error}", flush=True)
+        else:
+            shutil.rmtree(folder)
+    return tally
+
+
+@contextlib.contextmanager
+def surroundings(place: Path) -> Iterator[None]:
+    """The environment of all processes: one CPU device, badly compiled programs, kept for the next process."""
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "MPLBACKEND": "agg",
+    }
+    os.chdir(ROOT)
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    yield
+
+
+def shares(weights: list[float], kills: int) -> list[int]:
+    """Whole numbers of kills in about these proportions; the first get what is left over."""
+    found = [int(kills * weight / sum(weights)) for weight in weights]
+    for i in range(kills - sum(found)):
+        found[i % len(found)] += 1
+    return found
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="names by commas; all unless told")
+    args = parser.parse_args()
+    place, begin = Path(tempfile.mkdtemp(prefix="shnet_jax_soak_")), time.monotonic()
+    with surroundings(place):
+        found, skipped = subjects(place)
+        chosen = [s for s in found if not args.only or s.name in args.only.split(",")]
+        each = shares([s.weight for s in chosen], args.kills)
+        choose = random.Random(args.seed)
+        tallies = {s.name: soak(s, n, place, choose) for s, n in zip(chosen, each, strict=True) if n}
+    print(f"\n| what | kills | {' | '.join(s.name for s in SIGNALS)} | runs | outcome |\n|---|---:|---:|---:|---:|---|")
+    for name, tally in tallies.items():
+        numbers = " | ".join(str(n) for n in (sum(tally.kills.values()), *tally.kills.values(), tally.runs))
+        print(f"| {name} | {numbers} | {'DIFFERS' if tally.faults else 'as undisturbed'} |")
+    short = {n: k for (n, t), k in zip(tallies.items(), filter(None, each), strict=True) if sum(t.kills.values()) < k}
+    print("\n".join([*skipped, *(f"{name}: fewer kills than the {k} wanted" for name, k in short.items())]))
+    print(f"{sum(sum(t.kills.values()) for t in tallies.values())} kills in {time.monotonic() - begin:.0f} s")
+    if any(tally.faults for tally in tallies.values()) or short:
+        print(f"what was left: {place}")
+        return 1
+    shutil.rmtree(place)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
