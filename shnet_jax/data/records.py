@@ -202,8 +202,8 @@ def open_split(dataset_dir: str | Path, split: str, fields: Sequence[str]) -> Ra
 def _builder(path: Path) -> tfds.core.DatasetBuilder:
     """TFDS's reader of a version folder, whose description is compared with its checksums first."""
     check_files(path, _SMALL)
-    _check_names(path)
     try:
+        _check_names(path)
         builder = tfds.builder_from_directory(path)
         dict(builder.info.metadata or {})  # read only when asked for
         return builder
