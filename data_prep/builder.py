@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -16,57 +16,68 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from data_prep import schema, vocabulary
+from data_prep.bad_records import Bad, BadRecords, Policy
 from data_prep.progress import Progress
 from data_prep.schema import DataError, Record
+from shnet_jax.data.checksums import CHECKSUMS, sha256
 from shnet_jax.data.index import Index, IndexBuilder, write_index
-from shnet_jax.data.records import CHECKSUMS, SENTENCEPIECE
+from shnet_jax.data.records import SENTENCEPIECE
 
 VERSION = "1.0.0"
 SHARD_BYTES = 512 << 20  # large enough for sequential reads, small enough to copy and to spread over hosts
 _CHUNK = 64  # records handed to TFDS at once: it rewrites its small metadata files each time
 
 Files = Mapping[str, Mapping[str, str]]
+Item = Record | Bad
 
 
 def write_dataset(
     out: str | Path,
     name: str,
-    splits: Mapping[str, Iterable[Record]],
+    splits: Mapping[str, Iterable[Item]],
     metadata: Mapping[str, Any],
     *,
     files: Files | None = None,
     total: int | None = None,
     overwrite: bool = False,
+    on_bad_record: Policy = "fail",
 ) -> Path:
     """Write `out/name/1.0.0/` and return that folder. It appears only when whole.
 
     Args:
       out: folder that holds data sets.
       name: name of the data set: letters, digits and underscores.
-      splits: records of each split, read once, in order; the order is kept.
+      splits: records of each split, read once, in order; the order is kept. A Bad in the place of a record says why
+        there is none.
       metadata: JSON values: `source` (how the data was made), `class_names`, `predicates`, ...;
         `num_classes` is added.
       files: split -> field -> file it came from, for error messages.
       total: records of all splits together, if known: the progress lines then tell the time left.
       overwrite: replace an existing data set of that name.
+      on_bad_record: "skip" leaves bad records out and lists them in skipped.json; "fail" raises for the first.
 
     Raises:
-      DataError: a record is not as it has to be, an image_id occurs twice in a split, a split is empty.
+      DataError: a record is not as it has to be, an image_id occurs twice in a split or in `train*` and another split,
+        a split is empty, more than half of one is to be left out.
       FileExistsError: the data set exists and `overwrite` is False.
     """
     _check_names(name, splits)
     target = Path(out) / name / VERSION
     if target.exists() and not overwrite:
         raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
+    bad = BadRecords(on_bad_record)
     with _whole_or_nothing(target) as folder:
         progress = Progress(name, total)
-        writer = _Writer(folder, name, dict(metadata), files or {}, progress)
+        writer = _Writer(folder, name, dict(metadata), files or {}, progress, bad)
         indices = {split: writer.write(split, records) for split, records in splits.items()}
         progress.close()
         learn = [indices["train"]] if "train" in indices else indices.values()
         captions = chain.from_iterable(index.all_captions() for index in learn)
         vocabulary.train(chain.from_iterable(captions), folder / SENTENCEPIECE)
+        bad.write(folder)
         write_checksums(folder)
+    if bad:
+        print(f"{name}: {bad.summary(target)}", file=sys.stderr)
     return target
 
 
@@ -105,38 +116,52 @@ def _whole_or_nothing(target: Path) -> Iterator[Path]:
 class _Writer:
     """The first record decides features and shard size; the rest must be like it."""
 
-    def __init__(self, folder: Path, name: str, metadata: dict[str, Any], files: Files, progress: Progress):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        metadata: dict[str, Any],
+        files: Files,
+        progress: Progress,
+        bad: BadRecords,
+    ):
         self._folder, self._name, self._metadata, self._files = folder, name, metadata, files
-        self._progress = progress
+        self._progress, self._bad = progress, bad
         self._first: schema.Signature | None = None
+        self._rows: dict[str, dict[str, int]] = {}  # split -> image id -> row
         self._tfds: tfds.core.SequentialWriter | None = None
 
-    def write(self, split: str, records: Iterable[Record]) -> Index:
+    def write(self, split: str, items: Iterable[Item]) -> Index:
         """Write a split and its sidecar."""
-        rows: dict[str, int] = {}  # image id -> row
+        rows = self._rows[split] = {}
         index = IndexBuilder()
         chunk: list[Record] = []
-        files = self._files.get(split, {})
-        for row, raw in enumerate(records):
-            record = schema.close_void(raw)
-            where = f"split {split!r} row {row} (image {record.get('image_id')!r})"
-            self._check(record, where, files)
-            image_id = record["image_id"]
-            if image_id in rows:
-                place = f"{where}, {files['image_id']}" if "image_id" in files else where
-                raise DataError(f"{place}: field 'image_id': expected a new id, found that of row {rows[image_id]}")
-            rows[image_id] = row
+        count = 0
+        for row, item in enumerate(items):
+            count = row + 1
+            if isinstance(item, Bad) and item.asked:
+                self._progress.step(left_out=True)
+                continue
+            try:
+                record = self._checked(item, split, row)
+            except DataError as error:
+                self._bad.add(error, split, row, item.image_id if isinstance(item, Bad) else item.get("image_id"))
+                self._progress.step(left_out=True)
+                continue
             identity = record.get("identity")
-            index.add(image_id, record["captions"], None if identity is None else int(identity))
+            index.add(record["image_id"], record["captions"], None if identity is None else int(identity))
             if self._tfds is None:
+                self._first = schema.signature(record)
                 self._tfds = self._open(record)
-            if row == 0:
+            if not rows:
                 self._tfds.initialize_splits([split])
+            rows[record["image_id"]] = row
             chunk.append(schema.stored(record))
             if len(chunk) == _CHUNK:
                 self._tfds.add_examples({split: chunk})
                 chunk = []
             self._progress.step()
+        self._bad.check_split(split, count)
         if not rows:
             raise DataError(f"split {split!r}: expected at least one record, found none")
         assert self._tfds is not None  # set by the first record
@@ -146,15 +171,22 @@ class _Writer:
         write_index(self._folder, split, built)
         return built
 
-    def _check(self, record: Record, where: str, files: Mapping[str, str]) -> None:
+    def _checked(self, item: Item, split: str, row: int) -> Record:
+        """The record, if it may be written. Raises DataError when it may not."""
+        if isinstance(item, Bad):
+            raise item.error
+        record = schema.close_void(item)
+        where = f"split {split!r} row {row} (image {record.get('image_id')!r})"
+        files = self._files.get(split, {})
         schema.check_record(record, where, files)
-        if self._first is None:
-            self._first = schema.signature(record)
-        schema.check_like(record, self._first, where, files)
-        names = self._metadata.get("predicates")
-        if names is not None and "relations" in record and (record["relations"][:, 1] >= len(names)).any():
-            found = int(record["relations"][:, 1].max())
-            raise DataError(f"{where}: field 'relations': expected predicates 0..{len(names) - 1}, found {found}")
+        if self._first is not None:
+            schema.check_like(record, self._first, where, files)
+        schema.check_predicates(record, self._metadata.get("predicates"), where, files)
+        schema.check_new(record, self._rows[split], where, files)
+        for other, rows in self._rows.items():
+            if other != split and schema.leaks(other, split):
+                schema.check_new(record, rows, where, files, other)
+        return record
 
     def _open(self, record: Record) -> tfds.core.SequentialWriter:
         classes = schema.num_classes(record)
@@ -182,12 +214,6 @@ class _Writer:
         return tfds.core.SequentialWriter(
             info, max_examples_per_shard=max(1, SHARD_BYTES // size), file_format="array_record"
         )
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_checksums(folder: Path) -> None:

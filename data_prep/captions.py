@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from data_prep.files import read_lines
+from data_prep.files import read_json, read_lines
 from data_prep.schema import DataError, Record
 
 IMAGE_COLUMNS = ("image", "image_id", "image_name", "filename", "file_name", "file")
 CAPTION_COLUMNS = ("caption", "comment", "sentence", "raw")
 _DELIMITERS = ",\t;|"
+_NUMBERS = range(-(2**63), 2**63)  # of captions; they are stored as int64
 _NUMBERED = re.compile(r"(?:COCO_[a-z]+\d*_)?0*(\d+)")  # 000000391895 and COCO_val2014_000000391895 are image 391895
 
 
@@ -71,16 +71,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read(captions: str, split_lists: str | None = None) -> Splits:
+def read(captions: str, split_lists: str | None = None, *, strict: bool = True) -> Splits:
     """Photographs by split, in the order of the files; see `add_arguments` for the two flags.
 
+    Without `strict` an empty caption is kept, and spoils the record of its photograph.
+
     Raises DataError naming file and row when a file is of no known format, says nothing of splits, has an empty
-    caption or puts an image into two splits; FileNotFoundError when there is none.
+    caption, puts an image into two splits or names one outside of the folder of photographs; FileNotFoundError when
+    there is none.
     """
     lines: list[tuple[str, _Line]] = []
     lists = _split_lists(split_lists) if split_lists else None
     for split, path in _named_files(captions, default=""):
-        for line in _lines(path):
+        for line in _lines(path, strict):
             lines.append((_split(line, split, lists, path), line))
     found: dict[str, tuple[str, list[_Line]]] = {}
     for split, line in lines:
@@ -144,21 +147,33 @@ def _split(line: _Line, named: str, lists: dict[str, str] | None, path: Path) ->
     return split
 
 
-def _lines(path: Path) -> Iterator[_Line]:
+def _lines(path: Path, strict: bool) -> Iterator[_Line]:
     """Captions of a file of any format; each is stripped and its runs of blanks are one."""
     reader = {".json": _json, ".csv": _csv, ".tsv": _csv}.get(path.suffix.lower(), _token)
     for line in reader(path):
+        _check(line, path)
         caption = " ".join(line.caption.split())
-        if not caption:
+        if strict and not caption:
             raise DataError(f"{path}: image {line.file!r}: expected a caption, found an empty one")
         yield line._replace(caption=caption)
 
 
+def _check(line: _Line, path: Path) -> None:
+    file, caption, split, number = line
+    if not isinstance(file, str) or not Path(file).name or Path(file).is_absolute() or ".." in Path(file).parts:
+        raise DataError(f"{path}: expected the name of an image below the folder of photographs, found {file!r:.200}")
+    if not isinstance(caption, str) or not isinstance(split, str | None):
+        raise DataError(
+            f"{path}: image {file!r}: expected text as caption and split, found {caption!r:.80}, {split!r:.80}"
+        )
+    if number is not None and (type(number) is not int or number not in _NUMBERS):
+        raise DataError(
+            f"{path}: image {file!r}: expected a whole number of 64 bits as caption id, found {number!r:.80}"
+        )
+
+
 def _json(path: Path) -> Iterator[_Line]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: expected JSON: {error}") from error
+    content = read_json(path)
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list):
         raise DataError(f"{path}: expected an object with a list `images` (Karpathy's or COCO's format), found none")
@@ -166,6 +181,8 @@ def _json(path: Path) -> Iterator[_Line]:
         yield from _coco(content, path) if "annotations" in content else _karpathy(images)
     except KeyError as error:
         raise DataError(f"{path}: expected the key {error.args[0]!r} in every entry, found one without") from error
+    except (TypeError, AttributeError) as error:  # a list or a number where an object or text should be
+        raise DataError(f"{path}: expected entries as Karpathy's or COCO's files have them: {error}") from error
 
 
 def _karpathy(images: Iterable[dict[str, Any]]) -> Iterator[_Line]:
@@ -180,7 +197,7 @@ def _coco(content: dict[str, Any], path: Path) -> Iterator[_Line]:
     files = {image["id"]: image["file_name"] for image in content["images"]}
     for annotation in content["annotations"]:
         if annotation["image_id"] not in files:
-            raise DataError(f"{path}: annotation of image {annotation['image_id']}, which `images` does not list")
+            raise DataError(f"{path}: annotation of image {annotation['image_id']!r:.80}, which `images` does not list")
         yield _Line(files[annotation["image_id"]], annotation["caption"], None, annotation.get("id"))
 
 
@@ -193,6 +210,13 @@ def _token(path: Path) -> Iterator[_Line]:
 
 
 def _csv(path: Path) -> Iterator[_Line]:
+    try:
+        yield from _rows(path)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a table in UTF-8: {error}") from error
+
+
+def _rows(path: Path) -> Iterator[_Line]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         delimiter = max(_DELIMITERS, key=header.count)
@@ -200,7 +224,7 @@ def _csv(path: Path) -> Iterator[_Line]:
         # Flickr's results.csv (|) writes quotation marks as they are.
         quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
         rows = csv.reader(file, delimiter=delimiter, quoting=quoting, skipinitialspace=True)
-        names = [name.strip().lower() for name in next(rows)]
+        names = [name.strip().lower() for name in next(rows, [])]
         image, caption = (_column(names, wanted, path) for wanted in (IMAGE_COLUMNS, CAPTION_COLUMNS))
         split = names.index("split") if "split" in names else None
         for number, row in enumerate(rows, 2):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 
+from data_prep.bad_records import POLICIES, SKIPPED
 from data_prep.schema import DataError
 
 Main = Callable[[Sequence[str] | None], int]
@@ -30,6 +31,17 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of everything that imports a data set."""
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
+    parser.add_argument(
+        "--on_bad_record",
+        choices=POLICIES,
+        default="fail",
+        help=f"a record with a fault: fail, or skip it and list it in {SKIPPED} beside the data",
+    )
 
 
 def reports_errors(main: Main) -> Callable[..., int]:

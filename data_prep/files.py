@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from data_prep.schema import DataError
+from data_prep.schema import DataError, is_text
+from shnet_jax import foreign
 
 
 def open_array(path: Path) -> np.ndarray:
-    """The array of a .npy file, memory-mapped."""
+    """The array of a .npy file, memory-mapped. Raises DataError for anything else, and one that is cut off."""
+    with data_errors():
+        return foreign.open_npy(path)
+
+
+@contextmanager
+def data_errors() -> Iterator[None]:
+    """Faults of `foreign` as DataError."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        yield
+    except DataError:
+        raise
     except ValueError as error:
-        raise DataError(f"{path}: expected a .npy array of numbers: {error}") from error
+        raise DataError(str(error)) from error
 
 
-def read_lines(path: Path) -> list[str]:
-    """Stripped lines of a UTF-8 text file; an empty line is an error that names its number."""
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises DataError naming the file."""
+    with data_errors():
+        return foreign.read_json(path)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that has to lie in `folder`. Raises DataError for a name that leads out of it."""
+    with data_errors():
+        return foreign.inside(folder, name)
+
+
+def read_picture(path: Path, mode: str | None = "RGB") -> np.ndarray:
+    """The pixels of a picture, [H, W, 3] uint8 or as `mode` has them. Raises DataError for a file that is none."""
+    try:
+        with data_errors():
+            return np.asarray(foreign.read_picture(path, mode))
+    except FileNotFoundError:
+        raise DataError(f"{path}: expected a picture, found no such file") from None
+
+
+def read_lines(path: Path, *, strict: bool = True) -> list[str]:
+    """Stripped lines of a UTF-8 text file; an empty line, or one of other bytes, is an error that names its number.
+
+    Without `strict` such lines are kept: no record may have them, so each spoils its own alone.
+    """
     if not path.is_file():
         raise DataError(f"{path}: expected this file, found none")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text: {error}") from error
+    # what is not UTF-8 becomes half of a surrogate pair, which text never has
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")]
     if lines[-1] == "":
         lines.pop()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if strict else (), 1):
         if not line:
             raise DataError(f"{path} line {number}: expected text, found an empty line")
+        if not line.isprintable() and not is_text(line):
+            raise DataError(f"{path} line {number}: expected UTF-8 text, found {line[:80]!r}")
     return lines

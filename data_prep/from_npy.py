@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep import command, from_scan, join
+from data_prep.bad_records import Policy
 from data_prep.schema import DataError
 from data_prep.sources.base import Source
 from data_prep.sources.units import UnitFiles
@@ -36,12 +37,18 @@ def import_npy(
     overwrite: bool = False,
     sources: Sequence[Source] = (),
     skip_absent: bool = False,
+    on_bad_record: Policy = "fail",
 ) -> Path:
     """Import .npy files by image; returns the version folder. `--help` explains the arguments."""
     units = UnitFiles(features, field, max_units, pool)
     texts = {
         split: from_scan.open_split(
-            src, split, captions_per_image=captions_per_image, feature_dtype=feature_dtype, need="ids"
+            src,
+            split,
+            captions_per_image=captions_per_image,
+            feature_dtype=feature_dtype,
+            need="ids",
+            strict=on_bad_record == "fail",
         )
         for split in (splits or from_scan.split_names(src))
     }
@@ -62,6 +69,7 @@ def import_npy(
         feature_dtype=feature_dtype,
         skip_absent=skip_absent,
         overwrite=overwrite,
+        on_bad_record=on_bad_record,
     )
 
 

@@ -8,7 +8,6 @@ Pictures are resized and kept as they are in the record; no picture or caption i
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_prep import command
+from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.builder import write_dataset
+from data_prep.files import data_errors, inside, read_json
 from data_prep.schema import DataError, Record
+from shnet_jax import foreign
 
 SPLITS = ("train", "val", "test")
 PATHS = ("file_path", "img_path")  # CUHK-PEDES and ICFG-PEDES; RSTPReid
@@ -47,10 +49,7 @@ def read_annotations(path: Path) -> dict[str, list[Annotation]]:
     Other fields (processed_tokens) are left out. Raises DataError naming file, row and field, and for a person in two
     splits.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected JSON: {error}") from None
+    rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path}: expected a list of pictures, found {type(rows).__name__}")
     found: dict[str, list[Annotation]] = {}
@@ -76,7 +75,7 @@ def _annotation(where: str, row: Any) -> tuple[str, Annotation]:
     split, person, captions, place = (row.get(name) for name in ("split", "id", "captions", field))
     if split not in SPLITS:
         raise DataError(f"{where}: field 'split': expected one of {', '.join(SPLITS)}, found {split!r}")
-    if isinstance(person, bool) or not isinstance(person, int) or person < 0:
+    if isinstance(person, bool) or not isinstance(person, int) or not 0 <= person < 2**63:
         raise DataError(f"{where}: field 'id': expected a whole number >= 0, found {person!r}")
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise DataError(f"{where}: field 'captions': expected a list of sentences, found {captions!r:.80}")
@@ -108,11 +107,11 @@ def hold_out(splits: dict[str, list[Annotation]], persons: int) -> dict[str, lis
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     """The picture of a file as uint8 [height, width, 3], resized bilinearly. Raises DataError when it is none."""
     try:
-        with Image.open(path) as picture:
-            resized = picture.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            return np.asarray(resized, np.uint8)
-    except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path}: expected a picture: {error}") from None
+        with data_errors():
+            picture = foreign.read_picture(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: expected a picture, found no such file") from None
+    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -127,18 +126,21 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.annotations)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[Record | Bad]:
         caption = self.first_caption
         for annotation in self.annotations:
-            count = len(annotation.captions)
-            yield {
-                "image_id": annotation.path,
-                "captions": list(annotation.captions),
-                "caption_ids": np.arange(caption, caption + count, dtype=np.int64),
-                "identity": np.int64(annotation.person),
-                "image": read_picture(self.folder / annotation.path, self.size),
-            }
-            caption += count
+            yield record_or_bad(annotation.path, self._record, annotation, caption)
+            caption += len(annotation.captions)
+
+    def _record(self, annotation: Annotation, caption: int) -> Record:
+        """The record of a picture whose first caption has the number `caption`."""
+        return {
+            "image_id": annotation.path,
+            "captions": list(annotation.captions),
+            "caption_ids": np.arange(caption, caption + len(annotation.captions), dtype=np.int64),
+            "identity": np.int64(annotation.person),
+            "image": read_picture(inside(self.folder, annotation.path), self.size),
+        }
 
 
 def import_person_search(
@@ -151,6 +153,7 @@ def import_person_search(
     held_out: int = 0,
     source: str = "",
     overwrite: bool = False,
+    on_bad_record: Policy = "fail",
 ) -> Path:
     """Import a set and return the version folder; see `--help` for the arguments."""
     if not images.is_dir():
@@ -163,7 +166,9 @@ def import_person_search(
     metadata = {"source": source or f"data_prep.from_person_search of {annotations.name}", "held_out": held_out}
     files = {split: {"captions": annotations.name, "identity": annotations.name} for split in splits}
     total = sum(map(len, records.values()))
-    return write_dataset(out, name, records, metadata, files=files, total=total, overwrite=overwrite)
+    return write_dataset(
+        out, name, records, metadata, files=files, total=total, overwrite=overwrite, on_bad_record=on_bad_record
+    )
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -186,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--hold_out", type=command.at_least(0), default=0, help="training persons that become the split val"
     )
     parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
+    command.add_writing_arguments(parser)
     args = parser.parse_args(argv)
     print(
         import_person_search(
@@ -198,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             held_out=args.hold_out,
             source=args.source,
             overwrite=args.overwrite,
+            on_bad_record=args.on_bad_record,
         )
     )
     return 0

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import command, join, parts, schema
+from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.files import open_array, read_lines
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Source
@@ -63,7 +64,7 @@ class ScanSplit:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[Record | Bad]:
         count = self.captions_per_image
         for start in range(0, len(self), _BLOCK):
             stop = min(start + _BLOCK, len(self))
@@ -72,18 +73,20 @@ class ScanSplit:
                 vectors = _rows(self.caption_embeddings, start * count, stop * count, 1)
                 blocks["caption_embeddings"] = vectors.reshape(stop - start, count, -1)
             for image in range(start, stop):
-                where = f"split {self.name!r} row {image} (image {self.ids[image]!r})"
-                record: Record = {
-                    "image_id": self.ids[image],
-                    "captions": list(self.captions[image * count : (image + 1) * count]),
-                }
-                if self.caption_ids:
-                    record["caption_ids"] = np.array(self.caption_ids[image * count : (image + 1) * count], np.int64)
-                for field, block in blocks.items():
-                    place = f"{where}, {self.files[field]}"
-                    value = block[image - start]
-                    record[field] = schema.as_field(field, value, where=place, dtype=self.feature_dtype)
-                yield record
+                arrays = {field: block[image - start] for field, block in blocks.items()}
+                yield record_or_bad(self.ids[image], self._record, image, arrays)
+
+    def _record(self, image: int, arrays: Mapping[str, np.ndarray]) -> Record:
+        """The record of an image from its rows of the arrays."""
+        where = f"split {self.name!r} row {image} (image {self.ids[image]!r})"
+        of_image = slice(image * self.captions_per_image, (image + 1) * self.captions_per_image)
+        record: Record = {"image_id": self.ids[image], "captions": list(self.captions[of_image])}
+        if self.caption_ids:
+            record["caption_ids"] = np.array(self.caption_ids[of_image], np.int64)
+        for field, value in arrays.items():
+            file = self.files[field]
+            record[field] = schema.as_field(field, value, where=where, file=file, dtype=self.feature_dtype)
+        return record
 
 
 def _rows(path: Path, start: int, stop: int, step: int) -> np.ndarray:
@@ -98,13 +101,15 @@ def open_split(
     captions_per_image: int | None = None,
     feature_dtype: str | None = None,
     need: str = "an array",
+    strict: bool = True,
 ) -> ScanSplit:
     """Find the files of a split and work out from their counts which rows belong to which image.
 
-    `need` is "an array", or "ids" when the features lie elsewhere under the images' ids.
+    `need` is "an array", or "ids" when the features lie elsewhere under the images' ids. Without `strict` a caption
+    that is no text spoils the record of its image only.
     Raises DataError when files are missing or their counts do not fit together.
     """
-    captions = read_lines(src / f"{split}_caps.txt")
+    captions = read_lines(src / f"{split}_caps.txt", strict=strict)
     arrays = {field: path for field, suffix in ARRAYS.items() if (path := src / f"{split}{suffix}").is_file()}
     if need == "an array" and not arrays:
         raise DataError(f"{src}: split {split!r}: expected {split}_ims.npy or another array, found none")
@@ -248,10 +253,17 @@ def import_scan(
     overwrite: bool = False,
     sources: Sequence[Source] = (),
     skip_absent: bool = False,
+    on_bad_record: Policy = "fail",
 ) -> Path:
     """Import a folder and return the version folder of the data set; see `--help` for the arguments."""
     opened = {
-        split: open_split(src, split, captions_per_image=captions_per_image, feature_dtype=feature_dtype)
+        split: open_split(
+            src,
+            split,
+            captions_per_image=captions_per_image,
+            feature_dtype=feature_dtype,
+            strict=on_bad_record == "fail",
+        )
         for split in (splits or split_names(src))
     }
     return join.write_joined(
@@ -268,6 +280,7 @@ def import_scan(
         feature_dtype=feature_dtype,
         skip_absent=skip_absent,
         overwrite=overwrite,
+        on_bad_record=on_bad_record,
     )
 
 
@@ -283,7 +296,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dtypes = ("keep", *schema.FEATURE_DTYPES)
     parser.add_argument("--feature_dtype", choices=dtypes, default="float16", help="dtype that features are stored in")
     parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
+    command.add_writing_arguments(parser)
     parts.add_arguments(parser)
 
 
@@ -297,6 +310,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "overwrite": args.overwrite,
         "sources": parts.open_sources(args),
         "skip_absent": args.absent == "skip",
+        "on_bad_record": args.on_bad_record,
     }
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import captions, command, parts, schema
-from data_prep.builder import Files, write_dataset
-from data_prep.schema import Record
+from data_prep.bad_records import Policy
+from data_prep.builder import Files, Item, write_dataset
 from data_prep.sources.base import Joined, Source
 
 
 def write_joined(
-    splits: Mapping[str, Iterable[Record]],
+    splits: Mapping[str, Iterable[Item]],
     sources: Sequence[Source],
     name: str,
     out: Path,
@@ -25,6 +25,7 @@ def write_joined(
     feature_dtype: str | None = "float16",
     skip_absent: bool = False,
     overwrite: bool = False,
+    on_bad_record: Policy = "fail",
 ) -> Path:
     """Write a data set of the records of each split with the fields of `sources` added; returns the version folder.
 
@@ -34,7 +35,9 @@ def write_joined(
     joined = {field: file for part in sources for field, file in part.files.items()}
     all_files = {split: {**joined, **(files or {}).get(split, {})} for split in splits}
     known = {**metadata, **{key: value for part in sources for key, value in part.metadata.items()}}
-    return write_dataset(out, name, records, known, files=all_files, total=total, overwrite=overwrite)
+    return write_dataset(
+        out, name, records, known, files=all_files, total=total, overwrite=overwrite, on_bad_record=on_bad_record
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--feature_dtype", choices=schema.FEATURE_DTYPES, default="float16", help="dtype that features are stored in"
     )
     parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
+    command.add_writing_arguments(parser)
 
 
 def run(module: str, kind: str, doc: str | None, argv: Sequence[str] | None) -> int:
@@ -55,7 +58,7 @@ def run(module: str, kind: str, doc: str | None, argv: Sequence[str] | None) -> 
     add_arguments(parser)
     parts.add_arguments(parser, required=kind)
     args = parser.parse_args(argv)
-    splits = captions.read(args.captions, args.split_lists)
+    splits = captions.read(args.captions, args.split_lists, strict=args.on_bad_record == "fail")
     path = write_joined(
         {split: [item.record() for item in items] for split, items in splits.items()},
         parts.open_sources(args),
@@ -63,9 +66,11 @@ def run(module: str, kind: str, doc: str | None, argv: Sequence[str] | None) -> 
         args.out,
         metadata={"source": args.source or f"data_prep.{module} of {Path(getattr(args, kind).split(',')[0]).name}"},
         total=sum(map(len, splits.values())),
+        files={split: {"captions": args.captions} for split in splits},
         feature_dtype=args.feature_dtype,
         skip_absent=args.absent == "skip",
         overwrite=args.overwrite,
+        on_bad_record=args.on_bad_record,
     )
     print(path)
     return 0

@@ -22,27 +22,31 @@ class Progress:
         now: Callable[[], float] = time.monotonic,
     ):
         self._title, self._total, self._stream, self._now = title, total, stream or sys.stderr, now
-        self._done, self._start = 0, now()
+        self._done, self._left_out, self._start = 0, 0, now()
         self._next = self._start + SECONDS
 
-    def step(self) -> None:
-        """Count one record."""
+    def step(self, left_out: bool = False) -> None:
+        """Count one record, perhaps as left out."""
         self._done += 1
+        self._left_out += left_out
         if self._now() < self._next:
             return
         self._next = self._now() + SECONDS
-        rate = self._rate()
+        rate, also = self._rate(), self._note()
         if self._total is None:
-            self._print(f"{self._done} records, {rate:,.0f} records/s")
+            self._print(f"{self._done} records{also}, {rate:,.0f} records/s")
         else:
             left = datetime.timedelta(seconds=round(max(self._total - self._done, 0) / rate))
             share = 100 * self._done // self._total
-            self._print(f"{self._done}/{self._total} records ({share}%), {rate:,.0f} records/s, ETA {left}")
+            self._print(f"{self._done}/{self._total} records ({share}%){also}, {rate:,.0f} records/s, ETA {left}")
 
     def close(self) -> None:
         """The last line."""
         took = datetime.timedelta(seconds=round(self._now() - self._start))
-        self._print(f"{self._done} records in {took}, {self._rate():,.0f} records/s")
+        self._print(f"{self._done} records{self._note()} in {took}, {self._rate():,.0f} records/s")
+
+    def _note(self) -> str:
+        return f", {self._left_out} left out" if self._left_out else ""
 
     def _rate(self) -> float:
         return self._done / max(self._now() - self._start, 1e-9)

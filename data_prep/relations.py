@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import command, geometric, scene_graphs
+from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.builder import write_dataset
 from data_prep.schema import DataError, Record
 from shnet_jax.data.records import DataSet, RandomAccess, open_dataset
@@ -35,13 +36,25 @@ class _Related:
     def __init__(self, records: RandomAccess, relate: Relate):
         self._records, self._relate = records, relate
 
-    def __iter__(self) -> Iterator[Record]:
-        for record in self._records:
-            yield dict(record) | {"relations": self._relate(record)}
+    def __iter__(self) -> Iterator[Record | Bad]:
+        for row, image_id in enumerate(self._records.dataset.image_ids(self._records.split).tolist()):
+            yield record_or_bad(image_id, self._record, row)
+
+    def _record(self, row: int) -> Record:
+        record = self._records[row]
+        return record | {"relations": self._relate(record)}
 
 
 def add_relations(
-    dataset: DataSet, relate: Relate, name: str, out: Path, *, predicates: Sequence[str], origin: str, overwrite: bool
+    dataset: DataSet,
+    relate: Relate,
+    name: str,
+    out: Path,
+    *,
+    predicates: Sequence[str],
+    origin: str,
+    overwrite: bool,
+    on_bad_record: Policy = "fail",
 ) -> Path:
     """Writes the data set once more with `relate`'s relations instead of those that it may have; returns its folder.
 
@@ -57,7 +70,7 @@ def add_relations(
     fields = tuple(dataset.features)
     splits = {split: _Related(dataset.open_split(split, fields), relate) for split in dataset.splits}
     total = sum(dataset.splits.values())
-    return write_dataset(out, name, splits, metadata, total=total, overwrite=overwrite)
+    return write_dataset(out, name, splits, metadata, total=total, overwrite=overwrite, on_bad_record=on_bad_record)
 
 
 def stand_in(record: Record, *, least_score: float, rows: int) -> np.ndarray:
@@ -119,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--least_score", type=float, default=0.3, help="of a predicted relation, or of a box (0.3)")
     parser.add_argument("--least_iou", type=float, default=0.5, help="of an object and its region (0.5)")
     parser.add_argument("--rows", type=command.at_least(1), default=ROWS, help=f"relations of an image ({ROWS})")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
+    command.add_writing_arguments(parser)
     args = parser.parse_args(argv)
     dataset = open_dataset(args.data)
     limits = {"least_score": args.least_score, "rows": args.rows}
@@ -136,8 +149,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         numbers = {name: i for i, name in enumerate(names)}
         relate = partial(from_graphs, graphs=graphs, names=numbers, least_iou=args.least_iou, **limits)
         origin = f"scene graphs of {args.scene_graphs.name}"
-    where = {"predicates": names, "origin": origin, "overwrite": args.overwrite}
-    print(add_relations(dataset, relate, args.name, args.out, **where))
+    path = add_relations(
+        dataset,
+        relate,
+        args.name,
+        args.out,
+        predicates=names,
+        origin=origin,
+        overwrite=args.overwrite,
+        on_bad_record=args.on_bad_record,
+    )
+    print(path)
     return 0
 
 

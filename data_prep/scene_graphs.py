@@ -12,7 +12,6 @@ An object is the region whose box overlaps it most, if the IoU is large enough; 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.files import read_json
 from data_prep.schema import DataError
 
 
@@ -87,10 +87,7 @@ def region_relations(
 
 
 def _entries(path: Path) -> list[Any]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected JSON: {error}") from error
+    entries = read_json(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{path}: expected a list with an object for each image, found {type(entries).__name__}")
     return entries
@@ -103,11 +100,24 @@ def _key(entry: Mapping[str, Any], name: str, where: Any) -> Any:
 
 
 def _graph(entry: Mapping[str, Any], sized: Mapping[str, Any], where: str) -> Graph:
+    try:
+        return _parsed(entry, sized, where)
+    except DataError:
+        raise
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:  # text or a list in place of a number
+        raise DataError(f"{where}: expected objects and relationships as in Visual Genome: {error}") from error
+
+
+def _parsed(entry: Mapping[str, Any], sized: Mapping[str, Any], where: str) -> Graph:
     objects = _key(entry, "objects", where)
     number = {_key(thing, "object_id", where): i for i, thing in enumerate(objects)}
     corners = np.array([[float(_key(thing, key, where)) for key in "xywh"] for thing in objects]).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]
+    if not np.isfinite(corners).all():
+        raise DataError(f"{where}: expected boxes of finite numbers, found others")
     if "width" in sized and "height" in sized:
+        if not min(float(sized["width"]), float(sized["height"])) > 0:
+            raise DataError(f"{where}: expected width and height above 0, found {sized['width']}, {sized['height']}")
         corners /= np.tile([float(sized["width"]), float(sized["height"])], 2)
     elif corners.max(initial=0) > 1.01:
         raise DataError(

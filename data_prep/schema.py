@@ -6,12 +6,14 @@ Required are `image_id`, `captions` and one of VISUAL_FIELDS; everything else is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
+
+from shnet_jax.data.errors import DataError
 
 Record = dict[str, Any]
 Signature = dict[str, tuple[tuple[int, ...], str]]
@@ -20,10 +22,6 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FEATURE_DTYPES = ("float16", "bfloat16", "float32")
 BOX_OVERSHOOT = 1e-3  # float16 rounding of a box that touches the border
 MAP_VOID = 255  # unlabelled pixel in COCO's label maps; stored as class number C, so that ids stay contiguous
-
-
-class DataError(ValueError):
-    """A data set, or a file that should become one, is not as it has to be."""
 
 
 class Field(NamedTuple):
@@ -62,18 +60,22 @@ _MASKED = {"region_mask": "regions", "grid_mask": "grid"}
 
 def _error(where: str, files: Mapping[str, str], field: str, expected: str, found: str) -> DataError:
     place = f"{where}, {files[field]}" if field in files else where
-    return DataError(f"{place}: field {field!r}: expected {expected}, found {found}")
+    return DataError(
+        f"{place}: field {field!r}: expected {expected}, found {found}", file=files.get(field), field=field
+    )
 
 
-def as_field(name: str, value: Any, *, where: str, dtype: str | None = None) -> np.ndarray:
+def as_field(name: str, value: Any, *, where: str, file: str | None = None, dtype: str | None = None) -> np.ndarray:
     """`value` as an array of the dtype that `name` is stored in, refusing a cast that changes what it says.
 
     Features are cast to `dtype` ("float16", ...) or, without one, stay as they are (float64 becomes float32).
-    Raises DataError when integers or booleans do not survive the cast, or a finite feature overflows.
+    Raises DataError, naming `where` and `file`, when integers or booleans do not survive the cast, or a finite feature
+    overflows.
     """
+    files = {name: file} if file else {}
     array = np.asarray(value)
     if array.dtype.kind not in "biuf" and array.dtype != BFLOAT16:
-        raise _error(where, {}, name, "numbers", f"an array of {array.dtype}")
+        raise _error(where, files, name, "numbers", f"an array of {array.dtype}")
     spec = FIELDS[name]
     wanted = spec.dtypes[0]
     if spec.dtypes is FEATURE_DTYPES:
@@ -87,9 +89,9 @@ def as_field(name: str, value: Any, *, where: str, dtype: str | None = None) -> 
     if target.kind in "iub":
         if not np.array_equal(cast, array):
             found = f"{array.min()}..{array.max()} {array.dtype}"
-            raise _error(where, {}, name, f"whole values that fit {wanted}", found)
+            raise _error(where, files, name, f"whole values that fit {wanted}", found)
     elif not _finite(cast) and _finite(array):
-        raise _error(where, {}, name, f"values that fit {wanted}", f"magnitudes up to {np.abs(array).max():.6g}")
+        raise _error(where, files, name, f"values that fit {wanted}", f"magnitudes up to {np.abs(array).max():.6g}")
     return cast
 
 
@@ -150,12 +152,12 @@ def _check_text(record: Mapping[str, Any], where: str, files: Mapping[str, str])
         if name not in record:
             raise _error(where, files, name, "this required field", f"only {sorted(record)}")
     image_id, captions = record["image_id"], record["captions"]
-    if not _is_text(image_id):
+    if not is_text(image_id):
         raise _error(where, files, "image_id", "text that is not empty", repr(image_id))
     if not isinstance(captions, list) or not captions:
         raise _error(where, files, "captions", "a list of at least 1 string", repr(captions))
     for number, caption in enumerate(captions):
-        if not _is_text(caption):
+        if not is_text(caption):
             raise _error(where, files, "captions", "text", f"{caption!r} as caption {number} of {len(captions)}")
     if "caption_ids" in record:
         ids = record["caption_ids"]
@@ -163,7 +165,7 @@ def _check_text(record: Mapping[str, Any], where: str, files: Mapping[str, str])
             raise _error(where, files, "caption_ids", f"int64 [{len(captions)}], one a caption", _describe(ids))
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether a value is a string that is not blank and has a UTF-8 form (half of a surrogate pair has none)."""
     if not isinstance(value, str) or not value.strip():
         return False
@@ -233,6 +235,35 @@ def _check_relations(record: Mapping[str, Any], where: str, files: Mapping[str, 
             row = int(np.argmax(bad))
             expected = f"box numbers in 0..{count - 1} and a predicate >= 0, or a row of -1"
             raise _error(where, files, "relations", expected, f"{relations[row].tolist()} in row {row}")
+
+
+def check_predicates(
+    record: Mapping[str, Any], names: Sequence[str] | None, where: str, files: Mapping[str, str] | None = None
+) -> None:
+    """Raises DataError when a relation has a predicate beyond those that the data set names."""
+    if names is not None and "relations" in record:
+        predicates = record["relations"][:, 1]
+        if (predicates >= len(names)).any():
+            raise _error(where, files or {}, "relations", f"predicates 0..{len(names) - 1}", f"{predicates.max()}")
+
+
+def leaks(*splits: str) -> bool:
+    """Whether an image may not be in all of `splits`: those for evaluation may overlap (COCO's test and testall)."""
+    return any(split.startswith("train") for split in splits)
+
+
+def check_new(
+    record: Mapping[str, Any],
+    rows: Mapping[str, int],
+    where: str,
+    files: Mapping[str, str] | None = None,
+    split: str = "",
+) -> None:
+    """Raises DataError when `rows` (image id -> row) of this split, or of `split`, has the image."""
+    row = rows.get(record["image_id"])
+    if row is not None:
+        expected, of = ("an image of no other split", f" of split {split!r}") if split else ("a new id", "")
+        raise _error(where, files or {}, "image_id", expected, f"that of row {row}{of}")
 
 
 def _check_labels(record: Mapping[str, Any], where: str, files: Mapping[str, str]) -> None:

@@ -8,7 +8,6 @@ Exit status 0 when it is usable (there may be notes), 1 when it is not.
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import command, schema
-from data_prep.builder import sha256
+from data_prep.bad_records import SKIPPED
 from data_prep.progress import Progress
 from data_prep.schema import DataError
+from shnet_jax.data.checksums import CHECKSUMS, read_checksums, sha256
 from shnet_jax.data.index import Index, index_file, read_index
-from shnet_jax.data.records import CHECKSUMS, SENTENCEPIECE, DataSet, open_dataset
+from shnet_jax.data.records import SENTENCEPIECE, DataSet, open_dataset
+from shnet_jax.data.tokenise import sentence_piece
 
 _SHOWN = 10  # problems of one kind that are printed
 
@@ -113,13 +114,19 @@ def _check_fields(report: Report) -> None:
 
 def _check_files(report: Report) -> None:
     folder = report.dataset.path
+    sums = read_checksums(folder)
     if not (folder / SENTENCEPIECE).is_file():
         report.notes.append(f"no {SENTENCEPIECE}")
-    path = folder / CHECKSUMS
-    if not path.is_file():
+    elif SENTENCEPIECE not in sums:
+        try:
+            sentence_piece(folder / SENTENCEPIECE)
+        except ValueError as error:
+            report.problems.append(str(error))
+    if not sums:
         report.notes.append(f"no {CHECKSUMS}: files not compared")
-        return
-    for name, expected in json.loads(path.read_text()).items():
+    if (folder / SKIPPED).is_file():
+        report.notes.append(f"{SKIPPED}: lists bad records that the import left out")
+    for name, expected in sums.items():
         if not (folder / name).is_file():
             report.problems.append(f"{name}: missing, listed in {CHECKSUMS}")
         elif (found := sha256(folder / name)) != expected:
@@ -151,8 +158,12 @@ def _check_records(report: Report, indices: Mapping[str, Index], sample: int | N
     for split, index in indices.items():
         records = dataset.open_split(split, fields)
         for row in rows[split]:
-            record = records[row]
             progress.step()
+            try:
+                record = records[row]
+            except DataError as error:
+                report.problems.append(str(error))
+                continue
             where = f"split {split!r} row {row} (image {record['image_id']!r})"
             report.problems += _differences(record, index, row, f"{where}: {index_file(split)}")
             try:
@@ -213,8 +224,7 @@ def _check_ids(report: Report, indices: Mapping[str, Index]) -> None:
             shared[tuple(found_in)].append(image_id)
     for names, same in shared.items():
         line = f"{len(same)} images in {' and '.join(names)}, such as {same[0]!r}"
-        # Splits for evaluation may overlap (COCO's test and testall); training images may be in no other.
-        serious = len(set(names)) < len(names) or any(name.startswith("train") for name in names)
+        serious = len(set(names)) < len(names) or schema.leaks(*names)
         (report.problems if serious else report.notes).append(line)
 
 

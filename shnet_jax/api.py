@@ -27,7 +27,8 @@ def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None 
     Args:
       path: the work folder of a run, or the folder of one of its checkpoints (WORKDIR/checkpoints/STEP).
       data_dir: data set that images come from; "": that of the run.
-      config: of the same model, for another choice in its sections eval, parallel and search; None: that of the run.
+      config: of the same model, for another choice in its sections eval, parallel and search; None: that of the run,
+        which may then name modules outside shnet_jax only if these are imported already: it may be somebody else's.
 
     Raises:
       FileNotFoundError, ValueError, WorkdirError, CheckpointError: there is nothing to load, or it does not fit.

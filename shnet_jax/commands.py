@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.data.records import DataSet, open_dataset
+from shnet_jax.evaluate.blocks import remove_folder
 from shnet_jax.evaluate.bootstrap import load_queries, recall_intervals, save_queries
 from shnet_jax.evaluate.compare import comparison_table
 from shnet_jax.evaluate.ensemble import Embedded, combine, mean_score
@@ -65,7 +65,7 @@ def load(workdir: str | Path, config: ConfigDict, step: int | None = None) -> Lo
     given configuration or the data set does not fit them.
     """
     workdir = Path(workdir)
-    saved = trained_config(workdir)
+    saved = trained_config(workdir, config)
     trained = complete(saved, config)
     younger = [
         name for name, value in config.model.items() if isinstance(value, ConfigDict) and name not in saved.model
@@ -78,7 +78,7 @@ def load(workdir: str | Path, config: ConfigDict, step: int | None = None) -> Lo
 def load_any(workdir: str | Path, config: ConfigDict) -> Loaded:
     """As `load`, whatever model the run is of: config gives the evaluation only."""
     workdir = Path(workdir)
-    return _restore(workdir, complete(trained_config(workdir), config), config)
+    return _restore(workdir, complete(trained_config(workdir, config), config), config)
 
 
 def _restore(workdir: Path, trained: ConfigDict, config: ConfigDict, step: int | None = None) -> Loaded:
@@ -219,7 +219,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
         results_page(f"{config.name} on {dataset_name}, {evaluation.split}", shown, cards),
     )
     print(text)
-    shutil.rmtree(workdir / SCORES, ignore_errors=True)
+    remove_folder(workdir / SCORES)
 
 
 def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded], DataSet, Wanted]:
@@ -232,7 +232,7 @@ def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded]
     if runs:  # mistakes are told before anything is encoded
         mean_score([RetrievalModel.score] * len(runs), evaluation.ensemble_weights)
     for run in runs:
-        trained_config(Path(run))
+        trained_config(Path(run), config)
     first = load_any(runs[0], config) if runs else load(workdir, config)
     dataset = first.experiment.dataset
     wanted = read_wanted(dataset, evaluation.split, evaluation)

@@ -46,11 +46,11 @@ def convert(config: ConfigDict, workdir: str | Path) -> None:
             "--config.convert.to=FOLDER is made from it"
         )
     if to:
-        model = load_run(workdir, config.eval.checkpoint)
+        model = load_run(workdir, config.eval.checkpoint, config)
         write_folder(Path(to), model)
         print(f"{Path(to) / WEIGHTS}: {_describe(model)}, from {workdir}")
         return
-    model = load_folder(source) if Path(source).is_dir() else load_published(config, source)
+    model = load_folder(source, config) if Path(source).is_dir() else load_published(config, source)
     write_run(workdir, model)
     print(
         f"{workdir}: {_describe(model)}, from {source}\n"
@@ -85,10 +85,13 @@ def load_published(config: ConfigDict, path: str | Path) -> Model:
     return Model(config, variables, published.step)
 
 
-def load_run(workdir: str | Path, checkpoint: str = "best") -> Model:
-    """The model in a work folder; checkpoint: best | last. Where averages were kept, these are it."""
+def load_run(workdir: str | Path, checkpoint: str = "best", own: ConfigDict | None = None) -> Model:
+    """The model in a work folder; checkpoint: best | last. Where averages were kept, these are it.
+
+    own: the user's configuration, see `workdir.trained_config`.
+    """
     workdir = Path(workdir)
-    config = trained_config(workdir)
+    config = trained_config(workdir, own)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.step(checkpoint)
     if step is None:
@@ -101,13 +104,15 @@ def load_run(workdir: str | Path, checkpoint: str = "best") -> Model:
     return Model(config, variables, step)
 
 
-def load_folder(folder: str | Path) -> Model:
+def load_folder(folder: str | Path, own: ConfigDict | None = None) -> Model:
     """The model in a folder of `write_folder`.
 
+    own: the user's configuration, see `workdir.trained_config`.
     Raises ValueError naming each array that its configuration has no place for, or the other way round.
     """
     folder = Path(folder)
-    config = trained_config(folder)
+    config = trained_config(folder, own)
+    config.text.weights = ""  # they are in the folder
     variables, step = read_weights(folder / WEIGHTS)
     found, expected = (_ranks(tree) for tree in (variables, _expected(config)))
     if found != expected:

@@ -29,7 +29,7 @@ def cross(config: ConfigDict, workdir: str | Path) -> Matrix:
     """
     workdir = Path(workdir)
     columns = {find_dataset(folder).parent.name: folder for folder in config.cross.data_dirs}
-    rows = {_row(Path(run)): run for run in config.cross.runs}
+    rows = {_row(Path(run), config): run for run in config.cross.runs}
     for field, given, named in (("runs", config.cross.runs, rows), ("data_dirs", config.cross.data_dirs, columns)):
         if not given or len(named) < len(given):
             raise ValueError(
@@ -56,9 +56,9 @@ def _on(config: ConfigDict, folder: str) -> ConfigDict:
     return own
 
 
-def _row(run: Path) -> str:
+def _row(run: Path, own: ConfigDict) -> str:
     """Name of a run, and the data set that it was trained on."""
-    config = trained_config(run)
+    config = trained_config(run, own)
     folder = Path(config.data.dir)
     trained_on = folder.parent.name if (folder / "dataset_info.json").is_file() else folder.name
     return f"{config.name}, seed {config.seed}, trained on {trained_on}"

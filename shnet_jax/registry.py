@@ -1,19 +1,24 @@
 """Names to modules. A model or loss is found by the name of its file; importing this has no side effect.
 
 `registry.model("shnet")` is `shnet_jax.models.shnet`; a dotted name (`my_package.my_model`) is taken as it is, so a
-model outside this package needs no edit here.
+model outside this package needs no edit here. The configuration in somebody's folder is not asked for such names: see
+`check_known`.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
+from collections.abc import Collection, Iterable
 from types import ModuleType
 
 
 def _find(package: str, name: str, kind: str) -> ModuleType:
     path = name if "." in name else f"{package}.{name}"
     try:
+        if not all(part.isidentifier() for part in path.split(".")):
+            raise ModuleNotFoundError(name=path)
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name != path:  # the module exists but one of its own imports does not
@@ -30,3 +35,17 @@ def model(name: str) -> ModuleType:
 def loss(name: str) -> ModuleType:
     """The module of a loss: has `init_params(**options)` and `loss(images, texts, ids, ctx, **options) -> dict`."""
     return _find("shnet_jax.losses", name, "loss")
+
+
+def check_known(names: Iterable[str], where: str, own: Collection[str] = ()) -> None:
+    """Raises ValueError for a dotted name that neither `own`, the user's configuration, has nor the program imported.
+
+    To import a module runs it: who opens a model of somebody else must not run what its folder names. `where`: the
+    file that has the names, for the message.
+    """
+    for name in names:
+        if "." in name and name not in own and name not in sys.modules:
+            raise ValueError(
+                f"{where} names the module {name!r}, which is not a part of shnet_jax and would be run. If you trust "
+                f"it, name it in your own --config, or `import {name}` in that file or before the call"
+            )

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.commands import Loaded, load
-from shnet_jax.data.records import CHECKSUMS
+from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.evaluate.blocks import digest
 from shnet_jax.evaluate.report import write_text
 from shnet_jax.evaluate.split import subject

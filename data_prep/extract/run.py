@@ -106,6 +106,14 @@ def build(work: Work, args: argparse.Namespace) -> Path:
         for split, group in itertools.groupby(work.blocks, lambda block: block.split)
     }
     total = sum(len(block.items) for block in work.blocks) - len(skipped)
-    path = write_dataset(args.out, args.name, splits, metadata, total=total, overwrite=args.overwrite)
+    path = write_dataset(
+        args.out,
+        args.name,
+        splits,
+        metadata,
+        total=total,
+        overwrite=args.overwrite,
+        on_bad_record=args.on_bad_record,
+    )
     blocks.remove(work.folder)
     return path

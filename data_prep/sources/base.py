@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from data_prep import schema
+from data_prep.bad_records import Bad
 from data_prep.schema import DataError, Record
 
 
@@ -37,37 +38,58 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Joined:
-    """Records with the fields of each source added.
+    """Records with the fields of each source added, and a Bad where a source is damaged.
 
     skip_absent: leave out an image that a source does not have, and say so at the end; else that is an error.
     """
 
-    records: Iterable[Record]
+    records: Iterable[Record | Bad]
     sources: Sequence[Source]
     split: str
     feature_dtype: str | None
     skip_absent: bool = False
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[Record | Bad]:
         absent = []
         for row, record in enumerate(self.records):
-            where = f"split {self.split!r} row {row} (image {record['image_id']!r})"
-            try:
-                yield self._add(record, where)
-            except Absent as error:
-                if not self.skip_absent:
-                    raise Absent(f"{where}, {error}; --absent=skip leaves such images out") from error
-                absent.append(record["image_id"])
+            item = record if isinstance(record, Bad) else self._joined(record, row)
+            if isinstance(item, Bad) and item.asked:
+                absent.append(item.image_id)
+            yield item
         if absent:
             shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
             print(f"split {self.split!r}: left out {len(absent)} images that a source lacks: {shown}", file=sys.stderr)
 
+    def _joined(self, record: Record, row: int) -> Record | Bad:
+        image_id = record["image_id"]
+        where = f"split {self.split!r} row {row} (image {image_id!r})"
+        try:
+            return self._add(record, where)
+        except Absent as error:
+            if not self.skip_absent:
+                raise Absent(f"{where}, {error}; --absent=skip leaves such images out") from error
+            return Bad(image_id, error, asked=True)
+        except DataError as error:
+            return Bad(image_id, error)
+
     def _add(self, record: Record, where: str) -> Record:
         out = dict(record)
         for source in self.sources:
-            for name, value in source.read(record["image_id"]).items():
-                place = f"{where}, {source.files[name]}"
+            for name, value in _read(source, record["image_id"], where).items():
+                file = source.files[name]
                 if name in out:
-                    raise DataError(f"{place}: field {name!r}: expected it from one source, found it in two")
-                out[name] = schema.as_field(name, value, where=place, dtype=self.feature_dtype)
+                    found = f"{where}, {file}: field {name!r}: expected it from one source, found it in two"
+                    raise DataError(found, file=file, field=name)
+                out[name] = schema.as_field(name, value, where=where, file=file, dtype=self.feature_dtype)
         return out
+
+
+def _read(source: Source, image_id: str, where: str) -> Record:
+    """What the source has, its faults with the place of the record before them."""
+    try:
+        return source.read(image_id)
+    except Absent:
+        raise
+    except DataError as error:
+        file = error.file or ", ".join(dict.fromkeys(source.files.values()))
+        raise DataError(f"{where}, {error}", file=file, field=error.field) from error

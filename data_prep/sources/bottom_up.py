@@ -96,7 +96,7 @@ def parse(line: bytes, where: str) -> Record:
         count = int(row["num_boxes"])
     except ValueError as error:
         raise DataError(f"{where}: expected whole numbers as width, height and num_boxes: {error}") from error
-    if min(width, height, count) < 1:
+    if min(width, height, count) < 1 or max(width, height) > _MAX_SIDE:
         raise DataError(f"{where}: expected an image and boxes, found {width} x {height} with {count}")
     boxes = _floats(row["boxes"], count, where, "boxes")
     if boxes.shape[1] != 4:
@@ -112,6 +112,7 @@ def parse(line: bytes, where: str) -> Record:
 
 
 _SIZES = (("image_w", "img_w"), ("image_h", "img_h"))
+_MAX_SIDE = 2**24  # pixels; float32 counts up to there
 
 
 def _floats(cell: bytes, count: int, where: str, column: str) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data_prep import captions, coco_panoptic, label_maps
+from data_prep.files import inside, read_json, read_picture
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 
@@ -43,8 +42,8 @@ class Panoptic:
     @cached_property
     def _entries(self) -> dict[str, tuple[str, dict[int, int]]]:
         """Image name or number -> (PNG, segment -> category), for every name that the JSON gives an image."""
+        content = read_json(self.annotations)
         try:
-            content = json.loads(self.annotations.read_text(encoding="utf-8"))
             names = {image["id"]: image["file_name"] for image in content.get("images", [])}
             entries = {}
             for entry in content["annotations"]:
@@ -52,12 +51,12 @@ class Panoptic:
                 number = entry["image_id"]
                 for name in (str(number), *captions.keys(names.get(number, entry["file_name"]))):
                     entries[name] = (entry["file_name"], categories)
-        except ValueError as error:
-            raise DataError(f"{self.annotations}: expected JSON: {error}") from error
         except KeyError as error:
             raise DataError(
                 f"{self.annotations}: expected the key {error.args[0]!r}, found an entry without"
             ) from error
+        except (TypeError, AttributeError) as error:  # a list or a number where an object or text should be
+            raise DataError(f"{self.annotations}: expected entries of the panoptic format: {error}") from error
         return entries
 
     def read(self, image_id: str) -> Record:
@@ -68,8 +67,10 @@ class Panoptic:
                 break
         else:
             raise Absent(f"{self.annotations}: image {image_id!r}: expected an annotation, found none")
-        path = self.folder / file
-        segments = coco_panoptic.segment_ids(_pixels(path, "RGB"))
+        if not isinstance(file, str):
+            raise DataError(f"{self.annotations}: image {image_id!r}: expected a file name, found {file!r:.80}")
+        path = inside(self.folder, file)
+        segments = coco_panoptic.segment_ids(read_picture(path, "RGB"))
         return label_maps.fields(coco_panoptic.label_map(segments, categories, str(path)), coco_panoptic.CLASSES)
 
 
@@ -97,24 +98,17 @@ class Upsnet:
     def read(self, image_id: str) -> Record:
         """seg_semantic [133, 7, 7], seg_map [64, 64] and categories [133], classes in COCO's order."""
         path = self._file(image_id)
-        pixels = _pixels(path, None)
+        pixels = read_picture(path, None)
         labels = pixels if pixels.ndim == 2 else pixels[..., 0]
+        if labels.dtype != np.uint8:
+            raise DataError(f"{path}: expected classes of 8 bits, found {labels.dtype}")
         return label_maps.fields(coco_panoptic.from_stuff_first(labels, str(path)), coco_panoptic.CLASSES)
 
     def _file(self, image_id: str) -> Path:
         for key in captions.keys(image_id):
             # ssegs keeps the photograph's extension; COCO 2017 pads numbers to 12 digits
             for name in (key, f"{key}.jpg", key.zfill(12), f"{key.zfill(12)}.jpg"):
-                path = self.folder / f"{name}.png"
+                path = inside(self.folder, f"{name}.png")
                 if path.is_file():
                     return path
         raise Absent(f"{self.folder}: image {image_id!r}: expected its label map as PNG, found none")
-
-
-def _pixels(path: Path, mode: str | None) -> np.ndarray:
-    """Pixels of a PNG, converted to `mode` if given; [H, W] or [H, W, channels] uint8."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert(mode) if mode else image)
-    except OSError as error:
-        raise DataError(f"{path}: expected a PNG: {error}") from error

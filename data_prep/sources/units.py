@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import captions, label_maps
-from data_prep.files import open_array
+from data_prep.files import inside, open_array
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from shnet_jax.interop.torch_file import open_torch_file
@@ -62,7 +62,7 @@ def feature_file(folder: Path, image_id: str) -> Path:
     """The file of an image: one of its names (`captions.keys`) and .npy or .pth."""
     for key in captions.keys(image_id):
         for suffix in (".npy", ".pth"):
-            path = folder / f"{key}{suffix}"
+            path = inside(folder, f"{key}{suffix}")
             if path.is_file():
                 return path
     raise Absent(f"{folder}: image {image_id!r}: expected a file {image_id}.npy, found none")

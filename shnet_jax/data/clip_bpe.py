@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
+
+from shnet_jax.foreign import read_object
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -60,15 +63,21 @@ def read(path: Path) -> ClipBPE:
     return ClipBPE(tokenizer, ends, ids[BEGIN], ids[END])
 
 
-def _of_json(path: Path) -> tokenizers.Tokenizer:
-    text = path.read_text(encoding="utf-8")
+@contextmanager
+def _faults(path: Path) -> Iterator[None]:
+    """What `tokenizers` says of a vocabulary as ValueError; it raises Exception itself, and nothing narrower."""
     try:
-        described = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON (cut off?): {error}") from None
-    if not isinstance(described, dict) or not {"model", "pre_tokenizer"} <= described.keys():
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: no vocabulary of CLIP's: {error}") from None
+
+
+def _of_json(path: Path) -> tokenizers.Tokenizer:
+    described = read_object(path)
+    if not {"model", "pre_tokenizer"} <= described.keys():
         raise ValueError(f"{path}: expected a tokenizer.json with a model and a pre_tokenizer")
-    found = tokenizers.Tokenizer.from_str(text)
+    with _faults(path):
+        found = tokenizers.Tokenizer.from_str(json.dumps(described))
     if not isinstance(found.model, models.BPE) or found.model.end_of_word_suffix != END_OF_WORD:
         raise ValueError(f"{path}: expected a BPE whose words end in {END_OF_WORD}, as CLIP's")
     found.no_truncation()
@@ -77,7 +86,10 @@ def _of_json(path: Path) -> tokenizers.Tokenizer:
 
 
 def _of_merges(path: Path) -> tokenizers.Tokenizer:
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a merges.txt in UTF-8: {error}") from None
     merges = [tuple(line.split()) for line in lines if not line.startswith("#version")]
     wrong = next((number for number, merge in enumerate(merges) if len(merge) != 2), None)
     if wrong is not None:
@@ -92,11 +104,11 @@ def _of_merges(path: Path) -> tokenizers.Tokenizer:
     ]
     ids = {piece: number for number, piece in enumerate(pieces)}
     beside = path.with_name("vocab.json")
-    if beside.is_file() and json.loads(beside.read_text(encoding="utf-8")) != ids:
+    if beside.is_file() and read_object(beside) != ids:
         raise ValueError(f"{beside} is not the vocabulary that {path.name} makes; a tokenizer.json is read as it is")
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(ids, [(a, b) for a, b in merges], unk_token=END, end_of_word_suffix=END_OF_WORD)
-    )
+    with _faults(path):
+        model = models.BPE(ids, [(a, b) for a, b in merges], unk_token=END, end_of_word_suffix=END_OF_WORD)
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

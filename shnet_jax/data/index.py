@@ -7,14 +7,17 @@ records have the field `identity`.
 
 from __future__ import annotations
 
-import zipfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+
+from shnet_jax.data.errors import DataError
+from shnet_jax.foreign import read_npz
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,12 @@ class IndexBuilder:
         return Index(np.array(self._ids, np.str_), counts, bytes(self._text), ends, identities)
 
 
+def _cuts_letters(index: Index) -> bool:
+    """Whether a caption ends within the bytes of a character; ends lie within the text."""
+    inner = index.ends[index.ends < len(index.text)]
+    return bool((np.frombuffer(index.text, np.uint8)[inner] & 0xC0 == 0x80).any())
+
+
 def index_file(split: str) -> str:
     """Name of the sidecar of a split."""
     return f"index_{split}.npz"
@@ -99,32 +108,52 @@ def write_index(folder: Path, split: str, index: Index) -> None:
 def read_index(folder: Path, split: str) -> Index | None:
     """The index of a split; None when there is no sidecar or, as in older data sets, one without captions.
 
-    Raises ValueError, naming the file, when it is damaged or its arrays do not fit together.
+    Raises DataError, naming the file, when it is damaged or its arrays do not fit together.
     """
     path = folder / index_file(split)
     if not path.is_file():
         return None
+    what = "expected an index as data_prep writes it"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if "caption_text" not in arrays:
-                return None
-            index = Index(
-                arrays["image_ids"],
-                arrays["caption_counts"],
-                arrays["caption_text"].tobytes(),
-                arrays["caption_ends"],
-                arrays.get("identities"),
-            )
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: expected an index as data_prep writes it: {error}") from error
-    captions, ends = int(index.caption_counts.sum()), index.ends
+        arrays = read_npz(path)
+    except ValueError as error:
+        raise _damaged(path, f"{what}: {error}") from None
+    if "caption_text" not in arrays:
+        return None
+    expected = {"image_ids": "U", "caption_counts": "iu", "caption_text": "u", "caption_ends": "i"}
+    expected |= {"identities": "i"} if "identities" in arrays else {}
+    for name, kinds in expected.items():
+        if name not in arrays or arrays[name].ndim != 1 or arrays[name].dtype.kind not in kinds:
+            found = f"{arrays[name].dtype} {list(arrays[name].shape)}" if name in arrays else "none"
+            raise _damaged(path, f"{what}: {name} [n] of dtype kind {kinds}, found {found}")
+    index = Index(
+        arrays["image_ids"],
+        arrays["caption_counts"],
+        arrays["caption_text"].tobytes(),
+        arrays["caption_ends"],
+        arrays.get("identities"),
+    )
+    try:
+        index.image_ids.tolist()
+        index.text.decode()
+    except ValueError as error:
+        raise _damaged(path, f"{what}: its text is no Unicode: {error}") from None
+    captions, ends = sum(index.caption_counts.tolist()), index.ends
     if len(index.caption_counts) != len(index):
-        raise ValueError(f"{path}: expected as many counts as ids, found {len(index.caption_counts)} and {len(index)}")
+        raise _damaged(path, f"expected as many counts as ids, found {len(index.caption_counts)} and {len(index)}")
     if index.identities is not None and len(index.identities) != len(index):
-        raise ValueError(f"{path}: expected an identity for each of {len(index)} ids, found {len(index.identities)}")
-    if len(ends) != captions or (np.diff(ends, prepend=0, append=len(index.text)) < 0).any():
-        raise ValueError(
-            f"{path}: expected {captions} captions that end in order within {len(index.text)} bytes, "
-            f"found {len(ends)}: {ends.tolist()[:3]} ... {ends.tolist()[-1:]}"
+        raise _damaged(path, f"expected an identity for each of {len(index)} ids, found {len(index.identities)}")
+    bounds = [0, *ends.tolist(), len(index.text)]
+    negative = index.caption_counts.min(initial=0) < 0
+    if negative or len(ends) != captions or any(a > b for a, b in pairwise(bounds)) or _cuts_letters(index):
+        raise _damaged(
+            path,
+            f"expected {captions} captions that end in order within {len(index.text)} bytes, "
+            f"found {len(ends)}: {ends.tolist()[:3]} ... {ends.tolist()[-1:]}",
         )
     return index
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    remedy = "copy the file again, or remove it: it is then made again from the records, whenever the set is opened"
+    return DataError(f"{path}: {what}; {remedy}", file=path.name)

@@ -7,20 +7,27 @@ their features have the same names; only the sidecar files are then missing.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
+from google.protobuf.message import DecodeError
 
+from shnet_jax.data.checksums import check_files
+from shnet_jax.data.errors import DataError
 from shnet_jax.data.index import Index, IndexBuilder, index_file, read_index
+from shnet_jax.foreign import read_object
 
-CHECKSUMS = "checksums.json"
 SENTENCEPIECE = "sentencepiece.model"
-_INFO = "dataset_info.json"
+_INFO, _FEATURES = "dataset_info.json", "features.json"
+_SMALL = (_INFO, _FEATURES, "metadata.json")  # read when a set is opened: their damage need not be a fault in form
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +114,7 @@ class DataSet:
     def index(self, split: str) -> Index:
         """Ids and captions of a split: its sidecar or, without one, what a pass over its records finds; kept.
 
-        Raises ValueError for an unknown split, and for a sidecar that is damaged or of another number of records.
+        Raises ValueError for an unknown split, DataError for a sidecar that is damaged or of another number of records.
         """
         self._check_split(split)
         if split not in self._indices:
@@ -115,8 +122,9 @@ class DataSet:
             if index is None:
                 index = self._scan(split)
             if len(index) != self.splits[split]:
-                raise ValueError(
-                    f"{self.path / index_file(split)}: expected {self.splits[split]} image ids, found {len(index)}"
+                raise DataError(
+                    f"{self.path / index_file(split)}: expected {self.splits[split]} image ids, found {len(index)}",
+                    file=index_file(split),
                 )
             self._indices[split] = index
         return self._indices[split]
@@ -135,13 +143,43 @@ class DataSet:
 
 
 def open_dataset(directory: str | Path) -> DataSet:
-    """The data set that `find_dataset` finds in `directory`."""
+    """The data set that `find_dataset` finds in `directory`.
+
+    Raises DataError when a file that describes it is damaged.
+    """
     path = find_dataset(directory)
-    info = tfds.builder_from_directory(path).info
+    info = _builder(path).info
     metadata = dict(info.metadata.items()) if info.metadata is not None else {}
     features = {name: _feature(name, feature, metadata) for name, feature in sorted(info.features.items())}
     splits = {name: split.num_examples for name, split in info.splits.items() if name != "all"}
     return DataSet(path, splits, features, metadata.get("num_classes"), metadata)
+
+
+def _check_names(path: Path) -> None:
+    """TFDS imports the modules that features.json names and reads the files that dataset_info.json names.
+
+    Raises ValueError for modules outside TFDS, and files outside the folder: the set may be somebody else's.
+    """
+    if (path / _FEATURES).is_file():
+        for key, value in _texts(read_object(path / _FEATURES)):
+            if key in ("pythonClassName", "python_class_name", "type") and not value.startswith("tensorflow_datasets."):
+                raise ValueError(f"{path / _FEATURES}: names {value!r:.200}, which is no part of tensorflow_datasets")
+    for key, value in _texts(read_object(path / _INFO)):
+        if key in ("filepathTemplate", "filepath_template", "name") and ("/" in value or ".." in value):
+            raise ValueError(f"{path / _INFO}: {key} is {value!r:.200}, which leads out of this folder")
+
+
+def _texts(value: Any) -> Iterator[tuple[str, str]]:
+    """Every (key, text) at any depth of JSON values."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(item, str):
+                yield key, item
+            else:
+                yield from _texts(item)
 
 
 def open_split(dataset_dir: str | Path, split: str, fields: Sequence[str]) -> RandomAccess:
@@ -150,6 +188,22 @@ def open_split(dataset_dir: str | Path, split: str, fields: Sequence[str]) -> Ra
     Raises ValueError, listing what there is, for a split or field that the data set does not have.
     """
     return open_dataset(dataset_dir).open_split(split, fields)
+
+
+def _builder(path: Path) -> tfds.core.DatasetBuilder:
+    """TFDS's reader of a version folder, whose description is compared with its checksums first."""
+    check_files(path, _SMALL)
+    _check_names(path)
+    try:
+        return tfds.builder_from_directory(path)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        ImportError,
+        ParseError,
+    ) as error:  # ImportError: an encoding of TensorFlow
+        raise DataError(f"{path}: expected {', '.join(_SMALL)} as TFDS writes them: {error}") from error
 
 
 def _feature(name: str, feature: Any, metadata: Mapping[str, Any]) -> Feature:
@@ -171,11 +225,12 @@ class RandomAccess:
         self.dataset, self.split, self.fields = dataset, split, fields
 
     @cached_property
-    def _source(self) -> tuple[Any, tfds.features.FeaturesDict]:
-        """Undecoded records, and the features to decode: data sources know no PartialDecoding."""
-        builder = tfds.builder_from_directory(self.dataset.path)
+    def _source(self) -> tuple[Any, tfds.features.FeaturesDict, Any]:
+        """Undecoded records, the features to decode (data sources know no PartialDecoding), where the records lie."""
+        builder = _builder(self.dataset.path)
         raw = builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        return raw, tfds.features.FeaturesDict({name: builder.info.features[name] for name in self.fields})
+        features = tfds.features.FeaturesDict({name: builder.info.features[name] for name in self.fields})
+        return raw, features, builder.info.splits[self.split]
 
     def __reduce__(self):
         return open_split, (self.dataset.path, self.split, self.fields)
@@ -184,8 +239,37 @@ class RandomAccess:
         return self.dataset.splits[self.split]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        raw, features = self._source
-        return self._plain(features.deserialize_example_np(raw[number]))
+        """Record `number`. Raises DataError naming its shard and its place there when it is damaged."""
+        raw, features, _ = self._source
+        try:
+            data = raw[number]
+        except RuntimeError as error:  # array_record's: truncated, missing, or a chunk unlike its hash
+            raise self._damaged(number, str(error)) from error
+        if not data:  # what array_record gives beyond the end of a shard that was cut between two blocks
+            raise self._damaged(number, "the end of the file")
+        try:
+            record = features.deserialize_example_np(data)
+            missing = [name for name in self.fields if record.get(name) is None]
+            if missing:
+                raise self._damaged(number, f"none of the field {', '.join(missing)}")
+            return self._plain(record)
+        except (ValueError, TypeError, KeyError, DecodeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise self._damaged(number, f"{type(error).__name__}: {error}") from error
+
+    def _damaged(self, number: int, found: str) -> DataError:
+        split = self._source[2]
+        ends = list(accumulate(split.shard_lengths))
+        shard = bisect_right(ends, number)
+        file = Path(split.filepaths[shard])
+        place = number - (ends[shard - 1] if shard else 0)
+        return DataError(
+            f"{file}: record {place} of this file (split {self.split!r} row {number}): expected a record as it was "
+            f"written, found: {found}; `python -m data_prep.verify {self.dataset.path}` tells which files are damaged: "
+            "copy them again, or import the set again",
+            file=file.name,
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[number] for number in range(len(self)))

@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 from tokenizers import models, normalizers, pre_tokenizers
 
 from shnet_jax.data import clip_bpe
+from shnet_jax.data.checksums import check_files
+from shnet_jax.data.errors import DataError
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, find_dataset
 
 # Both kinds have these; data_prep/vocabulary.py trains SentencePiece with them.
@@ -187,7 +189,10 @@ def wordpiece(path: Path) -> Tokenizer:
     """The uncased BERT tokenizer of a vocab.txt (one piece per line, its line number is its id)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: WordPiece vocabulary not found (a vocab.txt with one piece per line)")
-    pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    try:
+        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a vocab.txt in UTF-8: {error}") from None
     special = _special(path, pieces)
     starts_word = np.array([not piece.startswith("##") for piece in pieces])
     return _tokenizer(_WordPiece({piece: i for i, piece in enumerate(pieces)}), starts_word, special)
@@ -197,7 +202,12 @@ def sentence_piece(path: Path) -> Tokenizer:
     """The tokenizer of a SentencePiece model that has the pieces SPECIAL, [PAD] as id 0."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: SentencePiece model not found (data_prep trains one for every data set)")
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    if path.name == SENTENCEPIECE:  # of a data set: a changed bit may change pieces and nothing else
+        check_files(path.parent, [SENTENCEPIECE])
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError as error:
+        raise DataError(f"{path}: expected a SentencePiece model (cut off?): {error}", file=path.name) from None
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     special = _special(path, pieces)
     starts_word = np.array([piece.startswith("\u2581") for piece in pieces])

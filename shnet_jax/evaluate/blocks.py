@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -216,21 +215,42 @@ def _recorded(images: Embedding, texts: Embedding) -> Array:
 
 
 def open_folder(folder: Path, identity: Mapping[str, Any]) -> Path:
-    """The folder of finished blocks of this evaluation; blocks of another one are removed.
+    """The folder of finished blocks of this evaluation; blocks of another one are removed, nothing else is.
 
-    identity: JSON values that say which scores these are.
+    identity: JSON values that say which scores these are. Raises ValueError for a folder that holds other files.
     """
     path, text = folder / IDENTITY, json.dumps(identity, sort_keys=True, indent=1)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return folder
-    if folder.exists():
+    if path.exists():
         log.info("%s: blocks of another evaluation are removed", folder)
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    if others := remove_folder(folder):
+        raise ValueError(
+            f"{folder} is where finished blocks of scores are kept, and holds {', '.join(others[:3])}, which no "
+            "evaluation wrote: move it, or choose another --workdir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
     return folder
+
+
+def remove_folder(folder: Path) -> list[str]:
+    """Deletes the blocks in a folder of `open_folder` and, if nothing else is in it, the folder; -> what is left.
+
+    Only of a folder with the file IDENTITY, by which we know it as ours, blocks are deleted.
+    """
+    if not folder.is_dir():
+        return [folder.name] if folder.exists() else []
+    ours = ("block_*.npy", "block_*.tmp", IDENTITY) if (folder / IDENTITY).is_file() else ()
+    for pattern in (*ours, "identity.tmp"):  # IDENTITY is the last to go: a killed removal can go on
+        for path in folder.glob(pattern):
+            path.unlink()
+    left = sorted(path.name for path in folder.iterdir())
+    if not left and not folder.is_symlink():
+        folder.rmdir()
+    return left
 
 
 def digest(tree: Any) -> str:

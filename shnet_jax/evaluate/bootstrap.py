@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from shnet_jax.evaluate.rank import check_captions
 from shnet_jax.evaluate.recall import CUTS, DIRECTIONS, QueryRanks
+from shnet_jax.foreign import read_npz
 
 LEVEL = 0.95
 DRAWS = 2000
@@ -87,9 +89,14 @@ def load_queries(path: Path) -> QueryRanks:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the ranks of a run's queries, as --mode=eval writes them")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return QueryRanks(**{field.name: arrays[field.name] for field in dataclasses.fields(QueryRanks)})
-    except (KeyError, ValueError, AttributeError) as error:
+        arrays = read_npz(path)
+        found = QueryRanks(**{field.name: arrays[field.name] for field in dataclasses.fields(QueryRanks)})
+        for name, ranks in (("i2t", found.i2t), ("t2i", found.t2i)):
+            if ranks.ndim != 1 or ranks.dtype.kind not in "iu":
+                raise ValueError(f"{name} is {ranks.dtype} {list(ranks.shape)}, expected whole numbers [n]")
+        check_captions(found.caption_image, len(found.i2t), len(found.t2i))
+        return found
+    except (KeyError, ValueError) as error:
         raise ValueError(
             f"{path}: expected the ranks of a run's queries, as --mode=eval writes them: {error}"
         ) from error

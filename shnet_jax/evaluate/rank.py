@@ -52,7 +52,8 @@ def ranks(
     """Ranks every gallery item for every query.
 
     The rank of an item is the number of items that score strictly higher plus the number of those that score
-    the same and have a smaller index, so a constant score ranks by index and gives chance, never 100 %.
+    the same and have a smaller index, so a constant score ranks by index and gives chance, never 100 %. Infinite scores
+    are numbers like others: all that are -inf tie, behind the finite ones.
 
     Args:
       images: n embeddings, arrays on the host (np.memmap too) or the device; for an ensemble a tuple of such.

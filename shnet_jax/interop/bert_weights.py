@@ -7,7 +7,6 @@ Every tensor must be known, present and of the right shape; nothing is guessed.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
+from shnet_jax.foreign import read_object
 from shnet_jax.interop import minilm
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 # Tensors of Hugging Face checkpoints that the tower has no use for: constants, the pooler and task heads.
 IGNORED = ("embeddings.position_ids", "pooler.", "cls.", "classifier.", "qa_outputs.")
+
+MAX_SIZE = 10**6
+"""Of any axis that a config.json names: each layer costs time and memory before a tensor is looked at."""
 
 _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
@@ -69,18 +72,15 @@ def sizes(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise FileNotFoundError(f"{folder} {what}: expected a BERT as Hugging Face saves it (text.weights)")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    config = read_object(path)
     for name, expected in _REQUIRED.items():
         found = config.get(name, _DEFAULTS.get(name))
         if found != expected:
             raise ValueError(f"{path}: {name} is {found!r}; the BERT tower has {expected!r}")
     found_sizes = {ours: config.get(name) for ours, name in _SIZES.items()}
     for ours, size in found_sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{path}: {_SIZES[ours]} is {size!r}, expected a positive integer")
+        if type(size) is not int or not 1 <= size <= MAX_SIZE:
+            raise ValueError(f"{path}: {_SIZES[ours]} is {size!r:.80}, expected a positive integer up to {MAX_SIZE}")
     return found_sizes
 
 
@@ -172,10 +172,9 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         if (pickled := folder / "pytorch_model.bin").is_file():
             return _read_pickled(pickled)
         raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name} nor {pickled.name}")
-    try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{index}: expected JSON with a field weight_map: {error!r}") from None
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise ValueError(f"{index}: expected JSON with a field weight_map, the file of each tensor")
     arrays: dict[str, np.ndarray] = {}
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard:

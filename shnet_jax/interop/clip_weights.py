@@ -6,7 +6,6 @@ must be known, present and of the right shape; nothing is guessed and nothing is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from shnet_jax.interop.bert_weights import read_tensors
+from shnet_jax.foreign import read_object
+from shnet_jax.interop.bert_weights import MAX_SIZE, read_tensors
 from shnet_jax.interop.torch_weights import Slot, Slots, linear_slots, norm_slots, to_variables
 from shnet_jax.models.clip import ACTIVATIONS, EPSILON, Text, Vision
 
@@ -53,10 +53,7 @@ def sizes(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise FileNotFoundError(f"{folder} {what}: expected a CLIP as Hugging Face saves it (text.weights)")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    config = read_object(path)
     if config.get("model_type") != "clip":
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; expected 'clip'")
     text, vision = (_section(path, config, part, names) for part, names in (("text", _TEXT), ("vision", _VISION)))
@@ -67,6 +64,8 @@ def sizes(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _section(path: Path, config: Mapping[str, Any], part: str, names: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
     given = config.get(f"{part}_config") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: {part}_config is {given!r:.80}, expected an object")
     if (epsilon := given.get("layer_norm_eps", EPSILON)) != EPSILON:
         raise ValueError(f"{path}: {part}_config.layer_norm_eps is {epsilon!r}; the CLIP towers have {EPSILON!r}")
     found = {ours: given.get(theirs, default) for ours, (theirs, default) in names.items()}
@@ -78,8 +77,8 @@ def _section(path: Path, config: Mapping[str, Any], part: str, names: Mapping[st
 
 
 def _whole(path: Path, name: str, value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{path}: {name} is {value!r}, expected a positive integer")
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        raise ValueError(f"{path}: {name} is {value!r:.80}, expected a positive integer up to {MAX_SIZE}")
     return value
 
 

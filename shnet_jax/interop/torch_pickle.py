@@ -39,8 +39,13 @@ _WRITTEN = (
     "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS "
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID"
 )
+MAX_OPCODES = 2_000_000
+"""Opcodes of one pickle, some 60 for each tensor; a second for each million."""
 MAX_TUPLES = 20_000
 """Tuples in one pickle, four for each tensor: a key of a million tuples in one another ends Python without a word."""
+MAX_HASHED = 1_000_000
+"""Objects that are looked at to hash the keys of one pickle. Sixty tuples that each hold the one before twice are a key
+of 2^60."""
 _OPCODES = frozenset(_WRITTEN.split())
 
 
@@ -69,6 +74,16 @@ class _RebuildTensor:
         return Tensor(storage, offset, shape, strides)
 
 
+class _OrderedDict:
+    __slots__ = ()
+
+    def __call__(self, items: Any = ()) -> collections.OrderedDict[str, Any]:
+        pairs = list(items)  # Python 2 wrote them as an argument, Python 3 puts them in one by one
+        if not all(isinstance(pair, list | tuple) and pair and isinstance(pair[0], str) for pair in pairs):
+            raise pickle.UnpicklingError("an OrderedDict is made of something else than names and values")
+        return collections.OrderedDict(pairs)
+
+
 class _RebuildParameter:
     __slots__ = ()
 
@@ -77,7 +92,7 @@ class _RebuildParameter:
 
 
 ALLOWED: Mapping[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _OrderedDict(),
     ("argparse", "Namespace"): types.SimpleNamespace,
     ("torch._utils", "_rebuild_tensor"): _RebuildTensor(),
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
@@ -108,7 +123,8 @@ class Unpickler:
         return found
 
     def _look_through(self) -> None:
-        tuples = 0
+        tuples = hashed = 0
+        sizes = _Sizes()
         for number, (opcode, value, _) in enumerate(pickletools.genops(self._stream)):
             if opcode.name not in _OPCODES:
                 raise pickle.UnpicklingError(
@@ -117,11 +133,75 @@ class Unpickler:
             if opcode.name in ("BINPUT", "LONG_BINPUT") and int(value or 0) > number:
                 raise pickle.UnpicklingError("its pickle asks for more memory than it has objects")
             tuples += opcode.name.startswith("TUPLE")
-            if tuples > MAX_TUPLES:
-                raise pickle.UnpicklingError(f"its pickle has more than {MAX_TUPLES} tuples")
+            hashed += sizes.step(opcode.name, value)
+            for what, found, most in (
+                ("opcodes", number, MAX_OPCODES),
+                ("tuples", tuples, MAX_TUPLES),
+                ("objects in its keys", hashed, MAX_HASHED),
+            ):
+                if found > most:
+                    raise pickle.UnpicklingError(f"its pickle has more than {most} {what}")
 
 
-_FAULTS = (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+class _Sizes:
+    """Does what opcodes do, with the size of each object in its place: how many are met when it is hashed.
+
+    A list or a dictionary has size 1, as it has no hash. Raises IndexError or KeyError where an unpickler fails.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[int] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, int] = {}
+
+    def step(self, name: str, value: Any) -> int:
+        """One opcode with its argument; -> the size of what is hashed by it."""
+        stack = self._stack
+        match name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                self._marks.append(len(stack))
+            case "BINPUT" | "LONG_BINPUT":
+                self._memo[value] = stack[-1]
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[value])
+            case "TUPLE":
+                stack.append(1 + sum(self._to_mark()))
+            case "APPENDS":
+                self._to_mark()
+            case "SETITEMS":
+                return sum(size for size in self._to_mark()[::2] if size > 1)
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(1 + sum(stack.pop() for _ in range(int(name[-1]))))
+            case "APPEND" | "BUILD":
+                stack.pop()
+            case "SETITEM":
+                stack.pop()
+                return stack.pop()
+            case "REDUCE" | "NEWOBJ":
+                size = stack.pop()
+                stack[-1] = 1 + size
+            case "BINPERSID":
+                stack[-1] = 1
+            case "STACK_GLOBAL":
+                stack.pop()
+                stack[-1] = 1
+            case _:
+                stack.append(1)
+        return 0
+
+    def _to_mark(self) -> list[int]:
+        """Takes what lies above the last mark off the stack."""
+        start = self._marks.pop()
+        above = self._stack[start:]
+        del self._stack[start:]
+        return above
+
+
+_FAULTS = (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, OverflowError)
 
 
 class _Restricted(pickle.Unpickler):

@@ -67,6 +67,11 @@ def embed(
     begun = read_source(parts)
     if begun is None:
         parts.mkdir(parents=True, exist_ok=True)
+        if others := sorted(path.name for path in parts.iterdir() if path.name != "embeddings.tmp"):
+            raise ValueError(
+                f"{parts} is where parts of embeddings are kept, and holds {', '.join(others[:3])}, which --mode=embed "
+                "did not write: move it, or choose another config.search.embeddings"
+            )
         write_json(parts / SOURCE, source)
     else:
         check_source(parts / SOURCE, begun, source)

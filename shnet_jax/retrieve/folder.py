@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from shnet_jax.data.records import DataSet
+from shnet_jax.foreign import read_object
 from shnet_jax.retrieve import tensors
 from shnet_jax.types import Embedding
 
@@ -90,7 +91,27 @@ def write_json(path: Path, value: Any) -> None:
 def read_source(folder: Path) -> dict[str, Any] | None:
     """What made the embeddings of a folder; None when it holds none, or none that are complete."""
     path = folder / SOURCE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
+
+
+def read_ids(path: Path) -> Ids:
+    """The ids of a folder. Raises ValueError for a file whose lists do not fit together, FileNotFoundError."""
+    found = read_object(path)
+    kinds = {"image_ids": str, "caption_ids": str, "captions": str, "caption_image": int}
+    for name, kind in kinds.items():
+        values = found.get(name)
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise ValueError(f"{path}: {name}: expected a list of {kind.__name__}, found {values!r:.80}")
+    ids = Ids(**{name: found[name] for name in kinds})
+    rows, n, t = np.array(ids.caption_image, object), len(ids.image_ids), len(ids.captions)
+    if (
+        len(ids.caption_ids) != t
+        or len(rows) != t
+        or any(not 0 <= row < n for row in rows)
+        or (rows[1:] < rows[:-1]).any()
+    ):
+        raise ValueError(f"{path}: expected {t} captions with an id and, in rising order, a row of {n} images each")
+    return ids
 
 
 def open_embeddings(folder: str | Path) -> Embeddings:
@@ -101,7 +122,7 @@ def open_embeddings(folder: str | Path) -> Embeddings:
         raise FileNotFoundError(f"{folder}: no {SOURCE}; make the embeddings with --mode=embed")
     if source.get("format") != FORMAT:
         raise ValueError(f"{folder / SOURCE}: expected format {FORMAT}, found {source.get('format')}")
-    ids = Ids(**json.loads((folder / IDS).read_text(encoding="utf-8")))
+    ids = read_ids(folder / IDS)
     sides = {}
     for side, count in zip(SIDES, (len(ids.image_ids), len(ids.captions)), strict=True):
         path = folder / f"{side}.safetensors"

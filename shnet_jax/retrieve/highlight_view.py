@@ -24,12 +24,12 @@ def view(scene: Scene, found: Highlight, captions: Sequence[str]) -> Markup | No
     if not panels:
         return None
     keys = [
-        tag("span", tag("i", style=f"background:{colour}"), f"{name} {share:.0%}")
+        tag("span", tag("i", style=f"background:{colour}"), tag("bdi", name), f" {share:.0%}")
         for name, colour, share in scene.classes(6)
     ]
     title = tag("div", "The scene, by classes" if keys else "The image", tag("div", keys, class_="keys sub"))
     first = tag("div", scene.picture(), tag("div", title, class_="text"), class_="card")
-    say = tag("p", "“", captions[0], "”", class_="say")
+    say = tag("p", "“", tag("bdi", captions[0]), "”", class_="say")
     return tag("div", say, tag("div", first, panels, class_="cards"), class_="query")
 
 

@@ -21,20 +21,25 @@ def render(children: Child) -> Markup:
     if isinstance(children, Markup):
         return children
     if isinstance(children, str):
-        return Markup(html.escape(children))
+        return Markup(_escaped(children))
     return Markup("".join(render(child) for child in children))
 
 
 def tag(name: str, /, *children: Child, **attributes: str | float | bool | None) -> Markup:
     """An element. Attributes: class_ for class, _ for -; None and False are left out, True has no value."""
     given = "".join(
-        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{html.escape(_plain(value))}"')
+        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{_escaped(_plain(value))}"')
         for key, value in attributes.items()
         if value is not None and value is not False
     )
     if name in VOID_TAGS and not children:
         return Markup(f"<{name}{given}/>")
     return Markup(f"<{name}{given}>{render(children)}</{name}>")
+
+
+def _escaped(text: str) -> str:
+    """Text as HTML; halves of surrogate pairs, which a JSON file may hold, and NUL have no form in it."""
+    return html.escape(text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8"))
 
 
 def _plain(value: str | float) -> str:

@@ -6,13 +6,12 @@ recall against the exact search is measured with queries of the other side and k
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k
+from shnet_jax.foreign import read_object
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.retrieve.backends import Index, digest
 from shnet_jax.retrieve.faiss_index import FaissIndex
@@ -52,7 +51,7 @@ def open_index(search: ConfigDict, embeddings: Embeddings, side: str, tile: int,
         "vectors": len(getattr(embeddings, side).vector),
         "source": digest(embeddings),
     }
-    known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    known = read_object(note) if note.is_file() else {}
     index = build.open(search, embeddings, side) if {key: known.get(key) for key in wanted} == wanted else None
     if index is not None and known.get("effort") == search.effort:
         return index, known

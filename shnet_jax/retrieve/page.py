@@ -176,17 +176,15 @@ def _caption_query(contents: Contents, shown: Shown, album: Album) -> Markup:
     def card(place: str, row: int) -> Markup:
         good = contents.right(row, shown.match)
         mark = tag("span", "✓ right" if good else "✗", class_="mark")
-        words = None if good else tag("div", ids.captions_of(row)[0], class_="sub")
+        words = None if good else tag("div", tag("bdi", ids.captions_of(row)[0]), class_="sub")
         text = tag("div", tag("div", tag("span", place), mark, class_="head"), words, class_="text")
         return tag("div", album.scene(row).picture(), text, class_="card good" if good else "card bad")
 
     found = [card(f"{rank}.  {score:.3f}", row) for rank, (row, score) in enumerate(shown.best, start=1)]
     if shown.match not in [row for row, _ in shown.best]:
         found.append(card(f"rank {shown.rank}", shown.match))
-    return tag(
-        "div", tag("p", "“", ids.captions[shown.query], "”", class_="say"), tag("div", found, class_="cards"),
-        class_="query",
-    )  # fmt: skip
+    say = tag("p", "“", tag("bdi", ids.captions[shown.query]), "”", class_="say")
+    return tag("div", say, tag("div", found, class_="cards"), class_="query")
 
 
 def _by_image(contents: Contents, shown: Sequence[Shown], album: Album) -> Child:
@@ -209,7 +207,7 @@ def _image_query(contents: Contents, shown: Shown, album: Album) -> Markup:
         good = contents.right(ids.caption_image[row], shown.query)
         mark = tag("span", "✓" if good else "✗", class_="mark")
         return tag(
-            "li", mark, tag("span", number, class_="num"), tag("span", ids.captions[row]),
+            "li", mark, tag("span", number, class_="num"), tag("span", tag("bdi", ids.captions[row])),
             class_="good" if good else "bad",
         )  # fmt: skip
 
@@ -223,7 +221,8 @@ def _image_query(contents: Contents, shown: Shown, album: Album) -> Markup:
 
 def _keys(classes: Sequence[tuple[str, str, float]]) -> Markup:
     spans = [
-        tag("span", tag("i", style=f"background:{colour}"), f"{name} {share:.0%}") for name, colour, share in classes
+        tag("span", tag("i", style=f"background:{colour}"), tag("bdi", name), f" {share:.0%}")
+        for name, colour, share in classes
     ]
     return tag("div", spans, class_="keys sub")
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from shnet_jax import foreign
 
 SUFFIXES = ("", ".jpg", ".jpeg", ".png", ".webp")
 SIDE = 320  # longest side of a photograph on the page, in pixels
@@ -73,15 +75,14 @@ def photograph(folder: Path, image_id: str) -> tuple[str, float] | None:
 
     Raises ValueError for a file that is no picture.
     """
-    path = next((p for suffix in SUFFIXES if (p := folder / f"{image_id}{suffix}").is_file()), None)
-    # An id of somebody else's data set must not bring a file from elsewhere into a page that is passed on.
-    if path is None or not path.resolve().is_relative_to(folder.resolve()):
-        return None
     try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path}: expected a photograph, but {error}") from None
+        paths = [foreign.inside(folder, f"{image_id}{suffix}") for suffix in SUFFIXES]
+    except ValueError:  # an id of somebody else's data set must not bring a file from elsewhere into a page
+        return None
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    picture = foreign.read_picture(path)
     picture.thumbnail((SIDE, SIDE))
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=82)

@@ -8,6 +8,7 @@ arrays one after the other, little endian.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -47,16 +48,24 @@ def _map(path: Path, mode: Literal["r", "r+"]) -> dict[str, np.ndarray]:
             raise ValueError(f"{path}: no safetensors file, its header would have {length} of {size} bytes")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{path}: no safetensors file, its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: no safetensors file, its header is no JSON object")
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
-        dtype, shape, (start, end) = CODES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        match entry:
+            case {"dtype": str(code), "shape": list(sides), "data_offsets": [int(start), int(end)]} if all(
+                type(side) is int and side >= 0 for side in (*sides, start, end)
+            ):
+                dtype, shape = CODES.get(code), tuple(sides)
+            case _:
+                raise ValueError(f"{path}: no safetensors file, {name!r} is described by {entry!r:.200}")
         if dtype is None:
-            raise ValueError(f"{path}: {name!r} is {entry['dtype']}, expected {' or '.join(CODES)}")
+            raise ValueError(f"{path}: {name!r} is {code!r:.80}, expected {' or '.join(CODES)}")
         at = _LENGTH + length + start
-        if end - start != int(np.prod(shape)) * dtype.itemsize or _LENGTH + length + end > size:
+        if end - start != math.prod(shape) * dtype.itemsize or _LENGTH + length + end > size:
             raise ValueError(f"{path}: {name!r} of shape {shape} does not fit into the file; was it copied whole?")
         found[name] = np.memmap(path, dtype, mode, at, shape) if end > start else np.zeros(shape, dtype)
     return found

@@ -9,7 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from shnet_jax.data.records import CHECKSUMS
+from shnet_jax import foreign, registry
+from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.data.tokenise import vocabulary_file
 from shnet_jax.experiment import Experiment
 
@@ -92,8 +93,12 @@ def adopt(workdir: Path, config: ConfigDict | FrozenConfigDict, vocabulary: Path
     save_config(config, workdir / CONFIG)
 
 
-def trained_config(workdir: Path) -> ConfigDict:
-    """The configuration of the run in `workdir`, its vocabulary being the one kept there."""
+def trained_config(workdir: Path, own: ConfigDict | None = None) -> ConfigDict:
+    """The configuration of the run in `workdir`, its vocabulary being the one kept there.
+
+    own: the user's configuration. A run may name modules outside shnet_jax only where that names them too, as the
+    folder may be somebody else's (`registry.check_known`). Raises WorkdirError or ValueError.
+    """
     path = workdir / CONFIG
     if not path.exists():
         raise WorkdirError(f"{workdir}: no {CONFIG}; not the work folder of a training run")
@@ -101,8 +106,20 @@ def trained_config(workdir: Path) -> ConfigDict:
     if vocabulary is None:
         raise WorkdirError(f"{workdir}: no vocabulary file; was the folder copied whole?")
     config = load_config(path)
-    config.tokenizer.path = str(vocabulary)
+    registry.check_known(_modules(path, config), str(path), [] if own is None else _modules(path, own))
+    config.tokenizer.path = str(foreign.inside(workdir, vocabulary.name))
     return config
+
+
+def _modules(path: Path, config: ConfigDict) -> list[str]:
+    """The modules that a configuration names: model and text tower; names of losses cannot have dots."""
+    for section in ("model", "text", "loss", "tokenizer", "data", "eval", "optim"):
+        if not isinstance(config.get(section), ConfigDict):
+            raise WorkdirError(f"{path}: {section} is {config.get(section)!r:.80}, expected a section; not of a run")
+    names = [config.model.get("name"), config.text.get("tower")]
+    if not all(isinstance(name, str) for name in names):
+        raise WorkdirError(f"{path}: model.name and text.tower are {names!r:.200}, expected names")
+    return names
 
 
 def save_config(config: ConfigDict | FrozenConfigDict, path: Path) -> None:
@@ -113,8 +130,12 @@ def save_config(config: ConfigDict | FrozenConfigDict, path: Path) -> None:
 
 
 def load_config(path: Path) -> ConfigDict:
-    """A configuration saved by `save_config`."""
-    return ConfigDict(json.loads(path.read_text(encoding="utf-8"), object_hook=_tuples))
+    """A configuration saved by `save_config`. Raises ValueError for a file that is none."""
+    found = foreign.read_object(path)
+    try:
+        return ConfigDict(_tuples(found))
+    except (TypeError, ValueError, AttributeError) as error:  # names that a field cannot have
+        raise ValueError(f"{path}: no configuration: {error}") from None
 
 
 def complete(saved: ConfigDict, like: ConfigDict) -> ConfigDict:
@@ -125,6 +146,8 @@ def complete(saved: ConfigDict, like: ConfigDict) -> ConfigDict:
     """
     found = ConfigDict(saved.to_dict())
     for name, value in like.items():
+        if isinstance(value, ConfigDict) and not isinstance(found.get(name, value), ConfigDict):
+            raise WorkdirError(f"the configuration of the run has {found[name]!r:.80} as {name}, expected a section")
         if isinstance(value, ConfigDict):
             found[name] = complete(found.get(name, ConfigDict()), value)
         elif name not in found:
@@ -133,7 +156,12 @@ def complete(saved: ConfigDict, like: ConfigDict) -> ConfigDict:
 
 
 def _tuples(section: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+    """A section as `save_config` was given it: JSON has lists in place of tuples."""
+
+    def tuples(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else _tuples(value) if isinstance(value, dict) else value
+
+    return {key: tuples(value) for key, value in section.items()}
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "config") -> list[str]:

@@ -37,7 +37,7 @@ def test_no_file_and_a_file_without_captions_are_no_index(tmp_path):
         ({"caption_ends": [5, 4, 6, 6, 7, 7, 8]}, r"expected 7 captions that end in order .*found 7: \[5, 4, 6\]"),
         ({"caption_ends": [1, 2, 3, 4, 5, 6, 9999]}, r"within \d+ bytes, found 7: \[1, 2, 3\] \.\.\. \[9999\]"),
         ({"caption_ends": [-1, 2, 3, 4, 5, 6, 7]}, r"found 7: \[-1, 2, 3\]"),
-        ({"image_ids": np.array(["a", None], object)}, "expected an index as data_prep writes it: Object arrays"),
+        ({"image_ids": np.array(["a", None], object)}, "expected an index as data_prep writes it: .*Python objects"),
         ({"caption_ends": None}, "expected an index as data_prep writes it: .*caption_ends"),
     ],
 )

@@ -25,7 +25,8 @@ def records():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, records):
     out = tmp_path_factory.mktemp("sets")
-    write_dataset(out, "toy", {"train": iter(records), "dev": records[:3]}, {"source": "made by hand"})
+    dev = [r | {"image_id": f"dev {r['image_id']}"} for r in records[:3]]
+    write_dataset(out, "toy", {"train": iter(records), "dev": dev}, {"source": "made by hand"})
     return out
 
 
@@ -159,7 +160,7 @@ def test_a_set_of_another_tool_is_read(tmp_path):
 
 
 def test_sentencepiece_has_the_special_pieces_and_learns_from_train_only(tmp_path):
-    splits = {"train": [record(count=3)], "dev": [record(count=1, captions=["zzz qqq"])]}
+    splits = {"train": [record(count=3)], "dev": [record(1, count=1, captions=["zzz qqq"])]}
     path = write_dataset(tmp_path, "toy", splits, {})
     model = sentencepiece.SentencePieceProcessor(model_file=str(path / SENTENCEPIECE))
     assert [model.id_to_piece(i) for i in range(5)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -205,7 +205,7 @@ def test_damaged_panoptic_files_are_named(tmp_path, flags, capsys):
     path, _ = _write_panoptic(tmp_path / "panoptic_val")
     (tmp_path / "panoptic_val" / "000000000139.png").write_bytes(b"no PNG")
     assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 1
-    assert "000000000139.png: expected a PNG" in capsys.readouterr().err
+    assert "000000000139.png: expected a picture" in capsys.readouterr().err
     path.write_text('{"annotations": [{"image_id": 1}]}')
     assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 1
     assert "panoptic_val.json: expected the key 'segments_info'" in capsys.readouterr().err

@@ -116,6 +116,37 @@ def test_nan_is_an_error_that_counts():
         ranked(scores, np.arange(14) // 2, 4)
 
 
+@settings(max_examples=25)
+@given(galleries(), st.sampled_from([1, 3, 100]))
+def test_infinite_scores_are_numbers_like_others(gallery, tile):
+    levels = np.array([-np.inf, -1.0, 2.0, np.inf], np.float32)  # a score of sets without members is -inf
+    scores = levels[gallery[0].astype(int)]
+    found, (i2t, t2i) = ranked(scores, gallery[1], tile), oracle(scores, gallery[1])
+    np.testing.assert_array_equal(found.i2t, i2t)
+    np.testing.assert_array_equal(found.t2i, t2i)
+
+
+@settings(max_examples=20)
+@given(galleries(), st.sampled_from([np.nan, np.inf, -np.inf, 3e38]), st.sampled_from(["float32", "bfloat16"]))
+def test_embeddings_that_are_not_finite_are_an_error_or_ranked_by_their_scores(gallery, value, score_dtype):
+    scores, owner = gallery
+    images, texts = np.ones((len(scores), 3), np.float32), np.arange(3.0 * len(owner), dtype=np.float32).reshape(-1, 3)
+    images[0, 1] = value
+    with np.errstate(all="ignore"):
+        product = images @ texts.T
+
+    def rank():
+        return ranks(Embedding(images), Embedding(texts), owner, RetrievalModel.score, 4, score_dtype=score_dtype)
+
+    if np.isnan(product).any():
+        with pytest.raises(ValueError, match=rf"{np.isnan(product).sum()} of {product.size} scores are NaN"):
+            rank()
+        return
+    found, (i2t, t2i) = rank(), oracle(product, owner)
+    np.testing.assert_array_equal(found.i2t, i2t)
+    np.testing.assert_array_equal(found.t2i, t2i)
+
+
 def test_padding_is_never_counted():
     # Padding repeats the last item, which wins everywhere here.
     scores = np.zeros((5, 5), np.float32)

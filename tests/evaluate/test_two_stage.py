@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from shnet_jax.evaluate import blocks
-from shnet_jax.evaluate.blocks import listed_scores, make_programs, open_folder, pair_scorer, ranks_of, score_matrix
+from shnet_jax.evaluate.blocks import (
+    listed_scores,
+    make_programs,
+    open_folder,
+    pair_scorer,
+    ranks_of,
+    remove_folder,
+    score_matrix,
+)
 from shnet_jax.evaluate.rank import ranks
 from shnet_jax.evaluate.two_stage import two_stage_ranks
 from shnet_jax.models.contract import RetrievalModel, scorer
@@ -138,6 +146,24 @@ def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
     assert len(kept) == 21 == len(set(kept))  # 3 x 7 blocks, each once
     open_folder(tmp_path / "scores", {"step": 2})
     assert not list(folder.glob("block_*"))
+
+
+def test_only_what_an_evaluation_wrote_is_removed(tmp_path):
+    theirs = tmp_path / "scores"
+    theirs.mkdir()
+    (theirs / "block_0_0.npy").write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match=r"scores is where .* holds block_0_0\.npy, which no evaluation wrote"):
+        open_folder(theirs, {"step": 1})
+    assert remove_folder(theirs) == ["block_0_0.npy"] and (theirs / "block_0_0.npy").exists()
+    ours = open_folder(tmp_path / "ours", {"step": 1})
+    for name in ("block_0_0.npy", "block_0_1.tmp", "notes.txt"):
+        (ours / name).write_bytes(b"x")
+    assert remove_folder(ours) == ["notes.txt"] == [path.name for path in ours.iterdir()]
+    (tmp_path / "link").symlink_to(open_folder(tmp_path / "elsewhere", {}))
+    assert not remove_folder(tmp_path / "link") and (tmp_path / "elsewhere").is_dir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "identity.tmp").write_text("killed")  # before it had its name
+    assert open_folder(tmp_path / "empty", {"step": 1}).is_dir()
 
 
 def test_nan_and_no_candidates_are_errors():

@@ -205,7 +205,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
         load_bert(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json: expected JSON"):
         load_bert(folder)
 
 

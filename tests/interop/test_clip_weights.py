@@ -118,7 +118,7 @@ def test_damaged_vocabularies_are_told(tmp_path):
     with pytest.raises(ValueError, match="merge 1: expected two pieces, found 'the'"):
         clip_bpe.read(folder / "merges.txt")
     (folder / "tokenizer.json").write_text((GOLDEN / "tokenizer.json").read_text()[:100])
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match="expected JSON"):
         clip_bpe.read(folder / "tokenizer.json")
     (folder / "tokenizer.json").unlink()
     assert clip_bpe.find_vocabulary(folder).name == "merges.txt"

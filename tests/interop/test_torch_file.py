@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from shnet_jax.interop import torch_file
+from shnet_jax.interop import torch_file, torch_pickle
 from shnet_jax.interop.torch_file import open_torch_file
 from tests.interop.torch_writer import Raw, Writer, name, save
 
@@ -119,6 +119,10 @@ def test_a_pickle_that_calls_something_is_named_and_not_run(protocol, legacy, tm
     assert trace.exists()  # it would have
 
 
+# Tuples that each hold the one before twice: a key whose hash looks at 2^60 objects.
+DOUBLED = b"N" + b"".join(bytes([0x71, i, 0x68, i, 0x86]) for i in range(60))
+
+
 @pytest.mark.parametrize(
     ("opcodes", "match"),
     [
@@ -130,10 +134,20 @@ def test_a_pickle_that_calls_something_is_named_and_not_run(protocol, legacy, tm
         (b"\x96" + struct.pack("<Q", 2**50), "not a checkpoint that can be read safely"),  # 1 PiB of bytearray
         (b"Nr" + struct.pack("<I", 2**31), "more memory"),  # a memo of 2^31 places
         (b"}N" + b"\x85" * 200_000 + b"Ns", "more than 20000 tuples"),  # a key whose hash needs a stack without end
+        (b"}" + DOUBLED + b"Ns", "more than 1000000 objects in its keys"),
+        (b"}(" + DOUBLED + b"Nu", "more than 1000000 objects in its keys"),
+        (b"}(" + DOUBLED + b"NK\x01Nu", "more than 1000000 objects in its keys"),
+        (name("collections", "OrderedDict") + b"]" + DOUBLED + b"N\x86a\x85R", "else than names and values"),
+        # Neither an opcode that changes nothing nor a tensor in between hides the tuple.
+        (b"}" + DOUBLED + b"(eNbq\x60h\x60\x85Ns", "more than 1000000 objects in its keys"),
+        (
+            b"}" + name("torch._utils", "_rebuild_tensor_v2") + b"(" + DOUBLED + b"NNNtRNs",
+            "more than 1000000 objects in its keys",
+        ),
         (b"X" + struct.pack("<I", 2**31) + b"a", "not a checkpoint that can be read safely"),
         # Nothing of what a file may name has attributes to be set, or lets its class be changed.
         (name("torch._utils", "_rebuild_tensor_v2") + b"}(X\x01\x00\x00\x00aK\x01ub", "__dict__"),
-        (name("collections", "OrderedDict") + b"N}(X\x04\x00\x00\x00keysK\x01u\x86b", "immutable type"),
+        (name("collections", "OrderedDict") + b"N}(X\x04\x00\x00\x00keysK\x01u\x86b", "no attribute"),
         (
             name("argparse", "Namespace") + b"N}(X\x04\x00\x00\x00__eq__K\x01u\x86b".replace(b"__eq__", b"__eq"),
             "immutable",
@@ -147,6 +161,11 @@ def test_a_pickle_that_calls_something_is_named_and_not_run(protocol, legacy, tm
 )
 def test_what_else_a_pickle_could_try(opcodes, match, tmp_path):
     refused(save(tmp_path / "x.pth", {"a": Raw(opcodes)}), match)
+
+
+def test_a_pickle_of_very_many_opcodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_pickle, "MAX_OPCODES", 1000)
+    refused(save(tmp_path / "x.pth", {"a": [None] * 1000}), "more than 1000 opcodes")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""Files that somebody else wrote: what they say of sizes and places is checked before it is believed.
+
+Whatever the bytes are, only the errors named here come out, and no more memory is taken than the file has bytes, times
+a small constant.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import struct
+import tokenize
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 2**26
+"""Pixels of a picture that is decoded: a PNG of some kB may say that it has a thousand times as many."""
+MAX_ARRAYS = 1000
+"""Arrays of an .npz."""
+
+NPY_FAULTS = (
+    *(ValueError, SyntaxError, tokenize.TokenError, TypeError, LookupError),
+    *(OverflowError, RecursionError, MemoryError),
+)
+"""What NumPy's readers of .npy headers, which are a piece of Python, raise for those that are none."""
+
+_NAME = 255  # bytes of a file name on the file systems of today
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError naming the file, FileNotFoundError without one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes that are no UTF-8 and of numbers of thousands of digits
+        raise ValueError(f"{path}: expected JSON (cut off?): {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: expected JSON, found lists or objects that are nested too deeply") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises as `read_json`, and ValueError for a value of another kind."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file of `np.savez`, by name; read-only.
+
+    `np.load` takes as much memory as the headers in it ask for, and unpacks compressed ones of any size. Raises
+    FileNotFoundError, and ValueError for a file that is damaged, compressed or holds anything but arrays of numbers.
+    """
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                if len(entries) > MAX_ARRAYS:
+                    raise ValueError(f"{len(entries)} arrays, more than {MAX_ARRAYS}")
+                return {entry.filename.removesuffix(".npy"): _member(archive, entry) for entry in entries}
+        # Versions that Python does not know, passwords, entries behind the end: damage shows in many ways.
+        except (
+            *(zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError),
+            *(EOFError, OverflowError, ValueError, struct.error),
+        ) as error:
+            raise ValueError(f"{path}: expected arrays as np.savez writes them: {error}") from None
+
+
+def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise ValueError(f"{entry.filename!r} is compressed")
+    with archive.open(entry) as member:
+        return parse_npy(member.read(), entry.filename)
+
+
+def open_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped.
+
+    Raises FileNotFoundError, and ValueError for a file that is cut off or of another kind.
+    """
+    with path.open("rb") as file:
+        # NumPy takes the memory for a header, of up to 4 GB by its own account, before it looks at the file's length.
+        start = file.read(12)
+        length = int.from_bytes(start[8:12] if start[6:7] > b"\1" else start[8:10], "little")
+        if len(start) + length > path.stat().st_size + 2:
+            raise ValueError(f"{path}: expected a .npy array of numbers, found no header of one (cut off?)")
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except NPY_FAULTS as error:
+        raise ValueError(f"{path}: expected a .npy array of numbers: {error}") from None
+
+
+def parse_npy(data: bytes, name: str) -> np.ndarray:
+    """The array in the bytes of a .npy file, read-only. Raises ValueError unless its header fits the bytes."""
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(file)
+    except NPY_FAULTS as error:
+        raise ValueError(f"{name!r} has no header of a .npy array: {error}") from None
+    rest = len(data) - file.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{name!r} holds Python objects, which are not loaded")
+    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != rest:
+        raise ValueError(f"{name!r} should hold {dtype} {list(shape)}, found {rest} bytes")
+    flat = np.frombuffer(data, dtype, math.prod(shape), file.tell()) if rest else np.zeros(0, dtype)
+    flat.flags.writeable = False
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of the file that a record, an index or a caption file calls `name`, which has to lie in `folder`.
+
+    Raises ValueError for a name that leads out of it (absolute, by "..", through a link) or that no file can have. The
+    folder itself may be a link, and there need be no such file.
+    """
+    parts = Path(name).parts
+    if not name or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise ValueError(f"{folder}: {name!r:.200} is no name of a file in this folder")
+    try:
+        longest = max(len(os.fsencode(part)) for part in parts)
+        path = folder / name
+        here = longest <= _NAME and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # links in a circle
+        raise ValueError(f"{folder}: {name!r:.200} is no name of a file in this folder: {error}") from None
+    if not here:
+        what = "leads out of this folder by a link" if longest <= _NAME else "is too long for a name"
+        raise ValueError(f"{folder}: {name!r:.200} {what}; what it names is not read")
+    return path
+
+
+def read_picture(path: Path, mode: str | None = "RGB") -> Image.Image:
+    """A decoded picture in Pillow's `mode`; None: in its own.
+
+    Raises FileNotFoundError, and ValueError for a file that is no picture, damaged, or of more than MAX_PIXELS.
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
+            picture.load()
+            return picture.convert(mode) if mode else picture.copy()
+    except FileNotFoundError:
+        raise
+    # What Pillow's decoders raise for damaged files of the many formats that it knows.
+    except (
+        *(OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError),
+        *(struct.error, Image.DecompressionBombError),
+    ) as error:
+        raise ValueError(f"{path}: expected a picture: {error}") from None

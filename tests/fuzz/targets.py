@@ -1,0 +1,389 @@
+"""What is fuzzed: for each format its seeds, the parser of the project, and the errors that it may raise."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import io
+import json
+import pickle
+import random
+import struct
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save
+
+from configs import base
+from data_prep import captions, scene_graphs, vocabulary
+from data_prep.from_person_search import read_annotations
+from data_prep.schema import DataError
+from data_prep.sources.bottom_up import BottomUp
+from data_prep.sources.panoptic import Panoptic
+from data_prep.sources.units import UnitFiles
+from shnet_jax.data import tokenise
+from shnet_jax.data.index import IndexBuilder, read_index, write_index
+from shnet_jax.evaluate.bootstrap import load_queries, save_queries
+from shnet_jax.evaluate.recall import QueryRanks
+from shnet_jax.interop import bert_weights, clip_weights, weights_file
+from shnet_jax.interop.torch_file import TorchFile, open_torch_file
+from shnet_jax.interop.torch_pickle import Tensor
+from shnet_jax.retrieve import pictures, tensors
+from shnet_jax.retrieve.folder import read_ids
+from shnet_jax.train.workdir import WorkdirError, trained_config
+from tests.fuzz.mutate import mutate, with_true_checksums
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TEXTS = ["a red star above the sea", "", "ünïcode 犬 \u202e x", "[MASK] ##ing <|endoftext|>", "a" * 500]
+
+Parse = Callable[[Path, bytes], None]
+Make = Callable[[bytes, random.Random], bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """parse(folder, data): puts the data into files of an empty folder and reads them as the project does.
+
+    errors: what may come of it. make: another input from a seed.
+    """
+
+    seeds: Callable[[], list[bytes]]
+    parse: Parse
+    errors: tuple[type[Exception], ...] = (ValueError,)
+    make: Make = mutate
+
+
+def _written(folder: Path, name: str, data: bytes) -> Path:
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+def _checked(data: bytes, rng: random.Random) -> bytes:
+    changed = mutate(data, rng)
+    return with_true_checksums(changed) if rng.random() < 0.8 else changed
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+# ------------------------------------------------------------------------------------------------------------- arrays
+
+
+def _npy_seeds() -> list[bytes]:
+    found = []
+    for array in (
+        np.arange(6, dtype=np.float16).reshape(2, 3),
+        np.asfortranarray(np.arange(6, dtype=">f4").reshape(3, 2)),
+        np.zeros((1, 2, 2, 2)),
+        np.zeros((0, 3), bool),
+        np.zeros(2, [("a", "i4"), ("b", "f8")]),
+    ):
+        file = io.BytesIO()
+        np.save(file, array)
+        found.append(file.getvalue())
+    objects = io.BytesIO()
+    np.save(objects, np.array([{}], object), allow_pickle=True)
+    return [*found, objects.getvalue(), found[0].replace(b"(2, 3)", b"(2000000000, 300000000)")]
+
+
+def _npy(folder: Path, data: bytes) -> None:
+    _written(folder, "0.npy", data)
+    UnitFiles(folder, "grid").read("0.jpg")
+
+
+def _npz_seeds() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as name:
+        folder, index = Path(name), IndexBuilder()
+        index.add("a", ["a dog", "zwei Hunde – ДВА"], 3)
+        index.add("ü", ["end"], 4)
+        write_index(folder, "x", index.build())
+        save_queries(folder / "q.npz", QueryRanks(np.array([0, 3]), np.array([1, 0, 2]), np.array([0, 0, 1])))
+        np.savez_compressed(folder / "c.npz", image_ids=np.zeros(10**6))
+        return [(folder / file).read_bytes() for file in ("index_x.npz", "q.npz", "c.npz")]
+
+
+def _npz(folder: Path, data: bytes) -> None:
+    _written(folder, "index_x.npz", data)
+    try:
+        found = read_index(folder, "x")
+    except ValueError:
+        found = None
+    if found is not None:
+        list(found.all_captions())
+    load_queries(folder / "index_x.npz")
+
+
+# -------------------------------------------------------------------------------------------------------- text, tables
+
+
+def _cell(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def _tsv_seeds() -> list[bytes]:
+    boxes, features = np.ones((2, 4), np.float32), np.ones((2, 3), np.float32)
+    ids, sure = np.arange(2), np.ones(2, np.float32)
+    short = ["7", "200", "100", "2", _cell(boxes), _cell(features)]
+    long = ["7", "100", "200", _cell(ids), _cell(sure), _cell(ids), _cell(sure), "2", _cell(boxes), _cell(features)]
+    return ["\t".join(cells).encode() + b"\n" for cells in (short, long)]
+
+
+def _tsv(folder: Path, data: bytes) -> None:
+    path = _written(folder, "a.tsv", data)
+    for most in (None, 5):
+        BottomUp([path], most).read("7")
+
+
+def _captions(suffix: str) -> Parse:
+    def parse(folder: Path, data: bytes) -> None:
+        path = _written(folder, f"captions{suffix}", data)
+        for split in captions.read(f"train={path}").values():
+            for item in split:
+                item.record()
+
+    return parse
+
+
+def _caption_seeds() -> list[bytes]:
+    return [
+        b'image,caption,split\na.jpg,a dog,train\nb.jpg,"a, cat",train\n',
+        b"image_name| comment_number| comment\n1.jpg| 0| A man .\n",
+        b"image\tcaption\na.jpg\ta dog\n",
+        b"a.jpg#0\tA dog .\na.jpg#1\tA cat .\n",
+    ]
+
+
+def _all_captions(folder: Path, data: bytes) -> None:
+    faults = []
+    for suffix in (".csv", ".token"):
+        try:
+            _captions(suffix)(folder, data)
+        except DataError as error:
+            faults.append(error)
+    if len(faults) == 2:
+        raise faults[0]
+
+
+def _json_seeds() -> list[bytes]:
+    sentence = {"raw": "a dog", "sentid": 3}
+    objects = [{"object_id": i, "x": 10, "y": 20 * i, "w": 30, "h": 40} for i in (0, 1)]
+    relations = [{"subject_id": 0, "predicate": "wears", "object_id": 1, "score": 0.8}]
+    panoptic = {"image_id": 1, "file_name": "0.png", "segments_info": [{"id": 44, "category_id": 18}]}
+    return [
+        _json({"images": [{"filename": "a.jpg", "filepath": "val", "split": "restval", "sentences": [sentence]}]}),
+        _json({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "x", "id": 5}]}),
+        _json([{"split": "train", "id": 4, "file_path": "a/b.jpg", "captions": ["a man", "he"]}]),
+        _json([{"image_id": 391895, "width": 640, "height": 360, "objects": objects, "relationships": relations}]),
+        _json({"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": [panoptic]}),
+    ]
+
+
+@functools.cache
+def _png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (44, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _read_all(folder: Path, data: bytes, readers: Iterable[Callable[[Path], object]], errors: tuple) -> None:
+    """Each reader on the same file; the last fault where none takes it."""
+    path, fault, taken = _written(folder, "a.json", data), None, False
+    for read in readers:
+        try:
+            read(path)
+            taken = True
+        except errors as error:
+            fault = error
+    if not taken and fault is not None:
+        raise fault
+
+
+def _parse_json(folder: Path, data: bytes) -> None:
+    _written(folder, "0.png", _png())
+    readers = (
+        lambda path: _captions(".json")(folder, data),
+        read_annotations,
+        scene_graphs.read_graphs,
+        lambda path: Panoptic(path, folder).read("0.jpg"),
+    )
+    _read_all(folder, data, readers, (DataError,))
+
+
+# ------------------------------------------------------------------------------------------------------- configurations
+
+_BERT = {
+    "model_type": "bert", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16,
+    "vocab_size": 30, "max_position_embeddings": 12,
+}  # fmt: skip
+
+
+def _config_seeds() -> list[bytes]:
+    run = base.get_config()
+    clip = (GOLDEN / "clip" / "config.json").read_bytes()
+    ids = {"image_ids": ["a", "b"], "caption_ids": ["a#0", "b#0"], "captions": ["x", "y"], "caption_image": [0, 1]}
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "../x"}}
+    named = run.to_dict() | {"model": run.model.to_dict() | {"name": "tests.fuzz.never"}}
+    return [_json(_BERT), clip, _json(run.to_dict()), _json(ids), _json(index), _json(named)]
+
+
+def _parse_config(folder: Path, data: bytes) -> None:
+    _written(folder, "config.json", data)
+    _written(folder, "model.safetensors.index.json", data)
+    _written(folder, "vocabulary.txt", b"x")
+    readers = (
+        lambda path: bert_weights.sizes(folder),
+        lambda path: clip_weights.sizes(folder),
+        lambda path: trained_config(folder),
+        lambda path: bert_weights.read_tensors(folder),
+        read_ids,
+    )
+    _read_all(folder, data, readers, (ValueError, FileNotFoundError, WorkdirError))
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _tensors(opened: TorchFile) -> None:
+    """Every tensor that a walk of some steps through the content finds."""
+    found, left = [opened.content], 2000
+    while found and left:
+        value, left = found.pop(), left - 1
+        if isinstance(value, Tensor):
+            opened.array(value)
+        elif isinstance(value, dict):
+            found += list(value.values())[:50]
+        elif isinstance(value, list | tuple):
+            found += list(value)[:50]
+
+
+def _torch(folder: Path, data: bytes) -> None:
+    _tensors(open_torch_file(_written(folder, "a.pth", data)))
+
+
+def _pickled(folder: Path, data: bytes) -> None:
+    path = folder / "a.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/data/0", bytes(24))
+    _tensors(open_torch_file(path))
+
+
+def _torch_seeds() -> list[bytes]:
+    return [(GOLDEN / file).read_bytes() for file in ("torch_zip.pth", "torch_stream.pth")]
+
+
+def _pickle_seeds() -> list[bytes]:
+    with zipfile.ZipFile(GOLDEN / "torch_zip.pth") as archive:
+        golden = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+    twice = b"\x80\x02N" + b"".join(bytes([0x71, i, 0x68, i, 0x86]) for i in range(40))
+    values = {"a": [1, (2.5, None)], "b": {(1, 2): True}, "c": 2**40}
+    return [golden, twice + b".", b"\x80\x02}N" + twice[3:] + b"Ns.", *(pickle.dumps(values, p) for p in (2, 4, 5))]
+
+
+_OPCODES = [
+    *(bytes([code]) for code in b"N()t]ae}suRbQ20\x81\x85\x86\x87\x88\x93\x94"),
+    *(b"K\x01", b"J\x01\x00\x00\x00", b"X\x01\x00\x00\x00a", b"\x8c\x01a", b"G" + bytes(8)),
+    *(b"q\x00", b"q\x01", b"h\x00", b"h\x01"),
+    *(b"ccollections\nOrderedDict\n", b"cargparse\nNamespace\n", b"cos\nsystem\n", b"ctorch\nFloatStorage\n"),
+    *(b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_parameter\n"),
+]
+
+
+def _make_pickle(seed: bytes, rng: random.Random) -> bytes:
+    """A damaged seed, or opcodes in any order: some repeated often."""
+    if rng.random() < 0.5:
+        return mutate(seed, rng)
+    parts = []
+    for _ in range(rng.randint(1, 40)):
+        parts.append(b"".join(rng.choices(_OPCODES, k=rng.randint(1, 4))) * rng.choice((1, 1, 1, 3, 70)))
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+def _safetensor_seeds() -> list[bytes]:
+    arrays = {"params/a": np.ones((2, 3), np.float32), "batch_stats/b": np.zeros(2, np.float32)}
+    own = save(arrays, {"format": "shnet_jax", "step": "3"})
+    vectors = save({"vector": np.ones((2, 4), np.float32), "mask": np.ones((2, 1), bool)})
+    return [own, vectors, struct.pack("<Q", 2**60) + own[8:]]
+
+
+def _safetensors(folder: Path, data: bytes) -> None:
+    readers = (
+        lambda path: bert_weights.read_tensors(folder),
+        lambda path: weights_file.read_weights(path),
+        lambda path: [np.array(array) for array in tensors.open_mapped(path).values()],
+    )
+    _written(folder, "model.safetensors", data)
+    _read_all(folder, data, readers, (ValueError,))
+
+
+# --------------------------------------------------------------------------------------------------------- vocabularies
+
+
+def _encode(tokenizer: tokenise.Tokenizer) -> None:
+    found = tokenise.tokenise_captions([TEXTS], tokenizer)
+    assert not len(found.pieces) or 0 <= found.pieces.min() <= found.pieces.max() < tokenizer.vocab_size
+
+
+def _sentencepiece_seeds() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "s.model"
+        vocabulary.train(["a red star above the sea", "two hearts", "a dog and a cat"], path)
+        return [path.read_bytes()]
+
+
+def _sentencepiece(folder: Path, data: bytes) -> None:
+    _encode(tokenise.sentence_piece(_written(folder, "s.model", data)))
+
+
+def _wordpiece_seeds() -> list[bytes]:
+    return ["\n".join((*tokenise.SPECIAL, "a", "red", "##s", "star", "犬")).encode() + b"\n"]
+
+
+def _clip_seeds() -> list[bytes]:
+    return [(GOLDEN / "clip" / file).read_bytes() for file in ("tokenizer.json", "merges.txt")]
+
+
+def _clip(folder: Path, data: bytes) -> None:
+    name = "tokenizer.json" if data.lstrip()[:1] == b"{" else "merges.txt"
+    _encode(tokenise.clip(_written(folder, name, data)))
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def _picture_seeds() -> list[bytes]:
+    picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    found = []
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM"):
+        file = io.BytesIO()
+        picture.save(file, kind)
+        found.append(file.getvalue())
+    return found
+
+
+def _picture(folder: Path, data: bytes) -> None:
+    _written(folder, "a.jpg", data)
+    pictures.photograph(folder, "a")
+
+
+TARGETS: dict[str, Target] = {
+    "npy": Target(_npy_seeds, _npy, (DataError,)),
+    "npz": Target(_npz_seeds, _npz, make=_checked),
+    "tsv": Target(_tsv_seeds, _tsv, (DataError,)),
+    "captions": Target(_caption_seeds, _all_captions, (DataError,)),
+    "json": Target(_json_seeds, _parse_json, (DataError,)),
+    "config_json": Target(_config_seeds, _parse_config, (ValueError, FileNotFoundError, WorkdirError)),
+    "torch_zip": Target(_torch_seeds, _torch, make=_checked),
+    "torch_pickle": Target(_pickle_seeds, _pickled, make=_make_pickle),
+    "safetensors": Target(_safetensor_seeds, _safetensors),
+    "sentencepiece": Target(_sentencepiece_seeds, _sentencepiece),
+    "wordpiece": Target(_wordpiece_seeds, lambda f, d: _encode(tokenise.wordpiece(_written(f, "vocab.txt", d)))),
+    "clip_bpe": Target(_clip_seeds, _clip),
+    "picture": Target(_picture_seeds, _picture),
+}

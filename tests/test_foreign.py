@@ -1,0 +1,341 @@
+"""Files of somebody else: pickles, bombs, sizes that are not true, names that lead elsewhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import sys
+import tracemalloc
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import base
+from data_prep import captions, files
+from data_prep.bad_records import Bad
+from data_prep.extract import images
+from data_prep.from_person_search import Annotation, Pictures
+from data_prep.schema import DataError
+from data_prep.sources.panoptic import Panoptic, Upsnet
+from data_prep.sources.units import UnitFiles
+from shnet_jax import foreign, registry
+from shnet_jax.convert import load_folder
+from shnet_jax.data.records import open_dataset
+from shnet_jax.retrieve import pictures, tensors
+from shnet_jax.train.workdir import WorkdirError, save_config, trained_config
+
+
+class Bomb:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def peak(read, *arguments) -> int:
+    """Bytes that a call takes at most; it has to fail."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"expected|more than|should"):
+            read(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# ------------------------------------------------------------------------------------------------------------- arrays
+
+
+@pytest.mark.parametrize("read", ["npy", "npz"])
+def test_a_pickle_in_an_array_is_not_loaded(read, tmp_path):
+    trace = tmp_path / "ran"
+    bomb = np.array([Bomb(trace)], object)
+    if read == "npy":
+        np.save(tmp_path / "0.npy", bomb, allow_pickle=True)
+        with pytest.raises(DataError, match=r"0\.npy: expected a \.npy array of numbers"):
+            UnitFiles(tmp_path, "grid").read("0")
+        (tmp_path / "0.npy").write_bytes(pickle.dumps(Bomb(trace)))  # np.load would take it for one of these
+        with pytest.raises(DataError, match=r"0\.npy: expected a \.npy array"):
+            UnitFiles(tmp_path, "grid").read("0")
+    else:
+        np.savez(tmp_path / "0.npz", a=bomb)
+        with pytest.raises(ValueError, match=r"0\.npz: .*Python objects"):
+            foreign.read_npz(tmp_path / "0.npz")
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Bomb(trace)))
+    assert trace.exists()  # it would have
+
+
+def header(shape: str, dtype: str = "<f8", data: bytes = b"") -> bytes:
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        header("(1073741824, 1024)"),
+        header("(1000000000000,)", data=bytes(800)),
+        header("(-1, -8)", data=bytes(8)),
+        header("(2,", data=bytes(16)),
+        header("(" * 60 + "2" + ",)" * 60),
+        b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1) + b"{",
+        header("(2,)", data=bytes(15)),
+        b"\x93NUMPY\x09\x00",
+        b"PK\x03\x04",
+        b"",
+    ],
+)
+def test_headers_that_say_what_is_not_so(data, tmp_path):
+    (tmp_path / "0.npy").write_bytes(data)
+    assert peak(files.open_array, tmp_path / "0.npy") < 2**20
+    with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:
+        archive.writestr("a.npy", data)
+    assert peak(foreign.read_npz, tmp_path / "0.npz") < 2**20
+
+
+def test_arrays_of_an_npz_are_those_that_were_saved(tmp_path):
+    arrays = {
+        "a": np.arange(6.0).reshape(2, 3),
+        "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
+        "text": np.array(["ü", "犬 dog"]),
+        "empty": np.zeros((0, 3), bool),
+        "scalar": np.array(7, ">i4"),
+    }
+    np.savez(tmp_path / "0.npz", **arrays)
+    found = foreign.read_npz(tmp_path / "0.npz")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and not found[name].flags.writeable
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path):
+    np.savez_compressed(tmp_path / "0.npz", a=np.zeros(10**7))
+    assert (tmp_path / "0.npz").stat().st_size < 10**5
+    assert peak(foreign.read_npz, tmp_path / "0.npz") < 2**20
+    with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:
+        for number in range(foreign.MAX_ARRAYS + 1):
+            archive.writestr(f"{number}.npy", b"")
+    with pytest.raises(ValueError, match="1001 arrays, more than 1000"):
+        foreign.read_npz(tmp_path / "0.npz")
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        ({"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 0]}, "does not fit"),
+        ({"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}, "is described by"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "is described by"),
+        ({"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}, "is described by"),
+        ([], "is described by"),
+    ],
+)
+def test_a_safetensors_header_that_lies(entry, match, tmp_path):
+    text = json.dumps({"vector": entry}).encode()
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(ValueError, match=match):
+        tensors.open_mapped(tmp_path / "x")
+    (tmp_path / "x").write_bytes(struct.pack("<Q", 2**60) + text)
+    with pytest.raises(ValueError, match="its header would have"):
+        tensors.open_mapped(tmp_path / "x")
+
+
+# ---------------------------------------------------------------------------------------------------- JSON and pictures
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": 1', "9" * 5000, "\ufeff{}", '"\xff"'])
+def test_json_that_is_none(text, tmp_path):
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1" if "\xff" in text else "utf-8"))
+    with pytest.raises(ValueError, match=r"a\.json: expected JSON"):
+        foreign.read_object(tmp_path / "a.json")
+    with pytest.raises(DataError, match=r"a\.json: expected JSON"):
+        captions.read(f"train={tmp_path / 'a.json'}")
+
+
+def test_a_picture_that_is_a_bomb(tmp_path):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    side = 12_000  # 144 million pixels, which Pillow only warns of
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(10**6))
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    (tmp_path / "0.png").write_bytes(bomb)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert peak(pictures.photograph, tmp_path, "0") < 2**20
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(images.BrokenImage, match="pixels, more than"):
+        images.load(tmp_path / "0.png")
+    for data in (b"", b"no picture", bomb[:40]):
+        (tmp_path / "0.png").write_bytes(data)
+        with pytest.raises(ValueError, match=r"0\.png: expected a picture"):
+            pictures.photograph(tmp_path, "0")
+
+
+# --------------------------------------------------------------------------------------------------------------- paths
+
+AWAY = ["../secret", "/etc/passwd", "a/../../secret", "link", "loop", "a" * 300, "", ".." + "/.." * 20 + "/etc/passwd"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with links out of it and in a circle, beside a secret; all named as every kind of file."""
+    inner = tmp_path / "folder"
+    inner.mkdir()
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "PNG")
+    array = io.BytesIO()
+    np.save(array, np.ones((2, 3)))
+    for suffix, data in ((".png", png.getvalue()), ("", png.getvalue()), (".npy", array.getvalue())):
+        (tmp_path / f"secret{suffix}").write_bytes(data)
+        (inner / f"good{suffix}").write_bytes(data)
+        (inner / f"link{suffix}").symlink_to(tmp_path / f"secret{suffix}")
+        (inner / f"loop{suffix}").symlink_to(inner / f"loop{suffix}")
+        (inner / f"within{suffix}").symlink_to(inner / f"good{suffix}")
+    return inner
+
+
+@pytest.mark.parametrize("name", [*AWAY, "nul\0", "half \ud800"])
+def test_names_that_lead_out_of_a_folder(name, folder):
+    with pytest.raises(ValueError, match="folder"):
+        foreign.inside(folder, name)
+
+
+def test_names_that_stay_in_a_folder(folder, tmp_path):
+    for name in ("good", "within", "a/b.jpg", "..a", "犬.jpg"):
+        assert foreign.inside(folder, name) == folder / name
+    (tmp_path / "other").symlink_to(folder)  # a folder that is a link itself
+    assert foreign.inside(tmp_path / "other", "good").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in AWAY if name])
+def test_no_source_reads_outside_of_its_folder(name, folder, tmp_path):
+    faults = (DataError, ValueError)
+    with pytest.raises(faults):
+        UnitFiles(folder, "grid").read(name)
+    with pytest.raises(faults):
+        Upsnet(folder).read(name)
+    annotation = {"image_id": 1, "file_name": f"{name}.png", "segments_info": []}
+    path = tmp_path / "panoptic.json"
+    path.write_text(json.dumps({"images": [{"id": 1, "file_name": "x.jpg"}], "annotations": [annotation]}))
+    with pytest.raises(DataError, match="folder"):
+        Panoptic(path, folder).read("x.jpg")
+    with pytest.raises(DataError):
+        images.find(folder, name)
+    (bad,) = Pictures([Annotation(f"{name}.png", 1, ("a man",))], folder, (4, 4), 0)
+    assert isinstance(bad, Bad) and "folder" in str(bad.error)
+    assert pictures.photograph(folder, name) is None
+    assert UnitFiles(folder, "grid").read("good")["grid"].shape == (2, 3)  # and what lies there is read
+    assert pictures.photograph(folder, "within") is not None
+
+
+@pytest.mark.parametrize("name", ["../x.jpg", "/x.jpg", "a/../../x.jpg", "", ".."])
+def test_caption_files_name_images_below_the_folder(name, tmp_path):
+    table, karpathy = tmp_path / "a.csv", tmp_path / "a.json"
+    table.write_text(f"image,caption,split\n{name},a dog,train\n")
+    image = {"filename": name, "split": "train", "sentences": [{"raw": "a dog"}]}
+    karpathy.write_text(json.dumps({"images": [image]}))
+    for path in (table, karpathy):
+        with pytest.raises(DataError, match=rf"{path.name}: expected the name of an image below the folder"):
+            captions.read(str(path))
+
+
+# ------------------------------------------------------------------------------------------ what somebody's folder says
+
+
+@pytest.fixture
+def evil_module(tmp_path, monkeypatch):
+    """A module that leaves a trace when it is run, on the path of this program."""
+    (tmp_path / "evil_package").mkdir()
+    (tmp_path / "evil_package" / "__init__.py").write_text("")
+    trace = tmp_path / "ran"
+    (tmp_path / "evil_package" / "model.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "evil_package.model", trace
+    for name in ("evil_package", "evil_package.model"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder that looks like a run; `write` gives it a configuration."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "vocabulary.txt").write_text("x")
+
+    def write(**changes):
+        config = base.get_config()
+        config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+        save_config(config, workdir / "config.json")
+        return workdir
+
+    return write
+
+
+@pytest.mark.parametrize("field", ["model__name", "text__tower"])
+def test_a_folder_cannot_name_modules_to_be_run(field, run, evil_module):
+    name, trace = evil_module
+    workdir = run(**{field: name})
+    for read in (trained_config, load_folder):
+        with pytest.raises(
+            ValueError, match=rf"config\.json names the module '{name}', which is not a part of shnet_jax"
+        ):
+            read(workdir)
+    assert not trace.exists()
+    own = base.get_config()
+    own.model.name = name
+    assert trained_config(workdir, own).name  # the user's own --config names it
+    assert not trace.exists()
+    registry.model(name)
+    assert trace.exists()  # it would have
+    assert trained_config(workdir).name  # imported by the program: nothing new is run
+
+
+def test_unknown_names_are_not_looked_for_elsewhere():
+    for name in ("a/b", "../x", ".models", "x y", "", "contract\0"):
+        with pytest.raises(ValueError, match="unknown model"):
+            registry.model(name)
+
+
+@pytest.mark.parametrize("change", [{"model": 3}, {"text": None}, {"model": {"name": ["a"]}}, {"model": {"name.x": 1}}])
+def test_a_configuration_of_another_kind(change, run):
+    workdir = run()
+    saved = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(saved | change))
+    with pytest.raises((ValueError, WorkdirError), match=r"config\.json: "):
+        trained_config(workdir)
+
+
+def test_a_vocabulary_that_is_a_link_elsewhere(run):
+    workdir = run()
+    (workdir / "vocabulary.txt").unlink()
+    os.symlink("/etc/passwd", workdir / "vocabulary.txt")
+    with pytest.raises(ValueError, match=r"'vocabulary\.txt' leads out of this folder by a link"):
+        trained_config(workdir)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "match"),
+    [
+        ("features.json", {"featuresDict": {"a": {"pythonClassName": "evil_package.model.X"}}}, "is no part of"),
+        ("features.json", {"type": "evil_package.model.X", "content": {}}, "is no part of"),
+        ("dataset_info.json", {"splits": [{"name": "a", "filepathTemplate": "../{SPLIT}"}]}, "leads out of"),
+        ("dataset_info.json", {"splits": [{"name": "../../x", "shardLengths": ["1"]}]}, "leads out of"),
+    ],
+)
+def test_a_data_set_cannot_name_modules_or_files_elsewhere(file, content, match, tmp_path, evil_module):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{file}: .*{match}"):
+        open_dataset(folder)
+    assert not evil_module[1].exists()
