@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.commands import Loaded, load
-from shnet_jax.data.checksums import CHECKSUMS
+from shnet_jax.data.checksums import CHECKSUMS, sha256
 from shnet_jax.evaluate.blocks import digest
 from shnet_jax.evaluate.report import write_text
 from shnet_jax.evaluate.split import subject
@@ -37,19 +36,15 @@ def provenance(loaded: Loaded, workdir: Path, split: str, devices: int) -> dict[
     checksums = loaded.experiment.dataset.path / CHECKSUMS  # sets of other tools have none
     return {
         "dataset": what.dataset,
-        "dataset_sha256": _sha256(checksums) if checksums.is_file() else None,
+        "dataset_sha256": sha256(checksums) if checksums.is_file() else None,
         "split": split,
         "checkpoint_step": loaded.step,
         "parameters": what.parameters,
-        "config_sha256": _sha256(workdir / CONFIG),
+        "config_sha256": sha256(workdir / CONFIG),
         "weights_sha256": digest(loaded.variables),
         "dtype": what.dtype,
         "devices": devices,
     }
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def embeddings_of(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh) -> Embeddings:

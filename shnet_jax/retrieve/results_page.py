@@ -24,12 +24,17 @@ def results_page(title: str, tables: Sequence[Table], cards: Sequence[Table]) ->
         title,
         Markup(STYLE),
         tag("h1", title),
-        [tag("section", tag("h2", one.title), _cells(one)) for one in tables],
+        [tag("section", tag("h2", tag("bdi", one.title)), _cells(one)) for one in tables],
         tag("h2", "How this was measured"),
-        [tag("details", tag("summary", one.title), _cells(one), open=not place) for place, one in enumerate(cards)],
+        [
+            tag("details", tag("summary", tag("bdi", one.title)), _cells(one), open=not place)
+            for place, one in enumerate(cards)
+        ],
     )
 
 
 def _cells(one: Table) -> Markup:
     words = {"class_": "words"} if one.words else {}
-    return table(one.heading, one.rows, **words)
+    # A name's marks of direction end with it.
+    heading, *rows = ([tag("bdi", cell) for cell in row] for row in (one.heading, *one.rows))
+    return table(heading, rows, **words)
