@@ -110,12 +110,16 @@ def parse_npy(data: bytes, name: str) -> np.ndarray:
     except NPY_FAULTS as error:
         raise ValueError(f"{name!r} has no header of a .npy array: {error}") from None
     rest = len(data) - file.tell()
-    if dtype.hasobject:
-        raise ValueError(f"{name!r} holds Python objects, which are not loaded")
+    if dtype.hasobject or dtype.names is not None:
+        raise ValueError(f"{name!r} holds Python objects or records, which are not loaded")
     if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != rest:
         raise ValueError(f"{name!r} should hold {dtype} {list(shape)}, found {rest} bytes")
     flat = np.frombuffer(data, dtype, math.prod(shape), file.tell()) if rest else np.zeros(0, dtype)
     flat.flags.writeable = False
+    if dtype.kind == "U" and rest:
+        codes = flat.view(np.dtype(np.uint32).newbyteorder(dtype.byteorder))
+        if ((codes > 0x10FFFF) | (codes >= 0xD800) & (codes < 0xE000)).any():  # NumPy would make broken texts of them
+            raise ValueError(f"{name!r} holds text that is no Unicode")
     return flat.reshape(shape, order="F" if fortran else "C")
 
 

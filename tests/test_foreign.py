@@ -120,6 +120,22 @@ def test_arrays_of_an_npz_are_those_that_were_saved(tmp_path):
         np.testing.assert_array_equal(found[name], array)
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("code", [0x110000, 0xFFFFFFFF, 0xD800])
+def test_text_that_is_no_unicode(code, order, tmp_path):
+    codes = np.array([0x41, code], f"{order}u4")
+    with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:
+        archive.writestr("a.npy", header("(2,)", f"{order}U1", codes.tobytes()))
+    with pytest.raises(ValueError, match=r"'a\.npy' holds text that is no Unicode"):
+        foreign.read_npz(tmp_path / "0.npz")
+
+
+def test_a_map_without_cells(tmp_path):
+    np.save(tmp_path / "0.npy", np.zeros((0, 2, 2)))
+    with pytest.raises(DataError, match=r"0\.npy: expected features, found an empty array \[0, 2, 2\]"):
+        UnitFiles(tmp_path, "grid").read("0")
+
+
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
     np.savez_compressed(tmp_path / "0.npz", a=np.zeros(10**7))
     assert (tmp_path / "0.npz").stat().st_size < 10**5

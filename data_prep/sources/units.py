@@ -81,6 +81,8 @@ def _read_pth(path: Path) -> np.ndarray:
 
 def as_units(array: np.ndarray, path: Path, pool: int | None) -> np.ndarray:
     """Units [G, D] of an array [G, D], [D, h, w] or [1, D, h, w]; maps are averaged to pool x pool cells."""
+    if not array.size:
+        raise DataError(f"{path}: expected features, found an empty array {list(array.shape)}")
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
     if array.ndim == 3:
