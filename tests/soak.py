@@ -274,10 +274,11 @@ def surroundings(place: Path) -> Iterator[None]:
 
 
 def shares(weights: list[float], kills: int) -> list[int]:
-    """Whole numbers of kills in about these proportions; the first get what is left over."""
-    found = [int(kills * weight / sum(weights)) for weight in weights]
-    for i in range(kills - sum(found)):
-        found[i % len(found)] += 1
+    """Whole numbers of kills in about these proportions; what is left over goes where most of it was cut off."""
+    exact = [kills * weight / sum(weights) for weight in weights]
+    found = [int(share) for share in exact]
+    for i in sorted(range(len(exact)), key=lambda i: found[i] - exact[i])[: kills - sum(found)]:
+        found[i] += 1
     return found
 
 
