@@ -158,6 +158,16 @@ def test_a_step_has_its_checksums_when_it_gets_its_name(run, monkeypatch):
     assert Checkpoints(run).step("last") == 9
 
 
+def test_a_checkpoint_that_training_removes_meanwhile(run):
+    reader = Checkpoints(run)
+    shutil.rmtree(run / "checkpoints" / "6")
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint 6 in .* was removed while it was read, by the training that"
+    ):
+        reader.notes(6)
+    assert Checkpoints(run).step("last") == 9
+
+
 def test_removed_checkpoints_are_never_half_there(run, monkeypatch):
     """A run that is killed while it deletes leaves them in a folder of their own."""
     checkpoints = Checkpoints(run, keep=1)
