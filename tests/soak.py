@@ -30,11 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 ROOT = Path(__file__).parents[1]
 STEPS = 30
 PATIENCE = 300.0  # seconds that no run may take
 KILLS_OF_A_RUN = 4  # then it may end
+SAVING = "checkpoints/*.orbax-checkpoint-tmp*"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 # Imported once, by the process that the others are forks of.
@@ -69,14 +71,15 @@ class Subject:
     """Something to kill.
 
     command: of a run that writes below a folder. result: what it has left there, in a form that == compares.
-    ready: whether a certain moment to kill has come, for kills that wait for one. weight: its share of the kills.
+    points: files there whose appearance is a moment to kill that half of the kills wait for, "" for none. weight: its
+    share of the kills.
     """
 
     name: str
     command: Callable[[Path], list[str]]
     result: Callable[[Path], Any]
     weight: float
-    ready: Callable[[Path], bool] | None = None
+    points: str = ""
 
 
 @dataclass
@@ -109,13 +112,9 @@ def subjects(place: Path) -> tuple[list[Subject], list[str]]:
     def parameters(folder: Path) -> Any:
         arrays = tiny.arrays(folder, STEPS)
         assert len(arrays) > 20
-        return {n: (a.dtype.str, a.shape, a.tobytes()) for n, a in arrays.items()}, tiny.lines(folder), names(folder)
-
-    def names(folder: Path) -> list[str]:  # nothing half written, nothing set aside
-        return sorted(path.name for path in (folder / "checkpoints").iterdir())
-
-    def saving(folder: Path) -> bool:
-        return any((folder / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+        names = [path.name for path in (folder / "checkpoints").iterdir()]
+        assert all(name.isdecimal() for name in names), f"half written or set aside: {names}"
+        return {n: (a.dtype.str, a.shape, a.tobytes()) for n, a in arrays.items()}, tiny.lines(folder)
 
     def with_run(mode: str, **changes: Any) -> Callable[[Path], list[str]]:
         def command(folder: Path) -> list[str]:
@@ -145,7 +144,7 @@ def subjects(place: Path) -> tuple[list[Subject], list[str]]:
         return [*flags(data, "scale"), *(f"--config.scale.{n}={v}" for n, v in values.items()), f"--workdir={folder}"]
 
     found = [
-        Subject("train", lambda folder: [*flags(data, "train"), f"--workdir={folder}"], parameters, 0.44, saving),
+        Subject("train", lambda folder: [*flags(data, "train"), f"--workdir={folder}"], parameters, 0.44, SAVING),
         Subject("eval", with_run("eval"), results, 0.14),
         Subject("import", importing, lambda folder: contents(folder, "**/*"), 0.16),
         Subject(
@@ -153,9 +152,9 @@ def subjects(place: Path) -> tuple[list[Subject], list[str]]:
             with_run("embed", search__split="train"),
             lambda folder: contents(folder / "embeddings", "**/*"),
             0.18,
-            lambda folder: any(folder.glob("embeddings/*/parts/texts-*")),
+            "embeddings/*/parts/*-*5.safetensors",
         ),
-        Subject("scale", scaling, points, 0.08),
+        Subject("scale", scaling, points, 0.04),
     ]
     if importlib.util.find_spec("faiss") is None:
         return found, ["index: not killed, since faiss is not installed (pip install faiss-cpu)"]
@@ -201,27 +200,30 @@ def finish(command: list[str], log: Path) -> float:
     return time.monotonic() - begin
 
 
-def kill(subject: Subject, folder: Path, log: Path, within: float, choose: random.Random) -> tuple[str, str]:
-    """Starts and kills; (name of the signal or "", what is to be told): "" when it ended before the moment came."""
-    number, moment = choose.choice(SIGNALS), choose.uniform(0, within)
-    at_point = subject.ready is not None and choose.random() < 0.5
-    begin = time.monotonic()
+def kill(subject: Subject, folder: Path, log: Path, moment: float, choose: random.Random) -> tuple[str, float]:
+    """Starts and kills `moment` seconds later, or at the subject's point.
+
+    The name of the signal, "" when the process ended before, and the seconds that it lived.
+    """
+    number = choose.choice(SIGNALS)
+    at_point = subject.points != "" and choose.random() < 0.5
+    before, begin = set(folder.glob(subject.points or "*")), time.monotonic()
     process = start(subject.command(folder), log)
     while process.exitcode is None and time.monotonic() - begin < PATIENCE:
-        if subject.ready(folder) if at_point and subject.ready else time.monotonic() - begin >= moment:
+        if set(folder.glob(subject.points)) - before if at_point else time.monotonic() - begin >= moment:
             break
         time.sleep(0.001)
+    lived = time.monotonic() - begin
     if process.exitcode is None:
         assert process.pid is not None
         os.kill(process.pid, number)
         process.join(PATIENCE)
     process.kill()
-    at = f"after {time.monotonic() - begin:.2f} s" + (" at its point" if at_point else "")
     if process.exitcode == 0:
-        return "", f"ended by itself {at}"
+        return "", lived
     if process.exitcode in (-number, 128 + number):
-        return number.name, f"{number.name} {at}"
-    raise RuntimeError(f"ended with status {process.exitcode} {at}: {log.read_text(errors='replace')[-2000:]}")
+        return number.name, lived
+    raise RuntimeError(f"ended with status {process.exitcode}: {log.read_text(errors='replace')[-2000:]}")
 
 
 def soak(subject: Subject, kills: int, place: Path, choose: random.Random) -> Tally:
@@ -230,17 +232,21 @@ def soak(subject: Subject, kills: int, place: Path, choose: random.Random) -> Ta
     undisturbed = place / f"{subject.name}_undisturbed"
     seconds = finish(subject.command(undisturbed), place / f"{subject.name}.log")
     expected = subject.result(undisturbed)
-    while sum(tally.kills.values()) < kills and tally.runs < 3 * kills and not tally.faults:
+    while (left := kills - sum(tally.kills.values())) and tally.runs < 3 * kills and not tally.faults:
         tally.runs += 1
         folder, log = place / f"{subject.name}_{tally.runs}", place / f"{subject.name}_{tally.runs}.log"
         try:
-            for _ in range(min(KILLS_OF_A_RUN, kills - sum(tally.kills.values()))):
-                name, told = kill(subject, folder, log, seconds, choose)
-                print(f"{subject.name}, run {tally.runs}: {told}", flush=True)
-                if not name:
+            ended = False
+            for _ in range(min(KILLS_OF_A_RUN, left)):
+                name, lived = kill(subject, folder, log, choose.uniform(0, seconds), choose)
+                told = f"{name} after" if name else "ended by itself, not killed, after"
+                print(f"{subject.name}, run {tally.runs}: {told} {lived:.2f} s", flush=True)
+                if ended := not name:
+                    seconds = min(seconds, lived)  # the first one had nothing compiled
                     break
                 tally.kills[name] += 1
-            finish(subject.command(folder), log)
+            if not ended:
+                finish(subject.command(folder), log)
             if subject.result(folder) != expected:
                 raise RuntimeError(f"{folder} is not as {undisturbed}")
         except (RuntimeError, OSError, AssertionError) as error:
@@ -268,10 +274,11 @@ def surroundings(place: Path) -> Iterator[None]:
 
 
 def shares(weights: list[float], kills: int) -> list[int]:
-    """Whole numbers of kills in about these proportions; the first get what is left over."""
-    found = [int(kills * weight / sum(weights)) for weight in weights]
-    for i in range(kills - sum(found)):
-        found[i % len(found)] += 1
+    """Whole numbers of kills in about these proportions; what is left over goes where most of it was cut off."""
+    exact = [kills * weight / sum(weights) for weight in weights]
+    found = [int(share) for share in exact]
+    for i in sorted(range(len(exact)), key=lambda i: found[i] - exact[i])[: kills - sum(found)]:
+        found[i] += 1
     return found
 
 
@@ -282,6 +289,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="names by commas; all unless told")
     args = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)  # of what is read of the checkpoints here
     place, begin = Path(tempfile.mkdtemp(prefix="shnet_jax_soak_")), time.monotonic()
     with surroundings(place):
         found, skipped = subjects(place)

@@ -98,14 +98,16 @@ def _locked(path: Path) -> Any:
         file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
+        except FileNotFoundError:
+            pass
         except BlockingIOError:
             with file:
                 file.seek(0)
                 holder = file.read().decode(errors="replace").strip() or "another process"
             raise FolderInUse(
-                f"{path.parent} is being written to by {holder}\nNothing was changed: wait for it, end it, or choose "
+                f"{path.parent} is being written to by {holder}. Nothing was changed: wait for it, end it, or choose "
                 "another folder"
             ) from None
         except OSError as error:

@@ -93,6 +93,10 @@ def check(folder: Path, step: int, below: str = "") -> None:
     files there is a warning. below: as in `faults`.
     """
     found = faults(folder / str(step), below)
+    if found != [] and not (folder / str(step)).exists():
+        if below:
+            return
+        raise removed(folder, step)
     if found is None and not below:
         log.warning(
             "checkpoint %d in %s has no %s (an earlier version saved it): whether its files are whole is not known",
@@ -102,10 +106,6 @@ def check(folder: Path, step: int, below: str = "") -> None:
         )
     if not found:
         return
-    if not (folder / str(step)).exists():
-        if below:
-            return
-        raise removed(folder, step)
     whole = [other for other in steps(folder) if faults(folder / str(other)) == []]
     raise CheckpointError(
         f"checkpoint {step} in {folder} is damaged:\n  "

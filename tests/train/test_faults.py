@@ -15,13 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from configs import scaling as small
 from data_prep.scenes.write import main as importer
-from shnet_jax import scaling
-from shnet_jax.convert import write_run
+from shnet_jax import api, scaling
+from shnet_jax.convert import load_run, write_run
 from shnet_jax.experiment import assemble
-from shnet_jax.observe.files import FolderInUse, describe, sole_writer
+from shnet_jax.observe.files import FolderInUse, describe, disk_faults, sole_writer
 from shnet_jax.observe.writer import MetricWriter
 from shnet_jax.retrieve import tensors
 from shnet_jax.train import integrity
@@ -156,6 +158,16 @@ def test_a_step_has_its_checksums_when_it_gets_its_name(run, monkeypatch):
     assert Checkpoints(run).step("last") == 9
 
 
+def test_a_checkpoint_that_training_removes_meanwhile(run):
+    reader = Checkpoints(run)
+    shutil.rmtree(run / "checkpoints" / "6")
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint 6 in .* was removed while it was read, by the training that"
+    ):
+        reader.notes(6)
+    assert Checkpoints(run).step("last") == 9
+
+
 def test_removed_checkpoints_are_never_half_there(run, monkeypatch):
     """A run that is killed while it deletes leaves them in a folder of their own."""
     checkpoints = Checkpoints(run, keep=1)
@@ -185,6 +197,7 @@ def test_training_goes_on_from_the_last_whole_checkpoint(quick, tmp_path, caplog
     bit(file(run, 11, "model/d/*"))
     saved = load_config(run / "config.json").to_dict()
     del saved["data"]["identity"], saved["loss"]["sdm"], saved["loss"]["weights"]["uto"], saved["momentum"]
+    del saved["eval"]["stages"]
     saved["train"]["profile_steps"] = 0
     (run / "config.json").write_text(json.dumps(saved))
     with caplog.at_level(logging.INFO, logger="shnet_jax"):
@@ -194,6 +207,10 @@ def test_training_goes_on_from_the_last_whole_checkpoint(quick, tmp_path, caplog
     same_arrays(tiny.arrays(run, 11), tiny.arrays(whole, 11))
     assert tiny.lines(run) == tiny.lines(whole)
     assert (run / "checkpoints" / "11.damaged").is_dir()
+
+    with pytest.raises(ValueError, match=r"run: the run is older than the field 'stages'; give config="):
+        api.load(run)
+    assert api.load(run, config=config).loaded.step == load_run(run, "last", config).step == 11
 
     config.loss.weights.uto = 1.0  # what it has never done
     config.momentum.queue = 20
@@ -305,6 +322,14 @@ def test_a_full_disk_does_not_take_the_name_of_who_writes(small_disk):
         pytest.fail("began")
     assert fault.value.filename == str(small_disk)
     assert sorted(p.name for p in small_disk.iterdir()) == ["filler"]
+
+
+def test_a_full_disk_is_the_same_error_whoever_tells_of_it(small_disk):
+    with pytest.raises(OSError, match="No space left") as fault, disk_faults(small_disk, SafetensorError):
+        save_file({"vector": np.zeros(200_000, np.float32)}, small_disk / "a.safetensors")
+    assert describe(fault.value).startswith(f"{small_disk}: No space left on device; ")
+    with pytest.raises(SafetensorError, match="No such file"), disk_faults(small_disk, SafetensorError):
+        save_file({"vector": np.zeros(2, np.float32)}, small_disk / "nowhere" / "a.safetensors")
 
 
 def test_a_full_disk_is_an_error_before_vectors_are_mapped(small_disk):
