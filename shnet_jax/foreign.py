@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 """Pixels of a picture that is decoded: a PNG of some kB may say that it has a thousand times as many."""
@@ -150,14 +150,15 @@ def read_picture(path: Path, mode: str | None = "RGB") -> Image.Image:
 
     Raises FileNotFoundError, and ValueError for a file that is no picture, damaged, or of more than MAX_PIXELS.
     """
+    data = io.BytesIO(path.read_bytes())  # of a file Pillow reads, and takes memory for, as much as that says it has
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        with Image.open(data, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
             picture.load()
             return picture.convert(mode) if mode else picture.copy()
-    except FileNotFoundError:
-        raise
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: expected a picture, found no {', '.join(FORMATS)}") from None
     # What Pillow's decoders raise for damaged files of the many formats that it knows.
     except (
         *(OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError),

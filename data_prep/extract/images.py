@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_prep.files import inside
 from shnet_jax.foreign import FORMATS, MAX_PIXELS
@@ -26,12 +27,14 @@ def find(folder: Path, file: str) -> Path:
 def load(path: Path) -> Image.Image:
     """An RGB image, turned upright as its EXIF says. Raises BrokenImage."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:  # see foreign.read_picture
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImage(f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as error:
         raise BrokenImage(f"{path}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise BrokenImage(f"{path}: no {', '.join(FORMATS)}") from error
     # Pillow's decoders: truncated or unknown files, damaged PNG chunks, sizes that would fill the memory
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenImage(f"{path}: {error}") from error

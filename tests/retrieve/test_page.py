@@ -154,7 +154,7 @@ def test_looking_changes_no_number(made):
 
 def test_a_file_that_is_no_photograph(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"a\.png: expected a picture: cannot identify"):
+    with pytest.raises(ValueError, match=r"a\.png: expected a picture, found no BMP"):
         pictures.photograph(tmp_path, "a")
     assert pictures.photograph(tmp_path, "b") is None
 
