@@ -20,7 +20,11 @@ Curve = list[tuple[float, int]]
 
 
 def bytes_of(process: int | str = "self", entry: str = "VmRSS") -> int:
-    """Memory that a process holds now, or with `VmHWM` ever held; 0 when it is gone. RuntimeError without /proc."""
+    """Memory that a process holds now; 0 when it is gone. RuntimeError without /proc.
+
+    entry: VmRSS, all of it | VmHWM, the most it ever held | RssAnon, without files that it has mapped, whose pages come
+    and go as the system pleases.
+    """
     if not os.path.exists("/proc/self/status"):
         raise RuntimeError("resident memory is read from /proc, which this system does not have")
     try:
