@@ -230,8 +230,13 @@ def soak(subject: Subject, kills: int, place: Path, choose: random.Random) -> Ta
     """Kills it that often, in runs that are killed a few times each and then end."""
     tally = Tally()
     undisturbed = place / f"{subject.name}_undisturbed"
-    seconds = finish(subject.command(undisturbed), place / f"{subject.name}.log")
-    expected = subject.result(undisturbed)
+    try:
+        seconds = finish(subject.command(undisturbed), place / f"{subject.name}.log")
+        expected = subject.result(undisturbed)
+    except (RuntimeError, OSError, AssertionError) as error:
+        tally.faults.append(str(error))
+        print(f"{subject.name}, undisturbed: FAULT: {error}", flush=True)
+        return tally
     while (left := kills - sum(tally.kills.values())) and tally.runs < 3 * kills and not tally.faults:
         tally.runs += 1
         folder, log = place / f"{subject.name}_{tally.runs}", place / f"{subject.name}_{tally.runs}.log"
@@ -300,7 +305,7 @@ def main() -> int:
     print(f"\n| what | kills | {' | '.join(s.name for s in SIGNALS)} | runs | outcome |\n|---|---:|---:|---:|---:|---|")
     for name, tally in tallies.items():
         numbers = " | ".join(str(n) for n in (sum(tally.kills.values()), *tally.kills.values(), tally.runs))
-        print(f"| {name} | {numbers} | {'DIFFERS' if tally.faults else 'as undisturbed'} |")
+        print(f"| {name} | {numbers} | {'FAULT' if tally.faults else 'as undisturbed'} |")
     short = {n: k for (n, t), k in zip(tallies.items(), filter(None, each), strict=True) if sum(t.kills.values()) < k}
     print("\n".join([*skipped, *(f"{name}: fewer kills than the {k} wanted" for name, k in short.items())]))
     print(f"{sum(sum(t.kills.values()) for t in tallies.values())} kills in {time.monotonic() - begin:.0f} s")
