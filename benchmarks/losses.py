@@ -127,7 +127,9 @@ def _embeddings(pairs: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     images = rng.standard_normal((pairs, dim), np.float32)
     texts = images + 2 * rng.standard_normal((pairs, dim), np.float32)
-    return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, texts))
+    for vectors in (images, texts):
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return images, texts
 
 
 def run(sizes: Sizes) -> list[Row]:

@@ -32,4 +32,8 @@ def compared(c: ConfigDict) -> ConfigDict:
     c.study.arms.user_queues = ConfigDict({"model": {"name": "user"}} | queues)
     objective = {"weights": {"infonce": 0.0, "uto": 1.0}, "uto": {"batch_weight": 20.0}}
     c.study.arms.user_uto = ConfigDict({"model": {"name": "user"}, "loss": objective} | queues)
+    small = {"train": {"batch_size": 32}}  # what queues gain where a batch holds few negatives of its own
+    c.study.arms.vse_infinity_32 = ConfigDict({"model": off} | small)
+    c.study.arms.vse_infinity_32_queues = ConfigDict({"model": off} | small | queues)
+    c.study.arms.vse_infinity_queues = ConfigDict({"model": off} | queues)
     return c

@@ -122,7 +122,7 @@ def _compile_round(
         return jax.tree.map(shape, needed(score, item))
 
     def queries(count: int, sharding: NamedSharding) -> Queries:
-        def field(dtype: type) -> Any:
+        def field(dtype: Any) -> Any:
             return jax.ShapeDtypeStruct((count,), dtype, sharding=sharding)
 
         return Queries(field(jnp.int32), field(bool), field(jnp.int32), field(jnp.float32))

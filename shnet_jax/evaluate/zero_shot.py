@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from shnet_jax.data.records import DataSet
@@ -51,4 +53,5 @@ def _unit(dataset: DataSet, split: str, field: str, vectors: np.ndarray) -> Embe
     length = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     if not length.all():
         raise ValueError(f"{dataset.path}: split {split!r}: {field}: row {int(np.argmin(length))} is all zero")
-    return Embedding((vectors / length).astype(np.float32))
+    unit: Any = (vectors / length).astype(np.float32)  # stays on the host
+    return Embedding(unit)

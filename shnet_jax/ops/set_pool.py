@@ -21,9 +21,9 @@ from shnet_jax.types import Array
 _LOWEST = float(np.finfo(np.float32).min)
 
 
-def _index_dtype(size: int) -> type:
+def _index_dtype(size: int) -> np.dtype:
     """The smallest signed type that counts `size` rows: what the backward pass keeps is mostly these."""
-    return jnp.int8 if size <= 127 else jnp.int16 if size <= 32767 else jnp.int32
+    return np.dtype("int8" if size <= 127 else "int16" if size <= 32767 else "int32")
 
 
 def _exchange(values: Array, index: Array | None, distance: int, mirrored: bool) -> tuple[Array, Array | None]:

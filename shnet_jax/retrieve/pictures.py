@@ -101,7 +101,7 @@ def shares(seg_map: np.ndarray, names: Sequence[str], most: int = 4) -> list[tup
     """(class, colour, share of the pixels) of the largest classes of a map, or of a part of it."""
     classes, counts = np.unique(seg_map, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:most]
-    order = order[counts[order] >= min(0.005 * seg_map.size, counts.max())]
+    order = order[counts[order] >= min(0.005 * seg_map.size, int(counts.max()))]
     return [
         (class_name(int(classes[i]), names), colour(int(classes[i]), names), counts[i] / seg_map.size) for i in order
     ]
