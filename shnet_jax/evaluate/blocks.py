@@ -243,10 +243,15 @@ def remove_folder(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         return [folder.name] if folder.exists() else []
-    ours = ("block_*.npy", "block_*.tmp", IDENTITY) if (folder / IDENTITY).is_file() else ()
-    for pattern in (*ours, "identity.tmp"):  # IDENTITY is the last to go: a killed removal can go on
-        for path in folder.glob(pattern):
-            path.unlink()
+    if (folder / IDENTITY).is_file():
+        for pattern in ("block_*.npy", "block_*.tmp"):
+            for path in (*folder.glob(pattern), *folder.glob(f"*_images_*/{pattern}")):
+                path.unlink()
+        for fold in folder.glob("*_images_*"):  # see compare.py
+            if fold.is_dir() and not any(fold.iterdir()):
+                fold.rmdir()
+        (folder / IDENTITY).unlink()  # the last to go: a killed removal can go on
+    (folder / IDENTITY).with_suffix(".tmp").unlink(missing_ok=True)
     left = sorted(path.name for path in folder.iterdir())
     if not left and not folder.is_symlink():
         folder.rmdir()
