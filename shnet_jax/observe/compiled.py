@@ -36,11 +36,10 @@ class OutOfMemory(Exception):
 def compile_lowered(lowered: jax.stages.Lowered, effort: float = 0.0) -> jax.stages.Compiled:
     """`lowered.compile()`; raises OutOfMemory when the compiler says that the program does not fit.
 
-    effort: of the compiler to make the program fast, from -1 (the least; it compiles sooner) to 1; 0: as usual.
+    effort: of the compiler to make the program fast, from -1 (the least; it compiles sooner) to 0, as usual.
     """
-    options: dict[str, Any] = {"exec_time_optimization_effort": effort}
     try:
-        return lowered.compile(options) if effort else lowered.compile()
+        return _compile(lowered, effort)
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:
@@ -49,6 +48,18 @@ def compile_lowered(lowered: jax.stages.Lowered, effort: float = 0.0) -> jax.sta
         used = used or re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", text)
         needed, available = (_size(x) for x in used.groups()) if used else (None, None)
         raise OutOfMemory(text.strip(), needed, available) from None
+
+
+def _compile(lowered: jax.stages.Lowered, effort: float) -> jax.stages.Compiled:
+    if not effort:
+        return lowered.compile()
+    options: dict[str, Any] = {"exec_time_optimization_effort": effort}
+    try:
+        return lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+    return lowered.compile({"optimization_level": "O1"})  # jaxlib 0.12 knows levels only; this is the least but none
 
 
 def _size(text: str) -> float:

@@ -59,7 +59,8 @@ def test_split_equals_whole(small_is_split, microbatch):
     np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-5)
     assert metrics["grad_norm"] > 0.5
     for (path, ours), one in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(ours, one, rtol=1e-3, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+        # AdamW makes steps of nearly the learning rate from what rounding leaves of gradients that should be zero.
+        np.testing.assert_allclose(ours, one, rtol=1e-3, atol=2e-3, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.slow
