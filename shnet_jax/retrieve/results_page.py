@@ -10,11 +10,11 @@ from shnet_jax.retrieve.page_style import document
 
 # The names of the rows stay where they are while the numbers scroll beside them.
 STYLE = """
-.scroll th:first-child{position:sticky;left:0;background:var(--bg);white-space:normal;min-width:7rem;max-width:16rem;
+.scroll th:first-child{position:sticky;left:0;background:var(--bg);white-space:normal;min-width:9.5rem;max-width:16rem;
 overflow-wrap:anywhere;padding-right:14px;vertical-align:top}
 table{border-collapse:separate;border-spacing:0}
 td{vertical-align:top}
-@media(max-width:520px){.scroll th:first-child{max-width:8.5rem}}
+@media(max-width:520px){.scroll th:first-child{min-width:7rem;max-width:8.5rem}}
 """
 
 
