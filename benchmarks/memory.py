@@ -5,6 +5,7 @@ Training reads as a stream (config.data.resident is off), so that the features o
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import tempfile
@@ -18,7 +19,7 @@ import numpy as np
 from benchmarks.resident import Curve, watch
 from benchmarks.rows import Row
 from data_prep import scenes
-from data_prep.builder import write_dataset
+from data_prep.builder import VERSION, write_dataset
 
 ROOT = Path(__file__).parents[1]
 CURVES = Path("runs/bench/memory.json")
@@ -63,13 +64,12 @@ def run(sizes: Sizes) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for images in (sizes.images, sizes.images * sizes.factor):
-            splits = {"train": images, "val": sizes.val, "test": images}
-            data_set = write(folder, f"scenes_{images}", splits)
-            data.append(sum(path.stat().st_size for path in data_set.rglob("*") if path.is_file()))
-            for stage, command in stages(data_set, folder / f"run_{images}").items():
+            data_set = folder / f"scenes_{images}" / VERSION
+            for stage, command in stages(data_set, folder / f"run_{images}", images, sizes.val).items():
                 curve, peak = watch(command, ROOT)
                 curves[f"{stage}, {images} images"] = curve
                 peaks.setdefault(stage, []).append(peak)
+            data.append(sum(path.stat().st_size for path in data_set.rglob("*") if path.is_file()))
     CURVES.parent.mkdir(parents=True, exist_ok=True)
     CURVES.write_text(json.dumps({"seconds, bytes": curves}) + "\n", encoding="utf-8")
     rise = (data[1] - data[0]) / 2**20
@@ -101,14 +101,30 @@ def write(folder: Path, name: str, splits: dict[str, int]) -> Path:
     return write_dataset(folder, name, made, {"source": "benchmarks.memory"}, total=sum(splits.values()))
 
 
-def stages(data_set: Path, workdir: Path) -> dict[str, Sequence[str]]:
-    """Command lines for Python: one after another, in this order."""
+def stages(data_set: Path, workdir: Path, images: int, val: int) -> dict[str, Sequence[str]]:
+    """Command lines for Python: one after another, in this order. The first one writes `data_set`."""
+    folder, name = data_set.parents[1], data_set.parent.name
     changes = SMALL | {"data.dir": str(data_set)}
     common = ["main.py", "--config=configs/demo.py", f"--workdir={workdir}"]
     common += [f"--config.{name}={value}" for name, value in changes.items()]
     return {
-        "import": ["-c", "import shnet_jax.commands"],
+        "import": ["-m", "benchmarks.memory", str(folder), name, f"--images={images}", f"--val={val}"],
         "training": [*common, "--mode=train"],
         "evaluation": [*common, "--mode=eval"],
         "embedding": [*common, "--mode=embed"],
     }
+
+
+def main() -> None:
+    """Writes a data set, as an importer does: one record after another."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--images", type=int, required=True)
+    parser.add_argument("--val", type=int, required=True)
+    given = parser.parse_args()
+    write(given.folder, given.name, {"train": given.images, "val": given.val, "test": given.images})
+
+
+if __name__ == "__main__":
+    main()

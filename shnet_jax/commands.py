@@ -29,7 +29,7 @@ from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.loop import train_and_evaluate
-from shnet_jax.train.workdir import complete, differences, trained_config
+from shnet_jax.train.workdir import Difference, complete, differences, trained_config
 from shnet_jax.types import Score
 
 TWO_STAGE_ENSEMBLE = "an ensemble is ranked exactly: set config.eval.two_stage to 0 and config.eval.exact to True"
@@ -71,7 +71,8 @@ def load(workdir: str | Path, config: ConfigDict, step: int | None = None) -> Lo
         name for name, value in config.model.items() if isinstance(value, ConfigDict) and name not in saved.model
     ]
     if wrong := _model_differences(trained, config, {"clip", *younger}):
-        raise ValueError(f"{workdir} was trained with another model than --config names:\n  " + "\n  ".join(wrong))
+        lines = "\n  ".join(map(str, wrong))
+        raise ValueError(f"{workdir} was trained with another model than --config names:\n  {lines}")
     return _restore(workdir, trained, config, step)
 
 
@@ -104,7 +105,7 @@ def _restore(workdir: Path, trained: ConfigDict, config: ConfigDict, step: int |
     return Loaded(experiment, variables, step, trained.data.val_split if chosen else "none")
 
 
-def _model_differences(trained: ConfigDict, config: ConfigDict, aside: set[str]) -> list[str]:
+def _model_differences(trained: ConfigDict, config: ConfigDict, aside: set[str]) -> list[Difference]:
     """Fields of the model in which the given configuration differs from the run (sizes filled in at training aside).
 
     aside: sections of config.model that say nothing about this run.
@@ -121,10 +122,10 @@ def _model_differences(trained: ConfigDict, config: ConfigDict, aside: set[str])
         "activation",
     }
     theirs, ours = ({k: v for k, v in c.model.to_dict().items() if k not in aside} for c in (config, trained))
-    lines = differences(theirs, ours, "config.model")
+    found = differences(theirs, ours, "config.model")
     ours = {k: v for k, v in trained.text.to_dict().items() if k not in filled}
     theirs = {k: v for k, v in config.text.to_dict().items() if k not in filled}
-    return lines + differences(theirs, ours, "config.text")
+    return found + differences(theirs, ours, "config.text")
 
 
 def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:

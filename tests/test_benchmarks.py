@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from benchmarks import flops, interaction, losses, memory, momentum, pool, resident, runner, step, text
 from benchmarks.rows import Row, compare, table
 from benchmarks.timing import Timing, interleave
+from shnet_jax.data.records import open_dataset
 from shnet_jax.models import shnet
 from shnet_jax.types import Array
 from tests.train import tiny
@@ -216,8 +218,11 @@ def test_memory_of_a_process_over_its_life(tmp_path):
         resident.watch(["-c", "print('no such data set'); raise SystemExit(3)"], tmp_path)
 
 
-def test_the_stages_of_memory_are_commands_of_main(tmp_path):
-    commands = memory.stages(tmp_path / "set", tmp_path / "run")
+def test_the_stages_of_memory_are_commands_of_main(tmp_path, monkeypatch):
+    commands = memory.stages(tmp_path / "set" / "1.0.0", tmp_path / "run", images=3, val=2)
     assert set(commands) == {"import", "training", "evaluation", "embedding"}
+    monkeypatch.setattr(sys, "argv", list(commands["import"][1:]))  # of `python -m benchmarks.memory`
+    memory.main()
+    assert open_dataset(tmp_path / "set").splits["test"] == 3
     for command in list(commands.values())[1:]:
-        assert command[0] == "main.py" and f"--config.data.dir={tmp_path / 'set'}" in command
+        assert command[0] == "main.py" and f"--config.data.dir={tmp_path / 'set' / '1.0.0'}" in command

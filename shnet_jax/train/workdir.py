@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -54,7 +54,7 @@ SELECTING = ("config.eval.person", "config.eval.protocols")
 
 # Fields of these that a run's file does not have, as it is older than they, have to be off: they would change what it
 # learns. Others are options of something that is off, or say what it did anyway, and are taken as they are given.
-SWITCHES = re.compile(r"config\.(loss\.weights\.|optim\.|momentum\.queue|model\.\w+:)")
+SWITCHES = re.compile(r"config\.(loss\.weights\.|optim\.|momentum\.queue|model\.\w+$)")
 
 
 class WorkdirError(RuntimeError):
@@ -116,30 +116,31 @@ def claim(workdir: Path, experiment: Experiment) -> None:
 
 def _changes(config: dict[str, Any], saved: ConfigDict, workdir: Path) -> list[str]:
     """What keeps a run with the configuration `saved` from going on with `config`, a line for each field."""
-    found = differences(config, complete(saved, ConfigDict(config)).to_dict())
-    found = [line for line in found if line.startswith(SELECTING) or not line.startswith(FREE_TO_CHANGE)]
-    younger = [line for line in found if not _has(saved, line) and not SWITCHES.match(line)]
+    had = saved.to_dict()
+    found = []
+    younger = []
+    for change in differences(config, complete(saved, ConfigDict(config)).to_dict()):
+        if change.name.startswith(FREE_TO_CHANGE) and not change.name.startswith(SELECTING):
+            continue
+        kept = _value(had, change.name)
+        if kept is ABSENT and not SWITCHES.match(change.name):
+            younger.append(f"{change.name}: {change.ours!r}")
+        elif change.ours is not ABSENT or kept:  # a field that is no more, and was off, has changed nothing
+            found.append(str(change))
     if younger:
-        given = ", ".join(line.rpartition(", there ")[0] for line in younger)
+        given = ", ".join(younger)
         log.info("%s: this run is older than some fields, which are taken as --config gives them: %s", workdir, given)
-    gone = [line for line in found if ": 'absent', there " in line and not _get(saved, line)]
-    return [line for line in found if line not in younger and line not in gone]
+    return found
 
 
-def _get(config: ConfigDict, line: str) -> Any:
-    """The value that a line of `differences` is about; KeyError when there is none."""
+def _value(config: dict[str, Any], name: str) -> Any:
+    """The value of config.NAME in a configuration; ABSENT when it has none."""
     value: Any = config
-    for name in line.partition(":")[0].split(".")[1:]:
-        value = value[name]
+    for part in name.split(".")[1:]:
+        if not isinstance(value, dict) or part not in value:
+            return ABSENT
+        value = value[part]
     return value
-
-
-def _has(config: ConfigDict, line: str) -> bool:
-    try:
-        _get(config, line)
-    except KeyError:
-        return False
-    return True
 
 
 def adopt(workdir: Path, config: ConfigDict | FrozenConfigDict, vocabulary: Path) -> None:
@@ -228,13 +229,33 @@ def _tuples(section: dict[str, Any]) -> dict[str, Any]:
     return {key: tuples(value) for key, value in section.items()}
 
 
-def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "config") -> list[str]:
-    """Fields in which two configurations differ, one line each."""
-    lines = []
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+"""In place of the value of a field that a configuration does not have."""
+
+
+class Difference(NamedTuple):
+    """A field, as "config.model.dim", that two configurations have different values of."""
+
+    name: str
+    ours: Any
+    theirs: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.ours!r}, there {self.theirs!r}"
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "config") -> list[Difference]:
+    """Fields in which two configurations differ, in order of their names."""
+    found = []
     for key in sorted(ours.keys() | theirs.keys()):
-        a, b, name = ours.get(key, "absent"), theirs.get(key, "absent"), f"{prefix}.{key}"
+        a, b, name = ours.get(key, ABSENT), theirs.get(key, ABSENT), f"{prefix}.{key}"
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, name)
+            found += differences(a, b, name)
         elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
-            lines.append(f"{name}: {a!r}, there {b!r}")
-    return lines
+            found.append(Difference(name, a, b))
+    return found
