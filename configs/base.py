@@ -231,7 +231,7 @@ def get_config() -> ConfigDict:
     study.arms.none = ConfigDict({"model": off})  # no segmentation input at all: VSE-infinity
     study.only = ()  # names of the arms to run; (): all
     study.ensembles = ConfigDict()  # name of a row -> arms whose models of the same seed are averaged, as a tuple
-    study.baseline = ""  # arm that the others are compared with, by intervals of the differences; "": none
+    study.compare = ()  # "ARM - OTHER": intervals of the difference; pairs that study.only leaves out are not compared
 
     c.cross = cross = ConfigDict()  # --mode=cross: every run on every data set, without training
     cross.runs = ()  # work folders of the runs, the rows

@@ -6,6 +6,8 @@ from ml_collections import ConfigDict
 
 from configs import base
 
+COMPARE = ("full - no_semantic_graph", "full - no_spatial_graph", "full - no_interaction", "full - vse_infinity")
+
 
 def get_config() -> ConfigDict:
     """Needs `data.dir` with boxes (docs/cmsei.md) and `text.weights`; the paper's values are not known to us.
@@ -23,6 +25,7 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 128
     c.train.epochs = 30.0
     c.eval.two_stage = 128
+    c.study.compare = COMPARE
     c.study.arms = arms({"triplet": {"warmup_epochs": 1.0}})
     return c
 

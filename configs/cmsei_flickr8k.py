@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.cmsei_coco import arms
+from configs.cmsei_coco import COMPARE, arms
 
 
 def get_config() -> ConfigDict:
@@ -35,4 +35,6 @@ def get_config() -> ConfigDict:
     c.optim.ema = 0.98
     c.eval.two_stage = 50
     c.study.arms = arms({})
+    c.study.arms.shnet = ConfigDict({"model": {"name": "shnet"}, "loss": {"weights": {"global_triplet": 0.0}}})
+    c.study.compare = (*COMPARE, "full - shnet")
     return c

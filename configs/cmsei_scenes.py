@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.cmsei_coco import arms
+from configs.cmsei_coco import COMPARE, arms
 
 
 def get_config() -> ConfigDict:
@@ -36,4 +36,5 @@ def get_config() -> ConfigDict:
     c.eval.two_stage = 50
     c.study.arms = arms({})
     c.study.arms.plain_spatial = ConfigDict({"model": {"cmsei": {"iou_threshold": 0.4, "geometry_heads": 0}}})
+    c.study.compare = (*COMPARE, "full - plain_spatial")
     return c

@@ -20,4 +20,5 @@ def get_config() -> ConfigDict:
     arms.set = ConfigDict({})
     arms.set_margin = ConfigDict({"loss": {"weights": {"asm": 1.0}}})
     arms.vse_infinity = ConfigDict(plain)
+    c.study.compare = ("set - vse_infinity", "set_margin - vse_infinity")
     return c

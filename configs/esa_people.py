@@ -59,6 +59,11 @@ def get_config() -> ConfigDict:
     c.train.epochs = 6.0
     c.eval.person = True
     c.study.only = ("set_adaptive", "set_fixed", "global_adaptive", "global_fixed")
+    c.study.compare = (
+        *("set_adaptive - global_adaptive", "set_fixed - global_fixed"),
+        *("set_adaptive - set_fixed", "global_adaptive - global_fixed"),
+        *("set_adaptive - set_larger", "set_adaptive - merge_adaptive"),
+    )
     c.study.arms = arms = ConfigDict()
     no_set, no_set_loss = {"esa": {"size": 0, "text_size": 0}}, {"diversity": 0.0}
     arms.set_adaptive = ConfigDict({})

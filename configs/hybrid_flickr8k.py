@@ -23,5 +23,13 @@ def get_config() -> ConfigDict:
         }
     )
     c.study.ensembles = ConfigDict({f"ensemble_{kind}": (f"region_{kind}", f"grid_{kind}") for kind in kinds})
-    c.study.baseline = "joint_none"
+    c.study.compare = tuple(
+        [f"{name}_{kind} - {name}_none" for name in (*UNITS, "ensemble") for kind in ("semantic", "spatial", "full")]
+        + [
+            f"{two}_{kind} - {one}_{kind}"
+            for two in ("joint", "ensemble")
+            for one in ("region", "grid")
+            for kind in kinds
+        ]
+    )
     return c

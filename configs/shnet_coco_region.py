@@ -16,5 +16,5 @@ def get_config() -> ConfigDict:
     c.train.checkpoint_steps = 1000
     c.eval.protocols = ("whole", "folds5")  # 5K and the five galleries of 1K
     c.study.seeds = (0, 1, 2)
-    c.study.baseline = "none"
+    c.study.compare = ("full - none", "semantic - none", "spatial - none")
     return c

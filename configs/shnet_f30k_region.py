@@ -16,5 +16,5 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 128
     c.train.checkpoint_steps = 1000
     c.study.seeds = (0, 1, 2)
-    c.study.baseline = "none"
+    c.study.compare = ("full - none", "semantic - none", "spatial - none")
     return c

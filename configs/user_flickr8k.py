@@ -23,4 +23,5 @@ def get_config() -> ConfigDict:
     c.study.arms.fast = ConfigDict({"momentum": {"warm": True}})
     c.study.arms.no_queue = ConfigDict({"momentum": {"queue": 0}})
     c.study.only = ("user",)
+    c.study.compare = ("masked - user", "fast - user", "user - no_queue")
     return c

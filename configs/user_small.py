@@ -29,6 +29,10 @@ def compared(c: ConfigDict) -> ConfigDict:
     queues = {"momentum": {"queue": 2048}}
     c.study.arms.shnet_queues = ConfigDict(queues)
     c.study.only = tuple(c.study.arms)
+    c.study.compare = (
+        *("user - vse_infinity", "user - shnet", "shnet_queues - shnet", "shnet_queues - user"),
+        *("vse_infinity_queues - vse_infinity", "vse_infinity_32_queues - vse_infinity_32"),
+    )
     c.study.arms.user_queues = ConfigDict({"model": {"name": "user"}} | queues)
     objective = {"weights": {"infonce": 0.0, "uto": 1.0}, "uto": {"batch_weight": 20.0}}
     c.study.arms.user_uto = ConfigDict({"model": {"name": "user"}, "loss": objective} | queues)

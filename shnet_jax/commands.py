@@ -18,21 +18,23 @@ from shnet_jax.evaluate.compare import comparison_table
 from shnet_jax.evaluate.ensemble import Embedded, combine, mean_score
 from shnet_jax.evaluate.extra import Wanted, read_wanted
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.report import card_table, extra_table, interval_table, table, write_json, write_text
+from shnet_jax.evaluate.report import card_table, extra_table, interval_table, table, to_json
 from shnet_jax.evaluate.split import embed_split, evaluate_embedded, in_two_stages, subject, ways_to_rank
 from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.evaluate.zero_shot import zero_shot
 from shnet_jax.experiment import Experiment, abstract_variables, assemble
 from shnet_jax.models.contract import RetrievalModel, scorer
+from shnet_jax.observe.files import write_text
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.loop import train_and_evaluate
-from shnet_jax.train.workdir import Difference, complete, differences, trained_config
+from shnet_jax.train.workdir import Difference, complete, differences, sole_job, trained_config
 from shnet_jax.types import Score
 
 TWO_STAGE_ENSEMBLE = "an ensemble is ranked exactly: set config.eval.two_stage to 0 and config.eval.exact to True"
+EVALUATION_LOCK = ".lock_evaluation"
 SCORES = "scores"  # in a work folder: blocks of a long ranking that is not finished
 
 
@@ -182,9 +184,15 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
 
     Prints tables and card and writes them to results_<data set>_<split>_<protocols>_<checkpoint>.md, .html and .json in
     `workdir`, and the ranks of all queries to queries_<...>.npz, for config.eval.compare. A data set with the vectors
-    of a pretrained dual encoder (`zero_shot`) gets a row for that too.
+    of a pretrained dual encoder (`zero_shot`) gets a row for that too. One evaluation at a time writes to a folder,
+    beside training that may go on there; another one gets FolderInUse.
     """
-    evaluation, workdir = config.eval, Path(workdir)
+    with sole_job(Path(workdir), EVALUATION_LOCK):
+        _evaluate(config, Path(workdir))
+
+
+def _evaluate(config: ConfigDict, workdir: Path) -> None:
+    evaluation = config.eval
     mesh = make_mesh(config.parallel.devices)
     other = load_queries(Path(evaluation.compare)) if evaluation.compare else None
     rows, dataset, wanted = _rows(config, workdir, mesh)
@@ -211,9 +219,8 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> None:
     shown = [found for found in tables if found is not None]
     cards = [card_table(results.card, f"{rows[-1].name}, {protocol}") for protocol, results in last.items()]
     text = "\n".join(map(str, [*shown, *cards]))
-    workdir.mkdir(parents=True, exist_ok=True)
     save_queries(workdir / f"queries_{name}.npz", ours.queries)
-    write_json(workdir / f"results_{name}.json", arms, gaps)
+    write_text(workdir / f"results_{name}.json", to_json(arms, gaps))
     write_text(workdir / f"results_{name}.md", text)
     write_text(
         workdir / f"results_{name}.html",

@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 from shnet_jax.commands import evaluate_loaded, evaluate_zero_shot, load_any
 from shnet_jax.data.records import find_dataset
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.report import Table, card_table, table, write_json, write_text
+from shnet_jax.evaluate.report import Table, card_table, table, to_json
+from shnet_jax.observe.files import LOCK, write_text
 from shnet_jax.retrieve.results_page import results_page
-from shnet_jax.train.workdir import trained_config
+from shnet_jax.train.workdir import sole_job, trained_config
 
 Matrix = dict[str, dict[str, Results]]
 """Run -> data set -> results."""
@@ -36,7 +37,11 @@ def cross(config: ConfigDict, workdir: str | Path) -> Matrix:
                 f"config.cross.{field} is {tuple(given)}; expected at least one, all with names of their own, "
                 f"found {list(named)}"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
+    with sole_job(workdir, LOCK):
+        return _cross(config, workdir, rows, columns)
+
+
+def _cross(config: ConfigDict, workdir: Path, rows: Mapping[str, str], columns: Mapping[str, str]) -> Matrix:
     matrix: Matrix = {}
     for row, run in rows.items():
         for column, folder in columns.items():
@@ -68,7 +73,7 @@ def _write(matrix: Matrix, workdir: Path) -> str:
     arms = {f"{row} → {column}": results for row, found in matrix.items() for column, results in found.items()}
     tables = [rsums(matrix), table(arms)]
     text = "\n".join(map(str, tables))
-    write_json(workdir / "cross.json", arms)
+    write_text(workdir / "cross.json", to_json(arms))
     write_text(workdir / "cross.md", text)
     cards = [card_table(results.card, arm) for arm, results in arms.items()]
     write_text(workdir / "cross.html", results_page("Every run on every data set", tables, cards))

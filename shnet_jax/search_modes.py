@@ -12,15 +12,15 @@ from ml_collections import ConfigDict
 from shnet_jax.commands import Loaded, load
 from shnet_jax.data.checksums import CHECKSUMS, sha256
 from shnet_jax.evaluate.blocks import digest
-from shnet_jax.evaluate.report import write_text
 from shnet_jax.evaluate.split import subject
+from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.writer import FILE as METRICS
 from shnet_jax.observe.writer import read_metrics
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import embed as writing
 from shnet_jax.retrieve.examples import collect
-from shnet_jax.retrieve.folder import Embeddings, write_json
+from shnet_jax.retrieve.folder import Embeddings
 from shnet_jax.retrieve.indexes import check_index
 from shnet_jax.retrieve.page import page as render
 from shnet_jax.retrieve.query import Searcher, document, encode_texts, place_towers, read_queries, tables

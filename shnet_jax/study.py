@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,15 @@ from shnet_jax.commands import (
 from shnet_jax.evaluate.bootstrap import Interval, recall_intervals
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.recall import Metrics, QueryRanks
-from shnet_jax.evaluate.report import PERSON, Table, as_dict, card_table, interval_table, write_text
+from shnet_jax.evaluate.report import PERSON, Table, as_dict, card_table, interval_table
+from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.writer import read_metrics
 from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.loop import train_and_evaluate
 
 COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum")
+DIFFERENCE = " - "
+"""Between the names of a pair of config.study.compare."""
 HEADINGS = ("i→t R@1", "R@5", "R@10", "t→i R@1", "R@5", "R@10", "rSum")
 
 
@@ -90,29 +92,31 @@ def _plan(config: ConfigDict) -> tuple[tuple[str, ...], dict[str, tuple[str, ...
     ensembles = {name: tuple(members) for name, members in config.study.ensembles.items() if {*members} <= {*arms}}
     if ensembles and not config.eval.exact:
         raise ValueError(TWO_STAGE_ENSEMBLE)
-    if config.study.baseline not in ("", *arms, *ensembles):
-        raise ValueError(f"config.study.baseline is {config.study.baseline!r}; this study runs {[*arms, *ensembles]}")
+    known = [*config.study.arms, *config.study.ensembles]
+    for pair in config.study.compare:
+        if not {*pair.split(DIFFERENCE)} <= {*known} or pair.count(DIFFERENCE) != 1:
+            raise ValueError(f"config.study.compare has {pair!r}; expected 'ARM{DIFFERENCE}OTHER', both of {known}")
     return arms, ensembles
 
 
 def _write(config: ConfigDict, runs: Mapping[str, list[Run]], pretrained: Results | None, workdir: Path) -> str:
     """Writes study.md, study.html and study.json, each whole or not at all; the tables."""
-    gaps, tables = differences(runs, config.study.baseline), [table(runs, pretrained)]
+    gaps, tables = differences(runs, config.study.compare), [table(runs, pretrained)]
     if gaps:
-        tables.append(interval_table({f"{arm} - {config.study.baseline}": found for arm, found in gaps.items()}))
+        tables.append(interval_table(gaps))
     text = "\n".join(map(str, tables))
     document: dict[str, Any] = {arm: [_as_dict(run) for run in found] for arm, found in runs.items()}
     if pretrained is not None:
         document["zero-shot"] = [{"results": as_dict(pretrained)}]
     if gaps:
         document["differences"] = {
-            "baseline": config.study.baseline,
-            "arms": {arm: {m: dataclasses.asdict(i) for m, i in found.items()} for arm, found in gaps.items()},
+            pair: {metric: dataclasses.asdict(interval) for metric, interval in found.items()}
+            for pair, found in gaps.items()
         }
     write_text(workdir / "study.md", text)
     cards = [card_table(run.results.card, f"{arm}, seed {run.seed}") for arm, found in runs.items() for run in found]
     write_text(workdir / "study.html", results_page(f"{config.name}, {config.eval.split}", tables, cards))
-    write_text(workdir / "study.json", json.dumps(document, indent=2) + "\n")
+    write_json(workdir / "study.json", document)
     return text
 
 
@@ -121,16 +125,16 @@ def _as_dict(run: Run) -> dict[str, Any]:
     return fields | {"results": as_dict(run.results)}
 
 
-def differences(runs: Mapping[str, list[Run]], baseline: str) -> dict[str, dict[str, Interval]]:
-    """By how much each other arm exceeds the baseline: paired bootstrap over images, seeds averaged; {} without one.
+def differences(runs: Mapping[str, list[Run]], pairs: Sequence[str]) -> dict[str, dict[str, Interval]]:
+    """By how much ARM exceeds OTHER, for each "ARM - OTHER": paired bootstrap over images, seeds averaged.
 
-    Of the seeds that both arms have: an unfinished study compares like with like.
+    Of the seeds that both arms have: an unfinished study compares like with like. Pairs without any are left out.
     """
     found = {}
-    for arm, ours in runs.items():
-        both = {run.seed for run in ours} & {run.seed for run in runs.get(baseline, [])}
-        if arm != baseline and both:
-            found[arm] = recall_intervals(_queries(ours, both), _queries(runs[baseline], both))
+    for pair in pairs:
+        ours, others = (runs.get(arm, []) for arm in pair.split(DIFFERENCE))
+        if both := {run.seed for run in ours} & {run.seed for run in others}:
+            found[pair] = recall_intervals(_queries(ours, both), _queries(others, both))
     return found
 
 

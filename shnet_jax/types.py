@@ -91,12 +91,19 @@ class Queue:
     """Embeddings of one modality that momentum encoders gave for past batches (train/momentum.py).
 
     vectors: [K, d] float32, of unit length. ids: [K] int32, their image ids; NO_IMAGE where no batch has been yet.
-    pointer: [] int32, the slot that is overwritten next.
+    pointer: [] int32, the slot that is overwritten next. elements: [K, m, d] float32, the sets of models that have
+    them, else None.
     """
 
     vectors: Array
     ids: Array
     pointer: Array
+    elements: Array | None = None
+
+    @property
+    def items(self) -> Embedding:
+        """What is in the slots, as embeddings."""
+        return Embedding(self.vectors, self.elements)
 
 
 NO_IMAGE = -1

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"parallel"},
     "data": set(),
     "observe": {"parallel"},  # only the type of a mapped step
-    "interop": {"models"},
+    "interop": {"models", "observe"},  # observe: whole files
     "experiment": {"models", "data", "interop"},  # the parts of a run, put together from its configuration
     "evaluate": {"models", "data", "parallel", "observe", "experiment"},
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluate"},

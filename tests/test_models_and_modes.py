@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -144,8 +145,18 @@ def test_every_mode(model, tmp_path, monkeypatch):
         assert results.metrics == exact["metrics"]
 
 
-def test_sets_fill_no_queue(tmp_path):
+def test_sets_fill_queues(tmp_path):
+    """Each slot holds what the key encoders gave, global vector and set; the interaction of CMSEI has no queues."""
     config = esa()
-    config.momentum.queue = 16
+    config.momentum.queue = 2 * config.train.batch_size + 1
+    train(config, tmp_path)
+    saved = tiny.arrays(tmp_path, config.train.steps)
+    for side, size in (("images", config.model.esa.size), ("texts", config.model.esa.text_size)):
+        queue = {part: saved[f"momentum['{side}']['{part}']"] for part in ("vectors", "elements", "ids")}
+        assert queue["elements"].shape == (config.momentum.queue, size, config.model.dim)
+        np.testing.assert_allclose(np.linalg.norm(queue["elements"], axis=-1), 1, atol=1e-3)
+        assert (queue["ids"] >= 0).any()
+    other = cmsei()
+    other.momentum.queue = 16
     with pytest.raises(ValueError, match="which is what queues hold"):
-        train(config, tmp_path)
+        train(other, tmp_path / "cmsei")

@@ -37,7 +37,7 @@ def configuration(only=(), **changes):
 def with_ensemble():
     c = configuration()
     c.study.ensembles = ConfigDict({"both": ("wide", "narrow")})
-    c.study.baseline = "narrow"
+    c.study.compare = ("wide - narrow", "both - narrow")
     return c
 
 
@@ -68,12 +68,11 @@ def test_differences_are_of_the_seeds_that_both_arms_have():
         return Run(seed, results(0, QueryRanks(np.full(50, rank), np.full(100, 9), owner)), 1.0, None)
 
     runs = {"ours": [run(0, 0), run(1, 4)], "none": [run(1, 20), run(0, 7)], "new": [run(5, 0)]}
-    found = differences(runs, "none")
-    assert list(found) == ["ours"]  # a seed that the baseline does not have is not compared
-    # Both of our seeds are among the first 5, one at rank 0; of the baseline one is among the first 10.
-    assert [found["ours"][f"i2t_r{k}"].estimate for k in (1, 5, 10)] == [50.0, 100.0, 50.0]
-    assert found["ours"]["t2i_r10"] == Interval(0.0, 0.0, 0.0)
-    assert differences(runs, "") == {}
+    found = differences(runs, ("ours - none", "new - none"))
+    assert list(found) == ["ours - none"]  # a seed that the other does not have is not compared
+    # Both of our seeds are among the first 5, one at rank 0; of the others one is among the first 10.
+    assert [found["ours - none"][f"i2t_r{k}"].estimate for k in (1, 5, 10)] == [50.0, 100.0, 50.0]
+    assert found["ours - none"]["t2i_r10"] == Interval(0.0, 0.0, 0.0)
 
 
 def test_rows_that_were_not_trained_have_no_speed():
@@ -85,17 +84,22 @@ def test_rows_that_were_not_trained_have_no_speed():
 
 
 @pytest.mark.parametrize(
-    ("members", "baseline", "message"),
+    ("members", "compare", "message"),
     [
-        (("wide", "narow"), "", "ensembles.both is .*at least 2 of the arms"),
-        (("wide", "wide"), "", "at least 2 of the arms"),
-        (("wide", "narrow"), "nobody", "baseline is 'nobody'; this study runs .*'both'"),
+        (("wide", "narow"), (), "ensembles.both is .*at least 2 of the arms"),
+        (("wide", "wide"), (), "at least 2 of the arms"),
+        (
+            ("wide", "narrow"),
+            ("both - nobody",),
+            "compare has 'both - nobody'; expected 'ARM - OTHER', .*'both'",
+        ),
+        (("wide", "narrow"), ("wide",), "compare has 'wide'"),
     ],
 )
-def test_mistakes_in_ensembles_and_baseline(members, baseline, message, tmp_path):
+def test_mistakes_in_ensembles_and_comparisons(members, compare, message, tmp_path):
     config = configuration()
     config.study.ensembles = ConfigDict({"both": members})
-    config.study.baseline = baseline
+    config.study.compare = compare
     with pytest.raises(ValueError, match=message):
         study(config, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -187,7 +191,7 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert all(run["results"]["card"]["split"] == "test" for run in document["narrow"])
     assert "2 models: 3SHNet region, wide (0.5), 3SHNet region, narrow (0.5)" in json.dumps(document["both"])
     assert document["both"][0]["minutes"] == sum(document[arm][0]["minutes"] for arm in ("wide", "narrow"))
-    gap = document["differences"]["arms"]["wide"]["rsum"]
+    gap = document["differences"]["wide - narrow"]["rsum"]
     narrow = [run.results.metrics["rsum"] for run in runs["narrow"]]
     assert gap["estimate"] == pytest.approx(statistics.mean(rsums) - statistics.mean(narrow))
     assert "wide - narrow" in text and f"[{gap['low']:.1f}, {gap['high']:.1f}]" in text

@@ -26,6 +26,7 @@ from shnet_jax.evaluate.rank import Ranks, ranks
 from shnet_jax.evaluate.tiles import Tiling, one_behind
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.observe.clock import Clock
+from shnet_jax.observe.files import whole, write_text
 from shnet_jax.observe.progress import Progress
 from shnet_jax.parallel.mapping import Mapped, map_specs, replicate
 from shnet_jax.types import DATA, Array, Embedding
@@ -230,9 +231,7 @@ def open_folder(folder: Path, identity: Mapping[str, Any]) -> Path:
             "evaluation wrote: move it, or choose another --workdir"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)
     return folder
 
 
@@ -251,7 +250,7 @@ def remove_folder(folder: Path) -> list[str]:
             if fold.is_dir() and not any(fold.iterdir()):
                 fold.rmdir()
         (folder / IDENTITY).unlink()  # the last to go: a killed removal can go on
-    (folder / IDENTITY).with_suffix(".tmp").unlink(missing_ok=True)
+    (folder / f"{IDENTITY}.tmp").unlink(missing_ok=True)
     left = sorted(path.name for path in folder.iterdir())
     if not left and not folder.is_symlink():
         folder.rmdir()
@@ -274,10 +273,8 @@ def _file(folder: Path | None, tile: int, round_: int) -> Path | None:
 def _keep(path: Path | None, block: np.ndarray) -> None:
     if path is None:
         return
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with whole(path) as temporary, temporary.open("wb") as file:
         np.save(file, block, allow_pickle=False)
-    temporary.replace(path)
 
 
 def _place(scores: np.ndarray, tiling: Tiling, tile: int, round_: int, block: np.ndarray) -> None:

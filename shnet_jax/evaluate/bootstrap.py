@@ -1,8 +1,8 @@
 """Paired bootstrap over the images of a gallery: how far recalls, and differences of two runs, may be chance.
 
-An image is drawn together with its captions, as these are no independent queries; the gallery that they are ranked in
-stays whole. The draws are the same for all numbers and, of a difference, for both runs. An interval says nothing of
-what another training seed would give.
+An image is drawn together with its captions, as these are no independent queries, and in a person search a person with
+all images; the gallery that they are ranked in stays whole. The draws are the same for all numbers and, of a
+difference, for both runs. An interval says nothing of what another training seed would give.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
+from shnet_jax.evaluate.person import NAMES as PERSON_NAMES
 from shnet_jax.evaluate.rank import check_captions
 from shnet_jax.evaluate.recall import CUTS, DIRECTIONS, QueryRanks
 from shnet_jax.foreign import read_npz
+from shnet_jax.observe.files import whole
 
 LEVEL = 0.95
 DRAWS = 2000
 NAMES = (*(f"{d}_r{k}" for d in DIRECTIONS for k in CUTS), "rsum")
+RANKS, PERSONS = ("i2t", "t2i", "caption_image"), ("image_person", "found")
+"""Fields of QueryRanks, and those that only a person search has."""
 _CHUNK = 1 << 22  # weights drawn at once: 32 MiB
 
 
@@ -37,21 +41,30 @@ def recall_intervals(
 ) -> dict[str, Interval]:
     """Intervals of NAMES: the recalls of `runs` or, with a baseline, by how much they exceed its recalls.
 
+    Where all runs searched persons, of the numbers `person.NAMES` too.
     Runs of several seeds are averaged query by query first, and then compared with the average of the baseline's runs.
     Raises ValueError when two runs are not of the same gallery.
     """
     both = [*runs, *baseline]
-    for run in both[1:]:
-        if not np.array_equal(run.caption_image, both[0].caption_image):
+    persons = [run.image_person for run in both if run.image_person is not None]
+    people = persons[0] if len(persons) == len(both) else None
+    for k, run in enumerate(both):
+        same_people = people is None or np.array_equal(persons[k], people)
+        if not same_people or not np.array_equal(run.caption_image, both[0].caption_image):
             raise ValueError(
                 f"paired comparison: {len(both[0].i2t)} images, {len(both[0].t2i)} captions and {len(run.i2t)} images, "
-                f"{len(run.t2i)} captions, or their captions belong to other images; expected the same split"
+                f"{len(run.t2i)} captions, or their captions belong to other images, or these to other persons; "
+                "expected the same split"
             )
+    names = NAMES if people is None else (*NAMES, *PERSON_NAMES)
     captions = np.bincount(both[0].caption_image, minlength=len(both[0].i2t))
-    ours = np.mean([_found(run) for run in runs], axis=0)
+    ours = np.mean([_found(run, people is not None) for run in runs], axis=0)
     if baseline:
-        ours = ours - np.mean([_found(run) for run in baseline], axis=0)
+        ours = ours - np.mean([_found(run, people is not None) for run in baseline], axis=0)
     each = np.concatenate([np.ones_like(captions)[:, None], captions[:, None], ours], axis=1).astype(np.float64)
+    if people is not None:
+        _, person = np.unique(people, return_inverse=True)
+        each = np.stack([np.bincount(person, column) for column in each.T], axis=1)
     n, rng = len(each), np.random.default_rng(seed)
     sums = [each.sum(axis=0)[None]]
     for start in range(0, draws, size := max(1, _CHUNK // n)):
@@ -59,29 +72,31 @@ def recall_intervals(
         sums.append(weights @ each)
     drawn = _recalls(np.concatenate(sums))
     low, high = np.quantile(drawn[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return {name: Interval(*map(float, row)) for name, *row in zip(NAMES, drawn[0], low, high, strict=True)}
+    return {name: Interval(*map(float, row)) for name, *row in zip(names, drawn[0], low, high, strict=True)}
 
 
-def _found(run: QueryRanks) -> np.ndarray:
-    """[n, 6] whether the image found a caption among the first k, and how many of its captions found the image."""
-    own = [np.bincount(run.caption_image, run.t2i < k, minlength=len(run.i2t)) for k in CUTS]
+def _found(run: QueryRanks, persons: bool) -> np.ndarray:
+    """[n, 6] whether the image found a caption among the first k, and how many of its captions found the image.
+
+    persons: [n, 11], and what its captions give to each number of a person search.
+    """
+    columns = [run.t2i < k for k in CUTS] + (list(run.found.T) if persons and run.found is not None else [])
+    own = [np.bincount(run.caption_image, column, minlength=len(run.i2t)) for column in columns]
     return np.stack([*(run.i2t < k for k in CUTS), *own], axis=1)
 
 
 def _recalls(sums: np.ndarray) -> np.ndarray:
-    """[draws, 8] sums of images, captions and what was found -> [draws, 7] recalls and rSum in percent."""
-    cuts = len(CUTS)
-    found = [sums[:, 2 : 2 + cuts] / sums[:, :1], sums[:, 2 + cuts :] / sums[:, 1:2]]
-    recalls = 100.0 * np.concatenate(found, axis=1)
-    return np.concatenate([recalls, recalls.sum(axis=1, keepdims=True)], axis=1)
+    """[draws, 8 or 13] sums of images, captions and what was found -> [draws, 7 or 12] the numbers, in percent."""
+    both = 2 * len(CUTS)
+    images, captions, found = sums[:, :1], sums[:, 1:2], sums[:, 2:]
+    recalls = 100.0 * np.concatenate([found[:, : len(CUTS)] / images, found[:, len(CUTS) : both] / captions], axis=1)
+    return np.concatenate([recalls, recalls.sum(axis=1, keepdims=True), 100.0 * found[:, both:] / captions], axis=1)
 
 
 def save_queries(path: Path, queries: QueryRanks) -> None:
     """Writes the ranks of a run's queries, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, **dataclasses.asdict(queries))
-    temporary.replace(path)
+    with whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **{name: array for name, array in dataclasses.asdict(queries).items() if array is not None})
 
 
 def load_queries(path: Path) -> QueryRanks:
@@ -90,11 +105,16 @@ def load_queries(path: Path) -> QueryRanks:
         raise FileNotFoundError(f"{path}: expected the ranks of a run's queries, as --mode=eval writes them")
     try:
         arrays = read_npz(path)
-        found = QueryRanks(**{field.name: arrays[field.name] for field in dataclasses.fields(QueryRanks)})
+        found = QueryRanks(*(arrays[name] for name in RANKS), *(arrays.get(name) for name in PERSONS))
         for name, ranks in (("i2t", found.i2t), ("t2i", found.t2i)):
             if ranks.ndim != 1 or ranks.dtype.kind not in "iu":
                 raise ValueError(f"{name} is {ranks.dtype} {list(ranks.shape)}, expected whole numbers [n]")
         check_captions(found.caption_image, len(found.i2t), len(found.t2i))
+        shapes = [None if array is None else array.shape for array in (found.image_person, found.found)]
+        if shapes not in ([None, None], [(len(found.i2t),), (len(found.t2i), len(PERSON_NAMES))]):
+            raise ValueError(
+                f"{' and '.join(PERSONS)} are {shapes[0]} and {shapes[1]}, expected [n] and [t, 5], or neither"
+            )
         return found
     except (KeyError, ValueError) as error:
         raise ValueError(

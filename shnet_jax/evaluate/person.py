@@ -22,7 +22,7 @@ SLICE = 256  # captions whose images are sorted at once: 20,000 images of each a
 NAMES = ("person_r1", "person_r5", "person_r10", "person_map", "person_minp")
 
 
-def person_metrics(
+def search_persons(
     images: Items,
     texts: Items,
     image_person: np.ndarray,
@@ -30,12 +30,14 @@ def person_metrics(
     score: ItemScore,
     tile: int = 512,
     mesh: Mesh | None = None,
-) -> Metrics:
-    """The numbers NAMES, in percent. With the ranks r_1 < ... < r_R (best 1) of the R images of a caption's person:
+) -> np.ndarray:
+    """What each caption gives to the numbers NAMES, [t, 5] float64, 0..1; the number is their mean over all captions.
 
-      R@k   share of captions with r_1 <= k
-      mAP   mean of 1/R sum_i i / r_i, over the full ranking
-      mINP  mean of R / r_R
+    With the ranks r_1 < ... < r_R (best 1) of the R images of a caption's person:
+
+      R@k   1 where r_1 <= k
+      mAP   1/R sum_i i / r_i, over the full ranking
+      mINP  R / r_R
 
     Equal scores rank by the smaller index of the image, as everywhere.
 
@@ -58,14 +60,18 @@ def person_metrics(
             f"{absent.size} captions describe persons without image; row {absent[0]} is of person "
             f"{caption_person[absent[0]]}"
         )
-    sums = dict.fromkeys(NAMES, 0.0)
+    found = np.empty((t, len(NAMES)))
     for columns, scores in _tiles(images, texts, score, tile, mesh or data_mesh(jax.devices()[:1])):
         for start in range(0, len(columns), SLICE):
-            part = scores[:, start : start + SLICE]
-            found = _of_rankings(_relevant(part, image_person, caption_person[columns[start : start + SLICE]]))
-            for name, values in found.items():
-                sums[name] += float(values.sum())
-    return {name: 100.0 * total / t for name, total in sums.items()}
+            rows = columns[start : start + SLICE]
+            relevant = _relevant(scores[:, start : start + SLICE], image_person, caption_person[rows])
+            found[rows] = _of_rankings(relevant)
+    return found
+
+
+def person_metrics(found: np.ndarray) -> Metrics:
+    """The numbers NAMES in percent, of what `search_persons` gave."""
+    return {name: 100.0 * float(value) for name, value in zip(NAMES, found.mean(axis=0), strict=True)}
 
 
 def _tiles(
@@ -99,15 +105,15 @@ def _relevant(scores: np.ndarray, image_person: np.ndarray, caption_person: np.n
     return image_person[order] == caption_person
 
 
-def _of_rankings(relevant: np.ndarray) -> dict[str, np.ndarray]:
-    """relevant [n, c] bool, each column with at least one True -> the numbers of each of the c captions, 0..1."""
+def _of_rankings(relevant: np.ndarray) -> np.ndarray:
+    """relevant [n, c] bool, each column with at least one True -> [c, 5] the numbers of each caption, 0..1."""
     places = np.arange(1, len(relevant) + 1)[:, None]
     found = np.cumsum(relevant, axis=0)
     count = found[-1]
     first = relevant.argmax(axis=0) + 1
     last = len(relevant) - relevant[::-1].argmax(axis=0)
     average = (relevant * found / places).sum(axis=0) / count
-    return {**{f"person_r{k}": first <= k for k in CUTS}, "person_map": average, "person_minp": count / last}
+    return np.stack([*(first <= k for k in CUTS), average, count / last], axis=1)
 
 
 def person_chance(image_person: np.ndarray, caption_person: np.ndarray) -> Metrics:

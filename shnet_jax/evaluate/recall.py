@@ -21,11 +21,15 @@ class QueryRanks:
 
     i2t: [n] int64, t2i: [t] int64, 0-based ranks as `rank.Ranks` has them, each within its own fold.
     caption_image: [t] int64, image of each caption.
+    image_person: [n] integers, equal ones show the same person; found: [t, 5] float64, what each caption gives to the
+      numbers of a person search (`person.NAMES`, 0..1). None where persons are not searched.
     """
 
     i2t: np.ndarray
     t2i: np.ndarray
     caption_image: np.ndarray
+    image_person: np.ndarray | None = None
+    found: np.ndarray | None = None
 
 
 def recalls(ranks: Ranks) -> Metrics:

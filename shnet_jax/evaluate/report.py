@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from shnet_jax.evaluate.bootstrap import NAMES, Interval
@@ -71,20 +70,6 @@ def to_json(arms: Mapping[str, Results], differences: Mapping[str, Mapping[str, 
     return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all; its folder must exist."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(
-    path: Path, arms: Mapping[str, Results], differences: Mapping[str, Mapping[str, Interval]] | None = None
-) -> None:
-    """Writes `to_json` to a file, whose folder must exist."""
-    write_text(path, to_json(arms, differences))
-
-
 def table(arms: Mapping[str, Results]) -> Table:
     """A row for each arm, one for guessing on each gallery; recalls are in percent."""
     guesses: list[tuple[str, Metrics]] = []
@@ -114,11 +99,13 @@ def extra_table(arms: Mapping[str, Results]) -> Table | None:
 
 def interval_table(arms: Mapping[str, Mapping[str, Interval]]) -> Table:
     """Recalls, or differences of recalls, with the bounds of their 95 % intervals."""
-    rows = [
-        [name, *(f"{i.estimate:.1f} [{i.low:.1f}, {i.high:.1f}]" for i in (found[recall] for recall in NAMES))]
-        for name, found in arms.items()
-    ]
-    return Table("Where the recalls lie", ["95 % intervals", *map(heading, NAMES)], rows)
+    columns = [*NAMES, *(name for name in PERSON if any(name in found for found in arms.values()))]
+
+    def cell(interval: Interval | None) -> str:
+        return "" if interval is None else f"{interval.estimate:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+
+    rows = [[name, *(cell(found.get(column)) for column in columns)] for name, found in arms.items()]
+    return Table("Where the recalls lie", ["95 % intervals", *map(heading, columns)], rows)
 
 
 def one_line(results: Results) -> str:

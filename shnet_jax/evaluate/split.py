@@ -18,7 +18,7 @@ from shnet_jax.evaluate.bootstrap import recall_intervals
 from shnet_jax.evaluate.compare import Rankings, Way, with_effort
 from shnet_jax.evaluate.ensemble import Embedded, MeanScore
 from shnet_jax.evaluate.extra import WITHIN, Wanted, extra_metrics
-from shnet_jax.evaluate.person import person_chance, person_metrics
+from shnet_jax.evaluate.person import person_chance, person_metrics, search_persons
 from shnet_jax.evaluate.protocols import Results, Subject, evaluate, find_protocol
 from shnet_jax.evaluate.rank import check_captions
 from shnet_jax.evaluate.screen import check_score_dtype
@@ -206,10 +206,12 @@ def _ranked(embedded: Embedded, protocol: str, evaluation: ConfigDict | FrozenCo
     if people is None or not _by_score(embedded):
         return results
     sides = people, people[owner]
-    found = person_metrics(*gallery, *sides, embedded.score, evaluation.tile, mesh)
+    found = search_persons(*gallery, *sides, embedded.score, evaluation.tile, mesh)
+    assert results.queries is not None  # `evaluate` gives them
     return dataclasses.replace(
         results,
-        metrics=results.metrics | found,
+        metrics=results.metrics | person_metrics(found),
+        queries=dataclasses.replace(results.queries, image_person=people, found=found),
         chance=results.chance | person_chance(*sides),
         card=results.card | {"persons": f"{len(np.unique(people))}; any image of the caption's person is relevant"},
     )

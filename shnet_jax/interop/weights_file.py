@@ -13,6 +13,8 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from shnet_jax.observe.files import whole
+
 FORMAT = "shnet_jax"
 COLLECTIONS = ("params", "batch_stats")
 
@@ -20,9 +22,8 @@ COLLECTIONS = ("params", "batch_stats")
 def write_weights(path: Path, variables: dict[str, Any], step: int) -> None:
     """Writes {"params", "batch_stats"} of training step `step`, whole or not at all."""
     flat = traverse_util.flatten_dict({name: variables[name] for name in COLLECTIONS}, sep="/")
-    temporary = path.with_name(f"{path.name}.tmp")
-    save_file(flat, temporary, {"format": FORMAT, "step": str(step)})
-    temporary.replace(path)
+    with whole(path) as temporary:
+        save_file(flat, temporary, {"format": FORMAT, "step": str(step)})
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], int]:

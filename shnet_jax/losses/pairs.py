@@ -151,8 +151,7 @@ def _against(queue: Queue, direction: Direction) -> Direction:
     pairs = direction.candidates.pairs
     at_once = pairs.strategy in ("local", "gathered")
     pairs = dataclasses.replace(pairs, strategy="local" if at_once else "streamed")
-    items = Embedding(lax.stop_gradient(queue.vectors))
-    candidates = Candidates(items, queue.ids, pairs, None)
+    candidates = Candidates(lax.stop_gradient(queue.items), queue.ids, pairs, None)
     return dataclasses.replace(direction, candidates=candidates, in_queue=True, known=None)
 
 

@@ -31,10 +31,10 @@ def build(
     steps_per_epoch: optimiser steps of an epoch; an option `warmup_epochs` reaches its loss as
       `warmup_steps`.
     queues: momentum encoders will give the queues of `ctx.keys`. The module of a loss that counts them among its
-      negatives, as `pairs.directions` does by itself, says so by `TAKES_QUEUES = True`.
+      negatives, as `pairs.directions` does by itself, says so by `TAKES_QUEUES = True`; others do not get to see them.
     Returns (initial parameters {loss name: its params}, the total). Raises ValueError for a weight that is
-    negative or not finite, when no loss is left, for an option that a loss does not have or lacks, and for a loss that
-    takes no queues where there will be some.
+    negative or not finite, when no loss is left, for an option that a loss does not have or lacks, and for queues that
+    no loss takes.
     """
     weights = {name: float(weight) for name, weight in loss_config.weights.items()}
     for name, weight in weights.items():
@@ -44,10 +44,10 @@ def build(
     if not weights:
         raise ValueError("loss.weights names no loss with a weight above 0")
     modules = {name: registry.loss(name) for name in weights}
-    if queues and (without := [name for name, module in modules.items() if not getattr(module, "TAKES_QUEUES", False)]):
+    if queues and not any(map(_takes_queues, modules.values())):
         raise ValueError(
-            f"config.momentum.queue is above 0, and the loss {', '.join(without)} of config.loss.weights takes no "
-            "queues: set its weight or config.momentum.queue to 0"
+            f"config.momentum.queue is above 0, and of the losses of config.loss.weights, {', '.join(modules)}, none "
+            "takes queues: give another one a weight, or set config.momentum.queue to 0"
         )
     options = {
         name: _options(name, module, loss_config.get(name, ConfigDict()), steps_per_epoch)
@@ -60,9 +60,9 @@ def build(
         values: dict[str, Array] = {}
         weighted = []
         for name, module in modules.items():
-            own = module.loss(
-                images, texts, ids, dataclasses.replace(ctx, params=ctx.params[name], pairs=met), **options[name]
-            )
+            keys = ctx.keys if _takes_queues(module) else None
+            known = dataclasses.replace(ctx, params=ctx.params[name], pairs=met, keys=keys)
+            own = module.loss(images, texts, ids, known, **options[name])
             if clash := sorted({"loss", *values} & set(own)):
                 raise ValueError(f"loss {name!r} returns {clash}, which another loss or the total returns as well")
             values |= own
@@ -70,6 +70,10 @@ def build(
         return {"loss": sum(weighted), **values}
 
     return params, total
+
+
+def _takes_queues(module: ModuleType) -> bool:
+    return getattr(module, "TAKES_QUEUES", False)
 
 
 def _options(name: str, module: ModuleType, config: ConfigDict, steps_per_epoch: float) -> dict[str, Any]:

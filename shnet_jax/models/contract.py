@@ -33,6 +33,11 @@ class RetrievalModel(nn.Module):
         """BatchNorms on the longest path through a tower; 0: there is none (see train/microbatch.py)."""
         return 0
 
+    @property
+    def set_sizes(self) -> tuple[int, int]:
+        """Elements of each image and of each text, where every one has as many, all valid; (0, 0): no such sets."""
+        return 0, 0
+
     def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
         """Image fields of `batch` [n, ...] -> n embeddings."""
         raise TypeError(f"{type(self).__name__} does not define encode_image")

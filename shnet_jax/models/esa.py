@@ -135,6 +135,11 @@ class ESA(RetrievalModel):
         return 1 if isinstance(self.image, UnitEncoder) else 0
 
     @property
+    def set_sizes(self) -> tuple[int, int]:
+        """See `RetrievalModel.set_sizes`."""
+        return (0, 0) if self.image_set is None or self.text_set is None else (self.image_set.size, self.text_set.size)
+
+    @property
     def score(self) -> Score:  # type: ignore[override]  # chosen by the configuration; the base has a function
         """See `RetrievalModel.score`, which it is without sets."""
         return RetrievalModel.score if self.image_set is None else self.set_score

@@ -27,11 +27,30 @@ class FolderInUse(RuntimeError):
     """Another process writes to the folder."""
 
 
-def write_json(path: Path, document: Any) -> None:
-    """`document` as JSON, indented; what is interrupted leaves the file that was there before."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives the name, PATH.tmp, of a file to write, which is called `path` once the block has ended without an error.
+
+    What is interrupted leaves the file that was there before; its folder must exist.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes `document` as JSON, indented, whole or not at all."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def free_space(path: str | Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from shnet_jax.observe.files import write_text
 from shnet_jax.observe.scale_page import page, picture
 from shnet_jax.observe.scale_plots import plots, render
 from shnet_jax.observe.scale_rows import Row, Study, write_csv
@@ -29,7 +30,5 @@ def write_report(workdir: Path, study: Study, rows: Sequence[Row]) -> Path:
     for of_points_that_are_gone in old:
         of_points_that_are_gone.unlink()
     path = workdir / PAGE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page(study, rows, figures), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page(study, rows, figures))
     return path

@@ -20,6 +20,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from shnet_jax.observe.files import whole
+
 FILE = "metrics.jsonl"
 KINDS = ("train", "eval")
 RESERVED = ("step", "kind", "timing")
@@ -138,12 +140,10 @@ def _drop_after(path: Path, step: int) -> None:
     """Rewrites the file without later steps and a torn end; at any moment one version is complete."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, float | int | str]:

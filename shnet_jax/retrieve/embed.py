@@ -24,7 +24,7 @@ from shnet_jax.evaluate.tiles import one_behind
 from shnet_jax.evaluate.towers import Tower, make_towers
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe.clock import Clock
-from shnet_jax.observe.files import disk_faults, sole_writer
+from shnet_jax.observe.files import disk_faults, sole_writer, whole, write_json
 from shnet_jax.observe.progress import Progress
 from shnet_jax.retrieve import tensors
 from shnet_jax.retrieve.folder import (
@@ -35,7 +35,6 @@ from shnet_jax.retrieve.folder import (
     make_ids,
     open_embeddings,
     read_source,
-    write_json,
 )
 from shnet_jax.types import Embedding
 
@@ -79,7 +78,7 @@ def _write(
     begun = read_source(parts)
     if begun is None:
         parts.mkdir(parents=True, exist_ok=True)
-        if others := sorted(path.name for path in parts.iterdir() if path.name != "embeddings.tmp"):
+        if others := sorted(path.name for path in parts.iterdir() if path.name != f"{SOURCE}.tmp"):
             raise ValueError(
                 f"{parts} is where parts of embeddings are kept, and holds {', '.join(others[:3])}, which --mode=embed "
                 "did not write: move it, or choose another config.search.embeddings"
@@ -134,9 +133,8 @@ def _encode(
         for number, part, found in one_behind(dispatched()):
             arrays = host_fields(found, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}
             path = _part(parts, side, number)
-            temporary = path.with_suffix(".tmp")
-            save_file(arrays, temporary)
-            temporary.replace(path)
+            with whole(path) as temporary:
+                save_file(arrays, temporary)
             clock.tick(part.valid)
             progress.update(number + 1, clock)
     progress.close()
@@ -154,22 +152,21 @@ def assemble(parts: Path, side: str, count: int, path: Path) -> None:
         for name, (shape, dtype) in _peek(part).items():
             longest = np.maximum(shapes[name][0][1:], shape[1:]) if name in shapes else shape[1:]
             shapes[name] = ((count, *map(int, longest)), dtype)
-    temporary = path.with_suffix(".tmp")
-    whole, times = tensors.create(temporary, shapes), np.zeros(count, np.int8)
-    for part in found:
-        arrays = load_file(part)
-        rows = arrays.pop("rows")
-        for name, values in arrays.items():
-            at: Any = (rows, *map(slice, values.shape[1:]))
-            whole[name][at] = values
-        np.add.at(times, rows, 1)
-    wrong = np.flatnonzero(times != 1)
-    if wrong.size:
-        raise ValueError(f"{parts}: row {wrong[0]} of the {side} came {times[wrong[0]]} times; delete this folder")
-    for array in whole.values():
-        if isinstance(array, np.memmap):
-            array.flush()
-    temporary.replace(path)
+    with whole(path) as temporary:
+        arrays, times = tensors.create(temporary, shapes), np.zeros(count, np.int8)
+        for part in found:
+            values = load_file(part)
+            rows = values.pop("rows")
+            for name, given in values.items():
+                at: Any = (rows, *map(slice, given.shape[1:]))
+                arrays[name][at] = given
+            np.add.at(times, rows, 1)
+        wrong = np.flatnonzero(times != 1)
+        if wrong.size:
+            raise ValueError(f"{parts}: row {wrong[0]} of the {side} came {times[wrong[0]]} times; delete this folder")
+        for array in arrays.values():
+            if isinstance(array, np.memmap):
+                array.flush()
 
 
 def _peek(part: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

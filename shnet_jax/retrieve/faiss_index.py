@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.nearest import Found
+from shnet_jax.observe.files import whole
 from shnet_jax.retrieve.backends import blocks, require
 from shnet_jax.retrieve.folder import Embeddings
 
@@ -57,9 +58,8 @@ class FaissIndex:
             ) from None
         for _, block in blocks(vectors, f"faiss {side}: block"):
             index.add(block)
-        temporary = path.with_suffix(".tmp")
-        faiss.write_index(index, str(temporary))
-        temporary.replace(path)
+        with whole(path) as temporary:
+            faiss.write_index(index, str(temporary))
         return cls(_deepen(faiss, index, search.effort))
 
     def search(self, queries: np.ndarray, k: int) -> Found:

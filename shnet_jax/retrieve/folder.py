@@ -9,7 +9,6 @@ embeddings.json                         checkpoint and data set that they come f
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,13 +78,6 @@ def make_ids(dataset: DataSet, split: str) -> Ids:
         counts = zip(image_ids, index.caption_counts, strict=True)
         caption_ids = [f"{name}#{k}" for name, count in counts for k in range(count)]
     return Ids(image_ids, caption_ids, captions, np.repeat(np.arange(len(index)), index.caption_counts).tolist())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def read_source(folder: Path) -> dict[str, Any] | None:

@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k
 from shnet_jax.foreign import read_object
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.observe.files import disk_faults, sole_writer
+from shnet_jax.observe.files import disk_faults, sole_writer, write_json
 from shnet_jax.retrieve.backends import Index, digest
 from shnet_jax.retrieve.faiss_index import FaissIndex
-from shnet_jax.retrieve.folder import Embeddings, write_json
+from shnet_jax.retrieve.folder import Embeddings
 from shnet_jax.retrieve.milvus_index import MilvusIndex
 from shnet_jax.types import Embedding, Score
 

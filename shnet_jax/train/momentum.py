@@ -22,7 +22,7 @@ import optax
 from flax import struct
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.parallel import axis
 from shnet_jax.types import NO_IMAGE, Array, Batch, Embedding, Keys, Queue
 
@@ -34,7 +34,10 @@ SEED = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Momentum:
-    """Options of `config.momentum` (configs/base.py), checked. dim: size of an embedding."""
+    """Options of `config.momentum` (configs/base.py), checked.
+
+    dim: size of an embedding. sets: elements of each image and of each text in the queues, 0 where there are none.
+    """
 
     queue: int
     dim: int
@@ -43,6 +46,7 @@ class Momentum:
     start: str
     image_train: bool
     text_train: bool
+    sets: tuple[int, int] = (0, 0)
 
     def in_training(self, tower: str) -> bool:
         """Whether the key encoder below params/`tower` runs as in training; the text tower's is "text"."""
@@ -62,7 +66,7 @@ class MomentumState:
 def options(config: ConfigDict | FrozenConfigDict, model: RetrievalModel) -> Momentum | None:
     """The momentum encoders of a configuration; None where `config.momentum.queue` is 0.
 
-    Raises ValueError for settings that do not fit together, and for a model whose score is no dot product of vectors.
+    Raises ValueError for settings that do not fit together, and for a model whose score asks for more than queues hold.
     """
     m, pairs = config.momentum, config.train.batch_size
     if m.queue == 0:
@@ -76,26 +80,32 @@ def options(config: ConfigDict | FrozenConfigDict, model: RetrievalModel) -> Mom
         raise ValueError(f"config.momentum.decay is {m.decay}; it must be at least 0 and below 1")
     if m.start not in STARTS:
         raise ValueError(f"config.momentum.start is {m.start!r}; choose from {', '.join(STARTS)}")
-    if model.score is not RetrievalModel.score:
+    sets = model.set_sizes
+    if model.score is not RetrievalModel.score and not (any(sets) and has_static_score(model)):
         raise ValueError(
-            f"config.momentum.queue is {m.queue}, and the model {config.model.name!r} scores otherwise than by the dot "
-            "product of one vector of an image and one of a text, which is what queues hold: set it to 0"
+            f"config.momentum.queue is {m.queue}, and the score of the model {config.model.name!r} is neither the dot "
+            "product of one vector of an image and one of a text nor one of sets of a fixed size, without parameters, "
+            "which is what queues hold: set it to 0"
         )
-    return Momentum(m.queue, config.model.dim, m.decay, m.warm, m.start, m.image_train, m.text_train)
+    return Momentum(m.queue, config.model.dim, m.decay, m.warm, m.start, m.image_train, m.text_train, sets)
 
 
 def first_state(momentum: Momentum, variables: Mapping[str, Any], seed: int) -> MomentumState:
     """Key encoders equal to the model, and queues of random unit vectors, which count as negatives of everything."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), SEED))
 
-    def queue(key: Array) -> Queue:
-        vectors = STARTS[momentum.start](key, (momentum.queue, momentum.dim), jnp.float32)
-        vectors /= jnp.linalg.norm(vectors, axis=1, keepdims=True)
-        return Queue(vectors, jnp.full((momentum.queue,), NO_IMAGE, jnp.int32), jnp.zeros((), jnp.int32))
+    def unit(key: Array, *shape: int) -> Array:
+        vectors = STARTS[momentum.start](key, (*shape, momentum.dim), jnp.float32)
+        return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+
+    def queue(key: Array, size: int) -> Queue:
+        elements = unit(jax.random.fold_in(key, SEED), momentum.queue, size) if size else None
+        ids = jnp.full((momentum.queue,), NO_IMAGE, jnp.int32)
+        return Queue(unit(key, momentum.queue), ids, jnp.zeros((), jnp.int32), elements)
 
     # A copy: the step donates its input, and one buffer cannot be given away twice.
     copies = jax.tree.map(jnp.copy, {name: variables.get(name, {}) for name in ("params", "batch_stats")})
-    return MomentumState(copies["params"], copies["batch_stats"], queue(keys[0]), queue(keys[1]))
+    return MomentumState(copies["params"], copies["batch_stats"], *map(queue, keys, momentum.sets))
 
 
 def follow(momentum: Momentum, state: MomentumState, params: Any, batch_stats: Any, step: Array) -> MomentumState:
@@ -146,17 +156,15 @@ def enqueue(
     state: MomentumState, keys: tuple[Embedding, Embedding], ids: Array, captions: int, axis_name: str | None
 ) -> MomentumState:
     """The queues with the keys of the global batch, in its order; ids [n]: of this device's images."""
-    given = (keys[0].vector, ids), (keys[1].vector, jnp.repeat(ids, captions))
+    given = (keys[0], ids), (keys[1], jnp.repeat(ids, captions))
     images, texts = axis.all_gather(given, axis_name)
     return dataclasses.replace(state, images=put(state.images, *images), texts=put(state.texts, *texts))
 
 
-def put(queue: Queue, vectors: Array, ids: Array) -> Queue:
-    """The queue after vectors [b, d] and their ids [b] took the places of its oldest; b is at most its size."""
+def put(queue: Queue, items: Embedding, ids: Array) -> Queue:
+    """The queue after b embeddings and their ids [b] took the places of its oldest; b is at most its size."""
     size, count = queue.ids.shape[0], ids.shape[0]
     slots = (queue.pointer + jnp.arange(count, dtype=jnp.int32)) % size
-    return Queue(
-        queue.vectors.at[slots].set(vectors, unique_indices=True),
-        queue.ids.at[slots].set(ids, unique_indices=True),
-        (queue.pointer + count) % size,
-    )
+    held, given = (queue.vectors, queue.ids, queue.elements), (items.vector, ids, items.elements)
+    vectors, numbers, elements = jax.tree.map(lambda a, b: a.at[slots].set(b, unique_indices=True), held, given)
+    return Queue(vectors, numbers, (queue.pointer + count) % size, elements)

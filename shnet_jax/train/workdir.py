@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from shnet_jax import foreign, registry
 from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.data.tokenise import vocabulary_file
 from shnet_jax.experiment import Experiment
-from shnet_jax.observe.files import FolderInUse, sole_writer
+from shnet_jax.observe.files import LOCK, FolderInUse, sole_writer, write_text
 from shnet_jax.parallel import hosts
 from shnet_jax.train.integrity import CheckpointError, set_damaged_aside
 
@@ -67,17 +67,32 @@ def claimed(workdir: Path, experiment: Experiment) -> Iterator[None]:
 
     Raises what process 0 finds against it, in all processes: FolderInUse, WorkdirError, CheckpointError or OSError.
     """
+
+    def check() -> None:
+        claim(workdir, experiment)
+        set_damaged_aside(workdir)
+
+    with sole_job(workdir, LOCK, check):
+        yield
+
+
+@contextmanager
+def sole_job(folder: Path, name: str, check: Callable[[], None] | None = None) -> Iterator[None]:
+    """`sole_writer(folder, name)` for all processes of a job: process 0 takes the lock, then calls `check`.
+
+    Raises what process 0 finds against it, in all processes: FolderInUse, WorkdirError, CheckpointError or OSError.
+    """
     refused: Exception | None = None
     with ExitStack() as held:
         try:
             if hosts.is_first():
-                held.enter_context(sole_writer(workdir))
-                claim(workdir, experiment)
-                set_damaged_aside(workdir)
+                held.enter_context(sole_writer(folder, name))
+                if check is not None:
+                    check()
         except (FolderInUse, WorkdirError, CheckpointError, OSError) as error:
             refused = error
         if hosts.anywhere(refused is not None):  # all end, none waits for the others
-            raise refused or WorkdirError(f"{workdir}: refused by process 0, whose message says why")
+            raise refused or WorkdirError(f"{folder}: refused by process 0, whose message says why")
         yield
 
 
@@ -190,9 +205,7 @@ def _modules(path: Path, config: ConfigDict) -> list[str]:
 
 def save_config(config: ConfigDict | FrozenConfigDict, path: Path) -> None:
     """The configuration as JSON, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
 def load_config(path: Path) -> ConfigDict:

@@ -1,5 +1,7 @@
 """Intervals against drawing images one by one, and against what a proportion is known to vary."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,30 @@ def test_equals_drawing_images_with_their_captions_one_by_one():
     low, high = np.quantile(draws, [0.025, 0.975])
     found = recall_intervals([one], draws=500, seed=0)["t2i_r1"]
     assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_persons_are_drawn_with_all_their_images(tmp_path):
+    """Also the numbers of a person search; a file of them gives the same."""
+    one, rng = run(3, n=12, captions=2), np.random.default_rng(0)
+    found = rng.random((24, 5))
+    one = dataclasses.replace(one, image_person=np.array([7, 7, 3, 3, 3, 9, 1, 1, 9, 4, 4, 4]), found=found)
+    draws = []
+    for times in np.random.default_rng(0).multinomial(5, np.full(5, 1 / 5), size=500):
+        people = np.repeat([1, 3, 4, 7, 9], times)
+        images = np.concatenate([np.flatnonzero(one.image_person == p) for p in people])
+        own = np.concatenate([np.flatnonzero(one.caption_image == i) for i in images])
+        draws.append([100 * np.mean(one.t2i[own] < 1), 100 * np.mean(found[own, 3])])
+    save_queries(tmp_path / "queries.npz", one)
+    intervals = recall_intervals([load_queries(tmp_path / "queries.npz")], draws=500, seed=0)
+    for name, drawn in zip(("t2i_r1", "person_map"), np.transpose(draws), strict=True):
+        expected = np.quantile(drawn, [0.025, 0.975])
+        assert (intervals[name].low, intervals[name].high) == pytest.approx(tuple(expected)), name
+    assert intervals["person_map"].estimate == pytest.approx(100 * found[:, 3].mean())
+    gap = recall_intervals([one], [dataclasses.replace(one, found=found - 0.25)])
+    assert gap["person_r1"].estimate == pytest.approx(25) and gap["rsum"].high == 0
+    assert "person_r1" not in recall_intervals([one], [dataclasses.replace(one, found=None, image_person=None)])
+    with pytest.raises(ValueError, match="or these to other persons"):
+        recall_intervals([one], [dataclasses.replace(one, image_person=np.arange(12))])
 
 
 def test_a_difference_is_paired_and_seeds_are_averaged():

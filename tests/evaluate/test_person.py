@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shnet_jax.evaluate.ensemble import MeanScore
-from shnet_jax.evaluate.person import NAMES, person_chance, person_metrics
+from shnet_jax.evaluate.person import NAMES, person_chance, person_metrics, search_persons
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.esa import SetScore
 from shnet_jax.parallel.mapping import data_mesh
@@ -43,23 +43,23 @@ def test_it_is_what_brute_force_finds(tile, devices, score, ties):
     images, texts = embeddings(ties)
     if score is RetrievalModel.score:
         images, texts = (e.replace(elements=None) for e in (images, texts))
-    found = person_metrics(images, texts, PERSONS, CAPTIONS, score, tile, data_mesh(jax.devices()[:devices]))
+    found = search_persons(images, texts, PERSONS, CAPTIONS, score, tile, data_mesh(jax.devices()[:devices]))
     expected = brute_force(np.asarray(score(images, texts)), PERSONS, CAPTIONS)
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert person_metrics(found) == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_ensemble_of_models():
     images, texts = embeddings(ties=False)
     vectors = [e.replace(elements=None) for e in (images, texts)]
     both = MeanScore((SetScore("chamfer", 16.0, 0.5), RetrievalModel.score), (0.25, 0.75))
-    found = person_metrics((images, vectors[0]), (texts, vectors[1]), PERSONS, CAPTIONS, both, 4)
+    found = search_persons((images, vectors[0]), (texts, vectors[1]), PERSONS, CAPTIONS, both, 4)
     scores = 0.25 * both.scores[0](images, texts) + 0.75 * RetrievalModel.score(*vectors)
-    assert found == pytest.approx(brute_force(np.asarray(scores), PERSONS, CAPTIONS), abs=1e-4)
+    assert person_metrics(found) == pytest.approx(brute_force(np.asarray(scores), PERSONS, CAPTIONS), abs=1e-4)
 
 
 def test_a_constant_score_gives_no_more_than_the_order_of_the_images():
     images, texts = (Embedding(np.zeros((len(p), 2), np.float32)) for p in (PERSONS, CAPTIONS))
-    found = person_metrics(images, texts, PERSONS, CAPTIONS, RetrievalModel.score)
+    found = person_metrics(search_persons(images, texts, PERSONS, CAPTIONS, RetrievalModel.score))
     assert found["person_r1"] == pytest.approx(100 * np.mean(PERSONS[0] == CAPTIONS))
 
 
@@ -74,8 +74,8 @@ def test_chance():
 def test_faults_are_told():
     images, texts = embeddings(False)
     with pytest.raises(ValueError, match="1 captions describe persons without image; row 3 is of person 4"):
-        person_metrics(images, texts, PERSONS, np.where(np.arange(11) == 3, 4, CAPTIONS), RetrievalModel.score)
+        search_persons(images, texts, PERSONS, np.where(np.arange(11) == 3, 4, CAPTIONS), RetrievalModel.score)
     with pytest.raises(ValueError, match="are NaN"):
-        person_metrics(images.replace(vector=images.vector * np.nan), texts, PERSONS, CAPTIONS, RetrievalModel.score)
+        search_persons(images.replace(vector=images.vector * np.nan), texts, PERSONS, CAPTIONS, RetrievalModel.score)
     with pytest.raises(ValueError, match="expected a person for each"):
-        person_metrics(images, texts, PERSONS[:-1], CAPTIONS, RetrievalModel.score)
+        search_persons(images, texts, PERSONS[:-1], CAPTIONS, RetrievalModel.score)

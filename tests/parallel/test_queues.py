@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.esa import SetScore
 from shnet_jax.parallel import axis, mapping
 from shnet_jax.types import DATA, PAIR_STRATEGIES, Context, Embedding, Keys, Queue
 from tests.losses import oracle
@@ -144,7 +145,67 @@ def test_the_mask_reaches_the_queue():
     assert published > masked + 1e-3
 
 
-def test_a_loss_that_takes_no_queues_is_refused():
-    config = ConfigDict({"weights": {"uto": 1.0, "sigmoid": 0.5}, "uto": UTO})
-    with pytest.raises(ValueError, match=r"momentum\.queue is above 0, and the loss sigmoid of .* takes no queues"):
+SIGMOID = {"scale": 5.0, "bias": -2.0, "mask_same_image": True}
+
+
+def test_queues_that_no_loss_takes_are_refused():
+    config = ConfigDict({"weights": {"uto": 0.0, "sigmoid": 0.5}, "uto": UTO, "sigmoid": SIGMOID})
+    with pytest.raises(ValueError, match=r"of the losses of config\.loss\.weights, sigmoid, none takes queues"):
         total.build(config, 1, queues=True)
+
+
+def test_a_loss_that_takes_no_queues_sees_the_batch_alone():
+    batch, _, queues = data()
+    rows = [Embedding(jnp.float32(batch[name])) for name in ("image_keys", "text_keys")]
+    held = [Queue(jnp.float32(vectors), QUEUE_IDS, jnp.int32(0)) for vectors in queues]
+    config = ConfigDict({"weights": {"infonce": 1.0, "sigmoid": 0.5}, "infonce": INFONCE, "sigmoid": SIGMOID})
+    params, compute = total.build(config, 1, queues=True)
+    with_queues, without = (
+        compute(*rows, IDS, Context(jnp.int32(0), params, RetrievalModel.score, keys=keys))
+        for keys in (Keys(*rows, *held), None)
+    )
+    assert with_queues["sigmoid_loss"] == without["sigmoid_loss"]
+    assert with_queues["infonce_loss"] > without["infonce_loss"] + 1e-3
+
+
+@pytest.mark.parametrize("strategy, devices", [("gathered", 1), ("streamed", 8), ("ring", 2)])
+def test_queues_of_sets(strategy, devices):
+    """Loss and gradients of sets and global vectors equal those of the scores computed by pairs in float64."""
+    rng = np.random.default_rng(2)
+    shapes = {"image": (3,), "image_set": (2, 3), "text": (3,), "text_set": (4, 3)}
+    given, held = (
+        {name: oracle.unit(rng.normal(size=(count, *shape))) for name, shape in shapes.items()} for count in (16, QUEUE)
+    )
+
+    def scores(images, texts):
+        exponents = 4.0 * np.einsum("nad,tbd->ntab", images["image_set"], texts["text_set"])
+        within = sum(np.log(np.exp(exponents).sum(axis)).mean(-1) / 8.0 for axis in (-1, -2))
+        return images["image"] @ texts["text"].T + 0.5 * within
+
+    def value(given):
+        further = (scores(given, held), QUEUE_IDS), (scores(held, given).T, QUEUE_IDS)
+        return oracle.infonce(scores(given, given), IDS, scale=5.0, mask=True, queues=further)
+
+    config = ConfigDict({"weights": {"infonce": 1.0}, "infonce": INFONCE, "pairs": {"strategy": strategy, "tile": 5}})
+    loss_params, compute = total.build(config, 1, queues=True)
+
+    def step(state, batch):
+        queues = [Queue(state[n], QUEUE_IDS, jnp.int32(0), state[f"{n}_set"]) for n in ("image", "text")]
+
+        def share(items, ids):
+            images, texts = (Embedding(items[n], items[f"{n}_set"]) for n in ("image", "text"))
+            keys = Keys(images, texts, *queues)
+            ctx = Context(jnp.int32(0), loss_params, SetScore("smooth_chamfer", 4.0, 0.5), axis=DATA, keys=keys)
+            return compute(images, texts, ids, ctx)["loss"]
+
+        loss, grads = jax.value_and_grad(share)({n: batch[n] for n in shapes}, batch["ids"])
+        return axis.psum(loss, DATA), axis.all_gather(grads, DATA)
+
+    mesh = mapping.data_mesh(jax.devices()[:devices])
+    run = mapping.map_step(step, mesh, "shard_map", donate_state=False)
+    rows = mapping.put_batch(float32(given | {"ids": IDS}), mesh, "shard_map")
+    loss, grads = run(mapping.replicate(float32(held), mesh), rows)
+    np.testing.assert_allclose(loss, value(given), rtol=2e-5)
+    for name in shapes:
+        wanted = oracle.gradient(lambda x, name=name: value(given | {name: x}), given[name])
+        np.testing.assert_allclose(grads[name], wanted, rtol=0, atol=2e-4 * np.abs(wanted).max(), err_msg=name)

@@ -175,7 +175,7 @@ def test_first_queues(start, smallest, spread):
 
 def test_a_batch_as_large_as_the_queue_fills_it_from_the_pointer_on():
     queue = Queue(jnp.zeros((4, 1)), jnp.full((4,), -1, jnp.int32), jnp.int32(3))
-    queue = momentum.put(queue, jnp.arange(4.0)[:, None], jnp.arange(4, dtype=jnp.int32))
+    queue = momentum.put(queue, Embedding(jnp.arange(4.0)[:, None]), jnp.arange(4, dtype=jnp.int32))
     assert queue.ids.tolist() == [1, 2, 3, 0] and queue.vectors[:, 0].tolist() == [1, 2, 3, 0] and queue.pointer == 3
 
 
@@ -266,8 +266,8 @@ class Elsewhere(Linear):
         ({"momentum.queue": -1}, None, r"momentum\.queue is -1"),
         ({"momentum.decay": 1.0}, None, r"momentum\.decay is 1\.0; it must be at least 0 and below 1"),
         ({"momentum.start": "zeros"}, None, "'zeros'; choose from uniform, gaussian"),
-        ({"loss.weights.sigmoid": 1.0}, None, r"the loss sigmoid of config\.loss\.weights takes no queues"),
-        ({}, Elsewhere(), "scores otherwise than by the dot product"),
+        ({"loss.weights.sigmoid": 1.0, "loss.weights.uto": 0.0}, None, "sigmoid, none takes queues"),
+        ({}, Elsewhere(), "neither the dot product of one vector .* nor one of sets of a fixed size"),
     ],
 )
 def test_settings_that_do_not_fit(changes, model, message):

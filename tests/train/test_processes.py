@@ -145,24 +145,44 @@ def test_sigterm_in_one_process_stops_both_and_the_job_goes_on(flags, tmp_path):
     goes_on(tmp_path, flags)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [pytest.param(1, id="worker"), pytest.param(0, id="coordinator")])
-def test_a_killed_process_ends_the_other_and_the_job_goes_on(victim, tmp_path):
-    processes = start(tmp_path, *QUEUED, "--heartbeat_seconds=10")
-    until(tmp_path / "metrics.jsonl", '{"step": 8, ')
-    processes[victim].kill()
-    killed = time.monotonic()
+def survivor(processes, victim, number):
+    """What the other process says when one gets this signal; it has to end, with a status that is not 0."""
+    processes[victim].send_signal(number)
+    sent = time.monotonic()
     try:
         _, said = processes[1 - victim].communicate(timeout=60)
     finally:
         for process in processes:
             process.kill()
             process.communicate()
-    assert time.monotonic() - killed < 40  # 10 s without a heartbeat, and a machine that has other things to do
+    assert time.monotonic() - sent < 40  # 10 s without a heartbeat, and a machine that has other things to do
     assert processes[1 - victim].returncode not in (0, None)
+    return said
+
+
+BEATING = (*QUEUED, "--heartbeat_seconds=10")
+VICTIMS = [pytest.param(1, id="worker"), pytest.param(0, id="coordinator")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_killed_process_ends_the_other_and_the_job_goes_on(victim, tmp_path):
+    processes = start(tmp_path, *BEATING)
+    until(tmp_path / "metrics.jsonl", '{"step": 8, ')
+    said = survivor(processes, victim, signal.SIGKILL)
     assert re.search(r"another (process|task) died", said), said[-3000:]
     if victim == 1:  # the state on disk is the same kind whoever died
         goes_on(tmp_path, QUEUED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_process_that_falls_silent_ends_the_other(victim, tmp_path):
+    """Stopped, with all its connections open: as a host that hangs or has lost its network, whom nobody tells."""
+    processes = start(tmp_path, *BEATING)
+    until(tmp_path / "metrics.jsonl", '{"step": 8, ')
+    said = survivor(processes, victim, signal.SIGSTOP)
+    assert re.search("heartbeat|another (process|task) died", said), said[-3000:]
 
 
 @pytest.mark.slow
