@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         score_matrix(images, texts, made(), folder)
     assert len(list(folder.glob("block_*.npy"))) == 5
-    (folder / "block_9_9.tmp").write_bytes(b"half")
+    (folder / "block_9_9.npy.tmp").write_bytes(b"half")
     assert open_folder(tmp_path / "scores", {"step": 1}) == folder
     np.testing.assert_allclose(score_matrix(images, texts, made(), folder), oracle(), rtol=1e-5)
     assert len(kept) == 21 == len(set(kept))  # 3 x 7 blocks, each once
@@ -158,13 +158,13 @@ def test_only_what_an_evaluation_wrote_is_removed(tmp_path):
     ours = open_folder(tmp_path / "ours", {"step": 1})
     (ours / "10_images_0").mkdir()
     (ours / "10_images_1").mkdir()  # killed before its first block
-    for name in ("block_0_0.npy", "block_0_1.tmp", "10_images_0/block_0_0.npy", "notes.txt"):
+    for name in ("block_0_0.npy", "block_0_1.npy.tmp", "10_images_0/block_0_0.npy", "notes.txt"):
         (ours / name).write_bytes(b"x")
     assert remove_folder(ours) == ["notes.txt"] == [path.name for path in ours.iterdir()]
     (tmp_path / "link").symlink_to(open_folder(tmp_path / "elsewhere", {}))
     assert not remove_folder(tmp_path / "link") and (tmp_path / "elsewhere").is_dir()
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "identity.tmp").write_text("killed")  # before it had its name
+    (tmp_path / "empty" / "identity.json.tmp").write_text("killed")  # before it had its name
     assert open_folder(tmp_path / "empty", {"step": 1}).is_dir()
 
 

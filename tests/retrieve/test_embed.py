@@ -91,7 +91,7 @@ def test_killed_and_begun_again_it_ends_with_the_same_bytes(after, whole, tmp_pa
 
     def put_together(parts, side, count, path):
         if side == "texts" and after.startswith("assembling"):
-            path.with_suffix(".tmp").write_bytes(b"half of a file")
+            path.with_name(f"{path.name}.tmp").write_bytes(b"half of a file")
             raise Killed
         assemble_(parts, side, count, path)
 
