@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,11 @@ def sole_writer(folder: str | Path, name: str = LOCK) -> Iterator[None]:
 
     The lock (flock on a file in it) is the kernel's and ends with the process, however that ends. Who only reads takes
     no notice of it. A file system without locks gets a warning. name: of the file, where only a part of the folder is
-    meant.
+    meant. A folder that was made here and in which nothing was left is removed.
     Raises FolderInUse, naming process and host, when another process has it; nothing was changed then.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    made = not folder.exists()
     path = folder / name
     file = _locked(path)
     try:
@@ -84,6 +84,9 @@ def sole_writer(folder: str | Path, name: str = LOCK) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # before the lock goes with the file
         file.close()
+        if made:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
 
 
 @contextmanager
@@ -112,8 +115,9 @@ def describe(error: OSError) -> str:
 
 
 def _locked(path: Path) -> Any:
-    """The file, locked. Again when its last holder removed it between opening and locking."""
+    """The file, locked. Again when its last holder removed it, or its folder, between opening and locking."""
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,7 +21,9 @@ from safetensors.numpy import save_file
 from configs import scaling as small
 from data_prep.scenes.write import main as importer
 from shnet_jax import api, scaling
+from shnet_jax.commands import EVALUATION_LOCK, evaluate
 from shnet_jax.convert import load_run, write_run
+from shnet_jax.cross import cross
 from shnet_jax.experiment import assemble
 from shnet_jax.observe.files import FolderInUse, describe, disk_faults, sole_writer
 from shnet_jax.observe.writer import MetricWriter
@@ -30,7 +32,7 @@ from shnet_jax.train import integrity
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.integrity import set_damaged_aside
 from shnet_jax.train.loop import train_and_evaluate
-from shnet_jax.train.workdir import WorkdirError, claim, load_config
+from shnet_jax.train.workdir import WorkdirError, claim, load_config, save_config
 from tests.train import tiny
 from tests.train.test_checkpoint import iterator, make_state, save
 from tests.train.test_loop import same_arrays, toy
@@ -237,17 +239,21 @@ def test_a_folder_of_something_else_is_left_alone(name, tmp_path):
 HOLD = """
 import sys
 from shnet_jax.observe.files import sole_writer
-with sole_writer(sys.argv[1]):
+with sole_writer(*sys.argv[1:]):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
 @contextmanager
-def held(folder):
-    """Another process is the one that writes to `folder`."""
+def held(folder, name=".lock"):
+    """Another process is the one that writes to `folder`, or to what the lock of that name is for."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(folder), name],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as other:
         try:
             assert other.stdout is not None and other.stdout.readline() == "held\n"
@@ -270,6 +276,22 @@ def test_one_writer_at_a_time(tmp_path):
         with sole_writer(tmp_path):
             assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluations_wait_for_each_other_but_not_for_training(tmp_path):
+    config = toy()
+    with held(tmp_path, EVALUATION_LOCK), pytest.raises(FolderInUse):
+        evaluate(config, tmp_path)
+    with held(tmp_path), pytest.raises(WorkdirError, match="not the work folder of a training run"):
+        evaluate(config, tmp_path)  # it got as far as that
+    with held(tmp_path), pytest.raises(FolderInUse):
+        config.cross.runs, config.cross.data_dirs = (str(tmp_path),), (config.data.dir,)
+        save_config(config, tmp_path / "config.json")
+        (tmp_path / "vocabulary.model").touch()
+        cross(config, tmp_path)
+    with pytest.raises(WorkdirError):
+        evaluate(config, tmp_path / "misspelt")
+    assert not (tmp_path / "misspelt").exists()
 
 
 def test_importers_and_conversion_wait_for_nobody(tmp_path, capsys):
