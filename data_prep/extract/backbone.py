@@ -18,11 +18,20 @@ class Backbone:
     Nothing is cropped, unlike CLIP's and DINOv2's own preparation, so that boxes and the grid cover the same picture.
     """
 
-    def __init__(self, name: str, device: torch.device, image_size: int | None = None):
-        """Loads the model `name`. image_size: side of the square in pixels; None is what its processor makes."""
+    def __init__(self, name: str, device: torch.device, image_size: int | None = None, *, projected: bool = False):
+        """Loads the model `name`. image_size: side of the square in pixels; None is what its processor makes.
+
+        projected: tokens lie in the space of the global vector, which of the models only CLIP offers.
+        """
         self._processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
         self._model = AutoModel.from_pretrained(name, trust_remote_code=False).eval().to(device)
         self._device = device
+        self._projected = projected
+        if projected and not hasattr(self._model, "visual_projection"):
+            raise DataError(
+                f"backbone {name}: --tokens=projected expects a CLIP, which projects into a joint space; this is "
+                f"{self._model.config.model_type}. Its tokens are stored by --tokens=hidden"
+            )
         vision = getattr(self._model.config, "vision_config", self._model.config)
         for needed in ("image_size", "patch_size"):
             if not isinstance(getattr(vision, needed, None), int):
@@ -38,8 +47,10 @@ class Backbone:
         self._options = {"interpolate_pos_encoding": True} if fit else {}
 
     def __call__(self, images: Sequence[Image.Image]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each image its tokens [h, w, D], the last hidden state, and its global vector [E], both float32.
+        """Of each image its tokens [h, w, D] and its global vector [E], both float32.
 
+        The tokens are the last hidden state; projected ones went through the norm and the matrix that CLIP has for its
+        class token (as in IRRA, Jiang and Ye, CVPR 2023), and D is E.
         The vector is CLIP's projected image embedding, SigLIP's pooled one or DINOv2's class token; not normalised.
         """
         size = {"height": self._size, "width": self._size}
@@ -50,8 +61,11 @@ class Backbone:
         forward = getattr(self._model, "get_image_features", self._model)
         with torch.inference_mode():
             outputs = forward(pixel_values=pixels, **self._options)
-        # Class and register tokens come before the patches.
-        tokens = outputs.last_hidden_state[:, -(self._side**2) :].float().cpu().numpy()
+            # Class and register tokens come before the patches.
+            states = outputs.last_hidden_state[:, -(self._side**2) :]
+            if self._projected:
+                states = self._model.visual_projection(self._model.vision_model.post_layernorm(states))
+        tokens = states.float().cpu().numpy()
         vectors = outputs.pooler_output.float().cpu().numpy()
         return list(zip(tokens.reshape(len(images), self._side, self._side, -1), vectors, strict=True))
 

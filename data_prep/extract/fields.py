@@ -32,7 +32,10 @@ class Extractor:
                 region_score=settings.region_score,
                 seg_map=settings.seg_map,
             )
-        self._backbone = Backbone(settings.backbone, place, settings.image_size) if settings.backbone else None
+        self._backbone = None
+        if settings.backbone:
+            projected = settings.tokens == "projected"
+            self._backbone = Backbone(settings.backbone, place, settings.image_size, projected=projected)
 
     def __call__(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[Record]:
         """Visual fields of each image, as they are stored. names: for error messages."""

@@ -10,6 +10,8 @@ from typing import Any
 from data_prep import command
 from data_prep.schema import DataError
 
+TOKENS = ("hidden", "projected")
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -17,6 +19,8 @@ class Settings:
 
     segmenter, backbone: folders or hub names of transformers models; "" leaves their fields out.
     image_size: side of the square that the backbone sees; None is its own.
+    tokens: what grid and regions are made of: "hidden", the backbone's last hidden state | "projected", CLIP's patches
+      in the space of its image embedding, as wide as that.
     regions, region_score: most regions of an image, and the least confidence of all but the first.
     seg_map: "panoptic" (segments without overlap, unsure pixels void) or "semantic" (the likeliest class everywhere).
     feature_dtype: what regions, grid and seg_semantic are stored in.
@@ -26,6 +30,7 @@ class Settings:
     segmenter: str
     backbone: str
     image_size: int | None = None
+    tokens: str = "hidden"
     regions: int = 36
     region_score: float = 0.1
     seg_map: str = "panoptic"
@@ -52,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backbone", default="", help="CLIP, SigLIP or DINOv2: folder or name")
     parser.add_argument("--image_size", type=count, help="side of the square that the backbone sees; default: its own")
+    parser.add_argument(
+        "--tokens",
+        choices=TOKENS,
+        default="hidden",
+        help="grid and regions: last hidden state, or, of a CLIP, projected to the width of image_embedding",
+    )
     parser.add_argument("--regions", type=count, default=36, help="most regions of an image")
     parser.add_argument("--region_score", type=float, default=0.1, help="least confidence of a region, 0..1")
     parser.add_argument("--seg_map", choices=("panoptic", "semantic"), default="panoptic", help="kind of label map")

@@ -1,8 +1,15 @@
+from functools import partial
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import esa_people
 from data_prep.schema import DataError
+from shnet_jax.interop import clip_weights
+from shnet_jax.models.clip import build_vision
 
 torch = pytest.importorskip("torch", reason="needs the extra `extract`: make test-extract")
 transformers = pytest.importorskip("transformers", reason="needs the extra `extract`: make test-extract")
@@ -35,6 +42,30 @@ def test_tokens_and_vector_are_those_of_the_whole_photograph(made, kind, size, s
         patches = vision.last_hidden_state[0, -side * side :].numpy()
         np.testing.assert_allclose(grid.reshape(side * side, -1), patches, atol=1e-4)
         np.testing.assert_allclose(vector, expected[0].numpy(), atol=1e-4)
+
+
+def test_projected_tokens_are_those_of_the_vision_tower_that_reads_pictures(made):
+    """The same numbers whether a record holds the tokens or the picture (docs/esa.md)."""
+    folder, names, models = made
+    images = [Image.open(folder / name) for name in names]
+    _, sizes = clip_weights.sizes(Path(models["clip"]))
+    _, params = clip_weights.load_clip(Path(models["clip"]))
+    config = esa_people.get_config()
+    config.model.clip.update(sizes)
+    tower = build_vision(config.model.clip, "float32")
+    resample = transformers.AutoImageProcessor.from_pretrained(models["clip"], backend="pil").resample
+    pixels = np.stack([np.asarray(image.resize((32, 32), resample)) for image in images])
+    expected = np.asarray(jax.jit(partial(tower.apply, train=False))({"params": params}, pixels))
+    found = backbone.Backbone(models["clip"], CPU, projected=True)(images)
+    for states, (grid, vector) in zip(expected, found, strict=True):
+        assert grid.shape == (4, 4, 16) == (4, 4, *vector.shape)
+        np.testing.assert_allclose(grid.reshape(16, 16), states[1:], atol=1e-4)
+        np.testing.assert_allclose(vector, states[0], atol=1e-4)
+
+
+def test_only_a_clip_projects_tokens(made):
+    with pytest.raises(DataError, match=r"--tokens=projected expects a CLIP, .*; this is siglip"):
+        backbone.Backbone(made[2]["siglip"], CPU, projected=True)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])

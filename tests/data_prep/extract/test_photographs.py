@@ -72,6 +72,13 @@ def test_only_a_segmenter_and_only_a_backbone(made, tmp_path):
         assert set(_records(tmp_path / left_out)[0]) == fields | {"image_id", "captions"}
 
 
+def test_projected_tokens_are_as_wide_as_the_embedding(made, tmp_path):
+    assert command.main(_flags(made, tmp_path, "mask2former", "--tokens=projected")) == 0
+    record = _records(tmp_path)[0]
+    assert record["grid"].shape == (16, 16) and record["regions"].shape == (6, 16)
+    assert record["image_embedding"].shape == (16,)
+
+
 def test_a_beam_pipeline_writes_the_same_set(made, tmp_path):
     pytest.importorskip("apache_beam", reason="needs the extra `beam`: make test-extract")
     from data_prep.extract import beam
