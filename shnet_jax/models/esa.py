@@ -79,13 +79,29 @@ class UnitEncoder(nn.Module):
 
 
 class GivenTokens(nn.Module):
-    """What a frozen backbone left in the record: `image_embedding` is the global vector, the units are the tokens."""
+    """What a frozen backbone left in the record: `image_embedding` is the global vector, the units are the tokens.
 
+    All of them have the width `dim` of the embedding: nothing here projects.
+    """
+
+    dim: int
     units: tuple[str, ...]
 
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool) -> Embedding:
-        """Image fields of `batch` -> global unit vectors [n, d], tokens [n, N, d] and their mask."""
+        """Image fields of `batch` -> global unit vectors [n, dim], tokens [n, N, dim] and their mask.
+
+        Raises ValueError for a field of another width.
+        """
+        for field in ("image_embedding", *self.units):
+            width = batch[field].shape[-1]
+            if width != self.dim:
+                raise ValueError(
+                    f"the data set's {field} is {width} wide, expected {self.dim}, the width of the text tower's joint "
+                    "space (config.model.dim, config.text.projection): with config.model.esa.head = 'none' nothing "
+                    "projects it. Extract image_embedding with the CLIP of config.text.weights and the tokens with "
+                    "--tokens=projected (docs/esa.md), or set config.model.esa.head to 'learned'"
+                )
         given = [given_unit(batch, unit) for unit in self.units]
         tokens, mask = (jnp.concatenate(parts, axis=1) for parts in zip(*given, strict=True))
         return Embedding(l2norm(batch["image_embedding"].astype(jnp.float32)), tokens, mask)
@@ -183,7 +199,7 @@ def build(config: ConfigDict) -> ESA:
     if esa.source == "picture":
         image = PictureEncoder(build_vision(m.clip, m.dtype))
     elif esa.head == "none":
-        image = GivenTokens(tuple(m.units))
+        image = GivenTokens(m.dim, tuple(m.units))
     else:
         image = UnitEncoder(m.dim, tuple(m.units), m.feature_dropout, mlp, m.dtype)
     tower = build_tower(config)

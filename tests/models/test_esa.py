@@ -98,6 +98,17 @@ def test_tokens_of_a_frozen_backbone():
     np.testing.assert_allclose(texts.vector, last / np.linalg.norm(last, axis=1, keepdims=True), atol=1e-5)
 
 
+@pytest.mark.parametrize("field", ["grid", "image_embedding"])
+def test_given_tokens_that_lie_in_another_space_are_refused(field):
+    """As a backbone's hidden states do, which are wider than its image embedding."""
+    c = config(**{"model.esa.head": "none", "model.dim": 6, "text.projection": 6})
+    given = batch() | {field: jnp.zeros((*batch()[field].shape[:-1], 9))}
+    with pytest.raises(
+        ValueError, match=rf"{field} is 9 wide, expected 6, .*config\.model\.dim, .* --tokens=projected"
+    ):
+        jax.eval_shape(lambda: esa.build(c).init(jax.random.key(0), given, train=False))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
