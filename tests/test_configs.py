@@ -24,7 +24,8 @@ _ESA = {
     "model.clip": "grid patch layers width heads mlp_dim projection activation remat",
 }
 ESA = {f"{section}.{name}" for section, names in _ESA.items() for name in names.split()}
-OWN_FIELDS |= dict.fromkeys(("esa_people", "esa_cuhk_pedes", "esa_icfg_pedes", "esa_rstpreid", "esa_flickr8k"), ESA)
+_ESA_FILES = ("esa_people", "esa_cuhk_pedes", "esa_icfg_pedes", "esa_rstpreid", "esa_flickr8k", "esa_frozen")
+OWN_FIELDS |= dict.fromkeys(_ESA_FILES, ESA)
 
 NAMES = [module.name for module in pkgutil.iter_modules(configs.__path__)]
 # One entry for each loss term, named by the user: its value is compared with that of any entry of base.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import esa_cuhk_pedes, esa_people
+from configs import esa_cuhk_pedes, esa_frozen, esa_people
 from data_prep import people
 from data_prep.builder import write_dataset
 from shnet_jax.experiment import assemble, init_variables
@@ -134,10 +134,11 @@ def figures():
     return write_dataset(tiny.folder(), "figures", splits, {"source": "made by the tests"})
 
 
-def clip_config(figures):
-    c = esa_cuhk_pedes.get_config()
+def clip_config(folder, module=esa_cuhk_pedes, **more):
+    """A configuration made tiny, with the recorded CLIP; `more` by dotted name with "__" for the dot."""
+    c = module.get_config()
     changes = {
-        "data.dir": str(figures),
+        "data.dir": str(folder),
         "data.max_tokens": 40,
         "data.token_buckets": (40,),
         "data.image_pad": 2,
@@ -156,7 +157,7 @@ def clip_config(figures):
         "parallel.devices": 1,
         "eval.batch_size": 8,
     }
-    c.update_from_flattened_dict(changes)
+    c.update_from_flattened_dict(changes | {name.replace("__", "."): value for name, value in more.items()})
     return c
 
 
@@ -185,6 +186,37 @@ def test_fine_tuning_from_pictures(figures, tmp_path):
     assert set(results.metrics) >= {"person_r1", "person_map", "person_minp"}
     assert results.metrics["person_r10"] == 100.0  # of 8 images of 2 persons
     assert all(np.isfinite(line["loss"]) for line in tiny.lines(tmp_path) if line["kind"] == "train")
+
+
+@pytest.mark.slow
+def test_training_set_heads_on_the_tokens_of_records(tmp_path):
+    """Frozen parameters stay what they were, bit by bit, under a decay that would show; those of the set heads move."""
+    rng = np.random.default_rng(0)
+
+    def record(name):
+        given = {"grid": rng.normal(size=(4, 20)), "image_embedding": rng.normal(size=20)}
+        words = " ".join(rng.choice(["red", "man", "woman", "in", "bag"], 3))
+        return {"image_id": name, "captions": [f"the {words}."]} | {n: np.float32(x) for n, x in given.items()}
+
+    splits = {split: [record(f"{split}{i}") for i in range(8)] for split in ("train", "val", "test")}
+    data = write_dataset(tiny.folder(), "tokens", splits, {"source": "made by the tests"})
+    c = clip_config(data, esa_frozen, text__frozen_layers=2, optim__weight_decay=0.1, train__eval_epochs=0.0)
+    experiment = assemble(c)
+    assert experiment.fields == ("grid", "image_embedding")
+    with tiny.quick():
+        before = init_variables(experiment, c.seed)["params"]
+        results = train_and_evaluate(c, tmp_path)
+    assert set(before) == {"text", "image_set", "text_set"} and set(before["text"]) == {"tower"}
+    after, moved = tiny.arrays(tmp_path, 2), 0
+    for path, old in jax.tree_util.tree_leaves_with_path(before):
+        new = after["model" + jax.tree_util.keystr(path)]
+        if path[0].key == "text":
+            np.testing.assert_array_equal(new, old, err_msg=jax.tree_util.keystr(path))
+        elif new.ndim > 1:  # biases that cancel in a softmax learn nothing
+            assert np.abs(new - old).max() > c.optim.lr / 2, jax.tree_util.keystr(path)
+            moved += 1
+    assert moved > 10
+    assert 0 < results.metrics["rsum"] <= 600 and all(np.isfinite(x) for x in results.metrics.values())
 
 
 def test_the_reported_split_chooses_no_checkpoint(figures, tmp_path):
