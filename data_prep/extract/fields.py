@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from data_prep import schema
+from data_prep.extract import weights
 from data_prep.extract.backbone import Backbone
 from data_prep.extract.pool import box_average
 from data_prep.extract.segment import Segmenter
@@ -25,6 +26,7 @@ class Extractor:
         self._settings = settings
         self._segmenter = None
         if settings.segmenter:
+            weights.check("segmenter", settings.segmenter, settings.segmenter_sha256)
             self._segmenter = Segmenter(
                 settings.segmenter,
                 place,
@@ -34,6 +36,7 @@ class Extractor:
             )
         self._backbone = None
         if settings.backbone:
+            weights.check("backbone", settings.backbone, settings.backbone_sha256)
             projected = settings.tokens == "projected"
             self._backbone = Backbone(settings.backbone, place, settings.image_size, projected=projected)
 

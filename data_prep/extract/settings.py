@@ -18,6 +18,7 @@ class Settings:
     """Everything that the features depend on, beside the photographs.
 
     segmenter, backbone: folders or hub names of transformers models; "" leaves their fields out.
+    segmenter_sha256, backbone_sha256: what `weights.digest` has to give; "" takes any.
     image_size: side of the square that the backbone sees; None is its own.
     tokens: what grid and regions are made of: "hidden", the backbone's last hidden state | "projected", CLIP's patches
       in the space of its image embedding, as wide as that.
@@ -29,6 +30,8 @@ class Settings:
     images: Path
     segmenter: str
     backbone: str
+    segmenter_sha256: str = ""
+    backbone_sha256: str = ""
     image_size: int | None = None
     tokens: str = "hidden"
     regions: int = 36
@@ -56,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--segmenter", default="", help="Mask2Former, MaskFormer or DETR on COCO panoptic: folder or name"
     )
     parser.add_argument("--backbone", default="", help="CLIP, SigLIP or DINOv2: folder or name")
+    for what in ("segmenter", "backbone"):
+        parser.add_argument(f"--{what}_sha256", default="", help="of its weights: an error where they are others")
     parser.add_argument("--image_size", type=count, help="side of the square that the backbone sees; default: its own")
     parser.add_argument(
         "--tokens",

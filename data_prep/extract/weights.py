@@ -1,0 +1,52 @@
+"""Whether the weights that transformers loads are the ones that were meant: their SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+
+from data_prep.schema import DataError
+from shnet_jax.data.checksums import sha256
+
+
+def check(what: str, name: str, expected: str) -> None:
+    """Fetches the weights of the model `name` and compares them with `expected`; "" says what they have.
+
+    what: of which flag, as "backbone". Raises DataError before anything of them is loaded.
+    """
+    found = digest(name)
+    if not expected:
+        print(f"{what} {name}: sha256 of its weights {found}; --{what}_sha256 demands it", file=sys.stderr, flush=True)
+    elif found != expected.lower():
+        raise DataError(f"{what} {name}: sha256 of its weights: expected {expected} (--{what}_sha256), found {found}")
+
+
+def digest(name: str) -> str:
+    """SHA-256 of the weights of a folder or hub name: of the file, or, of shards, of the lines of `sha256sum`.
+
+    Raises DataError for a model without weights in PyTorch's form.
+    """
+    for file, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (path := _found(name, file)) is not None:
+            return sha256(path)
+        if (path := _found(name, index)) is not None:
+            shards = sorted({*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
+            return hashlib.sha256("".join(_line(name, shard) for shard in shards).encode()).hexdigest()
+    raise DataError(f"{name}: expected weights, {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, found neither")
+
+
+def _line(name: str, shard: str) -> str:
+    path = _found(name, shard)
+    if path is None:
+        raise DataError(f"{name}: expected the shard {shard} that its index names, found none")
+    return f"{sha256(path)}  {shard}\n"
+
+
+def _found(name: str, file: str) -> Path | None:
+    """Of a hub name a copy on this disk, downloaded where there was none."""
+    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else Path(path)
