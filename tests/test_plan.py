@@ -117,6 +117,19 @@ def test_stages_divide_the_layers_and_must_fit():
         command.make_plan(describe(small(text__layers=2, eval__stages=2, eval__microbatches=7)), mesh)
 
 
+def test_the_bubble_of_a_pipeline_is_part_of_the_plan(monkeypatch):
+    def give_up(*_):
+        raise OutOfMemory("nothing is compiled here", None, None)
+
+    monkeypatch.setattr(command, "lower_train", give_up)
+    monkeypatch.setattr(command, "lower_encode", give_up)
+    monkeypatch.setattr(command, "_rankings", lambda *_: {})
+    config = small(text__layers=2, eval__stages=2, eval__microbatches=4)
+    report = command.make_plan(describe(config), data_mesh(jax.devices()[:2]))
+    assert report["pipeline"]["bubble_share"] == 0.2
+    assert "text tower in 2 stages, microbatches: 4; a stage is idle for 20.0 % of the ticks" in table(report)
+
+
 @pytest.mark.parametrize(("split", "resident"), [(False, True), (True, False)])
 def test_what_stays_on_the_devices_while_evaluating(split, resident, monkeypatch):
     """Parameters, two moments and the average, of which each device has all or its part; resident features."""
@@ -236,7 +249,7 @@ def test_what_does_not_fit_is_said(monkeypatch):
     monkeypatch.setattr(command, "lower_encode", lambda *_: jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32)))
     report = command.make_plan(describe(small(plan__search=True)), data_mesh(jax.devices()))
     assert report["programs"]["train"]["fits"] is False and report["programs"]["encode images"]["fits"] is True
-    assert report["largest_pairs_per_device"] == 0
+    assert report["largest_pairs_per_device"] == 0 and report["pipeline"] is None
     text = table(report)
     assert "30.50 GiB" in text and "NO" in text and message in text and "--config.train.microbatch" in text
     assert json.loads(json.dumps(report)) == report

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.axis import all_gather, sum_scatter
 from shnet_jax.parallel.mapping import Mapped, grid_mesh, map_specs, replicate
-from shnet_jax.parallel.pipeline import STAGE, layer_places, pipeline, place_layers
+from shnet_jax.parallel.pipeline import STAGE, bubble_share, layer_places, pipeline, place_layers
 from shnet_jax.types import DATA, Array, Batch, Embedding
 
 
@@ -94,6 +94,12 @@ def check_pipeline(model: RetrievalModel, mesh: Mesh, microbatches: int, rows: i
     """
     layer_places(_tower(model).layers, mesh)
     _check_rows(rows * mesh.shape[STAGE], microbatches)
+
+
+def schedule_text(stages: int, microbatches: int) -> str:
+    """What a pipeline costs, in a line for a log or a table."""
+    idle = f"{100 * bubble_share(microbatches, stages):.1f} %"
+    return f"text tower in {stages} stages, microbatches: {microbatches}; a stage is idle for {idle} of the ticks"
 
 
 def make_pipelined_text_encoder(model: RetrievalModel, mesh: Mesh, microbatches: int) -> Mapped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -15,7 +16,13 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax.data.batches import gather
 from shnet_jax.data.gallery import Gallery, Part
 from shnet_jax.evaluate.encode import Portion, encode
-from shnet_jax.evaluate.pipelined import check_pipeline, make_pipelined_text_encoder, place_variables, stage_mesh
+from shnet_jax.evaluate.pipelined import (
+    check_pipeline,
+    make_pipelined_text_encoder,
+    place_variables,
+    schedule_text,
+    stage_mesh,
+)
 from shnet_jax.evaluate.screen import check_score_dtype
 from shnet_jax.evaluate.stages import Stages
 from shnet_jax.experiment import Experiment
@@ -23,6 +30,8 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.hosts import own_rows
 from shnet_jax.parallel.mapping import data_mesh, map_encode, put_batch, replicate
 from shnet_jax.types import Batch, Embedding
+
+log = logging.getLogger(__name__)
 
 READ_AHEAD = 2  # batches on the devices that wait for their tower when stages overlap: one to go on with, one arriving
 
@@ -126,6 +135,7 @@ def make_towers(
     else:
         staged = stage_mesh(text_mesh, stages)
         encode_text = make_pipelined_text_encoder(model, staged, config.eval.microbatches)
+        log.info("%s", schedule_text(stages, config.eval.microbatches))
 
     def place(variables: dict[str, Any]) -> tuple[Any, Any]:
         if stages == 1:

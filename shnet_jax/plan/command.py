@@ -16,12 +16,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.block_plan import PairCost, measure_pairs, plan_blocks, plan_two_stage
+from shnet_jax.evaluate.pipelined import schedule_text
 from shnet_jax.evaluate.rank_plan import RankPlan, measure_round, plan_ranking
 from shnet_jax.evaluate.towers import check
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.hardware import GIB, Chip, chip, memory_limit, target_devices
 from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.parallel.pipeline import bubble_share
 from shnet_jax.plan.programs import Program, bounds, compile_program, lower_encode, lower_train, stays_while_evaluating
 from shnet_jax.plan.search import advice, fitting_microbatch, largest_batch
 from shnet_jax.plan.subject import Subject, describe, embeddings, gallery, variables
@@ -101,6 +103,7 @@ def make_plan(subject: Subject, mesh: Mesh) -> dict[str, Any]:
             "eval.stages": config.eval.stages,
             "plan.effort": effort,
         },
+        "pipeline": _pipeline(config.eval),
         "programs": {name: _as_dict(program, peaks, kind) for name, program in programs.items()},
         "rankings": {name: _ranking_as_dict(way, stays, limit, peaks, kind) for name, way in rankings.items()},
         "largest_pairs_per_device": largest,
@@ -131,6 +134,14 @@ def _rankings(subject: Subject, mesh: Mesh) -> dict[str, RankPlan]:
         seconds = measure_round(items, mesh, tile, model.score) if here else None
         return found | {"exact": plan_ranking(n, t, items, mesh, tile, model.score, seconds)}
     return found | {"exact": plan_blocks(n, t, cost, mesh, tile)}
+
+
+def _pipeline(evaluation: ConfigDict) -> dict[str, Any] | None:
+    """The share of the ticks in which a stage of the text tower has nothing to do; None where it has no stages."""
+    stages, microbatches = evaluation.stages, evaluation.microbatches
+    if stages == 1:
+        return None
+    return {"bubble_share": bubble_share(microbatches, stages), "text": schedule_text(stages, microbatches)}
 
 
 def _as_dict(program: Program, peaks: Chip | None, kind: str) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(f"{once} loops do not say how often they run: what is in them is counted once.")
     if hidden := sum(p["work"]["hidden"] for p in programs if p["work"]):
         lines.append(f"{hidden} calls of libraries do not say what they do: their operations are not counted.")
+    if report["pipeline"]:
+        lines.append(report["pipeline"]["text"])
     for name, ranking in report["rankings"].items():
         lines.append(f"ranking, {name}: {ranking['text']}")
         held = f"  with what stays from training {_amount(ranking['needed'], _BYTES)} on each device"
