@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from configs import base, demo, esa_cuhk_pedes
+from data_prep.scenes import write as scenes
+from data_prep.scenes.features import REGION_SIZE
 from shnet_jax.experiment import abstract_variables, assemble
 from shnet_jax.observe.compiled import Memory, OutOfMemory
 from shnet_jax.observe.hardware import CHIPS, GIB, Chip, chip, memory_limit, target_devices
@@ -365,6 +367,35 @@ def test_bounds():
 
 def test_peak_counts_donated_memory_once():
     assert Memory(10, 7, 6, 5, 1).peak == 17
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
+    """`--mode=plan --target=tpu:v5e:2x4`: configs/demo.py as it is, segmentation included, and its data set's sizes."""
+    config = demo.get_config()
+    data = {"images": scenes.SIZES["train"], "gallery": scenes.SIZES["test"], "regions": 16, "region_dim": REGION_SIZE}
+    config.data.dir, config.text.vocab_size = "", 134
+    config.plan.update(data | {"search": False, "effort": -1.0})  # a third of the time
+    assert config.model.semantic and config.model.spatial and config.train.batch_size == 320
+    command.plan(config, tmp_path, "tpu:v5e:2x4")
+    report = json.loads((tmp_path / "plan_tpu_v5e_2x4.json").read_text())
+    assert (report["devices"], report["device_kind"]) == (8, "TPU v5 lite")
+    compiled = report["programs"]
+    assert [*compiled] == ["train", "encode images", "encode captions"]
+    assert all(
+        found["fits"] and found["memory"]["peak"] > 0 and found["work"]["flops"] > 0 for found in compiled.values()
+    )
+    sent = compiled["train"]["work"]["collectives"]
+    weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(variables(describe(config))["params"]))
+    assert sent["all-reduce"] == pytest.approx(weights, rel=0.02)  # the gradients
+    assert sent["all-gather"] == 2 * 320 * 256 * 4  # all embeddings
+    assert compiled["encode images"]["work"]["collectives"] == compiled["encode captions"]["work"]["collectives"] == {}
+    ranking = report["rankings"]["exact"]
+    assert ranking["fits"] and ranking["bytes_per_device"] > 0 and ranking["work"]["collectives"]["all-reduce"] > 0
+    assert ranking["work"]["flops"] >= 2 * 500 * 2500 * 256 / 8
+    said = capsys.readouterr().out
+    assert all(line in said for line in ("\nall-reduce ", "\nall-gather ", "\npeak ", "ranking, exact: 500 images"))
 
 
 @needs_libtpu
