@@ -107,6 +107,8 @@ def measure_point(config: ConfigDict) -> Iterator[dict[str, Any]]:
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in setup.mesh.local_devices]
     del state
     seconds = {"step": reading, "input": max(0.0, reading - alone)}
+    if setup.mesh.size == 1:
+        seconds["collectives"] = 0.0  # there is nobody to send to
     figures |= {
         "device_peak": max((peak for peak in peaks if peak is not None), default=None),
         "seconds": seconds,
@@ -180,6 +182,8 @@ def parts(setup: Setup, initial: tuple[Any, Any], batch: Any) -> Iterator[tuple[
     params, batch_stats = initial
     yield "encode", _encode(setup, params, batch_stats, batch)
     yield "loss", _loss(setup, params, batch_stats, batch)
+    if setup.mesh.size > 1:
+        yield "collectives", _collectives(setup, params, batch)
     yield "optimiser", _optimiser(setup, params, batch)
 
 
@@ -237,6 +241,31 @@ def _loss(setup: Setup, params: Any, batch_stats: Any, batch: Any) -> Callable[[
     loss_params = replicate(params["loss"], mesh)
     mapped = map_step(per_device, mesh, config.parallel.mapping, donate_state=False)
     return lambda: mapped(loss_params, found)
+
+
+def _collectives(setup: Setup, params: Any, batch: Any) -> Callable[[], Any]:
+    """The sum of the gradients over the devices, and nothing else of what a step sends."""
+    mapped, gradients = gradient_sum(setup, params, batch)
+    return lambda: mapped((), gradients)
+
+
+def gradient_sum(setup: Setup, params: Any, batch: Any) -> tuple[Mapped, Any]:
+    """(program, its gradients): the all-reduce of a step, of arrays like the gradients, which are ready and differ.
+
+    Were they the same on all devices, and the compiler knew it, it could multiply instead.
+    """
+
+    def own(params: Any, batch: Batch) -> Any:
+        del batch  # a mapped function has one
+        return jax.tree.map(lambda x: (x * axis.axis_index(DATA))[None], params)
+
+    def per_device(state: Any, gradients: Any) -> Any:
+        del state  # likewise
+        return axis.psum(jax.tree.map(lambda x: x[0], gradients), DATA)
+
+    mesh, mapping = setup.mesh, setup.config.parallel.mapping
+    gradients = map_encode(own, mesh, mapping)(replicate(params, mesh), {"image_index": batch["image_index"]})
+    return map_step(per_device, mesh, mapping, donate_state=False), jax.block_until_ready(gradients)
 
 
 def _optimiser(setup: Setup, params: Any, batch: Any) -> Callable[[], Any]:

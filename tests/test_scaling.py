@@ -6,12 +6,15 @@ import dataclasses
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from configs import scaling as small
 from shnet_jax import scale_point, scaling
 from shnet_jax.observe.scale_rows import PARTS
+from shnet_jax.observe.work import work
+from shnet_jax.parallel.mapping import put_batch
 from shnet_jax.plan import subject as planned
 from shnet_jax.scaling import Point
 from tests.train import tiny
@@ -251,13 +254,30 @@ def test_a_measured_point(mapping):
     seconds = dict(found["seconds"])
     step = seconds.pop("step")
     assert set(seconds) == set(PARTS) and sum(seconds.values()) == pytest.approx(step)
-    assert all(seconds[part] > 0 for part in ("encode", "loss", "optimiser"))
+    assert all(seconds[part] > 0 for part in ("encode", "loss", "collectives", "optimiser"))
     assert found["examples_per_second"] == pytest.approx(8 / step)
     assert compiled["collectives"]["collective-permute"] > 0
     if mapping == "shard_map":
         assert {k: found[k] for k in ("flops", "collectives", "memory")} == {
             k: compiled[k] for k in ("flops", "collectives", "memory")
         }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+def test_the_collectives_are_the_sum_of_all_gradients(mapping):
+    config = scaling.point_config(configuration(parallel__mapping=mapping), Point("ring", "float32", 4, 2))
+    with tiny.quick():
+        setup = scale_point.from_random(config)
+        params = jax.device_get(setup.state.params)
+        run, gradients = scale_point.gradient_sum(
+            setup, params, put_batch(next(setup.host_batches), setup.mesh, mapping)
+        )
+        found = jax.device_get(run((), gradients))
+        jax.tree.map(np.testing.assert_array_equal, found, params)  # none of the first device, all of the second
+        if mapping == "shard_map":
+            sent = work(run.lower((), gradients).compile().as_text()).collectives
+            assert sent == {"all-reduce": sum(leaf.nbytes for leaf in jax.tree.leaves(params))}
 
 
 @pytest.mark.slow

@@ -84,9 +84,10 @@ def _reading(study: Study, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
         "each is a program of its own, compiled and timed alone, so they do not add up exactly: inside the step the "
         "compiler fuses and overlaps what alone runs one after another. input: how much longer a step takes when its "
         "batch has to be fetched and sent than when it is there. encode: both towers forward and backward under a "
-        "trivial loss. loss: value and gradient by the embeddings, its collectives included. optimiser: the update "
-        "alone. rest: the step less these, among it the sum of the gradients over the devices; below zero where "
-        "the parts take longer alone than together.",
+        "trivial loss. loss: value and gradient by the embeddings, the collectives of its strategy included. "
+        "collectives: the sum of the gradients over the devices, of arrays that are ready; in the step it can overlap "
+        "with the backward pass. optimiser: the update alone. rest: the step less these; below zero where the parts "
+        "take longer alone than together.",
     )
 
 

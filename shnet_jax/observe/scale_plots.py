@@ -28,7 +28,7 @@ _STRATEGIES = {
     "streamed": ("#E69F00", "s"),
     "ring": ("#009E73", "^"),
 }
-_PARTS = dict(zip(PARTS, ("#CC79A7", "#0072B2", "#E69F00", "#009E73", "#8c959f"), strict=True))
+_PARTS = dict(zip(PARTS, ("#CC79A7", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#8c959f"), strict=True))
 _KINDS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 _WIDTH = 5.4  # inches: letters can be read on a telephone, which shows a picture about 350 pixels wide
 
@@ -226,7 +226,7 @@ def _stacked(
     axes.set_xlim(0, 1.03 * max(left) or 1.0)
     axes.grid(visible=False, axis="y")
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower left", ncols=5, fontsize="small", handlelength=1.0)
+    figure.legend(handles, names, loc="outside lower left", ncols=3, fontsize="small", handlelength=1.0)
     return figure, axes
 
 

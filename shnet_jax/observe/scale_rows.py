@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PARTS = ("input", "encode", "loss", "optimiser", "rest")
+PARTS = ("input", "encode", "loss", "collectives", "optimiser", "rest")
 """Of the seconds of a step, in the order in which they are drawn."""
 
 ENOUGH = 0.8

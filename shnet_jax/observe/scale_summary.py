@@ -36,6 +36,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
             said.append(
                 f"There {_PART_NAMES[part]} took most: {alone} alone, of a step of {milliseconds_text(best, 'step')}."
             )
+        said += _collective_sentences(timed)
         above = sum(row.seconds.get("rest", 0.0) < -0.1 * row.seconds["step"] for row in timed)
         if above:
             said.append(
@@ -60,9 +61,22 @@ _PART_NAMES = {
     "input": "waiting for data",
     "encode": "the towers",
     "loss": "the loss",
+    "collectives": "the sum of the gradients over the devices",
     "optimiser": "the optimiser",
     "rest": "what the parts do not explain",
 }
+
+
+def _collective_sentences(timed: Sequence[Row]) -> Iterator[str]:
+    """The most that the sum of the gradients takes of a step."""
+    known = [(row, row.seconds["collectives"] / row.seconds["step"]) for row in timed if "collectives" in row.seconds]
+    known = [(row, share) for row, share in known if row.devices > 1]
+    if known:
+        row, share = max(known, key=lambda found: found[1])
+        yield (
+            f"{_PART_NAMES['collectives'].capitalize()} takes at most {100 * share:.1f} % of a step, alone: "
+            f"{milliseconds_text(row, 'collectives')} with {row}. What the loss sends is part of the loss."
+        )
 
 
 def _efficiency_sentences(rows: Sequence[Row]) -> Iterator[str]:
