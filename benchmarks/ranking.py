@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.rows import Row, compare
 from benchmarks.timing import interleave
-from shnet_jax.evaluate.rank import ranks
+from shnet_jax.evaluate.rank import Ranks, ranks
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
 
@@ -33,6 +33,8 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(images=500, captions=2500, dim=256)
+SAMPLED = 50  # images, and captions, whose ranks are compared with NumPy's
+ROUNDING = 8 * np.finfo(np.float32).eps  # of a product of unit vectors, which other libraries sum in another order
 
 
 def contenders(sizes: Sizes) -> dict[str, Callable[[], Any]]:
@@ -46,11 +48,39 @@ def contenders(sizes: Sizes) -> dict[str, Callable[[], Any]]:
         return vectors
 
     images, texts = unit_vectors(sizes.images), unit_vectors(sizes.captions)
-    owner = np.arange(sizes.captions) % sizes.images
     return {
-        "ranks": lambda: ranks(Embedding(images), Embedding(texts), owner, RetrievalModel.score),
+        "ranks": lambda: ranks(Embedding(images), Embedding(texts), owners(sizes), RetrievalModel.score),
         "product": lambda: images @ texts.T,
     }
+
+
+def owners(sizes: Sizes) -> np.ndarray:
+    """[captions] the image of each caption."""
+    return np.arange(sizes.captions) % sizes.images
+
+
+def check_ranks(found: Ranks, scores: np.ndarray, owner: np.ndarray) -> None:
+    """Compares the ranks of SAMPLED images and captions, spread evenly, with those of scores [images, captions].
+
+    They are equal, or differ by no more items than score within ROUNDING of the match. Raises RuntimeError otherwise.
+    """
+    n, t = scores.shape
+    for image in _sample(n):
+        _check(f"image {image}", int(found.i2t[image]), scores[image], scores[image, owner == image].max())
+    for caption in _sample(t):
+        own = scores[owner[caption], caption]
+        _check(f"caption {caption}", int(found.t2i[caption]), scores[:, caption], own)
+
+
+def _sample(count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, min(count, SAMPLED)).astype(np.int64))
+
+
+def _check(query: str, rank: int, scores: np.ndarray, own: np.floating) -> None:
+    before = int((scores > own + ROUNDING).sum())
+    near = int((np.abs(scores - own) <= ROUNDING).sum()) - 1  # but the match itself
+    if not before <= rank <= before + near:
+        raise RuntimeError(f"{query} has rank {rank}; by NumPy's scores {before}, or up to {near} more by near ties")
 
 
 def peak_increase(sizes: Sizes, name: str) -> int | None:
@@ -64,9 +94,11 @@ def peak_increase(sizes: Sizes, name: str) -> int | None:
 
 
 def run(sizes: Sizes) -> list[Row]:
-    """Both directions of all recalls against the product of the scores alone."""
+    """Both directions of all recalls against the product of the scores alone; raises RuntimeError for wrong ranks."""
     peaks = {name: peak_increase(sizes, name) for name in ("ranks", "product")}
-    times = interleave(contenders(sizes), sizes.rounds)
+    calls = contenders(sizes)
+    times = interleave(calls, sizes.rounds)
+    check_ranks(calls["ranks"](), calls["product"](), owners(sizes))
     return [
         compare(
             "ranking",

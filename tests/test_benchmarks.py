@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks import flops, interaction, losses, memory, momentum, pool, resident, runner, step, text
+from benchmarks import flops, interaction, losses, memory, momentum, pool, ranking, resident, runner, step, text
 from benchmarks.rows import Row, compare, table
 from benchmarks.timing import Timing, interleave
 from shnet_jax.data.records import open_dataset
+from shnet_jax.evaluate.rank import Ranks
 from shnet_jax.models import shnet
 from shnet_jax.types import Array
 from tests.train import tiny
@@ -53,6 +54,26 @@ def test_the_interaction_is_compared_in_pairs():
     score, stages = interaction.run(dataclasses.replace(interaction.QUICK, images=6, captions=12, dim=4))
     assert score.work == stages.work == 6 * 12 and score.ratio > 0 and stages.ratio > 0
     assert " of 72 pairs scored" in stages.what
+
+
+def test_ranks_are_those_of_the_product(monkeypatch):
+    monkeypatch.setattr(ranking, "peak_increase", lambda *_: None)
+    sizes = ranking.Sizes(images=6, captions=18, dim=4, rounds=1)
+    (row,) = ranking.run(sizes)
+    assert row.ratio > 0
+    calls, owner = ranking.contenders(sizes), ranking.owners(sizes)
+    found, scores = calls["ranks"](), calls["product"]()
+    for query, wrong in (
+        ("image 2", dataclasses.replace(found, i2t=found.i2t + (np.arange(6) == 2))),
+        ("caption 7", dataclasses.replace(found, t2i=found.t2i + (np.arange(18) == 7))),
+    ):
+        with pytest.raises(RuntimeError, match=rf"{query} has rank \d+; by NumPy's scores \d+, or up to 0 more"):
+            ranking.check_ranks(wrong, scores, owner)
+    tied = np.float32([[0.5, 0.1], [0.5 + 1e-7, 0.9]])  # the first caption's images, if summed in another order
+    for rank in (0, 1):
+        ranking.check_ranks(Ranks(np.zeros(2, int), np.array([rank, 0])), tied, np.arange(2))
+    with pytest.raises(RuntimeError, match="caption 0 has rank 2; by NumPy's scores 0, or up to 1 more by near ties"):
+        ranking.check_ranks(Ranks(np.zeros(2, int), np.array([2, 0])), tied, np.arange(2))
 
 
 def test_a_benchmark_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
