@@ -149,6 +149,11 @@ OTHERS = list(OBJECTIVES)[1:]
         pytest.param(objective, strategy, 2, "shard_map", marks=pytest.mark.slow)
         for objective in OTHERS
         for strategy in ("streamed", "ring")
+    ]
+    + [
+        pytest.param(objective, strategy, 8, how, marks=pytest.mark.slow)
+        for objective in OTHERS
+        for strategy, how in (("gathered", "pmap"), ("streamed", "pmap"), ("ring", "pmap"), ("ring", "shard_map"))
     ],
 )
 def test_loss_and_gradients(objective, strategy, devices, how):
