@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from shnet_jax.evaluate.recall import CUTS, Metrics
 from shnet_jax.evaluate.tiles import Items, ItemScore, make_tiling, one_behind, programs, size
+from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Array
 
@@ -39,7 +40,8 @@ def search_persons(
       mAP   1/R sum_i i / r_i, over the full ranking
       mINP  R / r_R
 
-    Equal scores rank by the smaller index of the image, as everywhere.
+    Equal scores rank by the smaller index of the image, as everywhere. Several processes call it together, each with a
+    mesh of its own devices, and share the tiles of captions.
 
     Args:
       images, texts, score, tile, mesh: as for `rank.ranks`.
@@ -60,13 +62,13 @@ def search_persons(
             f"{absent.size} captions describe persons without image; row {absent[0]} is of person "
             f"{caption_person[absent[0]]}"
         )
-    found = np.empty((t, len(NAMES)))
+    found = np.zeros((t, len(NAMES)))
     for columns, scores in _tiles(images, texts, score, tile, mesh or data_mesh(jax.devices()[:1])):
         for start in range(0, len(columns), SLICE):
             rows = columns[start : start + SLICE]
             relevant = _relevant(scores[:, start : start + SLICE], image_person, caption_person[rows])
             found[rows] = _of_rankings(relevant)
-    return found
+    return hosts.add_up(found)
 
 
 def person_metrics(found: np.ndarray) -> Metrics:
@@ -77,13 +79,13 @@ def person_metrics(found: np.ndarray) -> Metrics:
 def _tiles(
     images: Items, texts: Items, score: ItemScore, tile: int, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Captions of each tile and their scores with all images, [n, captions]."""
+    """Captions of each tile that is this process's and their scores with all images, [n, captions]."""
     n, t = size(images), size(texts)
     tiling = make_tiling(images, texts, np.zeros(t, np.int64), np.arange(t), tile, mesh)
     run = programs(score, mesh)
 
     def dispatched() -> Iterator[tuple[int, np.ndarray, Array]]:
-        for number in range(tiling.caption_tiles):
+        for number in hosts.own_part(tiling.caption_tiles):
             placed = tiling.put_texts(tiling.captions(number)[0])
             for round_ in range(tiling.rounds):
                 rows, real = tiling.image_rows(round_)

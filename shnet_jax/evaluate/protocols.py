@@ -90,6 +90,7 @@ def evaluate(
 ) -> Results:
     """Ranks a gallery by a named protocol (see `find_protocol`).
 
+    Several processes call it together, each with a mesh of its own devices, and share the work of `rank.ranks`.
     ranker: ranks instead of `rank.ranks`, whose arguments and errors the others are; ValueError too when the folds are
     unequal.
     """
@@ -105,7 +106,7 @@ def evaluate(
         fold_owner = owner[captions] - rows[0]
         sides = (images, texts) if whole else (take(images, rows), take(texts, captions))
         if ranker is None:
-            ranked = ranks(*sides, fold_owner, score, tile, mesh, score_dtype)
+            ranked = ranks(*sides, fold_owner, score, tile, mesh, score_dtype, shared=True)
         else:
             ranked = ranker(*sides, fold_owner, fold)
         queries.i2t[rows], queries.t2i[captions] = ranked.i2t, ranked.t2i

@@ -23,6 +23,7 @@ from shnet_jax.evaluate.tiles import (
     programs,
     size,
 )
+from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import data_mesh
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def ranks(
     tile: int = 512,
     mesh: Mesh | None = None,
     score_dtype: str = "float32",
+    shared: bool = False,
 ) -> Ranks:
     """Ranks every gallery item for every query.
 
@@ -64,6 +66,8 @@ def ranks(
       mesh: devices that share the work (`mapping.data_mesh`); None: the first one. The ranks are the same.
       score_dtype: "float32", or "bfloat16": scored in bfloat16, and in float32 where the order is in doubt (`screen`);
         the ranks are the same. For the default score only.
+      shared: several processes call this together, with the same gallery, each with a mesh of its own devices, and
+        share the tiles of captions; all of them get all ranks.
 
     Raises:
       ValueError: a caption of an image that is not there, an image without caption, NaN among the scores, a score_dtype
@@ -77,11 +81,16 @@ def ranks(
     tiling = make_tiling(images, texts, owner, order, tile, mesh or data_mesh(jax.devices()[:1]))
     positive = match_scores(tiling, score)
     best = best_captions(positive, owner)
+    tiles = hosts.own_part(tiling.caption_tiles) if shared else range(tiling.caption_tiles)
     if score_dtype == "float32":
-        counts = count(tiling, score, positive, best)
+        counts = count(tiling, score, positive, best, tiles)
     else:
-        counts, rechecked = count_screened(tiling, score, positive, best)
-        log.info("%s", rechecked)
+        counts, rechecked = count_screened(tiling, score, positive, best, tiles)
+        if tiles:
+            log.info("%s", rechecked)
+    if shared:
+        i2t, t2i, nans = hosts.add_up((counts.i2t, counts.t2i, np.array([counts.nans])))
+        counts = Counts(i2t, t2i, int(nans[0]))
     if counts.nans:
         raise ValueError(
             f"{counts.nans} of {n * t} scores are NaN ({n} images x {t} captions), so nothing can be ranked; "
@@ -183,16 +192,16 @@ def count(
 
 
 def count_screened(
-    tiling: Tiling, score: ItemScore, positive: np.ndarray, best: np.ndarray
+    tiling: Tiling, score: ItemScore, positive: np.ndarray, best: np.ndarray, tiles: Sequence[int]
 ) -> tuple[Counts, Rechecked]:
     """`count` with bfloat16 scores where they settle the order, and float32 scores for the other captions."""
     run, screen = programs(score, tiling.mesh), screen_programs(tiling.mesh)
     counts = _no_counts(tiling)
-    rechecked = Rechecked(pairs=len(tiling.owner) * len(best))
+    rechecked = Rechecked(pairs=sum(int(tiling.captions(tile)[1].sum()) for tile in tiles) * len(best))
     aside = [np.empty(0, np.int64) for _ in range(tiling.rounds)]  # captions in doubt with the images of each round
 
     def dispatched() -> Iterator[tuple[Any, ...]]:
-        for tile in range(tiling.caption_tiles):
+        for tile in tiles:
             columns, texts, queries = _caption_side(tiling, positive, *tiling.captions(tile))
             for round_ in range(tiling.rounds):
                 rows = _image_side(tiling, positive, best, round_)

@@ -228,7 +228,7 @@ def _people(experiment: Experiment, split: str) -> np.ndarray | None:
 
 
 def _ranking(mesh: Mesh) -> Mesh:
-    """Every process has all embeddings in the end, and ranks them on its own devices."""
+    """Every process has all embeddings in the end, and ranks its share of the captions on its own devices."""
     return mesh if jax.process_count() == 1 else data_mesh(jax.local_devices())
 
 

@@ -11,6 +11,7 @@ from shnet_jax.models.esa import SetScore
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
 from tests.losses.oracle import unit
+from tests.parallel.test_hosts import as_processes
 
 PERSONS = np.array([5, 5, 9, 9, 9, 2, 7, 7, 5, 2, 9, 1, 1])
 CAPTIONS = np.array([9, 2, 5, 1, 7, 5, 9, 1, 2, 9, 5])
@@ -46,6 +47,15 @@ def test_it_is_what_brute_force_finds(tile, devices, score, ties):
     found = search_persons(images, texts, PERSONS, CAPTIONS, score, tile, data_mesh(jax.devices()[:devices]))
     expected = brute_force(np.asarray(score(images, texts)), PERSONS, CAPTIONS)
     assert person_metrics(found) == pytest.approx(expected, abs=1e-4)
+
+
+def test_processes_share_the_tiles(monkeypatch):
+    images, texts = (e.replace(elements=None) for e in embeddings(ties=False))
+    given = images, texts, PERSONS, CAPTIONS, RetrievalModel.score, 1, data_mesh(jax.devices()[:1])
+    whole = search_persons(*given)
+    one, two = as_processes(monkeypatch, 2, lambda: search_persons(*given))
+    np.testing.assert_array_equal(one + two, whole)
+    assert one.any(axis=1).sum() == 8 and two.any(axis=1).sum() == 3  # tiles of 8 captions
 
 
 def test_an_ensemble_of_models():

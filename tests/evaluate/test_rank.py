@@ -12,6 +12,7 @@ from shnet_jax.evaluate.tiles import Tiling, make_tiling, one_behind
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
+from tests.parallel.test_hosts import as_processes
 
 
 def recorded(images, texts):
@@ -62,6 +63,20 @@ def test_the_order_of_items_changes_nothing_when_no_scores_are_equal(gallery, se
     before, after = ranked(scores, owner, 2), ranked(scores[p][:, q], np.argsort(p)[owner[q]], 2)
     np.testing.assert_array_equal(after.i2t, before.i2t[p])
     np.testing.assert_array_equal(after.t2i, before.t2i[q])
+
+
+@pytest.mark.parametrize("score_dtype", ["float32", "bfloat16"])
+def test_processes_share_the_tiles(score_dtype, monkeypatch):
+    """The counts of three processes add up to the ranks; captions fill two tiles, so that the third has none."""
+    rng = np.random.default_rng(4)
+    images, texts = (Embedding(rng.standard_normal((count, 8)).astype(np.float32)) for count in (6, 12))
+    given = images, texts, np.arange(12) // 2, RetrievalModel.score, 1, None, score_dtype
+    whole = ranks(*given)
+    parts = list(as_processes(monkeypatch, 3, lambda: ranks(*given, shared=True)))
+    for side in ("i2t", "t2i"):
+        own = [getattr(part, side) for part in parts]
+        np.testing.assert_array_equal(sum(own), getattr(whole, side))
+        assert own[0].any() and own[1].any() and not own[2].any() and own[0].dtype == np.int64
 
 
 def test_constant_scores_give_chance():

@@ -3,6 +3,7 @@
 import os
 
 import jax
+import numpy as np
 import pytest
 
 from shnet_jax.parallel import hosts
@@ -14,6 +15,20 @@ class Common(RuntimeError):
 
 class Exited(BaseException):
     """In place of the end of the process."""
+
+
+def as_processes(monkeypatch, count, call):
+    """What `call` gives in each of `count` processes, of which each hears zeros from the others."""
+
+    def heard(x):
+        return np.stack([x, *[np.zeros_like(x)] * (count - 1)])
+
+    for index in range(count):
+        with monkeypatch.context() as m:
+            m.setattr(jax, "process_count", lambda: count)
+            m.setattr(jax, "process_index", lambda index=index: index)
+            m.setattr(hosts.multihost_utils, "process_allgather", heard)
+            yield call()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from tests.train.test_loop import same_arrays
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 6
 SPLIT = "--config.parallel.shard_params"
+SMALL_TILES = "--config.eval.tile=1"  # 8 captions each: several for each process
 
 
 def command(workdir, *more):
@@ -108,9 +110,15 @@ def test_two_processes_train_resume_and_evaluate_like_one(tmp_path):
         if line["kind"] == "eval":
             np.testing.assert_allclose(line["rsum"], reference["rsum"], atol=15)  # of 10 images: 1 place is 10 points
 
-    evaluated = together(two, "--mode=eval")
+    evaluated = together(two, "--mode=eval", SMALL_TILES)
     assert "rSum" in evaluated[0] and "rSum" not in evaluated[1]
-    assert len(list(two.glob("results_*.json"))) == 1
+    (results,) = two.glob("results_*.json")
+    shared = json.loads(results.read_text("utf-8"))
+    alone(two, "--mode=eval", SMALL_TILES)  # the same checkpoint; its gallery ranked by one process
+    again = json.loads(results.read_text("utf-8"))
+    assert {n: arm["metrics"] for n, arm in again["arms"].items()} == {
+        n: a["metrics"] for n, a in shared["arms"].items()
+    }
 
 
 LONG = ("--mode=train", "--config.train.steps=40", "--config.train.eval_epochs=0")
