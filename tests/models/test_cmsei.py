@@ -120,17 +120,28 @@ def test_without_attention_the_score_is_the_dot_product():
 
 
 @pytest.mark.slow
-def test_the_order_of_regions_changes_nothing():
-    model, variables, run = built()
+@pytest.mark.parametrize(("heads", "graph"), [(0, "relations"), (2, "relation_scores")])
+def test_the_order_of_regions_changes_nothing(heads, graph):
+    """With relations as triplets or as scores of pairs, and with learned weights of the geometry."""
+    model, variables, run = built(geometry_heads=heads, iou_threshold=0.25)
     order = np.random.default_rng(1).permutation(K)
     place = np.append(np.argsort(order), -1)  # of each region in the new order; -1 stays padding
     moved = {name: batch()[name][:, order] for name in ("regions", "region_mask", "boxes")}
     relations = batch()["relations"].copy()
     relations[..., [0, 2]] = place[relations[..., [0, 2]]]
-    one, other = (
-        scored(model, variables, *run(variables, b)) for b in (batch(), batch() | moved | {"relations": relations})
+    scores = np.random.default_rng(4).random((N, K, K)).astype(np.float32)
+    given = {
+        "relations": (batch()["relations"], relations),
+        "relation_scores": (scores, scores[:, order][:, :, order]),
+    }[graph]
+    changed = batch() | moved
+    score = compiled(lambda *pair: model.apply(variables, *pair, method="score"))
+    one, other, mixed = (
+        score(*run(variables, b))
+        for b in (batch() | {graph: given[0]}, changed | {graph: given[1]}, changed | {graph: given[0]})
     )
     np.testing.assert_allclose(other, one, atol=1e-5)
+    assert np.abs(mixed - one).max() > 1e-3  # the graph of another order is another graph
 
 
 def test_padding_never_matters():
