@@ -17,8 +17,9 @@ from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.models import esa
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.models.esa import SetScore
-from shnet_jax.ops.set_similarity import set_similarity
+from shnet_jax.ops.set_similarity import SIMILARITIES, set_similarity
 from shnet_jax.train.loop import train_and_evaluate
+from shnet_jax.types import Embedding
 from tests.train import tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clip"
@@ -77,6 +78,18 @@ def test_without_sets_it_is_the_plain_model():
     assert model.score is RetrievalModel.score and images.elements is None and texts.elements is None
     _, _, (with_sets, _) = encode(config(), batch())
     np.testing.assert_allclose(images.vector, with_sets.vector, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SIMILARITIES)
+def test_a_set_of_the_global_vector_alone_ranks_as_the_plain_model(kind):
+    """Sets of one element, the vector itself, score 1 + eta times the dot product."""
+    rng, eta = np.random.default_rng(0), 0.7
+    vectors = [jnp.float32(rng.normal(size=(9, 16))) for _ in range(2)]
+    items = [Embedding(v, v[:, None]) for v in (v / jnp.linalg.norm(v, axis=1, keepdims=True) for v in vectors)]
+    plain, found = RetrievalModel.score(*items), SetScore(kind, 16.0, eta)(*items)
+    np.testing.assert_allclose(found, (1 + eta) * plain, atol=2e-6)
+    for axis in (0, 1):
+        np.testing.assert_array_equal(np.argsort(found, axis), np.argsort(plain, axis))
 
 
 @pytest.mark.slow
