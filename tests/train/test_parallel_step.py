@@ -1,4 +1,4 @@
-"""A whole training step of 3SHNet is the same function on 1, 2 and 8 devices, under both mappings."""
+"""A whole training step of 3SHNet with queues is the same function on 1, 2 and 8 devices, under both mappings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from configs import demo
 from shnet_jax import registry
 from shnet_jax.data.batches import gather
 from shnet_jax.losses import total
-from shnet_jax.parallel.mapping import MAPPINGS, data_mesh, map_step, put_batch, replicate
+from shnet_jax.parallel.mapping import data_mesh, map_step, put_batch, replicate
+from shnet_jax.train import momentum
 from shnet_jax.train.state import create_state
 from shnet_jax.train.step import make_step
 from shnet_jax.types import DATA
@@ -21,7 +22,8 @@ from tests.train import tiny
 
 IMAGES, CAPTIONS, REGIONS, CLASSES, TOKENS, VOCABULARY = 8, 2, 3, 5, 4, 11
 WARM_UP = 3  # steps of the triplet loss that sum over all violations
-WAYS = [(devices, mapping) for devices in (1, 2, 8) for mapping in MAPPINGS]
+QUEUE = 20
+WAYS = [(1, "shard_map"), (2, "pmap"), (8, "shard_map"), (8, "pmap")]
 
 
 def configuration(bn_sync: bool):
@@ -71,14 +73,19 @@ def steps(devices: int, mapping: str, bn_sync: bool):
     Plain gradient descent with rate 1: the parameters that are missing are the gradient.
     """
     config = configuration(bn_sync)
-    loss_params, total_loss = total.build(config.loss, WARM_UP)
+    config.momentum.update({"queue": QUEUE, "start": "gaussian"})
+    config.train.batch_size = IMAGES * CAPTIONS
+    loss_params, total_loss = total.build(config.loss, WARM_UP, queues=True)
     tx = optax.sgd(1.0)
     mesh = data_mesh(jax.devices()[:devices])
     model = registry.model("shnet").build(config)
-    step = map_step(make_step(model, total_loss, tx, finish=gather, axis_name=DATA), mesh, mapping)
+    keys = momentum.options(config, model)
+    how = {"finish": gather, "axis_name": DATA, "key_options": keys}
+    step = map_step(make_step(model, total_loss, tx, **how), mesh, mapping)
     done = []
     for number in (WARM_UP - 1, WARM_UP):
-        state = create_state(variables(bn_sync), loss_params, tx, ema=False, seed=0).replace(step=np.int32(number))
+        state = create_state(variables(bn_sync), loss_params, tx, ema=False, seed=0, momentum=keys)
+        state = state.replace(step=np.int32(number))
         done.append(step(replicate(state, mesh), put_batch(batch(), mesh, mapping), {}))
     return done
 
@@ -112,6 +119,17 @@ def test_a_step_does_not_depend_on_devices_and_mapping(devices, mapping):
         for ours, statistic in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(one.batch_stats), strict=True):
             np.testing.assert_allclose(ours, statistic, rtol=1e-4, atol=1e-6)
             assert ours.ndim
+        same_keys(state.momentum, one.momentum)
+        assert (np.asarray(state.momentum.texts.ids)[: IMAGES * CAPTIONS] == np.repeat(batch()["image_index"], 2)).all()
+
+
+def same_keys(found, expected):
+    """Key encoders, their statistics, and queues; ids and pointers exactly."""
+    for (path, ours), wanted in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        compare = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+        if np.issubdtype(wanted.dtype, np.integer):
+            compare = np.testing.assert_array_equal
+        compare(ours, wanted, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.slow
