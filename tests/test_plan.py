@@ -400,7 +400,8 @@ def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_global_batch_of_32768_fits_on_8_chips():
+@pytest.mark.parametrize("target, pairs", [("tpu:v5e:2x4", 4096), ("tpu:v5e:8x8", 512)])
+def test_a_global_batch_of_32768_fits(target, pairs):
     """The published sizes (BERT base, 36 regions, 133 classes, a 64 x 64 map) in bfloat16 on v5e chips of 16 GiB."""
     config = base.get_config()
     config.model.dtype = config.text.dtype = "bfloat16"
@@ -408,10 +409,10 @@ def test_a_global_batch_of_32768_fits_on_8_chips():
     config.train.microbatch = 64
     config.train.microbatch_statistics = "local"
     config.loss.pairs.strategy = "streamed"
-    subject, mesh = describe(config), data_mesh(target_devices("tpu:v5e:2x4"))
+    subject, mesh = describe(config), data_mesh(target_devices(target))
     # With the least effort the compiler takes a tenth of the time, and more memory than it has to.
-    found = programs.compile_program(lambda: programs.lower_train(subject, mesh, 4096), 4096, 16 * GIB, effort=-1.0)
+    found = programs.compile_program(lambda: programs.lower_train(subject, mesh, pairs), pairs, 16 * GIB, effort=-1.0)
     assert found.fits and found.needed < 16 * GIB, found.why
     assert found.work.loops_once == 0
     # Two forward passes and a backward one, as much as two: 4 x 2 operations for each weight of the layers and token.
-    assert found.work.flops > 8 * 85e6 * 4096 * 32
+    assert found.work.flops > 8 * 85e6 * pairs * 32
