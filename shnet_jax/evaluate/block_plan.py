@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.evaluate.blocks import LISTED_AT_ONCE, make_programs
+from shnet_jax.evaluate.blocks import GROUP, LISTED_AT_ONCE, make_programs
 from shnet_jax.evaluate.rank_plan import IN_FLIGHT, Items, RankPlan, item_bytes, plan_ranking
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.compiled import memory
@@ -64,9 +64,10 @@ def plan_two_stage(n: int, t: int, k: int, cost: PairCost, mesh: Mesh, tile: int
     rows, columns = min(tile, n), min(tile, t)
     rounds = -(-n // (rows * mesh.size)) * -(-t // columns)
     pairs = min(n * t, n * min(k, t) + t * min(k, n))
-    size = -(-pairs // (rounds * mesh.size * LISTED_AT_ONCE)) * LISTED_AT_ONCE
+    full = -(-pairs // (rounds * mesh.size * GROUP)) + rows // 2  # and half a group of padding for each image
+    size = -(-full // LISTED_AT_ONCE) * LISTED_AT_ONCE * mesh.size
     split = NamedSharding(mesh, P(DATA))
-    listed = [jax.ShapeDtypeStruct((size * mesh.size,), jnp.int32, sharding=split)] * 2
+    listed = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for shape in ((size,), (size, GROUP))]
     compiled = make_programs(cost.model, mesh)[1].lower(*_sides(cost, rows, columns, mesh), *listed).compile()
     found = _plan(cost, n, t, mesh, (rows, columns), rounds, compiled, pairs)
     vectors = [Embedding(item.vector) for item in cost.items]

@@ -42,9 +42,7 @@ class PairScorer:
 
     params: those that the score reads, on every device.
     block: (params, images split over the devices, captions) -> scores [devices * rows, columns].
-    listed: (params, images split, captions, rows, columns split) -> scores of the pairs (rows[i], columns[i]) of each
-      device's images; rows and columns [devices * pairs].
-    tile: images, and captions, of a block. buckets: lengths that captions are cut to, ascending; (): none.
+    XX    tile: images, and captions, of a block. buckets: lengths that captions are cut to, ascending; (): none.
     """
 
     params: Any
@@ -71,8 +69,11 @@ class PairScorer:
         return tiling.put_whole(texts)
 
 
-LISTED_AT_ONCE = 64
-"""Pairs of a list that a device scores at once."""
+GROUP = 8
+"""Captions of a list that an image meets at a time: so much of the list is padding, so large are the products."""
+
+LISTED_AT_ONCE = 4
+"""Such groups that a device scores at once."""
 
 
 def make_programs(model: RetrievalModel, mesh: Mesh) -> tuple[Mapped, Mapped]:
@@ -84,11 +85,12 @@ def make_programs(model: RetrievalModel, mesh: Mesh) -> tuple[Mapped, Mapped]:
     def listed(params: Any, images: Embedding, texts: Embedding, rows: Array, columns: Array) -> Array:
         score = scorer(model, params)
 
-        def one(pair: tuple[Array, Array]) -> Array:
-            image, text = (
-                jax.tree.map(lambda a, i=i: a[i][None], items) for items, i in zip((images, texts), pair, strict=True)
+        def one(group: tuple[Array, Array]) -> Array:
+            image, texts_of = (
+                jax.tree.map(lambda a, i=i: a[i], items)
+                for items, i in zip((images, texts), (group[0][None], group[1]), strict=True)
             )
-            return score(image, text)[0, 0]
+            return score(image, texts_of)[0]
 
         return jax.lax.map(one, (rows, columns), batch_size=min(LISTED_AT_ONCE, rows.shape[0]))
 
@@ -150,59 +152,6 @@ def score_matrix(images: Embedding, texts: Embedding, scorer: PairScorer, folder
             progress.update(done, clock)
     progress.close()
     return scores
-
-
-def listed_scores(
-    images: Embedding, texts: Embedding, rows: np.ndarray, columns: np.ndarray, scorer: PairScorer
-) -> np.ndarray:
-    """Scores [p] float32 of the pairs (image rows[i], caption columns[i]), each computed by itself, block by block."""
-    tiling = scorer.tiling(images, texts)
-    place = np.empty(len(tiling.order), np.int64)
-    place[tiling.order] = np.arange(len(tiling.order))
-    devices, per_round = tiling.mesh.size, tiling.rows * tiling.mesh.size
-    tile, round_ = place[columns] // tiling.columns, rows // per_round
-    # Pairs of one block side by side, in it those of one device.
-    key = (tile * tiling.rounds + round_) * devices + rows % per_round // tiling.rows
-    order = np.argsort(key, kind="stable")
-    starts = np.searchsorted(key[order], np.arange(tiling.caption_tiles * tiling.rounds * devices + 1))
-    counts = np.diff(starts).reshape(-1, devices)
-    size = _chunk(counts)
-    scores = np.empty(len(rows), np.float32)
-
-    def dispatched() -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
-        texts_of, placed = -1, None
-        for block in np.flatnonzero(counts.max(axis=1)):
-            tile, round_ = divmod(int(block), tiling.rounds)
-            if tile != texts_of:
-                texts_of, placed = tile, scorer.put_texts(tiling, tiling.captions(tile)[0])
-            here = tiling.put_images(tiling.image_rows(round_)[0])
-            for start in range(0, int(counts[block].max()), size):
-                first = starts[block * devices : (block + 1) * devices] + start
-                index = first[:, None] + np.arange(size)
-                real = index < starts[block * devices + 1 : (block + 1) * devices + 1][:, None]
-                pairs = order[np.where(real, index, 0)]
-                local = np.where(real, rows[pairs] % tiling.rows, 0).reshape(-1)
-                column = np.where(real, place[columns[pairs]] % tiling.columns, 0).reshape(-1)
-                lists = tiling.put_split((local.astype(np.int32), column.astype(np.int32)))
-                yield pairs.reshape(-1), real.reshape(-1), scorer.listed(scorer.params, here, placed, *lists)
-
-    clock = Clock()
-    progress = Progress(len(rows), what="pair", unit="pairs")
-    done = 0
-    with clock:
-        for pairs, real, found in one_behind(dispatched()):
-            scores[pairs[real]] = np.asarray(found, np.float32)[real]
-            done += int(real.sum())
-            clock.tick(int(real.sum()))
-            progress.update(done, clock)
-    progress.close()
-    return scores
-
-
-def _chunk(counts: np.ndarray) -> int:
-    """Pairs of a list: enough for most blocks at once, a multiple of what a device scores at once."""
-    typical = int(np.median(counts[counts > 0])) if counts.any() else 1
-    return -(-max(typical, 1) // LISTED_AT_ONCE) * LISTED_AT_ONCE
 
 
 def ranks_of(scores: np.ndarray, owner: np.ndarray, tile: int, mesh: Mesh) -> Ranks:

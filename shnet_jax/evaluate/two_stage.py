@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from shnet_jax.evaluate.blocks import PairScorer, listed_scores
+from shnet_jax.evaluate.blocks import PairScorer
+from shnet_jax.evaluate.lists import listed_scores
 from shnet_jax.evaluate.nearest import top_k
 from shnet_jax.evaluate.rank import Ranks, ranks
 from shnet_jax.models.contract import RetrievalModel

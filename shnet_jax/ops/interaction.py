@@ -124,19 +124,29 @@ def _attend(own: _Items, other: _Items, positive: Array, sharpness: float, how: 
     logits = sharpness * l2norm(positive, axis=2)  # each element of `other` shares its attention among `own`'s
     weights = _shares(logits, other.mask[:, None, None, :])
     seen = einsum("tnkl,tlc->tnkc", weights, other.elements[..., : 2 * d], how.dtype)  # [U, B U]
-    context, refined = seen[..., :d], own.elements[None, ..., :d]
+    context = seen[..., :d]
+    refined = jnp.broadcast_to(own.elements[None, ..., :d], context.shape)
     if how.refine:
         refined = refined + jax.nn.sigmoid(own.elements[None, ..., 2 * d :] + seen[..., d:]) * context
+    # The pairs side by side: sums over arrays with an axis of 1, for one item on a side, are slow on a CPU.
+    t, n = weights.shape[:2]
+    context, refined = _pairs(context), _pairs(refined)
+    mask = _pairs(jnp.broadcast_to(own.mask, (t, *own.mask.shape)))
     score = jnp.zeros((), jnp.float32)
     if how.local:
-        aligned = jnp.where(own.mask, cosine(refined, context), 0.0)
-        count = jnp.maximum(jnp.sum(own.mask, axis=1), 1)
-        score = score + how.local / len(how.attend) * jnp.sum(aligned, axis=2) / count
+        aligned = jnp.where(mask, cosine(refined, context), 0.0)
+        count = jnp.maximum(jnp.sum(mask, axis=1), 1)
+        score = score + how.local / len(how.attend) * jnp.sum(aligned, axis=1) / count
     if how.cross:
-        whole = other.vector[:, None, None, :]
-        shares = _shares(how.cross_sharpness * cosine(refined, whole), own.mask)
-        score = score + how.cross * cosine(jnp.sum(shares[..., None] * refined, axis=2), whole[:, :, 0])
-    return score
+        whole = _pairs(jnp.broadcast_to(other.vector[:, None, None, :], (t, n, 1, d)))
+        shares = _shares(how.cross_sharpness * cosine(refined, whole), mask)
+        score = score + how.cross * cosine(jnp.sum(shares[..., None] * refined, axis=1), whole[:, 0])
+    return score.reshape(t, n)
+
+
+def _pairs(x: Array) -> Array:
+    """[t, n, ...] -> [t * n, ...]."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _shares(logits: Array, mask: Array) -> Array:

@@ -10,7 +10,6 @@ import pytest
 
 from shnet_jax.evaluate import blocks
 from shnet_jax.evaluate.blocks import (
-    listed_scores,
     make_programs,
     open_folder,
     pair_scorer,
@@ -18,6 +17,7 @@ from shnet_jax.evaluate.blocks import (
     remove_folder,
     score_matrix,
 )
+from shnet_jax.evaluate.lists import listed_scores
 from shnet_jax.evaluate.rank import ranks
 from shnet_jax.evaluate.two_stage import two_stage_ranks
 from shnet_jax.models.contract import RetrievalModel, scorer

@@ -1,0 +1,97 @@
+"""Scores of some pairs of a gallery only, such as the candidates of two-stage ranking; see `blocks` for all of them.
+
+An image meets its captions in groups of GROUP: alone, a pair's products are small, and its arrays have axes of 1, whose
+sums are slow on a CPU. The last group of an image is filled up with captions that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from shnet_jax.evaluate.blocks import GROUP, LISTED_AT_ONCE, PairScorer
+from shnet_jax.evaluate.tiles import Tiling, one_behind
+from shnet_jax.observe.clock import Clock
+from shnet_jax.observe.progress import Progress
+from shnet_jax.types import Embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Pairs of a list, the image of each group being one, groups of a block side by side, in it those of one device.
+
+    pairs: [g, GROUP] number of each pair in the list, -1 for padding.
+    starts: [blocks * devices + 1] first group of each device in each block; block tile * rounds + round.
+    """
+
+    pairs: np.ndarray
+    starts: np.ndarray
+
+
+def listed_scores(
+    images: Embedding, texts: Embedding, rows: np.ndarray, columns: np.ndarray, scorer: PairScorer
+) -> np.ndarray:
+    """Scores [p] float32 of the pairs (image rows[i], caption columns[i]), block by block."""
+    tiling = scorer.tiling(images, texts)
+    place = np.empty(len(tiling.order), np.int64)
+    place[tiling.order] = np.arange(len(tiling.order))
+    groups = _grouped(tiling, rows, place[columns] // tiling.columns)
+    devices = tiling.mesh.size
+    counts = np.diff(groups.starts).reshape(-1, devices)
+    size = _chunk(counts)
+    scores = np.empty(len(rows), np.float32)
+
+    def dispatched() -> Iterator[tuple[np.ndarray, Any]]:
+        texts_of, placed = -1, None
+        for block in np.flatnonzero(counts.max(axis=1)):
+            tile, round_ = divmod(int(block), tiling.rounds)
+            if tile != texts_of:
+                texts_of, placed = tile, scorer.put_texts(tiling, tiling.captions(tile)[0])
+            here = tiling.put_images(tiling.image_rows(round_)[0])
+            first, last = (groups.starts[block * devices + i : (block + 1) * devices + i, None] for i in (0, 1))
+            for start in range(0, int(counts[block].max()), size):
+                index = first + start + np.arange(size)
+                pairs = np.where((index < last)[..., None], groups.pairs[np.minimum(index, len(groups.pairs) - 1)], -1)
+                pairs = pairs.reshape(-1, GROUP)
+                local = np.where(pairs[:, 0] >= 0, rows[pairs[:, 0]] % tiling.rows, 0)
+                column = np.where(pairs >= 0, place[columns[pairs]] % tiling.columns, 0)
+                lists = tiling.put_split((local.astype(np.int32), column.astype(np.int32)))
+                yield pairs, scorer.listed(scorer.params, here, placed, *lists)
+
+    clock = Clock()
+    progress = Progress(len(rows), what="pair", unit="pairs")
+    done = 0
+    with clock:
+        for pairs, found in one_behind(dispatched()):
+            real = pairs >= 0
+            scores[pairs[real]] = np.asarray(found, np.float32)[real]
+            done += int(real.sum())
+            clock.tick(int(real.sum()))
+            progress.update(done, clock)
+    progress.close()
+    return scores
+
+
+def _grouped(tiling: Tiling, rows: np.ndarray, tiles: np.ndarray) -> Groups:
+    """rows, tiles: [p] image and tile of captions of each pair."""
+    devices = tiling.mesh.size
+    round_, within = np.divmod(rows, tiling.rows * devices)
+    owner = (tiles * tiling.rounds + round_) * devices + within // tiling.rows
+    image = owner * tiling.rows + rows % tiling.rows  # in the order of the owners
+    order = np.argsort(image, kind="stable")
+    image = image[order]
+    position = np.arange(len(order)) - np.searchsorted(image, image)  # of a pair among those of its image
+    opens = position % GROUP == 0
+    pairs = np.full((int(opens.sum()), GROUP), -1)
+    pairs[np.cumsum(opens) - 1, position % GROUP] = order
+    every = np.arange(tiling.caption_tiles * tiling.rounds * devices + 1)
+    return Groups(pairs, np.searchsorted(image[opens] // tiling.rows, every))
+
+
+def _chunk(counts: np.ndarray) -> int:
+    """Groups of a list: enough for most blocks at once, a multiple of what a device scores at once."""
+    typical = int(np.median(counts[counts > 0])) if counts.any() else 1
+    return -(-max(typical, 1) // LISTED_AT_ONCE) * LISTED_AT_ONCE
