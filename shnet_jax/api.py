@@ -14,6 +14,7 @@ from shnet_jax import commands
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.data.records import DataSet
 from shnet_jax.evaluate.blocks import digest
+from shnet_jax.evaluate.two_stage import candidates
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.folder import SOURCE, Embeddings, make_ids, open_embeddings
 from shnet_jax.retrieve.query import Answer, Searcher, encode_parts, encode_texts, place_towers
@@ -57,7 +58,7 @@ class Retriever:
 
     def __init__(self, loaded: commands.Loaded, config: ConfigDict):
         self.loaded, self.config = loaded, config
-        self._mesh = make_mesh(config.parallel.devices)
+        self._mesh, self._candidates = make_mesh(config.parallel.devices), candidates(config.eval)
         self._galleries: dict[str, Embeddings] = {}
 
     @property
@@ -130,8 +131,8 @@ class Retriever:
             ids = make_ids(self.dataset, split)
             images, texts = self.encode_images(split), self.encode_texts(ids.captions)
             self._galleries[split] = Embeddings(Path(), {"split": split}, ids, images, texts)
-        tile = self.config.eval.tile
-        return Searcher(self._galleries[split], self.loaded.score, ConfigDict({"index": "exact"}), tile, self._mesh)
+        how = ConfigDict({"index": "exact"}), self.config.eval.tile, self._mesh, self._candidates
+        return Searcher(self._galleries[split], self.loaded.score, *how)
 
 
 def _parts(fields: Mapping[str, np.ndarray], count: int, rows: int) -> Any:

@@ -13,6 +13,7 @@ from shnet_jax.commands import Loaded, load
 from shnet_jax.data.checksums import CHECKSUMS, sha256
 from shnet_jax.evaluate.blocks import digest
 from shnet_jax.evaluate.split import subject
+from shnet_jax.evaluate.two_stage import candidates
 from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.writer import FILE as METRICS
 from shnet_jax.observe.writer import read_metrics
@@ -75,16 +76,17 @@ def search(
     if top_k < 1:
         raise ValueError(f"--top_k is {top_k}; it must be at least 1")
     mesh, loaded = _mesh(config), load(workdir, config)
-    check_index(config.search.index, loaded.score)
+    again = candidates(config.eval)
+    check_index(config.search.index, loaded.score, again)
     embeddings = embeddings_of(loaded, config, workdir, mesh)
-    searcher = Searcher(embeddings, loaded.score, config.search, config.eval.tile, mesh)
+    searcher = Searcher(embeddings, loaded.score, config.search, config.eval.tile, mesh, again)
     answers = []
     if queries:
         _, text = place_towers(loaded.experiment, loaded.variables, mesh)
         answers += searcher.images_by_text(queries, encode_texts(loaded.experiment, text, queries), top_k)
     if image_id:
         answers += searcher.by_image([image_id], top_k)
-    write_json(workdir / RESULTS, document(answers, searcher.embeddings.source, config.search.index, searcher.known))
+    write_json(workdir / RESULTS, document(answers, searcher))
     print(tables(answers), end="")
     for side, known in searcher.known.items():
         print(

@@ -25,6 +25,7 @@ from shnet_jax.evaluate.pipelined import (
 )
 from shnet_jax.evaluate.screen import check_score_dtype
 from shnet_jax.evaluate.stages import Stages
+from shnet_jax.evaluate.two_stage import candidates
 from shnet_jax.experiment import Experiment
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.hosts import own_rows
@@ -42,12 +43,7 @@ def check(model: RetrievalModel, config: ConfigDict | FrozenConfigDict, mesh: Me
     check_score_dtype(model.score, evaluation.score_dtype)
     if evaluation.batch_size < 1:
         raise ValueError(f"config.eval.batch_size is {evaluation.batch_size}; it must be at least 1")
-    if evaluation.two_stage < 0:
-        raise ValueError(f"config.eval.two_stage is {evaluation.two_stage}; it is a number of candidates, or 0")
-    if not (evaluation.exact or evaluation.two_stage):
-        raise ValueError(
-            "config.eval.exact is False, which needs config.eval.two_stage candidates: nothing else is ranked"
-        )
+    candidates(evaluation)
     if evaluation.overlap and jax.process_count() > 1:
         raise ValueError("config.eval.overlap needs both towers' devices in one process; switch it off for several")
     if jax.process_count() > 1 and config.parallel.mapping == "pmap":

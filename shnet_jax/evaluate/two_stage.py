@@ -7,13 +7,57 @@ exact ranking; the items behind the candidates keep the order of the global vect
 from __future__ import annotations
 
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.evaluate.blocks import PairScorer
 from shnet_jax.evaluate.lists import listed_scores
-from shnet_jax.evaluate.nearest import top_k
+from shnet_jax.evaluate.nearest import Found, top_k
 from shnet_jax.evaluate.rank import Ranks, ranks
+from shnet_jax.evaluate.tiles import take
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.types import Embedding
+from shnet_jax.types import Embedding, Score
+
+
+def candidates(evaluation: ConfigDict | FrozenConfigDict) -> int:
+    """How many candidates a query has where config.eval ranks in two stages and in no other way; 0: all are scored.
+
+    Raises ValueError for numbers below 0, and where nothing would be ranked.
+    """
+    if evaluation.two_stage < 0:
+        raise ValueError(f"config.eval.two_stage is {evaluation.two_stage}; it is a number of candidates, or 0")
+    if not (evaluation.exact or evaluation.two_stage):
+        raise ValueError(
+            "config.eval.exact is False, which needs config.eval.two_stage candidates: nothing else is ranked"
+        )
+    return 0 if evaluation.exact else evaluation.two_stage
+
+
+def best_candidates(
+    queries: Embedding, gallery: Embedding, found: np.ndarray, k: int, score: Score, tile: int, mesh: Mesh
+) -> Found:
+    """The k best of each query's candidates by the score; -1 and -inf behind the last one.
+
+    found: [q, c] rows of the gallery, -1 for none. The other arguments, order and errors are those of `nearest.top_k`.
+    """
+    k = min(k, found.shape[1])
+    index, values = np.full((len(found), k), -1, np.int64), np.full((len(found), k), -np.inf, np.float32)
+    for query, own in enumerate(found):
+        rows = np.sort(own[own >= 0])  # equal scores rank by the smaller row
+        if len(rows):
+            best = top_k(take(queries, np.array([query])), take(gallery, rows), k, score, tile, mesh)
+            places = best.index.shape[1]
+            index[query, :places], values[query, :places] = rows[best.index[0]], best.score[0]
+    return Found(index, values)
+
+
+def two_stage_top_k(
+    queries: Embedding, gallery: Embedding, k: int, count: int, score: Score, tile: int, mesh: Mesh
+) -> Found:
+    """`nearest.top_k` among the `count` candidates of each query, or k where that is more, which its vector finds."""
+    vectors = Embedding(queries.vector), Embedding(gallery.vector)
+    found = top_k(*vectors, max(k, count), RetrievalModel.score, tile, mesh).index
+    return best_candidates(queries, gallery, found, k, score, tile, mesh)
 
 
 def two_stage_ranks(

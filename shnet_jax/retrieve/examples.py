@@ -14,10 +14,12 @@ from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k, turned
 from shnet_jax.evaluate.protocols import Subject
 from shnet_jax.evaluate.split import embedded_split, evaluate_embedded, make_rankings
 from shnet_jax.evaluate.tiles import take
+from shnet_jax.evaluate.two_stage import candidates, two_stage_top_k
 from shnet_jax.experiment import Experiment
 from shnet_jax.retrieve.folder import Embeddings
 from shnet_jax.retrieve.highlight import highlights
 from shnet_jax.retrieve.page import Contents, Shown
+from shnet_jax.types import Embedding, Score
 
 
 def collect(
@@ -30,7 +32,7 @@ def collect(
 ) -> Contents:
     """Ranks the gallery and chooses what is shown of it, by config.page; the same whenever it is asked for.
 
-    In two stages where config.eval.exact is False; the examples are then found by the score all the same.
+    In two stages where config.eval.exact is False.
 
     Raises ValueError for a number of config.page below 0 (page.results: below 1).
     """
@@ -56,12 +58,18 @@ def collect(
 
     captions_first = score if is_dot_product(score) else turned(score)
 
+    count = 0 if is_dot_product(score) else candidates(config.eval)
+
+    def search(queries: Embedding, items: Embedding, score: Score) -> Found:
+        if count:
+            return two_stage_top_k(queries, items, shown.results, count, score, tile, mesh)
+        return top_k(queries, items, shown.results, score, tile, mesh)
+
     def by_caption(rows: np.ndarray) -> list[Shown]:
-        best = top_k(take(texts, rows), images, shown.results, score, tile, mesh)
-        return _shown(rows, found.t2i, owner[rows], best)
+        return _shown(rows, found.t2i, owner[rows], search(take(texts, rows), images, score))
 
     def by_image(rows: np.ndarray) -> list[Shown]:
-        best = top_k(take(images, rows), texts, shown.results, captions_first, tile, mesh)
+        best = search(take(images, rows), texts, captions_first)
         return _shown(rows, found.i2t, np.array([own_best(int(row)) for row in rows], np.int64), best)
 
     def own_best(row: int) -> int:

@@ -1,7 +1,7 @@
 """Nearest-neighbour indexes of embeddings: FAISS files and Milvus collections, beside the exact search.
 
-An index stands in for the default score, the dot product of unit vectors, and for no other. When it is built, its
-recall against the exact search is measured with queries of the other side and kept beside it.
+An index stands in for the default score, the dot product of unit vectors; for any other it finds candidates only. When
+it is built, its recall against the exact search is measured with queries of the other side and kept beside it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ KINDS = ("exact", "faiss", "milvus")
 SAMPLE, DEPTH = 256, 10  # queries whose first DEPTH results are compared with the exact ones
 
 
-def check_index(kind: str, score: Score) -> None:
-    """Raises ValueError for an unknown kind, or an approximate one for a score that is no dot product."""
+def check_index(kind: str, score: Score, candidates: int = 0) -> None:
+    """Raises ValueError for an unknown kind, or an approximate one for a score that is no dot product.
+
+    candidates: that the score re-ranks, which any index may find; 0: what is found is the result.
+    """
     if kind not in KINDS:
         raise ValueError(f"config.search.index is {kind!r}; choose from {', '.join(KINDS)}")
-    if kind != "exact" and not is_dot_product(score):
+    if kind != "exact" and not candidates and not is_dot_product(score):
         name = getattr(score, "__qualname__", repr(score))
         raise ValueError(
             f"config.search.index is {kind!r}, an index of dot products; this model scores pairs in a way of its own "
-            f"({name}): set it to 'exact'"
+            f"({name}): set it to 'exact', or let it find candidates that the score re-ranks, "
+            "--config.eval.two_stage=128 --config.eval.exact=False"
         )
 
 

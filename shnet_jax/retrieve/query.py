@@ -20,6 +20,7 @@ from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k, turned
 from shnet_jax.evaluate.report import Table
 from shnet_jax.evaluate.tiles import take
 from shnet_jax.evaluate.towers import Tower, make_towers
+from shnet_jax.evaluate.two_stage import best_candidates, two_stage_top_k
 from shnet_jax.experiment import Experiment
 from shnet_jax.retrieve.folder import Embeddings
 from shnet_jax.retrieve.indexes import check_index, open_index, rescored
@@ -55,13 +56,23 @@ class Searcher:
     """A gallery that is searched: exactly, or by the index of config.search.index.
 
     score: of the model; search, tile: config.search and config.eval.tile; mesh: devices.
+    candidates: of a query, which the vectors find and a score that is more than their product re-ranks; 0: the score
+      sees the whole gallery.
     """
 
-    def __init__(self, embeddings: Embeddings, score: Score, search: ConfigDict, tile: int, mesh: Mesh):
-        check_index(search.index, score)
+    def __init__(
+        self, embeddings: Embeddings, score: Score, search: ConfigDict, tile: int, mesh: Mesh, candidates: int = 0
+    ):
+        check_index(search.index, score, candidates)
+        self._candidates = 0 if is_dot_product(score) else candidates
         self.embeddings, self._score, self._search, self._tile, self._mesh = embeddings, score, search, tile, mesh
         self._indexes: dict[str, Any] = {}
         self.known: dict[str, dict] = {}  # what is known of each index that was used, by side
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How results were found, as JSON values. candidates: that the score re-ranked, 0 for no second stage."""
+        return {"kind": self._search.index, "sides": self.known, "candidates": self._candidates}
 
     def images_by_text(self, queries: Sequence[str], texts: Embedding, k: int) -> list[Answer]:
         """The images that fit each sentence best. texts: the sentences, encoded."""
@@ -96,14 +107,20 @@ class Searcher:
 
     def _find(self, side: str, queries: Embedding, k: int, score: Score) -> Found:
         gallery = getattr(self.embeddings, side)
+        how = score, self._tile, self._mesh
+        if self._search.index == "exact" and self._candidates:
+            return two_stage_top_k(queries, gallery, k, self._candidates, *how)
         if self._search.index == "exact":
-            return top_k(queries, gallery, k, score, self._tile, self._mesh)
+            return top_k(queries, gallery, k, *how)
         if side not in self._indexes:
             self._indexes[side], self.known[side] = open_index(
                 self._search, self.embeddings, side, self._tile, self._mesh
             )
         vectors = np.asarray(queries.vector, np.float32)
-        return rescored(self._indexes[side].search(vectors, min(k, len(gallery.vector))), vectors, gallery.vector)
+        found = self._indexes[side].search(vectors, min(max(k, self._candidates), len(gallery.vector)))
+        if self._candidates:
+            return best_candidates(queries, gallery, found.index, k, *how)
+        return rescored(found, vectors, gallery.vector)
 
     def _images(self, found: Found, query: int, without: int = -1) -> tuple[Hit, ...]:
         ids = self.embeddings.ids
@@ -164,12 +181,12 @@ def read_queries(query: str, query_file: str) -> list[str]:
     return found
 
 
-def document(answers: Sequence[Answer], source: dict, index: str, known: dict[str, dict]) -> dict[str, Any]:
+def document(answers: Sequence[Answer], searcher: Searcher) -> dict[str, Any]:
     """The results as JSON values: {"format", "gallery", "index", "results": [{"query", "kind", "target", "hits"}]}."""
     results = [
         {"query": a.query, "kind": a.kind, "target": a.target, "hits": [_hit(hit) for hit in a.hits]} for a in answers
     ]
-    return {"format": FORMAT, "gallery": source, "index": {"kind": index, "sides": known}, "results": results}
+    return {"format": FORMAT, "gallery": searcher.embeddings.source, "index": searcher.about, "results": results}
 
 
 def _hit(hit: Hit) -> dict[str, Any]:

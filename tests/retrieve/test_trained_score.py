@@ -68,6 +68,58 @@ def test_from_python(loaded, config, scores):
     assert [hit.caption for hit in by_image.hits] == [captions[i] for i in best(scores[6], 3)]
 
 
+def staged(scores, vectors, k, shown):
+    """Ranking of each query [q, n]: k candidates by the vectors, of them the best `shown` by the score."""
+    found = np.sort(best(vectors, k), axis=1)
+    return np.take_along_axis(found, best(np.take_along_axis(scores, found, 1), shown), 1)
+
+
+def test_two_stages(loaded, config, scores):
+    whole = tiny.config(
+        model__name="tests.train.test_score_params", eval__tile=4, eval__two_stage=50, eval__exact=False
+    )
+    few = whole.copy_and_resolve_references()
+    few.eval.two_stage = 4
+    exact, everything, model = (Retriever(loaded, c) for c in (config, whole, few))
+    ids = model.dataset.image_ids("test")
+    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    for one, other in zip(everything.search(captions[:5], top_k=7), exact.search(captions[:5], top_k=7), strict=True):
+        assert [hit.image_id for hit in one.hits] == [hit.image_id for hit in other.hits]
+    (one,), (other,) = (m.search_by_image(ids[2]) for m in (everything, exact))
+    assert [hit.caption_id for hit in one.hits] == [hit.caption_id for hit in other.hits]
+
+    products = model.encode_images("test").vector @ model.encode_texts(captions).vector.T
+    expected = staged(scores.T, products.T, 4, 3)
+    assert (expected != best(scores.T, 3)).any(), "the candidates hold all that matters"
+    found = model.search(captions, top_k=3)
+    assert [[hit.image_id for hit in answer.hits] for answer in found] == ids[expected].tolist()
+    np.testing.assert_allclose(found[7].hits[1].score, scores[expected[7, 1], 7], atol=1e-5)
+    found = [[hit.caption for hit in answer.hits] for answer in model.search_by_image(ids, top_k=3)]
+    assert found == [[captions[i] for i in row] for row in staged(scores, products, 4, 3)]
+    # More are asked for than there are candidates: as many candidates.
+    found = model.search(captions[:9], top_k=6)
+    expected = staged(scores.T[:9], products.T[:9], 6, 6)
+    assert [[hit.image_id for hit in answer.hits] for answer in found] == ids[expected].tolist()
+
+
+def test_candidates_of_an_index(loaded, scores, tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    few = tiny.config(model__name="tests.train.test_score_params", eval__tile=4, eval__two_stage=4, eval__exact=False)
+    model = Retriever(loaded, few)
+    ids = model.dataset.image_ids("test")
+    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    products = model.encode_images("test").vector @ model.encode_texts(captions).vector.T
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(search_modes, "load", lambda workdir, config: loaded)
+    few.search.index, few.search.faiss = "faiss", "Flat"
+    search_modes.search(few, tmp_path, captions[3], top_k=3)
+    written = json.loads((tmp_path / "search.json").read_text("utf-8"))
+    assert [hit["image_id"] for hit in written["results"][0]["hits"]] == ids[
+        staged(scores.T, products.T, 4, 3)[3]
+    ].tolist()
+    assert written["index"]["candidates"] == 4 and written["index"]["sides"]["images"]["kind"] == "faiss"
+
+
 def test_by_the_command(loaded, config, scores, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(search_modes, "load", lambda workdir, config: loaded)
