@@ -81,7 +81,7 @@ def contenders(sizes: Sizes) -> tuple[dict[str, Callable[[], Any]], dict[str, in
     calls["exact"] = lambda: ranks_of(score_matrix(images, texts, scorer), owner, 512, mesh)
     calls["two stages"] = lambda: two_stage_ranks(images, texts, owner, sizes.candidates, scorer)
     everything = sizes.images * sizes.captions
-    listed = two_stage_ranks(images, texts, owner, sizes.candidates, scorer)[1]
+    listed = two_stage_ranks(images, texts, owner, sizes.candidates, scorer).pairs
     return calls, {name: listed if name == "two stages" else everything for name in calls}
 
 

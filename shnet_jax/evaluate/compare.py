@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,17 @@ from ml_collections import FrozenConfigDict
 
 from shnet_jax.data.batches import token_buckets
 from shnet_jax.evaluate.blocks import PairScorer, make_programs, pair_scorer, ranks_of, score_matrix
+from shnet_jax.evaluate.nearest import Found
+from shnet_jax.evaluate.person import search_persons
 from shnet_jax.evaluate.protocols import Ranker, Results
 from shnet_jax.evaluate.rank import Ranks, ranks
-from shnet_jax.evaluate.report import ARROWS, Table
-from shnet_jax.evaluate.two_stage import two_stage_ranks
+from shnet_jax.evaluate.report import ARROWS, PERSON, Table, heading
+from shnet_jax.evaluate.two_stage import caption_candidates, two_stage_ranks
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.types import Embedding
+
+PersonSearch = Callable[[Embedding, Embedding, np.ndarray, np.ndarray], np.ndarray]
+"""(images, captions, person in each image, person of each caption) -> what `person.search_persons` gives."""
 
 
 @dataclasses.dataclass
@@ -35,13 +40,14 @@ class Way:
     """A way to rank a gallery.
 
     ranking: what the protocol card says of it, "": the usual, every pair by the model's score. effort: that of the last
-    gallery.
+    gallery. persons: the person search of such a ranking; None: by the score.
     """
 
     name: str
     ranker: Ranker
     effort: Effort
     ranking: str = ""
+    persons: PersonSearch | None = None
 
     @property
     def exact(self) -> bool:
@@ -81,11 +87,22 @@ class Rankings:
         """The candidates of the global vectors, re-ranked; see `two_stage`."""
         k, scorer = self._config.eval.two_stage, self._scorer(variables)
 
+        last: dict[tuple[int, int], Found] = {}  # candidates of the last gallery, by its size: scored once
+
         def ranker(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> tuple[Ranks, int]:
-            return two_stage_ranks(images, texts, owner, k, scorer)
+            found = two_stage_ranks(images, texts, owner, k, scorer)
+            last.clear()
+            last[len(images.vector), len(texts.vector)] = found.first
+            return found.ranks, found.pairs
+
+        def persons(images: Embedding, texts: Embedding, own: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+            first = last.get((len(images.vector), len(texts.vector)))
+            if first is None:  # the last one was a fold
+                first = caption_candidates(images, texts, k, scorer)
+            return self._persons(images, texts, own, theirs, first)
 
         said = f"two stages: {k} candidates of each query by global vectors, re-ranked by the score; then as exact"
-        return _timed(f"two-stage {k}", ranker, said)
+        return _timed(f"two-stage {k}", ranker, said, persons)
 
     def vectors(self) -> Way:
         """The global vectors alone."""
@@ -94,7 +111,14 @@ class Rankings:
             vectors = Embedding(images.vector), Embedding(texts.vector)
             return ranks(*vectors, owner, RetrievalModel.score, self._config.eval.tile, self._mesh), 0
 
-        return _timed("global vectors", ranker, "by the product of global vectors alone")
+        return _timed("global vectors", ranker, "by the product of global vectors alone", self._persons)
+
+    def _persons(
+        self, images: Embedding, texts: Embedding, own: np.ndarray, theirs: np.ndarray, first: Found | None = None
+    ) -> np.ndarray:
+        vectors = Embedding(images.vector), Embedding(texts.vector)
+        tile = self._config.eval.tile
+        return search_persons(*vectors, own, theirs, RetrievalModel.score, tile, self._mesh, first)
 
     def _scorer(self, variables: Mapping[str, Any]) -> PairScorer:
         config = self._config
@@ -102,7 +126,7 @@ class Rankings:
         return pair_scorer(self._model, self._programs, variables["params"], self._mesh, config.eval.tile, buckets)
 
 
-def _timed(name: str, ranker: Any, ranking: str = "") -> Way:
+def _timed(name: str, ranker: Any, ranking: str = "", persons: PersonSearch | None = None) -> Way:
     """The way of a ranker; one that does not say how many pairs it scored, scored all."""
     effort = Effort()
 
@@ -116,7 +140,7 @@ def _timed(name: str, ranker: Any, ranking: str = "") -> Way:
         effort.pairs += pairs
         return ranked
 
-    return Way(name, timed, effort, ranking)
+    return Way(name, timed, effort, ranking, persons)
 
 
 def with_effort(results: Results, way: Way) -> Results:
@@ -129,14 +153,14 @@ def with_effort(results: Results, way: Way) -> Results:
 def comparison_table(arms: Mapping[str, Results]) -> Table:
     """Recalls of each way of ranking, pairs scored, seconds; speed-up against the last one."""
     arms = {name: arm for name, arm in arms.items() if "pairs_scored" in arm.card}
-    columns = [f"{d}_r{k}" for d in ARROWS for k in (1, 5, 10)]
-    headings = [f"{ARROWS[c[:3]]} R@{c[5:]}" for c in columns]
+    columns = [*(f"{d}_r{k}" for d in ARROWS for k in (1, 5, 10)), "rsum"]
+    columns += [name for name in PERSON if all(name in arm.metrics for arm in arms.values())]
     last = [*arms.values()][-1].card
     rows = []
     for name, arm in arms.items():
         pairs, seconds = int(arm.card["pairs_scored"]), float(arm.card["ranking_seconds"])
         speed = f"{float(last['ranking_seconds']) / seconds:.1f}" if seconds else ""
-        recalls = [f"{arm.metrics[c]:.1f}" for c in (*columns, "rsum")]
+        recalls = [f"{arm.metrics[c]:.1f}" for c in columns]
         rows.append([name, *recalls, f"{pairs:,}", f"{seconds:.1f}", speed])
-    heading = ["ranking", *headings, "rSum", "pairs scored", "seconds", "speed-up"]
-    return Table("Exact ranking and ranking in two stages", heading, rows)
+    headings = ["ranking", *map(heading, columns), "pairs scored", "seconds", "speed-up"]
+    return Table("Exact ranking and ranking in two stages", headings, rows)

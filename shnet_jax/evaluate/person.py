@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from shnet_jax.evaluate.nearest import Found
 from shnet_jax.evaluate.recall import CUTS, Metrics
 from shnet_jax.evaluate.tiles import Items, ItemScore, make_tiling, one_behind, programs, size
 from shnet_jax.parallel import hosts
@@ -31,6 +32,7 @@ def search_persons(
     score: ItemScore,
     tile: int = 512,
     mesh: Mesh | None = None,
+    first: Found | None = None,
 ) -> np.ndarray:
     """What each caption gives to the numbers NAMES, [t, 5] float64, 0..1; the number is their mean over all captions.
 
@@ -46,6 +48,7 @@ def search_persons(
     Args:
       images, texts, score, tile, mesh: as for `rank.ranks`.
       image_person, caption_person: [n] and [t] integers, equal ones are the same person.
+      first: images of each caption that come before all others, by their scores here, as in two stages.
 
     Raises:
       ValueError: a caption of a person without image, NaN among the scores, persons that are not as many as items.
@@ -66,8 +69,8 @@ def search_persons(
     for columns, scores in _tiles(images, texts, score, tile, mesh or data_mesh(jax.devices()[:1])):
         for start in range(0, len(columns), SLICE):
             rows = columns[start : start + SLICE]
-            relevant = _relevant(scores[:, start : start + SLICE], image_person, caption_person[rows])
-            found[rows] = _of_rankings(relevant)
+            order = _order(scores[:, start : start + SLICE], first and Found(first.index[rows], first.score[rows]))
+            found[rows] = _of_rankings(image_person[order] == caption_person[rows])
     return hosts.add_up(found)
 
 
@@ -101,10 +104,15 @@ def _tiles(
             yield columns[real], scores[:, real]
 
 
-def _relevant(scores: np.ndarray, image_person: np.ndarray, caption_person: np.ndarray) -> np.ndarray:
-    """scores [n, c] -> [n, c] bool, whether the image at each place of each caption's ranking is of its person."""
-    order = np.argsort(-scores, axis=0, kind="stable")
-    return image_person[order] == caption_person
+def _order(scores: np.ndarray, first: Found | None) -> np.ndarray:
+    """scores [n, c] -> [n, c] image at each place of each caption's ranking; first: see `search_persons`, [c, k]."""
+    if first is None:
+        return np.argsort(-scores, axis=0, kind="stable")
+    columns = np.arange(scores.shape[1])[:, None]
+    later, again = np.ones(scores.shape, bool), np.zeros(scores.shape, np.float32)
+    later[first.index, columns], again[first.index, columns] = False, first.score
+    # Of those that come first the old score says nothing.
+    return np.lexsort((-np.where(later, scores, 0.0), -again, later), axis=0)
 
 
 def _of_rankings(relevant: np.ndarray) -> np.ndarray:

@@ -203,10 +203,13 @@ def _ranked(embedded: Embedded, protocol: str, evaluation: ConfigDict | FrozenCo
     )
     results = with_effort(results, way) if way else results
     people = embedded.image_person
-    if people is None or not _by_score(embedded):
+    if people is None:
         return results
     sides = people, people[owner]
-    found = search_persons(*gallery, *sides, embedded.score, evaluation.tile, mesh)
+    if way and way.persons:
+        found = way.persons(*gallery, *sides)
+    else:
+        found = search_persons(*gallery, *sides, embedded.score, evaluation.tile, mesh)
     assert results.queries is not None  # `evaluate` gives them
     return dataclasses.replace(
         results,

@@ -6,6 +6,8 @@ exact ranking; the items behind the candidates keep the order of the global vect
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -60,10 +62,21 @@ def two_stage_top_k(
     return best_candidates(queries, gallery, found, k, score, tile, mesh)
 
 
-def two_stage_ranks(
-    images: Embedding, texts: Embedding, owner: np.ndarray, k: int, scorer: PairScorer
-) -> tuple[Ranks, int]:
-    """Ranks, and how many pairs were scored: a pair that is a candidate in both directions once.
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """A gallery ranked in two stages.
+
+    pairs: how many were scored: a pair that is a candidate in both directions once.
+    first: the candidates of each caption, [t, k], in the order of the vectors, and what they score.
+    """
+
+    ranks: Ranks
+    pairs: int
+    first: Found
+
+
+def two_stage_ranks(images: Embedding, texts: Embedding, owner: np.ndarray, k: int, scorer: PairScorer) -> Staged:
+    """Ranks a gallery.
 
     owner: [t], the image of each caption. Raises ValueError for k below 1, and for NaN among the scores.
     """
@@ -80,16 +93,31 @@ def two_stage_ranks(
     by_image = np.arange(n)[:, None] * t + captions
     by_text = pictures * t + np.arange(t)[:, None]
     pairs = np.unique(np.concatenate([by_image.ravel(), by_text.ravel()]))
-    scores = listed_scores(images, texts, pairs // t, pairs % t, scorer)
-    if nans := int(np.isnan(scores).sum()):
-        raise ValueError(f"{nans} of {len(pairs)} scores of candidates are NaN, so nothing can be ranked")
+    scores = _scores(images, texts, pairs, scorer)
 
     def of(keys: np.ndarray) -> np.ndarray:
         return scores[np.searchsorted(pairs, keys)]
 
     i2t = _reranked(captions, of(by_image), owner[captions] == np.arange(n)[:, None], whole.i2t)
     t2i = _reranked(pictures, of(by_text), pictures == owner[:, None], whole.t2i)
-    return Ranks(i2t, t2i), len(pairs)
+    return Staged(Ranks(i2t, t2i), len(pairs), Found(pictures, of(by_text)))
+
+
+def caption_candidates(images: Embedding, texts: Embedding, k: int, scorer: PairScorer) -> Found:
+    """`Staged.first` alone. Raises ValueError for NaN among the scores."""
+    vectors, t = (Embedding(texts.vector), Embedding(images.vector)), len(texts.vector)
+    found = top_k(*vectors, k, RetrievalModel.score, scorer.tile, scorer.mesh).index
+    scores = _scores(images, texts, (found * t + np.arange(t)[:, None]).ravel(), scorer)
+    return Found(found, scores.reshape(found.shape))
+
+
+def _scores(images: Embedding, texts: Embedding, pairs: np.ndarray, scorer: PairScorer) -> np.ndarray:
+    """Scores [p] of pairs, numbered image * t + caption."""
+    t = len(texts.vector)
+    scores = listed_scores(images, texts, pairs // t, pairs % t, scorer)
+    if nans := int(np.isnan(scores).sum()):
+        raise ValueError(f"{nans} of {len(pairs)} scores of candidates are NaN, so nothing can be ranked")
+    return scores
 
 
 def _reranked(items: np.ndarray, scores: np.ndarray, match: np.ndarray, otherwise: np.ndarray) -> np.ndarray:

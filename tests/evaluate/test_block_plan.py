@@ -54,7 +54,7 @@ def test_the_blocks_are_those_that_are_scored(cost, devices):
     assert f"{plan.pairs:,} pairs scored, about" in str(plan)
 
     owner = np.arange(T) // 2
-    _, pairs = two_stage_ranks(images, texts, owner, 3, scorer)
+    pairs = two_stage_ranks(images, texts, owner, 3, scorer).pairs
     staged = plan_two_stage(N, T, 3, cost, mesh, TILE)
     assert 0.5 * staged.pairs < pairs <= staged.pairs == 3 * (N + T)
     assert plan_two_stage(N, T, 1000, cost, mesh, TILE).pairs == N * T

@@ -18,11 +18,13 @@ from shnet_jax.evaluate.blocks import (
     score_matrix,
 )
 from shnet_jax.evaluate.lists import listed_scores
+from shnet_jax.evaluate.person import person_metrics, search_persons
 from shnet_jax.evaluate.rank import ranks
-from shnet_jax.evaluate.two_stage import two_stage_ranks
+from shnet_jax.evaluate.two_stage import caption_candidates, two_stage_ranks
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
+from tests.evaluate.test_person import brute_force
 
 N, T, K, L, D = 21, 50, 3, 6, 4
 
@@ -100,7 +102,8 @@ def exact():
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_two_stages_with_the_whole_gallery_are_exact(devices):
-    found, pairs = two_stage_ranks(*gallery(), max(N, T), made(devices))
+    staged = two_stage_ranks(*gallery(), max(N, T), made(devices))
+    found, pairs = staged.ranks, staged.pairs
     np.testing.assert_array_equal(found.i2t, exact().i2t)
     np.testing.assert_array_equal(found.t2i, exact().t2i)
     assert pairs == N * T
@@ -109,7 +112,8 @@ def test_two_stages_with_the_whole_gallery_are_exact(devices):
 def test_two_stages_rerank_the_candidates_and_leave_the_others():
     images, texts, owner = gallery()
     k = 4
-    found, pairs = two_stage_ranks(images, texts, owner, k, made())
+    staged = two_stage_ranks(images, texts, owner, k, made())
+    found, pairs = staged.ranks, staged.pairs
     vectors, scores = images.vector @ texts.vector.T, oracle()
 
     def ordered(whole, score):
@@ -123,6 +127,18 @@ def test_two_stages_rerank_the_candidates_and_leave_the_others():
     np.testing.assert_array_equal(found.t2i, t2i)
     assert (np.array(t2i) >= k).any() and (np.array(t2i) < k).any()
     assert max(N, T) * k <= pairs <= (N + T) * k
+
+    people = np.random.default_rng(5).integers(0, 7, N)
+    sides = Embedding(images.vector), Embedding(texts.vector), people, people[owner]
+    places = np.empty((N, T))  # of each image in the ranking, best the largest
+    for j in range(T):
+        places[ordered(vectors[:, j], scores[:, j]), j] = -np.arange(N)
+    ours = person_metrics(search_persons(*sides, RetrievalModel.score, 4, first=staged.first))
+    assert ours == pytest.approx(brute_force(places, people, people[owner]), abs=1e-4)
+    assert ours != person_metrics(search_persons(*sides, RetrievalModel.score, 4))
+    again = caption_candidates(images, texts, k, made())
+    np.testing.assert_array_equal(again.index, staged.first.index)
+    np.testing.assert_allclose(again.score, staged.first.score, rtol=1e-5)
 
 
 def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
