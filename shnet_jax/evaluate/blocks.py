@@ -147,7 +147,8 @@ def score_matrix(images: Embedding, texts: Embedding, scorer: PairScorer, folder
         for done, (tile, round_, found) in enumerate(one_behind(dispatched()), 1):
             block = np.asarray(found, np.float32)
             _place(scores, tiling, tile, round_, block)
-            _keep(_file(folder, tile, round_), block)
+            if (path := _file(folder, tile, round_)) is not None:
+                keep(path, block)
             clock.tick(block.size)
             progress.update(done, clock)
     progress.close()
@@ -219,9 +220,8 @@ def _file(folder: Path | None, tile: int, round_: int) -> Path | None:
     return None if folder is None else folder / f"block_{tile}_{round_}.npy"
 
 
-def _keep(path: Path | None, block: np.ndarray) -> None:
-    if path is None:
-        return
+def keep(path: Path, block: np.ndarray) -> None:
+    """Writes scores, whole or not at all."""
     with whole(path) as temporary, temporary.open("wb") as file:
         np.save(file, block, allow_pickle=False)
 

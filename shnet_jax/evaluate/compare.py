@@ -75,22 +75,19 @@ class Rankings:
             return ranks(images, texts, owner, self._model.score, evaluation.tile, self._mesh, dtype)
 
         def in_blocks(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranks:
-            here = None if folder is None else folder / f"{len(images.vector)}_images_{fold}"
-            if here is not None:
-                here.mkdir(exist_ok=True)
-            scores = score_matrix(images, texts, scorer, here)
+            scores = score_matrix(images, texts, scorer, _of_fold(folder, images, fold))
             return ranks_of(scores, owner, evaluation.tile, self._mesh)
 
         return _timed("exact", streamed if has_static_score(self._model) else in_blocks)
 
-    def two_stage(self, variables: Mapping[str, Any]) -> Way:
-        """The candidates of the global vectors, re-ranked; see `two_stage`."""
+    def two_stage(self, variables: Mapping[str, Any], folder: Path | None = None) -> Way:
+        """The candidates of the global vectors, re-ranked; see `two_stage`. folder: as above."""
         k, scorer = self._config.eval.two_stage, self._scorer(variables)
 
         last: dict[tuple[int, int], Found] = {}  # candidates of the last gallery, by its size: scored once
 
         def ranker(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> tuple[Ranks, int]:
-            found = two_stage_ranks(images, texts, owner, k, scorer)
+            found = two_stage_ranks(images, texts, owner, k, scorer, _of_fold(folder, images, fold))
             last.clear()
             last[len(images.vector), len(texts.vector)] = found.first
             return found.ranks, found.pairs
@@ -124,6 +121,15 @@ class Rankings:
         config = self._config
         buckets = token_buckets(config.data)
         return pair_scorer(self._model, self._programs, variables["params"], self._mesh, config.eval.tile, buckets)
+
+
+def _of_fold(folder: Path | None, images: Embedding, fold: int) -> Path | None:
+    """The folder for the finished blocks of a gallery."""
+    if folder is None:
+        return None
+    here = folder / f"{len(images.vector)}_images_{fold}"
+    here.mkdir(exist_ok=True)
+    return here
 
 
 def _timed(name: str, ranker: Any, ranking: str = "", persons: PersonSearch | None = None) -> Way:

@@ -7,16 +7,21 @@ sums are slow on a CPU. The last group of an image is filled up with captions th
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shnet_jax.evaluate.blocks import GROUP, LISTED_AT_ONCE, PairScorer
+from shnet_jax.evaluate.blocks import GROUP, LISTED_AT_ONCE, PairScorer, keep
 from shnet_jax.evaluate.tiles import Tiling, one_behind
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.progress import Progress
 from shnet_jax.types import Embedding
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +35,24 @@ class Groups:
     pairs: np.ndarray
     starts: np.ndarray
 
+    def of(self, block: int, devices: int) -> np.ndarray:
+        """Numbers of the pairs of a block."""
+        own = self.pairs[self.starts[block * devices] : self.starts[(block + 1) * devices]]
+        return own[own >= 0]
+
 
 def listed_scores(
-    images: Embedding, texts: Embedding, rows: np.ndarray, columns: np.ndarray, scorer: PairScorer
+    images: Embedding,
+    texts: Embedding,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    scorer: PairScorer,
+    folder: Path | None = None,
 ) -> np.ndarray:
-    """Scores [p] float32 of the pairs (image rows[i], caption columns[i]), block by block."""
+    """Scores [p] float32 of the pairs (image rows[i], caption columns[i]), block by block.
+
+    folder: of `blocks.open_folder`; the pairs of finished blocks are read from it and written to it.
+    """
     tiling = scorer.tiling(images, texts)
     place = np.empty(len(tiling.order), np.int64)
     place[tiling.order] = np.arange(len(tiling.order))
@@ -43,31 +61,44 @@ def listed_scores(
     counts = np.diff(groups.starts).reshape(-1, devices)
     size = _chunk(counts)
     scores = np.empty(len(rows), np.float32)
+    missing = {int(block): groups.of(int(block), devices) for block in np.flatnonzero(counts.max(axis=1))}
+    files: dict[int, Path] = {}
+    if folder is not None:
+        files = {block: _file(folder, block, rows[own], columns[own]) for block, own in missing.items()}
+        there = [block for block, path in files.items() if path.exists()]
+        for block in there:
+            scores[missing.pop(block)] = np.load(files[block], allow_pickle=False)
+        if there:
+            log.info("%s: the pairs of %d of %d blocks are there", folder, len(there), len(files))
 
-    def dispatched() -> Iterator[tuple[np.ndarray, Any]]:
+    def dispatched() -> Iterator[tuple[int | None, np.ndarray, Any]]:
         texts_of, placed = -1, None
-        for block in np.flatnonzero(counts.max(axis=1)):
-            tile, round_ = divmod(int(block), tiling.rounds)
+        for block in missing:
+            tile, round_ = divmod(block, tiling.rounds)
             if tile != texts_of:
                 texts_of, placed = tile, scorer.put_texts(tiling, tiling.captions(tile)[0])
             here = tiling.put_images(tiling.image_rows(round_)[0])
             first, last = (groups.starts[block * devices + i : (block + 1) * devices + i, None] for i in (0, 1))
-            for start in range(0, int(counts[block].max()), size):
+            most = int(counts[block].max())
+            for start in range(0, most, size):
                 index = first + start + np.arange(size)
                 pairs = np.where((index < last)[..., None], groups.pairs[np.minimum(index, len(groups.pairs) - 1)], -1)
                 pairs = pairs.reshape(-1, GROUP)
                 local = np.where(pairs[:, 0] >= 0, rows[pairs[:, 0]] % tiling.rows, 0)
                 column = np.where(pairs >= 0, place[columns[pairs]] % tiling.columns, 0)
                 lists = tiling.put_split((local.astype(np.int32), column.astype(np.int32)))
-                yield pairs, scorer.listed(scorer.params, here, placed, *lists)
+                ended = block if start + size >= most else None
+                yield ended, pairs, scorer.listed(scorer.params, here, placed, *lists)
 
     clock = Clock()
-    progress = Progress(len(rows), what="pair", unit="pairs")
+    progress = Progress(sum(map(len, missing.values())), what="pair", unit="pairs")
     done = 0
     with clock:
-        for pairs, found in one_behind(dispatched()):
+        for ended, pairs, found in one_behind(dispatched()):
             real = pairs >= 0
             scores[pairs[real]] = np.asarray(found, np.float32)[real]
+            if ended in files:
+                keep(files[ended], scores[missing[ended]])
             done += int(real.sum())
             clock.tick(int(real.sum()))
             progress.update(done, clock)
@@ -89,6 +120,12 @@ def _grouped(tiling: Tiling, rows: np.ndarray, tiles: np.ndarray) -> Groups:
     pairs[np.cumsum(opens) - 1, position % GROUP] = order
     every = np.arange(tiling.caption_tiles * tiling.rounds * devices + 1)
     return Groups(pairs, np.searchsorted(image[opens] // tiling.rows, every))
+
+
+def _file(folder: Path, block: int, rows: np.ndarray, columns: np.ndarray) -> Path:
+    """Where the scores of a block's pairs are kept: other pairs have another name."""
+    name = hashlib.sha256(rows.astype("<i8").tobytes() + columns.astype("<i8").tobytes()).hexdigest()
+    return folder / f"block_pairs_{block}_{name[:16]}.npy"
 
 
 def _chunk(counts: np.ndarray) -> int:

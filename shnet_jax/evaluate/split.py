@@ -107,16 +107,17 @@ def ways_to_rank(
 ) -> list[Way]:
     """The ways in which --mode=eval ranks a gallery, the one that it is about last; [] for a plain exact ranking.
 
-    folder: for the finished blocks of a long exact ranking, which goes on with them when it was stopped.
+    folder: for the finished blocks of a long ranking, which goes on with them when it was stopped.
     """
     evaluation, ways = experiment.config.eval, []
     rankings, in_blocks = make_rankings(experiment, mesh), not has_static_score(experiment.model)
+    kept = None
+    if (evaluation.two_stage or in_blocks) and jax.process_count() == 1:
+        kept = open_folder(folder, _identity(experiment, variables, subject))
     if evaluation.two_stage:
-        ways += [rankings.vectors(), rankings.two_stage(variables)]
+        ways += [rankings.vectors(), rankings.two_stage(variables, kept)]
     if in_blocks or (evaluation.two_stage and evaluation.exact):
-        kept = in_blocks and evaluation.exact and jax.process_count() == 1
-        identity = _identity(experiment, variables, subject) if kept else {}
-        exact = rankings.exact(variables, open_folder(folder, identity) if kept else None)
+        exact = rankings.exact(variables, kept if in_blocks else None)
         ways += [exact] if evaluation.exact or not ways else []
     return ways
 

@@ -7,6 +7,7 @@ exact ranking; the items behind the candidates keep the order of the global vect
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
@@ -75,10 +76,13 @@ class Staged:
     first: Found
 
 
-def two_stage_ranks(images: Embedding, texts: Embedding, owner: np.ndarray, k: int, scorer: PairScorer) -> Staged:
+def two_stage_ranks(
+    images: Embedding, texts: Embedding, owner: np.ndarray, k: int, scorer: PairScorer, folder: Path | None = None
+) -> Staged:
     """Ranks a gallery.
 
-    owner: [t], the image of each caption. Raises ValueError for k below 1, and for NaN among the scores.
+    owner: [t], the image of each caption. folder: for what is scored, see `lists.listed_scores`.
+    Raises ValueError for k below 1, and for NaN among the scores.
     """
     if k < 1:
         raise ValueError(f"config.eval.two_stage is {k}; at least 1 candidate is needed")
@@ -93,7 +97,7 @@ def two_stage_ranks(images: Embedding, texts: Embedding, owner: np.ndarray, k: i
     by_image = np.arange(n)[:, None] * t + captions
     by_text = pictures * t + np.arange(t)[:, None]
     pairs = np.unique(np.concatenate([by_image.ravel(), by_text.ravel()]))
-    scores = _scores(images, texts, pairs, scorer)
+    scores = _scores(images, texts, pairs, scorer, folder)
 
     def of(keys: np.ndarray) -> np.ndarray:
         return scores[np.searchsorted(pairs, keys)]
@@ -111,10 +115,12 @@ def caption_candidates(images: Embedding, texts: Embedding, k: int, scorer: Pair
     return Found(found, scores.reshape(found.shape))
 
 
-def _scores(images: Embedding, texts: Embedding, pairs: np.ndarray, scorer: PairScorer) -> np.ndarray:
+def _scores(
+    images: Embedding, texts: Embedding, pairs: np.ndarray, scorer: PairScorer, folder: Path | None = None
+) -> np.ndarray:
     """Scores [p] of pairs, numbered image * t + caption."""
     t = len(texts.vector)
-    scores = listed_scores(images, texts, pairs // t, pairs % t, scorer)
+    scores = listed_scores(images, texts, pairs // t, pairs % t, scorer, folder)
     if nans := int(np.isnan(scores).sum()):
         raise ValueError(f"{nans} of {len(pairs)} scores of candidates are NaN, so nothing can be ranked")
     return scores

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate import blocks
+from shnet_jax.evaluate import blocks, lists
 from shnet_jax.evaluate.blocks import (
     make_programs,
     open_folder,
@@ -144,7 +144,7 @@ def test_two_stages_rerank_the_candidates_and_leave_the_others():
 def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
     images, texts, _ = gallery()
     folder = open_folder(tmp_path / "scores", {"step": 1})
-    keep, kept = blocks._keep, []
+    keep, kept = blocks.keep, []
 
     def stopped(path, block):
         keep(path, block)
@@ -152,7 +152,7 @@ def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
         if len(kept) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(blocks, "_keep", stopped)
+    monkeypatch.setattr(blocks, "keep", stopped)
     with pytest.raises(KeyboardInterrupt):
         score_matrix(images, texts, made(), folder)
     assert len(list(folder.glob("block_*.npy"))) == 5
@@ -162,6 +162,29 @@ def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
     assert len(kept) == 21 == len(set(kept))  # 3 x 7 blocks, each once
     open_folder(tmp_path / "scores", {"step": 2})
     assert not list(folder.glob("block_*"))
+
+
+def test_a_stopped_list_goes_on_with_its_pairs(tmp_path, monkeypatch):
+    images, texts, owner = gallery()
+    folder, kept = open_folder(tmp_path / "scores", {"step": 1}), []
+
+    def stopped(path, block):
+        blocks.keep(path, block)
+        kept.append(path)
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lists, "keep", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        two_stage_ranks(images, texts, owner, 4, made(), folder)
+    assert sorted(folder.glob("block_*.npy")) == sorted(kept) and len(kept) == 5
+    staged, whole = (two_stage_ranks(images, texts, owner, 4, made(), f) for f in (folder, None))
+    assert len(kept) == 21 == len(set(kept))  # 3 x 7 blocks, each once
+    np.testing.assert_array_equal(staged.first.score, whole.first.score)
+    np.testing.assert_array_equal(staged.ranks.i2t, whole.ranks.i2t)
+    two_stage_ranks(images, texts, owner, 5, made(), folder)
+    assert len(kept) > 35  # other pairs, other files
+    assert not remove_folder(folder) and not folder.exists()
 
 
 def test_only_what_an_evaluation_wrote_is_removed(tmp_path):
