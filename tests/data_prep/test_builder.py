@@ -197,7 +197,7 @@ def test_a_failing_import_leaves_nothing_and_keeps_the_old_set(tmp_path, records
 
     with pytest.raises(RuntimeError, match="disk on fire"):
         write_dataset(tmp_path, "toy", {"a": broken()}, {})
-    assert list((tmp_path / "toy").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     write_dataset(tmp_path, "toy", {"a": records[:2]}, {})
     with pytest.raises(RuntimeError, match="disk on fire"):
         write_dataset(tmp_path, "toy", {"a": broken()}, {}, overwrite=True)
