@@ -91,14 +91,27 @@ class Queue:
     """Embeddings of one modality that momentum encoders gave for past batches (train/momentum.py).
 
     vectors: [K, d] float32, of unit length. ids: [K] int32, their image ids; NO_IMAGE where no batch has been yet.
-    pointer: [] int32, the slot that is overwritten next. elements: [K, m, d] float32, the sets of models that have
-    them, else None.
+    pointer: [] int32, the slot that is overwritten next.
     """
 
     vectors: Array
     ids: Array
     pointer: Array
-    elements: Array | None = None
+
+    @property
+    def items(self) -> Embedding:
+        """What is in the slots, as embeddings."""
+        return Embedding(self.vectors)
+
+
+@struct.dataclass
+class SetQueue(Queue):
+    """Of a model whose embeddings are sets of a fixed size. elements: [K, m, d] float32.
+
+    A class of its own, as a field that is None would be part of every checkpoint.
+    """
+
+    elements: Array
 
     @property
     def items(self) -> Embedding:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.parallel import axis
-from shnet_jax.types import NO_IMAGE, Array, Batch, Embedding, Keys, Queue
+from shnet_jax.types import NO_IMAGE, Array, Batch, Embedding, Keys, Queue, SetQueue
 
 STARTS: Mapping[str, Callable[..., Array]] = {"uniform": jax.random.uniform, "gaussian": jax.random.normal}
 
@@ -99,9 +99,9 @@ def first_state(momentum: Momentum, variables: Mapping[str, Any], seed: int) -> 
         return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
 
     def queue(key: Array, size: int) -> Queue:
-        elements = unit(jax.random.fold_in(key, SEED), momentum.queue, size) if size else None
         ids = jnp.full((momentum.queue,), NO_IMAGE, jnp.int32)
-        return Queue(unit(key, momentum.queue), ids, jnp.zeros((), jnp.int32), elements)
+        plain = unit(key, momentum.queue), ids, jnp.zeros((), jnp.int32)
+        return SetQueue(*plain, unit(jax.random.fold_in(key, SEED), momentum.queue, size)) if size else Queue(*plain)
 
     # A copy: the step donates its input, and one buffer cannot be given away twice.
     copies = jax.tree.map(jnp.copy, {name: variables.get(name, {}) for name in ("params", "batch_stats")})
@@ -165,6 +165,8 @@ def put(queue: Queue, items: Embedding, ids: Array) -> Queue:
     """The queue after b embeddings and their ids [b] took the places of its oldest; b is at most its size."""
     size, count = queue.ids.shape[0], ids.shape[0]
     slots = (queue.pointer + jnp.arange(count, dtype=jnp.int32)) % size
-    held, given = (queue.vectors, queue.ids, queue.elements), (items.vector, ids, items.elements)
-    vectors, numbers, elements = jax.tree.map(lambda a, b: a.at[slots].set(b, unique_indices=True), held, given)
-    return Queue(vectors, numbers, (queue.pointer + count) % size, elements)
+    given: dict[str, Array | None] = {"vectors": items.vector, "ids": ids}
+    if isinstance(queue, SetQueue):
+        given["elements"] = items.elements
+    held = {name: getattr(queue, name).at[slots].set(new, unique_indices=True) for name, new in given.items()}
+    return dataclasses.replace(queue, pointer=(queue.pointer + count) % size, **held)

@@ -14,7 +14,7 @@ from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.esa import SetScore
 from shnet_jax.parallel import axis, mapping
-from shnet_jax.types import DATA, PAIR_STRATEGIES, Context, Embedding, Keys, Queue
+from shnet_jax.types import DATA, PAIR_STRATEGIES, Context, Embedding, Keys, Queue, SetQueue
 from tests.losses import oracle
 from tests.parallel.test_losses import IDS, float32
 
@@ -190,7 +190,7 @@ def test_queues_of_sets(strategy, devices):
     loss_params, compute = total.build(config, 1, queues=True)
 
     def step(state, batch):
-        queues = [Queue(state[n], QUEUE_IDS, jnp.int32(0), state[f"{n}_set"]) for n in ("image", "text")]
+        queues = [SetQueue(state[n], QUEUE_IDS, jnp.int32(0), state[f"{n}_set"]) for n in ("image", "text")]
 
         def share(items, ids):
             images, texts = (Embedding(items[n], items[f"{n}_set"]) for n in ("image", "text"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -249,6 +250,14 @@ def test_the_planned_state_has_keys_and_queues():
     like = built(configuration()).like.momentum
     assert like.texts.vectors.shape == (QUEUE, DIM) and like.params["image"]["kernel"].shape == (5, DIM)
     assert built(configuration(**{"momentum.queue": 0})).like.momentum is None
+
+
+def test_what_a_checkpoint_holds_of_a_queue():
+    """A further field, even one that is None, and runs that were begun before it could not go on."""
+    plain, sets = (momentum.first_state(options(sets=sizes), variables(), seed=0) for sizes in ((0, 0), (2, 3)))
+    assert [field.name for field in dataclasses.fields(plain.images)] == ["vectors", "ids", "pointer"]
+    assert (sets.images.elements.shape, sets.texts.elements.shape) == ((QUEUE, 2, DIM), (QUEUE, 3, DIM))
+    np.testing.assert_array_equal(sets.texts.vectors, plain.texts.vectors)
 
 
 class Elsewhere(Linear):
