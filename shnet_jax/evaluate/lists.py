@@ -91,15 +91,14 @@ def listed_scores(
                 yield ended, pairs, scorer.listed(scorer.params, here, placed, *lists)
 
     clock = Clock()
-    progress = Progress(sum(map(len, missing.values())), what="pair", unit="pairs")
-    done = 0
+    parts = sum(-(-int(counts[block].max()) // size) for block in missing)
+    progress = Progress(parts, what="part of the candidates", unit="pairs")
     with clock:
-        for ended, pairs, found in one_behind(dispatched()):
+        for done, (ended, pairs, found) in enumerate(one_behind(dispatched()), start=1):
             real = pairs >= 0
             scores[pairs[real]] = np.asarray(found, np.float32)[real]
             if ended in files:
                 keep(files[ended], scores[missing[ended]])
-            done += int(real.sum())
             clock.tick(int(real.sum()))
             progress.update(done, clock)
     progress.close()

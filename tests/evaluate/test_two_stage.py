@@ -94,6 +94,22 @@ def test_blocks_and_lists_give_the_score_of_every_pair(devices, tile):
     np.testing.assert_array_equal(mine.t2i, whole.t2i)
 
 
+def test_the_time_left_is_that_of_the_parts_left(monkeypatch):
+    """What progress counts is what the clock ticks for; else the time left is that of something else."""
+    seen = []
+
+    class Shown(lists.Progress):
+        def update(self, step, clock, **_):
+            seen.append((step, self._steps, clock._current.steps))
+
+    monkeypatch.setattr(lists, "Progress", Shown)
+    images, texts, _ = gallery()
+    pairs = np.arange(N * T)
+    listed_scores(images, texts, pairs // T, pairs % T, made())
+    assert len(seen) > 1 and [step for step, _, _ in seen] == [ticks for _, _, ticks in seen]
+    assert seen[-1][0] == seen[-1][1]
+
+
 @functools.cache
 def exact():
     images, texts, owner = gallery()
