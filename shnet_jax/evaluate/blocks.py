@@ -42,7 +42,9 @@ class PairScorer:
 
     params: those that the score reads, on every device.
     block: (params, images split over the devices, captions) -> scores [devices * rows, columns].
-    XX    tile: images, and captions, of a block. buckets: lengths that captions are cut to, ascending; (): none.
+    listed: (params, images split, captions, rows, columns split) -> scores [devices * groups, GROUP] of each device's
+      images rows[i] with captions columns[i]; rows [devices * groups], columns [devices * groups, GROUP].
+    tile: images, and captions, of a block. buckets: lengths that captions are cut to, ascending; (): none.
     """
 
     params: Any
