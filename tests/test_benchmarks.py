@@ -21,7 +21,6 @@ from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluate.rank import Ranks
 from shnet_jax.models import shnet
 from shnet_jax.types import Array
-from tests.train import tiny
 
 DOCUMENTED = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
 
@@ -95,8 +94,7 @@ def test_a_benchmark_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
 def test_momentum_encoders_are_measured_against_the_step_without(monkeypatch):
     monkeypatch.setattr(step, "SHAPES", step.SHAPES | {"regions": (36, 8)})
     monkeypatch.setattr(step, "VOCABULARY", 20)
-    with tiny.quick():
-        (row,) = momentum.run(momentum.Sizes(pairs=2, tokens=3, layers=1, queues=(4096,), rounds=1))
+    (row,) = momentum.run(momentum.Sizes(pairs=2, tokens=3, layers=1, queues=(4096,), rounds=1))
     assert "queues of 4096 " in row.what and row.ratio > 0
     # Vectors of 1,024 numbers for images and captions, and a copy of the parameters.
     assert row.memory_bytes - row.reference_memory_bytes > 2 * 4096 * 1024 * 4

@@ -222,8 +222,7 @@ def test_settings_that_do_not_fit(changes, message, tmp_path):
 
 @pytest.mark.slow
 def test_plan_for_this_machine(tmp_path, capsys):
-    with tiny.quick():
-        command.plan(small(plan__effort=-1.0), tmp_path, "cpu:2")
+    command.plan(small(plan__effort=-1.0), tmp_path, "cpu:2")
     report = json.loads((tmp_path / "plan_cpu_2.json").read_text())
     assert report["devices"] == 2 and report["global_batch"] == 80 and report["chip"] is None
     ranking = report["rankings"]["exact"]
@@ -266,15 +265,14 @@ def test_the_search_to_its_end(monkeypatch):
     def needed(pairs):
         return programs.compile_program(lambda: programs.lower_train(subject, mesh, pairs), pairs, None).needed
 
-    with tiny.quick():
-        limit = needed(120)
-        monkeypatch.setattr(command, "chip", lambda kind: Chip(1e12, limit, 1e9))
-        for start in (40, 400):
-            report = command.make_plan(describe(small(**changes, train__batch_size=start)), mesh)
-            assert report["programs"]["train"]["fits"] is (start == 40)
-            largest = report["largest_pairs_per_device"]
-            assert 105 < largest <= 120 and needed(largest) <= limit < needed(largest + 25)
-            assert f"largest batch that fits: {largest} pairs a device" in table(report)
+    limit = needed(120)
+    monkeypatch.setattr(command, "chip", lambda kind: Chip(1e12, limit, 1e9))
+    for start in (40, 400):
+        report = command.make_plan(describe(small(**changes, train__batch_size=start)), mesh)
+        assert report["programs"]["train"]["fits"] is (start == 40)
+        largest = report["largest_pairs_per_device"]
+        assert 105 < largest <= 120 and needed(largest) <= limit < needed(largest + 25)
+        assert f"largest batch that fits: {largest} pairs a device" in table(report)
     assert report["changes"] and not any("it fits with" in change for change in report["changes"])  # has no norm_depth
 
 

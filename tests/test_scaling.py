@@ -199,7 +199,7 @@ def test_what_was_measured_before_a_part_is_there_already(monkeypatch):
     monkeypatch.setattr(scale_point, "parts", parts)
     monkeypatch.setattr(scale_point, "steps_in_turn", lambda step, state, *_: (state, 0.5))
     found = []
-    with tiny.quick(), pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         config = scaling.point_config(configuration(), Point("gathered", "float32", 4, 1))
         for figures in scale_point.measure_point(config):
             found.append([*figures["seconds"]])
@@ -249,9 +249,8 @@ def test_random_batches_have_the_shapes_of_training():
 def test_a_measured_point(mapping):
     """The figures of a step that runs are those of the step that is only compiled; parts and rest make up the step."""
     config = scaling.point_config(configuration(parallel__mapping=mapping), Point("ring", "float32", 4, 2))
-    with tiny.quick():
-        *_, found = scale_point.measure_point(config)
-        compiled = scale_point.compile_point(scaling.point_config(configuration(), Point("ring", "float32", 4, 2)))
+    *_, found = scale_point.measure_point(config)
+    compiled = scale_point.compile_point(scaling.point_config(configuration(), Point("ring", "float32", 4, 2)))
     seconds = dict(found["seconds"])
     step = seconds.pop("step")
     assert set(seconds) == set(PARTS) and sum(seconds.values()) == pytest.approx(step)
@@ -268,25 +267,21 @@ def test_a_measured_point(mapping):
 @pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
 def test_the_collectives_are_the_sum_of_all_gradients(mapping):
     config = scaling.point_config(configuration(parallel__mapping=mapping), Point("ring", "float32", 4, 2))
-    with tiny.quick():
-        setup = scale_point.from_random(config)
-        params = jax.device_get(setup.state.params)
-        run, gradients = scale_point.gradient_sum(
-            setup, params, put_batch(next(setup.host_batches), setup.mesh, mapping)
-        )
-        found = jax.device_get(run((), gradients))
-        jax.tree.map(np.testing.assert_array_equal, found, params)  # none of the first device, all of the second
-        if mapping == "shard_map":
-            sent = work(run.lower((), gradients).compile().as_text()).collectives
-            assert sent == {"all-reduce": sum(leaf.nbytes for leaf in jax.tree.leaves(params))}
+    setup = scale_point.from_random(config)
+    params = jax.device_get(setup.state.params)
+    run, gradients = scale_point.gradient_sum(setup, params, put_batch(next(setup.host_batches), setup.mesh, mapping))
+    found = jax.device_get(run((), gradients))
+    jax.tree.map(np.testing.assert_array_equal, found, params)  # none of the first device, all of the second
+    if mapping == "shard_map":
+        sent = work(run.lower((), gradients).compile().as_text()).collectives
+        assert sent == {"all-reduce": sum(leaf.nbytes for leaf in jax.tree.leaves(params))}
 
 
 @pytest.mark.slow
 def test_from_a_data_set():
     config = tiny.config(scale__steps=2, scale__warmup_steps=0)
     config.model.name = "tests.train.toy"
-    with tiny.quick():
-        *_, found = scale_point.measure_point(scaling.point_config(config, Point("gathered", "float32", 10, 1)))
+    *_, found = scale_point.measure_point(scaling.point_config(config, Point("gathered", "float32", 10, 1)))
     assert found["seconds"]["input"] >= 0 and found["memory"]["peak"] > 0
 
 

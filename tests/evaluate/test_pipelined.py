@@ -24,14 +24,6 @@ LAYERS = 5  # divide by neither 2 nor 4 stages
 OFF = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Each program runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def build(tower, **text):
     c = base.get_config()
     c.model.update(OFF | {"dim": 8})
@@ -148,6 +140,7 @@ def test_a_device_holds_its_share_of_the_layers():
     assert "layer_0" in tower  # what is placed is a copy
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 def test_the_program_is_given_its_share_and_keeps_no_copy():
     model, batch = build("bert", layers=4, width=64, mlp_dim=256), captions(8)

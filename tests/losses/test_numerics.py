@@ -17,7 +17,6 @@ from shnet_jax import registry
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Array, Context, Embedding, Keys, Pairs, Queue
 from tests.losses import set_oracle
-from tests.train import tiny
 
 PAIRS, DIM, SIZE, CLASSES = 4, 5, 2, 6
 BOUND = 0.02
@@ -95,8 +94,7 @@ def run(
         elements = np.stack([unit, -unit], axis=1)
         return Embedding(jnp.float32(x), jnp.float32(elements), jnp.full(elements.shape[:2], not masked))
 
-    with tiny.quick():
-        return jax.device_get(program(strategy, queue is not None)(side(images), side(texts), jnp.asarray(ids), queue))
+    return jax.device_get(program(strategy, queue is not None)(side(images), side(texts), jnp.asarray(ids), queue))
 
 
 def cases() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, bool]]:

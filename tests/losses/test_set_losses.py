@@ -18,7 +18,6 @@ from shnet_jax.models.esa import SetScore
 from shnet_jax.parallel import axis, mapping
 from shnet_jax.types import DATA, PAIR_STRATEGIES, Context, Embedding, Pairs
 from tests.losses import oracle, set_oracle
-from tests.train import tiny
 
 IDS = np.array([3, 3, 2, 0, 1, 2, 0, 1], np.int32)  # pairs of one person on different devices
 ETA, DIM, SIZES = 0.7, 5, {"image": 3, "text": 2}
@@ -116,14 +115,13 @@ def check(found, expected):
 )
 def test_loss_and_gradients(strategy, devices, how):
     batch, params = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, data())
-    with tiny.quick():
-        if how is None:
-            run = jax.jit(make_step(strategy, None))
-        else:
-            mesh = mapping.data_mesh(jax.devices()[:devices])
-            run = mapping.map_step(make_step(strategy, DATA), mesh, how, donate_state=False)
-            batch, params = mapping.put_batch(batch, mesh, how), mapping.replicate(params, mesh)
-        check(run(params, batch), reference(devices if strategy == "local" else 1))
+    if how is None:
+        run = jax.jit(make_step(strategy, None))
+    else:
+        mesh = mapping.data_mesh(jax.devices()[:devices])
+        run = mapping.map_step(make_step(strategy, DATA), mesh, how, donate_state=False)
+        batch, params = mapping.put_batch(batch, mesh, how), mapping.replicate(params, mesh)
+    check(run(params, batch), reference(devices if strategy == "local" else 1))
 
 
 @pytest.mark.slow

@@ -53,8 +53,7 @@ def encode(c, b):
         embeddings, variables = model.init_with_output(jax.random.key(0), b, train=False)
         return variables, embeddings
 
-    with tiny.quick():
-        return model, *run(b)
+    return model, *run(b)
 
 
 def test_sets_of_different_sizes_around_the_global_vectors():
@@ -179,15 +178,13 @@ def test_a_clip_folder_gives_both_towers(figures):
     experiment = assemble(clip_config(figures))
     assert experiment.config.model.clip.grid == (4, 4) and experiment.config.text.projection == 20
     assert experiment.config.loss.identity.to_dict() == {"classes": 2, "dim": 20}
-    with tiny.quick():
-        params = init_variables(experiment, 0)["params"]
+    params = init_variables(experiment, 0)["params"]
     assert params["image"]["vision_tower"]["positions"].shape == (17, 24)
     assert params["text"]["tower"]["words"].shape == (525, 32)
     with np.load(GOLDEN / "outputs.npz") as recorded:
         pixels = jnp.asarray(recorded["pixels"])
         run = partial(experiment.model.apply, train=False, method="encode_image")
-        with tiny.quick():
-            found = jax.jit(run)({"params": params}, {"image": pixels})
+        found = jax.jit(run)({"params": params}, {"image": pixels})
         expected = recorded["image_vectors"] / np.linalg.norm(recorded["image_vectors"], axis=1, keepdims=True)
     np.testing.assert_allclose(found.vector, expected, atol=1e-5)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from shnet_jax.models.sets import MODES, SetHead
-from tests.train import tiny
 
 WIDTH, SIZE = 8, 3
 
@@ -25,8 +24,7 @@ def items(n=4, tokens=6):
 def head(mode, **changes):
     module = SetHead(**({"size": SIZE, "mode": mode, "depth": 2, "heads": 2} | changes))
 
-    with tiny.quick():
-        params = jax.jit(module.init)(jax.random.key(0), *items())["params"]
+    params = jax.jit(module.init)(jax.random.key(0), *items())["params"]
     # Norms that begin as the identity would hide a missing scale or bias.
     rng = np.random.default_rng(1)
     return module, jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
@@ -81,8 +79,7 @@ def test_elements(mode):
     def run(params, tokens, mask):
         return module.apply({"params": params}, vector, tokens, mask)
 
-    with tiny.quick():
-        found = run(params, tokens, mask)
+    found = run(params, tokens, mask)
     p, v, x = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, vector, tokens))
     x, m = norm(x, p["token_norm"]), np.asarray(mask)
     parts = slots(p, x, m, 2, 2) if mode == "slot" else merge(p, v, x, m)
@@ -94,8 +91,7 @@ def test_elements(mode):
     noise = jnp.where(mask[..., None], tokens, 7.0)
     longer = jnp.pad(noise, ((0, 0), (0, 3), (0, 0))), jnp.pad(mask, ((0, 0), (0, 3)))
     order = np.random.default_rng(1).permutation(9)
-    with tiny.quick():
-        other = run(params, longer[0][:, order], longer[1][:, order])
+    other = run(params, longer[0][:, order], longer[1][:, order])
     np.testing.assert_allclose(other, found, atol=1e-5)
 
 
@@ -107,8 +103,7 @@ def test_an_item_without_tokens_has_finite_elements_and_gradients(mode):
     def total(params, tokens):
         return jnp.sum(module.apply({"params": params}, vector, tokens, jnp.zeros_like(mask)) ** 3)
 
-    with tiny.quick():
-        grads = jax.jit(jax.grad(total, argnums=(0, 1)))(params, tokens)
+    grads = jax.jit(jax.grad(total, argnums=(0, 1)))(params, tokens)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 

@@ -37,6 +37,7 @@ def temporary_bytes(loss, strategy, size, devices):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("size", SIZES)
 def test_streamed_grows_with_the_batch_only(loss, size):
@@ -45,6 +46,7 @@ def test_streamed_grows_with_the_batch_only(loss, size):
     assert temporary_bytes(loss, "streamed", size, devices=8) < tiles + gathered
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("size", SIZES)
 def test_ring_holds_the_block_of_one_device(loss, size):
@@ -53,6 +55,7 @@ def test_ring_holds_the_block_of_one_device(loss, size):
     assert temporary_bytes(loss, "ring", size, devices=8) < 3 * block + 20 * own + 20 * size * FLOAT
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gathered_is_what_the_others_save(loss):
     """The bounds above mean something: the whole block breaks both."""

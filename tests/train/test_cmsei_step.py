@@ -18,15 +18,8 @@ from shnet_jax.train.step import make_step
 from shnet_jax.types import DATA
 from tests.models import test_cmsei as small
 from tests.models.test_shnet import random_variables
-from tests.train import tiny
 
 PAIRS = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick():
-        yield
 
 
 @functools.cache

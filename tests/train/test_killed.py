@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -33,12 +32,7 @@ def command(workdir: Path) -> list[str]:
 
 
 def start(workdir: Path, *more: str) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tiny.folder() / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen([*command(workdir), *more], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command(workdir), *more], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def finish(workdir: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -23,15 +22,8 @@ LISTED, EXACT = "scores/*/block_pairs_*.npy", "scores/*/block_[0-9]*.npy"
 
 def start(workdir: Path) -> subprocess.Popen[str]:
     flags = [*tiny.flags(tiny.config()), f"--config.model.name={MODEL}", "--config.eval.two_stage=4"]
-    environment = os.environ | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tiny.folder() / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     command = [sys.executable, "main.py", "--mode=eval", "--config=configs/demo.py", *flags, "--config.eval.tile=1"]
-    return subprocess.Popen(
-        [*command, f"--workdir={workdir}"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def kill(workdir: Path, pattern: str) -> int:

@@ -25,7 +25,6 @@ from shnet_jax.train.state import create_state
 from shnet_jax.train.step import make_step
 from shnet_jax.types import DATA, Context, Embedding
 from tests.train import test_parallel_step as whole_model
-from tests.train import tiny
 
 IMAGES, CAPTIONS, DIM = 8, 2, 6
 PAIRS = IMAGES * CAPTIONS
@@ -35,12 +34,6 @@ LOSS = ConfigDict(
         "infonce": {"temperature": 0.2, "learn_temperature": True, "mask_same_image": True},
     }
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick():
-        yield
 
 
 class Nested(RetrievalModel):
@@ -185,6 +178,7 @@ def test_dropout_is_the_same_in_all_passes(statistics):
     agree(found, jax.jit(jax.grad(direct))(params))
 
 
+@pytest.mark.usefixtures("optimised")
 def test_memory_follows_the_microbatch():
     many = jax.tree.map(lambda x: np.tile(x, (512, *[1] * (x.ndim - 1))), batch())
     tx = optax.sgd(1.0)

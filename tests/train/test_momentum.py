@@ -25,17 +25,10 @@ from shnet_jax.train.state import create_state
 from shnet_jax.train.step import make_step
 from shnet_jax.types import DATA, Embedding, Queue
 from tests.losses import oracle
-from tests.train import tiny
 
 IMAGES, CAPTIONS, DIM, STEPS, RATE = 8, 2, 3, 3, 0.3
 PAIRS, QUEUE = IMAGES * CAPTIONS, 20  # texts wrap around in the second step, images in the third
 UTO = {"scale": 20.0, "offset": 0.5, "batch_weight": 2.0, "mask_same_image": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick():
-        yield
 
 
 class Linear(RetrievalModel):

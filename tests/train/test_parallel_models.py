@@ -24,7 +24,6 @@ from shnet_jax.train.step import make_step
 from shnet_jax.types import DATA
 from tests.models.test_shnet import random_variables
 from tests.train import test_parallel_step as whole_model
-from tests.train import tiny
 from tests.train.test_microbatch import agree
 
 PAIRS, QUEUE, RATE = whole_model.IMAGES * whole_model.CAPTIONS, 20, 0.1  # texts wrap around in the second step
@@ -32,7 +31,7 @@ PAIRS, QUEUE, RATE = whole_model.IMAGES * whole_model.CAPTIONS, 20, 0.1  # texts
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with tiny.quick(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(user, "SLOTS", whole_model.REGIONS)
         yield
 

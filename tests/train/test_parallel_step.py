@@ -18,7 +18,6 @@ from shnet_jax.train import momentum
 from shnet_jax.train.state import create_state
 from shnet_jax.train.step import make_step
 from shnet_jax.types import DATA
-from tests.train import tiny
 
 IMAGES, CAPTIONS, REGIONS, CLASSES, TOKENS, VOCABULARY = 8, 2, 3, 5, 4, 11
 WARM_UP = 3  # steps of the triplet loss that sum over all violations
@@ -88,12 +87,6 @@ def steps(devices: int, mapping: str, bn_sync: bool):
         state = state.replace(step=np.int32(number))
         done.append(step(replicate(state, mesh), put_batch(batch(), mesh, mapping), {}))
     return done
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick():
-        yield
 
 
 @pytest.mark.slow

@@ -46,12 +46,6 @@ def build(config):
     return Weighted(made.image, made.text, Factor())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick():
-        yield
-
-
 @pytest.fixture(scope="module")
 def experiment():
     return assemble(tiny.config(model__name=__name__, model__dropout=0.0, eval__two_stage=1000, eval__tile=4))

@@ -14,13 +14,6 @@ from shnet_jax.parallel.mapping import data_mesh, put_batch
 from shnet_jax.train.prepare import build_step
 from shnet_jax.types import DATA
 from tests.train import test_parallel_step as whole_model
-from tests.train import tiny
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick():
-        yield
 
 
 def configuration(split, microbatch=0):

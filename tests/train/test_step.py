@@ -14,17 +14,11 @@ from ml_collections import ConfigDict
 from shnet_jax.losses import total
 from shnet_jax.train.state import create_state
 from shnet_jax.train.step import make_step
-from tests.train import tiny, toy
+from tests.train import toy
 
 INFONCE = {"temperature": 0.1, "learn_temperature": True, "mask_same_image": True}
 LOSS = ConfigDict({"weights": {"infonce": 1.0}, "infonce": INFONCE})
 RATE = 0.1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick():
-        yield
 
 
 def batch(seed=0):

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
@@ -80,26 +79,11 @@ CHANGES: Mapping[str, Any] = {
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Without what costs time and is not looked at: each program is compiled once and badly, no picture is drawn."""
-    options = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(folder() / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: jax.config.values[name] for name in options}
+    """Training without what costs time and is not looked at: no picture is drawn, no product is timed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "write_curves", lambda workdir: None)
         patch.setattr(loop.cost, "measured_flops", lambda device, dtype: 1e9)
-        try:
-            for name, value in options.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()  # whether there is one is asked at the first compilation only
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
+        yield
 
 
 def config(**changes: Any) -> ConfigDict:
