@@ -127,8 +127,9 @@ def get_config() -> ConfigDict:
     uto.batch_weight = 1.0  # lambda, weight of the in-batch part beside that of the queues (USER 1 COCO, 20 Flickr30K)
     uto.mask_same_image = True  # captions of the same image are no negatives, in batch and queues (USER False)
 
-    c.momentum = momentum = ConfigDict()  # momentum encoders, and queues of their embeddings as further negatives
+    c.momentum = momentum = ConfigDict()  # momentum encoders, and queues of their embeddings as negatives
     momentum.queue = 0  # images, and captions, of past batches that are kept as negatives; 0: no momentum encoders
+    momentum.from_epoch = 0.0  # the queues take part in the losses from here on (USER 0)
     momentum.decay = 0.999  # of the running average of the parameters that the key encoders are (USER 0.999)
     momentum.warm = False  # min(decay, (1 + step) / (10 + step)), for short runs (USER False)
     momentum.start = "uniform"  # first queues: "uniform" in 0..1, all alike (USER) | "gaussian", all directions

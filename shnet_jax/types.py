@@ -128,12 +128,14 @@ class Keys:
     """What momentum encoders give a loss; no gradient flows into them.
 
     images, texts: [b, d] embeddings of this device's own b pairs. image_queue, text_queue: of past batches.
+    active: [] bool, whether the queues take part in this step.
     """
 
     images: Embedding
     texts: Embedding
     image_queue: Queue
     text_queue: Queue
+    active: Array | bool = True
 
 
 @struct.dataclass
@@ -145,7 +147,7 @@ class Context:
     score:  the model's score function.
     axis:   name of the mapped device axis, None when unmapped.
     pairs:  how pairs of other devices are met.
-    keys:   of the momentum encoders, whose queues hold further negatives; None without them.
+    keys:   of the momentum encoders, whose queues hold negatives of past batches; None without them.
     """
 
     step: Array

@@ -16,7 +16,7 @@ MAX_SCALE = 100.0
 """Largest factor on the scores, 1 / temperature, that is learned (CLIP)."""
 
 TAKES_QUEUES = True
-"""The queues of momentum encoders (`ctx.keys`) are further negatives: see losses/total.py."""
+"""Has a part of its own for the queues of momentum encoders (`ctx.keys`): see losses/total.py."""
 
 
 def init_params(*, temperature: float, learn_temperature: bool, **_: Any) -> dict[str, Array]:
@@ -45,13 +45,15 @@ def loss(
 
         -1/2 [ log softmax_j(c S_ij) at j = i  +  log softmax_j(c S_ji) at j = i ]
 
-    over each pair's own partner and its negatives.
+    over each pair's own partner and its negatives. With momentum encoders the same once more, of each query, the key of
+    its partner and the other modality's queue (as MoCo; ALBEF for images and texts).
 
     temperature: used as it is unless learn_temperature, where
       c = exp(min(ctx.params["log_scale"], log MAX_SCALE)).
     mask_same_image: other captions of the same image stay out of the softmax.
     Returns shares that add up over devices to: infonce_loss; infonce_accuracy, the share of queries that
-    score their own partner above every negative; infonce_scale, c.
+    score their own partner above every negative of the batch; infonce_scale, c; with momentum encoders infonce_queue,
+    their part of the loss.
     """
     if learn_temperature:
         scale = jnp.exp(_limited(ctx.params["log_scale"]))
@@ -59,14 +61,19 @@ def loss(
         scale = jnp.asarray(1 / temperature, jnp.float32)
     both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
     size = both[0].size
-    own = scale * both[0].positive
-    losses = jnp.stack([jnp.logaddexp(own, direction.logsumexp(jnp.multiply, scale)) - own for direction in both])
+
+    def cross_entropy(direction: pairs.Direction) -> Array:
+        own = scale * direction.positive
+        return jnp.logaddexp(own, direction.logsumexp(jnp.multiply, scale)) - own
+
+    losses = jnp.stack([cross_entropy(direction) for direction in both])
+    queue = pairs.over_queues(both, ctx, cross_entropy) / (2 * size)
     correct = jnp.stack([direction.positive > direction.hardest() for direction in both])
     return {
-        "infonce_loss": losses.sum() / (2 * size),
+        "infonce_loss": losses.sum() / (2 * size) + queue,
         "infonce_accuracy": correct.sum() / (2 * size),
         "infonce_scale": scale / axis.axis_size(ctx.axis),
-    }
+    } | ({"infonce_queue": queue} if ctx.keys else {})
 
 
 @jax.custom_vjp

@@ -15,10 +15,9 @@ how much of the score matrix exists at a time, is the strategy, `ctx.pairs.strat
 
 Streamed and ring score each tile once more in the backward pass instead of keeping it.
 
-With momentum encoders (`ctx.keys`) the other modality's queue holds further negatives of every query: `sum`,
-`logsumexp` and `hardest` count them in, whatever the strategy. Every device has the whole queue, scored at once or,
-with streamed and ring, in tiles. No gradient flows into it. `Direction.batch` leaves it out, `Direction.queue` is it
-alone.
+With momentum encoders (`ctx.keys`) a loss has a second part, `over_queues`: the same queries against the other
+modality's queue, with the key of their partner as the positive. Every device has the whole queue, scored at once or,
+with streamed and ring, in tiles.
 
 The gradient convention of all losses: a loss returns this device's share of the global loss. Shares add up (`psum`) to
 the global loss; a mean divides by the global count, which is a constant. Each device scores its own images against all
@@ -54,10 +53,9 @@ class Direction:
     """This device's b queries of one direction, image to text or text to image, against all candidates.
 
     queries: b embeddings. candidates: their partners and everybody else's.
-    positive: [b], the score of each query with its own partner.
+    positive: [b], the score of each query with its own partner; with that one's key where the candidates are a queue.
     score: of (queries, candidates). mask_same_image: see `directions`.
     ids: [b], image ids of the queries. in_queue: the candidates are a queue, which holds no partner of any query.
-    queue: the same queries against the queue; None without one.
     known: [b, B], the scores with all candidates where both directions share them; None: each finds its own.
     """
 
@@ -68,44 +66,29 @@ class Direction:
     mask_same_image: bool
     ids: Array
     in_queue: bool = False
-    queue: Direction | None = None
     known: Array | None = None
 
     @property
     def size(self) -> int:
-        """B, pairs in the global batch."""
+        """B, pairs in the global batch. Not of a direction against a queue."""
         return self.positive.shape[0] * axis.axis_size(self.candidates.axis)
-
-    @property
-    def batch(self) -> Direction:
-        """These queries against the batch alone."""
-        return dataclasses.replace(self, queue=None)
 
     def sum(self, of_score: OfScore, *args: Array) -> Array:
         """[b], the sum over each query's negatives of `of_score(score, *args)`; 0 where it has none."""
-        value = _reduce(self.batch, "sum", of_score, args)
-        return value if self.queue is None else value + _reduce(self.queue, "sum", of_score, args)
+        return _reduce(self, "sum", of_score, args)
 
     def logsumexp(self, of_score: OfScore, *args: Array) -> Array:
         """[b], log of the sum over each query's negatives of exp(`of_score(score, *args)`); -inf without one."""
-        value = _reduce(self.batch, "logsumexp", of_score, args)
-        return value if self.queue is None else _add_exp(value, _reduce(self.queue, "logsumexp", of_score, args))
+        return _reduce(self, "logsumexp", of_score, args)
 
     def hardest(self, rank: int = 1) -> Array:
         """[b], the score of each query's rank-th best-scored negative; -inf where it has fewer.
 
         The search keeps `rank` scores and rows a query; gradients reach these b pairs only.
         """
-        best = _search(self, rank, None, first_row=0)
-        if self.queue is not None:
-            best = _search(self.queue, rank, best, first_row=self.size)  # rows behind those of the batch
-        found, rows = best[0][:, -1], best[1][:, -1]
-        in_batch = rows < self.size
-        value = paired(self, self.candidates.take(jnp.where(in_batch, rows, 0)))
-        if self.queue is not None:
-            queued = self.queue.candidates.take(jnp.maximum(rows - self.size, 0))
-            value = jnp.where(in_batch, value, paired(self, queued))
-        return jnp.where(jnp.isneginf(found), -jnp.inf, value)
+        scores, rows = _search(self, rank)
+        value = _paired(self.score, self.queries, self.candidates.take(rows[:, -1]))
+        return jnp.where(jnp.isneginf(scores[:, -1]), -jnp.inf, value)
 
 
 def directions(
@@ -131,28 +114,39 @@ def directions(
     local = ctx.pairs.strategy == "local" or (ctx.pairs.strategy == "gathered" and axis.axis_size(ctx.axis) == 1)
     known = ctx.score(images, texts) if local and images.elements is not None else None
 
-    def direction(
-        queries: Embedding, items: Embedding, score: Score, queue: Queue | None, known: Array | None
-    ) -> Direction:
+    def direction(queries: Embedding, items: Embedding, score: Score, known: Array | None) -> Direction:
         met = Candidates(items, ids, ctx.pairs, ctx.axis)
-        found = Direction(queries, met, positive, score, mask_same_image, ids, known=known)
-        return found if queue is None else dataclasses.replace(found, queue=_against(queue, found))
+        return Direction(queries, met, positive, score, mask_same_image, ids, known=known)
 
-    image_queue, text_queue = (ctx.keys.image_queue, ctx.keys.text_queue) if ctx.keys else (None, None)
-    turned = None if known is None else known.T
     return (
-        direction(images, texts, ctx.score, text_queue, known),
-        direction(texts, images, lambda queries, items: ctx.score(items, queries).T, image_queue, turned),
+        direction(images, texts, ctx.score, known),
+        direction(texts, images, lambda x, y: ctx.score(y, x).T, None if known is None else known.T),
     )
 
 
-def _against(queue: Queue, direction: Direction) -> Direction:
-    """The queries of a direction against a queue."""
+def over_queues(both: tuple[Direction, Direction], ctx: Context, term: Callable[[Direction], Array]) -> Array:
+    """[], this device's sum of `term`, a loss of each query [b], over both directions against the queues.
+
+    0 without momentum encoders, and in steps in which their queues take no part yet. The positive of a query is its
+    score with the key of its partner, as in MoCo (He et al. 2020) and USER: with the partner itself the loss could tell
+    positives from negatives by their age alone, and moves all embeddings away from those of past steps instead of
+    learning (docs/user.md has the figures). No gradient flows into the queues.
+    """
+    if ctx.keys is None:
+        return jnp.zeros(())
+    sides = (ctx.keys.text_queue, ctx.keys.texts), (ctx.keys.image_queue, ctx.keys.images)
+    total = sum(term(_against(queue, keys, of)).sum() for (queue, keys), of in zip(sides, both, strict=True))
+    return jnp.where(ctx.keys.active, total, 0.0)
+
+
+def _against(queue: Queue, keys: Embedding, direction: Direction) -> Direction:
+    """The queries of a direction against a queue; keys: of their partners."""
     pairs = direction.candidates.pairs
     at_once = pairs.strategy in ("local", "gathered")
     pairs = dataclasses.replace(pairs, strategy="local" if at_once else "streamed")
     candidates = Candidates(lax.stop_gradient(queue.items), queue.ids, pairs, None)
-    return dataclasses.replace(direction, candidates=candidates, in_queue=True, known=None)
+    positive = _paired(direction.score, direction.queries, keys)
+    return dataclasses.replace(direction, candidates=candidates, positive=positive, in_queue=True, known=None)
 
 
 def _paired(score: Score, queries: Embedding, candidates: Embedding) -> Array:
@@ -165,22 +159,16 @@ def _paired(score: Score, queries: Embedding, candidates: Embedding) -> Array:
     return jax.vmap(one)(queries, candidates)
 
 
-def paired(direction: Direction, candidates: Embedding) -> Array:
-    """[b], the score of each query of a direction with the candidate of the same row."""
-    return _paired(direction.score, direction.queries, candidates)
-
-
 Best = tuple[Array, Array]
 """Scores [b, rank] of each query's best negatives so far, and their rows."""
 
 
-def _search(direction: Direction, rank: int, best: Best | None, first_row: int) -> Best:
-    """The best negatives, further ones being `best`; `first_row`: the number that row 0 is given."""
+def _search(direction: Direction, rank: int) -> Best:
+    """The best negatives."""
     b = direction.positive.shape[0]
     queries, items = lax.stop_gradient((direction.queries, direction.candidates.items))
     search = dataclasses.replace(direction.candidates, items=items)
-    if best is None:
-        best = jnp.full((b, rank), -jnp.inf), jnp.zeros((b, rank), jnp.int32)
+    none = jnp.full((b, rank), -jnp.inf), jnp.zeros((b, rank), jnp.int32)
 
     def visit(best: Best, block: Block) -> Best:
         # Here and not behind the walk: a score may have parameters, and its backward pass is not wanted.
@@ -189,16 +177,9 @@ def _search(direction: Direction, rank: int, best: Best | None, first_row: int) 
         )
         scores = jnp.where(_negatives(direction, block), scores, -jnp.inf)
         values, columns = _best(scores, min(rank, scores.shape[1]))
-        return merge_best(best, (values, first_row + block.rows[columns]), rank)
+        return merge_best(best, (values, block.rows[columns]), rank)
 
-    return search.walk(visit, best)
-
-
-def _add_exp(a: Array, b: Array) -> Array:
-    """log(exp(a) + exp(b)); its gradient is 0, not NaN, where both are -inf."""
-    none = jnp.isneginf(a) & jnp.isneginf(b)
-    value = jnp.logaddexp(jnp.where(none, 0.0, a), jnp.where(none, 0.0, b))
-    return jnp.where(none, -jnp.inf, value)
+    return search.walk(visit, none)
 
 
 def _best(scores: Array, rank: int) -> tuple[Array, Array]:

@@ -30,8 +30,8 @@ def build(
 
     steps_per_epoch: optimiser steps of an epoch; an option `warmup_epochs` reaches its loss as
       `warmup_steps`.
-    queues: momentum encoders will give the queues of `ctx.keys`. The module of a loss that counts them among its
-      negatives, as `pairs.directions` does by itself, says so by `TAKES_QUEUES = True`; others do not get to see them.
+    queues: momentum encoders will give the queues of `ctx.keys`. The module of a loss that has a part for them
+      (`pairs.over_queues`) says so by `TAKES_QUEUES = True`; others do not get to see them.
     Returns (initial parameters {loss name: its params}, the total). Raises ValueError for a weight that is
     negative or not finite, when no loss is left, for an option that a loss does not have or lacks, and for queues that
     no loss takes.

@@ -14,7 +14,7 @@ from shnet_jax.parallel import axis
 from shnet_jax.types import Array, Context, Embedding
 
 TAKES_QUEUES = True
-"""The queues of momentum encoders (`ctx.keys`) are further negatives: see losses/total.py."""
+"""Has a part of its own for the queues of momentum encoders (`ctx.keys`): see losses/total.py."""
 
 
 def init_params(**_: Any) -> dict[str, Array]:
@@ -39,7 +39,8 @@ def loss(
 
         sum_i max_j [margin + S_ij - S_ii]+  +  sum_j max_i [margin + S_ij - S_jj]+
 
-    over the negatives j (i) of each image i (text j). While `ctx.step < warmup_steps` each max is a sum.
+    over the negatives j (i) of each image i (text j). While `ctx.step < warmup_steps` each max is a sum. With momentum
+    encoders the same once more, of each query, the key of its partner and the other modality's queue.
 
     margin: in units of the score.
     reduction: "sum" over the global batch (published) | "mean", the sum divided by B.
@@ -50,7 +51,7 @@ def loss(
       hard ones take part; in units of the score.
     Returns shares that add up over devices to: triplet_loss; triplet_violated, the share of queries whose negative
     breaks the margin; triplet_positive and triplet_negative, the mean score of the pairs and of these negatives (0 for
-    a query that has none).
+    a query that has none), these three in the batch.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"loss.triplet.reduction is 'sum' or 'mean', not {reduction!r}")
@@ -60,7 +61,6 @@ def loss(
             "and only one of them may differ from rank 1 and softness 0"
         )
     candidates = ids.shape[0] * (1 if ctx.pairs.strategy == "local" else axis.axis_size(ctx.axis))
-    candidates += ctx.keys.text_queue.ids.shape[0] if ctx.keys else 0
     if rank >= candidates:
         raise ValueError(f"loss.triplet.rank is {rank}; a query meets only {candidates - 1} others")
     both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
@@ -70,7 +70,7 @@ def loss(
         # Scored inside the branch: a gradient of scores from outside would be computed after the warm-up too.
         direction = dataclasses.replace(direction, known=None)
         own = direction.positive[:, None]
-        return direction.sum(lambda scores, own: jax.nn.relu(margin + scores - own), own).sum()
+        return direction.sum(lambda scores, own: jax.nn.relu(margin + scores - own), own)
 
     def negative(direction: pairs.Direction) -> Array:
         if not softness:
@@ -80,9 +80,17 @@ def loss(
     negatives = jnp.stack([negative(direction) for direction in both])
     positives = jnp.stack([direction.positive for direction in both])
     gaps = margin + negatives - positives
-    share = jax.nn.relu(gaps).sum()
+
+    def hard(direction: pairs.Direction) -> Array:
+        return jax.nn.relu(margin + negative(direction) - direction.positive)
+
+    share = jax.nn.relu(gaps).sum() + pairs.over_queues(both, ctx, hard)
     if warmup_steps:
-        share = lax.cond(ctx.step < warmup_steps, lambda: every(both[0]) + every(both[1]), lambda: share)
+        share = lax.cond(
+            ctx.step < warmup_steps,
+            lambda: every(both[0]).sum() + every(both[1]).sum() + pairs.over_queues(both, ctx, every),
+            lambda: share,
+        )
     return {
         "triplet_loss": share / size if reduction == "mean" else share,
         "triplet_violated": (gaps > 0).sum() / (2 * size),

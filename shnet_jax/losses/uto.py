@@ -14,7 +14,7 @@ from shnet_jax.losses import pairs
 from shnet_jax.types import Array, Context, Embedding
 
 TAKES_QUEUES = True
-"""The queues of momentum encoders (`ctx.keys`) are further negatives: see losses/total.py."""
+"""Has a part of its own for the queues of momentum encoders (`ctx.keys`): see losses/total.py."""
 
 
 def init_params(*, scale: float, **_: Any) -> dict[str, Array]:
@@ -59,13 +59,8 @@ def loss(
     def reward(scores: Array) -> Array:
         return jnp.log1p(jax.nn.relu(scores))
 
-    batch = batch_weight * (softmax_of(both[0].batch) + softmax_of(both[1].batch) - reward(positive)).sum() / size
-    queue = jnp.zeros(())
-    if ctx.keys is not None:
-        for direction, partners in zip(both, (ctx.keys.texts, ctx.keys.images), strict=True):
-            assert direction.queue is not None
-            each = softmax_of(direction.queue) - reward(pairs.paired(direction, partners))
-            queue = queue + each.sum() / size
+    batch = batch_weight * (softmax_of(both[0]) + softmax_of(both[1]) - reward(positive)).sum() / size
+    queue = pairs.over_queues(both, ctx, lambda queued: softmax_of(queued) - reward(queued.positive)) / size
     return {
         "uto_loss": batch + queue,
         "uto_batch": batch,

@@ -4,7 +4,7 @@ The key encoders are running averages of the model's parameters. Each step, in t
 
   1. they move towards the parameters that the batch will be scored with, before the optimiser changes these;
   2. they encode the batch, without a gradient;
-  3. the loss counts the queues as they are among its negatives: the keys of this batch are not in them yet;
+  3. the loss sets them against the queues as they are (losses/pairs.py): the keys of this batch are not in them yet;
   4. the keys of the whole batch overwrite the oldest entries.
 
 What changes here is part of the training state, and so of its checkpoints.
@@ -13,6 +13,7 @@ What changes here is part of the training state, and so of its checkpoints.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ class Momentum:
     """Options of `config.momentum` (configs/base.py), checked.
 
     dim: size of an embedding. sets: elements of each image and of each text in the queues, 0 where there are none.
+    from_step: the first step in which the queues take part in the losses.
     """
 
     queue: int
@@ -47,6 +49,7 @@ class Momentum:
     image_train: bool
     text_train: bool
     sets: tuple[int, int] = (0, 0)
+    from_step: int = 0
 
     def in_training(self, tower: str) -> bool:
         """Whether the key encoder below params/`tower` runs as in training; the text tower's is "text"."""
@@ -63,7 +66,7 @@ class MomentumState:
     texts: Queue
 
 
-def options(config: ConfigDict | FrozenConfigDict, model: RetrievalModel) -> Momentum | None:
+def options(config: ConfigDict | FrozenConfigDict, model: RetrievalModel, steps_per_epoch: float) -> Momentum | None:
     """The momentum encoders of a configuration; None where `config.momentum.queue` is 0.
 
     Raises ValueError for settings that do not fit together, and for a model whose score asks for more than queues hold.
@@ -80,6 +83,8 @@ def options(config: ConfigDict | FrozenConfigDict, model: RetrievalModel) -> Mom
         raise ValueError(f"config.momentum.decay is {m.decay}; it must be at least 0 and below 1")
     if m.start not in STARTS:
         raise ValueError(f"config.momentum.start is {m.start!r}; choose from {', '.join(STARTS)}")
+    if not 0 <= m.from_epoch < math.inf:
+        raise ValueError(f"config.momentum.from_epoch is {m.from_epoch}; it must be a finite number of epochs >= 0")
     sets = model.set_sizes
     if model.score is not RetrievalModel.score and not (any(sets) and has_static_score(model)):
         raise ValueError(
@@ -87,7 +92,8 @@ def options(config: ConfigDict | FrozenConfigDict, model: RetrievalModel) -> Mom
             "product of one vector of an image and one of a text nor one of sets of a fixed size, without parameters, "
             "which is what queues hold: set it to 0"
         )
-    return Momentum(m.queue, config.model.dim, m.decay, m.warm, m.start, m.image_train, m.text_train, sets)
+    fields = {name: m[name] for name in ("queue", "decay", "warm", "start", "image_train", "text_train")}
+    return Momentum(dim=config.model.dim, sets=sets, from_step=round(m.from_epoch * steps_per_epoch), **fields)
 
 
 def first_state(momentum: Momentum, variables: Mapping[str, Any], seed: int) -> MomentumState:
@@ -147,9 +153,11 @@ def encode(
     return (embeddings[0], embeddings[1]), variables.get(mutable, {})
 
 
-def meet(state: MomentumState, keys: tuple[Embedding, Embedding], captions: int) -> Keys:
+def meet(
+    momentum: Momentum, state: MomentumState, keys: tuple[Embedding, Embedding], captions: int, step: Array
+) -> Keys:
     """What the loss is given: the keys of this device's pairs, an image repeated for its captions, and the queues."""
-    return Keys(keys[0].repeat(captions), keys[1], state.images, state.texts)
+    return Keys(keys[0].repeat(captions), keys[1], state.images, state.texts, step >= momentum.from_step)
 
 
 def enqueue(

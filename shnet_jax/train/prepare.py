@@ -145,7 +145,7 @@ def build_step(
         )
     accumulate = config.optim.accumulate
     rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
-    key_options = momentum.options(config, model)
+    key_options = momentum.options(config, model, steps_per_epoch)
     loss_params, total_loss = total.build(config.loss, steps_per_epoch, queues=key_options is not None)
     devices = mesh.size if config.parallel.shard_params else 1
     axes = split_axes({"model": variables["params"], "loss": loss_params}, devices)

@@ -83,7 +83,7 @@ def make_step(
                 found, stats = embed_in_parts(encode_part, moved.params, moved.batch_stats, batch, own, **parts)
             else:
                 found, stats = encode_keys("batch_stats", moved.params, batch, own, {})
-            met = momentum.meet(moved, found, captions)  # before this batch enters the queues
+            met = momentum.meet(options, moved, found, captions, state.step)  # before this batch enters the queues
             moved = dataclasses.replace(moved, batch_stats=axis.pmean(stats, axis_name))
             return momentum.enqueue(moved, found, ids, captions, axis_name), met
 

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def triplet(scores, ids, *, margin, warm, mean, mask, rank=1, softness=0, queues=None):
-    """scores [B, B], images in rows; queues: see `_directions`."""
+    """scores [B, B], images in rows; queues: see `_queued`."""
 
     def direction(own, scores, negatives):
         wrong = np.where(negatives, scores, -np.inf)
@@ -13,7 +13,7 @@ def triplet(scores, ids, *, margin, warm, mean, mask, rank=1, softness=0, queues
         negative = softness * np.log(np.exp(wrong / softness).sum(1)) if softness else np.sort(wrong, 1)[:, -rank]
         return np.maximum(0, margin + negative - own).sum()
 
-    total = sum(direction(*each) for each in _directions(scores, ids, mask, queues))
+    total = sum(direction(*each) for each in _directions(scores, ids, mask) + _queued(queues, ids, mask))
     return total / len(ids) if mean else total
 
 
@@ -25,16 +25,16 @@ def sigmoid(scores, ids, *, scale, bias, mask):
 
 
 def infonce(scores, ids, *, scale, mask, queues=None):
-    """scores [B, B], images in rows; queues: see `_directions`."""
+    """scores [B, B], images in rows; queues: see `_queued`."""
     total = 0.0
-    for own, against, negatives in _directions(scores, ids, mask, queues):
+    for own, against, negatives in _directions(scores, ids, mask) + _queued(queues, ids, mask):
         own = np.exp(scale * own)
         total -= np.log(own / (own + (negatives * np.exp(scale * against)).sum(1))).sum() / (2 * len(ids))
     return total
 
 
-def uto(scores, ids, *, scale, offset, weight, mask, queues=None, partners=None):
-    """(in-batch part, part of the queues); partners: scores [B] of images with their text keys, and of texts."""
+def uto(scores, ids, *, scale, offset, weight, mask, queues=None):
+    """(in-batch part, part of the queues); queues: see `_queued`."""
 
     def soft(scores, negatives):
         return np.log1p((negatives * np.exp(scale * (scores - offset))).sum(1)) / scale
@@ -43,29 +43,26 @@ def uto(scores, ids, *, scale, offset, weight, mask, queues=None, partners=None)
         return np.log1p(np.maximum(scores, 0))
 
     batch = -reward(np.diag(scores)).sum()
-    queue = 0.0
-    for side, (_, against, negatives) in enumerate(_directions(scores, ids, mask, queues)):
-        size = len(ids)
-        batch += soft(against[:, :size], negatives[:, :size]).sum()
-        if queues is not None:
-            queue += (soft(against[:, size:], negatives[:, size:]) - reward(partners[side])).sum()
+    batch += sum(soft(against, negatives).sum() for _, against, negatives in _directions(scores, ids, mask))
+    held = _queued(queues, ids, mask)
+    queue = sum((soft(against, negatives) - reward(own)).sum() for own, against, negatives in held)
     return weight * batch / len(ids), queue / len(ids)
 
 
-def _directions(scores, ids, mask, queues):
-    """[(own [B], scores [B, M], which are negatives [B, M])] of images, then of texts; M = B, and a queue's K.
+def _directions(scores, ids, mask):
+    """[(own [B], scores [B, B], which are negatives [B, B])] of images, then of texts."""
+    scores = np.asarray(scores, np.float64)
+    return [(np.diag(against), against, _negatives(np.asarray(ids), mask)) for against in (scores, scores.T)]
 
-    queues: ((scores [B, K] of the images with the text queue, its image ids), (of the texts with the other, ids)).
+
+def _queued(queues, ids, mask):
+    """The same against queues [B, K].
+
+    queues: None or, of images, then of texts: (scores [B] with the keys of their partners, scores [B, K] with the other
+    modality's queue, its image ids [K]).
     """
-    scores, ids, found = np.asarray(scores, np.float64), np.asarray(ids), []
-    for side, against in enumerate((scores, scores.T)):
-        own, negatives = np.diag(against), _negatives(ids, mask)
-        if queues is not None:
-            further, of = queues[side]
-            against = np.hstack([against, further])
-            negatives = np.hstack([negatives, (ids[:, None] != of) | (not mask)])
-        found.append((own, against, negatives))
-    return found
+    ids = np.asarray(ids)
+    return [(own, against, (ids[:, None] != of) | (not mask)) for own, against, of in queues or ()]
 
 
 def _negatives(ids, mask):

@@ -54,21 +54,20 @@ def reference(objective, step, blocks):
 
     def part(rows, images, texts):
         scores, ids = images[rows] @ texts[rows].T, IDS[rows]
-        further = (images[rows] @ queues[1].T, QUEUE_IDS), (texts[rows] @ queues[0].T, QUEUE_IDS)
+        sides = (images, batch["text_keys"], queues[1]), (texts, batch["image_keys"], queues[0])
+        held = [((x[rows] * keys[rows]).sum(1), x[rows] @ queue.T, QUEUE_IDS) for x, keys, queue in sides]
         value = 0.0
         if "uto" in config["weights"]:
-            pairs = (images, batch["text_keys"]), (texts, batch["image_keys"])
-            partners = [(queries[rows] * keys[rows]).sum(1) for queries, keys in pairs]
             mask = config["uto"]["mask_same_image"]
             options = {"scale": 90.0, "offset": 0.5, "weight": 3.0, "mask": mask}
-            value += sum(oracle.uto(scores, ids, **options, queues=further, partners=partners))
+            value += sum(oracle.uto(scores, ids, **options, queues=held))
         if "triplet" in config["weights"]:
             own = config["triplet"]
             options = {name: own[name] for name in ("margin", "rank", "softness") if name in own}
             warm, mask = step < WARMUP_STEPS, own["mask_same_image"]
-            value += oracle.triplet(scores, ids, warm=warm, mean=True, mask=mask, queues=further, **options)
+            value += oracle.triplet(scores, ids, warm=warm, mean=True, mask=mask, queues=held, **options)
         if "infonce" in config["weights"]:
-            value += 2.0 * oracle.infonce(scores, ids, scale=5.0, mask=True, queues=further)
+            value += 2.0 * oracle.infonce(scores, ids, scale=5.0, mask=True, queues=held)
         return value
 
     def value(params):
@@ -168,13 +167,32 @@ def test_a_loss_that_takes_no_queues_sees_the_batch_alone():
     assert with_queues["infonce_loss"] > without["infonce_loss"] + 1e-3
 
 
+@pytest.mark.parametrize("objective", ["uto", "soft triplet", "third hardest and infonce"])
+def test_queues_that_do_not_take_part_yet(objective):
+    batch, _, queues = data()
+    rows = [jnp.float32(batch[name]) for name in ("image_keys", "text_keys")]
+    held = [Queue(jnp.float32(vectors), QUEUE_IDS, jnp.int32(0)) for vectors in queues]
+    params, compute = total.build(ConfigDict(OBJECTIVES[objective]), 1, queues=True)
+
+    def value(rows, keys):
+        sides = [Embedding(vectors) for vectors in rows]
+        return compute(*sides, IDS, Context(jnp.int32(9), params, RetrievalModel.score, keys=keys))["loss"]
+
+    known = [Embedding(vectors[::-1]) for vectors in rows]
+    found = {active: jax.value_and_grad(value)(rows, Keys(*known, *held, jnp.bool_(active))) for active in (0, 1)}
+    without = jax.value_and_grad(value)(rows, None)
+    jax.tree.map(np.testing.assert_array_equal, found[0], without)
+    assert abs(found[1][0] - without[0]) > 1e-3
+
+
 @pytest.mark.parametrize("strategy, devices", [("gathered", 1), ("streamed", 8), ("ring", 2)])
 def test_queues_of_sets(strategy, devices):
     """Loss and gradients of sets and global vectors equal those of the scores computed by pairs in float64."""
     rng = np.random.default_rng(2)
     shapes = {"image": (3,), "image_set": (2, 3), "text": (3,), "text_set": (4, 3)}
-    given, held = (
-        {name: oracle.unit(rng.normal(size=(count, *shape))) for name, shape in shapes.items()} for count in (16, QUEUE)
+    given, key, held = (
+        {name: oracle.unit(rng.normal(size=(count, *shape))) for name, shape in shapes.items()}
+        for count in (16, 16, QUEUE)
     )
 
     def scores(images, texts):
@@ -183,8 +201,12 @@ def test_queues_of_sets(strategy, devices):
         return images["image"] @ texts["text"].T + 0.5 * within
 
     def value(given):
-        further = (scores(given, held), QUEUE_IDS), (scores(held, given).T, QUEUE_IDS)
-        return oracle.infonce(scores(given, given), IDS, scale=5.0, mask=True, queues=further)
+        with_text_keys, with_image_keys = (np.diag(scores(*x)) for x in ((given, key), (key, given)))
+        queues = [
+            (with_text_keys, scores(given, held), QUEUE_IDS),
+            (with_image_keys, scores(held, given).T, QUEUE_IDS),
+        ]
+        return oracle.infonce(scores(given, given), IDS, scale=5.0, mask=True, queues=queues)
 
     config = ConfigDict({"weights": {"infonce": 1.0}, "infonce": INFONCE, "pairs": {"strategy": strategy, "tile": 5}})
     loss_params, compute = total.build(config, 1, queues=True)
@@ -194,7 +216,7 @@ def test_queues_of_sets(strategy, devices):
 
         def share(items, ids):
             images, texts = (Embedding(items[n], items[f"{n}_set"]) for n in ("image", "text"))
-            keys = Keys(images, texts, *queues)
+            keys = Keys(*(Embedding(batch[f"key_{n}"], batch[f"key_{n}_set"]) for n in ("image", "text")), *queues)
             ctx = Context(jnp.int32(0), loss_params, SetScore("smooth_chamfer", 4.0, 0.5), axis=DATA, keys=keys)
             return compute(images, texts, ids, ctx)["loss"]
 
@@ -203,7 +225,7 @@ def test_queues_of_sets(strategy, devices):
 
     mesh = mapping.data_mesh(jax.devices()[:devices])
     run = mapping.map_step(step, mesh, "shard_map", donate_state=False)
-    rows = mapping.put_batch(float32(given | {"ids": IDS}), mesh, "shard_map")
+    rows = mapping.put_batch(float32(given | {f"key_{n}": x for n, x in key.items()} | {"ids": IDS}), mesh, "shard_map")
     loss, grads = run(mapping.replicate(float32(held), mesh), rows)
     np.testing.assert_allclose(loss, value(given), rtol=2e-5)
     for name in shapes:

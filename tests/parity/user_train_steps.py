@@ -71,7 +71,7 @@ def check(folder: Path) -> list[Row]:
         "params": {"image": image_variables["params"], "text": bert.encoder_params(text, shape)},
         "batch_stats": {"image": image_variables["batch_stats"]},
     }
-    options = momentum.options(config, model)
+    options = momentum.options(config, model, 1.0)
     tx = make_optimiser(config, schedule(config, 10**6, 10**6))
     loss_params, total_loss = total.build(config.loss, steps_per_epoch=1, queues=True)
     step = jax.jit(make_step(model, total_loss, tx, finish=lambda _, batch: batch, key_options=options))

@@ -104,12 +104,11 @@ def reference():
 
         def value(params, rows=rows, own=own, ids=ids, queues=queues):
             images, texts = (oracle.unit(rows[name] @ params[name]) for name in ("image", "text"))
-            further = (
-                (images @ queues["text"][0].T, queues["text"][1]),
-                (texts @ queues["image"][0].T, queues["image"][1]),
-            )
-            partners = (images * own["text"]).sum(1), (texts * own["image"]).sum(1)
-            given = {"scale": 20.0, "offset": 0.5, "weight": 2.0, "mask": True, "queues": further, "partners": partners}
+            held = [
+                ((x * own[other]).sum(1), x @ queues[other][0].T, queues[other][1])
+                for x, other in ((images, "text"), (texts, "image"))
+            ]
+            given = {"scale": 20.0, "offset": 0.5, "weight": 2.0, "mask": True, "queues": held}
             return sum(oracle.uto(images @ texts.T, ids, **given))
 
         loss = value(params)
@@ -239,6 +238,15 @@ def test_split_parameters_give_the_same_keys_and_whole_queues(monkeypatch):
     assert held.images.vectors.addressable_shards[0].data.size == QUEUE * DIM
 
 
+def test_queues_fill_before_they_take_part():
+    late, early = run(1, "shard_map", chosen=options(from_step=2)), run(1, "shard_map")
+    assert [bool(metrics["uto_queue"] != 0) for _, metrics in late] == [step >= 2 for step in range(len(late))]
+    assert early[0][1]["uto_queue"] != 0
+    np.testing.assert_array_equal(late[0][0].momentum.texts.vectors, early[0][0].momentum.texts.vectors)
+    chosen = momentum.options(configuration(**{"momentum.from_epoch": 1.5}), Linear(), steps_per_epoch=7)
+    assert chosen.from_step == round(1.5 * 7)
+
+
 def test_the_planned_state_has_keys_and_queues():
     like = built(configuration()).like.momentum
     assert like.texts.vectors.shape == (QUEUE, DIM) and like.params["image"]["kernel"].shape == (5, DIM)
@@ -267,6 +275,11 @@ class Elsewhere(Linear):
         ({"momentum.queue": PAIRS - 1}, None, r"momentum\.queue is 15; it must hold a whole batch, .*batch_size = 16"),
         ({"momentum.queue": -1}, None, r"momentum\.queue is -1"),
         ({"momentum.decay": 1.0}, None, r"momentum\.decay is 1\.0; it must be at least 0 and below 1"),
+        (
+            {"momentum.from_epoch": -1.0},
+            None,
+            r"momentum\.from_epoch is -1\.0; it must be a finite number of epochs >= 0",
+        ),
         ({"momentum.start": "zeros"}, None, "'zeros'; choose from uniform, gaussian"),
         ({"loss.weights.sigmoid": 1.0, "loss.weights.uto": 0.0}, None, "sigmoid, none takes queues"),
         ({}, Elsewhere(), "neither the dot product of one vector .* nor one of sets of a fixed size"),

@@ -78,7 +78,7 @@ def steps(devices: int, mapping: str, bn_sync: bool):
     tx = optax.sgd(1.0)
     mesh = data_mesh(jax.devices()[:devices])
     model = registry.model("shnet").build(config)
-    keys = momentum.options(config, model)
+    keys = momentum.options(config, model, 1.0)
     how = {"finish": gather, "axis_name": DATA, "key_options": keys}
     step = map_step(make_step(model, total_loss, tx, **how), mesh, mapping)
     done = []
