@@ -368,6 +368,7 @@ def test_peak_counts_donated_memory_once():
 
 
 @needs_libtpu
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
     """`--mode=plan --target=tpu:v5e:2x4`: configs/demo.py as it is, segmentation included, and its data set's sizes."""
@@ -397,6 +398,7 @@ def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
 
 
 @needs_libtpu
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 @pytest.mark.parametrize("target, pairs", [("tpu:v5e:2x4", 4096), ("tpu:v5e:8x8", 512)])
 def test_a_global_batch_of_32768_fits(target, pairs):

@@ -51,7 +51,7 @@ def loss(
       hard ones take part; in units of the score.
     Returns shares that add up over devices to: triplet_loss; triplet_violated, the share of queries whose negative
     breaks the margin; triplet_positive and triplet_negative, the mean score of the pairs and of these negatives (0 for
-    a query that has none), these three in the batch.
+    a query that has none), these three in the batch; with momentum encoders triplet_queue, their part of the loss.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"loss.triplet.reduction is 'sum' or 'mean', not {reduction!r}")
@@ -84,16 +84,18 @@ def loss(
     def hard(direction: pairs.Direction) -> Array:
         return jax.nn.relu(margin + negative(direction) - direction.positive)
 
-    share = jax.nn.relu(gaps).sum() + pairs.over_queues(both, ctx, hard)
+    share, queue = jax.nn.relu(gaps).sum(), pairs.over_queues(both, ctx, hard)
     if warmup_steps:
-        share = lax.cond(
+        share, queue = lax.cond(
             ctx.step < warmup_steps,
-            lambda: every(both[0]).sum() + every(both[1]).sum() + pairs.over_queues(both, ctx, every),
-            lambda: share,
+            lambda: (every(both[0]).sum() + every(both[1]).sum(), pairs.over_queues(both, ctx, every)),
+            lambda: (share, queue),
         )
+    if reduction == "mean":
+        share, queue = share / size, queue / size
     return {
-        "triplet_loss": share / size if reduction == "mean" else share,
+        "triplet_loss": share + queue,
         "triplet_violated": (gaps > 0).sum() / (2 * size),
         "triplet_positive": positives.sum() / (2 * size),
         "triplet_negative": jnp.where(jnp.isneginf(negatives), 0.0, negatives).sum() / (2 * size),
-    }
+    } | ({"triplet_queue": queue} if ctx.keys else {})

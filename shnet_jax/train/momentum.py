@@ -160,6 +160,12 @@ def meet(
     return Keys(keys[0].repeat(captions), keys[1], state.images, state.texts, step >= momentum.from_step)
 
 
+def finite(keys: Keys, axis_name: str | None) -> Array:
+    """[] bool, whether the keys of all devices are; a loss shows it only once their queues take part."""
+    arrays = [x for side in (keys.images, keys.texts) for x in (side.vector, side.elements) if x is not None]
+    return jnp.equal(axis.psum(sum(jnp.sum(~jnp.isfinite(x)) for x in arrays), axis_name), 0)
+
+
 def enqueue(
     state: MomentumState, keys: tuple[Embedding, Embedding], ids: Array, captions: int, axis_name: str | None
 ) -> MomentumState:

@@ -16,11 +16,13 @@ def device(kind):
     return types.SimpleNamespace(platform="accelerator", device_kind=kind)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_matrix_product_is_counted_exactly():
     compiled = jax.jit(jnp.matmul).lower(np.ones((32, 16), np.float32), np.ones((16, 8), np.float32)).compile()
     assert cost.step_flops(compiled) == 2 * 32 * 16 * 8
 
 
+@pytest.mark.usefixtures("optimised")
 def test_loops_count_as_often_as_they_run():
     def steps(x, w):
         return jax.lax.scan(lambda c, _: (jnp.sin(c @ w), None), x, None, length=5)[0]
@@ -62,6 +64,7 @@ def test_measured_peak_is_plausible(dtype):
     assert 1e8 < cost.measured_flops(jax.devices()[0], dtype, size=256, repeats=2) < 1e15
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("how", mapping.MAPPINGS)
 def test_utilisation(monkeypatch, how):
     monkeypatch.setattr(cost, "measured_flops", lambda *_: 1e6)

@@ -122,10 +122,10 @@ def loss_arrays() -> dict[str, np.ndarray]:
 
             def value(side=side, queues=queues, **x):
                 of = np.full(QUEUE, -1)
-                partners = (x["im"] * x["t_k"]).sum(1), (x["s"] * x["v_k"]).sum(1)
-                further = (x["im"] @ queues["t"].T, of), (x["s"] @ queues["v"].T, of)
+                sides = ("im", "t"), ("s", "v")
+                held = [((x[a] * x[f"{b}_k"]).sum(1), x[a] @ queues[b].T, of) for a, b in sides]
                 options = {"scale": 90.0, "offset": 0.5, "weight": 1.0, "mask": False}
-                return oracle.uto(x["im"] @ x["s"].T, range(BATCH), **options, queues=further, partners=partners)[side]
+                return oracle.uto(x["im"] @ x["s"].T, range(BATCH), **options, queues=held)[side]
 
             arrays[f"{case}.{part}.out.loss"] = np.float64(value(**given))
             for name in names if part == "queue" else names[:2]:

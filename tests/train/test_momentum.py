@@ -207,6 +207,19 @@ def test_a_batch_that_is_not_finite_leaves_keys_and_queues_alone():
         assert np.array_equal(ours, old)
 
 
+def test_keys_that_are_not_finite_are_noticed_before_they_take_part():
+    tx, chosen = optax.sgd(RATE), options(from_step=2)
+    loss_params, total_loss = total.build(ConfigDict({"weights": {"uto": 1.0}, "uto": UTO}), 1, queues=True)
+    step = jax.jit(make_step(Linear(), total_loss, tx, finish=lambda table, raw: raw, key_options=chosen))
+    state = create_state(variables(), loss_params, tx, False, 0, chosen)
+    assert step(state, batches()[0])[1]["nonfinite"] == 0
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.momentum.params)
+    state = dataclasses.replace(state, momentum=dataclasses.replace(state.momentum, params=broken))
+    after, metrics = step(state, batches()[0])
+    assert metrics["nonfinite"] == 1
+    np.testing.assert_array_equal(after.momentum.texts.vectors, state.momentum.texts.vectors)
+
+
 def configuration(**changes):
     c = user_coco.get_config()
     c.update_from_flattened_dict(
@@ -280,6 +293,7 @@ class Elsewhere(Linear):
             None,
             r"momentum\.from_epoch is -1\.0; it must be a finite number of epochs >= 0",
         ),
+        ({"momentum.from_epoch": 10.0}, None, r"from_epoch is 10\.0, step 100, and the run has 100 steps: its queues"),
         ({"momentum.start": "zeros"}, None, "'zeros'; choose from uniform, gaussian"),
         ({"loss.weights.sigmoid": 1.0, "loss.weights.uto": 0.0}, None, "sigmoid, none takes queues"),
         ({}, Elsewhere(), "neither the dot product of one vector .* nor one of sets of a fixed size"),

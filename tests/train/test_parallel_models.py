@@ -30,7 +30,7 @@ PAIRS, QUEUE, RATE = whole_model.IMAGES * whole_model.CAPTIONS, 20, 0.1  # texts
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
+def few_slots():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(user, "SLOTS", whole_model.REGIONS)
         yield
