@@ -39,7 +39,9 @@ def test_captions(recorded, loaded):
     np.testing.assert_allclose(words[np.arange(len(last)), last], recorded["caption_vectors"], atol=2e-5)
 
 
-@pytest.mark.parametrize("pictures, states", [("pixels", "image_states"), ("tall", "tall_states")])
+@pytest.mark.parametrize(
+    "pictures, states", [("pixels", "image_states"), pytest.param("tall", "tall_states", marks=pytest.mark.slow)]
+)
 def test_pictures(recorded, loaded, pictures, states):
     """tall: 48 x 16 pixels, with the positions of 32 x 32 interpolated."""
     (_, shape), (_, params) = loaded

@@ -58,6 +58,7 @@ def test_scale_stops_at_its_limit():
     np.testing.assert_allclose(above["infonce_loss"], at["infonce_loss"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_scale_comes_back_from_beyond_its_limit():
     def slope(images, texts):
         return jax.grad(lambda x: run(images, texts, {"log_scale": x}, ids=np.arange(4))["infonce_loss"])(

@@ -56,6 +56,7 @@ def encode(c, b):
     return model, *run(b)
 
 
+@pytest.mark.slow
 def test_sets_of_different_sizes_around_the_global_vectors():
     model, _, (images, texts) = encode(config(**{"model.esa.size": 3, "model.esa.text_size": 2}), batch())
     assert images.elements.shape == (3, 3, 16) and texts.elements.shape == (3, 2, 16)

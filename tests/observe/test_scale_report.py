@@ -167,6 +167,7 @@ def test_virtual_devices_have_no_plots_of_speed():
     assert "4 virtual" in text and "compiled" in text and "4 virtual CPU devices" in text
 
 
+@pytest.mark.slow
 def test_plots_of_points_that_are_gone_go_too(tmp_path):
     make_report(tmp_path, virtual=False)
     (tmp_path / "plots" / "speed_weak_999.png").write_bytes(b"old")

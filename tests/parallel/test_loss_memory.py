@@ -55,6 +55,7 @@ def test_ring_holds_the_block_of_one_device(loss, size):
     assert temporary_bytes(loss, "ring", size, devices=8) < 3 * block + 20 * own + 20 * size * FLOAT
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gathered_is_what_the_others_save(loss):

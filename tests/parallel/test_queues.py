@@ -153,6 +153,7 @@ def test_queues_that_no_loss_takes_are_refused():
         total.build(config, 1, queues=True)
 
 
+@pytest.mark.slow
 def test_a_loss_that_takes_no_queues_sees_the_batch_alone():
     batch, _, queues = data()
     rows = [Embedding(jnp.float32(batch[name])) for name in ("image_keys", "text_keys")]
@@ -167,7 +168,10 @@ def test_a_loss_that_takes_no_queues_sees_the_batch_alone():
     assert with_queues["infonce_loss"] > without["infonce_loss"] + 1e-3
 
 
-@pytest.mark.parametrize("objective", ["uto", "soft triplet", "third hardest and infonce"])
+@pytest.mark.parametrize(
+    "objective",
+    ["soft triplet", *(pytest.param(o, marks=pytest.mark.slow) for o in ("uto", "third hardest and infonce"))],
+)
 def test_queues_that_do_not_take_part_yet(objective):
     batch, _, queues = data()
     rows = [jnp.float32(batch[name]) for name in ("image_keys", "text_keys")]
@@ -185,7 +189,10 @@ def test_queues_that_do_not_take_part_yet(objective):
     assert abs(found[1][0] - without[0]) > 1e-3
 
 
-@pytest.mark.parametrize("strategy, devices", [("gathered", 1), ("streamed", 8), ("ring", 2)])
+@pytest.mark.parametrize(
+    "strategy, devices",
+    [("streamed", 8), *(pytest.param(*way, marks=pytest.mark.slow) for way in (("gathered", 1), ("ring", 2)))],
+)
 def test_queues_of_sets(strategy, devices):
     """Loss and gradients of sets and global vectors equal those of the scores computed by pairs in float64."""
     rng = np.random.default_rng(2)

@@ -133,6 +133,7 @@ def test_by_the_command(loaded, config, scores, tmp_path, monkeypatch, capsys):
     config.search.index = "exact"
 
 
+@pytest.mark.slow
 def test_on_the_page(loaded, config, scores, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     mesh = make_mesh(1)

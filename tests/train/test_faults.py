@@ -191,6 +191,7 @@ def quick():
         yield
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_last_whole_checkpoint(quick, tmp_path, caplog):
     """Of a run, moreover, that began before some fields existed, and while another did."""
     config, whole, run = toy(), tmp_path / "whole", tmp_path / "run"

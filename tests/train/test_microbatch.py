@@ -178,6 +178,7 @@ def test_dropout_is_the_same_in_all_passes(statistics):
     agree(found, jax.jit(jax.grad(direct))(params))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_memory_follows_the_microbatch():
     many = jax.tree.map(lambda x: np.tile(x, (512, *[1] * (x.ndim - 1))), batch())
