@@ -1,7 +1,7 @@
 """Runs every test on CPU with 8 virtual devices; must come before the first import of jax.
 
-Most of the time goes into compiling programs that run once, so they are compiled fast and badly, and each once, also
-in the processes that tests start. As users have them: `JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test`.
+Programs here run once or twice, so they are compiled fast and badly, and each once, also in the processes that tests
+start. As users have them: `JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test`.
 A program that a killed process left half written among those that are kept is a warning, and compiled again.
 Property tests try the same examples in every run: a test fails where somebody changed something, and nowhere else.
 """
