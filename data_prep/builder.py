@@ -140,7 +140,7 @@ class _Writer:
     def write(self, split: str, items: Iterable[Item]) -> Index:
         """Write a split and its sidecar."""
         rows = self._rows[split] = {}
-        index = IndexBuilder()
+        index = IndexBuilder(self._folder)
         chunk: list[Record] = []
         count = 0
         for row, item in enumerate(items):

@@ -58,7 +58,8 @@ def shnet() -> ConfigDict:
 
 def user() -> ConfigDict:
     c = user_demo.get_config()
-    return small(c, tiny.dataset(), model__name="user", momentum__queue=16, loss__weights__uto=1.0)
+    changes = {"momentum__queue": 16, "momentum__from_epoch": 0.0, "loss__weights__uto": 1.0}
+    return small(c, tiny.dataset(), model__name="user", **changes)
 
 
 def cmsei() -> ConfigDict:

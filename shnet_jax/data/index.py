@@ -7,6 +7,9 @@ records have the field `identity`.
 
 from __future__ import annotations
 
+import io
+import mmap
+import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,14 +29,14 @@ class Index:
 
     image_ids: unicode [N].
     caption_counts: int32 [N], captions of each image.
-    text: UTF-8 of all T captions, one after the other.
+    text: UTF-8 of all T captions, one after the other; in memory, or a file that is mapped.
     ends: int64 [T], where each caption ends in `text`.
     identities: int64 [N], person in each image; None where the data set has none.
     """
 
     image_ids: np.ndarray
     caption_counts: np.ndarray
-    text: bytes
+    text: bytes | mmap.mmap
     ends: np.ndarray
     identities: np.ndarray | None = None
 
@@ -58,11 +61,13 @@ class Index:
 
 
 class IndexBuilder:
-    """Collects an index image by image; holds the text and 8 bytes a caption."""
+    """Collects an index image by image; holds ids, 8 bytes a caption, and the text unless a folder is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        """folder: where the text is put meanwhile, into a file without a name; None: it stays in memory."""
         self._ids: list[str] = []
-        self._counts, self._text, self._ends = array("i"), bytearray(), array("q")
+        self._text = tempfile.TemporaryFile(dir=folder) if folder else io.BytesIO()  # noqa: SIM115  # as long as we live
+        self._counts, self._ends, self._size = array("i"), array("q"), 0
         self._identities = array("q")
 
     def add(self, image_id: str, captions: Sequence[str], identity: int | None = None) -> None:
@@ -72,14 +77,20 @@ class IndexBuilder:
         self._ids.append(image_id)
         self._counts.append(len(captions))
         for caption in captions:
-            self._text += caption.encode()
-            self._ends.append(len(self._text))
+            self._size += self._text.write(caption.encode())
+            self._ends.append(self._size)
 
     def build(self) -> Index:
         """The index of the images so far."""
         counts, ends = np.array(self._counts, np.int32), np.array(self._ends, np.int64)
         identities = np.array(self._identities, np.int64) if self._identities else None
-        return Index(np.array(self._ids, np.str_), counts, bytes(self._text), ends, identities)
+        return Index(np.array(self._ids, np.str_), counts, self._whole_text(), ends, identities)
+
+    def _whole_text(self) -> bytes | mmap.mmap:
+        if isinstance(self._text, io.BytesIO):
+            return self._text.getvalue()
+        self._text.flush()
+        return mmap.mmap(self._text.fileno(), self._size, access=mmap.ACCESS_READ) if self._size else b""
 
 
 def _cuts_letters(index: Index) -> bool:
@@ -134,7 +145,7 @@ def read_index(folder: Path, split: str) -> Index | None:
         arrays.get("identities"),
     )
     try:
-        index.text.decode()
+        index.text[:].decode()
     except ValueError as error:
         raise _damaged(path, f"{what}: its text is no Unicode: {error}") from None
     captions, ends = sum(index.caption_counts.tolist()), index.ends

@@ -24,7 +24,7 @@ DRAWS = 2000
 NAMES = (*(f"{d}_r{k}" for d in DIRECTIONS for k in CUTS), "rsum")
 RANKS, PERSONS = ("i2t", "t2i", "caption_image"), ("image_person", "found")
 """Fields of QueryRanks, and those that only a person search has."""
-_CHUNK = 1 << 22  # weights drawn at once: 32 MiB
+_CHUNK = 1 << 19  # weights drawn at once: 4 MiB
 
 
 @dataclasses.dataclass(frozen=True)

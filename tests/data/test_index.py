@@ -6,8 +6,8 @@ from shnet_jax.data.index import IndexBuilder, read_index, write_index
 IMAGES = [("a", ["a dog", "zwei Hunde – ДВА"]), ("b", ["line\nbreak\x00 "]), ("ünï", ["", "犬", ""]), ("d", ["end"])]
 
 
-def _index(images=IMAGES):
-    index = IndexBuilder()
+def _index(images=IMAGES, folder=None):
+    index = IndexBuilder(folder)
     for image_id, captions in images:
         index.add(image_id, captions)
     return index.build()
@@ -21,6 +21,17 @@ def test_ids_and_captions_come_back(tmp_path):
     assert read.caption_counts.tolist() == [2, 1, 3, 1] and read.caption_counts.dtype == np.int32
     assert list(read.all_captions()) == [captions for _, captions in IMAGES]
     assert [read.captions(row) for row in (3, 0, 2)] == [IMAGES[row][1] for row in (3, 0, 2)]
+
+
+def test_the_text_may_lie_in_a_file_meanwhile(tmp_path):
+    for images in (IMAGES, [("a", [""])]):
+        (tmp_path / "meanwhile").mkdir(exist_ok=True)
+        found = _index(images, tmp_path / "meanwhile")
+        assert list(found.all_captions()) == [captions for _, captions in images]
+        write_index(tmp_path, "file", found)
+        write_index(tmp_path, "memory", _index(images))
+        assert (tmp_path / "index_file.npz").read_bytes() == (tmp_path / "index_memory.npz").read_bytes()
+        assert not list((tmp_path / "meanwhile").iterdir())
 
 
 def test_no_file_and_a_file_without_captions_are_no_index(tmp_path):

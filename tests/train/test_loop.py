@@ -279,7 +279,8 @@ def test_key_encoders_and_queues_resume(monkeypatch, tmp_path):
 def test_3shnet_resumes_as_well(monkeypatch, tmp_path):
     """Dropout in both towers, both kinds of highlighting, a BiGRU."""
     config = tiny.config(data__resident=True, train__steps=7, train__eval_epochs=0.0)
-    stopped_and_resumed(config, 5, monkeypatch, tmp_path)
+    with tiny.quick():
+        stopped_and_resumed(config, 5, monkeypatch, tmp_path)
 
 
 def stopped_and_resumed(config, step, monkeypatch, folder):

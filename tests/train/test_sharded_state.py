@@ -13,11 +13,14 @@ from shnet_jax.parallel import sharding
 from shnet_jax.parallel.mapping import data_mesh, put_batch
 from shnet_jax.train.prepare import build_step
 from shnet_jax.types import DATA
+from tests.models.test_shnet import random_variables
 from tests.train import test_parallel_step as whole_model
 
 
 def configuration(split, microbatch=0):
+    """VSE-infinity: what is split are arrays, whatever they belong to."""
     c = whole_model.configuration(bn_sync=True)
+    c.model.update(dict.fromkeys(("semantic", "spatial", "scene_tokens", "category_token"), False))
     c.optim.update({"clip_norm": 0.5, "ema": 0.5, "lr": 1e-2})  # a clip that acts
     c.parallel.shard_params = split
     c.train.microbatch = microbatch
@@ -27,9 +30,9 @@ def configuration(split, microbatch=0):
 @functools.cache
 def trained(split, devices=4, steps=2, microbatch=0):
     config = configuration(split, microbatch)
-    mesh = data_mesh(jax.devices()[:devices])
-    variables = whole_model.variables(False)
-    built = build_step(config, registry.model("shnet").build(config), mesh, variables, 10, 100)
+    model, mesh = registry.model("shnet").build(config), data_mesh(jax.devices()[:devices])
+    variables = random_variables(model, whole_model.batch())
+    built = build_step(config, model, mesh, variables, 10, 100)
     state = built.first_state(variables)
     for _ in range(steps):
         state, metrics = built.step(state, put_batch(whole_model.batch(), mesh), {})

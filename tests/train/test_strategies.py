@@ -11,17 +11,20 @@ import pytest
 from shnet_jax import registry
 from shnet_jax.parallel.mapping import data_mesh, put_batch
 from shnet_jax.train.prepare import build_step
+from tests.models.test_shnet import random_variables
 from tests.train import test_parallel_step as whole_model
 
 
 @functools.cache
 def trained(strategy, microbatch):
-    """State and metrics after two steps of 3SHNet on 2 devices."""
+    """State and metrics after two steps of VSE-infinity on 2 devices."""
     config = whole_model.configuration(bn_sync=True)
+    config.model.update(dict.fromkeys(("semantic", "spatial", "scene_tokens", "category_token"), False))
     config.loss.pairs.update({"strategy": strategy, "tile": 3})
     config.train.microbatch = microbatch
-    mesh, variables = data_mesh(jax.devices()[:2]), whole_model.variables(False)
-    built = build_step(config, registry.model("shnet").build(config), mesh, variables, 10, 100)
+    model, mesh = registry.model("shnet").build(config), data_mesh(jax.devices()[:2])
+    variables = random_variables(model, whole_model.batch())
+    built = build_step(config, model, mesh, variables, 10, 100)
     state = built.first_state(variables)
     for _ in range(2):
         state, metrics = built.step(state, put_batch(whole_model.batch(), mesh), {})
