@@ -144,7 +144,7 @@ def get_config() -> ConfigDict:
     identity.dim = 0  # size of the embedding; 0: model.dim
 
     loss.asm = asm = ConfigDict()
-    asm.margin = 0.2  # largest margin, in units of the score (ours 0.2)
+    asm.margin = 0.2  # of unrelated items, in units of the score; sign 1 makes it up to twice that (ours 0.2)
     asm.sign = -1  # -1: a smaller margin between items that are close in meaning | 1: a larger one (ours -1)
     asm.scale = 1.0  # of the semantic term; 0: the margin is fixed (ours 1)
     asm.of = "set"  # "set": the set term of the score | "score": the whole score (ours "set")
@@ -207,7 +207,7 @@ def get_config() -> ConfigDict:
 
     c.search = search = ConfigDict()  # --mode=embed | search | page
     search.split = "test"  # split whose images and captions are embedded and searched
-    search.embeddings = ""  # folder of its embeddings; "": WORKDIR/embeddings/DATASET_SPLIT_CHECKPOINT
+    search.embeddings = ""  # folder of its embeddings; "": WORKDIR/embeddings/DATASET_SPLIT_STEP
     search.index = "exact"  # exact (any score, no package) | faiss (one file) | milvus (a file or a server)
     search.faiss = "HNSW32"  # FAISS factory string: "Flat", "HNSW32", "IVF1024,Flat", "OPQ32,IVF4096,PQ32", ...
     search.train_vectors = 262144  # vectors that a FAISS index which has to be trained learns from, at most

@@ -12,13 +12,11 @@ COMPARE = ("full - no_semantic_graph", "full - no_spatial_graph", "full - no_int
 def get_config() -> ConfigDict:
     """Needs `data.dir` with boxes (docs/cmsei.md) and `text.weights`; the paper's values are not known to us.
 
-    Optimiser, margin and batch by analogy with VSE-infinity and SCAN (spec cmsei, section 5).
+    Optimiser, margin and batch by analogy with VSE-infinity and SCAN.
     """
     c = base.get_config()
     c.name = "CMSEI-style"
-    c.data.region_drop = 0.2
     c.model.name = "cmsei"
-    c.model.dim = 1024
     c.model.cmsei.block = 256
     c.loss.weights.global_triplet = 1.0
     c.loss.triplet.warmup_epochs = 0.0  # every pair would need a backward pass; the global vectors warm up

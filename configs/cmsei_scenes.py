@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     c.train.epochs = 1.25
     c.train.eval_epochs = 0.0  # a validation takes as long as many steps
     c.eval.two_stage = 50
+    c.study.seeds = (0, 1, 2)
     c.study.arms = arms({})
     c.study.arms.plain_spatial = ConfigDict({"model": {"cmsei": {"iou_threshold": 0.4, "geometry_heads": 0}}})
     c.study.compare = (*COMPARE, "full - plain_spatial")

@@ -14,7 +14,6 @@ def get_config() -> ConfigDict:
     c.model.esa = people.model.esa
     c.model.clip = people.model.clip
     c.loss.weights.diversity = 0.01
-    c.study.seeds = (0,)
     c.study.arms = arms = ConfigDict()
     plain = {"model": {"esa": {"size": 0, "text_size": 0}}, "loss": {"weights": {"diversity": 0.0}}}
     arms.set = ConfigDict({})

@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 128
     c.train.epochs = 6.0
     c.eval.person = True
+    c.study.seeds = (0, 1, 2)
     c.study.only = ("set_adaptive", "set_fixed", "global_adaptive", "global_fixed")
     c.study.compare = (
         *("set_adaptive - global_adaptive", "set_fixed - global_fixed"),

@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Needs `--config.data.dir` (docs/data.md, from_scan) and `make minilm`.
+    """Needs `--config.data.dir` (docs/small_sets.md) and `make minilm`.
 
     Contrastive on two captions of 128 images at once; the pretrained text tower stays as it is.
     """

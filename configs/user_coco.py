@@ -22,6 +22,10 @@ def get_config() -> ConfigDict:
     c.loss.uto.mask_same_image = False
     c.momentum.queue = 4096
     c.optim.decay_epochs = (15.0,)
+    c.study.arms = ConfigDict()
+    c.study.arms.user = ConfigDict({})
+    c.study.arms.no_guide = ConfigDict({"model": {"user": {"guides": ()}}})
+    c.study.arms.no_queue = ConfigDict({"momentum": {"queue": 0}})
     c.train.batch_size = 128
     c.train.epochs = 25.0
     return c

@@ -1,4 +1,4 @@
-"""USER, 3SHNet, VSE-infinity and 3SHNet with queues under the recipe that suits flickr8k_mini, shnet_flickr8k.py."""
+"""SGE of USER, 3SHNet, VSE-infinity, 3SHNet with queues: the recipe that suits flickr8k_mini, shnet_flickr8k.py."""
 
 from ml_collections import ConfigDict
 
@@ -21,7 +21,9 @@ def compared(c: ConfigDict) -> ConfigDict:
     c.momentum.decay = 0.99
     c.momentum.warm = True
     c.momentum.start = "gaussian"
-    c.momentum.from_epoch = 0.4 * c.train.epochs  # earlier, keys age too fast to learn against (docs/user.md)
+    c.momentum.from_epoch = 0.4 * c.train.get_ref(
+        "epochs"
+    )  # earlier, keys age too fast to learn against (docs/user.md)
     off = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
     c.study.arms = ConfigDict()
     c.study.arms.user = ConfigDict({"model": {"name": "user"}})
@@ -31,7 +33,7 @@ def compared(c: ConfigDict) -> ConfigDict:
     c.study.arms.shnet_queues = ConfigDict(queues)
     c.study.only = tuple(c.study.arms)
     c.study.compare = (
-        *("user - vse_infinity", "user - shnet", "shnet_queues - shnet", "shnet_queues - user"),
+        *("user - vse_infinity", "user - shnet", "shnet - vse_infinity", "shnet_queues - shnet", "shnet_queues - user"),
         *("vse_infinity_queues - vse_infinity", "vse_infinity_32_queues - vse_infinity_32"),
     )
     c.study.arms.user_queues = ConfigDict({"model": {"name": "user"}} | queues)

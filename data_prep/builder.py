@@ -1,4 +1,4 @@
-"""Writes any importer's records as one TFDS data set (array_record, no TensorFlow) in constant memory."""
+"""Writes any importer's records as one TFDS data set (array_record, no TensorFlow); in memory only ids grow with it."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class _Writer:
     def write(self, split: str, items: Iterable[Item]) -> Index:
         """Write a split and its sidecar."""
         rows = self._rows[split] = {}
-        index = IndexBuilder(self._folder)
+        index = IndexBuilder(self._folder.parent)
         chunk: list[Record] = []
         count = 0
         for row, item in enumerate(items):

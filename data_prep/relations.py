@@ -23,7 +23,7 @@ from data_prep.builder import write_dataset
 from data_prep.schema import DataError, Record
 from shnet_jax.data.records import DataSet, RandomAccess, open_dataset
 
-ROWS = 15  # relations of an image (spec cmsei: "top 15")
+ROWS = 15  # most confident relations that an image keeps
 STAND_IN = "geometric stand-in"
 
 Relate = Callable[[Record], np.ndarray]

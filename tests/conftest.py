@@ -36,5 +36,7 @@ def optimised() -> Iterator[None]:
 
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # else a function that was compiled before stays as it is
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()

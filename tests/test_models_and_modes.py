@@ -147,7 +147,7 @@ def test_every_mode(model, tmp_path, monkeypatch):
 
 
 def test_sets_fill_queues(tmp_path):
-    """Each slot holds what the key encoders gave, global vector and set; the interaction of CMSEI has no queues."""
+    """Each slot holds what the key encoders gave, global vector and set; the CMSEI-style interaction has no queues."""
     config = esa()
     config.momentum.queue = 2 * config.train.batch_size + 1
     train(config, tmp_path)

@@ -256,6 +256,23 @@ def test_what_does_not_fit_is_said(monkeypatch):
     assert json.loads(json.dumps(report)) == report
 
 
+def test_the_largest_batch_with_queues_is_one_that_they_hold(monkeypatch):
+    monkeypatch.setattr(command, "chip", lambda kind: CHIPS["TPU v5e"])
+    nothing, tried = jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32)), []
+
+    def lower_train(subject, mesh, pairs):
+        programs.lower_train(subject, mesh, pairs)
+        tried.append(pairs)
+        return nothing
+
+    monkeypatch.setattr(command, "lower_train", lower_train)
+    monkeypatch.setattr(command, "lower_encode", lambda *_: nothing)
+    changes = {"model__name": "tests.train.toy", "loss__weights__infonce": 1.0, "plan__search": True}
+    changes |= {"momentum__queue": 300, "momentum__from_epoch": 1.0, "train__steps": 20_000}
+    report = command.make_plan(describe(small(**changes)), data_mesh(jax.devices()[:2]))
+    assert tried == [40, 80, 150] and report["largest_pairs_per_device"] == 150
+
+
 @pytest.mark.slow
 def test_the_search_to_its_end(monkeypatch):
     """With real programs: the largest batch fits, one an eighth larger does not; the first may fit or not."""

@@ -61,7 +61,7 @@ class Index:
 
 
 class IndexBuilder:
-    """Collects an index image by image; holds ids, 8 bytes a caption, and the text unless a folder is given."""
+    """Collects an index image by image, once; holds ids, 8 bytes a caption, and the text unless a folder is given."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """folder: where the text is put meanwhile, into a file without a name; None: it stays in memory."""
@@ -89,8 +89,9 @@ class IndexBuilder:
     def _whole_text(self) -> bytes | mmap.mmap:
         if isinstance(self._text, io.BytesIO):
             return self._text.getvalue()
-        self._text.flush()
-        return mmap.mmap(self._text.fileno(), self._size, access=mmap.ACCESS_READ) if self._size else b""
+        with self._text:  # the map has the file open for itself
+            self._text.flush()
+            return mmap.mmap(self._text.fileno(), self._size, access=mmap.ACCESS_READ) if self._size else b""
 
 
 def _cuts_letters(index: Index) -> bool:

@@ -1,4 +1,4 @@
-"""Triplet loss on the product of global vectors, beside another one on a score that looks inside (CMSEI, section 4).
+"""Triplet loss on the product of global vectors, beside one on a score that looks inside (CMSEI-style).
 
 It keeps the towers' own vectors a retrieval model of their own: they find the candidates that the score then re-ranks.
 """

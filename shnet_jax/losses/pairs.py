@@ -55,7 +55,7 @@ class Direction:
     queries: b embeddings. candidates: their partners and everybody else's.
     positive: [b], the score of each query with its own partner; with that one's key where the candidates are a queue.
     score: of (queries, candidates). mask_same_image: see `directions`.
-    ids: [b], image ids of the queries. in_queue: the candidates are a queue, which holds no partner of any query.
+    ids: [b], image ids of the queries. in_queue: the candidates are a queue; none of them is a positive.
     known: [b, B], the scores with all candidates where both directions share them; None: each finds its own.
     """
 
@@ -130,7 +130,7 @@ def over_queues(both: tuple[Direction, Direction], ctx: Context, term: Callable[
     0 without momentum encoders, and in steps in which their queues take no part yet. The positive of a query is its
     score with the key of its partner, as in MoCo (He et al. 2020) and USER: with the partner itself the loss could tell
     positives from negatives by their age alone, and moves all embeddings away from those of past steps instead of
-    learning (docs/user.md has the figures). No gradient flows into the queues.
+    learning (docs/user.md has the figures). No gradient flows into keys and queues.
     """
     if ctx.keys is None:
         return jnp.zeros(())
@@ -145,7 +145,7 @@ def _against(queue: Queue, keys: Embedding, direction: Direction) -> Direction:
     at_once = pairs.strategy in ("local", "gathered")
     pairs = dataclasses.replace(pairs, strategy="local" if at_once else "streamed")
     candidates = Candidates(lax.stop_gradient(queue.items), queue.ids, pairs, None)
-    positive = _paired(direction.score, direction.queries, keys)
+    positive = _paired(direction.score, direction.queries, lax.stop_gradient(keys))
     return dataclasses.replace(direction, candidates=candidates, positive=positive, in_queue=True, known=None)
 
 

@@ -194,7 +194,9 @@ def build(config: ConfigDict) -> CMSEI | Globals:
     if m.dtype not in DTYPES:
         raise ValueError(f"config.model.dtype is {m.dtype!r}; choose from {', '.join(DTYPES)}")
     if tuple(m.units) != ("regions",):
-        raise ValueError(f"config.model.units is {tuple(m.units)}; the graphs of CMSEI are over regions only")
+        raise ValueError(
+            f"config.model.units is {tuple(m.units)}; the graphs of CMSEI-style models are over regions only"
+        )
     if c.block < 1 or len(c.sharpness) != 2:
         raise ValueError(
             f"config.model.cmsei: block is {c.block}, at least 1 is expected; sharpness is {tuple(c.sharpness)}, "

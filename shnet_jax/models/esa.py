@@ -1,6 +1,6 @@
 """ESA-style: an item is its global vector and a small set of embeddings merged from its tokens.
 
-A reconstruction, after spec esa.md, of Zhao et al., "Fine-grained semantic oriented embedding set alignment for
+A reconstruction, docs/esa.md, of Zhao et al., "Fine-grained semantic oriented embedding set alignment for
 text-based person search" (Image and Vision Computing 152, 2024), of which the abstract alone was available. The towers
 are independent, so every item is encoded once; the set head (`models/sets.py`) works on the tokens of any backbone.
 """

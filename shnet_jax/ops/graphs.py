@@ -34,7 +34,7 @@ def overlap_graph(boxes: Array, threshold: float) -> Array:
 def relation_graph(relations: Array, regions: int) -> Array:
     """Pairs that a relation names, in either order: relations [n, R, 3] int32, padded rows -1 -> [n, regions, regions].
 
-    The predicate says only that there is a relation (spec cmsei, section 1).
+    The predicate says only that there is a relation (docs/cmsei.md).
     """
     n = relations.shape[0]
     subject, target = relations[..., 0], relations[..., 2]

@@ -82,7 +82,8 @@ def make_plan(subject: Subject, mesh: Mesh) -> dict[str, Any]:
         changes = advice(config, mesh.size)
     if config.plan.search and first.fits is not None:
         unit = config.train.microbatch or config.data.captions_per_image
-        largest = largest_batch(train, first, unit=unit, most=subject.captions // mesh.size)
+        most = min(subject.captions, config.momentum.queue or subject.captions)  # a queue holds a whole batch
+        largest = largest_batch(train, first, unit=unit, most=most // mesh.size)
         if not first.fits and (found := fitting_microbatch(train, subject, pairs)):
             changes.insert(0, f"it fits with --config.train.microbatch={found[0]}: {found[1] / GIB:.2f} GiB")
     return {

@@ -93,7 +93,20 @@ def options(config: ConfigDict | FrozenConfigDict, model: RetrievalModel, steps_
             "which is what queues hold: set it to 0"
         )
     fields = {name: m[name] for name in ("queue", "decay", "warm", "start", "image_train", "text_train")}
-    return Momentum(dim=config.model.dim, sets=sets, from_step=round(m.from_epoch * steps_per_epoch), **fields)
+    return Momentum(dim=config.model.dim, sets=sets, from_step=_from_step(config, steps_per_epoch), **fields)
+
+
+def check_start(config: ConfigDict | FrozenConfigDict, steps_per_epoch: float, total_steps: int) -> None:
+    """Raises ValueError where the queues of a run of `total_steps` would never take part."""
+    if config.momentum.queue and total_steps <= (first := _from_step(config, steps_per_epoch)):
+        raise ValueError(
+            f"config.momentum.from_epoch is {config.momentum.from_epoch}, step {first}, and the run has {total_steps} "
+            "steps: its queues would never take part"
+        )
+
+
+def _from_step(config: ConfigDict | FrozenConfigDict, steps_per_epoch: float) -> int:
+    return round(config.momentum.from_epoch * steps_per_epoch)
 
 
 def first_state(momentum: Momentum, variables: Mapping[str, Any], seed: int) -> MomentumState:
@@ -158,12 +171,6 @@ def meet(
 ) -> Keys:
     """What the loss is given: the keys of this device's pairs, an image repeated for its captions, and the queues."""
     return Keys(keys[0].repeat(captions), keys[1], state.images, state.texts, step >= momentum.from_step)
-
-
-def finite(keys: Keys, axis_name: str | None) -> Array:
-    """[] bool, whether the keys of all devices are; a loss shows it only once their queues take part."""
-    arrays = [x for side in (keys.images, keys.texts) for x in (side.vector, side.elements) if x is not None]
-    return jnp.equal(axis.psum(sum(jnp.sum(~jnp.isfinite(x)) for x in arrays), axis_name), 0)
 
 
 def enqueue(

@@ -67,6 +67,7 @@ def prepare(experiment: Experiment) -> Parts:
     total_steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
     shapes = abstract_variables(experiment)
     built = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
+    momentum.check_start(config, per_epoch, total_steps)
     captions = tokenise_split(dataset, split, experiment.tokenizer)
     iterator = train_batches(
         config,
@@ -146,11 +147,6 @@ def build_step(
     accumulate = config.optim.accumulate
     rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
     key_options = momentum.options(config, model, steps_per_epoch)
-    if key_options is not None and 0 < total_steps <= key_options.from_step:
-        raise ValueError(
-            f"config.momentum.from_epoch is {config.momentum.from_epoch}, step {key_options.from_step}, and the run "
-            f"has {total_steps} steps: its queues would never take part"
-        )
     loss_params, total_loss = total.build(config.loss, steps_per_epoch, queues=key_options is not None)
     devices = mesh.size if config.parallel.shard_params else 1
     axes = split_axes({"model": variables["params"], "loss": loss_params}, devices)

@@ -115,8 +115,6 @@ def make_step(
         metrics["grad_norm"] = sharding.global_norm(grads, axes, axis_name)
 
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        if met is not None:
-            finite &= momentum.finite(met, axis_name)
         apply = finite & (state.nonfinite == 0) if stop_on_nonfinite else finite
 
         def update() -> tuple[Any, Any, Any, Any, Any]:

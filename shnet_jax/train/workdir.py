@@ -54,7 +54,7 @@ SELECTING = ("config.eval.person", "config.eval.protocols")
 
 # Fields of these that a run's file does not have, as it is older than they, have to be off: they would change what it
 # learns. Others are options of something that is off, or say what it did anyway, and are taken as they are given.
-SWITCHES = re.compile(r"config\.(loss\.weights\.|optim\.|momentum\.queue|model\.\w+$)")
+SWITCHES = re.compile(r"config\.(loss\.weights\.|optim\.|momentum\.(queue|from_epoch)|model\.\w+$)")
 
 
 class WorkdirError(RuntimeError):

@@ -1,3 +1,5 @@
+import mmap
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,7 @@ def test_the_text_may_lie_in_a_file_meanwhile(tmp_path):
         (tmp_path / "meanwhile").mkdir(exist_ok=True)
         found = _index(images, tmp_path / "meanwhile")
         assert list(found.all_captions()) == [captions for _, captions in images]
+        assert isinstance(found.text, mmap.mmap) == (images is IMAGES)
         write_index(tmp_path, "file", found)
         write_index(tmp_path, "memory", _index(images))
         assert (tmp_path / "index_file.npz").read_bytes() == (tmp_path / "index_memory.npz").read_bytes()

@@ -14,17 +14,19 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import user_coco
+from shnet_jax.experiment import assemble
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.ops.norms import l2norm
 from shnet_jax.parallel import sharding
 from shnet_jax.parallel.mapping import data_mesh, map_step, put_batch, replicate
 from shnet_jax.train import momentum
-from shnet_jax.train.prepare import build_step
+from shnet_jax.train.prepare import build_step, prepare
 from shnet_jax.train.state import create_state
 from shnet_jax.train.step import make_step
 from shnet_jax.types import DATA, Embedding, Queue
 from tests.losses import oracle
+from tests.train import tiny
 
 IMAGES, CAPTIONS, DIM, STEPS, RATE = 8, 2, 3, 3, 0.3
 PAIRS, QUEUE = IMAGES * CAPTIONS, 20  # texts wrap around in the second step, images in the third
@@ -49,15 +51,13 @@ class Linear(RetrievalModel):
 
 @functools.cache
 def batches():
-    rng = np.random.default_rng(0)
-    return [
-        {
-            "image_index": rng.integers(0, 12, IMAGES).astype(np.int32),  # many return in later batches
-            "features": rng.normal(size=(IMAGES, 5)).astype(np.float32),
-            "tokens": rng.normal(size=(PAIRS, 4)).astype(np.float32),
-        }
-        for _ in range(STEPS)
-    ]
+    rng, found = np.random.default_rng(0), []
+    for _ in range(STEPS):
+        index = rng.integers(0, 12, IMAGES).astype(np.int32)  # many return in later batches
+        rows = {name: rng.normal(size=shape) for name, shape in (("features", (IMAGES, 5)), ("tokens", (PAIRS, 4)))}
+        rows = {name: values.astype(np.float32) for name, values in rows.items()}
+        found.append({"image_index": index, "identity": 100 + index // 2, **rows})  # two images of each person
+    return found
 
 
 @functools.cache
@@ -97,7 +97,7 @@ def reference():
         s: [np.float64(q.vectors), np.array(q.ids), 0] for s, q in (("image", first.images), ("text", first.texts))
     }
     for batch in batches():
-        ids = np.repeat(batch["image_index"], CAPTIONS)
+        ids = np.repeat(batch["identity"], CAPTIONS)
         rows = {"image": np.repeat(batch["features"], CAPTIONS, axis=0), "text": batch["tokens"]}
         keys = {name: 0.6 * keys[name] + 0.4 * params[name] for name in params}
         own = {name: oracle.unit(rows[name] @ keys[name]) for name in params}
@@ -144,11 +144,12 @@ def test_steps_equal_the_reference(way):
 
 
 def test_the_reference_meets_what_matters():
-    """Queues that wrap around, random first vectors that are left, images of the batch in a queue."""
+    """Queues that wrap around, random first vectors that are left, persons of the batch in a queue."""
     pointers = [queues["text"][2] for _, _, _, queues in reference()]
     assert pointers == [16, 12, 8]
     assert (reference()[0][3]["text"][1] == -1).sum() == QUEUE - PAIRS
-    assert np.isin(batches()[1]["image_index"], reference()[0][3]["image"][1]).any()
+    assert np.isin(batches()[1]["identity"], reference()[0][3]["image"][1]).any()
+    assert not np.isin(batches()[1]["identity"], reference()[0][3]["image"][1]).all()
     params, keys = reference()[-1][1:3]
     assert all(np.abs(params[name] - keys[name]).max() > 0.05 for name in params)
 
@@ -260,6 +261,17 @@ def test_queues_fill_before_they_take_part():
     assert chosen.from_step == round(1.5 * 7)
 
 
+def test_queues_that_would_never_take_part_are_refused():
+    late = configuration(**{"momentum.from_epoch": 10.0})
+    momentum.check_start(late, 10, 101)
+    with pytest.raises(ValueError, match=r"from_epoch is 10\.0, step 100, and the run has 100 steps: its queues"):
+        momentum.check_start(late, 10, 100)
+    momentum.check_start(configuration(**{"momentum.from_epoch": 10.0, "momentum.queue": 0}), 10, 100)
+    config = tiny.config(momentum__queue=64, momentum__from_epoch=2.0, train__steps=3, loss__weights__infonce=1.0)
+    with pytest.raises(ValueError, match="its queues would never take part"):
+        prepare(assemble(config))
+
+
 def test_the_planned_state_has_keys_and_queues():
     like = built(configuration()).like.momentum
     assert like.texts.vectors.shape == (QUEUE, DIM) and like.params["image"]["kernel"].shape == (5, DIM)
@@ -293,7 +305,6 @@ class Elsewhere(Linear):
             None,
             r"momentum\.from_epoch is -1\.0; it must be a finite number of epochs >= 0",
         ),
-        ({"momentum.from_epoch": 10.0}, None, r"from_epoch is 10\.0, step 100, and the run has 100 steps: its queues"),
         ({"momentum.start": "zeros"}, None, "'zeros'; choose from uniform, gaussian"),
         ({"loss.weights.sigmoid": 1.0, "loss.weights.uto": 0.0}, None, "sigmoid, none takes queues"),
         ({}, Elsewhere(), "neither the dot product of one vector .* nor one of sets of a fixed size"),
