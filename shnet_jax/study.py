@@ -21,10 +21,12 @@ from shnet_jax.evaluate.bootstrap import Interval, recall_intervals
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.recall import Metrics, QueryRanks
 from shnet_jax.evaluate.report import PERSON, Table, as_dict, card_table, interval_table
+from shnet_jax.experiment import assemble
 from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.writer import read_metrics
 from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.loop import train_and_evaluate
+from shnet_jax.train.prepare import outline
 
 COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum")
 DIFFERENCE = " - "
@@ -81,7 +83,11 @@ def _plan(config: ConfigDict) -> tuple[tuple[str, ...], dict[str, tuple[str, ...
     if unknown:
         raise ValueError(f"config.study.only names {unknown}; config.study.arms has {list(config.study.arms)}")
     for arm in arms:
-        arm_config(config, arm, seed=0)
+        own = arm_config(config, arm, seed=0)
+        try:
+            outline(assemble(own))
+        except ValueError as error:
+            raise ValueError(f"config.study.arms.{arm}: {error}") from error
     for name, members in config.study.ensembles.items():
         unknown = [arm for arm in members if arm not in config.study.arms]
         if unknown or len(set(members)) < 2 or name in config.study.arms:

@@ -125,7 +125,7 @@ NO_IMAGE = -1
 
 @struct.dataclass
 class Keys:
-    """What momentum encoders give a loss; no gradient flows into them.
+    """What momentum encoders give a loss; a step makes them outside of what it differentiates.
 
     images, texts: [b, d] embeddings of this device's own b pairs. image_queue, text_queue: of past batches.
     active: [] bool, whether the queues take part in this step.

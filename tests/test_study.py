@@ -122,7 +122,12 @@ def test_an_arm_differs_only_in_its_fields():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"model": {"dimm": 4}}, "config.study.arms.narrow: .*dimm"), ({"model": {"dim": "wide"}}, "narrow: .*dim")],
+    [
+        ({"model": {"dimm": 4}}, "config.study.arms.narrow: .*dimm"),
+        ({"model": {"dim": "wide"}}, "narrow: .*dim"),
+        ({"train": {"batch_size": 7}}, "config.study.arms.narrow: config.train.batch_size is 7"),
+        ({"momentum": {"queue": 64, "from_epoch": 9.0}, "loss": {"weights": {"infonce": 1.0}}}, "never take part"),
+    ],
 )
 def test_a_mistake_in_an_arm_is_told_before_anything_is_trained(fields, message, tmp_path):
     config = configuration()

@@ -130,7 +130,8 @@ def over_queues(both: tuple[Direction, Direction], ctx: Context, term: Callable[
     0 without momentum encoders, and in steps in which their queues take no part yet. The positive of a query is its
     score with the key of its partner, as in MoCo (He et al. 2020) and USER: with the partner itself the loss could tell
     positives from negatives by their age alone, and moves all embeddings away from those of past steps instead of
-    learning (docs/user.md has the figures). No gradient flows into keys and queues.
+    learning (docs/user.md has the figures). No gradient flows into the queues; keys are made outside of what
+    a step differentiates.
     """
     if ctx.keys is None:
         return jnp.zeros(())
@@ -145,7 +146,7 @@ def _against(queue: Queue, keys: Embedding, direction: Direction) -> Direction:
     at_once = pairs.strategy in ("local", "gathered")
     pairs = dataclasses.replace(pairs, strategy="local" if at_once else "streamed")
     candidates = Candidates(lax.stop_gradient(queue.items), queue.ids, pairs, None)
-    positive = _paired(direction.score, direction.queries, lax.stop_gradient(keys))
+    positive = _paired(direction.score, direction.queries, keys)
     return dataclasses.replace(direction, candidates=candidates, positive=positive, in_queue=True, known=None)
 
 

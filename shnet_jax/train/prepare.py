@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -49,8 +49,17 @@ class Parts:
     like: TrainState
 
 
-def prepare(experiment: Experiment) -> Parts:
-    """Builds the parts; compiles nothing yet. Raises ValueError for settings that do not fit together."""
+class Outline(NamedTuple):
+    """What a run does, before anything of it is read or compiled; see Parts."""
+
+    mesh: Mesh
+    built: BuiltStep
+    steps_per_epoch: int
+    total_steps: int
+
+
+def outline(experiment: Experiment) -> Outline:
+    """Of the run of an experiment. Raises ValueError for settings that do not fit together."""
     config, dataset = experiment.config, experiment.dataset
     _check(config)
     if "identity" in dataset.features and config.data.val_split == "test":
@@ -59,15 +68,21 @@ def prepare(experiment: Experiment) -> Parts:
             "reported; set it to a validation split (docs/esa.md tells how to hold one out)"
         )
     mesh = make_mesh(config.parallel.devices)
-    batch_size = config.train.batch_size
     pairs_per_device(config, mesh.size)
     check_evaluation(experiment.model, config, mesh)
-    split = config.data.train_split
-    per_epoch = steps_per_epoch(dataset, split, batch_size)
+    per_epoch = steps_per_epoch(dataset, config.data.train_split, config.train.batch_size)
     total_steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
     shapes = abstract_variables(experiment)
     built = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
     momentum.check_start(config, per_epoch, total_steps)
+    return Outline(mesh, built, per_epoch, total_steps)
+
+
+def prepare(experiment: Experiment) -> Parts:
+    """Builds the parts; compiles nothing yet. Raises ValueError for settings that do not fit together."""
+    mesh, built, per_epoch, total_steps = outline(experiment)
+    config, dataset = experiment.config, experiment.dataset
+    split = config.data.train_split
     captions = tokenise_split(dataset, split, experiment.tokenizer)
     iterator = train_batches(
         config,
@@ -75,7 +90,7 @@ def prepare(experiment: Experiment) -> Parts:
         captions,
         experiment.tokenizer,
         experiment.fields,
-        batch_size=batch_size // jax.process_count(),
+        batch_size=config.train.batch_size // jax.process_count(),
         seed=config.seed,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
