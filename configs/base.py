@@ -196,7 +196,7 @@ def get_config() -> ConfigDict:
     evaluate.overlap = False  # images on one half of the devices, captions on the other, reading ahead: the same bits
     evaluate.two_stage = 0  # k > 0: --mode=eval also ranks in two stages, k candidates of each query re-ranked
     evaluate.exact = True  # with two_stage: rank exactly too (hours); False: not, nor in cross, study, search, page
-    evaluate.stages = 1  # devices that a text tower's layers are spread over (bert, transformer); 1: each has them all
+    evaluate.stages = 1  # devices that share the text tower's layers (bert, transformer, clip); 1: each has them all
     evaluate.microbatches = 8  # parts in which the captions of a batch flow through these stages
     evaluate.hubness = False  # --mode=eval: also how unevenly items are retrieved (skewness of the 10-occurrence)
     evaluate.eccv = ""  # --mode=eval on COCO's test split: folder of ECCV Caption's judgements, or "package"; "": not

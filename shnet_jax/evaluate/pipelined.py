@@ -106,7 +106,7 @@ def make_pipelined_text_encoder(model: RetrievalModel, mesh: Mesh, microbatches:
     """Compiles `encode(placed, batch) -> Embedding`, equal to `encode_text` up to rounding.
 
     Args:
-      model: one whose text tower is at `model.text.tower` and has layers (bert, transformer).
+      model: one whose text tower is at `model.text.tower` and has layers (bert, transformer, clip).
       mesh: of `DATA` x `STAGE`, see `stage_mesh`.
       microbatches: parts of the captions of one pipeline that follow each other; `pipeline.bubble_share` says what
         few of them cost.
@@ -153,7 +153,7 @@ def _tower(model: RetrievalModel) -> LayeredTower:
         found = "no text.tower" if tower is None else f"the text tower {type(tower).__name__}, which has no layers"
         raise ValueError(
             f"config.eval.stages spreads the layers of the text tower over devices, but {type(model).__name__} has "
-            f"{found}; set it to 1, or config.text.tower to bert or transformer"
+            f"{found}; set it to 1, or config.text.tower to bert, transformer or clip"
         )
     return tower
 

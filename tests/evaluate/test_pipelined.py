@@ -77,6 +77,7 @@ def encoder(tower, data, stages, microbatches):
         ("bert", 4, 2, 2),
         ("transformer", 1, 4, 2),
         ("transformer", 2, 4, 1),
+        ("clip", 2, 2, 2),
     ],
 )
 def test_equals_the_encoder_of_one_device(tower, data, stages, microbatches):
