@@ -21,7 +21,7 @@ from data_prep.progress import Progress
 from data_prep.schema import DataError, Record
 from shnet_jax.data.checksums import CHECKSUMS, sha256
 from shnet_jax.data.index import Index, IndexBuilder, write_index
-from shnet_jax.data.records import SENTENCEPIECE
+from shnet_jax.data.records import SENTENCEPIECE, open_dataset
 from shnet_jax.observe.files import disk_faults, sole_writer
 
 VERSION = "1.0.0"
@@ -85,6 +85,23 @@ def write_dataset(
     if bad:
         print(f"{name}: {bad.summary(target)}", file=sys.stderr)
     return target
+
+
+def made_before(target: Path, source: str) -> bool:
+    """Whether the data set `target` is there already, made as `source` says.
+
+    Raises FileExistsError when it was made otherwise.
+    """
+    if not target.exists():
+        return False
+    found = open_dataset(target).metadata.get("source")
+    if found != source:
+        raise FileExistsError(
+            f"{target} exists and was made otherwise: expected {source}, found {found}; "
+            "remove it or choose another --name"
+        )
+    print(f"{target} exists and was made with these settings", file=sys.stderr)
+    return True
 
 
 def _check_names(name: str, splits: Mapping[str, Any]) -> None:

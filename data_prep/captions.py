@@ -83,7 +83,7 @@ def read(captions: str, split_lists: str | None = None, *, strict: bool = True) 
     """
     lines: list[tuple[str, _Line]] = []
     lists = _split_lists(split_lists) if split_lists else None
-    for split, path in _named_files(captions, default=""):
+    for split, path in _named_files(captions):
         for line in _lines(path, strict):
             lines.append((_split(line, split, lists, path), line))
     found: dict[str, tuple[str, list[_Line]]] = {}
@@ -118,18 +118,18 @@ def keys(image_id: str) -> Iterator[str]:
         yield number
 
 
-def _named_files(text: str, default: str) -> Iterator[tuple[str, Path]]:
+def _named_files(text: str) -> Iterator[tuple[str, Path]]:
     for entry in text.split(","):
         split, _, name = entry.rpartition("=")
         path = Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected a file, found none")
-        yield split or default, path
+        yield split, path
 
 
 def _split_lists(text: str) -> dict[str, str]:
     lists: dict[str, str] = {}
-    for split, path in _named_files(text, default=""):
+    for split, path in _named_files(text):
         if not split:
             raise DataError(f"--split_lists: expected SPLIT=FILE, found {path}")
         for name in read_lines(path):

@@ -14,10 +14,11 @@ from shnet_jax import commands
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.data.records import DataSet
 from shnet_jax.evaluate.blocks import digest
+from shnet_jax.evaluate.towers import encode_parts
 from shnet_jax.evaluate.two_stage import candidates
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.folder import SOURCE, Embeddings, make_ids, open_embeddings
-from shnet_jax.retrieve.query import Answer, Searcher, encode_parts, encode_texts, place_towers
+from shnet_jax.retrieve.query import Answer, Searcher, encode_texts, place_towers
 from shnet_jax.train.workdir import trained_config
 from shnet_jax.types import Embedding
 

@@ -11,6 +11,7 @@ from shnet_jax.commands import evaluate_loaded, evaluate_zero_shot, load_any
 from shnet_jax.data.records import find_dataset
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import Table, card_table, table, to_json
+from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.observe.files import LOCK, write_text
 from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.workdir import sole_job, trained_config
@@ -50,7 +51,7 @@ def _cross(config: ConfigDict, workdir: Path, rows: Mapping[str, str], columns: 
             _write(matrix, workdir)
     for column, folder in columns.items():
         if (pretrained := evaluate_zero_shot(_on(config, folder))) is not None:
-            matrix.setdefault("zero-shot", {})[column] = pretrained
+            matrix.setdefault(ZERO_SHOT, {})[column] = pretrained
     print(_write(matrix, workdir))
     return matrix
 

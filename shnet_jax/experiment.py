@@ -49,18 +49,7 @@ def assemble(config: ConfigDict) -> Experiment:
     if not config.data.dir:
         raise ValueError("config.data.dir is empty: give the folder of a data set, --config.data.dir=DIR")
     dataset = open_dataset(config.data.dir)
-    if config.text.weights and config.text.tower == "clip":
-        fit_clip(config)
-    elif config.text.weights:
-        if config.text.tower != "bert":
-            raise ValueError(
-                f"config.text.weights are those of a BERT or a CLIP, config.text.tower is {config.text.tower!r}; "
-                "for its vocabulary alone set config.tokenizer.path"
-            )
-        folder = bert_weights.find_folder(config.text.weights)
-        config.text.update(bert_weights.sizes(folder))
-        if config.tokenizer.kind == "wordpiece" and not config.tokenizer.path:
-            config.tokenizer.path = str(folder / "vocab.txt")
+    fit_weights(config)
     tokenizer = load_tokenizer(config)
     if config.text.vocab_size not in (0, tokenizer.vocab_size):
         raise ValueError(
@@ -68,11 +57,6 @@ def assemble(config: ConfigDict) -> Experiment:
             "set config.tokenizer to the vocabulary that the text tower was trained with"
         )
     config.text.vocab_size = tokenizer.vocab_size
-    if config.data.max_tokens > config.text.max_positions:
-        raise ValueError(
-            f"config.data.max_tokens is {config.data.max_tokens}, "
-            f"the text tower has {config.text.max_positions} positions"
-        )
     module = registry.model(config.model.name)
     fields = module.image_fields(config)
     _check_fields(config, dataset, fields)
@@ -94,7 +78,32 @@ def optional_fields(module: ModuleType, config: ConfigDict, dataset: DataSet) ->
     return (), f"no {' or '.join(wanted)}: {next(iter(wanted.values()))}"
 
 
-def fit_clip(config: ConfigDict) -> None:
+def fit_weights(config: ConfigDict) -> None:
+    """Fills in the sizes and the vocabulary of the folder `config.text.weights`, if one is named.
+
+    Raises ValueError for a text tower that the weights are not of, or with fewer positions than captions have tokens;
+    FileNotFoundError where there is no such folder.
+    """
+    if config.text.weights and config.text.tower == "clip":
+        _fit_clip(config)
+    elif config.text.weights:
+        if config.text.tower != "bert":
+            raise ValueError(
+                f"config.text.weights are those of a BERT or a CLIP, config.text.tower is {config.text.tower!r}; "
+                "for its vocabulary alone set config.tokenizer.path"
+            )
+        folder = bert_weights.find_folder(config.text.weights)
+        config.text.update(bert_weights.sizes(folder))
+        if config.tokenizer.kind == "wordpiece" and not config.tokenizer.path:
+            config.tokenizer.path = str(folder / "vocab.txt")
+    if config.data.max_tokens > config.text.max_positions:
+        raise ValueError(
+            f"config.data.max_tokens is {config.data.max_tokens}, "
+            f"the text tower has {config.text.max_positions} positions"
+        )
+
+
+def _fit_clip(config: ConfigDict) -> None:
     """Sizes of both towers, and the vocabulary, of the CLIP folder `config.text.weights`."""
     folder = Path(config.text.weights).expanduser()
     text, vision = clip_weights.sizes(folder)

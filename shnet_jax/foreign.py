@@ -145,6 +145,13 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+PICTURE_FAULTS = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError),
+    *(struct.error, Image.DecompressionBombError),
+)
+"""What Pillow's decoders raise for damaged files of the many formats that it knows."""
+
+
 def read_picture(path: Path, mode: str | None = "RGB") -> Image.Image:
     """A decoded picture in Pillow's `mode`; None: in its own.
 
@@ -159,9 +166,5 @@ def read_picture(path: Path, mode: str | None = "RGB") -> Image.Image:
             return picture.convert(mode) if mode else picture.copy()
     except UnidentifiedImageError:
         raise ValueError(f"{path}: expected a picture, found no {', '.join(FORMATS)}") from None
-    # What Pillow's decoders raise for damaged files of the many formats that it knows.
-    except (
-        *(OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError),
-        *(struct.error, Image.DecompressionBombError),
-    ) as error:
+    except PICTURE_FAULTS as error:
         raise ValueError(f"{path}: expected a picture: {error}") from None

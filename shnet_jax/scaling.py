@@ -28,6 +28,7 @@ import jax
 from ml_collections import ConfigDict
 
 from shnet_jax.data.batches import token_buckets
+from shnet_jax.foreign import read_object
 from shnet_jax.observe.files import sole_writer, write_json
 from shnet_jax.observe.scale_report import write_report
 from shnet_jax.observe.scale_rows import Row, Study
@@ -178,7 +179,9 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
     own.parallel.devices = point.devices
     own.train.batch_size = point.batch
     own.loss.pairs.strategy = point.strategy
-    own.loss.triplet.warmup_epochs = 0.0  # what nearly all steps of a training are
+    for options in own.loss.values():
+        if isinstance(options, ConfigDict) and "warmup_epochs" in options:
+            options.warmup_epochs = 0.0  # what nearly all steps of a training are
     own.model.dtype = own.text.dtype = point.dtype
     own.data.token_buckets = token_buckets(config.data)[-1:]
     return own
@@ -242,8 +245,8 @@ def read_record(path: Path, digest: str) -> Record | None:
     """A record that needs no repetition; None when there is none, it failed, or its settings were others."""
     if not path.is_file():
         return None
-    record: Record = json.loads(path.read_text(encoding="utf-8"))
-    return record if record["settings"] == digest and record["status"] != FAILED else None
+    record: Record = read_object(path)
+    return record if record.get("settings") == digest and record.get("status") != FAILED else None
 
 
 def run_point(config: ConfigDict, point: Point, compile_only: bool, folder: Path) -> Record:

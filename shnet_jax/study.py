@@ -17,10 +17,11 @@ from shnet_jax.commands import (
     evaluate_zero_shot,
     load_any,
 )
-from shnet_jax.evaluate.bootstrap import Interval, recall_intervals
+from shnet_jax.evaluate.bootstrap import NAMES, Interval, recall_intervals
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.recall import Metrics, QueryRanks
-from shnet_jax.evaluate.report import PERSON, Table, as_dict, card_table, interval_table
+from shnet_jax.evaluate.report import PERSON, Table, as_dict, card_table, interval_table, intervals_as_dict
+from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.experiment import assemble
 from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.writer import read_metrics
@@ -28,7 +29,6 @@ from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.prepare import outline
 
-COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum")
 DIFFERENCE = " - "
 """Between the names of a pair of config.study.compare."""
 HEADINGS = ("i→t R@1", "R@5", "R@10", "t→i R@1", "R@5", "R@10", "rSum")
@@ -113,12 +113,9 @@ def _write(config: ConfigDict, runs: Mapping[str, list[Run]], pretrained: Result
     text = "\n".join(map(str, tables))
     document: dict[str, Any] = {arm: [_as_dict(run) for run in found] for arm, found in runs.items()}
     if pretrained is not None:
-        document["zero-shot"] = [{"results": as_dict(pretrained)}]
+        document[ZERO_SHOT] = [{"results": as_dict(pretrained)}]
     if gaps:
-        document["differences"] = {
-            pair: {metric: dataclasses.asdict(interval) for metric, interval in found.items()}
-            for pair, found in gaps.items()
-        }
+        document["differences"] = intervals_as_dict(gaps)
     write_text(workdir / "study.md", text)
     cards = [card_table(run.results.card, f"{arm}, seed {run.seed}") for arm, found in runs.items() for run in found]
     write_text(workdir / "study.html", results_page(f"{config.name}, {config.eval.split}", tables, cards))
@@ -174,14 +171,14 @@ def table(runs: Mapping[str, list[Run]], pretrained: Results | None = None) -> T
     rows = []
     guess: Metrics = next(iter(runs.values()))[0].results.chance
     persons = [name for name in PERSON if name in guess]
-    columns = [*COLUMNS, *persons]
+    columns = [*NAMES, *persons]
     for arm, found in runs.items():
         cells = [_mean(found, column) for column in columns]
         minutes = statistics.mean(run.minutes for run in found)
         speeds = [run.examples_per_second for run in found if run.examples_per_second is not None]
         speed = f"{statistics.mean(speeds):.0f}" if speeds else ""
         rows.append([arm, str(len(found)), *cells, f"{minutes:.1f}", speed])
-    others = {} if pretrained is None else {"zero-shot": pretrained.metrics}
+    others = {} if pretrained is None else {ZERO_SHOT: pretrained.metrics}
     for name, metrics in (others | {"chance": guess}).items():
         rows.append([name, "", *(f"{metrics[c]:.1f}" if c in metrics else "" for c in columns), "", ""])
     heading = ["arm", "seeds", *HEADINGS, *(PERSON[c] for c in persons), "minutes", "pairs/s"]

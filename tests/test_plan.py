@@ -213,6 +213,7 @@ def test_memory_of_an_unknown_device():
         ),
         ({"plan__effort": 1.0}, "config.plan.effort is 1.0; it must be between -1 and 0"),
         ({"model__name": "nothing"}, "unknown model 'nothing'"),
+        ({"data__max_tokens": 600}, "config.data.max_tokens is 600, the text tower has 512 positions"),
     ],
 )
 def test_settings_that_do_not_fit(changes, message, tmp_path):

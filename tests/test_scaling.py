@@ -64,6 +64,8 @@ def test_the_configuration_of_a_point():
     assert (own.parallel.devices, own.train.batch_size, own.loss.pairs.strategy) == (4, 24, "streamed")
     assert own.model.dtype == own.text.dtype == "bfloat16" and own.data.token_buckets == (16,)
     assert config.train.batch_size != 24 and config.loss.pairs.strategy == "gathered"
+    assert config.loss.triplet.warmup_epochs and config.loss.global_triplet.warmup_epochs
+    assert own.loss.triplet.warmup_epochs == own.loss.global_triplet.warmup_epochs == 0
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from shnet_jax import study as module
-from shnet_jax.evaluate.bootstrap import Interval
+from shnet_jax.evaluate.bootstrap import NAMES, Interval
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.recall import QueryRanks
-from shnet_jax.study import COLUMNS, Run, arm_config, differences, study, table
+from shnet_jax.study import Run, arm_config, differences, study, table
 from tests.train import tiny
 
 
@@ -42,8 +42,8 @@ def with_ensemble():
 
 
 def results(rsum, queries=None):
-    metrics = dict.fromkeys(COLUMNS, 10.0) | {"rsum": rsum}
-    return Results(metrics=metrics, folds=(), chance=dict.fromkeys(COLUMNS, 1.0), card={}, queries=queries)
+    metrics = dict.fromkeys(NAMES, 10.0) | {"rsum": rsum}
+    return Results(metrics=metrics, folds=(), chance=dict.fromkeys(NAMES, 1.0), card={}, queries=queries)
 
 
 def test_the_table_has_mean_and_standard_deviation():

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_prep.files import inside
-from shnet_jax.foreign import FORMATS, MAX_PIXELS
+from shnet_jax.foreign import FORMATS, MAX_PIXELS, PICTURE_FAULTS
 
 
 class BrokenImage(Exception):
@@ -35,6 +35,5 @@ def load(path: Path) -> Image.Image:
         raise BrokenImage(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
         raise BrokenImage(f"{path}: no {', '.join(FORMATS)}") from error
-    # Pillow's decoders: truncated or unknown files, damaged PNG chunks, sizes that would fill the memory
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except PICTURE_FAULTS as error:
         raise BrokenImage(f"{path}: {error}") from error

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep import builder, command, people
-from shnet_jax.data.records import open_dataset
 
 PERSONS = {"train": 600, "val": 100, "test": 200}
 # Persons of the splits lie far apart: those of a split do not depend on the sizes of the others, and none is in two.
@@ -31,14 +29,7 @@ def write(out: Path, name: str, seed: int, persons: dict[str, int]) -> Path:
         {"generator": "data_prep.people", "version": people.VERSION, "seed": seed, **persons}, sort_keys=True
     )
     target = out / name / builder.VERSION
-    if target.exists():
-        found = open_dataset(target).metadata.get("source")
-        if found != source:
-            raise FileExistsError(
-                f"{target} exists and was made otherwise: expected {source}, found {found}; "
-                "remove it or choose another --name"
-            )
-        print(f"{target} exists and was made with these settings", file=sys.stderr)
+    if builder.made_before(target, source):
         return target
     images = {split: (FIRST[split] * people.IMAGES, count * people.IMAGES) for split, count in persons.items()}
     splits = {split: people.records(seed, first, first + count) for split, (first, count) in images.items()}

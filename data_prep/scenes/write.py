@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep import builder, command, scenes
-from shnet_jax.data.records import open_dataset
 
 SIZES = {"train": 4000, "val": 500, "test": 500}
 # Indices of the splits lie far apart: the images of a split do not depend on the sizes of the others.
@@ -43,14 +41,7 @@ def write(out: Path, name: str, seed: int, sizes: dict[str, int], options: dict[
     settings = {"generator": "data_prep.scenes", "version": scenes.VERSION, "seed": seed, **options, **sizes}
     source = json.dumps(settings, sort_keys=True)
     target = out / name / builder.VERSION
-    if target.exists():
-        found = open_dataset(target).metadata.get("source")
-        if found != source:
-            raise FileExistsError(
-                f"{target} exists and was made otherwise: expected {source}, found {found}; "
-                "remove it or choose another --name"
-            )
-        print(f"{target} exists and was made with these settings", file=sys.stderr)
+    if builder.made_before(target, source):
         return target
     splits = {
         split: scenes.records(seed, FIRST[split], FIRST[split] + size, **options) for split, size in sizes.items()

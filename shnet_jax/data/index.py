@@ -22,6 +22,8 @@ import numpy as np
 from shnet_jax.data.errors import DataError
 from shnet_jax.foreign import read_npz
 
+REMEDY = "copy the file again, or remove it: its content is then read from the records, each time"
+
 
 @dataclass(frozen=True)
 class Index:
@@ -166,5 +168,4 @@ def read_index(folder: Path, split: str) -> Index | None:
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    remedy = "copy the file again, or remove it: it is then made again from the records, whenever the set is opened"
-    return DataError(f"{path}: {what}; {remedy}", file=path.name)
+    return DataError(f"{path}: {what}; {REMEDY}", file=path.name)

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 
 from shnet_jax.data.checksums import check_files
 from shnet_jax.data.errors import DataError
-from shnet_jax.data.index import Index, IndexBuilder, index_file, read_index
+from shnet_jax.data.index import REMEDY, Index, IndexBuilder, index_file, read_index
 from shnet_jax.foreign import read_object
 
 SENTENCEPIECE = "sentencepiece.model"
@@ -124,15 +124,11 @@ class DataSet:
 
     def _read_index(self, split: str) -> Index:
         path, size = self.path / index_file(split), self.splits[split]
-        remedy = "copy the file again, or remove it: its content is then read from the records, each time"
-        try:
-            index = read_index(self.path, split)
-        except ValueError as error:
-            raise DataError(f"{error}; {remedy}", file=path.name) from error
+        index = read_index(self.path, split)
         if index is None:
             index = self._scan(split)
         if len(index) != size:
-            raise DataError(f"{path}: expected {size} image ids, found {len(index)}; {remedy}", file=path.name)
+            raise DataError(f"{path}: expected {size} image ids, found {len(index)}; {REMEDY}", file=path.name)
         return index
 
     def _scan(self, split: str) -> Index:

@@ -25,7 +25,7 @@ from shnet_jax.data.checksums import check_files
 from shnet_jax.data.errors import DataError
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, find_dataset
 
-# Both kinds have these; data_prep/vocabulary.py trains SentencePiece with them.
+# WordPiece and SentencePiece have these; data_prep/vocabulary.py trains SentencePiece with them.
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 KINDS = ("wordpiece", "sentencepiece", "clip")
 NO_MASK = -1
@@ -34,7 +34,7 @@ _CHUNK = 8192  # captions handed to a tokenizer at once: large enough for its th
 
 
 class _Vocabulary(Protocol):
-    """What differs between the two kinds."""
+    """What differs between the kinds."""
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""

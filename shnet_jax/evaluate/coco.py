@@ -6,8 +6,9 @@ They are read from where the user has them; images are known by their COCO numbe
 from __future__ import annotations
 
 import csv
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,21 @@ def read_judgements(folder: Path, name: str, image_rows: Mapping[int, int], capt
 def _read(path: Path, query_rows: Mapping[int, int], item_rows: Mapping[int, int]) -> Relevant:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected this file of judgements, found none")
-    judged = read_object(path)
     absent: dict[int, int] = {}
     pairs = []
-    for query, items in judged.items():
-        row = _row(path, query_rows, int(query))
-        for item in map(int, items):
+    for query, items in read_object(path).items():
+        try:
+            number, judged = int(query), [int(item) for item in items]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{path}: expected a number and the numbers of its relevant items, found {query!r:.40}: {items!r:.80}"
+            ) from None
+        row = _row(path, query_rows, number)
+        for item in judged:
             found = item_rows.get(item)
             pairs.append((row, len(item_rows) + absent.setdefault(item, len(absent)) if found is None else found))
+    if not pairs:
+        raise ValueError(f"{path}: expected judgements of all queries, found none")
     return relevant(*np.array(pairs, np.int64).reshape(-1, 2).T)
 
 
@@ -102,22 +110,35 @@ def read_ratings(path: Path, kind: str, rows: Mapping[int, int]) -> tuple[np.nda
     """
     wanted = [f"{kind}1", f"{kind}2", "agg_score"]
     query, item = [], []
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if header[:3] != wanted:
-            raise ValueError(f"{path} line 1: expected columns {', '.join(wanted)}, found {', '.join(header)}")
-        for line in reader:
-            try:
-                first, second = (coco_number(cell) for cell in line[:2])
-                score = float(line[2])
-            except (ValueError, IndexError) as error:
-                raise ValueError(f"{path} line {reader.line_num}: expected two ids and a rating: {error}") from error
-            if score < CXC_POSITIVE[kind]:
-                continue
-            for number in (first, second):
-                if number not in rows:
-                    raise ValueError(f"{path} line {reader.line_num}: {kind} {number} is not in the split")
-            query += [rows[first], rows[second]]
-            item += [rows[second], rows[first]]
+    for number, line in _table(path):
+        if number == 1:
+            if line[:3] != wanted:
+                raise ValueError(f"{path} line 1: expected columns {', '.join(wanted)}, found {', '.join(line)}")
+            continue
+        try:
+            first, second = (coco_number(cell) for cell in line[:2])
+            score = float(line[2])
+            if not math.isfinite(score):
+                raise ValueError(f"{line[2]!r} is no finite number")
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{path} line {number}: expected two ids and a rating: {error}") from error
+        if score < CXC_POSITIVE[kind]:
+            continue
+        for of in (first, second):
+            if of not in rows:
+                raise ValueError(f"{path} line {number}: {kind} {of} is not in the split")
+        query += [rows[first], rows[second]]
+        item += [rows[second], rows[first]]
     return np.array(query, np.int64), np.array(item, np.int64)
+
+
+def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Lines of a CSV file with their numbers, the header as line 1 ([] for an empty file)."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.reader(file)
+            yield 1, next(reader, [])
+            for line in reader:
+                yield reader.line_num, line
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a table in UTF-8: {error}") from None

@@ -14,11 +14,12 @@ from ml_collections import FrozenConfigDict
 
 from shnet_jax.data.batches import token_buckets
 from shnet_jax.evaluate.blocks import PairScorer, make_programs, pair_scorer, ranks_of, score_matrix
+from shnet_jax.evaluate.bootstrap import NAMES
 from shnet_jax.evaluate.nearest import Found
 from shnet_jax.evaluate.person import search_persons
 from shnet_jax.evaluate.protocols import Ranker, Results
 from shnet_jax.evaluate.rank import Ranks, ranks
-from shnet_jax.evaluate.report import ARROWS, PERSON, Table, heading
+from shnet_jax.evaluate.report import PERSON, Table, heading
 from shnet_jax.evaluate.two_stage import caption_candidates, two_stage_ranks
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.types import Embedding
@@ -159,7 +160,7 @@ def with_effort(results: Results, way: Way) -> Results:
 def comparison_table(arms: Mapping[str, Results]) -> Table:
     """Recalls of each way of ranking, pairs scored, seconds; speed-up against the last one."""
     arms = {name: arm for name, arm in arms.items() if "pairs_scored" in arm.card}
-    columns = [*(f"{d}_r{k}" for d in ARROWS for k in (1, 5, 10)), "rsum"]
+    columns = [*NAMES]
     columns += [name for name in PERSON if all(name in arm.metrics for arm in arms.values())]
     last = [*arms.values()][-1].card
     rows = []

@@ -63,11 +63,16 @@ def to_json(arms: Mapping[str, Results], differences: Mapping[str, Mapping[str, 
     """
     document: dict[str, Any] = {"format": FORMAT, "arms": {name: as_dict(arm) for name, arm in arms.items()}}
     if differences:
-        document["differences"] = {
-            name: {recall: dataclasses.asdict(interval) for recall, interval in found.items()}
-            for name, found in differences.items()
-        }
+        document["differences"] = intervals_as_dict(differences)
     return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def intervals_as_dict(differences: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[str, dict[str, float]]]:
+    """What was compared -> recall -> its interval, as JSON has it."""
+    return {
+        name: {recall: dataclasses.asdict(interval) for recall, interval in found.items()}
+        for name, found in differences.items()
+    }
 
 
 def table(arms: Mapping[str, Results]) -> Table:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather
 from shnet_jax.data.gallery import Gallery, Part
-from shnet_jax.evaluate.encode import Portion, encode
+from shnet_jax.evaluate.encode import encode
 from shnet_jax.evaluate.pipelined import (
     check_pipeline,
     make_pipelined_text_encoder,
@@ -71,7 +71,7 @@ def make_encoder(
         image_parts, text_parts = gallery.image_batches(rows), gallery.text_batches(rows)
         n, t = gallery.images, len(gallery.captions)
         if not evaluation.overlap:
-            return _in_turn(image, image_parts, n), _in_turn(text, text_parts, t)
+            return encode_parts(image, image_parts, n), encode_parts(text, text_parts, t)
         with Stages() as stages:
             encoding = [
                 stages.start(
@@ -168,14 +168,11 @@ def halves(mesh: Mesh) -> tuple[Mesh, Mesh]:
     return data_mesh(devices[:middle]), data_mesh(devices[middle:])
 
 
-def _in_turn(tower: Tower, parts: Iterable[Part], count: int) -> Embedding:
-    return encode(lambda batch: tower.apply(tower.put(batch)), _portions(parts), count)
+def encode_parts(tower: Tower, parts: Iterable[Part], count: int) -> Embedding:
+    """The `count` items of batches of `data.gallery`, encoded one after the other, on the host."""
+    return encode(lambda batch: tower.apply(tower.put(batch)), parts, count)
 
 
 def _ahead(stages: Stages, tower: Tower, parts: Iterable[Part], count: int) -> Embedding:
     placed = ((tower.put(part.batch), part.valid, part.numbers) for part in parts)
     return encode(tower.apply, stages.ahead(placed, READ_AHEAD), count)
-
-
-def _portions(parts: Iterable[Part]) -> Iterator[Portion]:
-    return ((part.batch, part.valid, part.numbers) for part in parts)

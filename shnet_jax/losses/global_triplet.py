@@ -45,6 +45,7 @@ def loss(
         mask_same_image=mask_same_image,
         rank=rank,
         softness=softness,
+        name="global_triplet",
     )
     return {f"global_{name}": value for name, value in found.items()}
 

@@ -34,6 +34,7 @@ def loss(
     mask_same_image: bool,
     rank: int = 1,
     softness: float = 0.0,
+    name: str = "triplet",
 ) -> dict[str, Array]:
     """With S the scores of B pairs and [x]+ = max(x, 0):
 
@@ -49,20 +50,21 @@ def loss(
       mostly matches that nobody labelled.
     softness: 0, the hardest negative itself (published) | t > 0, in its place t log sum_j exp(S_ij / t), in which all
       hard ones take part; in units of the score.
+    name: the section of config.loss that these options are of, for messages.
     Returns shares that add up over devices to: triplet_loss; triplet_violated, the share of queries whose negative
     breaks the margin; triplet_positive and triplet_negative, the mean score of the pairs and of these negatives (0 for
     a query that has none), these three in the batch; with momentum encoders triplet_queue, their part of the loss.
     """
     if reduction not in ("sum", "mean"):
-        raise ValueError(f"loss.triplet.reduction is 'sum' or 'mean', not {reduction!r}")
+        raise ValueError(f"loss.{name}.reduction is 'sum' or 'mean', not {reduction!r}")
     if rank < 1 or softness < 0 or (rank > 1 and softness > 0):
         raise ValueError(
-            f"loss.triplet.rank is {rank} and softness {softness}; rank is at least 1, softness at least 0, "
+            f"loss.{name}.rank is {rank} and softness {softness}; rank is at least 1, softness at least 0, "
             "and only one of them may differ from rank 1 and softness 0"
         )
     candidates = ids.shape[0] * (1 if ctx.pairs.strategy == "local" else axis.axis_size(ctx.axis))
     if rank >= candidates:
-        raise ValueError(f"loss.triplet.rank is {rank}; a query meets only {candidates - 1} others")
+        raise ValueError(f"loss.{name}.rank is {rank}; a query meets only {candidates - 1} others")
     both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
     size = both[0].size
 

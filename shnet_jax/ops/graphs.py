@@ -10,9 +10,6 @@ import jax.numpy as jnp
 
 from shnet_jax.types import Array
 
-GEOMETRY = 6
-"""Numbers that `pair_geometry` gives for a pair of boxes."""
-
 _SMALL = 1e-3  # of the image's side: boxes without extent have no ratio of sizes
 
 
@@ -60,7 +57,7 @@ def normalised(graph: Array, mask: Array) -> Array:
 
 
 def pair_geometry(boxes: Array) -> Array:
-    """Where box j lies seen from box i: boxes [n, K, 4] -> [n, K, K, GEOMETRY].
+    """Where box j lies seen from box i: boxes [n, K, 4] -> [n, K, K, 6].
 
     Direction (unit vector x, y; 0 at equal centres), distance of the centres in units of the image's side, logarithms
     of the ratios of width and height (j to i), IoU.

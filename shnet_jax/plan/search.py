@@ -84,9 +84,9 @@ def advice(config: ConfigDict, devices: int) -> list[str]:
         found.append(
             "--config.loss.pairs.strategy=streamed or ring: no device holds its scores with the whole global batch"
         )
-    if "remat" in config.text and not config.text.remat:
+    if not config.text.remat:
         found.append("--config.text.remat=True: layers of the text tower are computed again in the backward pass")
-    if "shard_params" in config.parallel and not config.parallel.shard_params and devices > 1:
+    if not config.parallel.shard_params and devices > 1:
         found.append("--config.parallel.shard_params=True: parameters and optimiser state are split over the devices")
     found.append(f"more than {devices} devices for the same --config.train.batch_size, or a smaller batch")
     return found

@@ -49,7 +49,7 @@ def embed(
     Args:
       variables: {"params", "batch_stats"}.
       mesh: devices that share each batch of config.eval.batch_size rows a device.
-      source: what made them (`commands.provenance`), kept in embeddings.json; JSON values.
+      source: what made them (`search_modes.provenance`), kept in embeddings.json; JSON values.
 
     Raises:
       ValueError: the folder holds embeddings of another source, or parts of them.

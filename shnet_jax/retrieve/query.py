@@ -13,13 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shnet_jax.data.gallery import Part, text_batches
+from shnet_jax.data.gallery import text_batches
 from shnet_jax.data.tokenise import tokenise_captions
-from shnet_jax.evaluate.encode import encode
 from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k, turned
 from shnet_jax.evaluate.report import Table
 from shnet_jax.evaluate.tiles import take
-from shnet_jax.evaluate.towers import Tower, make_towers
+from shnet_jax.evaluate.towers import Tower, encode_parts, make_towers
 from shnet_jax.evaluate.two_stage import best_candidates, two_stage_top_k
 from shnet_jax.experiment import Experiment
 from shnet_jax.retrieve.folder import Embeddings
@@ -150,15 +149,6 @@ def encode_texts(experiment: Experiment, tower: Tower, texts: Sequence[str]) -> 
     captions = tokenise_captions([texts], experiment.tokenizer)
     rows = experiment.config.eval.batch_size * tower.mesh.size
     return encode_parts(tower, text_batches(captions, experiment.tokenizer, experiment.config.data, rows), len(texts))
-
-
-def encode_parts(tower: Tower, parts: Any, count: int) -> Embedding:
-    """The `count` items of batches of `data.gallery`, encoded, on the host."""
-
-    def portion(part: Part) -> tuple[Any, int, np.ndarray]:
-        return part.batch, part.valid, part.numbers
-
-    return encode(lambda batch: tower.apply(tower.put(batch)), map(portion, parts), count)
 
 
 def place_towers(experiment: Experiment, variables: dict[str, Any], mesh: Mesh) -> tuple[Tower, Tower]:

@@ -161,6 +161,37 @@ def test_numbers(name, number):
     assert coco_number(name) == number
 
 
+@pytest.mark.parametrize(
+    ("judged", "message"),
+    [
+        ({"7": 3}, "expected a number and the numbers of its relevant items, found '7': 3"),
+        ({"x": [3]}, r"found 'x': \[3\]"),
+        ({"7": ["three"]}, r"found '7': \['three'\]"),
+        ({}, "expected judgements of all queries, found none"),
+    ],
+)
+def test_judgements_that_are_none(judged, message, tmp_path):
+    (tmp_path / "cxc_image_to_caption.json").write_text(json.dumps(judged))
+    with pytest.raises(ValueError, match=rf"cxc_image_to_caption\.json: .*{message}"):
+        read_judgements(tmp_path, "cxc", {7: 0}, {3: 0})
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (b"1,2,nan\n", "line 2: expected two ids and a rating: 'nan' is no finite number"),
+        (b"1,2\n", "line 2: expected two ids and a rating"),
+        (b"1,2,\xff\n", "expected a table in UTF-8"),
+        (b"1,2," + b"3" * 200_000 + b"\n", "expected a table in UTF-8: field larger than field limit"),
+    ],
+)
+def test_ratings_that_are_none(lines, message, tmp_path):
+    path = tmp_path / "sis_test.csv"
+    path.write_bytes(b"image1,image2,agg_score,x\n" + lines)
+    with pytest.raises(ValueError, match=rf"sis_test\.csv:? {message}"):
+        read_ratings(path, "image", {1: 0, 2: 1})
+
+
 def test_what_is_missing_is_named(coco, tmp_path):
     folder, dataset = coco
     with pytest.raises(FileNotFoundError, match=r"config\.eval\.eccv is 'nowhere'"):

@@ -132,3 +132,21 @@ def test_photographs_are_found_upright_and_in_colour(tmp_path):
     assert path == tmp_path / "a.jpg"
     loaded = images.load(path)
     assert loaded.mode == "RGB" and loaded.size == (20, 30)
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+def test_a_changed_byte_in_what_the_camera_wrote(tmp_path):
+    picture, path = Image.new("RGB", (30, 20)), tmp_path / "a.jpg"
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(path, exif=exif)
+    data = bytearray(path.read_bytes())
+    tag = data.index(b"\x01\x12")  # then its type, 16-bit number
+    assert data[tag + 2 : tag + 4] == b"\x00\x03"
+    for kind in range(256):  # whatever it becomes, a picture or an error that names the file
+        data[tag + 3] = kind
+        path.write_bytes(data)
+        try:
+            assert images.load(path).mode == "RGB"
+        except images.BrokenImage as error:
+            assert str(path) in str(error)
