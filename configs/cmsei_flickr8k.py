@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     c.optim.warmup_epochs = 0.5
     c.optim.ema = 0.98
     c.eval.two_stage = 50
-    c.study.seeds = (0, 1)
+    c.study.seeds = (0, 1, 2)
     c.study.arms = arms({})
     c.study.arms.shnet = ConfigDict({"model": {"name": "shnet"}, "loss": {"weights": {"global_triplet": 0.0}}})
     c.study.compare = (*COMPARE, "full - shnet")
