@@ -41,11 +41,18 @@ HEARTBEAT = flags.DEFINE_integer(
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
+OF_ONE_MODE = dict.fromkeys(("query", "query_file", "image_id", "top_k"), "search") | {"target": "plan"}
+
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Reads the command line; a mistake in it is one line and exit status 2."""
     try:
         rest = flags.FLAGS(argv)
+        if not WORKDIR.value:
+            _fail("--workdir is empty: give the folder of the run", 2)
+        for name, mode in OF_ONE_MODE.items():
+            if flags.FLAGS[name].present and MODE.value != mode:
+                _fail(f"--{name} belongs to --mode={mode}, not to --mode={MODE.value}", 2)
         CONFIG.value.get("name")  # ml_collections tells of a file that it could not open when a field is read
     except (flags.Error, OSError) as error:
         _fail(" ".join(str(error).split()), 2)
@@ -63,7 +70,10 @@ def _unknown_field(argv: list[str]) -> str | None:
     """What is wrong with the first --config.a.b that names no field; None when all of them do."""
     text = "\n".join(argv)
     files = re.findall(r"(?m)^--?config[=\n](.*)$", text)
-    config = runpy.run_path(files[-1])["get_config"]() if files else ConfigDict()
+    found = runpy.run_path(files[-1]) if files else {"get_config": ConfigDict}
+    if "get_config" not in found:
+        return f"{files[-1]}: expected a configuration with a function get_config, found none"
+    config = found["get_config"]()
     for path in re.findall(r"(?m)^--?(?:no)?config\.([^=\n]+)", text):
         node = config
         for name in path.split("."):

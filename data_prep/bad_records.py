@@ -43,6 +43,8 @@ class BadRecords:
     """
 
     def __init__(self, policy: Policy = "fail"):
+        if policy not in POLICIES:
+            raise ValueError(f"on_bad_record is {policy!r}; choose from {', '.join(POLICIES)}")
         self._policy = policy
         self._found: list[dict[str, Any]] = []
 

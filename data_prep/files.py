@@ -59,7 +59,7 @@ def read_lines(path: Path, *, strict: bool = True) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path}: expected this file, found none")
     # what is not UTF-8 becomes half of a surrogate pair, which text never has
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")]
     if lines[-1] == "":
         lines.pop()
     for number, line in enumerate(lines if strict else (), 1):

@@ -113,7 +113,13 @@ def open_split(
     arrays = {field: path for field, suffix in ARRAYS.items() if (path := src / f"{split}{suffix}").is_file()}
     if need == "an array" and not arrays:
         raise DataError(f"{src}: split {split!r}: expected {split}_ims.npy or another array, found none")
-    rows = {field: len(open_array(path)) for field, path in arrays.items()}
+    if not captions:
+        raise DataError(f"{src / f'{split}_caps.txt'}: expected a caption a line, found none")
+    shapes = {field: open_array(path).shape for field, path in arrays.items()}
+    for field, shape in shapes.items():
+        if not shape or not shape[0]:
+            raise DataError(f"{arrays[field]}: expected a row for each image, found shape {list(shape)}")
+    rows = {field: shape[0] for field, shape in shapes.items()}
     ids_file = src / f"{split}_ids.txt"
     ids = read_lines(ids_file) if need == "ids" or ids_file.is_file() else []
     per_image = captions_per_image or _captions_per_image(src, split, len(captions), rows, ids)
@@ -161,8 +167,8 @@ def _caption_ids(path: Path, captions: int) -> tuple[int, ...]:
     if len(lines) != captions:
         raise DataError(f"{path}: expected {captions} lines, one a caption, found {len(lines)}")
     for number, line in enumerate(lines, 1):
-        if not line.isdecimal():
-            raise DataError(f"{path} line {number}: expected a whole number, found {line!r}")
+        if not line.isdecimal() or len(line) > 18:
+            raise DataError(f"{path} line {number}: expected a whole number of at most 18 digits, found {line!r:.80}")
     return tuple(map(int, lines))
 
 

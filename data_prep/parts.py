@@ -37,8 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser, required: str | None = None) 
 
 
 def open_sources(args: argparse.Namespace) -> list[Source]:
-    """The sources that the flags name. Raises DataError when files are missing."""
+    """The sources that the flags name. Raises DataError when files are missing, or a flag belongs to another."""
     sources: list[Source] = []
+    belongs = {"panoptic_png": "panoptic", "max_regions": "bottom_up", "max_cells": "grids", "pool_grids": "grids"}
+    for option, kind in belongs.items():
+        if getattr(args, option) is not None and not getattr(args, kind):
+            raise DataError(f"--{option} belongs to --{kind}, which is not given")
     if args.bottom_up:
         sources.append(BottomUp([Path(path) for path in args.bottom_up.split(",")], args.max_regions))
     if args.grids:

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from shnet_jax import commands
+from shnet_jax.data.fields import checked_fields
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.data.records import DataSet
 from shnet_jax.evaluate.blocks import digest
@@ -71,16 +72,16 @@ class Retriever:
     def _towers(self) -> Any:
         return place_towers(self.loaded.experiment, self.loaded.variables, self._mesh)
 
-    def encode_texts(self, texts: Sequence[str]) -> Embedding:
-        """Sentences -> their t embeddings, NumPy: `.vector` [t, d] float32, of unit length."""
-        return encode_texts(self.loaded.experiment, self._towers[1], texts)
+    def encode_texts(self, texts: str | Sequence[str]) -> Embedding:
+        """Sentences, or one, -> their t embeddings, NumPy: `.vector` [t, d] float32, of unit length."""
+        return encode_texts(self.loaded.experiment, self._towers[1], [texts] if isinstance(texts, str) else texts)
 
     def encode_images(self, images: str | Mapping[str, np.ndarray]) -> Embedding:
         """Images -> their n embeddings, NumPy: `.vector` [n, d] float32, of unit length.
 
         images: a split of the data set; or the record fields that the model reads ({"regions": [n, K, D], ...}, see
           docs/data.md), with the masks of padded units.
-        Raises ValueError for fields that are missing or differ in their number of images.
+        Raises ValueError for fields that are missing, differ in their number of images or are not as in the data set.
         """
         rows = self.config.eval.batch_size * self._mesh.size
         if isinstance(images, str):
@@ -89,15 +90,8 @@ class Retriever:
                 experiment.config, experiment.dataset, images, experiment.tokenizer, experiment.fields
             )
             return encode_parts(self._towers[0], gallery.image_batches(rows), gallery.images)
-        fields = {name: np.asarray(values) for name, values in images.items()}
-        missing = [name for name in self.loaded.experiment.fields if name not in fields and not name.endswith("_mask")]
-        counts = {name: len(values) for name, values in fields.items()}
-        if missing or len(set(counts.values())) != 1:
-            raise ValueError(
-                f"the model reads {', '.join(self.loaded.experiment.fields)} of each image; "
-                f"found {', '.join(f'{name} of {count}' for name, count in counts.items()) or 'nothing'}"
-            )
-        count = next(iter(counts.values()))
+        fields = checked_fields(images, self.loaded.experiment.fields, self.dataset)
+        count = len(next(iter(fields.values())))
         return encode_parts(self._towers[0], _parts(fields, count, rows), count)
 
     def search(self, query: str | Sequence[str], split: str = "test", top_k: int = 10) -> list[Answer]:

@@ -210,6 +210,8 @@ def _evaluate(config: ConfigDict, workdir: Path) -> None:
         gaps[f"{rows[-1].name} - {evaluation.compare}"] = recall_intervals([ours.queries], [other])
     dataset_name, protocols = dataset.path.parent.name, "+".join(evaluation.protocols)
     name = f"{dataset_name}_{evaluation.split}_{protocols}_{evaluation.checkpoint}"
+    if evaluation.two_stage and not evaluation.exact:  # beside what an exact ranking found
+        name += f"_two_stage_{evaluation.two_stage}"
     tables = [
         table(arms),
         comparison_table(arms) if evaluation.two_stage and not evaluation.ensemble else None,

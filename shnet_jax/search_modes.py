@@ -20,6 +20,7 @@ from shnet_jax.observe.writer import read_metrics
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import embed as writing
+from shnet_jax.retrieve.backends import PACKAGES, require
 from shnet_jax.retrieve.examples import collect
 from shnet_jax.retrieve.folder import Embeddings
 from shnet_jax.retrieve.indexes import check_index
@@ -78,6 +79,8 @@ def search(
     mesh, loaded = _mesh(config), load(workdir, config)
     again = candidates(config.eval)
     check_index(config.search.index, loaded.score, again)
+    if config.search.index in PACKAGES:
+        require(config.search.index)  # before hours of embedding
     embeddings = embeddings_of(loaded, config, workdir, mesh)
     searcher = Searcher(embeddings, loaded.score, config.search, config.eval.tile, mesh, again)
     answers = []

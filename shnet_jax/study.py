@@ -79,6 +79,9 @@ def _plan(config: ConfigDict) -> tuple[tuple[str, ...], dict[str, tuple[str, ...
     arms = config.study.only or tuple(config.study.arms)
     if not arms or not config.study.seeds:
         raise ValueError("a study needs at least one arm in config.study.arms and one seed in config.study.seeds")
+    for field, values in (("seeds", config.study.seeds), ("only", config.study.only)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"config.study.{field} is {tuple(values)}; expected each once")
     unknown = [arm for arm in arms if arm not in config.study.arms]
     if unknown:
         raise ValueError(f"config.study.only names {unknown}; config.study.arms has {list(config.study.arms)}")

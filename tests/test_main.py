@@ -31,6 +31,9 @@ def main(*flags):
         (["--mode=evaluate"], "flag --mode=evaluate: value should be one of <train|eval"),
         (["--confg.train.steps=3"], "Unknown command line flag 'confg.train.steps'"),
         (["train"], "unexpected arguments: train"),
+        (["--query=snow", "--mode=embed"], "--query belongs to --mode=search, not to --mode=embed"),
+        (["--target=gpu"], "--target belongs to --mode=plan, not to --mode=train"),
+        (["--workdir="], "--workdir is empty: give the folder of the run"),
     ],
 )
 def test_mistakes_in_flags(flags, message, tmp_path):
@@ -55,6 +58,15 @@ def test_missing_flags(flags, message):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_that_is_no_configuration(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("x = 1\n")
+    done = main(f"--config={path}", f"--workdir={tmp_path}")
+    assert done.returncode == 2 and done.stderr == (
+        f"error: {path}: expected a configuration with a function get_config, found none\n"
+    )
 
 
 def test_a_fault_in_the_configuration_file_shows_where(tmp_path):

@@ -145,6 +145,13 @@ def test_unknown_arm(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_seed_twice_is_no_second_run(tmp_path):
+    config = configuration()
+    config.study.seeds = (3, 3)
+    with pytest.raises(ValueError, match=r"config.study.seeds is \(3, 3\); expected each once"):
+        study(config, tmp_path)
+
+
 def empty():
     c = configuration()
     c.study.seeds = ()

@@ -141,6 +141,9 @@ class Searcher:
 def encode_texts(experiment: Experiment, tower: Tower, texts: Sequence[str]) -> Embedding:
     """Sentences of any kind -> their embeddings on the host. Raises ValueError for one without words."""
     texts = list(texts)
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise ValueError(f"query {number} of {len(texts)}: expected text, found {text!r:.80}")
     blank = [number for number, text in enumerate(texts) if not text.strip()]
     if blank:
         raise ValueError(f"query {blank[0] + 1} of {len(texts)} has no words")
@@ -162,7 +165,7 @@ def read_queries(query: str, query_file: str) -> list[str]:
     if query_file:
         path = Path(query_file)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: expected queries in UTF-8: {error}") from None
         found += [line.strip() for line in lines if line.strip()]
@@ -193,6 +196,6 @@ def tables(answers: Sequence[Answer]) -> str:
         ]
         by = "image " if answer.kind == "image" else ""
         heading = ["", "score", "image", "caption" if answer.target == CAPTIONS else "first caption"]
-        title = f"{by}{answer.query!r} -> {answer.target}"
+        title = f"{by}{textwrap.shorten(answer.query, 200)!r} -> {answer.target}"
         texts.append(f"{title}\n{Table(title, heading, rows, words=True)}")
     return "\n".join(texts)

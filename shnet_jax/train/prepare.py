@@ -215,9 +215,11 @@ def _check(config: FrozenConfigDict) -> None:
     train = config.train
     if train.on_nonfinite not in ("stop", "skip"):
         raise ValueError(f"config.train.on_nonfinite is {train.on_nonfinite!r}; choose stop or skip")
-    for name in ("batch_size", "log_steps", "checkpoint_steps", "keep"):
-        if train[name] < 1:
-            raise ValueError(f"config.train.{name} is {train[name]}; it must be at least 1")
+    least = {f"train.{name}": train[name] for name in ("batch_size", "log_steps", "checkpoint_steps", "keep")}
+    least |= {"data.captions_per_image": config.data.captions_per_image, "model.dim": config.model.dim}
+    for name, value in least.items():
+        if value < 1:
+            raise ValueError(f"config.{name} is {value}; it must be at least 1")
     if train.steps < 0 or (train.epochs <= 0 and not train.steps):
         raise ValueError(f"config.train.epochs is {train.epochs} and steps {train.steps}; one must be above 0")
     if not 0 <= config.optim.ema < 1:

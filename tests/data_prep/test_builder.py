@@ -276,3 +276,9 @@ def test_find_dataset_accepts_every_level_and_lists_otherwise(tmp_path, records)
         find_dataset(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         find_dataset(tmp_path / "absent")
+
+
+def test_an_unknown_policy_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"on_bad_record is 'Fail'; choose from fail, skip"):
+        write_dataset(tmp_path, "toy", {"a": []}, {}, on_bad_record="Fail")
+    assert not (tmp_path / "toy").exists()

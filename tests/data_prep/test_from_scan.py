@@ -97,7 +97,12 @@ def test_embeddings_and_numbers_of_captions(src, tmp_path):
     ("lines", "shape", "message"),
     [
         (["1"] * 24, (25, 5), r"dev_capids\.txt: expected 25 lines, one a caption, found 24"),
-        (["1"] * 24 + ["x"], (25, 5), r"dev_capids\.txt line 25: expected a whole number, found 'x'"),
+        (
+            ["1"] * 24 + ["x"],
+            (25, 5),
+            r"dev_capids\.txt line 25: expected a whole number of at most 18 digits, found 'x'",
+        ),
+        (["1"] * 24 + ["9" * 20], (25, 5), r"dev_capids\.txt line 25: expected a whole number of at most 18 digits"),
         (["1"] * 25, (5, 5), r"dev_caption_emb\.npy: expected \[25, E\], a row a caption, found \[5, 5\]"),
     ],
 )
@@ -234,6 +239,30 @@ def test_an_error_names_file_row_and_field(src, tmp_path, spoil, message):
     with pytest.raises(DataError, match=message):
         from_scan.import_scan(src, "toy", tmp_path / "out", splits=["dev"])
     assert not list((tmp_path / "out").glob("toy/*"))
+
+
+@pytest.mark.parametrize("rows", [(), (0, 36, 4)])
+def test_files_without_a_row(rows, src, tmp_path):
+    np.save(src / "dev_ims.npy", np.ones(rows))
+    with pytest.raises(DataError, match=r"dev_ims\.npy: expected a row for each image, found shape \["):
+        from_scan.import_scan(src, "toy", tmp_path / "out", splits=["dev"])
+    (src / "dev_caps.txt").write_text("")
+    with pytest.raises(DataError, match=r"dev_caps\.txt: expected a caption a line, found none"):
+        from_scan.import_scan(src, "toy", tmp_path / "out", splits=["dev"])
+
+
+def test_the_mark_that_windows_writes_is_no_part_of_a_caption(src, tmp_path):
+    for name in ("dev_caps.txt", "dev_ids.txt"):
+        (src / name).write_bytes(b"\xef\xbb\xbf" + (src / name).read_bytes())
+    path = from_scan.import_scan(src, "toy", tmp_path / "out", splits=["dev"])
+    found = open_dataset(path)
+    assert "\ufeff" not in found.image_ids("dev")[0] + next(found.captions("dev"))[0]
+
+
+@pytest.mark.parametrize("flag", ["--max_regions=3", "--pool_grids=2", "--max_cells=9", "--panoptic_png=x"])
+def test_a_flag_that_belongs_to_another_is_not_ignored(flag, src, tmp_path, capsys):
+    assert from_scan.main([f"--src={src}", "--name=toy", f"--out={tmp_path / 'out'}", flag]) == 1
+    assert f"{flag.split('=')[0]} belongs to --" in capsys.readouterr().err
 
 
 def test_missing_files_are_named(src, tmp_path):

@@ -72,6 +72,9 @@ def test_vectors_do_not_depend_on_how_they_are_asked_for(model):
         model.encode_images({"grid": np.zeros((2, 3))})
     with pytest.raises(ValueError, match="query 2 of 2 has no words"):
         model.encode_texts(["a dog", "  "])
+    np.testing.assert_array_equal(model.encode_texts("a dog").vector, model.encode_texts(["a dog"]).vector)
+    with pytest.raises(ValueError, match="query 2 of 2: expected text, found 3"):
+        model.encode_texts(["a dog", 3])
 
 
 def test_a_checkpoint_by_its_folder():
@@ -94,11 +97,11 @@ def test_embeddings_of_another_run_are_refused(model):
 
 
 def test_the_command_writes_and_prints_what_it_found(model, capsys, tmp_path):
-    (tmp_path / "queries.txt").write_text("a disc on the sand\n\n  a | star \n")
+    (tmp_path / "queries.txt").write_text("\ufeffa disc on the sand\n\n  a | star \n")
     name = model.dataset.image_ids("test")[3]
     search(gallery.toy(), gallery.toy_run(), "snow", str(tmp_path / "queries.txt"), name, top_k=3)
     out = capsys.readouterr().out
-    assert "'snow' -> images" in out and "'a | star' -> images" in out and f"image {name!r} -> captions" in out
+    assert "'snow' -> images" in out and "'a | star' -> images" in out and f"image {str(name)!r} -> captions" in out
     document = json.loads((gallery.toy_run() / "search.json").read_text("utf-8"))
     results = document["results"]
     assert document["format"] == 1 and document["gallery"]["checkpoint_step"] == 2

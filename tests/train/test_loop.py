@@ -223,6 +223,8 @@ def test_a_folder_without_a_checkpoint_can_be_claimed_anew(tmp_path):
         ({"train__microbatch": 3}, "microbatch is 3; it must divide"),
         ({"train__microbatch_statistics": "sync"}, "'sync'; choose from exact, local, running"),
         ({"train__log_steps": 0}, "config.train.log_steps is 0; it must be at least 1"),
+        ({"data__captions_per_image": 0}, "config.data.captions_per_image is 0; it must be at least 1"),
+        ({"model__dim": 0}, "config.model.dim is 0; it must be at least 1"),
         ({"optim__ema": 1.0}, "config.optim.ema is 1.0"),
         ({"text__weights": "minilm"}, "config.text.tower is 'bigru'"),
         ({"optim__schedule": "linear"}, "choose step, cosine or constant"),
