@@ -31,12 +31,13 @@ settings.load_profile("same")
 
 @pytest.fixture
 def optimised() -> Iterator[None]:
-    """For what is asked of the compiler: its memory and its work are those of the programs that users run."""
+    """For what is asked of the compiler: its memory and its work are those of the programs that users run.
+
+    Of functions that no test has compiled for these shapes before: what is compiled stays as it is.
+    """
     import jax
 
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # else a function that was compiled before stays as it is
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()

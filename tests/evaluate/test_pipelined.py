@@ -71,12 +71,12 @@ def encoder(tower, data, stages, microbatches):
 @pytest.mark.parametrize(
     ("tower", "data", "stages", "microbatches"),
     [
-        ("bert", 1, 1, 1),
-        ("bert", 1, 4, 8),
+        pytest.param("bert", 1, 1, 1, marks=pytest.mark.slow),
+        pytest.param("bert", 1, 4, 8, marks=pytest.mark.slow),
         ("bert", 2, 4, 4),
-        ("bert", 4, 2, 2),
+        pytest.param("bert", 4, 2, 2, marks=pytest.mark.slow),
         ("transformer", 1, 4, 2),
-        ("transformer", 2, 4, 1),
+        pytest.param("transformer", 2, 4, 1, marks=pytest.mark.slow),
         ("clip", 2, 2, 2),
     ],
 )

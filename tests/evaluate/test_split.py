@@ -48,7 +48,9 @@ def encoded(parts, devices, name="val"):
     return make_encoder(parts, gallery, data_mesh(jax.devices()[:devices]))(variables(parts.config.model.name))
 
 
-@pytest.mark.parametrize(("devices", "mapping"), [(1, "shard_map"), (3, "pmap"), (8, "shard_map")])
+@pytest.mark.parametrize(
+    ("devices", "mapping"), [pytest.param(1, "shard_map", marks=pytest.mark.slow), (3, "pmap"), (8, "shard_map")]
+)
 def test_overlapping_changes_no_bit(devices, mapping):
     changes = {"parallel__mapping": mapping, "data__token_buckets": (16, 32)}
     wanted = encoded(experiment(**changes), devices)

@@ -74,7 +74,7 @@ def terms(images, texts, params):
     return {name: np.array([[pair[name] for pair in row] for row in found]) for name in found[0][0]}
 
 
-@pytest.mark.parametrize("heads", [0, 2])
+@pytest.mark.parametrize("heads", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_regions_equal_the_oracle(heads):
     _, variables, run = built(geometry_heads=heads, iou_threshold=0.25)
     images, _ = run(variables, batch())
@@ -96,9 +96,13 @@ def test_regions_equal_the_oracle(heads):
     ("options", "weights"),
     [
         ({}, {"objects": 0.5, "words": 0.5, "os": 0.5, "wi": 0.5, "global": 1}),
-        ({"refine": False, "cross_weight": 0.25}, {"objects": 0.5, "words": 0.5, "os": 0.25, "wi": 0.25, "global": 1}),
+        pytest.param(
+            {"refine": False, "cross_weight": 0.25},
+            {"objects": 0.5, "words": 0.5, "os": 0.25, "wi": 0.25, "global": 1},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"attend": ("objects",), "global_weight": 0.0}, {"objects": 1, "os": 0.5}, marks=pytest.mark.slow),
-        ({"attend": ("words",), "cross_weight": 0.0}, {"words": 1, "global": 1}),
+        pytest.param({"attend": ("words",), "cross_weight": 0.0}, {"words": 1, "global": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_the_score_equals_the_oracle(options, weights):

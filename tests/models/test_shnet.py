@@ -93,7 +93,7 @@ def oracle_of(arm: str, **options: Any) -> oracle.Encoder:
     return oracle.Encoder(variables["params"]["image"], stats, config_of(arm, **options).model)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [pytest.param(a, marks=[pytest.mark.slow] * (a == "spatial")) for a in ARMS])
 def test_equals_numpy(arm):
     vectors = encode(arm, images())
     assert vectors.shape == (3, DIM) and vectors.dtype == np.float32
@@ -295,7 +295,7 @@ def test_other_choices_must_be_known(field, value, choices):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-@pytest.mark.parametrize("tower", ["bigru", "bert"])
+@pytest.mark.parametrize("tower", ["bigru", pytest.param("bert", marks=pytest.mark.slow)])
 def test_float32_products_are_float32_on_every_platform(tower, platform):
     """By default accelerators round the operands of float32 products, TPUs to bfloat16 and GPUs to TF32."""
     config = config_of("full", dropout=0.1)

@@ -92,7 +92,9 @@ def trained(arm: str):
 COTANGENT = np.random.default_rng(5).normal(size=(3, DIM)).astype(np.float32)
 
 
-@pytest.mark.parametrize("arm", [pytest.param(a, marks=[pytest.mark.slow] * (a in ("layer", "both"))) for a in ARMS])
+@pytest.mark.parametrize(
+    "arm", [pytest.param(a, marks=[pytest.mark.slow] * (a in ("layer", "both", "clip"))) for a in ARMS]
+)
 def test_equals_numpy(arm):
     model = registry.model("user").build(config_of(arm))
     encode = compiled(lambda given: model.apply(variables_of(arm), given, train=False, method="encode_image").vector)
