@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 from configs import base, demo, esa_cuhk_pedes
-from data_prep.scenes import write as scenes
-from data_prep.scenes.features import REGION_SIZE
 from shnet_jax.experiment import abstract_variables, assemble
 from shnet_jax.observe.compiled import Memory, OutOfMemory
 from shnet_jax.observe.hardware import CHIPS, GIB, Chip, chip, memory_limit, target_devices
@@ -294,31 +292,6 @@ def test_the_search_to_its_end(monkeypatch):
     assert report["changes"] and not any("it fits with" in change for change in report["changes"])  # has no norm_depth
 
 
-@needs_libtpu
-def test_a_tower_compiles_for_tpu():
-    mesh = data_mesh(target_devices("tpu:v5e:2x4"))
-    subject = describe(small())
-    found = programs.compile_program(lambda: programs.lower_encode(subject, mesh, 8, "text"), 8, 16 * GIB)
-    assert found.fits and found.work.flops > 2 * 8 * 16 * 16 * 32 and found.work.collectives == {}
-
-
-@needs_libtpu
-@pytest.mark.slow
-def test_microbatches_are_counted_for_tpu():
-    """Four times the batch in microbatches of one size: the towers do four times as much."""
-    mesh, found = data_mesh(target_devices("tpu:v5e:2x4")), []
-    for pairs in (10, 40):
-        subject = describe(small(train__microbatch=5, train__microbatch_statistics="local"))
-        lowered = programs.lower_train(subject, mesh, pairs)
-        found.append(programs.compile_program(lambda lowered=lowered: lowered, pairs, 16 * GIB))
-    once, more = found
-    assert once.fits and more.fits and once.work.loops_once == more.work.loops_once == 0
-    assert 3.9 < more.work.flops / once.work.flops < 5  # the scores of the loss grow with the square
-
-
-# ----------------------------------------------------------------------- search, without compiling
-
-
 def fake(limit, tried):
     def compiled(pairs):
         tried.append(pairs)
@@ -383,54 +356,3 @@ def test_bounds():
 
 def test_peak_counts_donated_memory_once():
     assert Memory(10, 7, 6, 5, 1).peak == 17
-
-
-@needs_libtpu
-@pytest.mark.usefixtures("optimised")
-@pytest.mark.slow
-def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
-    """`--mode=plan --target=tpu:v5e:2x4`: configs/demo.py as it is, segmentation included, and its data set's sizes."""
-    config = demo.get_config()
-    data = {"images": scenes.SIZES["train"], "gallery": scenes.SIZES["test"], "regions": 16, "region_dim": REGION_SIZE}
-    config.data.dir, config.text.vocab_size = "", 134
-    config.plan.update(data | {"search": False, "effort": -1.0})  # a third of the time
-    assert config.model.semantic and config.model.spatial and config.train.batch_size == 320
-    command.plan(config, tmp_path, "tpu:v5e:2x4")
-    report = json.loads((tmp_path / "plan_tpu_v5e_2x4.json").read_text())
-    assert (report["devices"], report["device_kind"]) == (8, "TPU v5 lite")
-    compiled = report["programs"]
-    assert [*compiled] == ["train", "encode images", "encode captions"]
-    assert all(
-        found["fits"] and found["memory"]["peak"] > 0 and found["work"]["flops"] > 0 for found in compiled.values()
-    )
-    sent = compiled["train"]["work"]["collectives"]
-    weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(variables(describe(config))["params"]))
-    assert sent["all-reduce"] == pytest.approx(weights, rel=0.02)  # the gradients
-    assert sent["all-gather"] == 2 * 320 * 256 * 4  # all embeddings
-    assert compiled["encode images"]["work"]["collectives"] == compiled["encode captions"]["work"]["collectives"] == {}
-    ranking = report["rankings"]["exact"]
-    assert ranking["fits"] and ranking["bytes_per_device"] > 0 and ranking["work"]["collectives"]["all-reduce"] > 0
-    assert ranking["work"]["flops"] >= 2 * 500 * 2500 * 256 / 8
-    said = capsys.readouterr().out
-    assert all(line in said for line in ("\nall-reduce ", "\nall-gather ", "\npeak ", "ranking, exact: 500 images"))
-
-
-@needs_libtpu
-@pytest.mark.usefixtures("optimised")
-@pytest.mark.slow
-@pytest.mark.parametrize("target, pairs", [("tpu:v5e:2x4", 4096), ("tpu:v5e:8x8", 512)])
-def test_a_global_batch_of_32768_fits(target, pairs):
-    """The published sizes (BERT base, 36 regions, 133 classes, a 64 x 64 map) in bfloat16 on v5e chips of 16 GiB."""
-    config = base.get_config()
-    config.model.dtype = config.text.dtype = "bfloat16"
-    config.train.batch_size = 32768
-    config.train.microbatch = 64
-    config.train.microbatch_statistics = "local"
-    config.loss.pairs.strategy = "streamed"
-    subject, mesh = describe(config), data_mesh(target_devices(target))
-    # With the least effort the compiler takes a tenth of the time, and more memory than it has to.
-    found = programs.compile_program(lambda: programs.lower_train(subject, mesh, pairs), pairs, 16 * GIB, effort=-1.0)
-    assert found.fits and found.needed < 16 * GIB, found.why
-    assert found.work.loops_once == 0
-    # Two forward passes and a backward one, as much as two: 4 x 2 operations for each weight of the layers and token.
-    assert found.work.flops > 8 * 85e6 * pairs * 32
