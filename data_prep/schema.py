@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from shnet_jax.data.errors import DataError
+from shnet_jax.data.fields import MAP_VOID
 
 Record = dict[str, Any]
 Signature = dict[str, tuple[tuple[int, ...], str]]
@@ -21,7 +22,6 @@ Signature = dict[str, tuple[tuple[int, ...], str]]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FEATURE_DTYPES = ("float16", "bfloat16", "float32")
 BOX_OVERSHOOT = 1e-3  # float16 rounding of a box that touches the border
-MAP_VOID = 255  # unlabelled pixel in COCO's label maps; stored as class number C, so that ids stay contiguous
 
 
 class Field(NamedTuple):

@@ -11,7 +11,7 @@ from shnet_jax.data.records import DataSet
 
 OF_UNITS = ("region", "grid", "box", "relation")
 """Beginnings of the names of fields whose first axis is as long as it has to be, here and in the data set."""
-MAP_VOID = 255
+MAP_VOID = 255  # unlabelled pixel in COCO's label maps; stored as class number C, so that ids stay contiguous
 
 
 def checked_fields(given: Mapping[str, np.ndarray], wanted: Sequence[str], dataset: DataSet) -> dict[str, np.ndarray]:
@@ -58,9 +58,10 @@ def _checked(name: str, values: np.ndarray, dataset: DataSet) -> np.ndarray:
         finite = np.isfinite(np.asarray(values, np.float32)).reshape(len(values), -1).all(axis=1)
         _refuse(name, ~finite, "finite numbers", "NaN or infinity")
     if name == "seg_map" and dataset.num_classes is not None:
-        values = np.where(values == MAP_VOID, dataset.num_classes, values).astype(like.dtype)
-        above = (values > dataset.num_classes).reshape(len(values), -1).any(axis=1)
-        _refuse(name, above, f"classes up to {dataset.num_classes} (void) or {MAP_VOID}", "one above")
+        values = np.where(values == MAP_VOID, dataset.num_classes, values)
+        outside = ((values < 0) | (values > dataset.num_classes)).reshape(len(values), -1).any(axis=1)
+        _refuse(name, outside, f"classes up to {dataset.num_classes} (void) or {MAP_VOID}", "another number")
+        values = values.astype(like.dtype)
     return values
 
 

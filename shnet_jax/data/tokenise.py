@@ -149,9 +149,8 @@ def _flatten(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
     offsets = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(
-        lengths, dtype=np.int32, out=offsets[1:]
-    )  # without an array of int64 between, twice as large as all that is kept
+    # Without an array of int64 between, twice as large as all that is kept.
+    np.cumsum(lengths, dtype=np.int32, out=offsets[1:])
     return offsets
 
 

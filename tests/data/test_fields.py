@@ -64,6 +64,8 @@ def none_real(image):
         ({"region_mask": none_real(1)}, "region_mask of image 1: expected at least one that is real, found none"),
         ({"regions": nan_in(2)}, "regions of image 2: expected finite numbers, found NaN or infinity"),
         ({"seg_map": np.full((N, 2, 2), 6, np.uint8)}, r"seg_map of image 0: expected classes up to 5 \(void\) or 255"),
+        ({"seg_map": np.full((N, 2, 2), 257)}, "seg_map of image 0: expected classes up to 5"),
+        ({"seg_map": np.full((N, 2, 2), -1)}, "seg_map of image 0: expected classes up to 5"),
         ({"regions": np.ones((2, 4, 6))}, "the model reads regions, .* found regions of 2, region_mask of 3"),
         ({"regions": np.float32(1)}, "found regions of no axis"),
     ],
