@@ -12,8 +12,8 @@ def get_config() -> ConfigDict:
     c.name = "CMSEI-style"
     c.data.dir = "data_sets/scenes"
     c.data.resident = True
-    c.data.max_tokens = 40
-    c.data.token_buckets = (32, 40)
+    c.data.max_tokens = 44
+    c.data.token_buckets = (32, 44)
     c.tokenizer.kind = "sentencepiece"
     c.model.name = "cmsei"
     c.model.dim = 64

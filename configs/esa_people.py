@@ -12,8 +12,8 @@ def get_config() -> ConfigDict:
     c.data.dir = "data_sets/people"
     c.data.resident = True
     c.data.captions_per_image = 2
-    c.data.max_tokens = 64
-    c.data.token_buckets = (48, 64)
+    c.data.max_tokens = 40
+    c.data.token_buckets = (32, 40)
     c.data.word_change = 0.1
     c.data.word_mask = 0.0
     c.data.word_random = 0.0
