@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -156,9 +155,9 @@ def read_index(folder: Path, split: str) -> Index | None:
         raise _damaged(path, f"expected as many counts as ids, found {len(index.caption_counts)} and {len(index)}")
     if index.identities is not None and len(index.identities) != len(index):
         raise _damaged(path, f"expected an identity for each of {len(index)} ids, found {len(index.identities)}")
-    bounds = [0, *ends.tolist(), len(index.text)]
+    bounds = np.concatenate([[0], ends, [len(index.text)]])
     negative = index.caption_counts.min(initial=0) < 0
-    if negative or len(ends) != captions or any(a > b for a, b in pairwise(bounds)) or _cuts_letters(index):
+    if negative or len(ends) != captions or (bounds[:-1] > bounds[1:]).any() or _cuts_letters(index):
         raise _damaged(
             path,
             f"expected {captions} captions that end in order within {len(index.text)} bytes, "

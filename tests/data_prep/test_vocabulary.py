@@ -50,14 +50,25 @@ def test_rare_words_make_room_for_new_ones(tmp_path, captions, monkeypatch):
     assert len(learn(tmp_path, captions + rare + captions).encode("striped")) == 1
 
 
-def test_the_weights_of_the_lines_are_the_counts():
-    counts = Counter({"one": 1, "two": 2, "three": 3, "many": 100})
-    said: Counter[str] = Counter()
+def told(counts):
+    """How often the lines say that each word occurs."""
+    told: Counter[str] = Counter()
     for line in vocabulary._weighted(counts):
         text, weight = line.split("\t")
         for word in text.split():
-            said[word] += int(weight)
-    assert said == counts
+            told[word] += int(weight)
+    return told
+
+
+def test_the_trainer_is_told_the_counts():
+    counts = Counter({"one": 1, "two": 2, "three": 3, "many": 100})
+    assert told(counts) == counts
+
+
+def test_it_is_told_of_no_more_than_fit_into_memory(monkeypatch):
+    monkeypatch.setattr(vocabulary, "_MAX_COUNTED", 1_000)
+    counts = Counter({"one": 1, "hundred": 100, "thousands": 9_899})
+    assert told(counts) == {"one": 1, "hundred": 10, "thousands": 990}
 
 
 def test_words_as_long_as_captions(tmp_path):
@@ -66,5 +77,5 @@ def test_words_as_long_as_captions(tmp_path):
 
 
 def test_captions_that_nobody_sees(tmp_path):
-    with pytest.raises(DataError, match="no visible characters"):
+    with pytest.raises(DataError, match="expected visible characters"):
         learn(tmp_path, ["\u200b", "\ufeff"])
