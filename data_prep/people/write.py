@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep import builder, command, people
+from data_prep import builder, command, people, vocabulary
 
 PERSONS = {"train": 600, "val": 100, "test": 200}
 # Persons of the splits lie far apart: those of a split do not depend on the sizes of the others, and none is in two.
@@ -26,7 +26,14 @@ def write(out: Path, name: str, seed: int, persons: dict[str, int]) -> Path:
     """
     persons = {split: count for split, count in persons.items() if count}
     source = json.dumps(
-        {"generator": "data_prep.people", "version": people.VERSION, "seed": seed, **persons}, sort_keys=True
+        {
+            "generator": "data_prep.people",
+            "version": people.VERSION,
+            "vocabulary": vocabulary.VERSION,
+            "seed": seed,
+            **persons,
+        },
+        sort_keys=True,
     )
     target = out / name / builder.VERSION
     if builder.made_before(target, source):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import builder, command, scenes
+from data_prep import builder, command, scenes, vocabulary
 
 SIZES = {"train": 4000, "val": 500, "test": 500}
 # Indices of the splits lie far apart: the images of a split do not depend on the sizes of the others.
@@ -38,7 +38,14 @@ def write(out: Path, name: str, seed: int, sizes: dict[str, int], options: dict[
       FileExistsError: the set exists and was made with other settings.
     """
     sizes = {split: size for split, size in sizes.items() if size}
-    settings = {"generator": "data_prep.scenes", "version": scenes.VERSION, "seed": seed, **options, **sizes}
+    settings = {
+        "generator": "data_prep.scenes",
+        "version": scenes.VERSION,
+        "vocabulary": vocabulary.VERSION,
+        "seed": seed,
+        **options,
+        **sizes,
+    }
     source = json.dumps(settings, sort_keys=True)
     target = out / name / builder.VERSION
     if builder.made_before(target, source):

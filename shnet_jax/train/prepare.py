@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, train_batches
-from shnet_jax.data.tokenise import tokenise_split
+from shnet_jax.data.tokenise import Captions, tokenise_split
 from shnet_jax.evaluate.split import check as check_evaluation
 from shnet_jax.experiment import Experiment, abstract_variables, init_variables
 from shnet_jax.losses import total
@@ -28,6 +29,8 @@ from shnet_jax.train.optim import make_optimiser, schedule
 from shnet_jax.train.state import TrainState, create_state
 from shnet_jax.train.step import make_step
 from shnet_jax.types import DATA
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,7 @@ def prepare(experiment: Experiment) -> Parts:
     config, dataset = experiment.config, experiment.dataset
     split = config.data.train_split
     captions = tokenise_split(dataset, split, experiment.tokenizer)
+    _tell_of_cuts(captions, split, config.data.max_tokens)
     iterator = train_batches(
         config,
         dataset,
@@ -101,6 +105,16 @@ def prepare(experiment: Experiment) -> Parts:
         return built.first_state(init_variables(experiment, config.seed))
 
     return Parts(mesh, iterator, table, built.step, built.rate, per_epoch, total_steps, first_state, built.like)
+
+
+def _tell_of_cuts(captions: Captions, split: str, max_tokens: int) -> None:
+    lengths = captions.lengths() + 2  # with begin and end token
+    cut = int((lengths > max_tokens).sum())
+    if cut:
+        log.warning(
+            "%s: %d of %d captions have more than config.data.max_tokens = %d tokens and are cut; the longest has %d",
+            *(split, cut, len(lengths), max_tokens, int(lengths.max())),
+        )
 
 
 def pairs_per_device(config: ConfigDict | FrozenConfigDict, devices: int) -> int:
