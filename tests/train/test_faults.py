@@ -213,7 +213,9 @@ def test_training_goes_on_from_the_last_whole_checkpoint(quick, tmp_path, caplog
 
     with pytest.raises(ValueError, match=r"run: the run is older than the field 'stages'; give config="):
         api.load(run)
-    assert api.load(run, config=config).loaded.step == load_run(run, "last", config).step == 11
+    best = Checkpoints(whole).step("best")
+    assert api.load(run, config=config).loaded.step == load_run(run, "best", config).step == best
+    assert load_run(run, "last", config).step == 11
 
     config.loss.weights.uto = 1.0  # what it has never done
     config.momentum.queue = 20
