@@ -16,7 +16,7 @@ from data_prep.schema import DataError
 VERSION = 2  # raised when the same captions give other pieces
 VOCAB_SIZE = 8000  # upper bound; a small set gets as many pieces as its captions support
 _MAX_CHARACTERS = 256  # of a word; what is longer, as captions without spaces are, counts as several
-_MAX_WORDS = 100_000  # different words that are counted at once, more than COCO has; rare ones make room
+_MAX_WORDS = 100_000  # different words that are counted at once; rare ones make room
 _MAX_COUNTED = 350_000  # occurrences that the trainer is told of: SentencePiece 0.2.3 takes 20 bytes for each character
 
 
