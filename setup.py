@@ -27,9 +27,18 @@ REQUIRED = [
     "tokenizers>=0.22,<0.24",
 ]
 
-EXTRAS = {
+# Readers of other people's containers; each has an extra of its own, and all of them are `formats`.
+FORMATS = {
+    "hdf5": ["h5py>=3.12,<4"],
+    "lmdb": ["lmdb>=1.6,<4"],
+    "parquet": ["pyarrow>=18"],
+}
+ALL_FORMATS = [requirement for reader in FORMATS.values() for requirement in reader]
+
+EXTRAS = FORMATS | {
     "beam": ["apache-beam>=2.77,<3"],  # data_prep.extract on many machines
     "dev": [
+        *ALL_FORMATS,
         "eccv_caption==0.1.0",  # ECCV Caption's own scoring, which ours is compared with; also its judgements
         "faiss-cpu>=1.9,<2",  # the tests of config.search.index="faiss"
         "hypothesis>=6.100,<7",
@@ -40,6 +49,7 @@ EXTRAS = {
     ],
     "extract": ["torch>=2.13,<3", "transformers>=5.23,<6"],  # data_prep.extract: features from photographs
     "faiss": ["faiss-cpu>=1.9,<2"],  # config.search.index="faiss"
+    "formats": ALL_FORMATS,
     "fuzz": ["atheris>=3,<4"],  # python -m tests.fuzz --engine=atheris; on Linux
     "milvus": ["pymilvus>=2.5,<4", "milvus-lite>=2.5,<4"],  # config.search.index="milvus"
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # also the compiler of --mode=plan, which needs no TPU

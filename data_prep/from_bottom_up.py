@@ -6,16 +6,10 @@ python -m data_prep.from_bottom_up --bottom_up=FILE.tsv --captions=dataset_coco.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from data_prep import command, join
+from data_prep import join
 
-
-@command.reports_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    return join.run("from_bottom_up", "bottom_up", __doc__, argv)
-
+main = join.importer("from_bottom_up", "bottom_up", __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

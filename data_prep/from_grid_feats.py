@@ -6,16 +6,10 @@ python -m data_prep.from_grid_feats --grids=DIR --captions=dataset_coco.json --p
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from data_prep import command, join
+from data_prep import join
 
-
-@command.reports_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    return join.run("from_grid_feats", "grids", __doc__, argv)
-
+main = join.importer("from_grid_feats", "grids", __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

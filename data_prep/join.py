@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_writing_arguments(parser)
 
 
-def run(module: str, kind: str, doc: str | None, argv: Sequence[str] | None) -> int:
-    """The command line of `data_prep.MODULE`, which needs the flag --KIND of `parts`."""
+def importer(module: str, kind: str, doc: str | None) -> Callable[..., int]:
+    """The `main(argv)` of `python -m data_prep.MODULE`, which needs the flag --KIND of `parts`."""
+
+    @command.reports_errors
+    def main(argv: Sequence[str] | None = None) -> int:
+        return _run(module, kind, doc, argv)
+
+    return main
+
+
+def _run(module: str, kind: str, doc: str | None, argv: Sequence[str] | None) -> int:
     parser = command.parser(module, doc)
     add_arguments(parser)
     parts.add_arguments(parser, required=kind)

@@ -1,9 +1,11 @@
-"""The flags that add what another tool made of the photographs to any import."""
+"""The table of sources that any import joins by image id, and their flags: one row a format."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from data_prep import command
 from data_prep.schema import DataError
@@ -12,25 +14,66 @@ from data_prep.sources.bottom_up import BottomUp
 from data_prep.sources.panoptic import Panoptic, Upsnet
 from data_prep.sources.units import UnitFiles
 
-KINDS = ("bottom_up", "grids", "panoptic", "upsnet")
+
+class Part(NamedTuple):
+    """A format that is joined by image id; its flag is the key of PARTS.
+
+    help: layout and fields, for --help.
+    open: makes the source from all flags; raises DataError when files are missing.
+    options: names in OPTIONS of the flags that this format takes.
+    """
+
+    help: str
+    open: Callable[[argparse.Namespace], Source]
+    options: tuple[str, ...] = ()
+
+
+def _bottom_up(args: argparse.Namespace) -> Source:
+    return BottomUp([Path(path) for path in args.bottom_up.split(",")], args.max_regions)
+
+
+def _grids(args: argparse.Namespace) -> Source:
+    return UnitFiles(Path(args.grids), "grid", args.max_cells, args.pool_grids)
+
+
+def _panoptic(args: argparse.Namespace) -> Source:
+    path = Path(args.panoptic)
+    folder = args.panoptic_png or path.with_suffix("")
+    for needed, kind in ((path, "file"), (folder, "folder")):
+        if not needed.exists():
+            raise DataError(f"{needed}: no such {kind}")
+    return Panoptic(path, folder)
+
+
+def _upsnet(args: argparse.Namespace) -> Source:
+    return Upsnet(Path(args.upsnet))
+
+
+PARTS: dict[str, Part] = {
+    "bottom_up": Part(
+        "TSV of bottom-up attention or LXMERT, several by commas: regions, boxes", _bottom_up, ("max_regions",)
+    ),
+    "grids": Part("folder with ID.npy or ID.pth (grid-feats-vqa): grid", _grids, ("max_cells", "pool_grids")),
+    "panoptic": Part("COCO panoptic JSON: seg_semantic, seg_map, categories", _panoptic, ("panoptic_png",)),
+    "upsnet": Part("folder with UPSNet's PNG (pan_2ch or ssegs): seg_semantic, seg_map, categories", _upsnet),
+}
+
+OPTIONS: dict[str, Mapping[str, Any]] = {
+    "panoptic_png": {"type": Path, "help": "folder of the panoptic PNG; default: the JSON's name"},
+    "max_regions": {"type": command.at_least(1), "help": "pad regions to this many and add a mask (adaptive files)"},
+    "max_cells": {"type": command.at_least(1), "help": "pad the grid to this many cells and add a mask"},
+    "pool_grids": {"type": command.at_least(1), "help": "average maps to this many rows and columns, such as 7"},
+}
+"""Flags of single formats, as keyword arguments of `add_argument`; their default is None, which means not given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, required: str | None = None) -> None:
-    """The flags; `required` names the one that the importer is for."""
-    count = command.at_least(1)
+    """Add the flags; `required` names the one that the importer is for."""
     group = parser.add_argument_group("joined by image id")
-    helps = {
-        "bottom_up": "TSV of bottom-up attention or LXMERT, several by commas: regions, boxes",
-        "grids": "folder with ID.npy or ID.pth (grid-feats-vqa): grid",
-        "panoptic": "COCO panoptic JSON: seg_semantic, seg_map, categories",
-        "upsnet": "folder with UPSNet's PNG (pan_2ch or ssegs): seg_semantic, seg_map, categories",
-    }
-    for kind in KINDS:
-        group.add_argument(f"--{kind}", required=kind == required, help=helps[kind])
-    group.add_argument("--panoptic_png", type=Path, help="folder of the panoptic PNG; default: the JSON's name")
-    group.add_argument("--max_regions", type=count, help="pad regions to this many and add a mask (adaptive TSV)")
-    group.add_argument("--max_cells", type=count, help="pad the grid to this many cells and add a mask")
-    group.add_argument("--pool_grids", type=count, help="average maps to this many rows and columns, such as 7")
+    for name, part in PARTS.items():
+        group.add_argument(f"--{name}", required=name == required, help=part.help)
+    for name, keywords in OPTIONS.items():
+        group.add_argument(f"--{name}", **keywords)
     group.add_argument(
         "--absent", choices=("fail", "skip"), default="fail", help="an image that a joined file lacks: fail or skip it"
     )
@@ -38,22 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser, required: str | None = None) 
 
 def open_sources(args: argparse.Namespace) -> list[Source]:
     """The sources that the flags name. Raises DataError when files are missing, or a flag belongs to another."""
-    sources: list[Source] = []
-    belongs = {"panoptic_png": "panoptic", "max_regions": "bottom_up", "max_cells": "grids", "pool_grids": "grids"}
-    for option, kind in belongs.items():
-        if getattr(args, option) is not None and not getattr(args, kind):
-            raise DataError(f"--{option} belongs to --{kind}, which is not given")
-    if args.bottom_up:
-        sources.append(BottomUp([Path(path) for path in args.bottom_up.split(",")], args.max_regions))
-    if args.grids:
-        sources.append(UnitFiles(Path(args.grids), "grid", args.max_cells, args.pool_grids))
-    if args.panoptic:
-        path = Path(args.panoptic)
-        folder = args.panoptic_png or path.with_suffix("")
-        for needed, kind in ((path, "file"), (folder, "folder")):
-            if not needed.exists():
-                raise DataError(f"{needed}: no such {kind}")
-        sources.append(Panoptic(path, folder))
-    if args.upsnet:
-        sources.append(Upsnet(Path(args.upsnet)))
-    return sources
+    given = [name for name in PARTS if getattr(args, name)]
+    for option in OPTIONS:
+        takers = [name for name, part in PARTS.items() if option in part.options]
+        if getattr(args, option) is not None and not set(takers) & set(given):
+            raise DataError(f"--{option} belongs to {' or '.join(f'--{name}' for name in takers)}, which is not given")
+    return [PARTS[name].open(args) for name in given]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import re
+import runpy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from packaging.requirements import Requirement
@@ -22,9 +23,9 @@ def pins(path: Path) -> list[Requirement]:
 
 
 def of_setup(name: str):
-    """A constant of setup.py, which cannot be imported."""
-    tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
-    return next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == name)
+    """A constant of setup.py, which is run without setting anything up."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))[name]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
