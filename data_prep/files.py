@@ -42,13 +42,16 @@ def inside(folder: Path, name: str) -> Path:
         return foreign.inside(folder, name)
 
 
-def read_picture(path: Path, mode: str | None = "RGB") -> np.ndarray:
-    """The pixels of a picture, [H, W, 3] uint8 or as `mode` has them. Raises DataError for a file that is none."""
+def read_label_map(path: Path, mode: str | None = None) -> np.ndarray:
+    """The pixels of a PNG of labels as they are stored, [H, W] or [H, W, 3]; see `foreign.read_label_map`.
+
+    Raises DataError for a file that is none.
+    """
     try:
         with data_errors():
-            return np.asarray(foreign.read_picture(path, mode))
+            return np.asarray(foreign.read_label_map(path, mode))
     except FileNotFoundError:
-        raise DataError(f"{path}: expected a picture, found no such file") from None
+        raise DataError(f"{path}: expected a label map as PNG, found no such file") from None
 
 
 def read_lines(path: Path, *, strict: bool = True) -> list[str]:

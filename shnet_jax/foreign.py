@@ -13,14 +13,18 @@ import os
 import struct
 import tokenize
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 """Pixels of a picture that is decoded: a PNG of some kB may say that it has a thousand times as many."""
+MAX_PICTURE_BYTES = 2**28
+"""Of the file of a picture."""
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Of pictures. Pillow knows more, and runs another program (Ghostscript) to read some of them."""
 MAX_ARRAYS = 1000
@@ -32,6 +36,8 @@ NPY_FAULTS = (
 )
 """What NumPy's readers of .npy headers, which are a piece of Python, raise for those that are none."""
 
+_PALETTE = 3  # the colour type of a PNG
+_STRIP = 64  # rows of a picture that are converted at once
 _NAME = 255  # bytes of a file name on the file systems of today
 
 
@@ -81,6 +87,15 @@ def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
         raise ValueError(f"{entry.filename!r} is compressed")
     with archive.open(entry) as member:
         return parse_npy(member.read(), entry.filename)
+
+
+def kind_of(start: bytes) -> str:
+    """Common things in place of a file, by its first bytes, for an error; "" for any other."""
+    if not start:
+        return "an empty file"
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-LFS pointer in its place (fetch the file: git lfs pull)"
+    return "a file packed by gzip (unpack it: gunzip)" if start.startswith(b"\x1f\x8b") else ""
 
 
 def open_npy(path: Path) -> np.ndarray:
@@ -152,19 +167,91 @@ PICTURE_FAULTS = (
 """What Pillow's decoders raise for damaged files of the many formats that it knows."""
 
 
-def read_picture(path: Path, mode: str | None = "RGB") -> Image.Image:
-    """A decoded picture in Pillow's `mode`; None: in its own.
+def read_picture(path: Path) -> Image.Image:
+    """`parse_picture` of a file. Raises FileNotFoundError too."""
+    return parse_picture(_picture_bytes(path), str(path))
 
-    Raises FileNotFoundError, and ValueError for a file that is no picture, damaged, or of more than MAX_PIXELS.
+
+def parse_picture(data: bytes, name: str) -> Image.Image:
+    """The photograph in the bytes of a file called `name`, as people see it: RGB of 8 bits, upright.
+
+    It is turned as its EXIF says. 16 bits are scaled to 8, transparent parts lie on white, and CMYK becomes RGB by
+    Pillow's conversion. Of an animation or a file of several pages the first picture counts. Label maps are read by
+    `read_label_map`.
+
+    Raises ValueError for bytes that are no picture, damaged, of more than MAX_PIXELS, or whose numbers have no known
+    range (whole numbers of 32 bits, floating point).
     """
-    data = io.BytesIO(path.read_bytes())  # of a file Pillow reads, and takes memory for, as much as that says it has
+    with _opened(data, name, FORMATS) as picture:
+        ImageOps.exif_transpose(picture, in_place=True)
+        return _as_rgb(picture)
+
+
+def read_label_map(path: Path, mode: str | None = None) -> Image.Image:
+    """A PNG whose pixels are numbers, pixel for pixel as stored: not turned, scaled or laid on white.
+
+    mode: "RGB" for labels that are colours; None keeps the mode of the file, so that a palette's pixels are indices.
+    Raises as `read_picture`, and ValueError for another number of bits than 8, which Pillow scales.
+    """
+    data = _picture_bytes(path)
+    with _opened(data, str(path), ("PNG",)) as picture:
+        bits, kind = data[24:26]  # of IHDR, which comes first
+        if bits != 8 and kind != _PALETTE:
+            raise ValueError(f"labels of 8 bits were expected, found {bits} a value")
+        return picture.convert(mode) if mode else picture.copy()
+
+
+def _picture_bytes(path: Path) -> bytes:
+    if (size := path.stat().st_size) > MAX_PICTURE_BYTES:
+        raise ValueError(f"{path}: expected a picture, found {size} bytes, more than {MAX_PICTURE_BYTES}")
+    return path.read_bytes()  # of a file Pillow reads, and takes memory for, as much as that says it has
+
+
+@contextmanager
+def _opened(data: bytes, name: str, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """The decoded picture; faults inside of the block are ValueErrors that begin with `name`."""
     try:
-        with Image.open(data, formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(data), formats=formats) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
             picture.load()
-            return picture.convert(mode) if mode else picture.copy()
+            yield picture
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: expected a picture, found no {', '.join(FORMATS)}") from None
+        found = kind_of(data) or f"no {', '.join(formats)}"
+        raise ValueError(f"{name}: expected a picture, found {found}") from None
     except PICTURE_FAULTS as error:
-        raise ValueError(f"{path}: expected a picture: {error}") from None
+        raise ValueError(f"{name}: expected a picture: {error}") from None
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):
+        kind = "floating-point numbers" if picture.mode == "F" else "whole numbers of 32 bits, or signed ones"
+        raise ValueError(
+            f"its pixels are {kind} (mode {picture.mode}), of which no file says what is white; save it with 8 or "
+            "unsigned 16 bits"
+        )
+    to_rgba = _grey_16 if picture.mode.startswith("I") else _rgba
+    if to_rgba is _rgba and "transparency" not in picture.info and "a" not in picture.mode.lower():
+        return picture.convert("RGB")
+    flat = Image.new("RGB", picture.size, "white")
+    for top in range(0, picture.height, _STRIP):  # the larger forms in between take memory for a few rows only
+        box = (0, top, picture.width, min(top + _STRIP, picture.height))
+        strip = to_rgba(picture, box)
+        flat.paste(strip, box, strip)
+    return flat
+
+
+def _rgba(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    return picture.crop(box).convert("RGBA")
+
+
+def _grey_16(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """Pillow's own conversion of 16 bits makes everything above 255 white."""
+    values = np.array(picture.crop(box), np.uint32)
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF, whose numbers may have 12 bits, or 0 for white
+    white = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
+    grey = (values * 255 + white // 2) // white
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
+        grey = 255 - grey
+    opaque = values != picture.info.get("transparency", 2**32 - 1)
+    return Image.fromarray(np.stack([grey, grey, grey, opaque * 255], -1).astype(np.uint8))

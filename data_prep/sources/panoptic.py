@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import coco_panoptic, label_maps
-from data_prep.files import inside, read_json, read_picture
+from data_prep.files import inside, read_json, read_label_map
 from data_prep.names import FileNames, Names
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
@@ -69,7 +69,7 @@ class Panoptic:
         if not isinstance(file, str):
             raise DataError(f"{self.annotations}: image {image_id!r}: expected a file name, found {file!r:.80}")
         path = inside(self.folder, file)
-        segments = coco_panoptic.segment_ids(read_picture(path, "RGB"))
+        segments = coco_panoptic.segment_ids(read_label_map(path, "RGB"))
         return label_maps.fields(coco_panoptic.label_map(segments, categories, str(path)), coco_panoptic.CLASSES)
 
 
@@ -99,7 +99,7 @@ class Upsnet:
         path = self._labels.find(image_id)
         if path is None:
             raise Absent(f"{self.folder}: image {image_id!r}: expected its label map as PNG, found none")
-        pixels = read_picture(path, None)
+        pixels = read_label_map(path)
         labels = pixels if pixels.ndim == 2 else pixels[..., 0]
         if labels.dtype != np.uint8:
             raise DataError(f"{path}: expected classes of 8 bits, found {labels.dtype}")
