@@ -58,11 +58,11 @@ class _Line(NamedTuple):
     number: int | None = None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The flags that say where captions come from."""
     parser.add_argument(
         "--captions",
-        required=True,
+        required=required,
         help="FILE (Karpathy JSON, or CSV with a split column), or SPLIT=FILE,SPLIT=FILE,...; "
         "COCO captions JSON, Flickr tokens, CSV",
     )

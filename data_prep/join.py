@@ -40,9 +40,9 @@ def write_joined(
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, captions_required: bool = True) -> None:
     """The flags of what starts from captions: where they are, and the data set to write."""
-    captions.add_arguments(parser)
+    captions.add_arguments(parser, captions_required)
     parser.add_argument("--name", required=True, help="name of the data set")
     parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
     parser.add_argument(

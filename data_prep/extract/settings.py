@@ -40,11 +40,9 @@ class Settings:
     feature_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        """Raises DataError when no model is named or the photographs' folder does not exist."""
+        """Raises DataError when no model is named."""
         if not self.segmenter and not self.backbone:
             raise DataError("expected --segmenter, --backbone or both, found neither")
-        if not self.images.is_dir():
-            raise DataError(f"{self.images}: no such folder")
 
     def as_json(self) -> dict[str, Any]:
         """What a later run must have too, to go on with the blocks of an earlier one."""
@@ -54,7 +52,12 @@ class Settings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `from_arguments`."""
     count = command.at_least(1)
-    parser.add_argument("--images", type=Path, required=True, help="folder of photographs")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        help="folder of photographs; or a tar (WebDataset), a Parquet file (Hugging Face), or a folder of such",
+    )
     parser.add_argument(
         "--segmenter", default="", help="Mask2Former, MaskFormer or DETR on COCO panoptic: folder or name"
     )
