@@ -11,6 +11,7 @@ from data_prep import command
 from data_prep.schema import DataError
 from data_prep.sources.base import Source
 from data_prep.sources.bottom_up import BottomUp
+from data_prep.sources.embeddings import Embeddings
 from data_prep.sources.panoptic import Panoptic, Upsnet
 from data_prep.sources.units import UnitFiles
 
@@ -49,6 +50,11 @@ def _upsnet(args: argparse.Namespace) -> Source:
     return Upsnet(Path(args.upsnet))
 
 
+def _embeddings(args: argparse.Namespace) -> Source:
+    path = Path(args.embeddings)
+    return Embeddings([path] if path.exists() else [Path(name) for name in args.embeddings.split(",")])
+
+
 PARTS: dict[str, Part] = {
     "bottom_up": Part(
         "TSV of bottom-up attention or LXMERT, several by commas: regions, boxes", _bottom_up, ("max_regions",)
@@ -56,6 +62,7 @@ PARTS: dict[str, Part] = {
     "grids": Part("folder with ID.npy or ID.pth (grid-feats-vqa): grid", _grids, ("max_cells", "pool_grids")),
     "panoptic": Part("COCO panoptic JSON: seg_semantic, seg_map, categories", _panoptic, ("panoptic_png",)),
     "upsnet": Part("folder with UPSNet's PNG (pan_2ch or ssegs): seg_semantic, seg_map, categories", _upsnet),
+    "embeddings": Part("folder of --mode=embed, several by commas: image_embedding, caption_embeddings", _embeddings),
 }
 
 OPTIONS: dict[str, Mapping[str, Any]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from data_prep import schema
 from data_prep.bad_records import Bad
@@ -39,6 +39,14 @@ class Source(Protocol):
         Raises Absent when there is no such image, Ambiguous when it is not clear which is, DataError naming the file
         when it is damaged.
         """
+
+
+@runtime_checkable
+class CaptionSource(Source, Protocol):
+    """A source that has fields of the captions too."""
+
+    def read_captions(self, record: Record) -> Record:
+        """These fields in the order of `record["captions"]`; raises as `read`, DataError for other captions."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class Joined:
     def _add(self, record: Record, where: str) -> Record:
         out = dict(record)
         for source in self.sources:
-            for name, value in _read(source, record["image_id"], where).items():
+            for name, value in _read(source, record, where).items():
                 file = source.files[name]
                 if name in out:
                     found = f"{where}, {file}: field {name!r}: expected it from one source, found it in two"
@@ -91,10 +99,11 @@ class Joined:
         return out
 
 
-def _read(source: Source, image_id: str, where: str) -> Record:
+def _read(source: Source, record: Record, where: str) -> Record:
     """What the source has, its faults with the place of the record before them."""
     try:
-        return source.read(image_id)
+        found = source.read(record["image_id"])
+        return found | source.read_captions(record) if isinstance(source, CaptionSource) else found
     except (Absent, Ambiguous):
         raise
     except DataError as error:

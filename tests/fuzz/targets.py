@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import io
@@ -10,17 +11,24 @@ import json
 import pickle
 import random
 import struct
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
+from pyarrow import parquet as pq
 from safetensors.numpy import save
 
 from configs import base
 from data_prep import captions, scene_graphs, vocabulary
+from data_prep.extract.images import BrokenImage, Photographs
+from data_prep.extract.tables import Tables
+from data_prep.extract.tars import Tars
+from data_prep.files import read_label_map
 from data_prep.from_person_search import read_annotations
 from data_prep.schema import DataError
 from data_prep.sources.bottom_up import BottomUp
@@ -362,17 +370,78 @@ def _clip(folder: Path, data: bytes) -> None:
 
 def _picture_seeds() -> list[bytes]:
     picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    sixteen = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    clear = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4))
+    kinds: dict[str, list[Image.Image]] = dict.fromkeys(("PNG", "TIFF"), [picture, sixteen, clear, picture.quantize()])
+    kinds |= {"JPEG": [picture, picture.convert("CMYK")], "PPM": [picture, sixteen], "WEBP": [picture, clear]}
+    exif = picture.getexif()
+    exif[0x0112] = 6
     found = []
-    for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM"):
-        file = io.BytesIO()
-        picture.save(file, kind)
-        found.append(file.getvalue())
+    for kind, modes in (kinds | {"GIF": [picture], "BMP": [picture]}).items():
+        for one in modes:
+            file = io.BytesIO()
+            one.save(file, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "TIFF", "WEBP") else {}))
+            found.append(file.getvalue())
     return found
 
 
 def _picture(folder: Path, data: bytes) -> None:
     _written(folder, "a.jpg", data)
     pictures.photograph(folder, "a")
+
+
+def _label_map(folder: Path, data: bytes) -> None:
+    for mode in (None, "RGB"):
+        read_label_map(_written(folder, "a.png", data), mode)
+
+
+# ----------------------------------------------------------------------------------------------------------- containers
+
+
+def _extracted(photographs: Photographs) -> None:
+    """Every photograph and caption, as an extraction reads them."""
+    for row in photographs.rows("train"):
+        photographs.place(row.file)
+        with contextlib.suppress(BrokenImage):
+            photographs.load(row.file)
+
+
+def _tar_seeds() -> list[bytes]:
+    found = []
+    members = {"a/b.png": _png(), "a/b.txt": b"a dog", "c.jpg": b"", "c.json": b'{"caption": ["x"], "sentids": [4]}'}
+    for layout in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=layout) as tar:
+            for name, data in (members | {"ü" * 120 + ".png": _png()}).items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        found.append(file.getvalue())
+    return found
+
+
+def _true_tar(data: bytes, rng: random.Random) -> bytes:
+    """A damaged tar, in most cases with true sums in its headers."""
+    changed = bytearray(mutate(data, rng))
+    if rng.random() < 0.8:
+        for at in range(0, len(changed) - 511, 512):
+            if changed[at + 257 : at + 262] == b"ustar":
+                changed[at + 148 : at + 156] = b" " * 8
+                changed[at + 148 : at + 156] = b"%06o\0 " % sum(changed[at : at + 512])
+    return bytes(changed)
+
+
+def _parquet_seeds() -> list[bytes]:
+    picture = [{"bytes": _png(), "path": f"{n}.jpg"} for n in range(3)]
+    captions = [["a dog", "a cat"], [], ["x"]]
+    hub = {"image": picture, "caption": captions, "sentids": [["1", "2"], [], ["3"]], "split": ["train"] * 3}
+    found = []
+    for table in (hub, {"jpg": [_png(), None], "txt": ["a dog", None], "key": ["0", "1"]}):
+        for packed in ("NONE", "SNAPPY", "ZSTD"):
+            file = io.BytesIO()
+            pq.write_table(pa.table(table), file, row_group_size=2, compression=packed)
+            found.append(file.getvalue())
+    return found
 
 
 TARGETS: dict[str, Target] = {
@@ -389,4 +458,18 @@ TARGETS: dict[str, Target] = {
     "wordpiece": Target(_wordpiece_seeds, lambda f, d: _encode(tokenise.wordpiece(_written(f, "vocab.txt", d)))),
     "clip_bpe": Target(_clip_seeds, _clip),
     "picture": Target(_picture_seeds, _picture, memory=8 * MAX_PIXELS),
+    "label_map": Target(_picture_seeds, _label_map, (DataError,), memory=8 * MAX_PIXELS),
+    "tar": Target(
+        _tar_seeds,
+        lambda f, d: _extracted(Tars([_written(f, "a.tar", d)], f)),
+        (DataError,),
+        make=_true_tar,
+        memory=8 * MAX_PIXELS,
+    ),
+    "parquet": Target(
+        _parquet_seeds,
+        lambda f, d: _extracted(Tables([_written(f, "a.parquet", d)], f)),
+        (DataError,),
+        memory=8 * MAX_PIXELS,
+    ),
 }
