@@ -38,7 +38,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
 def rows(path: Path, columns: Sequence[str], first: int = 0, batch: int = _BATCH) -> Iterator[dict[str, Any]]:
     """The rows from number `first` on, with some of their columns, as Python values."""
     with open_parquet(path) as file:
-        groups = []
+        groups: list[int] = []
         for group in range(file.metadata.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             if groups or first < count:

@@ -11,7 +11,6 @@ from data_prep import command
 from data_prep.schema import DataError
 from data_prep.sources.base import Source
 from data_prep.sources.bottom_up import BottomUp
-from data_prep.sources.embeddings import Embeddings
 from data_prep.sources.panoptic import Panoptic, Upsnet
 from data_prep.sources.units import UnitFiles
 
@@ -51,6 +50,8 @@ def _upsnet(args: argparse.Namespace) -> Source:
 
 
 def _embeddings(args: argparse.Namespace) -> Source:
+    from data_prep.sources.embeddings import Embeddings  # imports JAX, which takes a second
+
     path = Path(args.embeddings)
     return Embeddings([path] if path.exists() else [Path(name) for name in args.embeddings.split(",")])
 

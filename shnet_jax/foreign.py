@@ -13,7 +13,7 @@ import os
 import struct
 import tokenize
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,7 @@ def _picture_bytes(path: Path) -> bytes:
 
 
 @contextmanager
-def _opened(data: bytes, name: str, formats: Sequence[str]) -> Iterator[Image.Image]:
+def _opened(data: bytes, name: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     """The decoded picture; faults inside of the block are ValueErrors that begin with `name`."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as picture:

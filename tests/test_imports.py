@@ -37,6 +37,7 @@ REACH = {
     "shnet_jax": {"shnet_jax"},
     "data_prep": {
         *("data_prep", "shnet_jax.data", "shnet_jax.foreign", "shnet_jax.observe.files"),
+        *("shnet_jax.retrieve.folder", "shnet_jax.retrieve.tensors"),  # what --mode=embed writes, taken as a source
         *("shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle"),
     },
     "configs": {"configs"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,9 +88,11 @@ class Tables:
             if self._reader is None or self._reader[0] != number or not 0 <= row - self._reader[1] < _NEAR:
                 self._reader = (number, row, parquet.rows(self._paths[number], [column], row, _BATCH))
             _, at, values = self._reader
-            for _ in range(row - at):
-                next(values)
-            found = next(values)
+            found = next(itertools.islice(values, row - at, None), None)
+            if found is None:
+                raise DataError(
+                    f"{self._paths[number]} row {row}: {column!r}: expected a picture, found the column's end"
+                )
             self._reader = (number, row + 1, values)
         name, _, inner = column.partition(".")
         return (found[name] or {}).get(inner) if inner else found[name]

@@ -165,7 +165,7 @@ def _walk(path: Path) -> Iterator[Member]:
     end = 0
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            tar.members = []  # it would keep all of them
+            tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
             end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE * member.isreg()
             if member.isdir():
                 continue

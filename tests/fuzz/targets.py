@@ -372,7 +372,7 @@ def _picture_seeds() -> list[bytes]:
     picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
     sixteen = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
     clear = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4))
-    kinds: dict[str, list[Image.Image]] = dict.fromkeys(("PNG", "TIFF"), [picture, sixteen, clear, picture.quantize()])
+    kinds: dict[str, list[Image.Image]] = {k: [picture, sixteen, clear, picture.quantize()] for k in ("PNG", "TIFF")}
     kinds |= {"JPEG": [picture, picture.convert("CMYK")], "PPM": [picture, sixteen], "WEBP": [picture, clear]}
     exif = picture.getexif()
     exif[0x0112] = 6
@@ -412,7 +412,9 @@ def _tar_seeds() -> list[bytes]:
     for layout in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         file = io.BytesIO()
         with tarfile.open(fileobj=file, mode="w", format=layout) as tar:
-            for name, data in (members | {"ü" * 120 + ".png": _png()}).items():
+            for name, data in (
+                members | {("e" if layout == tarfile.USTAR_FORMAT else "ü" * 99) + ".png": _png()}
+            ).items():
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
