@@ -323,10 +323,13 @@ def _table(path: Path) -> Iterator[Line]:
     columns = _columns(tuple(names), path)
     # A row of a wrong number of cells is the image's own fault where the image stands before what may be torn apart.
     image_first = columns.image < min(columns.captions)
+    counted = next((place for place, name in enumerate(names) if name.strip() == "comment_number"), None)
     lists: bool | None = None  # whether captions are lists of sentences; the first row decides
     for row, cells in _quoted_rows(lines, delimiter, names, path) if quoted else _plain_rows(lines, delimiter):
         if len(cells) != len(names):
             cells = _mended(cells, names, columns, delimiter, f"{path} row {row}") or cells
+        if len(cells) == len(names) and counted is not None and not cells[counted].strip().isdecimal():
+            cells = cells[:counted]  # the delimiter behind the number is missing, and there is one in the sentence
         if len(cells) != len(names):
             found = f"expected {len(names)} columns as in the header, found {len(cells)}"
             if not image_first or len(cells) <= columns.image + 1:

@@ -63,13 +63,15 @@ def text_lines(path: Path) -> Iterator[str]:
         foreign.check_kind(path)
     with path.open("rb") as binary:
         start = binary.read(4)
-    if start.startswith((b"\x1f\x8b", b"PK\x03\x04", b"PAR1")):
-        kind = {b"\x1f": "a gzip file", b"PK": "a zip archive", b"PA": "a Parquet file"}
-        raise DataError(f"{path}: expected text, found {kind.get(start[:2]) or kind[start[:1]]}")
+    for magic, kind in ((b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a zip archive"), (b"PAR1", "a Parquet file")):
+        if start.startswith(magic):
+            raise DataError(f"{path}: expected text, found {kind}")
     encoding = "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
         with path.open(encoding=encoding, errors="surrogateescape", newline="\n") as file:
-            for line in file:
+            for number, line in enumerate(file):
+                if number == 0 and not line.endswith("\n") and "\r" in line.rstrip("\r"):
+                    raise DataError(f"{path}: expected lines that end in LF or CR LF, found a file with CR alone")
                 yield line.removesuffix("\n").removesuffix("\r").replace("\r", " ")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-16, as its mark says (cut off?): {error}") from None

@@ -24,6 +24,7 @@ from data_prep.counts import Found
 from data_prep.files import inside, read_json
 from data_prep.schema import DataError, Record
 from shnet_jax import foreign
+from shnet_jax.paths import to_path
 
 SPLITS = ("train", "val", "test")
 PATHS = ("file_path", "img_path")  # CUHK-PEDES and ICFG-PEDES; RSTPReid
@@ -210,10 +211,10 @@ def _size(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("from_person_search", __doc__)
-    parser.add_argument("--annotations", type=Path, required=True, help="reid_raw.json, ICFG-PEDES.json, ...")
-    parser.add_argument("--images", type=Path, required=True, help="folder that the paths in it begin in")
+    parser.add_argument("--annotations", type=to_path, required=True, help="reid_raw.json, ICFG-PEDES.json, ...")
+    parser.add_argument("--images", type=to_path, required=True, help="folder that the paths in it begin in")
     parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument("--size", type=_size, default=SIZE, help="HEIGHTxWIDTH of the pictures, 384x128 unless told")
     parser.add_argument(
         "--hold_out", type=command.at_least(0), default=0, help="training persons that become the split val"

@@ -24,6 +24,7 @@ from data_prep.counts import Found
 from data_prep.files import open_array, read_lines
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Source
+from shnet_jax.paths import to_path
 
 ARRAYS = {
     "regions": "_ims.npy",
@@ -341,9 +342,9 @@ def import_scan(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that importers of this layout share."""
-    parser.add_argument("--src", type=Path, required=True, help="folder with SPLIT_caps.txt and the files beside it")
+    parser.add_argument("--src", type=to_path, required=True, help="folder with SPLIT_caps.txt and the files beside it")
     parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument("--splits", help="comma-separated; default: every SPLIT_caps.txt in the folder")
     parser.add_argument(
         "--captions_per_image", type=command.at_least(1), help="default: from the counts of rows, ids and captions"

@@ -12,6 +12,7 @@ from data_prep.bad_records import Policy
 from data_prep.builder import Files, Item, write_dataset
 from data_prep.counts import Found
 from data_prep.sources.base import Joined, Source
+from shnet_jax.paths import to_path, to_paths
 
 
 def write_joined(
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of what starts from captions: where they are, and the data set to write."""
     captions.add_arguments(parser)
     parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument(
         "--feature_dtype", choices=schema.FEATURE_DTYPES, default="float16", help="dtype that features are stored in"
     )
@@ -73,7 +74,7 @@ def run(module: str, kind: str, doc: str | None, argv: Sequence[str] | None) -> 
         parts.open_sources(args),
         args.name,
         args.out,
-        metadata={"source": args.source or f"data_prep.{module} of {Path(getattr(args, kind).split(',')[0]).name}"},
+        metadata={"source": args.source or f"data_prep.{module} of {to_paths(getattr(args, kind))[0].name}"},
         found=splits.found,
         files={split: {"captions": args.captions} for split in splits},
         feature_dtype=args.feature_dtype,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from data_prep import command
 from data_prep.schema import DataError
@@ -11,6 +10,7 @@ from data_prep.sources.base import Source
 from data_prep.sources.bottom_up import BottomUp
 from data_prep.sources.panoptic import Panoptic, Upsnet
 from data_prep.sources.units import UnitFiles
+from shnet_jax.paths import to_path, to_paths
 
 KINDS = ("bottom_up", "grids", "panoptic", "upsnet")
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser, required: str | None = None) 
     }
     for kind in KINDS:
         group.add_argument(f"--{kind}", required=kind == required, help=helps[kind])
-    group.add_argument("--panoptic_png", type=Path, help="folder of the panoptic PNG; default: the JSON's name")
+    group.add_argument("--panoptic_png", type=to_path, help="folder of the panoptic PNG; default: the JSON's name")
     group.add_argument("--max_regions", type=count, help="pad regions to this many and add a mask (adaptive TSV)")
     group.add_argument("--max_cells", type=count, help="pad the grid to this many cells and add a mask")
     group.add_argument("--pool_grids", type=count, help="average maps to this many rows and columns, such as 7")
@@ -44,16 +44,16 @@ def open_sources(args: argparse.Namespace) -> list[Source]:
         if getattr(args, option) is not None and not getattr(args, kind):
             raise DataError(f"--{option} belongs to --{kind}, which is not given")
     if args.bottom_up:
-        sources.append(BottomUp([Path(path) for path in args.bottom_up.split(",")], args.max_regions))
+        sources.append(BottomUp(to_paths(args.bottom_up), args.max_regions))
     if args.grids:
-        sources.append(UnitFiles(Path(args.grids), "grid", args.max_cells, args.pool_grids))
+        sources.append(UnitFiles(to_path(args.grids), "grid", args.max_cells, args.pool_grids))
     if args.panoptic:
-        path = Path(args.panoptic)
+        path = to_path(args.panoptic)
         folder = args.panoptic_png or path.with_suffix("")
         for needed, kind in ((path, "file"), (folder, "folder")):
             if not needed.exists():
                 raise DataError(f"{needed}: no such {kind}")
         sources.append(Panoptic(path, folder))
     if args.upsnet:
-        sources.append(Upsnet(Path(args.upsnet)))
+        sources.append(Upsnet(to_path(args.upsnet)))
     return sources

@@ -15,14 +15,14 @@ def expand(text: str) -> str:
     return text if os.path.lexists(text) else os.path.expanduser(text)
 
 
-def path(text: str | Path) -> Path:
+def to_path(text: str | Path) -> Path:
     """The path that a flag or a configuration names."""
     return Path(expand(str(text)))
 
 
-def paths(text: str) -> list[Path]:
+def to_paths(text: str) -> list[Path]:
     """The paths of a list by commas."""
-    return [path(entry) for entry in _entries(text, _exists)]
+    return [to_path(entry) for entry in _entries(text, _exists)]
 
 
 def named_paths(text: str) -> list[tuple[str, Path]]:
@@ -30,7 +30,7 @@ def named_paths(text: str) -> list[tuple[str, Path]]:
     found = []
     for entry in _entries(text, lambda entry: _exists(entry) or _exists(_split(entry)[1])):
         name, rest = ("", entry) if _exists(entry) else _split(entry)
-        found.append((name, path(rest)))
+        found.append((name, to_path(rest)))
     return found
 
 
