@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.files import data_errors, read_json, text_lines
+from data_prep.names import EXTENSIONS
 from data_prep.schema import DataError
 from shnet_jax import foreign
 
@@ -191,6 +192,8 @@ def _json(path: Path) -> Iterator[Line]:
             raise
         yield from _json_lines(path)  # by another name
         return
+    if isinstance(content, dict) and "images" not in content:  # JSONL of one line
+        content = [content]
     if isinstance(content, list) and content:
         yield from _objects(enumerate(content), path)
         return
@@ -328,13 +331,18 @@ def _table(path: Path) -> Iterator[Line]:
     for row, cells in _quoted_rows(lines, delimiter, names, path) if quoted else _plain_rows(lines, delimiter):
         if len(cells) != len(names):
             cells = _mended(cells, names, columns, delimiter, f"{path} row {row}") or cells
-        if len(cells) == len(names) and counted is not None and not cells[counted].strip().isdecimal():
-            cells = cells[:counted]  # the delimiter behind the number is missing, and there is one in the sentence
         if len(cells) != len(names):
-            found = f"expected {len(names)} columns as in the header, found {len(cells)}"
-            if not image_first or len(cells) <= columns.image + 1:
-                raise DataError(f"{path} row {row}: {found}")
-            yield Line(row, cells[columns.image].strip(), "", fault=found)  # and no telling which cell is the split
+            fault = f"expected {len(names)} columns as in the header, found {len(cells)}"
+        elif counted is not None and not cells[counted].strip().isdecimal():
+            fault = f"expected a whole number as {names[counted].strip()}, found {cells[counted]!r:.80}"
+        else:
+            fault = ""
+        if fault:
+            alone = len(cells) <= columns.image + 1
+            name = (cells[0].split() or [""])[0] if alone else cells[columns.image].strip()
+            if not image_first or (alone and Path(name).suffix.lower() not in EXTENSIONS):
+                raise DataError(f"{path} row {row}: {fault}")
+            yield Line(row, name, "", fault=fault)  # and no telling which cell is the split
             continue
         values: list[Any] = list(cells)
         values[columns.image] = cells[columns.image].strip()

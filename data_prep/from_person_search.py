@@ -20,6 +20,7 @@ from PIL import Image
 from data_prep import command
 from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.builder import write_dataset
+from data_prep.caption_files import split_name
 from data_prep.counts import Found
 from data_prep.files import inside, read_json
 from data_prep.schema import DataError, Record
@@ -65,10 +66,11 @@ def read_annotations(path: Path, *, strict: bool = True) -> Annotations:
         try:
             split, annotation = _annotation(where, row)
         except DataError as error:
-            if strict or not isinstance(row, dict) or row.get("split") not in SPLITS:
+            split = split_name(str(row.get("split"))) if isinstance(row, dict) else ""
+            if strict or split not in SPLITS:
                 raise
             place = str(next((row[name] for name in PATHS if name in row), number))
-            found.setdefault(row["split"], []).append(Bad(place, DataError(str(error), file=path.name)))
+            found.setdefault(split, []).append(Bad(place, DataError(str(error), file=path.name)))
             continue
         if split_of.setdefault(annotation.person, split) != split:
             raise DataError(
@@ -86,6 +88,7 @@ def _annotation(where: str, row: Any) -> tuple[str, Annotation]:
     if field is None:
         raise DataError(f"{where}: expected a field {' or '.join(PATHS)}, found {', '.join(row)}")
     split, person, captions, place = (row.get(name) for name in ("split", "id", "captions", field))
+    split = split_name(split) if isinstance(split, str) else split
     if split not in SPLITS:
         raise DataError(f"{where}: field 'split': expected one of {', '.join(SPLITS)}, found {split!r}")
     if isinstance(person, bool) or not isinstance(person, int) or not 0 <= person < 2**63:

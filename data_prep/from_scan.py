@@ -208,28 +208,28 @@ def _captions_per_image(
 def _repeats(path: Path, rows: int) -> int:
     """How often each row of an array comes: the common divisor of its first runs of equal rows, and of the last.
 
-    Raises DataError when that is no divisor of all `rows`, so not of the images either, or no end of a run is found.
+    Raises DataError when that does not divide `rows`, or too long a run says nothing of how many images there are.
     """
     array = open_array(path)
 
     def run(start: int, step: int) -> int:
-        """Rows from `start` on that are equal to the one there."""
-        stop = rows if step > 0 else -1
-        places = range(start, stop, step)[: _MOST_CAPTIONS + 1]
-        return next((n for n, place in enumerate(places) if not _equal(array[place], array[start])), len(places))
+        """Rows from `start` on that are equal to the one there, 0 when there are too many."""
+        places = range(start, rows if step > 0 else -1, step)
+        near = places[: _MOST_CAPTIONS + 1]
+        end = len(near) if near == places else 0
+        return next((n for n, place in enumerate(near) if not _equal(array[place], array[start])), end)
 
     found, start = run(rows - 1, -1), 0
     for _ in range(_RUNS):
-        if start < rows:
-            found = math.gcd(found, length := run(start, 1))
-            start += length
-    if found > _MOST_CAPTIONS and rows % USUAL_CAPTIONS == 0:
+        length = run(start, 1) if start < rows else 0
+        found, start = math.gcd(found, length), start + length
+    if found == 0 and rows % USUAL_CAPTIONS == 0:
         print(f"note: {path}: its rows are all equal; {USUAL_CAPTIONS} captions an image are assumed", file=sys.stderr)
         return USUAL_CAPTIONS
-    if found > _MOST_CAPTIONS or rows % found:
+    if found == 0 or rows % found:
         raise DataError(
-            f"{path}: expected the row of each image once for each of its captions, found {found} equal rows in a row "
-            f"of {rows}; give --captions_per_image"
+            f"{path}: expected the row of each image once for each of its captions, found runs of {found or 'many'} "
+            f"equal rows among {rows}; give --captions_per_image"
         )
     return found
 
