@@ -208,7 +208,7 @@ def _captions_per_image(
 def _repeats(path: Path, rows: int) -> int:
     """How often each row of an array comes: the common divisor of its first runs of equal rows, and of the last.
 
-    Raises DataError when that does not divide `rows`, or too long a run says nothing of how many images there are.
+    Raises DataError when no run is as short as that, it does not divide `rows`, or there is no end of a run.
     """
     array = open_array(path)
 
@@ -219,17 +219,18 @@ def _repeats(path: Path, rows: int) -> int:
         end = len(near) if near == places else 0
         return next((n for n, place in enumerate(near) if not _equal(array[place], array[start])), end)
 
-    found, start = run(rows - 1, -1), 0
+    runs, start = [run(rows - 1, -1)], 0
     for _ in range(_RUNS):
-        length = run(start, 1) if start < rows else 0
-        found, start = math.gcd(found, length), start + length
+        runs.append(run(start, 1) if start < rows else 0)
+        start += runs[-1]
+    found = math.gcd(*runs)
     if found == 0 and rows % USUAL_CAPTIONS == 0:
         print(f"note: {path}: its rows are all equal; {USUAL_CAPTIONS} captions an image are assumed", file=sys.stderr)
         return USUAL_CAPTIONS
-    if found == 0 or rows % found:
+    if found not in runs or found == 0 or rows % found:  # neighbours may be equal, but not all of them
         raise DataError(
-            f"{path}: expected the row of each image once for each of its captions, found runs of {found or 'many'} "
-            f"equal rows among {rows}; give --captions_per_image"
+            f"{path}: expected the row of each image once for each of its captions, found runs of "
+            f"{', '.join(map(str, sorted({*runs} - {0}))) or 'more'} equal rows among {rows}; give --captions_per_image"
         )
     return found
 

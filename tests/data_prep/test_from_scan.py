@@ -345,5 +345,5 @@ def test_rows_that_say_nothing_are_told(tmp_path, capsys):
     assert "x_ims.npy: its rows are all equal; 5 captions an image are assumed" in capsys.readouterr().err
     np.save(tmp_path / "x_ims.npy", np.repeat(np.arange(2), [6, 10])[:, None].astype(np.float32))
     _lines(tmp_path / "x_caps.txt", [f"text {i}" for i in range(16)])
-    with pytest.raises(DataError, match=r"x_ims\.npy: expected the row of each image 2 times"):
-        list(from_scan.open_split(tmp_path, "x"))
+    with pytest.raises(DataError, match=r"x_ims\.npy: .* found runs of 6, 10 equal rows among 16; give"):
+        from_scan.open_split(tmp_path, "x")
