@@ -25,6 +25,7 @@ from data_prep.files import open_array
 from data_prep.rows import Row
 from data_prep.schema import DataError, Record, is_text
 from data_prep.sources.base import Source
+from shnet_jax.paths import to_path
 
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
 SAME = 0.999
@@ -146,7 +147,12 @@ class Images:
                     f"image {item.file!r}: expected one vector in all of its rows, found others in rows "
                     f"{item.caption_ids[0]} and {row} of all"
                 )
-        record = item.record() | {"image_embedding": first}
+        record: Record = {
+            "image_id": item.image_id,
+            "captions": list(item.captions),
+            "caption_ids": np.array(item.caption_ids, np.int64),
+            "image_embedding": first,
+        }
         if self.shards.files[0].texts is not None:
             record["caption_embeddings"] = np.stack([self.shards.vector("texts", row) for row in item.caption_ids])
         return record
@@ -168,9 +174,8 @@ def import_clip_retrieval(
 ) -> Path:
     """Import a folder and return the version folder of the data set; see `--help` for the arguments."""
     shards = open_shards(src)
-    splits = {
-        split: Images(items, shards) for split, items in rows.gather(shards.rows(split), split_lists, src).items()
-    }
+    gathered = rows.gather(shards.rows(split), split_lists, src)
+    splits = {split: Images(items, shards) for split, items in gathered.items()}
     places = {"image_embedding": str(src / IMAGES), "caption_embeddings": str(src / TEXTS)}
     return join.write_joined(
         splits,
@@ -178,7 +183,7 @@ def import_clip_retrieval(
         name,
         out,
         metadata={"source": source or f"data_prep.from_clip_retrieval of {src.resolve().name}"},
-        total=sum(map(len, splits.values())),
+        found=gathered.found,
         files=dict.fromkeys(splits, places | {"captions": str(src / METADATA)}),
         feature_dtype=feature_dtype,
         skip_absent=skip_absent,
@@ -191,11 +196,11 @@ def import_clip_retrieval(
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("from_clip_retrieval", __doc__)
-    parser.add_argument("--src", type=Path, required=True, help="folder with img_emb, text_emb and metadata")
+    parser.add_argument("--src", type=to_path, required=True, help="folder with img_emb, text_emb and metadata")
     parser.add_argument("--split", help="of rows whose metadata have no column `split`")
     parser.add_argument("--split_lists", help="SPLIT=FILE,...: image names a line that put images into splits")
     parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument(
         "--feature_dtype", choices=schema.FEATURE_DTYPES, default="float16", help="dtype of joined features"
     )

@@ -19,6 +19,7 @@ from data_prep.bad_records import Policy
 from data_prep.schema import DataError
 from data_prep.sources.base import Source
 from data_prep.sources.units import UnitFiles
+from shnet_jax.paths import to_path
 
 
 def import_npy(
@@ -64,7 +65,7 @@ def import_npy(
             "source": source or f"data_prep.from_npy of {features.resolve().name}",
             **from_scan.class_metadata(src, texts.values()),
         },
-        total=sum(map(len, texts.values())),
+        found=from_scan.found(texts.values()),
         files={split: texts[split].files for split in texts},
         feature_dtype=feature_dtype,
         skip_absent=skip_absent,
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser("from_npy", __doc__)
     count = command.at_least(1)
     from_scan.add_arguments(parser)
-    parser.add_argument("--features", type=Path, required=True, help="folder with ID.npy of each image")
+    parser.add_argument("--features", type=to_path, required=True, help="folder with ID.npy of each image")
     parser.add_argument("--as", dest="field", choices=("grid", "regions"), required=True, help="what they are")
     parser.add_argument("--max_units", type=count, help="pad each image to this many units and add a mask")
     parser.add_argument("--pool", type=count, help="average feature maps to this many rows and columns, such as 7")

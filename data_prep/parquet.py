@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_prep.files import data_errors
 from data_prep.schema import DataError
-from shnet_jax.foreign import kind_of
+from shnet_jax import foreign
 
 _BATCH = 256  # rows of texts and numbers
 
@@ -23,6 +24,8 @@ def open_parquet(path: Path) -> Iterator[Any]:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install -e '.[parquet]'") from error
     if not path.is_file():
         raise DataError(f"{path}: expected a Parquet file, found none")
+    with data_errors():
+        foreign.check_kind(path)
     try:
         # Without a buffer of its own a reader takes a whole column of a row group at once.
         with parquet.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False) as file:
@@ -30,9 +33,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
     except DataError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
-        with path.open("rb") as start:
-            found = kind_of(start.read(64)) or str(error).partition("\n")[0]
-        raise DataError(f"{path}: expected a Parquet file: {found}") from error
+        raise DataError(f"{path}: expected a Parquet file (cut off?): {' '.join(str(error).split())}") from error
 
 
 def rows(path: Path, columns: Sequence[str], first: int = 0, batch: int = _BATCH) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep import command
@@ -13,6 +12,7 @@ from data_prep.sources.base import Source
 from data_prep.sources.bottom_up import BottomUp
 from data_prep.sources.panoptic import Panoptic, Upsnet
 from data_prep.sources.units import UnitFiles
+from shnet_jax.paths import to_path, to_paths
 
 
 class Part(NamedTuple):
@@ -29,15 +29,15 @@ class Part(NamedTuple):
 
 
 def _bottom_up(args: argparse.Namespace) -> Source:
-    return BottomUp([Path(path) for path in args.bottom_up.split(",")], args.max_regions)
+    return BottomUp(to_paths(args.bottom_up), args.max_regions)
 
 
 def _grids(args: argparse.Namespace) -> Source:
-    return UnitFiles(Path(args.grids), "grid", args.max_cells, args.pool_grids)
+    return UnitFiles(to_path(args.grids), "grid", args.max_cells, args.pool_grids)
 
 
 def _panoptic(args: argparse.Namespace) -> Source:
-    path = Path(args.panoptic)
+    path = to_path(args.panoptic)
     folder = args.panoptic_png or path.with_suffix("")
     for needed, kind in ((path, "file"), (folder, "folder")):
         if not needed.exists():
@@ -46,14 +46,13 @@ def _panoptic(args: argparse.Namespace) -> Source:
 
 
 def _upsnet(args: argparse.Namespace) -> Source:
-    return Upsnet(Path(args.upsnet))
+    return Upsnet(to_path(args.upsnet))
 
 
 def _embeddings(args: argparse.Namespace) -> Source:
     from data_prep.sources.embeddings import Embeddings  # imports JAX, which takes a second
 
-    path = Path(args.embeddings)
-    return Embeddings([path] if path.exists() else [Path(name) for name in args.embeddings.split(",")])
+    return Embeddings(to_paths(args.embeddings))
 
 
 PARTS: dict[str, Part] = {
@@ -67,7 +66,7 @@ PARTS: dict[str, Part] = {
 }
 
 OPTIONS: dict[str, Mapping[str, Any]] = {
-    "panoptic_png": {"type": Path, "help": "folder of the panoptic PNG; default: the JSON's name"},
+    "panoptic_png": {"type": to_path, "help": "folder of the panoptic PNG; default: the JSON's name"},
     "max_regions": {"type": command.at_least(1), "help": "pad regions to this many and add a mask (adaptive files)"},
     "max_cells": {"type": command.at_least(1), "help": "pad the grid to this many cells and add a mask"},
     "pool_grids": {"type": command.at_least(1), "help": "average maps to this many rows and columns, such as 7"},

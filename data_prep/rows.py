@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.captions import Captioned, Splits, _split_lists
+from data_prep.caption_files import split_name
+from data_prep.captions import OUTSIDE, WITHOUT, Captioned, Splits, read_split_lists
+from data_prep.counts import Found
 from data_prep.schema import DataError, is_text
 
 # Names of columns on the Hugging Face Hub, in img2dataset and clip-retrieval; an earlier one counts before a later one.
@@ -18,7 +19,6 @@ NUMBERS = ("sentids", "sentid", "caption_ids", "caption_id")
 SPLIT = "split"
 
 _SPLITS = re.compile(r"(train|restval|val|valid|validation|dev|test)(?:[-_.0-9].*)?", re.IGNORECASE)
-_SHOWN = 3
 
 
 class Row(NamedTuple):
@@ -93,56 +93,45 @@ def split_of_name(path: Path, root: Path) -> str | None:
 def gather(rows: Iterable[Row], split_lists: str | None, what: object) -> Splits:
     """The images of all rows by split, in their order; rows of one file become the captions of one image.
 
-    split_lists: the flag of `captions.add_arguments`; images in none of the lists are left out. Images without captions
-    are left out too; both are said. what: the flag or folder, for messages.
+    split_lists: the flag of `captions.add_arguments`; images in none of the lists are left out, and so are those
+    without captions; `found` of the result says both. what: the flag or folder, for messages.
 
     Raises DataError for a row without a split, an image in two, and an image with and without numbers.
     """
-    lists = _split_lists(split_lists) if split_lists else None
+    lists = read_split_lists(split_lists) if split_lists else None
     found: dict[str, tuple[str, Row]] = {}
-    bare: dict[str, None] = {}
-    unlisted: dict[str, None] = {}
+    left_out: dict[str, str] = {}  # file -> why
+    count = captions = 0
     for row in rows:
-        if not row.captions:
-            bare.setdefault(row.file)
-            continue
+        count, captions = count + 1, captions + len(row.captions)
         name = Path(row.file)
         split = row.split if lists is None else lists.get(name.name, lists.get(name.stem))
-        if split is None:
-            if lists is None:
-                raise DataError(
-                    f"{row.where}: image {row.file!r}: expected a split; give --split=NAME or --split_lists"
-                )
-            unlisted.setdefault(row.file)
+        if not row.captions or (split is None and lists is not None):
+            left_out.setdefault(row.file, OUTSIDE if row.captions else WITHOUT)
             continue
-        split = "train" if split == "restval" else split
+        if split is None:
+            raise DataError(f"{row.where}: image {row.file!r}: expected a split; give --split=NAME or --split_lists")
+        split = split_name(split)
         before, first = found.get(row.file, (split, None))
         if before != split:
             raise DataError(f"{row.where}: image {row.file!r}: expected it in one split, found {before} and {split}")
         if first is not None:
             if bool(first.numbers) != bool(row.numbers):
-                raise DataError(
-                    f"{row.where}: image {row.file!r}: expected numbers of all captions or none, found some"
-                )
+                raise DataError(f"{row.where}: image {row.file!r}: expected numbers of all captions, found some")
             row = first._replace(captions=first.captions + row.captions, numbers=first.numbers + row.numbers)
         found[row.file] = (split, row)
-    _say([file for file in bare if file not in found], f"{what}: left out %d images without a caption: ")
-    _say(list(unlisted), f"{what}: left out %d images that no split list names: ")
     if not found:
-        raise DataError(f"{what}: expected images with captions, found none")
+        raise DataError(f"{what}: expected images with captions, found none in {count} rows")
+    reasons = {
+        why: names
+        for why in (WITHOUT, OUTSIDE)
+        if (names := [file for file, reason in left_out.items() if reason == why and file not in found])
+    }
     # Folders in names say nothing, but a/1.jpg and b/1.jpg need them.
     names_differ = len({Path(file).name for file in found}) == len(found)
-    splits: Splits = {}
+    splits = Splits()
     for file, (split, row) in found.items():
         image_id = Path(file).name if names_differ else file
         splits.setdefault(split, []).append(Captioned(image_id, file, row.captions, row.numbers))
-    counted = ", ".join(f"{len(items)} {split}" for split, items in splits.items())
-    total = sum(len(row.captions) for _, row in found.values())
-    print(f"{what}: {len(found)} images ({counted}) with {total} captions", file=sys.stderr)
+    splits.found = Found(count, len(found) + sum(map(len, reasons.values())), captions, reasons)
     return splits
-
-
-def _say(files: list[str], text: str) -> None:
-    if files:
-        shown = ", ".join(files[:_SHOWN]) + (", ..." if len(files) > _SHOWN else "")
-        print(text % len(files) + shown, file=sys.stderr)

@@ -25,6 +25,7 @@ from shnet_jax.data.index import Index, index_file, read_index
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, open_dataset
 from shnet_jax.data.tokenise import sentence_piece
 from shnet_jax.foreign import inside
+from shnet_jax.paths import to_path
 
 _SHOWN = 10  # problems of one kind that are printed
 
@@ -291,7 +292,7 @@ def _listed(kind: str, lines: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("verify", __doc__)
-    parser.add_argument("directory", type=Path, help="a data set, or a folder that holds only one")
+    parser.add_argument("directory", type=to_path, help="a data set, or a folder that holds only one")
     parser.add_argument("--sample", type=command.at_least(1), help="records of each split that are read; default: all")
     args = parser.parse_args(argv)
     report = verify(args.directory, args.sample)

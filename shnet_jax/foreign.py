@@ -41,12 +41,38 @@ _STRIP = 64  # rows of a picture that are converted at once
 _NAME = 255  # bytes of a file name on the file systems of today
 
 
+def check_kind(path: Path) -> None:
+    """Raises ValueError when the file is a stand-in for the one that was meant: every reader asks this first."""
+    with path.open("rb") as file:
+        _check_start(file.read(64), path)
+
+
+def _check_start(start: bytes, path: object) -> None:
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise ValueError(f"{path}: found a git-LFS pointer in place of the file; fetch it with: git lfs pull")
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        raise ValueError(f"{path}: found a web page in place of the file, as of a download that asks to log in")
+
+
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError naming the file, FileNotFoundError without one."""
+    """What a JSON file in UTF-8, UTF-16 or UTF-32 holds, with or without a byte order mark.
+
+    Raises ValueError naming the file, FileNotFoundError without one.
+    """
+    check_kind(path)
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes | str, path: object) -> Any:
+    """What JSON text says. Raises ValueError naming `path`, the place it comes from."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also of bytes that are no UTF-8 and of numbers of thousands of digits
-        raise ValueError(f"{path}: expected JSON (cut off?): {error}") from None
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+        what = "a file that is cut off" if end and error.doc.strip() else "other text"
+        raise ValueError(f"{path}: expected JSON, found {what}: {error}") from None
+    except ValueError as error:  # of bytes that are no UTF-8 and of numbers of thousands of digits
+        raise ValueError(f"{path}: expected JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path}: expected JSON, found lists or objects that are nested too deeply") from None
 
@@ -65,6 +91,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     `np.load` takes as much memory as the headers in it ask for, and unpacks compressed ones of any size. Raises
     FileNotFoundError, and ValueError for a file that is damaged, compressed or holds anything but arrays of numbers.
     """
+    check_kind(path)
     with path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -89,20 +116,12 @@ def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
         return parse_npy(member.read(), entry.filename)
 
 
-def kind_of(start: bytes) -> str:
-    """Common things in place of a file, by its first bytes, for an error; "" for any other."""
-    if not start:
-        return "an empty file"
-    if start.startswith(b"version https://git-lfs"):
-        return "a git-LFS pointer in its place (fetch the file: git lfs pull)"
-    return "a file packed by gzip (unpack it: gunzip)" if start.startswith(b"\x1f\x8b") else ""
-
-
 def open_npy(path: Path) -> np.ndarray:
     """The array of a .npy file, memory-mapped.
 
     Raises FileNotFoundError, and ValueError for a file that is cut off or of another kind.
     """
+    check_kind(path)
     with path.open("rb") as file:
         # NumPy takes the memory for a header, of up to 4 GB by its own account, before it looks at the file's length.
         start = file.read(12)
@@ -210,6 +229,7 @@ def _picture_bytes(path: Path) -> bytes:
 @contextmanager
 def _opened(data: bytes, name: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     """The decoded picture; faults inside of the block are ValueErrors that begin with `name`."""
+    _check_start(data[:64], name)
     try:
         with Image.open(io.BytesIO(data), formats=formats) as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -217,8 +237,7 @@ def _opened(data: bytes, name: str, formats: tuple[str, ...]) -> Iterator[Image.
             picture.load()
             yield picture
     except UnidentifiedImageError:
-        found = kind_of(data) or f"no {', '.join(formats)}"
-        raise ValueError(f"{name}: expected a picture, found {found}") from None
+        raise ValueError(f"{name}: expected a picture, found no {', '.join(formats)}") from None
     except PICTURE_FAULTS as error:
         raise ValueError(f"{name}: expected a picture: {error}") from None
 

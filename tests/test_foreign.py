@@ -25,12 +25,15 @@ from data_prep.bad_records import Bad
 from data_prep.extract import images
 from data_prep.from_person_search import Annotation, Pictures
 from data_prep.schema import DataError
+from data_prep.sources.bottom_up import BottomUp
 from data_prep.sources.panoptic import Panoptic, Upsnet
 from data_prep.sources.units import UnitFiles
 from shnet_jax import foreign, registry
 from shnet_jax.convert import load_folder
 from shnet_jax.data.records import open_dataset
+from shnet_jax.interop import weights_file
 from shnet_jax.interop.bert_weights import read_tensors
+from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.retrieve import pictures, tensors
 from shnet_jax.train.workdir import WorkdirError, save_config, trained_config
 
@@ -185,13 +188,52 @@ def test_numbers_of_a_kind_that_is_not_known(code, tmp_path):
 # ---------------------------------------------------------------------------------------------------- JSON and pictures
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": 1', "9" * 5000, "\ufeff{}", '"\xff"'])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": 1', "9" * 5000, '"\xff"'])
 def test_json_that_is_none(text, tmp_path):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1" if "\xff" in text else "utf-8"))
     with pytest.raises(ValueError, match=r"a\.json: expected JSON"):
         foreign.read_object(tmp_path / "a.json")
     with pytest.raises(DataError, match=r"a\.json: expected JSON"):
         captions.read(f"train={tmp_path / 'a.json'}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le"])
+def test_json_in_every_encoding(encoding, tmp_path):
+    (tmp_path / "a.json").write_bytes('{"ä": "犬"}'.encode(encoding))
+    assert foreign.read_object(tmp_path / "a.json") == {"ä": "犬"}
+
+
+@pytest.mark.parametrize(("text", "what"), [('{"a": [1, 2', "a file that is cut off"), ("a: 1", "other text")])
+def test_json_that_is_cut_off_is_told_from_other_text(text, what, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json: expected JSON, found {what}: "):
+        foreign.read_json(tmp_path / "a.json")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+READERS = {
+    "json": foreign.read_json,
+    "npy": foreign.open_npy,
+    "npz": foreign.read_npz,
+    "picture": foreign.read_picture,
+    "torch": open_torch_file,
+    "weights": weights_file.read_weights,
+    "lines": files.read_lines,
+    "tsv": lambda path: BottomUp([path]).read("1"),
+    "captions": lambda path: captions.read(f"train={path}"),
+    "units": lambda path: UnitFiles(path.parent, "grid").read("a"),
+    "upsnet": lambda path: Upsnet(path.parent).read("a"),
+    "panoptic": lambda path: Panoptic(path, path.parent).read("a"),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize(("data", "what"), [(POINTER, "a git-LFS pointer .*git lfs pull"), (b"<html>\n", "a web page")])
+def test_what_lies_in_place_of_a_file_is_named(kind, data, what, tmp_path):
+    path = tmp_path / {"units": "a.npy", "upsnet": "a.png"}.get(kind, "a.bin")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"a\.\w+: found {what}"):
+        READERS[kind](path)
 
 
 def test_names_of_many_zeros_are_read_in_no_time():

@@ -7,11 +7,12 @@ import itertools
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep import captions, coco_panoptic, command, join, rows
 from data_prep.builder import VERSION, write_dataset
+from data_prep.counts import Found
 from data_prep.extract import blocks, settings
 from data_prep.extract.blocks import Block
 from data_prep.extract.images import Folder, Photographs
@@ -31,6 +32,7 @@ class Work:
     photographs: Photographs
     folder: Path
     blocks: list[Block]
+    found: Found
 
     def pending(self) -> list[Block]:
         """The blocks that are not done."""
@@ -93,7 +95,7 @@ def prepare(args: argparse.Namespace) -> Work:
         splits = captions.read(args.captions, args.split_lists, strict=args.on_bad_record == "fail")
     else:
         splits = rows.gather(photographs.rows(args.split), args.split_lists, chosen.images)
-    return Work(chosen, photographs, folder, blocks.plan(folder, chosen, splits))
+    return Work(chosen, photographs, folder, blocks.plan(folder, chosen, splits), splits.found)
 
 
 def on_broken(policy: str) -> Callable[[str], None]:
@@ -149,13 +151,15 @@ def build(work: Work, args: argparse.Namespace) -> Path:
         split: blocks.records(list(group), chosen.feature_dtype)
         for split, group in itertools.groupby(work.blocks, lambda block: block.split)
     }
-    total = sum(len(block.items) for block in work.blocks) - len(skipped)
+    left_out = {**work.found.left_out, **({"broken photographs": skipped} if skipped else {})}
+    found = replace(work.found, left_out=left_out)
     path = write_dataset(
         args.out,
         args.name,
         splits,
         metadata,
-        total=total,
+        total=found.records,
+        found=found,
         overwrite=args.overwrite,
         on_bad_record=args.on_bad_record,
     )

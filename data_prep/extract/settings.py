@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep import command
 from data_prep.schema import DataError
+from shnet_jax.paths import expand, to_path
 
 TOKENS = ("hidden", "projected")
 
@@ -54,14 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     count = command.at_least(1)
     parser.add_argument(
         "--images",
-        type=Path,
+        type=to_path,
         required=True,
         help="folder of photographs; or a tar (WebDataset), a Parquet file (Hugging Face), or a folder of such",
     )
     parser.add_argument(
-        "--segmenter", default="", help="Mask2Former, MaskFormer or DETR on COCO panoptic: folder or name"
+        "--segmenter", type=expand, default="", help="Mask2Former, MaskFormer or DETR on COCO panoptic: folder or name"
     )
-    parser.add_argument("--backbone", default="", help="CLIP, SigLIP or DINOv2: folder or name")
+    parser.add_argument("--backbone", type=expand, default="", help="CLIP, SigLIP or DINOv2: folder or name")
     for what in ("segmenter", "backbone"):
         parser.add_argument(f"--{what}_sha256", default="", help="of its weights: an error where they are others")
     parser.add_argument("--image_size", type=count, help="side of the square that the backbone sees; default: its own")

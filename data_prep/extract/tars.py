@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_prep import rows
 from data_prep.extract.images import BrokenImage, ByName
-from data_prep.files import read_json
+from data_prep.files import data_errors, read_json
 from data_prep.names import EXTENSIONS
 from data_prep.rows import Row
 from data_prep.schema import DataError
@@ -149,15 +149,14 @@ def _text(member: Member) -> str:
 
 def _members(path: Path) -> Iterator[Member]:
     """The files of a tar, without hidden ones. Raises DataError as `Tars`."""
+    with data_errors():
+        foreign.check_kind(path)
     try:
         yield from _walk(path)
     except DataError:
         raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: expected a tar file, found none") from None
     except _TAR_FAULTS as error:
-        with path.open("rb") as file:
-            raise DataError(f"{path}: expected a tar file: {foreign.kind_of(file.read(64)) or error}") from error
+        raise DataError(f"{path}: expected a tar file that is not compressed: {error}") from error
 
 
 def _walk(path: Path) -> Iterator[Member]:

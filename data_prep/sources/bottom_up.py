@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.files import data_errors
 from data_prep.names import Names
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.sources.units import pad
+from shnet_jax.foreign import check_kind
 
 # Columns of github.com/peteanderson80/bottom-up-attention (tools/generate_tsv.py) and github.com/airsplay/lxmert.
 COLUMNS = (
@@ -56,6 +58,8 @@ class BottomUp:
         for path in self.paths:
             if not path.is_file():
                 raise DataError(f"{path}: no such file")
+            with data_errors():
+                check_kind(path)
             offset = 0
             with path.open("rb") as file:
                 for line in file:

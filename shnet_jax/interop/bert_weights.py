@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
-from shnet_jax.foreign import read_object
+from shnet_jax.foreign import check_kind, read_object
 from shnet_jax.interop import minilm
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
@@ -197,6 +197,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
+    check_kind(path)
     try:
         # The flax reader, as NumPy alone has no bfloat16.
         with safe_open(path, framework="flax") as file:

@@ -68,8 +68,8 @@ def test_captions_of_one_image_and_those_that_are_missing(tmp_path, run, capsys)
     np.testing.assert_array_equal(first["image_embedding"], images[0])
     assert other["captions"] == ["two"]
     err = capsys.readouterr().err
-    assert "left out 2 images without a caption: a/3.jpg, a/4.jpg" in err
-    assert "2 images (1 train, 1 test) with 4 captions" in err
+    assert "read 6 rows, 4 captions of 4 images; stored 2 images with 4 captions (train 1 with 3, test 1 with 1)" in err
+    assert "left out 2: 2 without captions, such as 'a/3.jpg'" in err
 
 
 def test_lists_of_splits_and_no_vectors_of_captions(tmp_path, run, capsys):
@@ -80,7 +80,7 @@ def test_lists_of_splits_and_no_vectors_of_captions(tmp_path, run, capsys):
     assert run(f"--split_lists=train={tmp_path / 'train.txt'},val={tmp_path / 'val.txt'}") == 0
     assert [r["image_id"] for r in _records(tmp_path)] == ["0.jpg", "3.jpg"]
     assert "caption_embeddings" not in _records(tmp_path, "val")[0]
-    assert "left out 1 images that no split list names: 2.jpg" in capsys.readouterr().err
+    assert "left out 1: 1 in no split list, such as '2.jpg'" in capsys.readouterr().err
 
 
 def _drop(kind):

@@ -94,7 +94,10 @@ def test_img2dataset_with_its_sidecars(tmp_path, extract, capsys):
     assert [r["image_id"] for r in records] == [f"{n:09d}.jpg" for n in (2, 3, 10, 11, 12)]
     assert [r["captions"] for r in records] == [[f"a dog {n} runs"] for n in (2, 3, 10, 11, 12)]
     assert _colours(records) == [2, 3, 10, 11, 12]
-    assert "5 images (5 train) with 5 captions" in capsys.readouterr().err
+    assert (
+        "read 5 rows, 5 captions of 5 images; stored 5 images with 5 captions (train 5 with 5)"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_stopped_run_over_tars_goes_on(tmp_path, extract):
@@ -123,7 +126,7 @@ def test_web_data_set_with_a_caption_a_line(tmp_path, extract, capsys):
     assert (train["image_id"], train["captions"]) == ("s.1.jpg", ["a dog", "a cat"])
     assert (test["image_id"], test["captions"], _colours([test])) == ("s.2.WEBP", ["one", "two"], [2])
     err = capsys.readouterr().err
-    assert "left out 1 images without a caption: bare.png" in err and "1 members of no photograph" in err
+    assert "left out 1: 1 without captions, such as 'bare.png'" in err and "1 members of no photograph" in err
 
 
 def test_numbers_of_captions_are_kept(tmp_path, extract):
@@ -202,8 +205,8 @@ def _cut(path, at):
         (lambda path: _cut(path, 2600), "expected a tar file"),  # in a picture
         (lambda path: _cut(path, 0), "cut off, or damaged there"),  # tarfile itself stops there without a word
         (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "a git-LFS pointer"),
-        (lambda path: path.write_bytes(b""), "an empty file"),
-        (lambda path: _tar(path, {"a.png": _picture(1)}).rename(path) and _gzip(path), "packed by gzip"),
+        (lambda path: path.write_bytes(b""), "empty file"),
+        (lambda path: _tar(path, {"a.png": _picture(1)}).rename(path) and _gzip(path), "not compressed"),
         (lambda path: _tar(path, {"a.png": b"", "a.jpg": b""}), "expected one picture of this name, found a.jpg too"),
         (lambda path: _tar(path, {"a.png": b"1", "a.txt": b"\xff"}), "a.txt: expected UTF-8"),
         (lambda path: _tar(path, {"a.png": b"1", "a.json": b"[" * 5000}), "a.json: expected JSON"),
@@ -317,7 +320,8 @@ def test_img2datasets_parquet(tmp_path, extract, capsys):
     assert extract(tmp_path / "00000.parquet", "--split=train")[0] == 0
     assert [(r["image_id"], r["captions"]) for r in _records(tmp_path)] == [("000", ["a dog"]), ("002", ["a cat"])]
     err = capsys.readouterr().err
-    assert "left out 1 images without a caption: 001" in err and "row 3/003: no bytes of a picture" in err
+    assert "left out 2: 1 without captions, such as '001'; 1 broken photographs, such as '003'" in err
+    assert "row 3/003: no bytes of a picture" in err
 
 
 def test_a_row_for_each_caption(tmp_path, extract):
@@ -378,9 +382,9 @@ def test_damaged_tables(tmp_path):
     pq.write_table(_hub(), path)
     whole = path.read_bytes()
     for data, expected in (
-        (whole[:-5], r"a\.parquet: expected a Parquet file: "),
+        (whole[:-5], r"a\.parquet: expected a Parquet file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
-        (b"", "an empty file"),
+        (b"", r"a\.parquet: expected a Parquet file"),
         (whole.replace(b"10", b"\xff\xff"), r"a\.parquet"),
     ):
         path.write_bytes(data)
