@@ -26,13 +26,15 @@ def open_parquet(path: Path) -> Iterator[Any]:
         raise DataError(f"{path}: expected a Parquet file, found none")
     with data_errors():
         foreign.check_kind(path)
+    # One name: a reader may still be open when the process ends and the names of this module are gone.
+    faults = (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError)
     try:
         # Without a buffer of its own a reader takes a whole column of a row group at once.
         with parquet.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False) as file:
             yield file
-    except DataError:
-        raise
-    except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
+    except faults as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}: expected a Parquet file (cut off?): {' '.join(str(error).split())}") from error
 
 
