@@ -269,7 +269,7 @@ def _parquet(path: Path) -> Iterator[Line]:
     try:
         with parquet.ParquetFile(path) as file:
             yield from _batches(file, path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a Parquet file (cut off?): {' '.join(str(error).split())}") from error
 
 
