@@ -100,3 +100,6 @@ def test_the_command_takes_such_paths(home):
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert done.returncode == 1 and f"data set folder '{home}/none=1': no such folder" in done.stderr
+    flags = [*run[:-2], "--mode=convert", "--config.convert.source=~/none,=.pth"]
+    done = subprocess.run(flags, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
+    assert done.returncode == 1 and f"{home}/none,=.pth" in done.stderr

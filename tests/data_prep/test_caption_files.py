@@ -311,7 +311,10 @@ def test_parquet_of_hugging_face(tmp_path):
     each = {"image": pictures, "caption_0": ["a", "b"], "caption_1": ["c", None]}
     assert _flat(_write(path, _parquet(each))) == {"7.jpg": ["a", "c"], "8.jpg": ["b"]}
     _refused(_write(path, _parquet({"image": [b"x"], "caption": ["a"]})), "names the image, found pictures alone")
-    _refused(_write(path, _parquet(columns)[:-9]), "expected a Parquet file")
+    whole = _parquet(columns)
+    for broken in (whole[:-9], whole.replace(b"caption", b"capti\x80n"), whole.replace(b"\1\0\0\0b", b"\1\0\0\0\xb8")):
+        assert broken != whole
+        _refused(_write(path, broken), "expected a Parquet file|expected a column named caption")
 
 
 def test_pictures_of_parquet_are_not_read(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from pyarrow import parquet as pq
+from pyarrow import parquet
 from safetensors.numpy import save
 
 from configs import base
@@ -167,17 +167,33 @@ def _caption_seeds() -> list[bytes]:
         b"image_name| comment_number| comment\n1.jpg| 0| A man .\n",
         b"image\tcaption\na.jpg\ta dog\n",
         b"a.jpg#0\tA dog .\na.jpg#1\tA cat .\n",
+        b'raw,sentids,filename\n"[""a dog"", ""b""]","[0, 1]",a.jpg\n"[\'c\' \'d\']","[2, 3]",b.jpg\n',
+        b'"image"\t"caption"\n"a.jpg"\t"a ""dog"""\n',
+        b'{"image": "a.jpg", "caption": ["a dog", "b"], "sentids": [1, 2]}\n{"image": 5, "caption": "c"}\n',
     ]
+
+
+def _parquet_seeds() -> list[bytes]:
+    found = []
+    for compression in ("none", "snappy", "zstd"):
+        pictures = [{"bytes": b"x", "path": "7.jpg"}, {"bytes": None, "path": None}]
+        table = pa.table({"image": pictures, "caption": [["a dog", "b"], ["c"]], "sentids": [["0", "1"], ["2"]]})
+        for columns in (table, table.append_column("filename", [["1.jpg", "2.jpg"]])):
+            file = io.BytesIO()
+            parquet.write_table(columns, file, compression=compression)
+            found.append(file.getvalue())
+    return found
 
 
 def _all_captions(folder: Path, data: bytes) -> None:
     faults = []
-    for suffix in (".csv", ".token"):
+    suffixes = (".csv", ".token", ".jsonl")
+    for suffix in suffixes:
         try:
             _captions(suffix)(folder, data)
         except DataError as error:
             faults.append(error)
-    if len(faults) == 2:
+    if len(faults) == len(suffixes):
         raise faults[0]
 
 
@@ -189,6 +205,7 @@ def _json_seeds() -> list[bytes]:
     return [
         _json({"images": [{"filename": "a.jpg", "filepath": "val", "split": "restval", "sentences": [sentence]}]}),
         _json({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "x", "id": 5}]}),
+        _json([{"image": "a.jpg", "caption": ["x", "y"]}, {"image_id": 391895, "caption": "z", "split": "val"}]),
         _json([{"split": "train", "id": 4, "file_path": "a/b.jpg", "captions": ["a man", "he"]}]),
         _json([{"image_id": 391895, "width": 640, "height": 360, "objects": objects, "relationships": relations}]),
         _json({"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": [panoptic]}),
@@ -441,7 +458,7 @@ def _parquet_seeds() -> list[bytes]:
     for table in (hub, {"jpg": [_png(), None], "txt": ["a dog", None], "key": ["0", "1"]}):
         for packed in ("NONE", "SNAPPY", "ZSTD"):
             file = io.BytesIO()
-            pq.write_table(pa.table(table), file, row_group_size=2, compression=packed)
+            parquet.write_table(pa.table(table), file, row_group_size=2, compression=packed)
             found.append(file.getvalue())
     return found
 
@@ -451,6 +468,7 @@ TARGETS: dict[str, Target] = {
     "npz": Target(_npz_seeds, _npz, make=_checked),
     "tsv": Target(_tsv_seeds, _tsv, (DataError,)),
     "captions": Target(_caption_seeds, _all_captions, (DataError,)),
+    "parquet": Target(_parquet_seeds, _captions(".parquet"), (DataError,)),
     "json": Target(_json_seeds, _parse_json, (DataError,)),
     "config_json": Target(_config_seeds, _parse_config, (ValueError, FileNotFoundError, WorkdirError)),
     "torch_zip": Target(_torch_seeds, _torch, make=_checked),
