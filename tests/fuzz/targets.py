@@ -450,7 +450,7 @@ def _true_tar(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def _parquet_seeds() -> list[bytes]:
+def _table_seeds() -> list[bytes]:
     picture = [{"bytes": _png(), "path": f"{n}.jpg"} for n in range(3)]
     captions = [["a dog", "a cat"], [], ["x"]]
     hub = {"image": picture, "caption": captions, "sentids": [["1", "2"], [], ["3"]], "split": ["train"] * 3}
@@ -486,8 +486,8 @@ TARGETS: dict[str, Target] = {
         make=_true_tar,
         memory=8 * MAX_PIXELS,
     ),
-    "parquet": Target(
-        _parquet_seeds,
+    "picture_table": Target(
+        _table_seeds,
         lambda f, d: _extracted(Tables([_written(f, "a.parquet", d)], f)),
         (DataError,),
         memory=8 * MAX_PIXELS,
