@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 
@@ -15,6 +17,7 @@ from shnet_jax.interop.torch_weights import gpo_params, gpo_slots
 from shnet_jax.models.pooling import GPO
 from tests.losses.oracle import gradient, triplet, unit
 from tests.models import image_oracle as oracle
+from tests.parity import adamw
 from tests.parity.__main__ import main, unread
 from tests.parity.compare import Fixture, compare, compare_gradient, skip
 
@@ -148,6 +151,54 @@ def test_compare_allows_atol_plus_rtol_of_the_reference():
     assert not compare("g", "n", [0.0, 101.02], reference, atol=0.01, rtol=0.01).ok
     assert not compare("g", "n", [0.0, np.inf], reference, atol=0.01, rtol=0.01).ok
     assert not compare("g", "n", reference, [0.0, np.nan], atol=0.01).ok
+
+
+def test_compare_allows_ten_times_the_rounding_of_the_reference():
+    reference = np.array([0.0, 100.0])
+    assert compare("g", "n", [0.9, 100.9], reference, atol=0.01, rounding=0.1).ok
+    assert not compare("g", "n", [1.1, 100.0], reference, atol=0.01, rounding=0.1).ok
+    assert compare("g", "n", [0.0, 101.9], reference, atol=0.01, rtol=0.02, rounding=0.1).ok
+    assert compare_gradient("g", "n", [100.0, 0.9], [100.0, 0.0], rounding=0.1).ok
+    assert not compare_gradient("g", "n", [100.0, 1.1], [100.0, 0.0], rounding=0.1).ok
+
+
+def test_the_rounding_of_a_recording_is_that_of_the_array(tmp_path):
+    np.savez(tmp_path / "f.npz", **{"out.a": np.ones(2), "ref_err.out.a": np.float32(0.5), "out.b": np.ones(2)})
+    fixture = Fixture(tmp_path / "f.npz")
+    assert fixture.rounding("out.a") == 0.5 and fixture.rounding("out.b") == 0.0
+
+
+def test_an_update_strays_only_where_its_gradients_are_within_their_rounding():
+    """Steps of AdamW with rounded gradients, over and over, stay within the bound, and come near it where it is large."""
+    rng, steps = np.random.default_rng(0), 3
+    d = adamw.GRADIENT_ROUNDING
+    gradients = rng.choice([-1.0, 1.0], (steps, 4, 64)) * 10.0 ** rng.uniform(-7, 0, (4, 64))
+    gradients[:, :, 0], gradients[:, 0], gradients[:, :, 7] = 1.0, 1.0, 0.0  # scales of rows and columns; no gradient
+    tx = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+
+    def moved(gradients):
+        state, total, slack = tx.init(jnp.zeros((4, 64))), 0.0, None
+        for number, gradient in enumerate(jnp.asarray(gradients, jnp.float32), 1):
+            update, state = tx.update(gradient, state)
+            total, slack = total + np.asarray(update, np.float64), adamw.slack(state, number, slack)
+        return total, slack
+
+    exact, slack = moved(gradients)
+    noise = rng.choice([-1.0, 1.0], (40, *gradients.shape)) * d * (gradients != 0)
+    strays = np.max([np.abs(moved(gradients + n)[0] - exact) for n in noise], axis=0)
+    assert (strays <= slack + 1e-5).all() and (slack[:, 7] == 0).all()
+    small = np.abs(gradients[0]) < d / 10
+    assert slack[np.abs(gradients[0]) > 1e3 * d].max() < 0.01 and strays[small & (gradients[0] != 0)].max() > 1.0
+    assert slack.max() <= 2 * steps
+
+
+def test_tolerance_of_a_parameter():
+    slack = np.array([0.0, 0.1, 6.0])
+    found = adamw.tolerance(1e-3, 2, slack, rounding=0.0, zero_gradient=False)
+    np.testing.assert_allclose(found, [2e-4, 3e-4, 4e-3])  # a fifth of the rate, and the slack, up to two rates a step
+    found = adamw.tolerance(1e-3, 2, slack, rounding=5e-5, zero_gradient=False)
+    np.testing.assert_allclose(found, [5e-4, 6e-4, 4e-3])
+    assert adamw.tolerance(1e-3, 2, slack, rounding=1.0, zero_gradient=True) == 2e-3
 
 
 def test_compare_of_equal_and_of_empty_arrays():
