@@ -126,7 +126,7 @@ def _moments(patches: Array, kernel: Array, position: Array, axis: str | None) -
     position_mean = jnp.mean(position, axis=0)
     # About their means: raw class ids are far from zero, and float32 would lose the variance in the square of the mean.
     patches, by_position, position = patches - centre, by_position - centre, position - position_mean
-    # Summed image by image: one sum over n * positions terms, in the order of a CPU's product, loses 10 to 30 times more.
+    # Summed image by image: one running sum of n * positions terms, as CPUs make it, has 10 to 30 times the error.
     by_image = einsum("npi,npj->nij", patches, patches, "float32")
     covariance = over_devices(jnp.mean(by_image, axis=0) / positions)
     variance = (

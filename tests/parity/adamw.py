@@ -21,12 +21,12 @@ the checks ask for ten times the reference's own error. Arrays whose true gradie
 
 
 def slack(opt_state: Any, steps: int, before: Any = None) -> Any:
-    """Bounds on how far rounding moves each parameter in `steps` steps, in units of the learning rate: a tree of arrays.
+    """Bounds on how far rounding moves each parameter in `steps` steps: a tree of arrays in units of the learning rate.
 
     The update is u = m / (r + eps), where m and r = sqrt(v) are the bias-corrected moments. Each is a mean of the
-    gradients so far, r a quadratic one, so an error of at most d in every gradient changes either by at most d, and u by
-    at most (1 + |u|) d / (r - d + eps). This is nothing where a gradient is far above its rounding, and up to 2, a step
-    in the other direction, where it is not. An element without any gradient does not move.
+    gradients so far, r a quadratic one. An error of at most d in every gradient changes either by at most d, and u by
+    at most (1 + |u|) d / (r - d + eps). This is next to nothing where gradients are far above their rounding, and up to
+    2, a step in the other direction, where they are not. An element without any gradient does not move.
 
     Args:
       opt_state: optimiser state after step number `steps` (1: the first).
