@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep import from_scan
+from tests.patience import PATIENCE
 
 MIB = 1 << 20
 SMALL, LARGE = 200, 2000
@@ -41,7 +42,7 @@ def _peak(kind, images, tmp_path):
     (src / "dev_ids.txt").write_text("".join(f"{i}\n" for i in range(images)))
     run = [sys.executable, "-c", _PEAK, kind, *flags]
     root = Path(from_scan.__file__).parent.parent
-    out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=root, timeout=120).stdout
+    out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=root, timeout=PATIENCE).stdout
     return int(out.splitlines()[-1]) * 1024, array.nbytes
 
 
