@@ -6,6 +6,7 @@ a small constant.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -169,6 +170,11 @@ def inside(folder: Path, name: str) -> Path:
     try:
         longest = max(len(os.fsencode(part)) for part in parts)
         path = folder / name
+        try:
+            path.stat()  # since Python 3.13, resolve() answers for links in a circle as well
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise
         # Where nothing is, no link has to be followed: an image has several names, and most of them have no file.
         here = longest <= _NAME and (not os.path.lexists(path) or path.resolve().is_relative_to(folder.resolve()))
     except (OSError, RuntimeError, UnicodeEncodeError) as error:  # links in a circle

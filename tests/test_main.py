@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
+
 ROOT = Path(__file__).parent.parent
 DEMO = "--config=configs/demo.py"
 
 
 def main(*flags):
     return subprocess.run(
-        [sys.executable, "main.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "main.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 

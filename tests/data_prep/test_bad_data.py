@@ -22,6 +22,7 @@ from data_prep.builder import write_dataset
 from data_prep.schema import DataError
 from shnet_jax.data.records import find_dataset, open_dataset
 from tests.data_prep.example import record
+from tests.patience import PATIENCE
 
 IMAGES, PER = 24, 2
 ROOT = Path(from_scan.__file__).parent.parent
@@ -353,11 +354,11 @@ def test_a_killed_import_lists_the_same(src, tmp_path):
     while process.poll() is None and not list(shards.glob("*array_record*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "toy" / "1.0.0").exists()
     for out in ("killed", "whole"):
         process = run(tmp_path / out)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     lists = [(find_dataset(tmp_path / out) / bad_records.SKIPPED).read_bytes() for out in ("killed", "whole")]
     assert lists[0] == lists[1] and len(json.loads(lists[0])) == 200 * 8

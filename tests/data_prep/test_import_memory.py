@@ -10,6 +10,7 @@ import pytest
 from pyarrow import parquet as pq
 
 from data_prep import from_scan
+from tests.patience import PATIENCE
 
 MIB = 1 << 20
 SMALL, LARGE = 200, 2000
@@ -56,7 +57,7 @@ def _peak(kind, images, tmp_path):
 def _measured(kind, flags):
     run = [sys.executable, "-c", _PEAK, kind, *flags]
     root = Path(from_scan.__file__).parent.parent
-    out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=root, timeout=120).stdout
+    out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=root, timeout=PATIENCE).stdout
     return int(out.splitlines()[-1]) * 1024
 
 
