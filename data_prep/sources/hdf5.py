@@ -110,6 +110,11 @@ class Hdf5Features:
                 entries.add(image_id, _Entry(number, place))
         return entries
 
+    @property
+    def _example(self) -> str:
+        """The place of the first image."""
+        return str(next(iter(self._entries)).place)
+
     def _rows(self, number: int) -> dict[str, int]:
         """Image name -> row of a file."""
         file = self._files[number]
@@ -152,7 +157,8 @@ class Hdf5Features:
         """regions [K, D] and boxes [K, 4] in 0..1, or grid [G, D], or both."""
         entry = self._entries.find(image_id)
         if entry is None:
-            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its features, found none")
+            others = f"{len(self._entries)} others, such as {self._example!r:.80}"
+            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its features, found {others}")
         file = self._files[entry.file]
         found = file.row(entry.place) if isinstance(entry.place, int) else file.members(entry.place)
         where = f"{file.path}, {f'row {entry.place}' if isinstance(entry.place, int) else entry.place}"
