@@ -20,13 +20,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from data_prep.files import read_json, read_lines
+from data_prep.names import keys as keys
 from data_prep.schema import DataError, Record
 
 IMAGE_COLUMNS = ("image", "image_id", "image_name", "filename", "file_name", "file")
 CAPTION_COLUMNS = ("caption", "comment", "sentence", "raw")
 _DELIMITERS = ",\t;|"
 _NUMBERS = range(-(2**63), 2**63)  # of captions; they are stored as int64
-_NUMBERED = re.compile(r"(?:COCO_[a-z]+\d*_)?(\d+)")  # 000000391895 and COCO_val2014_000000391895 are image 391895
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,6 @@ def read(captions: str, split_lists: str | None = None, *, strict: bool = True) 
     if not splits:
         raise DataError(f"{captions}: expected captions, found none")
     return splits
-
-
-def keys(image_id: str) -> Iterator[str]:
-    """The names under which other tools may know an image: its id, without extension, COCO's and Flickr's number."""
-    suffix = Path(image_id).suffix
-    stem = image_id.removesuffix(suffix) if suffix.lower() in (".jpg", ".jpeg", ".png") else image_id
-    yield image_id
-    if stem != image_id:
-        yield stem
-    if (match := _NUMBERED.fullmatch(stem)) and (number := match[1].lstrip("0") or "0") != stem:
-        yield number
 
 
 def _named_files(text: str) -> Iterator[tuple[str, Path]]:

@@ -85,14 +85,14 @@ def stand_in(record: Record, *, least_score: float, rows: int) -> np.ndarray:
 def from_graphs(
     record: Record,
     *,
-    graphs: Mapping[str, scene_graphs.Graph],
+    graphs: scene_graphs.Graphs,
     names: Mapping[str, int],
     least_iou: float,
     least_score: float,
     rows: int,
 ) -> np.ndarray:
     """See `scene_graphs.region_relations`; an image without a graph has no relations."""
-    graph = scene_graphs.graph_of(graphs, record["image_id"])
+    graph = graphs.find(record["image_id"])
     if graph is None:
         return np.full((rows, 3), -1, np.int32)
     limits = {"least_iou": least_iou, "least_score": least_score, "rows": rows}
@@ -108,10 +108,11 @@ def _need(dataset: DataSet, field: str) -> None:
         raise DataError(f"{dataset.path}: expected the field {field!r}, which relations need, found none")
 
 
-def _check_coverage(dataset: DataSet, graphs: Mapping[str, scene_graphs.Graph], path: Path) -> None:
+def _check_coverage(dataset: DataSet, graphs: scene_graphs.Graphs, path: Path) -> None:
+    """Raises DataError when a split has no graph, or it is not clear which image has which."""
     for split in dataset.splits:
         ids = dataset.image_ids(split).tolist()
-        missing = [i for i in ids if scene_graphs.graph_of(graphs, i) is None]
+        missing = [i for i in ids if graphs.find(i) is None]
         if len(missing) == len(ids):
             raise DataError(f"{path}: no graph for any image of split {split!r}, such as {missing[0]!r}")
         if missing:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from data_prep import schema
 from data_prep.bad_records import Bad
+from data_prep.names import Ambiguous
 from data_prep.schema import DataError, Record
 
 
@@ -33,7 +34,11 @@ class Source(Protocol):
     def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
 
     def read(self, image_id: str) -> Record:
-        """Its fields. Raises Absent when there is no such image, DataError naming the file when it is damaged."""
+        """Its fields; which entry is an image's, `names.Names` decides.
+
+        Raises Absent when there is no such image, Ambiguous when it is not clear which is, DataError naming the file
+        when it is damaged.
+        """
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Joined:
             if not self.skip_absent:
                 raise Absent(f"{where}, {error}; --absent=skip leaves such images out") from error
             return Bad(image_id, error, asked=True)
+        except Ambiguous as error:  # not of this record alone: another may have been written with what is not its own
+            raise Ambiguous(f"{where}, {error}") from error
         except DataError as error:
             return Bad(image_id, error)
 
@@ -88,7 +95,7 @@ def _read(source: Source, image_id: str, where: str) -> Record:
     """What the source has, its faults with the place of the record before them."""
     try:
         return source.read(image_id)
-    except Absent:
+    except (Absent, Ambiguous):
         raise
     except DataError as error:
         file = error.file or ", ".join(dict.fromkeys(source.files.values()))

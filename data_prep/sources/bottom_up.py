@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import captions
+from data_prep.names import Names
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.sources.units import pad
@@ -50,9 +50,9 @@ class BottomUp:
         return {}
 
     @cached_property
-    def _places(self) -> dict[str, tuple[Path, int]]:
-        """Image id -> file and offset of its line."""
-        places: dict[str, tuple[Path, int]] = {}
+    def _places(self) -> Names[tuple[Path, int]]:
+        """File and offset of the line of each image."""
+        places: Names[tuple[Path, int]] = Names(self.files["regions"])
         for path in self.paths:
             if not path.is_file():
                 raise DataError(f"{path}: no such file")
@@ -60,14 +60,14 @@ class BottomUp:
             with path.open("rb") as file:
                 for line in file:
                     image_id = line[:200].partition(b"\t")[0].decode("utf-8", "replace").strip()
-                    if image_id not in (COLUMNS[0][0], COLUMNS[1][0]):  # a header
-                        places.setdefault(image_id, (path, offset))
+                    if image_id not in (COLUMNS[0][0], COLUMNS[1][0]) and image_id not in places:  # a header
+                        places.add(image_id, (path, offset))
                     offset += len(line)
         return places
 
     def read(self, image_id: str) -> Record:
         """regions [K, D] float32, boxes [K, 4] in 0..1, ..."""
-        place = next((self._places[key] for key in captions.keys(image_id) if key in self._places), None)
+        place = self._places.find(image_id)
         if place is None:
             raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its line, found none")
         path, offset = place

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep import captions, label_maps
-from data_prep.files import inside, open_array
+from data_prep import label_maps
+from data_prep.files import open_array
+from data_prep.names import FileNames
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from shnet_jax.interop.torch_file import open_torch_file
@@ -48,24 +50,20 @@ class UnitFiles:
         """Nothing."""
         return {}
 
+    @cached_property
+    def _features(self) -> FileNames:
+        return FileNames(self.folder, (".npy", ".pth"))
+
     def read(self, image_id: str) -> Record:
         """The features [units, D] and, with max_units, their mask."""
-        path = feature_file(self.folder, image_id)
+        path = self._features.find(image_id)
+        if path is None:
+            raise Absent(f"{self.folder}: image {image_id!r}: expected a file {image_id}.npy, found none")
         units = as_units(_read_pth(path) if path.suffix == ".pth" else open_array(path), path, self.pool)
         if self.max_units is None:
             return {self.field: units}
         units, mask = pad(units, self.max_units, path)
         return {self.field: units, MASK[self.field]: mask}
-
-
-def feature_file(folder: Path, image_id: str) -> Path:
-    """The file of an image: one of its names (`captions.keys`) and .npy or .pth."""
-    for key in captions.keys(image_id):
-        for suffix in (".npy", ".pth"):
-            path = inside(folder, f"{key}{suffix}")
-            if path.is_file():
-                return path
-    raise Absent(f"{folder}: image {image_id!r}: expected a file {image_id}.npy, found none")
 
 
 def _read_pth(path: Path) -> np.ndarray:
