@@ -51,16 +51,37 @@ def read_picture(path: Path, mode: str | None = "RGB") -> np.ndarray:
         raise DataError(f"{path}: expected a picture, found no such file") from None
 
 
-def read_lines(path: Path, *, strict: bool = True) -> list[str]:
-    """Stripped lines of a UTF-8 text file; an empty line, or one of other bytes, is an error that names its number.
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file in UTF-8, or in UTF-16 with its mark, without their ends: LF or CR LF.
 
-    Without `strict` such lines are kept: no record may have them, so each spoils its own alone.
+    A CR elsewhere becomes a space; other separators (U+2028, U+0085, FF) are text. What is not UTF-8 becomes half of a
+    surrogate pair, which text never has. Raises DataError for what is no text.
     """
     if not path.is_file():
         raise DataError(f"{path}: expected this file, found none")
-    # what is not UTF-8 becomes half of a surrogate pair, which text never has
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")]
-    if lines[-1] == "":
+    with data_errors():
+        foreign.check_kind(path)
+    with path.open("rb") as binary:
+        start = binary.read(4)
+    if start.startswith((b"\x1f\x8b", b"PK\x03\x04", b"PAR1")):
+        kind = {b"\x1f": "a gzip file", b"PK": "a zip archive", b"PA": "a Parquet file"}
+        raise DataError(f"{path}: expected text, found {kind.get(start[:2]) or kind[start[:1]]}")
+    encoding = "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        with path.open(encoding=encoding, errors="surrogateescape", newline="\n") as file:
+            for line in file:
+                yield line.removesuffix("\n").removesuffix("\r").replace("\r", " ")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-16, as its mark says (cut off?): {error}") from None
+
+
+def read_lines(path: Path, *, strict: bool = True) -> list[str]:
+    """Stripped lines of a text file, see `text_lines`; an empty line, or one not in UTF-8, is an error with its number.
+
+    Without `strict` such lines are kept: no record may have them, so each spoils its own alone.
+    """
+    lines = [line.strip() for line in text_lines(path)]
+    if lines and lines[-1] == "":
         lines.pop()
     for number, line in enumerate(lines if strict else (), 1):
         if not line:

@@ -64,7 +64,7 @@ def import_npy(
             "source": source or f"data_prep.from_npy of {features.resolve().name}",
             **from_scan.class_metadata(src, texts.values()),
         },
-        total=sum(map(len, texts.values())),
+        found=from_scan.found(texts.values()),
         files={split: texts[split].files for split in texts},
         feature_dtype=feature_dtype,
         skip_absent=skip_absent,

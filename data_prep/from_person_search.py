@@ -20,6 +20,7 @@ from PIL import Image
 from data_prep import command
 from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.builder import write_dataset
+from data_prep.counts import Found
 from data_prep.files import inside, read_json
 from data_prep.schema import DataError, Record
 from shnet_jax import foreign
@@ -184,9 +185,17 @@ def import_person_search(
         caption += sum(len(a.captions) for a in _good(found))
     metadata = {"source": source or f"data_prep.from_person_search of {annotations.name}", "held_out": held_out}
     files = {split: {"captions": annotations.name, "identity": annotations.name} for split in splits}
-    total = sum(map(len, records.values()))
+    images_found = sum(map(len, records.values()))
     return write_dataset(
-        out, name, records, metadata, files=files, total=total, overwrite=overwrite, on_bad_record=on_bad_record
+        out,
+        name,
+        records,
+        metadata,
+        files=files,
+        total=images_found,
+        found=Found(images_found, images_found, caption),
+        overwrite=overwrite,
+        on_bad_record=on_bad_record,
     )
 
 

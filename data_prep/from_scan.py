@@ -8,6 +8,7 @@ Arrays may have one row an image or, as the released ones do, one row a caption 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 
 from data_prep import command, join, parts, schema
 from data_prep.bad_records import Bad, Policy, record_or_bad
+from data_prep.counts import Found
 from data_prep.files import open_array, read_lines
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Source
@@ -39,6 +41,8 @@ ARRAYS = {
 CAPTION_EMBEDDINGS = "_caption_emb.npy"
 CAPTION_IDS = "_capids.txt"
 USUAL_CAPTIONS = 5  # captions an image in Flickr and COCO as SCAN distributes them
+_RUNS = 16  # of equal rows, from which the captions of an image are found
+_MOST_CAPTIONS = 64  # rows of an image that are looked for
 _BLOCK = 64  # images read at once
 
 
@@ -122,7 +126,7 @@ def open_split(
     rows = {field: shape[0] for field, shape in shapes.items()}
     ids_file = src / f"{split}_ids.txt"
     ids = read_lines(ids_file) if need == "ids" or ids_file.is_file() else []
-    per_image = captions_per_image or _captions_per_image(src, split, len(captions), rows, ids)
+    per_image = captions_per_image or _captions_per_image(src, split, len(captions), arrays, rows, ids)
     images, rest = divmod(len(captions), per_image)
     if rest:
         raise DataError(
@@ -181,12 +185,17 @@ def _caption_embeddings(path: Path, captions: int) -> Path | None:
     return path
 
 
-def _captions_per_image(src: Path, split: str, captions: int, rows: Mapping[str, int], ids: list[str]) -> int:
-    """Captions an image from counts: of rows, else of different ids, else the usual 5 when rows repeat."""
+def _captions_per_image(
+    src: Path, split: str, captions: int, arrays: Mapping[str, Path], rows: Mapping[str, int], ids: list[str]
+) -> int:
+    """Captions an image from counts: of rows, else of different ids, else from how often rows repeat."""
     named = len(ids) if len(ids) != captions else sum(1 for _ in groupby(ids))
     images = min([*rows.values(), *([named] if ids else [])])
-    if images == captions and not ids and captions % USUAL_CAPTIONS == 0:
-        return USUAL_CAPTIONS
+    if images == captions and not ids:
+        repeats = _repeats(min(arrays.values(), key=lambda path: path.stat().st_size), captions)
+        if repeats == 1 and captions % USUAL_CAPTIONS == 0:  # rather ask than take captions for images
+            return USUAL_CAPTIONS
+        images = captions // repeats
     if images == 0 or captions % images:
         raise DataError(
             f"{src}: split {split!r}: expected as many captions for each image, found {captions} for "
@@ -195,8 +204,41 @@ def _captions_per_image(src: Path, split: str, captions: int, rows: Mapping[str,
     return captions // images
 
 
+def _repeats(path: Path, rows: int) -> int:
+    """How often each row of an array comes: the common divisor of its first runs of equal rows, and of the last.
+
+    Raises DataError when that is no divisor of all `rows`, so not of the images either, or no end of a run is found.
+    """
+    array = open_array(path)
+
+    def run(start: int, step: int) -> int:
+        """Rows from `start` on that are equal to the one there."""
+        stop = rows if step > 0 else -1
+        places = range(start, stop, step)[: _MOST_CAPTIONS + 1]
+        return next((n for n, place in enumerate(places) if not _equal(array[place], array[start])), len(places))
+
+    found, start = run(rows - 1, -1), 0
+    for _ in range(_RUNS):
+        if start < rows:
+            found = math.gcd(found, length := run(start, 1))
+            start += length
+    if found > _MOST_CAPTIONS and rows % USUAL_CAPTIONS == 0:
+        print(f"note: {path}: its rows are all equal; {USUAL_CAPTIONS} captions an image are assumed", file=sys.stderr)
+        return USUAL_CAPTIONS
+    if found > _MOST_CAPTIONS or rows % found:
+        raise DataError(
+            f"{path}: expected the row of each image once for each of its captions, found {found} equal rows in a row "
+            f"of {rows}; give --captions_per_image"
+        )
+    return found
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
+
+
 def _check_repeated(path: Path, images: int, step: int) -> None:
-    """Look at the first, middle and last image: are its rows really copies?"""
+    """Look at the first, middle and last image: are its rows really copies, and those of the next image others?"""
     array = open_array(path)
     for image in sorted({0, images // 2, images - 1}):
         group = np.asarray(array[image * step : (image + 1) * step])
@@ -247,6 +289,13 @@ def class_metadata(src: Path, splits: Iterable[ScanSplit]) -> dict[str, list[str
     return {"class_names": class_names(path, open_array(sized[0]).shape[1])} if sized and path.is_file() else {}
 
 
+def found(splits: Iterable[ScanSplit]) -> Found:
+    """What the text files of the splits hold."""
+    counts = [(len(split.captions), len(split)) for split in splits]
+    captions, images = (sum(column) for column in zip(*counts, strict=True))
+    return Found(captions, images, captions)
+
+
 def import_scan(
     src: Path,
     name: str,
@@ -281,7 +330,7 @@ def import_scan(
             "source": source or f"data_prep.from_scan of {src.resolve().name}",
             **class_metadata(src, opened.values()),
         },
-        total=sum(map(len, opened.values())),
+        found=found(opened.values()),
         files={split: opened[split].files for split in opened},
         feature_dtype=feature_dtype,
         skip_absent=skip_absent,

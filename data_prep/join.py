@@ -10,6 +10,7 @@ from typing import Any
 from data_prep import captions, command, parts, schema
 from data_prep.bad_records import Policy
 from data_prep.builder import Files, Item, write_dataset
+from data_prep.counts import Found
 from data_prep.sources.base import Joined, Source
 
 
@@ -20,7 +21,7 @@ def write_joined(
     out: Path,
     *,
     metadata: Mapping[str, Any],
-    total: int,
+    found: Found,
     files: Files | None = None,
     feature_dtype: str | None = "float16",
     skip_absent: bool = False,
@@ -36,7 +37,15 @@ def write_joined(
     all_files = {split: {**joined, **(files or {}).get(split, {})} for split in splits}
     known = {**metadata, **{key: value for part in sources for key, value in part.metadata.items()}}
     return write_dataset(
-        out, name, records, known, files=all_files, total=total, overwrite=overwrite, on_bad_record=on_bad_record
+        out,
+        name,
+        records,
+        known,
+        files=all_files,
+        total=found.records,
+        found=found,
+        overwrite=overwrite,
+        on_bad_record=on_bad_record,
     )
 
 
@@ -74,7 +83,7 @@ def _run(module: str, kind: str, doc: str | None, argv: Sequence[str] | None) ->
         args.name,
         args.out,
         metadata={"source": args.source or f"data_prep.{module} of {Path(getattr(args, kind).split(',')[0]).name}"},
-        total=sum(map(len, splits.values())),
+        found=splits.found,
         files={split: {"captions": args.captions} for split in splits},
         feature_dtype=args.feature_dtype,
         skip_absent=args.absent == "skip",

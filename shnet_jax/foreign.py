@@ -35,12 +35,35 @@ NPY_FAULTS = (
 _NAME = 255  # bytes of a file name on the file systems of today
 
 
+def check_kind(path: Path) -> None:
+    """Raises ValueError when the file is a stand-in for the one that was meant: every reader asks this first."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise ValueError(f"{path}: found a git-LFS pointer in place of the file; fetch it with: git lfs pull")
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        raise ValueError(f"{path}: found a web page in place of the file, as of a download that asks to log in")
+
+
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError naming the file, FileNotFoundError without one."""
+    """What a JSON file in UTF-8, UTF-16 or UTF-32 holds, with or without a byte order mark.
+
+    Raises ValueError naming the file, FileNotFoundError without one.
+    """
+    check_kind(path)
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes | str, path: object) -> Any:
+    """What JSON text says. Raises ValueError naming `path`, the place it comes from."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also of bytes that are no UTF-8 and of numbers of thousands of digits
-        raise ValueError(f"{path}: expected JSON (cut off?): {error}") from None
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+        what = "a file that is cut off" if end and error.doc.strip() else "other text"
+        raise ValueError(f"{path}: expected JSON, found {what}: {error}") from None
+    except ValueError as error:  # of bytes that are no UTF-8 and of numbers of thousands of digits
+        raise ValueError(f"{path}: expected JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path}: expected JSON, found lists or objects that are nested too deeply") from None
 
@@ -59,6 +82,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     `np.load` takes as much memory as the headers in it ask for, and unpacks compressed ones of any size. Raises
     FileNotFoundError, and ValueError for a file that is damaged, compressed or holds anything but arrays of numbers.
     """
+    check_kind(path)
     with path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -88,6 +112,7 @@ def open_npy(path: Path) -> np.ndarray:
 
     Raises FileNotFoundError, and ValueError for a file that is cut off or of another kind.
     """
+    check_kind(path)
     with path.open("rb") as file:
         # NumPy takes the memory for a header, of up to 4 GB by its own account, before it looks at the file's length.
         start = file.read(12)
@@ -157,6 +182,7 @@ def read_picture(path: Path, mode: str | None = "RGB") -> Image.Image:
 
     Raises FileNotFoundError, and ValueError for a file that is no picture, damaged, or of more than MAX_PIXELS.
     """
+    check_kind(path)
     data = io.BytesIO(path.read_bytes())  # of a file Pillow reads, and takes memory for, as much as that says it has
     try:
         with Image.open(data, formats=FORMATS) as picture:

@@ -185,7 +185,7 @@ def test_numbers_of_a_kind_that_is_not_known(code, tmp_path):
 # ---------------------------------------------------------------------------------------------------- JSON and pictures
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": 1', "9" * 5000, "\ufeff{}", '"\xff"'])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": 1', "9" * 5000, '"\xff"'])
 def test_json_that_is_none(text, tmp_path):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1" if "\xff" in text else "utf-8"))
     with pytest.raises(ValueError, match=r"a\.json: expected JSON"):

@@ -11,11 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# The parts of shnet_jax and what each may import of the others, beside types, registry and foreign, which know none.
+# The parts of shnet_jax and what each may import of the others, beside COMMON, which know none.
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "registry": set(),
     "foreign": set(),
+    "paths": set(),
     "ops": set(),
     "models": {"ops"},
     "parallel": set(),
@@ -28,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluate"},
     "train": {"models", "losses", "data", "parallel", "observe", "experiment", "evaluate"},
 }
-COMMON = {"types", "registry", "foreign"}
+COMMON = {"types", "registry", "foreign", "paths"}
 # What a command line calls: may import every part, no part may import it.
 ENTRY = {"api", "commands", "convert", "cross", "plan", "scale_point", "scaling", "search_modes", "study"}
 
@@ -36,7 +37,7 @@ ENTRY = {"api", "commands", "convert", "cross", "plan", "scale_point", "scaling"
 REACH = {
     "shnet_jax": {"shnet_jax"},
     "data_prep": {
-        *("data_prep", "shnet_jax.data", "shnet_jax.foreign", "shnet_jax.observe.files"),
+        *("data_prep", "shnet_jax.data", "shnet_jax.foreign", "shnet_jax.paths", "shnet_jax.observe.files"),
         *("shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle"),
     },
     "configs": {"configs"},

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep import schema
+from data_prep.bad_records import Bad
 from data_prep.captions import Captioned, Splits
 from data_prep.extract import images
 from data_prep.extract.settings import Settings
@@ -130,7 +131,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
-def records(blocks: Sequence[Block], feature_dtype: str) -> Iterator[Record]:
+def records(blocks: Sequence[Block], feature_dtype: str) -> Iterator[Record | Bad]:
     """The records of blocks that were extracted, with their captions."""
     for block in blocks:
         with np.load(block.path, allow_pickle=False) as arrays:
@@ -142,7 +143,8 @@ def records(blocks: Sequence[Block], feature_dtype: str) -> Iterator[Record]:
                 name: schema.as_field(name, values[place], where=item.file, dtype=feature_dtype)
                 for name, values in fields.items()
             }
-            yield item.record() | visual
+            record = item.record()
+            yield record if isinstance(record, Bad) else record | visual
 
 
 def skipped(blocks: Sequence[Block]) -> list[str]:

@@ -6,11 +6,12 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep import captions, coco_panoptic, command, join
 from data_prep.builder import VERSION, write_dataset
+from data_prep.counts import Found
 from data_prep.extract import blocks, settings
 from data_prep.extract.blocks import Block
 from data_prep.extract.settings import Settings
@@ -25,6 +26,7 @@ class Work:
     settings: Settings
     folder: Path
     blocks: list[Block]
+    found: Found
 
     def pending(self) -> list[Block]:
         """The blocks that are not done."""
@@ -50,7 +52,7 @@ def prepare(args: argparse.Namespace) -> Work:
     chosen = settings.from_arguments(args)
     folder = args.out / f".{args.name}.extract"
     splits = captions.read(args.captions, args.split_lists, strict=args.on_bad_record == "fail")
-    return Work(chosen, folder, blocks.plan(folder, chosen, splits))
+    return Work(chosen, folder, blocks.plan(folder, chosen, splits), splits.found)
 
 
 def on_broken(policy: str) -> Callable[[str], None]:
@@ -106,13 +108,15 @@ def build(work: Work, args: argparse.Namespace) -> Path:
         split: blocks.records(list(group), chosen.feature_dtype)
         for split, group in itertools.groupby(work.blocks, lambda block: block.split)
     }
-    total = sum(len(block.items) for block in work.blocks) - len(skipped)
+    left_out = {**work.found.left_out, **({"broken photographs": skipped} if skipped else {})}
+    found = replace(work.found, left_out=left_out)
     path = write_dataset(
         args.out,
         args.name,
         splits,
         metadata,
-        total=total,
+        total=found.records,
+        found=found,
         overwrite=args.overwrite,
         on_bad_record=args.on_bad_record,
     )

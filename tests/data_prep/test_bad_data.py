@@ -186,9 +186,12 @@ def test_bad_records_are_left_out_and_listed(good, src, tmp_path, capsys, monkey
     error = capsys.readouterr().err
     path = find_dataset(tmp_path / "out")
     assert error.splitlines()[-1] == (
-        f"toy: left out 9 bad records (8 of split 'dev', 1 of split 'train'): {path / 'skipped.json'}"
+        "toy: read 96 rows, 96 captions of 48 images; "
+        "stored 39 images with 78 captions (dev 16 with 32, train 23 with 46); "
+        f"left out 9: 9 bad records; the bad ones are listed in {path / 'skipped.json'}"
     )
-    assert "toy: 3/48 records (6%), 2 left out, " in error and "toy: 48 records, 9 left out in 0:00:0" in error
+    assert "toy: 3/48 records (6%), 2 of them left out, " in error
+    assert "toy: 48 records, 9 of them left out in 0:00:0" in error
 
     expected = {(f.split, f.row, f.field, f.file) for f in RECORDS.values()}
     listed = _skipped(tmp_path / "out")
