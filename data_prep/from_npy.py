@@ -5,7 +5,7 @@
 `--src` holds {split}_caps.txt and {split}_ids.txt as in the SCAN layout, and any of its arrays, which are
 imported too (3SHNet keeps COCO so: regions by image, segmentations by split). `--features` holds ID.npy for
 each id: [units, D], or a map [D, h, w] or [1, D, h, w] as grid-feats-vqa writes it, whose cells become
-units row by row.
+units row by row. --layout=hwc says that the channels are last, [h, w, D], --layout=chw that they are first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data_prep import command, from_scan, join
 from data_prep.bad_records import Policy
 from data_prep.schema import DataError
 from data_prep.sources.base import Source
-from data_prep.sources.units import UnitFiles
+from data_prep.sources.units import Layout, UnitFiles
 
 
 def import_npy(
@@ -32,6 +32,7 @@ def import_npy(
     captions_per_image: int | None = None,
     max_units: int | None = None,
     pool: int | None = None,
+    layout: Layout | None = None,
     feature_dtype: str | None = "float16",
     source: str = "",
     overwrite: bool = False,
@@ -40,7 +41,7 @@ def import_npy(
     on_bad_record: Policy = "fail",
 ) -> Path:
     """Import .npy files by image; returns the version folder. `--help` explains the arguments."""
-    units = UnitFiles(features, field, max_units, pool)
+    units = UnitFiles(features, field, max_units, pool, layout)
     texts = {
         split: from_scan.open_split(
             src,
@@ -49,6 +50,7 @@ def import_npy(
             feature_dtype=feature_dtype,
             need="ids",
             strict=on_bad_record == "fail",
+            layout=layout,
         )
         for split in (splits or from_scan.split_names(src))
     }

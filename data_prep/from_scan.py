@@ -24,6 +24,7 @@ from data_prep.counts import Found
 from data_prep.files import open_array, read_lines
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Source
+from data_prep.sources.units import MASK, Layout, as_units
 
 ARRAYS = {
     "regions": "_ims.npy",
@@ -51,7 +52,7 @@ class ScanSplit:
     """The files of one split and how their rows belong to images.
 
     arrays: field -> path; steps: field -> rows of that array for each image (1, or the captions of an image).
-    caption_ids: of all captions, () without; caption_embeddings: file with a row a caption.
+    caption_ids: of all captions, () without; caption_embeddings: file with a row a caption. layout: of the features.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ScanSplit:
     feature_dtype: str | None
     caption_ids: tuple[int, ...] = ()
     caption_embeddings: Path | None = None
+    layout: Layout | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -89,6 +91,8 @@ class ScanSplit:
             record["caption_ids"] = np.array(self.caption_ids[of_image], np.int64)
         for field, value in arrays.items():
             file = self.files[field]
+            if field in MASK and value.ndim > 1:
+                value = as_units(value, file, None, self.layout)
             record[field] = schema.as_field(field, value, where=where, file=file, dtype=self.feature_dtype)
         return record
 
@@ -106,6 +110,7 @@ def open_split(
     feature_dtype: str | None = None,
     need: str = "an array",
     strict: bool = True,
+    layout: Layout | None = None,
 ) -> ScanSplit:
     """Find the files of a split and work out from their counts which rows belong to which image.
 
@@ -123,6 +128,8 @@ def open_split(
     for field, shape in shapes.items():
         if not shape or not shape[0]:
             raise DataError(f"{arrays[field]}: expected a row for each image, found shape {list(shape)}")
+        if field in MASK and len(shape) > 2:  # of all images, so of no record alone
+            as_units(open_array(arrays[field])[0], arrays[field], None, layout)
     rows = {field: shape[0] for field, shape in shapes.items()}
     ids_file = src / f"{split}_ids.txt"
     ids = read_lines(ids_file) if need == "ids" or ids_file.is_file() else []
@@ -160,6 +167,7 @@ def open_split(
         feature_dtype,
         _caption_ids(src / f"{split}{CAPTION_IDS}", len(captions)),
         _caption_embeddings(src / f"{split}{CAPTION_EMBEDDINGS}", len(captions)),
+        layout,
     )
 
 
@@ -303,6 +311,7 @@ def import_scan(
     *,
     splits: list[str] | None = None,
     captions_per_image: int | None = None,
+    layout: Layout | None = None,
     feature_dtype: str | None = "float16",
     source: str = "",
     overwrite: bool = False,
@@ -318,6 +327,7 @@ def import_scan(
             captions_per_image=captions_per_image,
             feature_dtype=feature_dtype,
             strict=on_bad_record == "fail",
+            layout=layout,
         )
         for split in (splits or split_names(src))
     }
@@ -360,10 +370,11 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "splits": args.splits.split(",") if args.splits else None,
         "captions_per_image": args.captions_per_image,
+        "layout": args.layout,
         "feature_dtype": None if args.feature_dtype == "keep" else args.feature_dtype,
         "source": args.source,
         "overwrite": args.overwrite,
-        "sources": parts.open_sources(args),
+        "sources": parts.open_sources(args, own=("layout",)),
         "skip_absent": args.absent == "skip",
         "on_bad_record": args.on_bad_record,
     }

@@ -13,6 +13,8 @@ import os
 import struct
 import tokenize
 import zipfile
+import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Of pictures. Pillow knows more, and runs another program (Ghostscript) to read some of them."""
 MAX_ARRAYS = 1000
 """Arrays of an .npz."""
+MAX_IMAGE_BYTES = 2**26
+"""Bytes of the arrays of one image. A feature map of 2048 x 38 x 50 float64 numbers, the largest in use, has 31 MB."""
 
 NPY_FAULTS = (
     *(ValueError, SyntaxError, tokenize.TokenError, TypeError, LookupError),
@@ -33,6 +37,7 @@ NPY_FAULTS = (
 """What NumPy's readers of .npy headers, which are a piece of Python, raise for those that are none."""
 
 _NAME = 255  # bytes of a file name on the file systems of today
+_NPY = b"\x93NUMPY"
 
 
 def check_kind(path: Path) -> None:
@@ -76,35 +81,81 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path, names: Collection[str] | None = None, most: int | None = None) -> dict[str, np.ndarray]:
     """The arrays of a file of `np.savez`, by name; read-only.
+
+    names: read only these of them; what else the file has, such as pickled objects, is not looked at.
+    most: take compressed arrays too (`np.savez_compressed`) where all that are read have at most this many bytes
+    unpacked. Without it none may be compressed.
 
     `np.load` takes as much memory as the headers in it ask for, and unpacks compressed ones of any size. Raises
     FileNotFoundError, and ValueError for a file that is damaged, compressed or holds anything but arrays of numbers.
     """
     check_kind(path)
     with path.open("rb") as file:
+        start = file.read(_START)
         try:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
                 if len(entries) > MAX_ARRAYS:
                     raise ValueError(f"{len(entries)} arrays, more than {MAX_ARRAYS}")
-                if sum(entry.file_size for entry in entries) > path.stat().st_size:
-                    raise ValueError("its arrays together should be larger than the file")
-                return {entry.filename.removesuffix(".npy"): _member(archive, entry) for entry in entries}
+                wanted = [(entry.filename.removesuffix(".npy"), entry) for entry in entries]
+                wanted = [(name, entry) for name, entry in wanted if names is None or name in names]
+                if len({name for name, _ in wanted}) < len(wanted):
+                    raise ValueError("two arrays of one name")
+                _check_sizes([entry for _, entry in wanted], path.stat().st_size, most)
+                return {name: _member(archive, entry) for name, entry in wanted}
         # Versions that Python does not know, passwords, entries behind the end: damage shows in many ways.
         except (
-            *(zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError),
+            *(zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, zlib.error),
             *(EOFError, OverflowError, ValueError, struct.error),
         ) as error:
-            raise ValueError(f"{path}: expected arrays as np.savez writes them: {error}") from None
+            what = "" if start.startswith(b"PK") else kind_of(start)
+            raise ValueError(f"{path}: expected arrays as np.savez writes them{what}: {error}") from None
+
+
+def _check_sizes(entries: list[zipfile.ZipInfo], file_size: int, most: int | None) -> None:
+    """Raises ValueError when the directory of an archive has more bytes than may be, before any is unpacked.
+
+    What is unpacked of an entry ends at the size that the directory has for it, and only deflated entries are.
+    """
+    total = sum(entry.file_size for entry in entries)
+    if most is None:
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise ValueError(f"{entry.filename!r} is compressed")
+        if total > file_size:
+            raise ValueError("its arrays together should be larger than the file")
+    for entry in entries:
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{entry.filename!r} is compressed by a method that np.savez_compressed does not use")
+    if most is not None and total > most:
+        raise ValueError(f"its arrays together have {total} bytes, more than the {most} that are read of an image")
 
 
 def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-        raise ValueError(f"{entry.filename!r} is compressed")
     with archive.open(entry) as member:
-        return parse_npy(member.read(), entry.filename)
+        return parse_npy(member.read(entry.file_size), entry.filename)
+
+
+_START = 256  # bytes of a file that tell what it is
+_KINDS = (
+    (b"version https://git-lfs", "a pointer of git-lfs (`git lfs pull` fetches the file)"),
+    (b"\x1f\x8b", "a gzip archive (unpack it first)"),
+    (b"BZh", "a bzip2 archive (unpack it first)"),
+    (b"PK\x03\x04", "a zip archive (an .npz, or unpack it first)"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (data_prep.from_hdf5)"),
+    (_NPY, "a .npy array"),
+    *((bytes([0x80, protocol]), "a pickle, which is not loaded") for protocol in (2, 3, 4, 5)),
+    (b"<", "a page of HTML or XML (a download that failed?)"),
+)
+
+
+def kind_of(start: bytes) -> str:
+    """The end of an error, ", found ...", from the first bytes of a file that is of another kind than expected."""
+    if not start.strip(b"\0"):
+        return ", found zeros" if start else ", found an empty file"
+    return next((f", found {kind}" for magic, kind in _KINDS if start.lstrip().startswith(magic)), "")
 
 
 def open_npy(path: Path) -> np.ndarray:
@@ -115,10 +166,11 @@ def open_npy(path: Path) -> np.ndarray:
     check_kind(path)
     with path.open("rb") as file:
         # NumPy takes the memory for a header, of up to 4 GB by its own account, before it looks at the file's length.
-        start = file.read(12)
+        start = file.read(_START)
         length = int.from_bytes(start[8:12] if start[6:7] > b"\1" else start[8:10], "little")
-        if len(start) + length > path.stat().st_size + 2:
-            raise ValueError(f"{path}: expected a .npy array of numbers, found no header of one (cut off?)")
+        if not start.startswith(_NPY) or 12 + length > path.stat().st_size + 2:
+            what = ", found no header of one (cut off?)" if start.startswith(_NPY) else kind_of(start)
+            raise ValueError(f"{path}: expected a .npy array of numbers{what or ', found another kind of file'}")
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except NPY_FAULTS as error:
@@ -152,7 +204,8 @@ def inside(folder: Path, name: str) -> Path:
     """The path of the file that a record, an index or a caption file calls `name`, which has to lie in `folder`.
 
     Raises ValueError for a name that leads out of it (absolute, by "..", through a link) or that no file can have. The
-    folder itself may be a link, and there need be no such file.
+    folder itself may be a link, and there need be no such file. One link may lead out: that of a snapshot in a cache of
+    the Hugging Face hub into the blobs of the same repository.
     """
     parts = Path(name).parts
     if not name or Path(name).is_absolute() or ".." in parts or "\0" in name:
@@ -161,13 +214,28 @@ def inside(folder: Path, name: str) -> Path:
         longest = max(len(os.fsencode(part)) for part in parts)
         path = folder / name
         # Where nothing is, no link has to be followed: an image has several names, and most of them have no file.
-        here = longest <= _NAME and (not os.path.lexists(path) or path.resolve().is_relative_to(folder.resolve()))
+        here = longest <= _NAME and (not os.path.lexists(path) or _belongs(path.resolve(), folder.resolve()))
     except (OSError, RuntimeError, UnicodeEncodeError) as error:  # links in a circle
         raise ValueError(f"{folder}: {name!r:.200} is no name of a file in this folder: {error}") from None
     if not here:
         what = "leads out of this folder by a link" if longest <= _NAME else "is too long for a name"
         raise ValueError(f"{folder}: {name!r:.200} {what}; what it names is not read")
     return path
+
+
+def _belongs(target: Path, folder: Path) -> bool:
+    """Whether a resolved path lies in a resolved folder, or is a blob of the hub repository whose snapshot that is.
+
+    huggingface_hub keeps models--ORG--NAME/snapshots/REVISION/FILE as a link to models--ORG--NAME/blobs/HASH.
+    """
+    if target.is_relative_to(folder):
+        return True
+    if target.parent.name != "blobs":
+        return False
+    repository = target.parent.parent
+    snapshots = repository / "snapshots"
+    named = repository.name.startswith(("models--", "datasets--", "spaces--"))
+    return named and folder != snapshots and folder.is_relative_to(snapshots)
 
 
 PICTURE_FAULTS = (

@@ -131,6 +131,50 @@ def test_text_that_is_no_unicode(code, order, tmp_path):
         foreign.read_npz(tmp_path / "0.npz")
 
 
+def test_compressed_arrays_are_read_up_to_a_bound(tmp_path):
+    arrays = {"x": np.arange(600.0).reshape(20, 30), "y": np.zeros(10**6), "z": np.array([{}], object)}
+    np.savez_compressed(tmp_path / "0.npz", **arrays)
+    found = foreign.read_npz(tmp_path / "0.npz", ("x", "absent"), 4928)
+    assert found.keys() == {"x"}
+    np.testing.assert_array_equal(found["x"], arrays["x"])
+    with pytest.raises(ValueError, match="together have 4928 bytes, more than the 4927"):
+        foreign.read_npz(tmp_path / "0.npz", ("x",), 4927)
+    assert peak(foreign.read_npz, tmp_path / "0.npz", ("x", "y"), 10**6) < 10**6
+    with pytest.raises(ValueError, match="is compressed"):
+        foreign.read_npz(tmp_path / "0.npz", ("x",))
+    with zipfile.ZipFile(tmp_path / "0.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x.npy", header("(2,)", data=bytes(16)))
+    with pytest.raises(ValueError, match=r"np\.savez_compressed does not use"):
+        foreign.read_npz(tmp_path / "0.npz", ("x",), 10**6)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_arrays_of_one_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:
+        for _ in range(2):
+            archive.writestr("x.npy", header("(2,)", data=bytes(16)))
+    with pytest.raises(ValueError, match="two arrays of one name"):
+        foreign.read_npz(tmp_path / "0.npz")
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "found an empty file"),
+        (bytes(5000), "found zeros"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "found a pointer of git-lfs"),
+        (b"\n<!DOCTYPE html>", "found a page of HTML"),
+        (b"\x1f\x8b\x08", "found a gzip archive"),
+        (pickle.dumps([1], 2), "found a pickle, which is not loaded"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(data, match, tmp_path):
+    for name, read in (("0.npy", foreign.open_npy), ("0.npz", foreign.read_npz)):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name}: expected .*{match}"):
+            read(tmp_path / name)
+
+
 def test_a_map_without_cells(tmp_path):
     np.save(tmp_path / "0.npy", np.zeros((0, 2, 2)))
     with pytest.raises(DataError, match=r"0\.npy: expected features, found an empty array \[0, 2, 2\]"):
@@ -274,6 +318,73 @@ def test_names_that_stay_in_a_folder(folder, tmp_path):
         assert foreign.inside(folder, name) == folder / name
     (tmp_path / "other").symlink_to(folder)  # a folder that is a link itself
     assert foreign.inside(tmp_path / "other", "good").is_file()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """The cache of the Hugging Face hub with one file, 0.npy; -> (repository, snapshot)."""
+    repository = tmp_path / "hub" / "datasets--someone--features"
+    snapshot = repository / "snapshots" / "0123abc"
+    (repository / "blobs").mkdir(parents=True)
+    (snapshot / "sub").mkdir(parents=True)
+    np.save(tmp_path / "0.npy", np.ones((2, 3)))
+    (tmp_path / "0.npy").rename(repository / "blobs" / "f00d")
+    (snapshot / "0.npy").symlink_to("../../blobs/f00d")
+    (snapshot / "sub" / "1.npy").symlink_to("../../../blobs/f00d")
+    return repository, snapshot
+
+
+def test_blobs_of_a_hub_cache_are_read_through_its_snapshot(hub, tmp_path):
+    _, snapshot = hub
+    assert UnitFiles(snapshot, "grid").read("0.jpg")["grid"].shape == (2, 3)
+    assert UnitFiles(snapshot / "sub", "grid").read("1")["grid"].shape == (2, 3)
+    assert foreign.inside(snapshot, "sub/1.npy").is_file()
+    (tmp_path / "mine").symlink_to(snapshot)
+    assert foreign.inside(tmp_path / "mine", "0.npy").is_file()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["blob is a link", "blobs is a link", "of another repository", "no hub", "not blobs", "below blobs", "above"],
+)
+def test_links_that_only_look_like_a_hub_cache(change, hub, tmp_path):
+    repository, snapshot = hub
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    np.save(secret / "f00d.npy", np.ones((2, 3)))
+    (secret / "f00d.npy").rename(secret / "f00d")
+    folder, name = snapshot, "0.npy"
+    match change:
+        case "blob is a link":
+            (repository / "blobs" / "f00d").unlink()
+            (repository / "blobs" / "f00d").symlink_to(secret / "f00d")
+        case "blobs is a link":
+            (repository / "blobs").rename(tmp_path / "old")
+            (repository / "blobs").symlink_to(secret)
+        case "of another repository":
+            other = repository.with_name("datasets--someone--secret")
+            (other / "blobs").mkdir(parents=True)
+            (secret / "f00d").rename(other / "blobs" / "f00d")
+            (snapshot / "1.npy").symlink_to(other / "blobs" / "f00d")
+            name = "1.npy"
+        case "no hub":
+            repository.rename(repository.with_name("features"))
+            folder = repository.with_name("features") / "snapshots" / "0123abc"
+        case "not blobs":
+            (repository / "refs").mkdir()
+            (secret / "f00d").rename(repository / "refs" / "f00d")
+            (snapshot / "1.npy").symlink_to("../../refs/f00d")
+            name = "1.npy"
+        case "below blobs":
+            (repository / "blobs" / "x").mkdir()
+            (secret / "f00d").rename(repository / "blobs" / "x" / "f00d")
+            (snapshot / "1.npy").symlink_to("../../blobs/x/f00d")
+            name = "1.npy"
+        case "above":  # names are of files in a snapshot
+            folder, name = repository / "snapshots", "1.npy"
+            (folder / name).symlink_to("../blobs/f00d")
+    with pytest.raises(ValueError, match="leads out of this folder by a link"):
+        foreign.inside(folder, name)
 
 
 @pytest.mark.parametrize("name", [name for name in AWAY if name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import pickle
@@ -24,13 +25,16 @@ from data_prep import captions, scene_graphs, vocabulary
 from data_prep.from_person_search import read_annotations
 from data_prep.schema import DataError
 from data_prep.sources.bottom_up import BottomUp
+from data_prep.sources.boxes import Sizes
+from data_prep.sources.detections import Reading
+from data_prep.sources.npz import NpzFiles
 from data_prep.sources.panoptic import Panoptic
 from data_prep.sources.units import UnitFiles
 from shnet_jax.data import tokenise
 from shnet_jax.data.index import IndexBuilder, read_index, write_index
 from shnet_jax.evaluate.bootstrap import load_queries, save_queries
 from shnet_jax.evaluate.recall import QueryRanks
-from shnet_jax.foreign import MAX_PIXELS
+from shnet_jax.foreign import MAX_IMAGE_BYTES, MAX_PIXELS
 from shnet_jax.interop import bert_weights, clip_weights, weights_file
 from shnet_jax.interop.torch_file import TorchFile, open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
@@ -375,6 +379,96 @@ def _picture(folder: Path, data: bytes) -> None:
     pictures.photograph(folder, "a")
 
 
+# ------------------------------------------------------------------------------------------ regions of other containers
+
+
+def _regions() -> dict[str, np.ndarray]:
+    return {"x": np.ones((2, 8), np.float32), "bbox": np.array([[0, 0, 90, 40], [9, 9, 200, 100]], np.float32)}
+
+
+def _image_npz_seeds() -> list[bytes]:
+    sides = {"image_w": np.array(200), "image_h": np.array(100), "num_bbox": np.array(2)}
+    objects = {"info": np.array([{}], object), "cls_prob": np.ones((2, 1601), np.float16)}
+    found = []
+    for save, arrays in (
+        (np.savez, _regions() | sides),
+        (np.savez_compressed, _regions() | sides | objects),
+        (np.savez_compressed, {"feat": np.ones((8, 3, 2)), "y": np.zeros(10**6)}),
+        (np.savez_compressed, {"x": np.zeros((10**6, 9))}),
+    ):
+        file = io.BytesIO()
+        save(file, **arrays)
+        found.append(file.getvalue())
+    return found
+
+
+def _image_npz(folder: Path, data: bytes) -> None:
+    _written(folder, "7.npz", data)
+    NpzFiles(folder, Reading(max_regions=4, max_cells=9)).read("7.jpg")
+
+
+def _header_seeds() -> list[bytes]:
+    regions = _regions()
+    row = {"image_id": "7", "image_w": "200", "image_h": "100", "num_boxes": "2"}
+    row |= {"boxes": _cell(regions["bbox"]), "features": _cell(regions["x"])}
+    found = []
+    for names in (list(row), list(row)[::-1], ["image_h", "image_w", *list(row)[3:], "image_id"]):
+        lines = ["\t".join(names), "\t".join(row[name] for name in names)]
+        found += ["\r\n".join(lines).encode(), "\n".join([*lines, lines[1][:30], *lines]).encode()]
+    return found
+
+
+def _hdf5_seeds() -> list[bytes]:
+    import h5py
+
+    regions = _regions()
+    rows = {"image_features": regions["x"][None], "image_bb": regions["bbox"][None], "image_id": [7]}
+    sides = {"image_w": [200], "image_h": [100]}
+    by_id = {
+        "7_features": regions["x"],
+        "7_boxes": regions["bbox"],
+        "7_size": [[100, 200]],
+        "7_grids": np.ones((9, 16)),
+    }
+    ends = {"image_features": regions["x"], "pos_boxes": [[0, 2]], "image_id": ["7.jpg"]}
+    groups = {"7/features": regions["x"], "7/boxes": regions["bbox"], "7/img_w": 200, "7/img_h": 100}
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        for sets, keywords in (
+            *((rows | sides, {}), (by_id, {}), (ends, {}), (groups, {})),
+            (rows | sides, {"chunks": True, "compression": "gzip", "shuffle": True, "fletcher32": True}),
+        ):
+            path = Path(name) / "seed.h5"
+            with h5py.File(path, "w", libver="latest" if keywords else "earliest") as file:
+                for key, value in sets.items():
+                    file.create_dataset(key, data=value, **keywords)
+            found.append(path.read_bytes())
+    return found
+
+
+def _hdf5(folder: Path, data: bytes) -> None:
+    path = _written(folder, "a.h5", data)
+    Hdf5Features([path], reading=Reading(max_regions=4, max_cells=9)).read("7.jpg")
+
+
+def _sidecar_seeds() -> list[bytes]:
+    index = {7: 0, 8: 1}
+    texts = [b"7.jpg\n8.jpg\n", _json(["7", 8]), _json({"7": 0, "8.jpg": 1}), _json({"7": [200, 100]})]
+    return [*texts, b"image,w,h\n7.jpg,200,100\n", *(pickle.dumps(index, p) for p in range(6))]
+
+
+def _sidecar(folder: Path, data: bytes) -> None:
+    faults, names = [], ("a.json", "a.pkl", "a.txt", "s.json", "s.csv")
+    for name in names:
+        path = _written(folder, name, data)
+        try:
+            read_index(path, 2) if name.startswith("a") else Sizes(path).find("7.jpg")
+        except DataError as error:
+            faults.append(error)
+    if len(faults) == len(names):
+        raise faults[0]
+
+
 TARGETS: dict[str, Target] = {
     "npy": Target(_npy_seeds, _npy, (DataError,)),
     "npz": Target(_npz_seeds, _npz, make=_checked),
@@ -389,4 +483,12 @@ TARGETS: dict[str, Target] = {
     "wordpiece": Target(_wordpiece_seeds, lambda f, d: _encode(tokenise.wordpiece(_written(f, "vocab.txt", d)))),
     "clip_bpe": Target(_clip_seeds, _clip),
     "picture": Target(_picture_seeds, _picture, memory=8 * MAX_PIXELS),
+    "image_npz": Target(_image_npz_seeds, _image_npz, (DataError,), make=_checked, memory=4 * MAX_IMAGE_BYTES),
+    "tsv_header": Target(_header_seeds, _tsv, (DataError,)),
 }
+
+if importlib.util.find_spec("h5py"):  # an extra
+    from data_prep.sources.hdf5 import Hdf5Features, read_index
+
+    TARGETS["hdf5"] = Target(_hdf5_seeds, _hdf5, (DataError,), memory=4 * MAX_IMAGE_BYTES)
+    TARGETS["hdf5_ids"] = Target(_sidecar_seeds, _sidecar, (DataError,))
