@@ -59,14 +59,14 @@ class UnitFiles:
 
     @cached_property
     def _features(self) -> FileNames:
-        return FileNames(self.folder, (".npy", ".pth"))
+        return FileNames(self.folder, (".npy", ".pth", ".pt"))
 
     def read(self, image_id: str) -> Record:
         """The features [units, D] and, with max_units, their mask."""
         path = self._features.find(image_id)
         if path is None:
             raise Absent(f"{self.folder}: image {image_id!r}: expected a file {image_id}.npy, found none")
-        array = _read_pth(path) if path.suffix == ".pth" else open_array(path)
+        array = _read_pth(path) if path.suffix in (".pth", ".pt") else open_array(path)
         return padded({self.field: as_units(array, path, self.pool, self.layout)}, self.max_units, path)
 
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from shnet_jax.foreign import check_kind
 from shnet_jax.interop.torch_pickle import DTYPES, Storage, Tensor, Unpickler
 
 MAX_PICKLE = 32 * 2**20
@@ -95,6 +96,7 @@ def open_torch_file(path: str | Path, scale: int = 1) -> TorchFile:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    check_kind(path)
     with path.open("rb") as file:
         start = file.read(len(_LEGACY_START))
         if start == _LEGACY_START:
