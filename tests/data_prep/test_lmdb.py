@@ -4,7 +4,11 @@ import base64
 import io
 import json
 import pickle
+import subprocess
 import sys
+import tracemalloc
+import types
+from pathlib import Path
 
 import lmdb
 import msgpack
@@ -265,6 +269,58 @@ def test_files_that_are_no_lmdb(tmp_path, capsys):
         assert from_lmdb.main([*captions(tmp_path), f"--lmdb={path}"]) == 1
         error = capsys.readouterr().err
         assert message in error and str(path) in error and error.count("\n") == 1, error
+
+
+def test_a_key_without_a_value_is_damage(tmp_path):
+    source = Lmdb(write(tmp_path / "x", {b"42": packed({"features": FEATURES})}), Reading())
+    source.__dict__["_transaction"] = types.SimpleNamespace(get=lambda key: None)  # as of damaged pages
+    with pytest.raises(DataError, match="expected the value of this key, found none: the file is damaged"):
+        source.read("42")
+
+
+_DAMAGED = """
+import random, sys
+from pathlib import Path
+from data_prep.schema import DataError
+from data_prep.sources.detections import Reading
+from data_prep.sources.lmdb_files import Lmdb
+
+whole, rng, path = Path(sys.argv[1]).read_bytes(), random.Random(sys.argv[2]), Path(sys.argv[1] + ".damaged")
+for _ in range(40):
+    data = bytearray(whole)
+    for _ in range(rng.choice((1, 2, 5, 20))):  # many of them in the headers of pages
+        at = rng.randrange(len(data))
+        data[at if rng.random() < 0.5 else at // 4096 * 4096 + at % 200] = rng.randrange(256)
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+    for name in ("1", "2", "3"):
+        try:
+            Lmdb(path, Reading()).read(name)
+        except DataError:
+            pass
+"""
+
+
+@pytest.mark.slow
+def test_damage_anywhere_gives_an_error_or_ends_the_process_in_the_library(tmp_path):
+    """The inner pages of a file are the C library's matter: it may crash over them. Nothing else may come out."""
+    values = {str(i).encode(): packed({"features": np.ones((2, 8 if i % 9 else 4000), np.float32)}) for i in range(60)}
+    path = write(tmp_path / "x.lmdb", values, subdir=False)
+    for seed in "abc":
+        command = [sys.executable, "-c", _DAMAGED, str(path), seed]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert done.returncode <= 0, done.stderr
+
+
+def test_one_record_is_in_memory_at_a_time(tmp_path):
+    values = {str(i).encode(): packed({"features": np.ones((36, 1000), np.float32)}) for i in range(100)}
+    source = Lmdb(write(tmp_path / "x", values), Reading())
+    tracemalloc.start()
+    for i in range(100):
+        source.read(f"{i}.jpg")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 36 * 1000 * 4
 
 
 def test_without_the_library_its_extra_is_named(tmp_path, monkeypatch, capsys):

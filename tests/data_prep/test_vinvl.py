@@ -2,6 +2,7 @@
 
 import base64
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from data_prep import from_grid_feats, from_torch, from_vinvl, torch_files
 from data_prep.schema import DataError
 from data_prep.sources.detections import Reading
+from data_prep.sources.torch_dict import TorchDict
 from data_prep.sources.vinvl import Vinvl, parse, split_geometry
 from shnet_jax.data.records import open_dataset
 from shnet_jax.interop import torch_pickle
@@ -280,15 +282,24 @@ def test_a_file_of_torch_that_is_another(content, message, tmp_path, flags, caps
 
 
 def test_arrays_of_numpy_by_image(tmp_path):
-    array = torch_writer.Raw(torch_writer.of_numpy(IMAGES[0][0]))
+    array = torch_writer.of_numpy(IMAGES[0][0])
     path = torch_writer.save(tmp_path / "x.pt", {"42": array})
-    assert from_torch_source(path)["regions"].shape == (3, 2048)
+    assert TorchDict([path], Reading()).read("42.jpg")["regions"].shape == (3, 2048)
 
 
-def from_torch_source(path):
-    from data_prep.sources.torch_dict import TorchDict
-
-    return TorchDict([path], Reading()).read("42.jpg")
+@pytest.mark.parametrize("kind", ["vinvl", "torch"])
+def test_one_record_is_in_memory_at_a_time(kind, tmp_path):
+    arrays = {str(i): np.ones((36, 1000), np.float32) for i in range(100)}
+    if kind == "vinvl":
+        source = Vinvl([write(tmp_path / "a.tsv", [row(name, array) for name, array in arrays.items()])], Reading())
+    else:
+        source = TorchDict([torch_writer.save(tmp_path / "a.pt", arrays)], Reading())
+    tracemalloc.start()
+    for name in arrays:
+        source.read(f"{name}.jpg")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 36 * 1000 * 4
 
 
 def test_captions_by_image(tmp_path):

@@ -187,6 +187,8 @@ EMPTY = name("numpy.core.multiarray", "_reconstruct") + name("numpy", "ndarray")
 SCALAR = name("numpy._core.multiarray", "scalar")
 FROM_BUFFER = name("numpy._core.numeric", "_frombuffer")
 ENCODE = name("_codecs", "encode")
+# (the memo's 0, dtype("u1"), (200,), "C") sixty times
+FROM_BUFFERS = (FROM_BUFFER + b"(h\x00" + U1 + b"K\xc8\x85X\x01\x00\x00\x00CtR") * 60
 TEXT_1000 = b"X\xe8\x03\x00\x00" + b"a" * 1000
 
 
@@ -229,6 +231,10 @@ def state(shape: bytes, dtype: bytes, data: bytes, fortran: bytes = b"\x89", ver
         (b"U\xc8" + b"a" * 200 + b"q\x00K\xc8\x85q\x01" + state(b"h\x01", U1, b"h\x00") * 60, "it copies more than"),
         (
             SCALAR + b"q\x00" + U63 + b"U\xfc" + b"a\0\0\0" * 63 + b"\x86q\x01" + b"h\x00h\x01R" * 60,
+            "it copies more than",
+        ),
+        (
+            b"C\xc8" + b"a" * 200 + b"q\x00" + FROM_BUFFERS,
             "it copies more than",
         ),
         (name("easydict", "EasyDict") + b"}\x85R", "made of something else than its items"),

@@ -81,8 +81,8 @@ def attributes(module: str, attribute: str, items: dict, state: dict | None = No
     return Raw(start + writer.write(items if state is None else state) + b"b")
 
 
-def of_numpy(value: np.generic) -> Raw:
-    """A number of NumPy as protocol 2 has it."""
+def of_numpy(value: np.generic | np.ndarray) -> Raw:
+    """A number or an array of NumPy as protocol 2 has it."""
     return Raw(pickle.dumps(value, 2)[2:-1])
 
 
