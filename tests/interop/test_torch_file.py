@@ -146,6 +146,7 @@ REUSED = (name("torch._utils", "_rebuild_parameter") + b"h\x00R") * 1001
             b"}N" + b"\x85" * 200_000 + b"Ns",
             "more than 1000 objects in a key",
         ),  # a key whose hash needs a stack without end
+        (b"}(N" + b"\x85" * 200_000 + b"Nu", "more than 1000 objects in a key"),
         (b"}" + DOUBLED + b"Ns", "more than 1000000 objects in its keys and arguments"),
         (b"}(" + DOUBLED + b"Nu", "more than 1000000 objects in its keys and arguments"),
         (b"}(" + DOUBLED + b"NK\x01Nu", "more than 1000000 objects in its keys and arguments"),
@@ -231,6 +232,10 @@ def state(shape: bytes, dtype: bytes, data: bytes, fortran: bytes = b"\x89", ver
         (b"U\xc8" + b"a" * 200 + b"q\x00K\xc8\x85q\x01" + state(b"h\x01", U1, b"h\x00") * 60, "it copies more than"),
         (
             SCALAR + b"q\x00" + U63 + b"U\xfc" + b"a\0\0\0" * 63 + b"\x86q\x01" + b"h\x00h\x01R" * 60,
+            "it copies more than",
+        ),
+        (
+            SCALAR + b"q\x00" + U63 + b"C\xfc" + b"a\0\0\0" * 63 + b"\x86q\x01" + b"h\x00h\x01R" * 60,
             "it copies more than",
         ),
         (
@@ -433,6 +438,8 @@ def test_compressed_entries_and_other_files(tmp_path):
     refused(path, "compressed or encrypted")
     path.write_bytes(b"not a checkpoint")
     refused(path, "no file of torch.save")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    refused(path, "found a git-LFS pointer in place of the file")
     path.write_bytes(b"a" * 257 + b"ustar")
     refused(path, r"a tar archive of torch 0\.1")
     with pytest.raises(FileNotFoundError, match="no such file"):
