@@ -4,6 +4,7 @@ Karpathy JSON (dataset_coco.json, dataset_flickr30k.json): images with `sentence
 COCO captions JSON (captions_val2017.json): `images` and `annotations`.
 JSON list of objects (BLIP, ALBEF, LAVIS), or JSONL: `image`, `caption` (text or a list of texts), perhaps `split`.
 Parquet (Hugging Face): the same as columns; the pictures themselves are not read.
+A .pt of torch.save (Oscar's and VinVL's SPLIT_captions.pt): image -> list of captions, or JSON of one.
 Flickr token file (results_20130124.token, Flickr8k.token.txt): lines NAME.jpg#0<tab>sentence.
 CSV, TSV, Flickr's results.csv (|), Kaggle's captions.txt: a header with an image column, one or more of captions, and
 perhaps `split`. TSV and | are read as they are, without quoting, unless their header is quoted.
@@ -23,6 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_prep import torch_files
 from data_prep.files import data_errors, read_json, text_lines
 from data_prep.names import EXTENSIONS
 from data_prep.parquet import open_parquet
@@ -79,6 +81,7 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Line]]:
         ".jsonl": _json_lines,
         ".ndjson": _json_lines,
         ".parquet": _parquet,
+        ".pt": _torch,
     }
     known |= {".csv": _table, ".tsv": _table}
     if (suffix := path.suffix.lower()) in known:
@@ -262,6 +265,11 @@ def _coco(content: dict[str, Any], path: Path) -> Iterator[Line]:
 def _parquet(path: Path) -> Iterator[Line]:
     with open_parquet(path) as file:
         yield from _batches(file, path)
+
+
+def _torch(path: Path) -> Iterator[Line]:
+    for row, file, caption in torch_files.read_captions(path):
+        yield Line(row, file, caption)
 
 
 def _batches(file: Any, path: Path) -> Iterator[Line]:

@@ -14,8 +14,8 @@ from data_prep.schema import DataError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2", ".ppm")
 """Of pictures. Other endings, as in v1.5, are part of a name."""
 
-# 000000391895 and COCO_val2014_000000391895 are image 391895
-_NUMBERED = re.compile(r"(?:COCO_[a-z]+[0-9]*_)?([0-9]+)")
+# 000000391895, COCO_val2014_000000391895 and, in UNITER's files, coco_val2014_000000391895 are image 391895
+_NUMBERED = re.compile(r"(?:(?:COCO_[a-z]+[0-9]*|coco_[a-z]+[0-9]*|flickr30k|vg|gqa)_)?([0-9]+)")
 
 T = TypeVar("T")
 

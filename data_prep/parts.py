@@ -12,9 +12,12 @@ from data_prep.sources.base import Source
 from data_prep.sources.bottom_up import BottomUp
 from data_prep.sources.boxes import FORMS, Sizes
 from data_prep.sources.detections import Reading
+from data_prep.sources.lmdb_files import Lmdb
 from data_prep.sources.npz import NpzFiles
 from data_prep.sources.panoptic import Panoptic, Upsnet
+from data_prep.sources.torch_dict import TorchDict
 from data_prep.sources.units import LAYOUTS, MASK, UnitFiles
+from data_prep.sources.vinvl import GEOMETRIES, Vinvl
 from shnet_jax.paths import to_path, to_paths
 
 
@@ -83,6 +86,18 @@ def _embeddings(args: argparse.Namespace) -> Source:
     return Embeddings(to_paths(args.embeddings))
 
 
+def _lmdb(args: argparse.Namespace) -> Source:
+    return Lmdb(to_path(args.lmdb), _reading(args))
+
+
+def _vinvl(args: argparse.Namespace) -> Source:
+    return Vinvl(to_paths(args.vinvl), _reading(args), args.geometry, args.vinvl_labels)
+
+
+def _torch(args: argparse.Namespace) -> Source:
+    return TorchDict(to_paths(args.torch), _reading(args), args.geometry)
+
+
 _READING = ("features_as", "layout", "pool_grids", "max_cells", "max_regions", "boxes", "sizes")
 
 PARTS: dict[str, Part] = {
@@ -95,6 +110,15 @@ PARTS: dict[str, Part] = {
         "HDF5, several by commas (image_features, ID_features, ...): regions and boxes, or grid",
         _hdf5,
         (*_READING, "hdf5_ids", "size_order"),
+    ),
+    "lmdb": Part("LMDB of UNITER (feat_*), ViLBERT or MMF: regions, boxes, scores", _lmdb, _READING),
+    "vinvl": Part(
+        "features.tsv or SPLIT.feature.tsv of VinVL, several by commas: regions, boxes",
+        _vinvl,
+        (*_READING, "geometry", "vinvl_labels"),
+    ),
+    "torch": Part(
+        "FILE.pt of torch.save, {image: tensor}, several by commas: regions, boxes", _torch, (*_READING, "geometry")
     ),
     "panoptic": Part("COCO panoptic JSON: seg_semantic, seg_map, categories", _panoptic, ("panoptic_png",)),
     "upsnet": Part("folder with UPSNet's PNG (pan_2ch or ssegs): seg_semantic, seg_map, categories", _upsnet),
@@ -125,6 +149,14 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "help": "width and height of images, for boxes in pixels: COCO JSON, JSON name: [width, height], CSV or TSV",
     },
     "size_order": {"choices": ("hw", "wh"), "help": "of the two numbers in ID_size (default: hw, as DLCT writes them)"},
+    "geometry": {
+        "choices": GEOMETRIES,
+        "help": "whether VinVL's last 6 of 2,054 numbers, which become boxes, stay in the features too; default: drop",
+    },
+    "vinvl_labels": {
+        "type": to_path,
+        "help": "predictions.tsv or SPLIT.label.tsv of its detector: box classes, scores",
+    },
     "hdf5_ids": {"help": "ids of the rows, by commas a file for each HDF5: list or id: row as JSON, text or pickle"},
 }
 """Flags of single formats, as keyword arguments of `add_argument`; their default is None, which means not given."""

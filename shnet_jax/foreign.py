@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -102,25 +102,33 @@ def read_npz(path: Path, names: Collection[str] | None = None, most: int | None 
     """
     check_kind(path)
     with path.open("rb") as file:
-        start = file.read(_START)
-        try:
-            with zipfile.ZipFile(file) as archive:
-                entries = archive.infolist()
-                if len(entries) > MAX_ARRAYS:
-                    raise ValueError(f"{len(entries)} arrays, more than {MAX_ARRAYS}")
-                wanted = [(entry.filename.removesuffix(".npy"), entry) for entry in entries]
-                wanted = [(name, entry) for name, entry in wanted if names is None or name in names]
-                if len({name for name, _ in wanted}) < len(wanted):
-                    raise ValueError("two arrays of one name")
-                _check_sizes([entry for _, entry in wanted], path.stat().st_size, most)
-                return {name: _member(archive, entry) for name, entry in wanted}
-        # Versions that Python does not know, passwords, entries behind the end: damage shows in many ways.
-        except (
-            *(zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, zlib.error),
-            *(EOFError, OverflowError, ValueError, struct.error),
-        ) as error:
-            what = "" if start.startswith(b"PK") else kind_of(start)
-            raise ValueError(f"{path}: expected arrays as np.savez writes them{what}: {error}") from None
+        return parse_npz(file, path, names, most)
+
+
+def parse_npz(
+    file: BinaryIO, where: object, names: Collection[str] | None = None, most: int | None = None
+) -> dict[str, np.ndarray]:
+    """The same of an open file; where: it is, for errors."""
+    start = file.read(_START)
+    size = file.seek(0, io.SEEK_END)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if len(entries) > MAX_ARRAYS:
+                raise ValueError(f"{len(entries)} arrays, more than {MAX_ARRAYS}")
+            wanted = [(entry.filename.removesuffix(".npy"), entry) for entry in entries]
+            wanted = [(name, entry) for name, entry in wanted if names is None or name in names]
+            if len({name for name, _ in wanted}) < len(wanted):
+                raise ValueError("two arrays of one name")
+            _check_sizes([entry for _, entry in wanted], size, most)
+            return {name: _member(archive, entry) for name, entry in wanted}
+    # Versions that Python does not know, passwords, entries behind the end: damage shows in many ways.
+    except (
+        *(zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, zlib.error),
+        *(EOFError, OverflowError, ValueError, struct.error),
+    ) as error:
+        what = "" if start.startswith(b"PK") else kind_of(start)
+        raise ValueError(f"{where}: expected arrays as np.savez writes them{what}: {error}") from None
 
 
 def _check_sizes(entries: list[zipfile.ZipInfo], file_size: int, most: int | None) -> None:

@@ -185,8 +185,8 @@ def parse(
     elif form != "none":
         record["boxes"] = box_units.shares(corners, (width, height), form, f"{where}: column 'boxes'")
     if "objects_id" in row and "objects_conf" in row:
-        record["box_classes"] = _decode(row["objects_id"], np.int64, count, where, "objects_id")[:, 0]
-        record["box_scores"] = _decode(row["objects_conf"], np.float32, count, where, "objects_conf")[:, 0]
+        record["box_classes"] = decode(row["objects_id"], np.int64, count, where, "objects_id")[:, 0]
+        record["box_scores"] = decode(row["objects_conf"], np.float32, count, where, "objects_conf")[:, 0]
     return record
 
 
@@ -194,10 +194,10 @@ _MAX_SIDE = box_units.MAX_SIDE
 
 
 def _floats(cell: bytes, count: int, where: str, column: str) -> np.ndarray:
-    return _decode(cell, np.float32, count, where, column)
+    return decode(cell, np.float32, count, where, column)
 
 
-def _decode(cell: bytes, dtype: type, count: int, where: str, column: str) -> np.ndarray:
+def decode(cell: bytes, dtype: type, count: int, where: str, column: str) -> np.ndarray:
     """A cell of base64 as [count, n]; also as Python writes bytes, b'...', which some tools did."""
     if cell.startswith(b"b'"):
         cell = cell[2:].removesuffix(b"'")

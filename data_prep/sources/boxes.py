@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from data_prep.caption_files import IMAGE_COLUMNS
-from data_prep.files import read_json
+from data_prep.files import data_errors, read_json
 from data_prep.names import Names
 from data_prep.schema import DataError
+from shnet_jax.foreign import parse_json
 
 Form = Literal["pixels", "pixels_xywh", "shares", "shares_xywh", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -98,7 +99,7 @@ class Sizes:
     """Width and height of images, by their names or numbers, from a file.
 
     Read are COCO's JSON (`images`), a list of such entries (Visual Genome's image_data.json), an object of
-    name: [width, height] or name: {"width": ..., "height": ...}, and CSV or TSV with a header.
+    name: [width, height] or name: {"width": ..., "height": ...}, CSV or TSV with a header, and SPLIT.hw.tsv.
     """
 
     def __init__(self, path: Path):
@@ -148,11 +149,25 @@ class Sizes:
             raise DataError(f"{self._path}: expected the keys width and height, found {', '.join(entry):.200}")
         return sides[0], sides[1]
 
+    def _benchmark(self, lines: Iterable[str]) -> Iterator[tuple[list[str], Any, Any]]:
+        """The lines of SPLIT.hw.tsv of microsoft/scene_graph_benchmark: name, [{"height": ..., "width": ...}]."""
+        for number, line in enumerate(lines, 1):
+            name, _, cell = line.partition("\t")
+            with data_errors():
+                entries = parse_json(cell, f"{self._path} line {number}")
+            if not isinstance(entries, list) or len(entries) != 1:
+                raise DataError(f"{self._path} line {number}: expected a list of one size, found {cell.strip()!r:.80}")
+            yield [name.strip()], *self._pair(entries[0])
+
     def _table(self) -> Iterator[tuple[list[str], Any, Any]]:
         try:
             with self._path.open(encoding="utf-8-sig", newline="") as file:
-                delimiter = "\t" if "\t" in file.readline() else ","
+                first = file.readline()
+                delimiter = "\t" if "\t" in first else ","
                 file.seek(0)
+                if first.partition("\t")[2].lstrip().startswith("[{"):
+                    yield from self._benchmark(file)
+                    return
                 for row in csv.DictReader(file, delimiter=delimiter, strict=True, skipinitialspace=True):
                     entry = {str(key).strip().lower(): value for key, value in row.items()}
                     name = next((entry[key] for key in (*IMAGE_COLUMNS, "img_id", "id") if entry.get(key)), None)

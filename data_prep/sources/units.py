@@ -23,7 +23,7 @@ MASK = {"grid": "grid_mask", "regions": "region_mask"}
 Layout = Literal["hwc", "chw"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 """Where the channels are: last, as Keras and JAX have them, or first, as PyTorch has them."""
-_SUFFIXES = (".npy", ".pth")
+_SUFFIXES = (".npy", ".pth", ".pt")
 _WIDTH, _STEP = 64, 16  # the least width of published features, and of what widths are multiples; see `refusal`
 
 
@@ -66,7 +66,7 @@ class UnitFiles:
         path = self._features.find(image_id)
         if path is None:
             raise Absent(f"{self.folder}: image {image_id!r}: expected a file {image_id}.npy, found none")
-        array = _read_pth(path) if path.suffix == ".pth" else open_array(path)
+        array = _read_pth(path) if path.suffix in (".pth", ".pt") else open_array(path)
         return padded({self.field: as_units(array, path, self.pool, self.layout)}, self.max_units, path)
 
 

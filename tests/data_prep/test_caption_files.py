@@ -17,6 +17,7 @@ from pyarrow import parquet
 from data_prep import captions, from_grid_feats, from_scan
 from data_prep.schema import DataError
 from shnet_jax.data.records import open_dataset
+from tests.interop import torch_writer
 
 SEPARATORS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # str.splitlines splits at them
 NASTY = [
@@ -65,6 +66,12 @@ def _parquet(columns):
     return file.getvalue()
 
 
+def _torch(sentences):
+    file = io.BytesIO()
+    torch_writer.save(file, {f"{i}.jpg": json.dumps(own) for i, own in enumerate(sentences)})
+    return file.getvalue()
+
+
 def _csv(rows, **options):
     table = io.StringIO()
     csv.writer(table, **options).writerows(rows)
@@ -96,6 +103,7 @@ FORMATS = {
     "one_each.json": lambda s: json.dumps([{"image": name, "caption": text} for name, text in _rows(s)]),
     "lines.jsonl": lambda s: "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in _objects(s)),
     "columns.parquet": lambda s: _parquet({"filename": [f"{i}.jpg" for i in range(len(s))], "caption": s}),
+    "oscar_captions.pt": _torch,
     "comma.csv": lambda s: _csv([("image", "caption"), *_rows(s)]),
     "semicolon.csv": lambda s: _csv([("image", "caption"), *_rows(s)], delimiter=";", quoting=csv.QUOTE_ALL),
     "cells.csv": lambda s: _csv([("raw", "filename"), *((json.dumps(own), f"{i}.jpg") for i, own in enumerate(s))]),

@@ -180,7 +180,7 @@ def test_a_folder_without_npz_says_what_lies_there(tmp_path):
         NpzFiles(tmp_path / "a.npy")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.npz").write_text("")
-    with pytest.raises(DataError, match=r"expected ID\.npy or ID\.pth of each image, found 1 of \.npz"):
+    with pytest.raises(DataError, match=r"expected ID\.npy or ID\.pth or ID\.pt of each image, found 1 of \.npz"):
         UnitFiles(tmp_path / "sub", "grid")
     NpzFiles(tmp_path)  # an id may name a folder
 

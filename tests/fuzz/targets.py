@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import h5py
+import msgpack
 import numpy as np
 import pyarrow as pa
 from PIL import Image
@@ -25,20 +26,22 @@ from pyarrow import parquet
 from safetensors.numpy import save
 
 from configs import base
-from data_prep import captions, scene_graphs, vocabulary
+from data_prep import captions, scene_graphs, torch_files, vocabulary
 from data_prep.extract.images import BrokenImage, Photographs
 from data_prep.extract.tables import Tables
 from data_prep.extract.tars import Tars
 from data_prep.files import read_label_map
 from data_prep.from_person_search import read_annotations
 from data_prep.schema import DataError
-from data_prep.sources import hdf5
+from data_prep.sources import hdf5, lmdb_files
 from data_prep.sources.bottom_up import BottomUp
 from data_prep.sources.boxes import Sizes
 from data_prep.sources.detections import Reading
 from data_prep.sources.npz import NpzFiles
 from data_prep.sources.panoptic import Panoptic
+from data_prep.sources.torch_dict import TorchDict
 from data_prep.sources.units import UnitFiles
+from data_prep.sources.vinvl import Vinvl
 from shnet_jax.data import tokenise
 from shnet_jax.data.index import IndexBuilder, read_index, write_index
 from shnet_jax.evaluate.bootstrap import load_queries, save_queries
@@ -51,6 +54,7 @@ from shnet_jax.retrieve import pictures, tensors
 from shnet_jax.retrieve.folder import read_ids
 from shnet_jax.train.workdir import WorkdirError, trained_config
 from tests.fuzz.mutate import mutate, with_true_checksums
+from tests.interop import torch_writer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS = ["a red star above the sea", "", "ünïcode 犬 \u202e x", "[MASK] ##ing <|endoftext|>", "a" * 500]
@@ -325,6 +329,11 @@ _OPCODES = [
     *(b"q\x00", b"q\x01", b"h\x00", b"h\x01"),
     *(b"ccollections\nOrderedDict\n", b"cargparse\nNamespace\n", b"cos\nsystem\n", b"ctorch\nFloatStorage\n"),
     *(b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_parameter\n"),
+    *(b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R", b"cnumpy\ndtype\n"),
+    *(b"cnumpy.core.multiarray\nscalar\n", b"cnumpy._core.numeric\n_frombuffer\n", b"c_codecs\nencode\n"),
+    *(b"ceasydict\nEasyDict\n", b"ccollections\ndefaultdict\n", b"ctorch\ndevice\n", b"c__builtin__\nbytes\n"),
+    *(b"X\x02\x00\x00\x00f4\x85R", b"X\x06\x00\x00\x00latin1", b"C\x04abcd", b"U\x04abcd", b"K\x03", b"\x88", b"\x89"),
+    *(b"\x96\x04" + bytes(7) + b"abcd", b"(K\x03X\x01\x00\x00\x00<NNNK\x00K\x00K\x00tb"),
 ]
 
 
@@ -556,6 +565,73 @@ def _sidecar(folder: Path, data: bytes) -> None:
         raise faults[0]
 
 
+# ------------------------------------------------------------------------------------------------------- LMDB and VinVL
+
+
+def _lmdb_value(folder: Path, value: bytes) -> None:
+    Reading(max_regions=4).record("42", lmdb_files.arrays_of(lmdb_files.parse_value(value, "here"), "here"), "here")
+
+
+def _record_seeds() -> list[bytes]:
+    features, boxes = np.ones((2, 3), np.float32), np.array([[0, 0, 5, 5], [1, 2, 3, 4]], np.float32)
+    sizes = {"image_w": 10, "image_h": np.int64(8), "num_boxes": 2}
+    arrays = {"features": features, "boxes": boxes, "cls_prob": np.ones((2, 3)), "objects": np.arange(2)} | sizes
+    texts = {"features": _cell(features), "boxes": _cell(boxes).encode()} | sizes
+    return [pickle.dumps(record, protocol) for protocol in (2, 3, 4, 5) for record in (arrays, texts)]
+
+
+def _value_seeds() -> list[bytes]:
+    arrays = {"features": np.ones((2, 3), np.float16), "norm_bb": np.array([[0, 0, 1, 1, 1, 1]] * 2, np.float16)}
+    files = [io.BytesIO() for _ in range(2)]
+    np.savez(files[0], **arrays)
+    np.savez_compressed(files[1], **arrays)
+    packed = {
+        k: {b"nd": True, b"type": a.dtype.str, b"shape": a.shape, b"data": a.tobytes()} for k, a in arrays.items()
+    }
+    number = {b"nd": False, b"type": "<f8", b"data": bytes(8)}
+    return [*(file.getvalue() for file in files), msgpack.packb(packed), msgpack.packb(packed | {"a": number})]
+
+
+_BETWEEN = b"\n====\n"  # the files of one input
+
+
+def _vinvl_seeds() -> list[bytes]:
+    place = np.array([[0, 0, 1, 1, 1, 1]] * 2, np.float32)
+    features = _cell(np.concatenate([np.ones((2, 2048), np.float32), place], 1))
+    row = f"42\t2\t{features}\n".encode()
+    narrow = _cell(np.ones((2, 3), np.float32))
+    objects = [{"class": "dog", "conf": 0.5, "rect": [0, 0, 10, 5], "feature": _cell(np.ones(3, np.float32))}] * 2
+    content = {"objects": objects, "image_w": 10, "image_h": 5}
+    cells = ({"num_boxes": 2, "features": narrow}, content)
+    files = [row, *(b"42\t" + _json(cell) + b"\n" for cell in cells), f"42\t2\t{narrow}\n".encode()]
+    labels = b"42\t" + _json(content) + b"\n"
+    whole = [_BETWEEN.join((file, labels, b"0\n", b'{"42": 0}')) for file in files]
+    return [*whole, _BETWEEN.join((files[0], labels)), b"42\t" + _json({"objects": objects})]
+
+
+def _vinvl(folder: Path, data: bytes) -> None:
+    files = dict(
+        zip(("features.tsv", "labels.tsv", "features.lineidx", "imageid2idx.json"), data.split(_BETWEEN), strict=False)
+    )
+    paths = {name: _written(folder, name, content) for name, content in files.items()}
+    Vinvl([paths["features.tsv"]], Reading(max_regions=4), None, paths.get("labels.tsv")).read("42")
+
+
+def _torch_dict_seeds() -> list[bytes]:
+    features = np.ones((2, 3), np.float32)
+    values = ({42: features}, {"42": features, "7": features}, {42: ["a dog", "x"], "7": '["a cat"]'})
+    with tempfile.TemporaryDirectory() as name:
+        return [torch_writer.save(Path(name) / "a.pt", value).read_bytes() for value in values]
+
+
+def _torch_dict(folder: Path, data: bytes) -> None:
+    readers = (
+        lambda path: TorchDict([path], Reading()).read("42"),
+        lambda path: list(torch_files.read_captions(path)),
+    )
+    _read_all(folder, data, readers, (DataError,))
+
+
 TARGETS: dict[str, Target] = {
     "npy": Target(_npy_seeds, _npy, (DataError,)),
     "npz": Target(_npz_seeds, _npz, make=_checked),
@@ -589,4 +665,8 @@ TARGETS: dict[str, Target] = {
     "tsv_header": Target(_header_seeds, _tsv, (DataError,)),
     "hdf5": Target(_hdf5_seeds, _hdf5, (DataError,), memory=4 * MAX_IMAGE_BYTES),
     "hdf5_ids": Target(_sidecar_seeds, _sidecar, (DataError,)),
+    "pickled_record": Target(_record_seeds, _lmdb_value, (DataError,), make=_make_pickle),
+    "lmdb_value": Target(_value_seeds, _lmdb_value, (DataError,), make=_checked, memory=4 * MAX_IMAGE_BYTES),
+    "vinvl": Target(_vinvl_seeds, _vinvl, (DataError,)),
+    "torch_dict": Target(_torch_dict_seeds, _torch_dict, (DataError,), make=_checked),
 }
