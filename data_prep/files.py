@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,17 @@ def inside(folder: Path, name: str) -> Path:
     """The path of a file that has to lie in `folder`. Raises DataError for a name that leads out of it."""
     with data_errors():
         return foreign.inside(folder, name)
+
+
+def check_folder(folder: Path, *suffixes: str) -> None:
+    """Raises DataError, which says what lies there, unless a file of one of these endings is in or below a folder."""
+    wanted = " or ".join(f"ID{suffix}" for suffix in suffixes)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected one with {wanted} of each image")
+    if not any(path.suffix in suffixes for path in folder.rglob("*")):
+        kinds = Counter("folder" if path.is_dir() else path.suffix or "no ending" for path in folder.iterdir())
+        listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(4)) or "nothing"
+        raise DataError(f"{folder}: expected {wanted} of each image, found {listed}")
 
 
 def read_picture(path: Path, mode: str | None = "RGB") -> np.ndarray:

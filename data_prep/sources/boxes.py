@@ -50,7 +50,7 @@ def shares(boxes: np.ndarray, size: Size | None, form: Form, where: str) -> np.n
                 "--boxes=shares says that they are in 0..1, --boxes=none leaves them out",
                 field="boxes",
             )
-        if boxes.max(initial=0) <= 1:  # all in one pixel
+        if boxes.max(initial=0) <= 1 and (boxes[:, 2:] > boxes[:, :2]).all(1).any():  # all in one pixel
             raise DataError(
                 f"{where}: expected boxes in pixels of an image of {size[0]} x {size[1]}, found none beyond "
                 f"{boxes.max(initial=0):g}; --boxes=shares says that they are in 0..1 already",

@@ -61,8 +61,8 @@ class Hdf5Features:
     or an object id: row, or such an object as a pickle of text and whole numbers, of which nothing is run. Default:
     NAME_imgid2idx.json or .pkl beside NAME.hdf5.
 
-    Files stay open. No link, reference, virtual or external data set is followed, and nothing is read that would take
-    more memory than the features of an image may.
+    Files stay open. No link, reference, virtual or external data set is followed, no data of variable length is read,
+    and nothing that would take more memory than the features of an image may.
     """
 
     paths: Sequence[Path]
@@ -180,7 +180,7 @@ class _File:
             start = file.read(256)
         try:
             self._file = h5py.File(path, "r")
-            names = frozenset(self._file)
+            names = frozenset(name for name in self._file if isinstance(name, str))  # bytes are no name of an image
         except _FAULTS as error:
             what = "" if start.startswith(b"\x89HDF") else kind_of(start)
             raise DataError(f"{path}: expected an HDF5 file{what} (cut off?): {error}") from None
@@ -210,7 +210,7 @@ class _File:
         if name is None:
             return None
         found = self._read(name, texts=True).reshape(-1)
-        if found.dtype.kind not in "iuSO":
+        if found.dtype.kind not in "iuS":
             raise DataError(f"{self.path}: {name}: expected texts or whole numbers, found {found.dtype}")
         return [
             value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in found.tolist()
@@ -302,9 +302,13 @@ class _File:
             raise DataError(f"{where}: cannot be read (damaged?): {error}") from None
         if elsewhere:
             raise DataError(f"{where}: expected its numbers in this file, found a virtual or external data set")
-        is_text = texts and (dtype.kind == "S" or h5py.check_string_dtype(dtype) is not None)
-        if dtype.kind not in "fiub" and not is_text:
-            raise DataError(f"{where}: expected numbers, found {dtype}")
+        if texts and h5py.check_string_dtype(dtype) is not None and dtype.kind == "O":
+            # HDF5 2.0 never comes back from some damaged heaps of such texts.
+            raise DataError(
+                f"{where}: texts of variable length are not read; --hdf5_ids=FILE gives the ids of the rows"
+            )
+        if dtype.kind not in ("fiubS" if texts else "fiub"):
+            raise DataError(f"{where}: expected numbers{' or texts' if texts else ''}, found {dtype}")
         if shape is None or not 0 <= len(shape) <= 5:
             raise DataError(f"{where}: expected an array, found {'nothing' if shape is None else list(shape)}")
         if chunks is not None and math.prod(chunks) * dtype.itemsize > MAX_IMAGE_BYTES:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import zipfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import data_errors, open_array
+from data_prep.files import check_folder, data_errors, open_array
 from data_prep.names import FileNames
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
@@ -31,12 +30,7 @@ class NpzFiles:
 
     def __post_init__(self) -> None:
         """Raises DataError when there is no such folder, or nothing to read in it."""
-        if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: expected a folder with ID.npz of each image, found none")
-        if next(self.folder.rglob("*.npz"), None) is None:
-            kinds = Counter(path.suffix or "no ending" for path in self.folder.iterdir())
-            listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(4)) or "nothing"
-            raise DataError(f"{self.folder}: expected ID.npz of each image, found {listed}")
+        check_folder(self.folder, ".npz")
 
     @property
     def files(self) -> Mapping[str, str]:

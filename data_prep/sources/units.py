@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from data_prep import label_maps
-from data_prep.files import open_array
+from data_prep.files import check_folder, open_array
 from data_prep.names import FileNames
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
@@ -23,6 +23,7 @@ MASK = {"grid": "grid_mask", "regions": "region_mask"}
 Layout = Literal["hwc", "chw"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 """Where the channels are: last, as Keras and JAX have them, or first, as PyTorch has them."""
+_SUFFIXES = (".npy", ".pth", ".pt")
 _WIDTH, _STEP = 64, 16  # the least width of published features, and of what widths are multiples; see `refusal`
 
 
@@ -43,9 +44,8 @@ class UnitFiles:
     layout: Layout | None = None
 
     def __post_init__(self) -> None:
-        """Raises DataError when there is no such folder."""
-        if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no such folder")
+        """Raises DataError when there is no such folder, or nothing to read in it."""
+        check_folder(self.folder, *_SUFFIXES)
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -59,7 +59,7 @@ class UnitFiles:
 
     @cached_property
     def _features(self) -> FileNames:
-        return FileNames(self.folder, (".npy", ".pth", ".pt"))
+        return FileNames(self.folder, _SUFFIXES)
 
     def read(self, image_id: str) -> Record:
         """The features [units, D] and, with max_units, their mask."""

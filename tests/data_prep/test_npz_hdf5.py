@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 from functools import partial
 
+import h5py
 import numpy as np
 import pytest
 
@@ -15,10 +16,9 @@ from data_prep.schema import DataError
 from data_prep.sources.detections import Reading
 from data_prep.sources.hdf5 import Hdf5Features, read_index
 from data_prep.sources.npz import NpzFiles
+from data_prep.sources.units import UnitFiles
 from shnet_jax.data.records import open_dataset
 from shnet_jax.foreign import MAX_IMAGE_BYTES
-
-h5py = pytest.importorskip("h5py")
 
 FILES = ["COCO_val2014_000000000042.jpg", "000000000139.jpg"]
 NUMBERS = [42, 139]
@@ -176,8 +176,13 @@ def test_a_folder_without_npz_says_what_lies_there(tmp_path):
         (tmp_path / name).write_text("")
     with pytest.raises(DataError, match=r"expected ID\.npz of each image, found 2 of \.npy, 1 of \.pkl"):
         NpzFiles(tmp_path)
-    with pytest.raises(DataError, match="expected a folder"):
+    with pytest.raises(DataError, match="no such folder"):
         NpzFiles(tmp_path / "a.npy")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.npz").write_text("")
+    with pytest.raises(DataError, match=r"expected ID\.npy or ID\.pth or ID\.pt of each image, found 1 of \.npz"):
+        UnitFiles(tmp_path / "sub", "grid")
+    NpzFiles(tmp_path)  # an id may name a folder
 
 
 def _peak(read, *arguments):
@@ -319,7 +324,7 @@ def test_groups_by_id(tmp_path, run):
     assert records[0]["box_classes"].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("ids", [[139, 42], ["139", "42"], np.array([b"139.jpg", b"42.jpg"])])
+@pytest.mark.parametrize("ids", [[139, 42], np.array([b"139.jpg", b"42.jpg"])])
 def test_ids_in_the_file(ids, tmp_path, run):
     sides = {"width": [SIZES[i][0] for i in ORDER], "height": [SIZES[i][1] for i in ORDER]}
     flag = _hdf5(tmp_path / "a.h5", {"image_id": ids, "features": REGIONS[ORDER], "boxes": PIXELS[ORDER], **sides})
@@ -365,6 +370,7 @@ def _open(tmp_path, sets, **options):
         ({"image_features": REGIONS, "image_id": [1, 2, 3]}, "expected 2 ids, one a row of the features, found 3"),
         ({"image_features": REGIONS, "image_id": [42, 42]}, "id '42': expected it once, found it in rows 0 and 1"),
         ({"image_features": REGIONS, "image_id": [1.5, 2.5]}, "texts or whole numbers, found float64"),
+        ({"image_features": REGIONS, "image_id": ["42", "139"]}, "of variable length are not read; --hdf5_ids=FILE"),
     ],
 )
 def test_hdf5_of_other_layouts_say_what_is_there(sets, match, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
-import importlib.util
 import io
 import json
 import pickle
@@ -16,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import h5py
 import msgpack
 import numpy as np
 from PIL import Image
@@ -25,7 +25,7 @@ from configs import base
 from data_prep import captions, scene_graphs, torch_files, vocabulary
 from data_prep.from_person_search import read_annotations
 from data_prep.schema import DataError
-from data_prep.sources import lmdb_files
+from data_prep.sources import hdf5, lmdb_files
 from data_prep.sources.bottom_up import BottomUp
 from data_prep.sources.boxes import Sizes
 from data_prep.sources.detections import Reading
@@ -400,14 +400,14 @@ def _image_npz_seeds() -> list[bytes]:
     sides = {"image_w": np.array(200), "image_h": np.array(100), "num_bbox": np.array(2)}
     objects = {"info": np.array([{}], object), "cls_prob": np.ones((2, 1601), np.float16)}
     found = []
-    for save, arrays in (
+    for write, arrays in (
         (np.savez, _regions() | sides),
         (np.savez_compressed, _regions() | sides | objects),
         (np.savez_compressed, {"feat": np.ones((8, 3, 2)), "y": np.zeros(10**6)}),
         (np.savez_compressed, {"x": np.zeros((10**6, 9))}),
     ):
         file = io.BytesIO()
-        save(file, **arrays)
+        write(file, **arrays)
         found.append(file.getvalue())
     return found
 
@@ -429,8 +429,6 @@ def _header_seeds() -> list[bytes]:
 
 
 def _hdf5_seeds() -> list[bytes]:
-    import h5py
-
     regions = _regions()
     rows = {"image_features": regions["x"][None], "image_bb": regions["bbox"][None], "image_id": [7]}
     sides = {"image_w": [200], "image_h": [100]}
@@ -440,7 +438,7 @@ def _hdf5_seeds() -> list[bytes]:
         "7_size": [[100, 200]],
         "7_grids": np.ones((9, 16)),
     }
-    ends = {"image_features": regions["x"], "pos_boxes": [[0, 2]], "image_id": ["7.jpg"]}
+    ends = {"image_features": regions["x"], "pos_boxes": [[0, 2]], "image_id": np.array([b"7.jpg"])}
     groups = {"7/features": regions["x"], "7/boxes": regions["bbox"], "7/img_w": 200, "7/img_h": 100}
     found = []
     with tempfile.TemporaryDirectory() as name:
@@ -458,7 +456,7 @@ def _hdf5_seeds() -> list[bytes]:
 
 def _hdf5(folder: Path, data: bytes) -> None:
     path = _written(folder, "a.h5", data)
-    Hdf5Features([path], reading=Reading(max_regions=4, max_cells=9)).read("7.jpg")
+    hdf5.Hdf5Features([path], reading=Reading(max_regions=4, max_cells=9)).read("7.jpg")
 
 
 def _sidecar_seeds() -> list[bytes]:
@@ -472,7 +470,7 @@ def _sidecar(folder: Path, data: bytes) -> None:
     for name in names:
         path = _written(folder, name, data)
         try:
-            read_index(path, 2) if name.startswith("a") else Sizes(path).find("7.jpg")
+            hdf5.read_index(path, 2) if name.startswith("a") else Sizes(path).find("7.jpg")
         except DataError as error:
             faults.append(error)
     if len(faults) == len(names):
@@ -566,10 +564,6 @@ TARGETS: dict[str, Target] = {
     "lmdb_value": Target(_value_seeds, _lmdb_value, (DataError,), make=_checked, memory=4 * MAX_IMAGE_BYTES),
     "vinvl": Target(_vinvl_seeds, _vinvl, (DataError,)),
     "torch_dict": Target(_torch_dict_seeds, _torch_dict, (DataError,), make=_checked),
+    "hdf5": Target(_hdf5_seeds, _hdf5, (DataError,), memory=4 * MAX_IMAGE_BYTES),
+    "hdf5_ids": Target(_sidecar_seeds, _sidecar, (DataError,)),
 }
-
-if importlib.util.find_spec("h5py"):  # an extra
-    from data_prep.sources.hdf5 import Hdf5Features, read_index
-
-    TARGETS["hdf5"] = Target(_hdf5_seeds, _hdf5, (DataError,), memory=4 * MAX_IMAGE_BYTES)
-    TARGETS["hdf5_ids"] = Target(_sidecar_seeds, _sidecar, (DataError,))
