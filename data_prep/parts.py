@@ -104,7 +104,9 @@ PARTS: dict[str, Part] = {
     "bottom_up": Part(
         "TSV of bottom-up attention or LXMERT, several by commas: regions, boxes", _bottom_up, ("max_regions", "boxes")
     ),
-    "grids": Part("folder with ID.npy or ID.pth (grid-feats-vqa): grid", _grids, ("max_cells", "pool_grids", "layout")),
+    "grids": Part(
+        "folder with ID.npy, ID.pth or ID.pt (grid-feats-vqa): grid", _grids, ("max_cells", "pool_grids", "layout")
+    ),
     "npz": Part("folder with ID.npz (x and bbox, or feat): regions and boxes, or grid", _npz, _READING),
     "hdf5": Part(
         "HDF5, several by commas (image_features, ID_features, ...): regions and boxes, or grid",

@@ -251,13 +251,13 @@ def parse(cells: Sequence[bytes], where: str, geometry: Geometry | None) -> dict
         )
     content = _json_cell(cells, where)
     if isinstance(content, dict) and "features" in content:
-        features, count = content["features"], content.get("num_boxes")
-        if not isinstance(features, str) or type(count) is not int:
+        cell, boxes = content["features"], content.get("num_boxes")
+        if not isinstance(cell, str) or type(boxes) is not int:
             raise DataError(f"{where}: expected num_boxes and features in base64, found {described(content)}")
-        return split_geometry(_features(features.encode("utf-8", "replace"), count, where), geometry, where)
+        return split_geometry(_features(cell.encode("utf-8", "replace"), boxes, where), geometry, where)
     entries = _objects(content, where)
-    rows = [entry.get("feature") for entry in entries]
-    if not rows or not all(isinstance(row, str) for row in rows):
+    rows = [row for entry in entries if isinstance(row := entry.get("feature"), str)]
+    if not rows or len(rows) < len(entries):
         raise DataError(
             f"{where}: expected the key 'features', or 'feature' of each object, found "
             f"{described(entries[0]) if entries else 'no objects'}"

@@ -111,7 +111,7 @@ class Attributes(dict[str, Any]):
         """Leaves out the attributes, which are the items once more or say how the class works."""
 
 
-def array_of(code: Any, shape: Any, data: bytes, fortran: bool = False) -> np.ndarray:
+def array_of(code: Any, shape: Any, data: Any, fortran: bool = False) -> np.ndarray:
     """The array of `shape` in `data`, read-only. code: as `dtype.str` has it, '<f4'.
 
     Raises ValueError for all but numbers (no Python objects, records, texts) and bytes that are more or less.

@@ -199,7 +199,7 @@ def test_bad_records_are_left_out_and_listed(good, src, tmp_path, capsys, monkey
     assert len(listed) == len(expected)
     assert {(bad["split"], bad["row"], bad["field"], bad["file"]) for bad in listed} == expected
     assert [bad["row"] for bad in listed] == [1, 2, 4, 5, 7, 8, 9, 11, 6]
-    assert listed[2]["reason"].endswith("expected coordinates in 0..1, found [0.0, 0.0, 640.0, 480.0] as box 1")
+    assert "expected coordinates in 0..1, found [0.0, 0.0, 640.0, 480.0] as box 1 (in pixels? " in listed[2]["reason"]
     assert listed[6]["image_id"] == "dev9.jpg"
 
     from_scan.main(_flags(good, tmp_path / "whole"))
