@@ -14,6 +14,7 @@ from shnet_jax.types import DATA, PAIR_STRATEGIES, Context, Embedding, Keys, Que
 SIZES = [pytest.param(1024, marks=pytest.mark.slow), pytest.param(8192, marks=pytest.mark.slow), 32768]
 DIM, TILE, FLOAT = 64, 512, 4
 LOSSES = ("triplet", "infonce", "sigmoid")
+TRIPLETS = ({}, {"rank": 3}, {"softness": 0.1}, {"queue": 4096})
 
 
 def temporary_bytes(loss, strategy, size, devices, queue=0, **options):
@@ -74,8 +75,7 @@ def test_gathered_is_what_the_others_save(loss):
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     "loss, options",
-    [("triplet", {}), ("triplet", {"rank": 3}), ("triplet", {"softness": 0.1}), ("triplet", {"queue": 4096})]
-    + [("global_triplet", {})],
+    [("global_triplet", {}), *(("triplet", options) for options in TRIPLETS)],
     ids=str,
 )
 @pytest.mark.parametrize("strategy", PAIR_STRATEGIES)
