@@ -195,7 +195,7 @@ def _search(direction: Direction, rank: int) -> Best:
 def _best(scores: Array, rank: int) -> tuple[Array, Array]:
     """The `rank` largest of each row and their columns, [b, rank] both; of equal ones the first."""
     if rank > 1:
-        return lax.top_k(scores, rank)
+        return lax.top_k(jnp.where(scores == 0, 0.0, scores), rank)  # for it -0.0 is below 0.0; they are a tie
     column = jnp.argmax(scores, axis=1)[:, None]  # much faster than top_k
     return jnp.take_along_axis(scores, column, axis=1), column
 
