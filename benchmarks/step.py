@@ -69,7 +69,7 @@ class Steps:
         shapes = jax.eval_shape(lambda: variables)
         built = build_step(config, model, mesh, shapes, steps_per_epoch=1000, total_steps=25_000)
         self._step, self._batch = built.step, put_batch(host, mesh)
-        after = replicate(np.int32(1000 * config.loss.triplet.warmup_epochs), mesh)
+        after: Any = replicate(np.int32(1000 * config.loss.triplet.warmup_epochs), mesh)
         self._state = dataclasses.replace(built.first_state(variables), step=after)
 
     def __call__(self) -> Any:

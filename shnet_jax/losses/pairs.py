@@ -263,7 +263,8 @@ def _reduce(
             return combine(found[0], value), jax.tree.map(jnp.maximum, found[1], further)
 
         none = jnp.full(direction.positive.shape, -jnp.inf)
-        return bound.candidates.walk(visit, (jnp.full_like(none, start), (none, none) if ranked else ()))
+        further: tuple[Array, ...] = (none, none) if ranked else ()
+        return bound.candidates.walk(visit, (jnp.full_like(none, start), further))
 
     def forward(inputs: _Inputs, items: Embedding, fixed: Any) -> tuple[Found, Any]:
         found = reduce(inputs, items, fixed)

@@ -115,5 +115,5 @@ def compile_program(
 def bounds(found: Work, peaks: Chip) -> tuple[float, float]:
     """Seconds that the matrix units and that the memory need at least; the step takes no less than the larger."""
     low = found.flops - sum(found.float32.values())
-    products = {None: low, **found.float32}
-    return sum(flops / peaks.peak(at) for at, flops in products.items()), found.bytes / peaks.bandwidth
+    compute = low / peaks.flops + sum(flops / peaks.peak(precision) for precision, flops in found.float32.items())
+    return compute, found.bytes / peaks.bandwidth
