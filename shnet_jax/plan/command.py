@@ -105,8 +105,8 @@ def make_plan(subject: Subject, mesh: Mesh) -> dict[str, Any]:
             "plan.effort": effort,
         },
         "pipeline": _pipeline(config.eval),
-        "programs": {name: _as_dict(program, peaks, kind) for name, program in programs.items()},
-        "rankings": {name: _ranking_as_dict(way, stays, limit, peaks, kind) for name, way in rankings.items()},
+        "programs": {name: _as_dict(program, peaks) for name, program in programs.items()},
+        "rankings": {name: _ranking_as_dict(way, stays, limit, peaks) for name, way in rankings.items()},
         "largest_pairs_per_device": largest,
         "changes": changes,
     }
@@ -145,21 +145,21 @@ def _pipeline(evaluation: ConfigDict) -> dict[str, Any] | None:
     return {"bubble_share": bubble_share(microbatches, stages), "text": schedule_text(stages, microbatches)}
 
 
-def _as_dict(program: Program, peaks: Chip | None, kind: str) -> dict[str, Any]:
+def _as_dict(program: Program, peaks: Chip | None) -> dict[str, Any]:
     out = dataclasses.asdict(program)
     if program.memory:
         out["memory"]["peak"] = program.memory.peak
     if program.work and peaks:
-        out["compute_seconds"], out["memory_seconds"] = bounds(program.work, peaks, kind)
+        out["compute_seconds"], out["memory_seconds"] = bounds(program.work, peaks)
+    if program.warm_up and peaks:
+        out["warm_up_seconds"] = max(bounds(program.warm_up, peaks))
     return out
 
 
-def _ranking_as_dict(
-    found: RankPlan, stays: float, limit: float | None, peaks: Chip | None, kind: str
-) -> dict[str, Any]:
+def _ranking_as_dict(found: RankPlan, stays: float, limit: float | None, peaks: Chip | None) -> dict[str, Any]:
     needed = found.bytes_per_device + stays
     out = dataclasses.asdict(found) | {"tiles": found.tiles, "beside": stays, "needed": needed}
     out |= {"fits": None if limit is None else needed <= limit, "text": str(found)}
     if peaks:
-        out["compute_seconds"], out["memory_seconds"] = bounds(found.work, peaks, kind)
+        out["compute_seconds"], out["memory_seconds"] = bounds(found.work, peaks)
     return out
