@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from shnet_jax.observe.terminal import make_output_safe
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; any field: --config.train.epochs=4.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
 MODE = flags.DEFINE_enum(
@@ -139,4 +141,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     app.run(main, flags_parser=parse_flags)
