@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax import registry
-from shnet_jax.data import clip_bpe
+from shnet_jax.data import clip_bpe, wordpiece
 from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.data.tokenise import Tokenizer, load_tokenizer
 from shnet_jax.interop import bert_weights, clip_weights
@@ -23,6 +23,9 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Batch
 
 log = logging.getLogger(__name__)
+
+MOST_SPARE = 128
+"""Rows of an embedding that no token has are fewer: some models round their number up to a multiple of 8, 64 or 128."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +54,14 @@ def assemble(config: ConfigDict) -> Experiment:
     dataset = open_dataset(config.data.dir)
     fit_weights(config)
     tokenizer = load_tokenizer(config)
-    if config.text.vocab_size not in (0, tokenizer.vocab_size):
+    spare = config.text.vocab_size - tokenizer.vocab_size
+    padded = 0 < spare < MOST_SPARE and config.text.vocab_size % 8 == 0
+    if config.text.vocab_size and spare and not padded:
         raise ValueError(
             f"the text tower has {config.text.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: "
             "set config.tokenizer to the vocabulary that the text tower was trained with"
         )
-    config.text.vocab_size = tokenizer.vocab_size
+    config.text.vocab_size = config.text.vocab_size or tokenizer.vocab_size
     module = registry.model(config.model.name)
     fields = module.image_fields(config)
     _check_fields(config, dataset, fields)
@@ -95,7 +100,7 @@ def fit_weights(config: ConfigDict) -> None:
         folder = bert_weights.find_folder(config.text.weights)
         config.text.update(bert_weights.sizes(folder))
         if config.tokenizer.kind == "wordpiece" and not config.tokenizer.path:
-            config.tokenizer.path = str(folder / "vocab.txt")
+            config.tokenizer.path = str(wordpiece.find_vocabulary(folder))
     if config.data.max_tokens > config.text.max_positions:
         raise ValueError(
             f"config.data.max_tokens is {config.data.max_tokens}, "

@@ -37,6 +37,7 @@ REACH = {
     "shnet_jax": {"shnet_jax"},
     "data_prep": {
         *("data_prep", "shnet_jax.data", "shnet_jax.foreign", "shnet_jax.observe.files"),
+        "shnet_jax.observe.terminal",
         *("shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle"),
     },
     "configs": {"configs"},
