@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from shnet_jax.data import wordpiece
 from shnet_jax.data.tokenise import load_tokenizer
+from shnet_jax.experiment import settle_dtypes
 from shnet_jax.interop import bert_weights
 from shnet_jax.interop.published import open_published
 from shnet_jax.interop.weights_file import read_weights, write_weights
@@ -71,6 +72,7 @@ def load_published(config: ConfigDict, path: str | Path) -> Model:
     if config.text.weights and not config.tokenizer.path:  # of a folder only its vocabulary is needed
         config.tokenizer.path = str(wordpiece.find_vocabulary(bert_weights.find_folder(config.text.weights)))
     config.tokenizer.kind = "wordpiece"
+    settle_dtypes(config)
     published = open_published(path)
     known = published.fields()
     flat = {field: value for field, value in _flat(config.to_dict()).items() if field in known}

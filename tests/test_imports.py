@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "observe": {"parallel"},  # only the type of a mapped step
     "interop": {"models", "observe"},  # observe: whole files
-    "experiment": {"models", "data", "interop"},  # the parts of a run, put together from its configuration
+    "experiment": {"models", "data", "interop", "observe"},  # the parts of a run, put together from its configuration
     "evaluate": {"models", "data", "parallel", "observe", "experiment"},
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluate"},
     "train": {"models", "losses", "data", "parallel", "observe", "experiment", "evaluate"},

@@ -11,13 +11,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax import foreign, registry
 from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.data.tokenise import kept_vocabulary, vocabulary_file
-from shnet_jax.experiment import Experiment
+from shnet_jax.experiment import Experiment, automatic, settle_dtypes
 from shnet_jax.observe.files import LOCK, FolderInUse, sole_writer, write_text
+from shnet_jax.observe.machine import fast_dtype
 from shnet_jax.parallel import hosts
 from shnet_jax.train.integrity import CheckpointError, set_damaged_aside
 
@@ -94,6 +96,30 @@ def sole_job(folder: Path, name: str, check: Callable[[], None] | None = None) -
         if hosts.anywhere(refused is not None):  # all end, none waits for the others
             raise refused or WorkdirError(f"{folder}: refused by process 0, whose message says why")
         yield
+
+
+def with_dtypes(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The configuration with dtypes in place of "auto": those that the run in `workdir` began with, if there is one.
+
+    Else those that this machine is fast at; float32 where one of the machines of the job is not fast at bfloat16.
+    """
+    config = ConfigDict(config.to_dict())
+    path = workdir / CONFIG
+    if automatic(config) and path.exists() and any((workdir / "checkpoints").glob("*")):
+        had = load_config(path).to_dict()
+        for section in automatic(config):
+            began = _value(had, f"config.{section}.dtype")
+            if isinstance(began, str) and began:
+                config[section].dtype = began
+                log.info("config.%s.dtype: auto is %s, as the run in %s began with", section, began, workdir)
+    if jax.process_count() > 1 and (sections := automatic(config)):  # they run one program
+        slow = fast_dtype(jax.local_devices()[0])[0] == "float32"
+        if hosts.anywhere(slow):
+            for section in sections:
+                config[section].dtype = "float32"
+            log.info("dtype: auto is float32, as not all processes are on machines that are fast at bfloat16")
+    settle_dtypes(config)
+    return config
 
 
 def claim(workdir: Path, experiment: Experiment) -> None:
