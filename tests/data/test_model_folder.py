@@ -87,10 +87,11 @@ def test_settings_beside_a_vocabulary_are_followed(folder, said, settings):
     assert found.name == "tokenizer.json" and ids(found) == expected == again(found, folder)
 
 
-def test_what_a_run_keeps_of_uncased_tokens_is_the_vocabulary_itself(tmp_path):
+@pytest.mark.parametrize("strip", [None, True])
+def test_what_a_run_keeps_of_uncased_tokens_is_the_vocabulary_itself(strip, tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(LOWER) + "\n", encoding="utf-8")
-    put_tokenizer(tmp_path, LOWER)
+    put_tokenizer(tmp_path, LOWER, strip_accents=strip)
     for found in (path, wordpiece.find_vocabulary(tmp_path)):
         assert wordpiece.read(found).kept() == (".txt", path.read_bytes())
 
@@ -163,6 +164,12 @@ def test_what_is_not_followed_is_named(folder, file, content, message):
     put(folder, file, content)
     with pytest.raises(ValueError, match=message):
         tokenise.wordpiece(folder / "vocab.txt")
+
+
+def test_the_class_of_the_tokenizer_goes_before_that_of_the_model(folder):
+    put(folder, "tokenizer_config.json", {"do_lower_case": False, "tokenizer_class": "BertTokenizerFast"})
+    put(folder, "config.json", {"tokenizer_class": "BertJapaneseTokenizer"})
+    assert ids(folder / "vocab.txt") == reference(lowercase=False, strip_accents=False)
 
 
 def test_two_files_that_name_other_special_tokens(folder):
@@ -266,24 +273,28 @@ def change(**fields):
     return lambda described: described | fields
 
 
+def around(*single):
+    """A post-processor of these parts: "A" is the caption, of the type that follows it."""
+    parts = [
+        {"Sequence": {"id": "A", "type_id": int(part[1:] or 0)}}
+        if part[0] == "A"
+        else {"SpecialToken": {"id": part, "type_id": 0}}
+        for part in single
+    ]
+    special = {name: {"id": name, "ids": [i], "tokens": [name]} for i, name in ((2, "[CLS]"), (3, "[SEP]"))}
+    pair = [{"Sequence": {"id": which, "type_id": 0}} for which in "AB"]
+    return change(
+        post_processor={"type": "TemplateProcessing", "single": parts, "pair": pair, "special_tokens": special}
+    )
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (change(post_processor={"type": "BertProcessing", "sep": ["the", 6], "cls": ["the", 6]}), None),
-        (
-            change(
-                post_processor={
-                    "type": "TemplateProcessing",
-                    "single": [
-                        {"Sequence": {"id": "A", "type_id": 0}},
-                        {"SpecialToken": {"id": "[SEP]", "type_id": 0}},
-                    ],
-                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-                    "special_tokens": {"[SEP]": {"id": "[SEP]", "ids": [3], "tokens": ["[SEP]"]}},
-                }
-            ),
-            r"its post_processor makes \[UNK\] \[SEP\] of 'a'; expected one token before",
-        ),
+        (around("A", "[SEP]"), r"its post_processor makes \[UNK\] \[SEP\] of 'a'; expected one token before"),
+        (around("[CLS]", "[SEP]", "A"), r"its post_processor makes \[CLS\] \[SEP\] \[UNK\] of 'a'"),
+        (around("[CLS]", "A1", "[SEP]"), "all of type 0"),
         (change(model=None), "expected a tokenizer.json with a model"),
         (change(normalizer={"type": "None such"}), "no vocabulary of WordPiece"),
         (change(added_tokens=[{"id": 99, "content": "red"}]), "no vocabulary of WordPiece"),
@@ -320,7 +331,7 @@ def test_a_tokenizer_json_of_another_kind(folder, edit, message):
 
 def test_stored_truncation_and_padding_change_nothing(folder):
     made = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=False, strip_accents=False)
-    made.enable_truncation(4)
+    made.enable_truncation(2)
     made.enable_padding(length=64)
     made.save(str(folder / "tokenizer.json"))
     assert ids(folder / "tokenizer.json") == reference(lowercase=False, strip_accents=False)
