@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
 
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "wordpiece"  # wordpiece (BERT's) | sentencepiece (model trained by data_prep) | clip (its BPE)
-    tokenizer.path = ""  # vocab.txt, .model, tokenizer.json or merges.txt; "": of text.weights, or of data.dir
+    tokenizer.path = ""  # the vocabulary, or the folder of it; "": of text.weights, or of data.dir
 
     c.model = model = ConfigDict()
     model.name = "shnet"  # file in shnet_jax/models, or the dotted path of a module of yours

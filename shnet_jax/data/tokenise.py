@@ -189,7 +189,7 @@ def kept_vocabulary(config: ConfigDict | FrozenConfigDict) -> tuple[str, bytes]:
 
 
 def vocabulary_file(config: ConfigDict | FrozenConfigDict) -> Path:
-    """The file of the vocabulary: tokenizer.path, else the data set's own SentencePiece model.
+    """The file of the vocabulary: tokenizer.path, or in that folder, else the data set's own SentencePiece model.
 
     Raises ValueError for an unknown kind and no file named, DataError for a model unlike its checksum.
     """
@@ -197,7 +197,9 @@ def vocabulary_file(config: ConfigDict | FrozenConfigDict) -> Path:
     if kind not in KINDS:
         raise ValueError(f"tokenizer.kind is {kind!r}; known: {', '.join(KINDS)}")
     if config.tokenizer.path:
-        return Path(config.tokenizer.path).expanduser()
+        path = Path(config.tokenizer.path).expanduser()
+        find = {"wordpiece": bert.find_vocabulary, "clip": clip_bpe.find_vocabulary}.get(kind)
+        return find(path) if find and path.is_dir() else path
     if kind == "clip":
         raise ValueError(
             "tokenizer.kind is 'clip' but no tokenizer.json or merges.txt is named: set text.weights to a CLIP folder, "

@@ -337,6 +337,17 @@ def test_stored_truncation_and_padding_change_nothing(folder):
     assert ids(folder / "tokenizer.json") == reference(lowercase=False, strip_accents=False)
 
 
+@pytest.mark.parametrize(("kind", "file"), [("wordpiece", "vocab.txt"), ("clip", "merges.txt")])
+def test_the_folder_in_place_of_its_file(kind, file, folder, monkeypatch):
+    put(folder, "tokenizer_config.json", {"do_lower_case": False} if kind == "wordpiece" else {})
+    (folder / "merges.txt").write_bytes((GOLDEN / "merges.txt").read_bytes())
+    config = base.get_config()
+    config.data.word_mask, config.tokenizer.kind, config.tokenizer.path = 0.0, kind, f"~/{folder.name}"
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert tokenise.vocabulary_file(config) == folder / file
+    assert tokenise.load_tokenizer(config).vocab_size > 10
+
+
 def test_longer_captions_than_the_model_takes(folder):
     config = base.get_config()
     config.tokenizer.path = str(folder / "vocab.txt")
