@@ -72,6 +72,8 @@ def test_a_run_keeps_the_dtype_that_it_began_with(first, then, machine, caplog, 
     assert said in caplog.text
     assert dtypes(workdirs.load_config(tmp_path / "config.json")) == (first, first)
     machine(then)  # copied to another machine
+    with tiny.quick():
+        train_and_evaluate(automatic(), tmp_path)  # nothing is left to do, and nothing refused
     continued = workdirs.with_dtypes(automatic(), tmp_path)
     assert dtypes(continued) == (first, first)
     assert f"config.text.dtype: auto is {first}, as the run in {tmp_path} began with" in caplog.text
