@@ -6,11 +6,13 @@ import re
 import runpy
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from shnet_jax.observe.terminal import make_output_safe
 from shnet_jax.paths import expand, to_paths
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; any field: --config.train.epochs=4.")
@@ -158,7 +160,7 @@ def main(argv: list[str]) -> None:
             raise ValueError("--coordinator_address, --process_count and --process_id belong to --distributed")
         if DISTRIBUTED.value:
             hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
-        run(CONFIG.value, str(WORKDIR.value))
+        run(CONFIG.value, Path(str(WORKDIR.value)).expanduser())
     except (ValueError, OSError, CheckpointError, FolderInUse, NonFiniteLoss, WorkdirError) as error:
         if debug:
             raise
@@ -166,4 +168,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     app.run(main, flags_parser=parse_flags)

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.data.word_random = 0.0
     c.data.word_delete = 1.0
     c.text.weights = "minilm"
-    c.text.dtype = "bfloat16"
+    c.text.dtype = "auto"
     c.text.frozen_layers = 6
     c.model.name = "cmsei"
     c.model.dim = 128

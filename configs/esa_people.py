@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     clip.projection = 512  # size of the joint space
     clip.activation = "quick_gelu"  # quick_gelu | gelu
     clip.remat = False  # layers are computed again in the backward pass instead of kept
-    c.model.dtype = c.text.dtype = "bfloat16"
+    c.model.dtype = c.text.dtype = "auto"
     c.loss.weights.triplet = 0.0
     c.loss.weights.infonce = 1.0  # sdm stays on its plateau when the towers are not pretrained
     c.loss.weights.identity = 1.0

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "observe": {"parallel"},  # only the type of a mapped step
     "interop": {"models", "observe"},  # observe: whole files
-    "experiment": {"models", "data", "interop"},  # the parts of a run, put together from its configuration
+    "experiment": {"models", "data", "interop", "observe"},  # the parts of a run, put together from its configuration
     "evaluate": {"models", "data", "parallel", "observe", "experiment"},
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluate"},
     "train": {"models", "losses", "data", "parallel", "observe", "experiment", "evaluate"},
@@ -39,6 +39,7 @@ REACH = {
     "data_prep": {
         *("data_prep", "shnet_jax.data", "shnet_jax.foreign", "shnet_jax.paths", "shnet_jax.observe.files"),
         *("shnet_jax.retrieve.folder", "shnet_jax.retrieve.tensors"),  # what --mode=embed writes, taken as a source
+        "shnet_jax.observe.terminal",
         *("shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle"),
     },
     "configs": {"configs"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.patience import PATIENCE
+from tests.train import tiny
 
 ROOT = Path(__file__).parent.parent
 DEMO = "--config=configs/demo.py"
@@ -93,3 +95,20 @@ def test_faults_of_the_run(debug, tmp_path):
     assert ("Traceback" in done.stderr) == debug
     if not debug:
         assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_on_a_terminal_without_arrows(tmp_path):
+    flags = [*tiny.flags(tiny.config()), "--config.model.name=tests.train.toy", "--config.train.steps=2"]
+    command = [sys.executable, "main.py", DEMO, f"--workdir={tmp_path}", *flags]
+    for _ in range(2):  # the second one finds nothing left to do
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"i->t R@1" in done.stdout

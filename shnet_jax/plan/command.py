@@ -19,6 +19,7 @@ from shnet_jax.evaluate.block_plan import PairCost, measure_pairs, plan_blocks, 
 from shnet_jax.evaluate.pipelined import schedule_text
 from shnet_jax.evaluate.rank_plan import RankPlan, measure_round, plan_ranking
 from shnet_jax.evaluate.towers import check
+from shnet_jax.experiment import settle_dtypes
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.hardware import GIB, Chip, chip, memory_limit, target_devices
@@ -47,6 +48,8 @@ def plan(config: ConfigDict, workdir: str | Path, target: str) -> None:
     if not 0 <= config.parallel.devices <= len(devices):
         raise ValueError(f"config.parallel.devices is {config.parallel.devices}, --target={target} has {len(devices)}")
     mesh = data_mesh(devices[: config.parallel.devices or None])
+    config = ConfigDict(config.to_dict())
+    settle_dtypes(config, devices[0])
     report = make_plan(describe(config), mesh) | {"target": target}
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ import h5py
 import msgpack
 import numpy as np
 import pyarrow as pa
+import tokenizers
 from PIL import Image
 from pyarrow import parquet
 from safetensors.numpy import save
@@ -387,6 +388,26 @@ def _wordpiece_seeds() -> list[bytes]:
     return ["\n".join((*tokenise.SPECIAL, "a", "red", "##s", "star", "犬")).encode() + b"\n"]
 
 
+def _bert_json_seeds() -> list[bytes]:
+    pieces = {piece: i for i, piece in enumerate((*tokenise.SPECIAL, "a", "red", "##s", "star"))}
+    made = tokenizers.BertWordPieceTokenizer(pieces)
+    plain = made.to_str()
+    made.add_tokens(["two hearts"])
+    return [plain.encode(), made.to_str().encode()]
+
+
+def _bert_settings_seeds() -> list[bytes]:
+    said = {"do_lower_case": False, "strip_accents": None, "never_split": None, "model_max_length": 512}
+    said |= {"tokenizer_class": "BertTokenizer", "mask_token": {"content": "[MASK]"}, "unk_token": "[UNK]"}
+    decoder = {"9": {"content": "two hearts", "normalized": True}, "4": {"content": "[MASK]", "special": True}}
+    return [_json(said), _json(said | {"added_tokens_decoder": decoder, "additional_special_tokens": ["star"]})]
+
+
+def _bert_settings(folder: Path, data: bytes) -> None:
+    _written(folder, "tokenizer_config.json", data)
+    _encode(tokenise.wordpiece(_written(folder, "vocab.txt", "\n".join((*tokenise.SPECIAL, *"abc", "star")).encode())))
+
+
 def _clip_seeds() -> list[bytes]:
     return [(GOLDEN / "clip" / file).read_bytes() for file in ("tokenizer.json", "merges.txt")]
 
@@ -645,6 +666,10 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(_safetensor_seeds, _safetensors),
     "sentencepiece": Target(_sentencepiece_seeds, _sentencepiece),
     "wordpiece": Target(_wordpiece_seeds, lambda f, d: _encode(tokenise.wordpiece(_written(f, "vocab.txt", d)))),
+    "tokenizer_json": Target(
+        _bert_json_seeds, lambda f, d: _encode(tokenise.wordpiece(_written(f, "tokenizer.json", d)))
+    ),
+    "tokenizer_config": Target(_bert_settings_seeds, _bert_settings),
     "clip_bpe": Target(_clip_seeds, _clip),
     "picture": Target(_picture_seeds, _picture, memory=8 * MAX_PIXELS),
     "label_map": Target(_picture_seeds, _label_map, (DataError,), memory=8 * MAX_PIXELS),
