@@ -6,7 +6,6 @@ import re
 import runpy
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -160,7 +159,7 @@ def main(argv: list[str]) -> None:
             raise ValueError("--coordinator_address, --process_count and --process_id belong to --distributed")
         if DISTRIBUTED.value:
             hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
-        run(CONFIG.value, Path(str(WORKDIR.value)).expanduser())
+        run(CONFIG.value, str(WORKDIR.value))
     except (ValueError, OSError, CheckpointError, FolderInUse, NonFiniteLoss, WorkdirError) as error:
         if debug:
             raise
