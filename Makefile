@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment that the first command makes: all it takes is Python, make and a package index.
-#   make demo | test | test-fast | test-extract | lint | bench | setup | minilm | tpu-compiler | lock | clean
+#   make demo | test | test-fast | test-pythons | test-extract | lint | bench | setup | minilm | tpu-compiler | lock | clean
 # Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
 # What is installed: exactly the files of requirements/*.txt, by sha256. Other extras than dev, and `make setup LOCKED=`,
 # take what the index has within the ranges of setup.py.
@@ -27,7 +27,7 @@ endef
 FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 VERSION = import sys; print(*sys.version_info[:2], sep='.')
 
-.PHONY: environment setup demo minilm tpu-compiler lock test test-fast test-slow test-extract lint bench clean
+.PHONY: environment setup demo minilm tpu-compiler lock test test-fast test-slow test-pythons test-extract lint bench clean
 .DEFAULT_GOAL := setup
 
 # The environment is made again when it does not run, has another Python than the one asked for, or was not finished;
@@ -129,6 +129,28 @@ test-fast: tpu-compiler
 
 test-slow: tpu-compiler
 	@start=$$(date +%s); $(PY) -m pytest -q -n 2 --dist loadfile -m slow && echo "slow tests: $$(( $$(date +%s) - start )) s"
+
+# The fast tests on each Python that is promised and found, each in an environment of its own. Looked for by name, among
+# pyenv's, and where it is said: make test-pythons PYTHONS="/opt/python3.13/bin/python3 /usr/local/bin/python3.12"
+PYTHONS ?=
+PYENV = $(wildcard $(HOME)/.pyenv/versions/3.1[123].*/bin/python3)
+
+test-pythons:
+	@tested=; missing=; failed=; \
+	for version in 3.11 3.12 3.13; do \
+		base=; \
+		for candidate in $(PYTHONS) python$$version $(CANDIDATES) $(PYENV); do \
+			if [ "$$("$$candidate" -c "$(VERSION)" 2>/dev/null)" = $$version ] && "$$candidate" -c "$(FITS)" 2>/dev/null; then \
+				base=$$candidate; break; \
+			fi; \
+		done; \
+		if [ -z "$$base" ]; then missing="$$missing $$version"; continue; fi; \
+		echo "Python $$version: $$base, in .venv-$$version"; \
+		tested="$$tested $$version"; \
+		$(MAKE) --no-print-directory test-fast VENV=.venv-$$version PYTHON="$$base" || failed="$$failed $$version"; \
+	done; \
+	echo "Tested on Python:$${tested:- none}; not found:$${missing:- none}; failed:$${failed:- none}"; \
+	[ -n "$$tested" ] && [ -z "$$failed" ]
 
 # Features from photographs, with PyTorch, transformers and Apache Beam in an environment of their own. PyTorch for CPU only
 # saves some GB: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-extract

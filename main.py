@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from shnet_jax.observe.terminal import make_output_safe
+from shnet_jax.paths import expand, to_paths
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; any field: --config.train.epochs=4.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
 MODE = flags.DEFINE_enum(
@@ -41,11 +44,14 @@ HEARTBEAT = flags.DEFINE_integer(
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
+PATH_FLAGS = ("config", "workdir", "query_file")
+PATH_LISTS = ("config.eval.ensemble", "config.cross.runs", "config.cross.data_dirs")
 OF_ONE_MODE = dict.fromkeys(("query", "query_file", "image_id", "top_k"), "search") | {"target": "plan"}
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Reads the command line; a mistake in it is one line and exit status 2."""
+    argv = [_with_paths(argument) for argument in argv]
     try:
         rest = flags.FLAGS(argv)
         if not WORKDIR.value:
@@ -53,7 +59,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         for name, mode in OF_ONE_MODE.items():
             if flags.FLAGS[name].present and MODE.value != mode:
                 _fail(f"--{name} belongs to --mode={mode}, not to --mode={MODE.value}", 2)
-        CONFIG.value.get("name")  # ml_collections tells of a file that it could not open when a field is read
+        _expand_paths(CONFIG.value)  # ml_collections tells of a file that it could not open when a field is read
     except (flags.Error, OSError) as error:
         _fail(" ".join(str(error).split()), 2)
     except (AttributeError, KeyError, TypeError):
@@ -64,6 +70,28 @@ def parse_flags(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         _fail(f"unexpected arguments: {' '.join(rest[1:])}", 2)
     return rest
+
+
+def _with_paths(argument: str) -> str:
+    """The argument with `~` as the home folder, and a list of paths by commas as the tuple that its flag expects."""
+    name, equals, value = argument.partition("=")
+    flag = name.lstrip("-")
+    if flag in PATH_FLAGS:
+        value = expand(value)
+    elif flag in PATH_LISTS and value and value[0] not in "([\"'":
+        value = repr(tuple(map(str, to_paths(value))))
+    return f"{name}{equals}{value}"
+
+
+def _expand_paths(config: ConfigDict) -> None:
+    """`~` as the home folder in every field: no other text begins with it."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _expand_paths(value)
+        elif isinstance(value, str) and value.startswith("~"):
+            config[name] = expand(value)
+        elif isinstance(value, tuple) and any(isinstance(part, str) and part.startswith("~") for part in value):
+            config[name] = tuple(expand(part) if isinstance(part, str) else part for part in value)
 
 
 def _unknown_field(argv: list[str]) -> str | None:
@@ -139,4 +167,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`; see docs/performance.md."""
+"""`python -m benchmarks`; see benchmarks/README.md."""
 
 import sys
 

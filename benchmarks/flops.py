@@ -1,4 +1,4 @@
-"""Floating point operations of the published 3SHNet, counted from its equations (docs/model.md).
+"""Floating point operations of the published 3SHNet, counted from its equations (docs/models.md).
 
 Counted are the matrix products and the convolution, a multiplication and an addition as two operations, as the
 published code makes them: padding included, every image and caption by itself. Left out is what a matrix unit does

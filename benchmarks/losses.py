@@ -16,21 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from ml_collections import ConfigDict
 
 from benchmarks import machine
 from benchmarks.rows import Row, compare
 from benchmarks.timing import interleave
-from shnet_jax.losses import infonce, triplet
+from configs import base
+from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.parallel.mapping import make_mesh, map_encode, put_batch
+from shnet_jax.parallel.mapping import make_mesh, map_encode, put_batch, replicate
 from shnet_jax.scaling import virtual_devices
-from shnet_jax.types import Array, Context, Embedding, Pairs
+from shnet_jax.types import Array, Context, Embedding
 
 TEMPERATURE, MARGIN = 0.07, 0.2
-LOSSES: dict[str, Callable[..., dict[str, Array]]] = {
-    "infonce": partial(infonce.loss, temperature=TEMPERATURE, learn_temperature=False, mask_same_image=True),
-    "triplet": partial(triplet.loss, margin=MARGIN, warmup_steps=0, reduction="mean", mask_same_image=True),
-}
+LOSSES = ("infonce", "triplet")
+STEPS_PER_EPOCH = 1000
 ONE_DEVICE = ("gathered", "streamed")
 SEVERAL_DEVICES = ("ring",)
 FITS = 0.8  # share of the free memory that a program may take
@@ -71,7 +71,7 @@ def dense_triplet(images: Array, texts: Array) -> tuple[Array, Array]:
     own = jnp.diagonal(scores)
     others = jnp.where(jnp.eye(len(images), dtype=bool), -jnp.inf, scores)
     gaps = jnp.stack([MARGIN + others.max(axis=1) - own, MARGIN + others.max(axis=0) - own])
-    return jax.nn.relu(gaps).sum() / len(images), jnp.mean(gaps > 0)
+    return jax.nn.relu(gaps).sum(), jnp.mean(gaps > 0)
 
 
 DENSE = {"infonce": dense_infonce, "triplet": dense_triplet}
@@ -101,25 +101,29 @@ def dense_program(loss: str, pairs: int, dim: int) -> Program:
 
 
 def loss_program(loss: str, strategy: str, pairs: int, dim: int, devices: int) -> Program:
-    """A loss of the library, with its metrics and the gradients of the embeddings, over `devices` devices."""
-    mesh = make_mesh(devices)
+    """A loss with its default options, its metrics and all gradients, over `devices` devices.
+
+    Its warm-up, where it has one, is part of the program and over: what nearly all steps of a training are.
+    """
+    mesh, config = make_mesh(devices), base.get_config().loss
+    config.weights, config.pairs.strategy = ConfigDict({loss: 1.0}), strategy
+    learned, compute = total.build(config, STEPS_PER_EPOCH)
     images, texts = _embeddings(pairs, dim)
     batch = put_batch({"images": images, "texts": texts, "ids": np.arange(pairs, dtype=np.int32)}, mesh)
 
-    def per_device(_: Any, batch: dict[str, Array]) -> Any:
-        ctx = Context(
-            jnp.zeros((), jnp.int32), {}, RetrievalModel.score, axis=mesh.axis_names[0], pairs=Pairs(strategy)
-        )
+    def per_device(step: Array, batch: dict[str, Array]) -> Any:
+        def share(images: Array, texts: Array, params: Any) -> tuple[Array, dict[str, Array]]:
+            ctx = Context(step, params, RetrievalModel.score, axis=mesh.axis_names[0])
+            terms = compute(Embedding(images), Embedding(texts), batch["ids"], ctx)
+            return terms["loss"], terms
 
-        def share(images: Array, texts: Array) -> tuple[Array, dict[str, Array]]:
-            terms = LOSSES[loss](Embedding(images), Embedding(texts), batch["ids"], ctx)
-            return terms[f"{loss}_loss"], terms
+        slopes = jax.grad(share, argnums=(0, 1, 2), has_aux=True)
+        (*gradients, of_params), terms = slopes(batch["images"], batch["texts"], learned)
+        return gradients, jax.tree.map(lambda x: x[None], (terms, of_params))
 
-        gradients, terms = jax.grad(share, argnums=(0, 1), has_aux=True)(batch["images"], batch["texts"])
-        return gradients, jax.tree.map(lambda x: x[None], terms)
-
-    compiled = map_encode(per_device, mesh).lower({}, batch).compile()
-    return Program(pairs, partial(compiled, {}, batch), machine.program_bytes(compiled))
+    given = replicate(np.int32(STEPS_PER_EPOCH), mesh), batch
+    compiled = map_encode(per_device, mesh).lower(*given).compile()
+    return Program(pairs, partial(compiled, *given), machine.program_bytes(compiled))
 
 
 def _embeddings(pairs: int, dim: int) -> tuple[np.ndarray, np.ndarray]:

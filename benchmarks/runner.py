@@ -15,6 +15,7 @@ from subprocess import SubprocessError
 
 from benchmarks import machine
 from benchmarks.rows import Row, table
+from shnet_jax.observe.terminal import make_output_safe
 
 BENCHMARKS = ("step", "momentum", "pool", "ranking", "losses", "input", "text", "sets", "interaction", "memory", "soak")
 """Files of this package: each has `run(sizes) -> list[Row]` and the sizes FULL and QUICK."""
@@ -25,7 +26,8 @@ FAULTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, Mem
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser("benchmarks", description="Ratios measured in one run; see docs/performance.md.")
+    make_output_safe()
+    parser = argparse.ArgumentParser("benchmarks", description="Ratios measured in one run; see benchmarks/README.md.")
     parser.add_argument("--only", default=",".join(BENCHMARKS), help=f"some of {','.join(BENCHMARKS)}")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast it is")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/results.json"), help="file for all numbers")

@@ -20,7 +20,7 @@ from configs import base
 from shnet_jax import registry
 from shnet_jax.data.batches import gather
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.parallel.mapping import make_mesh, put_batch
+from shnet_jax.parallel.mapping import make_mesh, put_batch, replicate
 from shnet_jax.plan.subject import describe, random_batch
 from shnet_jax.train.prepare import build_step
 from shnet_jax.types import Batch
@@ -46,11 +46,10 @@ QUICK = Sizes(pairs=4, images=4, layers=2, rounds=2)
 
 
 def configuration(dtype: str, layers: int) -> FrozenConfigDict:
-    """The published model on one device, past the warm-up of its loss."""
+    """The published model on one device; the warm-up of its loss is part of the program."""
     c: ConfigDict = base.get_config()
     c.model.dtype = c.text.dtype = dtype
     c.text.vocab_size, c.text.layers = VOCABULARY, layers
-    c.loss.triplet.warmup_epochs = 0.0
     c.parallel.devices = 1
     return FrozenConfigDict(c)
 
@@ -63,14 +62,15 @@ def host_batch(config: FrozenConfigDict, pairs: int, tokens: int) -> dict[str, n
 
 
 class Steps:
-    """Steps one after another; the state of one goes into the next."""
+    """Steps one after another, past the warm-up of the loss; the state of one goes into the next."""
 
     def __init__(self, config: FrozenConfigDict, model: RetrievalModel, variables: Any, host: dict[str, np.ndarray]):
         mesh = make_mesh(1)
         shapes = jax.eval_shape(lambda: variables)
         built = build_step(config, model, mesh, shapes, steps_per_epoch=1000, total_steps=25_000)
         self._step, self._batch = built.step, put_batch(host, mesh)
-        self._state = built.first_state(variables)
+        after: Any = replicate(np.int32(1000 * config.loss.triplet.warmup_epochs), mesh)
+        self._state = dataclasses.replace(built.first_state(variables), step=after)
 
     def __call__(self) -> Any:
         """One step; its metrics."""

@@ -37,8 +37,8 @@ def get_config() -> ConfigDict:
     data.prefetch = 8  # batches read ahead
 
     c.tokenizer = tokenizer = ConfigDict()
-    tokenizer.kind = "wordpiece"  # wordpiece (vocab.txt) | sentencepiece (model trained by data_prep) | clip (its BPE)
-    tokenizer.path = ""  # vocab.txt, .model, tokenizer.json or merges.txt; "": of text.weights, or of data.dir
+    tokenizer.kind = "wordpiece"  # wordpiece (BERT's) | sentencepiece (model trained by data_prep) | clip (its BPE)
+    tokenizer.path = ""  # the vocabulary, or the folder of it; "": of text.weights, or of data.dir
 
     c.model = model = ConfigDict()
     model.name = "shnet"  # file in shnet_jax/models, or the dotted path of a module of yours
@@ -58,8 +58,8 @@ def get_config() -> ConfigDict:
     model.bn_sync = False  # BatchNorm statistics over all devices (published: each device its own)
     model.dropout = 0.1  # dropout of the segmentation embeddings (published 0.1)
     model.feature_dropout = 0.0  # dropout on the features of every unit, for small training sets (published 0)
-    model.dtype = "float32"  # operands of matrix products: float32 | bfloat16 (sums and parameters stay float32)
-    model.cmsei = cmsei = ConfigDict()  # model.name "cmsei", see docs/cmsei.md
+    model.dtype = "float32"  # operands of products: float32 | bfloat16 | auto (bfloat16 where the device is fast at it)
+    model.cmsei = cmsei = ConfigDict()  # model.name "cmsei", see docs/models.md
     cmsei.spatial_graph = True  # regions reason over who overlaps whom; needs boxes
     cmsei.semantic_graph = True  # regions reason over the scene graph's relations (without any: the identity)
     cmsei.iou_threshold = 0.4  # IoU above which two regions are neighbours; below 0: all pairs are
@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     text.remat = False  # layers are computed again in the backward pass instead of kept (bert, transformer, clip)
     text.projection = 512  # clip: size of its joint space; set by the weights folder
     text.activation = "quick_gelu"  # clip: quick_gelu | gelu; set by the weights folder
-    text.dtype = "float32"  # operands of matrix products: float32 | bfloat16
+    text.dtype = "float32"  # the same of the text tower
 
     c.loss = loss = ConfigDict()
     loss.weights = weights = ConfigDict()  # weight of each loss term, a file in shnet_jax/losses; 0: not computed
@@ -238,7 +238,7 @@ def get_config() -> ConfigDict:
     cross.runs = ()  # work folders of the runs, the rows
     cross.data_dirs = ()  # folders of the data sets, the columns; on each, eval.split is evaluated
 
-    c.convert = convert = ConfigDict()  # --mode=convert: give one of the two (docs/convert.md)
+    c.convert = convert = ConfigDict()  # --mode=convert: give one of the two (docs/interop.md)
     convert.source = ""  # .pth of the published code, or a folder that config.convert.to made: becomes the --workdir
     convert.to = ""  # folder to be made from the --workdir: model.safetensors, config.json, vocabulary
 

@@ -10,7 +10,7 @@ COMPARE = ("full - no_semantic_graph", "full - no_spatial_graph", "full - no_int
 
 
 def get_config() -> ConfigDict:
-    """Needs `data.dir` with boxes (docs/cmsei.md) and `text.weights`; the paper's values are not known to us.
+    """Needs `data.dir` with boxes (docs/models.md) and `text.weights`; the paper's values are not known to us.
 
     Optimiser, margin and batch by analogy with VSE-infinity and SCAN.
     """

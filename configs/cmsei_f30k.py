@@ -6,7 +6,7 @@ from configs import cmsei_coco
 
 
 def get_config() -> ConfigDict:
-    """Needs `data.dir` with boxes (docs/cmsei.md) and `text.weights`."""
+    """Needs `data.dir` with boxes (docs/models.md) and `text.weights`."""
     c = cmsei_coco.get_config()
     c.name = "CMSEI-style, Flickr30K"
     c.data.max_tokens = 40

@@ -17,11 +17,11 @@ def get_config() -> ConfigDict:
     c.data.word_random = 0.0
     c.data.word_delete = 1.0
     c.text.weights = "minilm"
-    c.text.dtype = "bfloat16"
+    c.text.dtype = "auto"
     c.text.frozen_layers = 6
     c.model.name = "cmsei"
     c.model.dim = 128
-    c.loss.weights.triplet = 0.0  # the hardest negatives of small sets end on the collapse plateau (docs/cmsei.md)
+    c.loss.weights.triplet = 0.0  # the hardest negatives of small sets end on the collapse plateau (docs/results.md)
     c.loss.weights.infonce = 1.0
     c.loss.weights.global_triplet = 1.0
     c.loss.global_triplet.warmup_epochs = 0.0

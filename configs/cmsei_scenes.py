@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     c.model.cmsei.geometry_heads = 8  # weighed by where they lie (ours); the arm plain_spatial has neither
     c.text.tower = "bigru"
     c.text.width = 256
-    c.loss.weights.triplet = 0.0  # the hardest negatives of small sets end on the collapse plateau (docs/cmsei.md)
+    c.loss.weights.triplet = 0.0  # the hardest negatives of small sets end on the collapse plateau (docs/results.md)
     c.loss.weights.infonce = 1.0
     c.loss.weights.global_triplet = 1.0
     c.loss.global_triplet.warmup_epochs = 0.0

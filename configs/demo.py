@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     c.model.dim = 256
     c.model.num_classes = 22
     c.model.map_channels = 64
-    c.model.dtype = c.text.dtype = "bfloat16"
+    c.model.dtype = c.text.dtype = "auto"
     c.text.tower = "bigru"
     c.text.width = 256
     c.loss.weights.infonce = 1.0

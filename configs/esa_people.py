@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Nothing to download; arms: set or merge head, global vectors alone, fixed margin. See docs/esa.md."""
+    """Nothing to download; arms: set or merge head, global vectors alone, fixed margin. See docs/models.md."""
     c = base.get_config()
     c.name = "ESA-style, rendered people"
     c.data.dir = "data_sets/people"
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     clip.projection = 512  # size of the joint space
     clip.activation = "quick_gelu"  # quick_gelu | gelu
     clip.remat = False  # layers are computed again in the backward pass instead of kept
-    c.model.dtype = c.text.dtype = "bfloat16"
+    c.model.dtype = c.text.dtype = "auto"
     c.loss.weights.triplet = 0.0
     c.loss.weights.infonce = 1.0  # sdm stays on its plateau when the towers are not pretrained
     c.loss.weights.identity = 1.0

@@ -1,4 +1,4 @@
-"""One 3SHNet over regions and grid of Flickr30K; the published hybrid is an ensemble (docs/protocols.md)."""
+"""One 3SHNet over regions and grid of Flickr30K; the published hybrid is an ensemble (docs/evaluate.md)."""
 
 from ml_collections import ConfigDict
 

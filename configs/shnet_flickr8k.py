@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Needs `--config.data.dir` (docs/small_sets.md) and `make minilm`.
+    """Needs `--config.data.dir` (docs/results.md) and `make minilm`.
 
     Contrastive on two captions of 128 images at once; the pretrained text tower stays as it is.
     """
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.data.word_random = 0.0
     c.data.word_delete = 1.0
     c.text.weights = "minilm"
-    c.text.dtype = c.model.dtype = "bfloat16"
+    c.text.dtype = c.model.dtype = "auto"
     c.text.frozen_layers = 6
     c.model.units = ("regions", "grid")
     c.model.dim = 512

@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     c.name = "3SHNet region, published recipe"
     c.data.resident = True
     c.text.weights = "minilm"
-    c.text.dtype = c.model.dtype = "bfloat16"
+    c.text.dtype = c.model.dtype = "auto"
     c.model.dim = 512
     c.loss.triplet.mask_same_image = False
     c.train.batch_size = 128

@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Needs `--config.data.dir` with 36 regions an image and `--config.text.weights` of BERT-base (docs/user.md)."""
+    """Needs `--config.data.dir` with 36 regions an image and `--config.text.weights` of BERT-base (docs/models.md)."""
     c = base.get_config()
     c.name = "USER (SGE)"
     c.model.name = "user"

@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     c.name = "USER (SGE), published recipe"
     c.data.resident = True
     c.text.weights = "minilm"
-    c.text.dtype = c.model.dtype = "bfloat16"
+    c.text.dtype = c.model.dtype = "auto"
     c.model.dim = 512
     c.train.epochs = 4.0
     c.train.checkpoint_steps = 50

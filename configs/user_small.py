@@ -21,7 +21,7 @@ def compared(c: ConfigDict) -> ConfigDict:
     c.momentum.decay = 0.99
     c.momentum.warm = True
     c.momentum.start = "gaussian"
-    # Earlier, keys age too fast to learn against (docs/user.md).
+    # Earlier, keys age too fast to learn against (docs/results.md).
     c.momentum.from_epoch = 0.4 * c.train.get_ref("epochs")
     off = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
     c.study.arms = ConfigDict()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
@@ -81,11 +80,3 @@ class BadRecords:
         if self._found:
             text = json.dumps(self._found, indent=1, ensure_ascii=True)
             (folder / SKIPPED).write_text(text + "\n", encoding="ascii")
-
-    def summary(self, folder: Path) -> str:
-        """One line: how many were left out, where they are listed; "" without any."""
-        if not self._found:
-            return ""
-        splits = Counter(bad["split"] for bad in self._found)
-        each = ", ".join(f"{count} of split {split!r}" for split, count in splits.items())
-        return f"left out {len(self._found)} bad records ({each}): {folder / SKIPPED}"

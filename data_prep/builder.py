@@ -16,7 +16,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from data_prep import schema, vocabulary
-from data_prep.bad_records import FIRST, Bad, BadRecords, Policy
+from data_prep.bad_records import FIRST, SKIPPED, Bad, BadRecords, Policy
+from data_prep.counts import Found, Stored, summary
 from data_prep.progress import Progress
 from data_prep.schema import DataError, Record
 from shnet_jax.data.checksums import CHECKSUMS, sha256
@@ -40,6 +41,7 @@ def write_dataset(
     *,
     files: Files | None = None,
     total: int | None = None,
+    found: Found | None = None,
     overwrite: bool = False,
     on_bad_record: Policy = "fail",
 ) -> Path:
@@ -54,6 +56,7 @@ def write_dataset(
         `num_classes` is added.
       files: split -> field -> file it came from, for error messages.
       total: records of all splits together, if known: the progress lines then tell the time left.
+      found: what the files hold that the records were made from; what became of it is said at the end.
       overwrite: replace an existing data set of that name.
       on_bad_record: "skip" leaves bad records out and lists them in skipped.json; "fail" raises for the first.
 
@@ -82,8 +85,8 @@ def write_dataset(
         vocabulary.train(chain.from_iterable(captions), folder / SENTENCEPIECE)
         bad.write(folder)
         write_checksums(folder)
-    if bad:
-        print(f"{name}: {bad.summary(target)}", file=sys.stderr)
+    listed = f"; the bad ones are listed in {target / SKIPPED}" if bad else ""
+    print(f"{name}: {summary(found, writer.stored)}{listed}", file=sys.stderr)
     return target
 
 
@@ -153,17 +156,19 @@ class _Writer:
         self._first: schema.Signature | None = None
         self._rows: dict[str, dict[str, int]] = {}  # split -> image id -> row
         self._tfds: tfds.core.SequentialWriter | None = None
+        self.stored: dict[str, Stored] = {}
 
     def write(self, split: str, items: Iterable[Item]) -> Index:
         """Write a split and its sidecar."""
         rows = self._rows[split] = {}
         index = IndexBuilder(self._folder.parent)
         chunk: list[Record] = []
-        count = 0
+        count = absent = captions = 0
         for row, item in enumerate(items):
             count = row + 1
             if isinstance(item, Bad) and item.asked:
                 self._progress.step(left_out=True)
+                absent += 1
                 continue
             try:
                 record = self._checked(item, split, row)
@@ -181,12 +186,14 @@ class _Writer:
             if not rows:
                 self._tfds.initialize_splits([split])
             rows[record["image_id"]] = row
+            captions += len(record["captions"])
             chunk.append(schema.stored(record))
             if len(chunk) == _CHUNK:
                 self._tfds.add_examples({split: chunk})
                 chunk = []
             self._progress.step()
         self._bad.check_split(split, count)
+        self.stored[split] = Stored(len(rows), captions, count - absent - len(rows), absent)
         if not rows:
             raise DataError(f"split {split!r}: expected at least one record, found none")
         assert self._tfds is not None  # set by the first record

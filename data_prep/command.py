@@ -10,6 +10,7 @@ from functools import wraps
 from data_prep.bad_records import POLICIES, SKIPPED
 from data_prep.schema import DataError
 from shnet_jax.observe.files import FolderInUse, describe
+from shnet_jax.observe.terminal import make_output_safe
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -50,6 +51,7 @@ def reports_errors(main: Main) -> Callable[..., int]:
 
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        make_output_safe()
         try:
             return main(argv)
         except (DataError, FileExistsError, FileNotFoundError, FolderInUse) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,25 +43,62 @@ def inside(folder: Path, name: str) -> Path:
         return foreign.inside(folder, name)
 
 
-def read_picture(path: Path, mode: str | None = "RGB") -> np.ndarray:
-    """The pixels of a picture, [H, W, 3] uint8 or as `mode` has them. Raises DataError for a file that is none."""
+def check_folder(folder: Path, *suffixes: str) -> None:
+    """Raises DataError, which says what lies there, unless a file of one of these endings is in or below a folder."""
+    wanted = " or ".join(f"ID{suffix}" for suffix in suffixes)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected one with {wanted} of each image")
+    if not any(path.suffix in suffixes for path in folder.rglob("*")):
+        kinds = Counter("folder" if path.is_dir() else path.suffix or "no ending" for path in folder.iterdir())
+        listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(4)) or "nothing"
+        raise DataError(f"{folder}: expected {wanted} of each image, found {listed}")
+
+
+def read_label_map(path: Path, mode: str | None = None) -> np.ndarray:
+    """The pixels of a PNG of labels as they are stored, [H, W] or [H, W, 3]; see `foreign.read_label_map`.
+
+    Raises DataError for a file that is none.
+    """
     try:
         with data_errors():
-            return np.asarray(foreign.read_picture(path, mode))
+            return np.asarray(foreign.read_label_map(path, mode))
     except FileNotFoundError:
-        raise DataError(f"{path}: expected a picture, found no such file") from None
+        raise DataError(f"{path}: expected a label map as PNG, found no such file") from None
 
 
-def read_lines(path: Path, *, strict: bool = True) -> list[str]:
-    """Stripped lines of a UTF-8 text file; an empty line, or one of other bytes, is an error that names its number.
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file in UTF-8, or in UTF-16 with its mark, without their ends: LF or CR LF.
 
-    Without `strict` such lines are kept: no record may have them, so each spoils its own alone.
+    A CR elsewhere becomes a space; other separators (U+2028, U+0085, FF) are text. What is not UTF-8 becomes half of a
+    surrogate pair, which text never has. Raises DataError for what is no text.
     """
     if not path.is_file():
         raise DataError(f"{path}: expected this file, found none")
-    # what is not UTF-8 becomes half of a surrogate pair, which text never has
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")]
-    if lines[-1] == "":
+    with data_errors():
+        foreign.check_kind(path)
+    with path.open("rb") as binary:
+        start = binary.read(4)
+    for magic, kind in ((b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a zip archive"), (b"PAR1", "a Parquet file")):
+        if start.startswith(magic):
+            raise DataError(f"{path}: expected text, found {kind}")
+    encoding = "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        with path.open(encoding=encoding, errors="surrogateescape", newline="\n") as file:
+            for number, line in enumerate(file):
+                if number == 0 and not line.endswith("\n") and "\r" in line.rstrip("\r"):
+                    raise DataError(f"{path}: expected lines that end in LF or CR LF, found a file with CR alone")
+                yield line.removesuffix("\n").removesuffix("\r").replace("\r", " ")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-16, as its mark says (cut off?): {error}") from None
+
+
+def read_lines(path: Path, *, strict: bool = True) -> list[str]:
+    """Stripped lines of a text file, see `text_lines`; an empty line, or one not in UTF-8, is an error with its number.
+
+    Without `strict` such lines are kept: no record may have them, so each spoils its own alone.
+    """
+    lines = [line.strip() for line in text_lines(path)]
+    if lines and lines[-1] == "":
         lines.pop()
     for number, line in enumerate(lines if strict else (), 1):
         if not line:

@@ -5,7 +5,7 @@
 `--src` holds {split}_caps.txt and {split}_ids.txt as in the SCAN layout, and any of its arrays, which are
 imported too (3SHNet keeps COCO so: regions by image, segmentations by split). `--features` holds ID.npy for
 each id: [units, D], or a map [D, h, w] or [1, D, h, w] as grid-feats-vqa writes it, whose cells become
-units row by row.
+units row by row. --layout=hwc says that the channels are last, [h, w, D], --layout=chw that they are first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from data_prep import command, from_scan, join
 from data_prep.bad_records import Policy
 from data_prep.schema import DataError
 from data_prep.sources.base import Source
-from data_prep.sources.units import UnitFiles
+from data_prep.sources.units import Layout, UnitFiles
+from shnet_jax.paths import to_path
 
 
 def import_npy(
@@ -32,6 +33,7 @@ def import_npy(
     captions_per_image: int | None = None,
     max_units: int | None = None,
     pool: int | None = None,
+    layout: Layout | None = None,
     feature_dtype: str | None = "float16",
     source: str = "",
     overwrite: bool = False,
@@ -40,7 +42,7 @@ def import_npy(
     on_bad_record: Policy = "fail",
 ) -> Path:
     """Import .npy files by image; returns the version folder. `--help` explains the arguments."""
-    units = UnitFiles(features, field, max_units, pool)
+    units = UnitFiles(features, field, max_units, pool, layout)
     texts = {
         split: from_scan.open_split(
             src,
@@ -49,6 +51,7 @@ def import_npy(
             feature_dtype=feature_dtype,
             need="ids",
             strict=on_bad_record == "fail",
+            layout=layout,
         )
         for split in (splits or from_scan.split_names(src))
     }
@@ -64,7 +67,7 @@ def import_npy(
             "source": source or f"data_prep.from_npy of {features.resolve().name}",
             **from_scan.class_metadata(src, texts.values()),
         },
-        total=sum(map(len, texts.values())),
+        found=from_scan.found(texts.values()),
         files={split: texts[split].files for split in texts},
         feature_dtype=feature_dtype,
         skip_absent=skip_absent,
@@ -79,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser("from_npy", __doc__)
     count = command.at_least(1)
     from_scan.add_arguments(parser)
-    parser.add_argument("--features", type=Path, required=True, help="folder with ID.npy of each image")
+    parser.add_argument("--features", type=to_path, required=True, help="folder with ID.npy of each image")
     parser.add_argument("--as", dest="field", choices=("grid", "regions"), required=True, help="what they are")
     parser.add_argument("--max_units", type=count, help="pad each image to this many units and add a mask")
     parser.add_argument("--pool", type=count, help="average feature maps to this many rows and columns, such as 7")

@@ -20,9 +20,12 @@ from PIL import Image
 from data_prep import command
 from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.builder import write_dataset
+from data_prep.caption_files import split_name
+from data_prep.counts import Found
 from data_prep.files import inside, read_json
 from data_prep.schema import DataError, Record
 from shnet_jax import foreign
+from shnet_jax.paths import to_path
 
 SPLITS = ("train", "val", "test")
 PATHS = ("file_path", "img_path")  # CUHK-PEDES and ICFG-PEDES; RSTPReid
@@ -63,10 +66,11 @@ def read_annotations(path: Path, *, strict: bool = True) -> Annotations:
         try:
             split, annotation = _annotation(where, row)
         except DataError as error:
-            if strict or not isinstance(row, dict) or row.get("split") not in SPLITS:
+            split = split_name(str(row.get("split"))) if isinstance(row, dict) else ""
+            if strict or split not in SPLITS:
                 raise
             place = str(next((row[name] for name in PATHS if name in row), number))
-            found.setdefault(row["split"], []).append(Bad(place, DataError(str(error), file=path.name)))
+            found.setdefault(split, []).append(Bad(place, DataError(str(error), file=path.name)))
             continue
         if split_of.setdefault(annotation.person, split) != split:
             raise DataError(
@@ -84,6 +88,7 @@ def _annotation(where: str, row: Any) -> tuple[str, Annotation]:
     if field is None:
         raise DataError(f"{where}: expected a field {' or '.join(PATHS)}, found {', '.join(row)}")
     split, person, captions, place = (row.get(name) for name in ("split", "id", "captions", field))
+    split = split_name(split) if isinstance(split, str) else split
     if split not in SPLITS:
         raise DataError(f"{where}: field 'split': expected one of {', '.join(SPLITS)}, found {split!r}")
     if isinstance(person, bool) or not isinstance(person, int) or not 0 <= person < 2**63:
@@ -184,9 +189,17 @@ def import_person_search(
         caption += sum(len(a.captions) for a in _good(found))
     metadata = {"source": source or f"data_prep.from_person_search of {annotations.name}", "held_out": held_out}
     files = {split: {"captions": annotations.name, "identity": annotations.name} for split in splits}
-    total = sum(map(len, records.values()))
+    images_found = sum(map(len, records.values()))
     return write_dataset(
-        out, name, records, metadata, files=files, total=total, overwrite=overwrite, on_bad_record=on_bad_record
+        out,
+        name,
+        records,
+        metadata,
+        files=files,
+        total=images_found,
+        found=Found(images_found, images_found, caption),
+        overwrite=overwrite,
+        on_bad_record=on_bad_record,
     )
 
 
@@ -201,10 +214,10 @@ def _size(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("from_person_search", __doc__)
-    parser.add_argument("--annotations", type=Path, required=True, help="reid_raw.json, ICFG-PEDES.json, ...")
-    parser.add_argument("--images", type=Path, required=True, help="folder that the paths in it begin in")
+    parser.add_argument("--annotations", type=to_path, required=True, help="reid_raw.json, ICFG-PEDES.json, ...")
+    parser.add_argument("--images", type=to_path, required=True, help="folder that the paths in it begin in")
     parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument("--size", type=_size, default=SIZE, help="HEIGHTxWIDTH of the pictures, 384x128 unless told")
     parser.add_argument(
         "--hold_out", type=command.at_least(0), default=0, help="training persons that become the split val"

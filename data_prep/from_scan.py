@@ -8,6 +8,7 @@ Arrays may have one row an image or, as the released ones do, one row a caption 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ import numpy as np
 
 from data_prep import command, join, parts, schema
 from data_prep.bad_records import Bad, Policy, record_or_bad
+from data_prep.counts import Found
 from data_prep.files import open_array, read_lines
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Source
+from data_prep.sources.units import MASK, Layout, as_units
+from shnet_jax.paths import to_path
 
 ARRAYS = {
     "regions": "_ims.npy",
@@ -39,6 +43,8 @@ ARRAYS = {
 CAPTION_EMBEDDINGS = "_caption_emb.npy"
 CAPTION_IDS = "_capids.txt"
 USUAL_CAPTIONS = 5  # captions an image in Flickr and COCO as SCAN distributes them
+_RUNS = 16  # of equal rows, from which the captions of an image are found
+_MOST_CAPTIONS = 64  # rows of an image that are looked for
 _BLOCK = 64  # images read at once
 
 
@@ -47,7 +53,7 @@ class ScanSplit:
     """The files of one split and how their rows belong to images.
 
     arrays: field -> path; steps: field -> rows of that array for each image (1, or the captions of an image).
-    caption_ids: of all captions, () without; caption_embeddings: file with a row a caption.
+    caption_ids: of all captions, () without; caption_embeddings: file with a row a caption. layout: of the features.
     """
 
     name: str
@@ -60,6 +66,7 @@ class ScanSplit:
     feature_dtype: str | None
     caption_ids: tuple[int, ...] = ()
     caption_embeddings: Path | None = None
+    layout: Layout | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,6 +92,8 @@ class ScanSplit:
             record["caption_ids"] = np.array(self.caption_ids[of_image], np.int64)
         for field, value in arrays.items():
             file = self.files[field]
+            if field in MASK and value.ndim > 1:
+                value = as_units(value, file, None, self.layout)
             record[field] = schema.as_field(field, value, where=where, file=file, dtype=self.feature_dtype)
         return record
 
@@ -102,6 +111,7 @@ def open_split(
     feature_dtype: str | None = None,
     need: str = "an array",
     strict: bool = True,
+    layout: Layout | None = None,
 ) -> ScanSplit:
     """Find the files of a split and work out from their counts which rows belong to which image.
 
@@ -119,10 +129,12 @@ def open_split(
     for field, shape in shapes.items():
         if not shape or not shape[0]:
             raise DataError(f"{arrays[field]}: expected a row for each image, found shape {list(shape)}")
+        if field in MASK and len(shape) > 2:  # of all images, so of no record alone
+            as_units(open_array(arrays[field])[0], arrays[field], None, layout)
     rows = {field: shape[0] for field, shape in shapes.items()}
     ids_file = src / f"{split}_ids.txt"
     ids = read_lines(ids_file) if need == "ids" or ids_file.is_file() else []
-    per_image = captions_per_image or _captions_per_image(src, split, len(captions), rows, ids)
+    per_image = captions_per_image or _captions_per_image(src, split, len(captions), arrays, rows, ids)
     images, rest = divmod(len(captions), per_image)
     if rest:
         raise DataError(
@@ -156,6 +168,7 @@ def open_split(
         feature_dtype,
         _caption_ids(src / f"{split}{CAPTION_IDS}", len(captions)),
         _caption_embeddings(src / f"{split}{CAPTION_EMBEDDINGS}", len(captions)),
+        layout,
     )
 
 
@@ -181,12 +194,17 @@ def _caption_embeddings(path: Path, captions: int) -> Path | None:
     return path
 
 
-def _captions_per_image(src: Path, split: str, captions: int, rows: Mapping[str, int], ids: list[str]) -> int:
-    """Captions an image from counts: of rows, else of different ids, else the usual 5 when rows repeat."""
+def _captions_per_image(
+    src: Path, split: str, captions: int, arrays: Mapping[str, Path], rows: Mapping[str, int], ids: list[str]
+) -> int:
+    """Captions an image from counts: of rows, else of different ids, else from how often rows repeat."""
     named = len(ids) if len(ids) != captions else sum(1 for _ in groupby(ids))
     images = min([*rows.values(), *([named] if ids else [])])
-    if images == captions and not ids and captions % USUAL_CAPTIONS == 0:
-        return USUAL_CAPTIONS
+    if images == captions and not ids:
+        repeats = _repeats(min(arrays.values(), key=lambda path: path.stat().st_size), captions)
+        if repeats == 1 and captions % USUAL_CAPTIONS == 0:  # rather ask than take captions for images
+            return USUAL_CAPTIONS
+        images = captions // repeats
     if images == 0 or captions % images:
         raise DataError(
             f"{src}: split {split!r}: expected as many captions for each image, found {captions} for "
@@ -195,8 +213,42 @@ def _captions_per_image(src: Path, split: str, captions: int, rows: Mapping[str,
     return captions // images
 
 
+def _repeats(path: Path, rows: int) -> int:
+    """How often each row of an array comes: the common divisor of its first runs of equal rows, and of the last.
+
+    Raises DataError when no run is as short as that, it does not divide `rows`, or there is no end of a run.
+    """
+    array = open_array(path)
+
+    def run(start: int, step: int) -> int:
+        """Rows from `start` on that are equal to the one there, 0 when there are too many."""
+        places = range(start, rows if step > 0 else -1, step)
+        near = places[: _MOST_CAPTIONS + 1]
+        end = len(near) if near == places else 0
+        return next((n for n, place in enumerate(near) if not _equal(array[place], array[start])), end)
+
+    runs, start = [run(rows - 1, -1)], 0
+    for _ in range(_RUNS):
+        runs.append(run(start, 1) if start < rows else 0)
+        start += runs[-1]
+    found = math.gcd(*runs)
+    if found == 0 and rows % USUAL_CAPTIONS == 0:
+        print(f"note: {path}: its rows are all equal; {USUAL_CAPTIONS} captions an image are assumed", file=sys.stderr)
+        return USUAL_CAPTIONS
+    if found not in runs or found == 0 or rows % found:  # neighbours may be equal, but not all of them
+        raise DataError(
+            f"{path}: expected the row of each image once for each of its captions, found runs of "
+            f"{', '.join(map(str, sorted({*runs} - {0}))) or 'more'} equal rows among {rows}; give --captions_per_image"
+        )
+    return found
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
+
+
 def _check_repeated(path: Path, images: int, step: int) -> None:
-    """Look at the first, middle and last image: are its rows really copies?"""
+    """Look at the first, middle and last image: are its rows really copies, and those of the next image others?"""
     array = open_array(path)
     for image in sorted({0, images // 2, images - 1}):
         group = np.asarray(array[image * step : (image + 1) * step])
@@ -247,6 +299,13 @@ def class_metadata(src: Path, splits: Iterable[ScanSplit]) -> dict[str, list[str
     return {"class_names": class_names(path, open_array(sized[0]).shape[1])} if sized and path.is_file() else {}
 
 
+def found(splits: Iterable[ScanSplit]) -> Found:
+    """What the text files of the splits hold."""
+    counts = [(len(split.captions), len(split)) for split in splits]
+    captions, images = (sum(column) for column in zip(*counts, strict=True))
+    return Found(captions, images, captions)
+
+
 def import_scan(
     src: Path,
     name: str,
@@ -254,6 +313,7 @@ def import_scan(
     *,
     splits: list[str] | None = None,
     captions_per_image: int | None = None,
+    layout: Layout | None = None,
     feature_dtype: str | None = "float16",
     source: str = "",
     overwrite: bool = False,
@@ -269,6 +329,7 @@ def import_scan(
             captions_per_image=captions_per_image,
             feature_dtype=feature_dtype,
             strict=on_bad_record == "fail",
+            layout=layout,
         )
         for split in (splits or split_names(src))
     }
@@ -281,7 +342,7 @@ def import_scan(
             "source": source or f"data_prep.from_scan of {src.resolve().name}",
             **class_metadata(src, opened.values()),
         },
-        total=sum(map(len, opened.values())),
+        found=found(opened.values()),
         files={split: opened[split].files for split in opened},
         feature_dtype=feature_dtype,
         skip_absent=skip_absent,
@@ -292,9 +353,9 @@ def import_scan(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that importers of this layout share."""
-    parser.add_argument("--src", type=Path, required=True, help="folder with SPLIT_caps.txt and the files beside it")
+    parser.add_argument("--src", type=to_path, required=True, help="folder with SPLIT_caps.txt and the files beside it")
     parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument("--splits", help="comma-separated; default: every SPLIT_caps.txt in the folder")
     parser.add_argument(
         "--captions_per_image", type=command.at_least(1), help="default: from the counts of rows, ids and captions"
@@ -311,10 +372,11 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "splits": args.splits.split(",") if args.splits else None,
         "captions_per_image": args.captions_per_image,
+        "layout": args.layout,
         "feature_dtype": None if args.feature_dtype == "keep" else args.feature_dtype,
         "source": args.source,
         "overwrite": args.overwrite,
-        "sources": parts.open_sources(args),
+        "sources": parts.open_sources(args, own=("layout",)),
         "skip_absent": args.absent == "skip",
         "on_bad_record": args.on_bad_record,
     }

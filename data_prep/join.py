@@ -10,7 +10,9 @@ from typing import Any
 from data_prep import captions, command, parts, schema
 from data_prep.bad_records import Policy
 from data_prep.builder import Files, Item, write_dataset
+from data_prep.counts import Found
 from data_prep.sources.base import Joined, Source
+from shnet_jax.paths import to_path, to_paths
 
 
 def write_joined(
@@ -20,7 +22,7 @@ def write_joined(
     out: Path,
     *,
     metadata: Mapping[str, Any],
-    total: int,
+    found: Found,
     files: Files | None = None,
     feature_dtype: str | None = "float16",
     skip_absent: bool = False,
@@ -36,15 +38,23 @@ def write_joined(
     all_files = {split: {**joined, **(files or {}).get(split, {})} for split in splits}
     known = {**metadata, **{key: value for part in sources for key, value in part.metadata.items()}}
     return write_dataset(
-        out, name, records, known, files=all_files, total=total, overwrite=overwrite, on_bad_record=on_bad_record
+        out,
+        name,
+        records,
+        known,
+        files=all_files,
+        total=found.records,
+        found=found,
+        overwrite=overwrite,
+        on_bad_record=on_bad_record,
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, captions_required: bool = True) -> None:
     """The flags of what starts from captions: where they are, and the data set to write."""
-    captions.add_arguments(parser)
+    captions.add_arguments(parser, captions_required)
     parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument(
         "--feature_dtype", choices=schema.FEATURE_DTYPES, default="float16", help="dtype that features are stored in"
     )
@@ -73,8 +83,8 @@ def _run(module: str, kind: str, doc: str | None, argv: Sequence[str] | None) ->
         parts.open_sources(args),
         args.name,
         args.out,
-        metadata={"source": args.source or f"data_prep.{module} of {Path(getattr(args, kind).split(',')[0]).name}"},
-        total=sum(map(len, splits.values())),
+        metadata={"source": args.source or f"data_prep.{module} of {to_paths(getattr(args, kind))[0].name}"},
+        found=splits.found,
         files={split: {"captions": args.captions} for split in splits},
         feature_dtype=args.feature_dtype,
         skip_absent=args.absent == "skip",

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from data_prep import command
 from data_prep.schema import DataError
 from data_prep.sources.base import Source
 from data_prep.sources.bottom_up import BottomUp
+from data_prep.sources.boxes import FORMS, Sizes
+from data_prep.sources.detections import Reading
+from data_prep.sources.lmdb_files import Lmdb
+from data_prep.sources.npz import NpzFiles
 from data_prep.sources.panoptic import Panoptic, Upsnet
-from data_prep.sources.units import UnitFiles
+from data_prep.sources.torch_dict import TorchDict
+from data_prep.sources.units import LAYOUTS, MASK, UnitFiles
+from data_prep.sources.vinvl import GEOMETRIES, Vinvl
+from shnet_jax.paths import to_path, to_paths
 
 
 class Part(NamedTuple):
@@ -29,15 +35,40 @@ class Part(NamedTuple):
 
 
 def _bottom_up(args: argparse.Namespace) -> Source:
-    return BottomUp([Path(path) for path in args.bottom_up.split(",")], args.max_regions)
+    return BottomUp(to_paths(args.bottom_up), args.max_regions, args.boxes or "pixels")
 
 
 def _grids(args: argparse.Namespace) -> Source:
-    return UnitFiles(Path(args.grids), "grid", args.max_cells, args.pool_grids)
+    return UnitFiles(to_path(args.grids), "grid", args.max_cells, args.pool_grids, args.layout)
+
+
+def _reading(args: argparse.Namespace) -> Reading:
+    return Reading(
+        field=args.features_as,
+        layout=args.layout,
+        pool=args.pool_grids,
+        form=args.boxes or "pixels",
+        sizes=Sizes(args.sizes) if args.sizes else None,
+        size_order=args.size_order or "hw",
+        max_regions=args.max_regions,
+        max_cells=args.max_cells,
+    )
+
+
+def _npz(args: argparse.Namespace) -> Source:
+    return NpzFiles(to_path(args.npz), _reading(args))
+
+
+def _hdf5(args: argparse.Namespace) -> Source:
+    try:
+        from data_prep.sources.hdf5 import Hdf5Features
+    except ModuleNotFoundError as error:
+        raise DataError(f"reading HDF5 needs {error.name}: pip install -e '.[hdf5]'") from None
+    return Hdf5Features(to_paths(args.hdf5), to_paths(args.hdf5_ids) if args.hdf5_ids else [], _reading(args))
 
 
 def _panoptic(args: argparse.Namespace) -> Source:
-    path = Path(args.panoptic)
+    path = to_path(args.panoptic)
     folder = args.panoptic_png or path.with_suffix("")
     for needed, kind in ((path, "file"), (folder, "folder")):
         if not needed.exists():
@@ -46,23 +77,89 @@ def _panoptic(args: argparse.Namespace) -> Source:
 
 
 def _upsnet(args: argparse.Namespace) -> Source:
-    return Upsnet(Path(args.upsnet))
+    return Upsnet(to_path(args.upsnet))
 
+
+def _embeddings(args: argparse.Namespace) -> Source:
+    from data_prep.sources.embeddings import Embeddings  # imports JAX, which takes a second
+
+    return Embeddings(to_paths(args.embeddings))
+
+
+def _lmdb(args: argparse.Namespace) -> Source:
+    return Lmdb(to_path(args.lmdb), _reading(args))
+
+
+def _vinvl(args: argparse.Namespace) -> Source:
+    return Vinvl(to_paths(args.vinvl), _reading(args), args.geometry, args.vinvl_labels)
+
+
+def _torch(args: argparse.Namespace) -> Source:
+    return TorchDict(to_paths(args.torch), _reading(args), args.geometry)
+
+
+_READING = ("features_as", "layout", "pool_grids", "max_cells", "max_regions", "boxes", "sizes")
 
 PARTS: dict[str, Part] = {
     "bottom_up": Part(
-        "TSV of bottom-up attention or LXMERT, several by commas: regions, boxes", _bottom_up, ("max_regions",)
+        "TSV of bottom-up attention or LXMERT, several by commas: regions, boxes", _bottom_up, ("max_regions", "boxes")
     ),
-    "grids": Part("folder with ID.npy or ID.pth (grid-feats-vqa): grid", _grids, ("max_cells", "pool_grids")),
+    "grids": Part(
+        "folder with ID.npy, ID.pth or ID.pt (grid-feats-vqa): grid", _grids, ("max_cells", "pool_grids", "layout")
+    ),
+    "npz": Part("folder with ID.npz (x and bbox, or feat): regions and boxes, or grid", _npz, _READING),
+    "hdf5": Part(
+        "HDF5, several by commas (image_features, ID_features, ...): regions and boxes, or grid",
+        _hdf5,
+        (*_READING, "hdf5_ids", "size_order"),
+    ),
+    "lmdb": Part("LMDB of UNITER (feat_*), ViLBERT or MMF: regions, boxes, scores", _lmdb, _READING),
+    "vinvl": Part(
+        "features.tsv or SPLIT.feature.tsv of VinVL, several by commas: regions, boxes",
+        _vinvl,
+        (*_READING, "geometry", "vinvl_labels"),
+    ),
+    "torch": Part(
+        "FILE.pt of torch.save, {image: tensor}, several by commas: regions, boxes", _torch, (*_READING, "geometry")
+    ),
     "panoptic": Part("COCO panoptic JSON: seg_semantic, seg_map, categories", _panoptic, ("panoptic_png",)),
     "upsnet": Part("folder with UPSNet's PNG (pan_2ch or ssegs): seg_semantic, seg_map, categories", _upsnet),
+    "embeddings": Part("folder of --mode=embed, several by commas: image_embedding, caption_embeddings", _embeddings),
 }
 
 OPTIONS: dict[str, Mapping[str, Any]] = {
-    "panoptic_png": {"type": Path, "help": "folder of the panoptic PNG; default: the JSON's name"},
+    "panoptic_png": {"type": to_path, "help": "folder of the panoptic PNG; default: the JSON's name"},
     "max_regions": {"type": command.at_least(1), "help": "pad regions to this many and add a mask (adaptive files)"},
     "max_cells": {"type": command.at_least(1), "help": "pad the grid to this many cells and add a mask"},
     "pool_grids": {"type": command.at_least(1), "help": "average maps to this many rows and columns, such as 7"},
+    "layout": {
+        "choices": LAYOUTS,
+        "help": "where the channels of features are: hwc last ([h, w, D], [K, D]), chw first ([D, h, w], [D, K]); "
+        "without it a shape that leaves this open is an error",
+    },
+    "features_as": {
+        "choices": tuple(MASK),
+        "help": "what features are; default: regions, but a grid where they are maps",
+    },
+    "boxes": {
+        "choices": FORMS,
+        "help": "boxes are corners x1 y1 x2 y2 in pixels (default) or in shares of the image, or x, y, width, height; "
+        "none leaves them out",
+    },
+    "sizes": {
+        "type": to_path,
+        "help": "width and height of images, for boxes in pixels: COCO JSON, JSON name: [width, height], CSV or TSV",
+    },
+    "size_order": {"choices": ("hw", "wh"), "help": "of the two numbers in ID_size (default: hw, as DLCT writes them)"},
+    "geometry": {
+        "choices": GEOMETRIES,
+        "help": "whether VinVL's last 6 of 2,054 numbers, which become boxes, stay in the features too; default: drop",
+    },
+    "vinvl_labels": {
+        "type": to_path,
+        "help": "predictions.tsv or SPLIT.label.tsv of its detector: box classes, scores",
+    },
+    "hdf5_ids": {"help": "ids of the rows, by commas a file for each HDF5: list or id: row as JSON, text or pickle"},
 }
 """Flags of single formats, as keyword arguments of `add_argument`; their default is None, which means not given."""
 
@@ -79,11 +176,14 @@ def add_arguments(parser: argparse.ArgumentParser, required: str | None = None) 
     )
 
 
-def open_sources(args: argparse.Namespace) -> list[Source]:
-    """The sources that the flags name. Raises DataError when files are missing, or a flag belongs to another."""
+def open_sources(args: argparse.Namespace, own: Collection[str] = ()) -> list[Source]:
+    """The sources that the flags name. Raises DataError when files are missing, or a flag belongs to another.
+
+    own: names in OPTIONS of the flags that the importer takes for itself too.
+    """
     given = [name for name in PARTS if getattr(args, name)]
     for option in OPTIONS:
         takers = [name for name, part in PARTS.items() if option in part.options]
-        if getattr(args, option) is not None and not set(takers) & set(given):
+        if getattr(args, option) is not None and option not in own and not set(takers) & set(given):
             raise DataError(f"--{option} belongs to {' or '.join(f'--{name}' for name in takers)}, which is not given")
     return [PARTS[name].open(args) for name in given]

@@ -46,7 +46,7 @@ class Progress:
         self._print(f"{self._done} records{self._note()} in {took}, {self._rate():,.0f} records/s")
 
     def _note(self) -> str:
-        return f", {self._left_out} left out" if self._left_out else ""
+        return f", {self._left_out} of them left out" if self._left_out else ""
 
     def _rate(self) -> float:
         return self._done / max(self._now() - self._start, 1e-9)

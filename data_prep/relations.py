@@ -22,6 +22,7 @@ from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.builder import write_dataset
 from data_prep.schema import DataError, Record
 from shnet_jax.data.records import DataSet, RandomAccess, open_dataset
+from shnet_jax.paths import to_path
 
 ROWS = 15  # most confident relations that an image keeps
 STAND_IN = "geometric stand-in"
@@ -85,14 +86,14 @@ def stand_in(record: Record, *, least_score: float, rows: int) -> np.ndarray:
 def from_graphs(
     record: Record,
     *,
-    graphs: Mapping[str, scene_graphs.Graph],
+    graphs: scene_graphs.Graphs,
     names: Mapping[str, int],
     least_iou: float,
     least_score: float,
     rows: int,
 ) -> np.ndarray:
     """See `scene_graphs.region_relations`; an image without a graph has no relations."""
-    graph = scene_graphs.graph_of(graphs, record["image_id"])
+    graph = graphs.find(record["image_id"])
     if graph is None:
         return np.full((rows, 3), -1, np.int32)
     limits = {"least_iou": least_iou, "least_score": least_score, "rows": rows}
@@ -108,10 +109,11 @@ def _need(dataset: DataSet, field: str) -> None:
         raise DataError(f"{dataset.path}: expected the field {field!r}, which relations need, found none")
 
 
-def _check_coverage(dataset: DataSet, graphs: Mapping[str, scene_graphs.Graph], path: Path) -> None:
+def _check_coverage(dataset: DataSet, graphs: scene_graphs.Graphs, path: Path) -> None:
+    """Raises DataError when a split has no graph, or it is not clear which image has which."""
     for split in dataset.splits:
         ids = dataset.image_ids(split).tolist()
-        missing = [i for i in ids if scene_graphs.graph_of(graphs, i) is None]
+        missing = [i for i in ids if graphs.find(i) is None]
         if len(missing) == len(ids):
             raise DataError(f"{path}: no graph for any image of split {split!r}, such as {missing[0]!r}")
         if missing:
@@ -122,13 +124,13 @@ def _check_coverage(dataset: DataSet, graphs: Mapping[str, scene_graphs.Graph], 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("relations", __doc__)
-    parser.add_argument("--data", type=Path, required=True, help="data set with boxes")
+    parser.add_argument("--data", type=to_path, required=True, help="data set with boxes")
     parser.add_argument("--name", required=True, help="name of the new data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--scene_graphs", type=Path, help="JSON file in the layout of Visual Genome's scene_graphs.json")
+    kind.add_argument("--scene_graphs", type=to_path, help="JSON in the layout of Visual Genome's scene_graphs.json")
     kind.add_argument("--geometric", action="store_true", help="a stand-in from boxes and classes alone")
-    parser.add_argument("--image_data", type=Path, help="JSON file with width and height of each image")
+    parser.add_argument("--image_data", type=to_path, help="JSON file with width and height of each image")
     parser.add_argument("--least_score", type=float, default=0.3, help="of a predicted relation, or of a box (0.3)")
     parser.add_argument("--least_iou", type=float, default=0.5, help="of an object and its region (0.5)")
     parser.add_argument("--rows", type=command.at_least(1), default=ROWS, help=f"relations of an image ({ROWS})")

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.files import read_json
+from data_prep.names import Names
 from data_prep.schema import DataError
 
 
@@ -32,8 +33,11 @@ class Graph:
     edges: tuple[tuple[int, str, int, float], ...]
 
 
-def read_graphs(path: Path, image_data: Path | None = None) -> dict[str, Graph]:
-    """The graph of each image by its id as text.
+Graphs = Names[Graph]
+
+
+def read_graphs(path: Path, image_data: Path | None = None) -> Graphs:
+    """The graph of each image, found by its name or number.
 
     image_data: file with {"image_id", "width", "height"} of each image, for graphs without sizes.
     Raises DataError naming file, image and key of what is missing or wrong.
@@ -41,22 +45,19 @@ def read_graphs(path: Path, image_data: Path | None = None) -> dict[str, Graph]:
     sizes = {}
     for entry in _entries(image_data) if image_data else ():
         sizes[str(_key(entry, "image_id", image_data))] = entry
-    graphs = {}
+    graphs: Graphs = Names(path)
     for entry in _entries(path):
         image_id = str(_key(entry, "image_id", path))
-        graphs[image_id] = _graph(entry, sizes.get(image_id, entry), f"{path}: image {image_id}")
+        if image_id in graphs:
+            raise DataError(f"{path}: image {image_id}: expected one entry, found two")
+        graphs.add(image_id, _graph(entry, sizes.get(image_id, entry), f"{path}: image {image_id}"))
     return graphs
 
 
-def predicates(graphs: Mapping[str, Graph]) -> list[str]:
+def predicates(graphs: Graphs) -> list[str]:
     """All predicates, the most frequent first."""
-    counts = Counter(edge[1] for graph in graphs.values() for edge in graph.edges)
+    counts = Counter(edge[1] for graph in graphs for edge in graph.edges)
     return sorted(counts, key=lambda name: (-counts[name], name))
-
-
-def graph_of(graphs: Mapping[str, Graph], image_id: str) -> Graph | None:
-    """The graph of a record: that of its id, or of its id without the extension of the photograph."""
-    return graphs.get(image_id) or graphs.get(Path(image_id).stem)
 
 
 def region_relations(

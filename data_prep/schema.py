@@ -209,11 +209,13 @@ def _check_boxes(record: Mapping[str, Any], where: str, files: Mapping[str, str]
         outside = (boxes < -BOX_OVERSHOOT) | (boxes > 1 + BOX_OVERSHOOT)
         if outside.any():
             row = int(np.argwhere(outside)[0, 0])
-            raise _error(where, files, "boxes", "coordinates in 0..1", f"{boxes[row].tolist()} as box {row}")
+            hint = " (in pixels? divide by the image's width and height)" if boxes[row].max() > 2 else ""
+            raise _error(where, files, "boxes", "coordinates in 0..1", f"{boxes[row].tolist()} as box {row}{hint}")
         swapped = (boxes[:, :2] > boxes[:, 2:]).any(axis=1)
         if swapped.any():
             row = int(np.argmax(swapped))
-            raise _error(where, files, "boxes", "x1 <= x2 and y1 <= y2", f"{boxes[row].tolist()} as box {row}")
+            hint = " (are the last two width and height?)"
+            raise _error(where, files, "boxes", "x1 <= x2 and y1 <= y2", f"{boxes[row].tolist()} as box {row}{hint}")
 
 
 def _check_relations(record: Mapping[str, Any], where: str, files: Mapping[str, str]) -> None:

@@ -20,11 +20,13 @@ from data_prep import command, schema
 from data_prep.bad_records import SKIPPED
 from data_prep.progress import Progress
 from data_prep.schema import DataError
+from data_prep.sources.units import MASK, narrow
 from shnet_jax.data.checksums import CHECKSUMS, read_checksums, sha256
 from shnet_jax.data.index import Index, index_file, read_index
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, open_dataset
 from shnet_jax.data.tokenise import sentence_piece
 from shnet_jax.foreign import inside
+from shnet_jax.paths import to_path
 
 _SHOWN = 10  # problems of one kind that are printed
 
@@ -105,6 +107,12 @@ def _check_fields(report: Report) -> None:
     if not any(name in dataset.features for name in schema.VISUAL_FIELDS):
         missing.append(" or ".join(schema.VISUAL_FIELDS))
     report.problems += [f"missing field: {name}" for name in missing]
+    for name in MASK:
+        shape = dataset.features[name][0] if name in dataset.features else ()
+        units, width = (size or 0 for size in shape) if len(shape) == 2 else (0, 0)
+        if narrow(units, width):
+            hint = "were its axes mixed up? --layout of the importers says how they lie"
+            report.notes.append(f"field {name}: {units} units of width {width}: {hint}")
     unknown = set(dataset.features) - {*schema.FIELDS, *schema.TEXT_FIELDS}
     report.notes += [f"unknown field, ignored: {name}" for name in sorted(unknown)]
     if not dataset.splits:
@@ -291,7 +299,7 @@ def _listed(kind: str, lines: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("verify", __doc__)
-    parser.add_argument("directory", type=Path, help="a data set, or a folder that holds only one")
+    parser.add_argument("directory", type=to_path, help="a data set, or a folder that holds only one")
     parser.add_argument("--sample", type=command.at_least(1), help="records of each split that are read; default: all")
     args = parser.parse_args(argv)
     report = verify(args.directory, args.sample)

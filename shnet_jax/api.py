@@ -18,6 +18,7 @@ from shnet_jax.evaluate.blocks import digest
 from shnet_jax.evaluate.towers import encode_parts
 from shnet_jax.evaluate.two_stage import candidates
 from shnet_jax.parallel.mapping import make_mesh
+from shnet_jax.paths import to_path
 from shnet_jax.retrieve.folder import SOURCE, Embeddings, make_ids, open_embeddings
 from shnet_jax.retrieve.query import Answer, Searcher, encode_texts, place_towers
 from shnet_jax.train.workdir import trained_config
@@ -37,7 +38,7 @@ def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None 
       FileNotFoundError, ValueError, WorkdirError, CheckpointError: there is nothing to load, or it does not fit.
       ValueError: the run is older than fields that are needed now, and config is None.
     """
-    path = Path(path)
+    path = to_path(path)
     workdir, step = path, None
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         workdir, step = path.parent.parent, int(path.name)

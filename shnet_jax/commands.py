@@ -22,7 +22,7 @@ from shnet_jax.evaluate.report import card_table, extra_table, interval_table, t
 from shnet_jax.evaluate.split import embed_split, evaluate_embedded, in_two_stages, subject, ways_to_rank
 from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.evaluate.zero_shot import zero_shot
-from shnet_jax.experiment import Experiment, abstract_variables, assemble
+from shnet_jax.experiment import AUTO, Experiment, abstract_variables, assemble
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.observe.files import write_text
 from shnet_jax.parallel import hosts
@@ -127,7 +127,8 @@ def _model_differences(trained: ConfigDict, config: ConfigDict, aside: set[str])
     found = differences(theirs, ours, "config.model")
     ours = {k: v for k, v in trained.text.to_dict().items() if k not in filled}
     theirs = {k: v for k, v in config.text.to_dict().items() if k not in filled}
-    return found + differences(theirs, ours, "config.text")
+    found += differences(theirs, ours, "config.text")
+    return [one for one in found if one.ours != AUTO]  # what the run was trained in
 
 
 def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:

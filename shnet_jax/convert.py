@@ -14,7 +14,9 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
-from shnet_jax.data.tokenise import load_tokenizer, vocabulary_file
+from shnet_jax.data import wordpiece
+from shnet_jax.data.tokenise import load_tokenizer
+from shnet_jax.experiment import settle_dtypes
 from shnet_jax.interop import bert_weights
 from shnet_jax.interop.published import open_published
 from shnet_jax.interop.weights_file import read_weights, write_weights
@@ -68,8 +70,9 @@ def load_published(config: ConfigDict, path: str | Path) -> Model:
     """
     config = ConfigDict(config.to_dict())
     if config.text.weights and not config.tokenizer.path:  # of a folder only its vocabulary is needed
-        config.tokenizer.path = str(bert_weights.find_folder(config.text.weights) / "vocab.txt")
+        config.tokenizer.path = str(wordpiece.find_vocabulary(bert_weights.find_folder(config.text.weights)))
     config.tokenizer.kind = "wordpiece"
+    settle_dtypes(config)
     published = open_published(path)
     known = published.fields()
     flat = {field: value for field, value in _flat(config.to_dict()).items() if field in known}
@@ -138,7 +141,7 @@ def write_run(workdir: Path, model: Model) -> None:
     Raises WorkdirError for one that has checkpoints, FolderInUse for one that another process writes to.
     """
     with sole_writer(workdir):
-        adopt(workdir, model.config, vocabulary_file(model.config))
+        adopt(workdir, model.config)
         with closing(Checkpoints(workdir, keep=1)) as checkpoints:
             variables = jax.tree.map(jax.numpy.asarray, model.variables)
             checkpoints.save_variables(model.step, variables, {"converted": True})
@@ -151,7 +154,7 @@ def write_folder(folder: Path, model: Model) -> None:
         if folder.exists():
             raise WorkdirError(f"{folder} exists already; choose another --config.convert.to")
         shutil.rmtree(temporary, ignore_errors=True)
-        adopt(temporary, model.config, vocabulary_file(model.config))
+        adopt(temporary, model.config)
         write_weights(temporary / WEIGHTS, model.variables, model.step)
         temporary.rename(folder)
 

@@ -15,19 +15,25 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax import registry
-from shnet_jax.data import clip_bpe
+from shnet_jax.data import clip_bpe, wordpiece
 from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.data.tokenise import Tokenizer, load_tokenizer
 from shnet_jax.interop import bert_weights, clip_weights
 from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.observe.machine import fast_dtype
 from shnet_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
+AUTO = "auto"
+"""model.dtype or text.dtype: the dtype that the device is fast at."""
+MOST_SPARE = 128
+"""Rows of an embedding that no token has are fewer: some models round their number up to a multiple of 8, 64 or 128."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of a run. `config` is complete: sizes that come from weights or tokenizer are filled in.
+    """The parts of a run. `config` is complete: sizes that come from weights or tokenizer and dtypes are filled in.
 
     fields: of the record, that the model reads. notes: what results have to say of optional ones, "" for nothing.
     """
@@ -49,14 +55,17 @@ def assemble(config: ConfigDict) -> Experiment:
     if not config.data.dir:
         raise ValueError("config.data.dir is empty: give the folder of a data set, --config.data.dir=DIR")
     dataset = open_dataset(config.data.dir)
+    settle_dtypes(config)
     fit_weights(config)
     tokenizer = load_tokenizer(config)
-    if config.text.vocab_size not in (0, tokenizer.vocab_size):
+    spare = config.text.vocab_size - tokenizer.vocab_size
+    padded = 0 < spare < MOST_SPARE and config.text.vocab_size % 8 == 0
+    if config.text.vocab_size and spare and not padded:
         raise ValueError(
             f"the text tower has {config.text.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: "
             "set config.tokenizer to the vocabulary that the text tower was trained with"
         )
-    config.text.vocab_size = tokenizer.vocab_size
+    config.text.vocab_size = config.text.vocab_size or tokenizer.vocab_size
     module = registry.model(config.model.name)
     fields = module.image_fields(config)
     _check_fields(config, dataset, fields)
@@ -65,6 +74,20 @@ def assemble(config: ConfigDict) -> Experiment:
     if notes:
         log.info("%s: %s", dataset.path, notes)
     return Experiment(FrozenConfigDict(config), dataset, tokenizer, module.build(config), (*fields, *optional), notes)
+
+
+def automatic(config: ConfigDict) -> list[str]:
+    """The sections of a configuration whose dtype is still to be chosen."""
+    return [section for section in ("model", "text") if config[section].dtype == AUTO]
+
+
+def settle_dtypes(config: ConfigDict, device: jax.Device | None = None) -> None:
+    """Puts the dtype that `device` is fast at, None: this machine's first one, in place of AUTO."""
+    if sections := automatic(config):
+        dtype, why = fast_dtype(device or jax.local_devices()[0])
+        for section in sections:
+            config[section].dtype = dtype
+        log.info("%s: auto is %s on %s", " and ".join(f"config.{s}.dtype" for s in sections), dtype, why)
 
 
 def optional_fields(module: ModuleType, config: ConfigDict, dataset: DataSet) -> tuple[tuple[str, ...], str]:
@@ -95,7 +118,7 @@ def fit_weights(config: ConfigDict) -> None:
         folder = bert_weights.find_folder(config.text.weights)
         config.text.update(bert_weights.sizes(folder))
         if config.tokenizer.kind == "wordpiece" and not config.tokenizer.path:
-            config.tokenizer.path = str(folder / "vocab.txt")
+            config.tokenizer.path = str(wordpiece.find_vocabulary(folder))
     if config.data.max_tokens > config.text.max_positions:
         raise ValueError(
             f"config.data.max_tokens is {config.data.max_tokens}, "

@@ -6,6 +6,7 @@ a small constant.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -13,18 +14,25 @@ import os
 import struct
 import tokenize
 import zipfile
+import zlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 """Pixels of a picture that is decoded: a PNG of some kB may say that it has a thousand times as many."""
+MAX_PICTURE_BYTES = 2**28
+"""Of the file of a picture."""
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Of pictures. Pillow knows more, and runs another program (Ghostscript) to read some of them."""
 MAX_ARRAYS = 1000
 """Arrays of an .npz."""
+MAX_IMAGE_BYTES = 2**26
+"""Bytes of the arrays of one image. A feature map of 2048 x 38 x 50 float64 numbers, the largest in use, has 31 MB."""
 
 NPY_FAULTS = (
     *(ValueError, SyntaxError, tokenize.TokenError, TypeError, LookupError),
@@ -32,15 +40,44 @@ NPY_FAULTS = (
 )
 """What NumPy's readers of .npy headers, which are a piece of Python, raise for those that are none."""
 
+_PALETTE = 3  # the colour type of a PNG
+_STRIP = 64  # rows of a picture that are converted at once
 _NAME = 255  # bytes of a file name on the file systems of today
+_NPY = b"\x93NUMPY"
+
+
+def check_kind(path: Path) -> None:
+    """Raises ValueError when the file is a stand-in for the one that was meant: every reader asks this first."""
+    with path.open("rb") as file:
+        _check_start(file.read(64), path)
+
+
+def _check_start(start: bytes, path: object) -> None:
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise ValueError(f"{path}: found a git-LFS pointer in place of the file; fetch it with: git lfs pull")
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        raise ValueError(f"{path}: found a web page in place of the file, as of a download that asks to log in")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError naming the file, FileNotFoundError without one."""
+    """What a JSON file in UTF-8, UTF-16 or UTF-32 holds, with or without a byte order mark.
+
+    Raises ValueError naming the file, FileNotFoundError without one.
+    """
+    check_kind(path)
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes | str, path: object) -> Any:
+    """What JSON text says. Raises ValueError naming `path`, the place it comes from."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also of bytes that are no UTF-8 and of numbers of thousands of digits
-        raise ValueError(f"{path}: expected JSON (cut off?): {error}") from None
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+        what = "a file that is cut off" if end and error.doc.strip() else "other text"
+        raise ValueError(f"{path}: expected JSON, found {what}: {error}") from None
+    except ValueError as error:  # of bytes that are no UTF-8 and of numbers of thousands of digits
+        raise ValueError(f"{path}: expected JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path}: expected JSON, found lists or objects that are nested too deeply") from None
 
@@ -53,34 +90,88 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path, names: Collection[str] | None = None, most: int | None = None) -> dict[str, np.ndarray]:
     """The arrays of a file of `np.savez`, by name; read-only.
+
+    names: read only these of them; what else the file has, such as pickled objects, is not looked at.
+    most: take compressed arrays too (`np.savez_compressed`) where all that are read have at most this many bytes
+    unpacked. Without it none may be compressed.
 
     `np.load` takes as much memory as the headers in it ask for, and unpacks compressed ones of any size. Raises
     FileNotFoundError, and ValueError for a file that is damaged, compressed or holds anything but arrays of numbers.
     """
+    check_kind(path)
     with path.open("rb") as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                entries = archive.infolist()
-                if len(entries) > MAX_ARRAYS:
-                    raise ValueError(f"{len(entries)} arrays, more than {MAX_ARRAYS}")
-                if sum(entry.file_size for entry in entries) > path.stat().st_size:
-                    raise ValueError("its arrays together should be larger than the file")
-                return {entry.filename.removesuffix(".npy"): _member(archive, entry) for entry in entries}
-        # Versions that Python does not know, passwords, entries behind the end: damage shows in many ways.
-        except (
-            *(zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError),
-            *(EOFError, OverflowError, ValueError, struct.error),
-        ) as error:
-            raise ValueError(f"{path}: expected arrays as np.savez writes them: {error}") from None
+        return parse_npz(file, path, names, most)
+
+
+def parse_npz(
+    file: BinaryIO, where: object, names: Collection[str] | None = None, most: int | None = None
+) -> dict[str, np.ndarray]:
+    """The same of an open file; where: it is, for errors."""
+    start = file.read(_START)
+    size = file.seek(0, io.SEEK_END)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if len(entries) > MAX_ARRAYS:
+                raise ValueError(f"{len(entries)} arrays, more than {MAX_ARRAYS}")
+            wanted = [(entry.filename.removesuffix(".npy"), entry) for entry in entries]
+            wanted = [(name, entry) for name, entry in wanted if names is None or name in names]
+            if len({name for name, _ in wanted}) < len(wanted):
+                raise ValueError("two arrays of one name")
+            _check_sizes([entry for _, entry in wanted], size, most)
+            return {name: _member(archive, entry) for name, entry in wanted}
+    # Versions that Python does not know, passwords, entries behind the end: damage shows in many ways.
+    except (
+        *(zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, zlib.error),
+        *(EOFError, OverflowError, ValueError, struct.error),
+    ) as error:
+        what = "" if start.startswith(b"PK") else kind_of(start)
+        raise ValueError(f"{where}: expected arrays as np.savez writes them{what}: {error}") from None
+
+
+def _check_sizes(entries: list[zipfile.ZipInfo], file_size: int, most: int | None) -> None:
+    """Raises ValueError when the directory of an archive has more bytes than may be, before any is unpacked.
+
+    What is unpacked of an entry ends at the size that the directory has for it, and only deflated entries are.
+    """
+    total = sum(entry.file_size for entry in entries)
+    if most is None:
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise ValueError(f"{entry.filename!r} is compressed")
+        if total > file_size:
+            raise ValueError("its arrays together should be larger than the file")
+    for entry in entries:
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{entry.filename!r} is compressed by a method that np.savez_compressed does not use")
+    if most is not None and total > most:
+        raise ValueError(f"its arrays together have {total} bytes, more than the {most} that are read of an image")
 
 
 def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-        raise ValueError(f"{entry.filename!r} is compressed")
     with archive.open(entry) as member:
-        return parse_npy(member.read(), entry.filename)
+        return parse_npy(member.read(entry.file_size), entry.filename)
+
+
+_START = 256  # bytes of a file that tell what it is
+_KINDS = (
+    (b"\x1f\x8b", "a gzip archive (unpack it first)"),
+    (b"BZh", "a bzip2 archive (unpack it first)"),
+    (b"PK\x03\x04", "a zip archive (an .npz, or unpack it first)"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (data_prep.from_hdf5)"),
+    (_NPY, "a .npy array"),
+    *((bytes([0x80, protocol]), "a pickle, which is not loaded") for protocol in (2, 3, 4, 5)),
+    (b"<", "a page of HTML or XML (a download that failed?)"),
+)
+
+
+def kind_of(start: bytes) -> str:
+    """The end of an error, ", found ...", from the first bytes of a file that is of another kind than expected."""
+    if not start.strip(b"\0"):
+        return ", found zeros" if start else ", found an empty file"
+    return next((f", found {kind}" for magic, kind in _KINDS if start.lstrip().startswith(magic)), "")
 
 
 def open_npy(path: Path) -> np.ndarray:
@@ -88,12 +179,14 @@ def open_npy(path: Path) -> np.ndarray:
 
     Raises FileNotFoundError, and ValueError for a file that is cut off or of another kind.
     """
+    check_kind(path)
     with path.open("rb") as file:
         # NumPy takes the memory for a header, of up to 4 GB by its own account, before it looks at the file's length.
-        start = file.read(12)
+        start = file.read(_START)
         length = int.from_bytes(start[8:12] if start[6:7] > b"\1" else start[8:10], "little")
-        if len(start) + length > path.stat().st_size + 2:
-            raise ValueError(f"{path}: expected a .npy array of numbers, found no header of one (cut off?)")
+        if not start.startswith(_NPY) or 12 + length > path.stat().st_size + 2:
+            what = ", found no header of one (cut off?)" if start.startswith(_NPY) else kind_of(start)
+            raise ValueError(f"{path}: expected a .npy array of numbers{what or ', found another kind of file'}")
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except NPY_FAULTS as error:
@@ -127,7 +220,8 @@ def inside(folder: Path, name: str) -> Path:
     """The path of the file that a record, an index or a caption file calls `name`, which has to lie in `folder`.
 
     Raises ValueError for a name that leads out of it (absolute, by "..", through a link) or that no file can have. The
-    folder itself may be a link, and there need be no such file.
+    folder itself may be a link, and there need be no such file. One link may lead out: that of a snapshot in a cache of
+    the Hugging Face hub into the blobs of the same repository.
     """
     parts = Path(name).parts
     if not name or Path(name).is_absolute() or ".." in parts or "\0" in name:
@@ -135,14 +229,34 @@ def inside(folder: Path, name: str) -> Path:
     try:
         longest = max(len(os.fsencode(part)) for part in parts)
         path = folder / name
+        try:
+            path.stat()  # since Python 3.13, resolve() answers for links in a circle as well
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise
         # Where nothing is, no link has to be followed: an image has several names, and most of them have no file.
-        here = longest <= _NAME and (not os.path.lexists(path) or path.resolve().is_relative_to(folder.resolve()))
+        here = longest <= _NAME and (not os.path.lexists(path) or _belongs(path.resolve(), folder.resolve()))
     except (OSError, RuntimeError, UnicodeEncodeError) as error:  # links in a circle
         raise ValueError(f"{folder}: {name!r:.200} is no name of a file in this folder: {error}") from None
     if not here:
         what = "leads out of this folder by a link" if longest <= _NAME else "is too long for a name"
         raise ValueError(f"{folder}: {name!r:.200} {what}; what it names is not read")
     return path
+
+
+def _belongs(target: Path, folder: Path) -> bool:
+    """Whether a resolved path lies in a resolved folder, or is a blob of the hub repository whose snapshot that is.
+
+    huggingface_hub keeps models--ORG--NAME/snapshots/REVISION/FILE as a link to models--ORG--NAME/blobs/HASH.
+    """
+    if target.is_relative_to(folder):
+        return True
+    if target.parent.name != "blobs":
+        return False
+    repository = target.parent.parent
+    snapshots = repository / "snapshots"
+    named = repository.name.startswith(("models--", "datasets--", "spaces--"))
+    return named and folder != snapshots and folder.is_relative_to(snapshots)
 
 
 PICTURE_FAULTS = (
@@ -152,19 +266,91 @@ PICTURE_FAULTS = (
 """What Pillow's decoders raise for damaged files of the many formats that it knows."""
 
 
-def read_picture(path: Path, mode: str | None = "RGB") -> Image.Image:
-    """A decoded picture in Pillow's `mode`; None: in its own.
+def read_picture(path: Path) -> Image.Image:
+    """`parse_picture` of a file. Raises FileNotFoundError too."""
+    return parse_picture(_picture_bytes(path), str(path))
 
-    Raises FileNotFoundError, and ValueError for a file that is no picture, damaged, or of more than MAX_PIXELS.
+
+def parse_picture(data: bytes, name: str) -> Image.Image:
+    """The photograph in the bytes of a file called `name`, as people see it: RGB of 8 bits, upright.
+
+    It is turned as its EXIF says. 16 bits are scaled to 8, transparent parts lie on white, and CMYK becomes RGB by
+    Pillow's conversion. Of an animation or a file of several pages the first picture counts. Label maps are read by
+    `read_label_map`.
+
+    Raises ValueError for bytes that are no picture, damaged, of more than MAX_PIXELS, or whose numbers have no known
+    range (whole numbers of 32 bits, floating point).
     """
-    data = io.BytesIO(path.read_bytes())  # of a file Pillow reads, and takes memory for, as much as that says it has
+    with _opened(data, name, FORMATS) as picture:
+        ImageOps.exif_transpose(picture, in_place=True)
+        return _as_rgb(picture)
+
+
+def read_label_map(path: Path, mode: str | None = None) -> Image.Image:
+    """A PNG whose pixels are numbers, pixel for pixel as stored: not turned, scaled or laid on white.
+
+    mode: "RGB" for labels that are colours; None keeps the mode of the file, so that a palette's pixels are indices.
+    Raises as `read_picture`, and ValueError for another number of bits than 8, which Pillow scales.
+    """
+    data = _picture_bytes(path)
+    with _opened(data, str(path), ("PNG",)) as picture:
+        bits, kind = data[24:26]  # of IHDR, which comes first
+        if bits != 8 and kind != _PALETTE:
+            raise ValueError(f"labels of 8 bits were expected, found {bits} a value")
+        return picture.convert(mode) if mode else picture.copy()
+
+
+def _picture_bytes(path: Path) -> bytes:
+    if (size := path.stat().st_size) > MAX_PICTURE_BYTES:
+        raise ValueError(f"{path}: expected a picture, found {size} bytes, more than {MAX_PICTURE_BYTES}")
+    return path.read_bytes()  # of a file Pillow reads, and takes memory for, as much as that says it has
+
+
+@contextmanager
+def _opened(data: bytes, name: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """The decoded picture; faults inside of the block are ValueErrors that begin with `name`."""
+    _check_start(data[:64], name)
     try:
-        with Image.open(data, formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(data), formats=formats) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
             picture.load()
-            return picture.convert(mode) if mode else picture.copy()
+            yield picture
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: expected a picture, found no {', '.join(FORMATS)}") from None
+        raise ValueError(f"{name}: expected a picture, found no {', '.join(formats)}") from None
     except PICTURE_FAULTS as error:
-        raise ValueError(f"{path}: expected a picture: {error}") from None
+        raise ValueError(f"{name}: expected a picture: {error}") from None
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):
+        kind = "floating-point numbers" if picture.mode == "F" else "whole numbers of 32 bits, or signed ones"
+        raise ValueError(
+            f"its pixels are {kind} (mode {picture.mode}), of which no file says what is white; save it with 8 or "
+            "unsigned 16 bits"
+        )
+    to_rgba = _grey_16 if picture.mode.startswith("I") else _rgba
+    if to_rgba is _rgba and "transparency" not in picture.info and "a" not in picture.mode.lower():
+        return picture.convert("RGB")
+    flat = Image.new("RGB", picture.size, "white")
+    for top in range(0, picture.height, _STRIP):  # the larger forms in between take memory for a few rows only
+        box = (0, top, picture.width, min(top + _STRIP, picture.height))
+        strip = to_rgba(picture, box)
+        flat.paste(strip, box, strip)
+    return flat
+
+
+def _rgba(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    return picture.crop(box).convert("RGBA")
+
+
+def _grey_16(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """Pillow's own conversion of 16 bits makes everything above 255 white."""
+    values = np.array(picture.crop(box), np.uint32)
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF, whose numbers may have 12 bits, or 0 for white
+    white = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
+    grey = (values * 255 + white // 2) // white
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
+        grey = 255 - grey
+    opaque = values != picture.info.get("transparency", 2**32 - 1)
+    return Image.fromarray(np.stack([grey, grey, grey, opaque * 255], -1).astype(np.uint8))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
+
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 
@@ -55,7 +57,7 @@ def look_at(path: Path, profile: Path) -> Seen:
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0")
     reads = ("--allow-file-access-from-files", f"--user-data-dir={profile}", "--virtual-time-budget=2000")
     command = [str(BROWSER), *flags, *reads, "--dump-dom", frame.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     title, text, tags = (
         html.unescape(re.search(rf'<pre id="{part}">(.*?)</pre>', done.stdout, re.S)[1])  # type: ignore[index]
         for part in ("title", "text", "tags")

@@ -33,11 +33,13 @@ settings.load_profile("same")
 def optimised() -> Iterator[None]:
     """For what is asked of the compiler: its memory and its work are those of the programs that users run.
 
-    Of functions that no test has compiled for these shapes before: what is compiled stays as it is.
+    Whatever other tests have compiled is forgotten before, and what this one compiles after it.
     """
     import jax
 
     before = jax.config.values["jax_disable_most_optimizations"]
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()

@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from shnet_jax.observe.terminal import make_output_safe
+
 ROOT = Path(__file__).parents[1]
 STEPS = 30
 PATIENCE = 300.0  # seconds that no run may take
@@ -289,6 +291,7 @@ def shares(weights: list[float], kills: int) -> list[int]:
 
 def main() -> int:
     """Command line; returns the exit status."""
+    make_output_safe()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from configs import base, user_coco
 from shnet_jax.commands import evaluate_checkpoint, load, train
 from shnet_jax.convert import convert, load_folder, load_published, load_run
-from shnet_jax.interop.published import text_encoder_slots
+from shnet_jax.interop.published import open_published, text_encoder_slots
 from shnet_jax.interop.torch_weights import (
     image_encoder_slots,
     to_variables,
@@ -28,7 +28,7 @@ from shnet_jax.models.bert import EPSILON
 from shnet_jax.plan import subject
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.workdir import WorkdirError
-from tests.interop.torch_writer import save
+from tests.interop.torch_writer import attributes, of_numpy, save
 from tests.models import image_oracle, text_oracle
 from tests.train import tiny
 
@@ -87,7 +87,7 @@ def write(path: Path, image=None, text=None, **options) -> Path:
     }
     text = dict(text or second) | {"bert.pooler.dense.bias": np.ones(8, np.float32)}
     model = [OrderedDict((f"module.{name}", array) for name, array in state.items()) for state in (image, text)]
-    opt = argparse.Namespace(**OPTIONS | options)
+    opt = options.pop("opt", None) or argparse.Namespace(**OPTIONS | options)
     return save(path, {"epoch": 3, "model": model, "best_rsum": 412.5, "opt": opt, "Eiters": 1234})
 
 
@@ -238,6 +238,15 @@ def test_every_misfit_is_named_at_once(tmp_path):
 def test_arrays_of_no_use(name, value, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         load_published(config(), write(tmp_path / "x.pth", changed(states()[0], **{name: value})))
+
+
+def test_options_as_an_easydict_with_numbers_of_numpy(tmp_path):
+    numbers = {"margin": np.float64(0.3), "num_epochs": np.int64(7), "no_imgnorm": np.bool_(False)}
+    options = OPTIONS | {name: of_numpy(number) for name, number in numbers.items()}
+    expected = open_published(write(tmp_path / "plain.pth"))
+    found = open_published(write(tmp_path / "easy.pth", opt=attributes("easydict", "EasyDict", options)))
+    assert found.fields() == expected.fields() and found.options == OPTIONS
+    np.testing.assert_array_equal(found.file.array(found.image["fc.weight"]), states()[0]["fc.weight"])
 
 
 @pytest.mark.parametrize(

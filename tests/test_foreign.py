@@ -25,12 +25,15 @@ from data_prep.bad_records import Bad
 from data_prep.extract import images
 from data_prep.from_person_search import Annotation, Pictures
 from data_prep.schema import DataError
+from data_prep.sources.bottom_up import BottomUp
 from data_prep.sources.panoptic import Panoptic, Upsnet
 from data_prep.sources.units import UnitFiles
 from shnet_jax import foreign, registry
 from shnet_jax.convert import load_folder
 from shnet_jax.data.records import open_dataset
+from shnet_jax.interop import weights_file
 from shnet_jax.interop.bert_weights import read_tensors
+from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.retrieve import pictures, tensors
 from shnet_jax.train.workdir import WorkdirError, save_config, trained_config
 
@@ -131,6 +134,49 @@ def test_text_that_is_no_unicode(code, order, tmp_path):
         foreign.read_npz(tmp_path / "0.npz")
 
 
+def test_compressed_arrays_are_read_up_to_a_bound(tmp_path):
+    arrays = {"x": np.arange(600.0).reshape(20, 30), "y": np.zeros(10**6), "z": np.array([{}], object)}
+    np.savez_compressed(tmp_path / "0.npz", **arrays)
+    found = foreign.read_npz(tmp_path / "0.npz", ("x", "absent"), 4928)
+    assert found.keys() == {"x"}
+    np.testing.assert_array_equal(found["x"], arrays["x"])
+    with pytest.raises(ValueError, match="together have 4928 bytes, more than the 4927"):
+        foreign.read_npz(tmp_path / "0.npz", ("x",), 4927)
+    assert peak(foreign.read_npz, tmp_path / "0.npz", ("x", "y"), 10**6) < 10**6
+    with pytest.raises(ValueError, match="is compressed"):
+        foreign.read_npz(tmp_path / "0.npz", ("x",))
+    with zipfile.ZipFile(tmp_path / "0.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x.npy", header("(2,)", data=bytes(16)))
+    with pytest.raises(ValueError, match=r"np\.savez_compressed does not use"):
+        foreign.read_npz(tmp_path / "0.npz", ("x",), 10**6)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_arrays_of_one_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:
+        for _ in range(2):
+            archive.writestr("x.npy", header("(2,)", data=bytes(16)))
+    with pytest.raises(ValueError, match="two arrays of one name"):
+        foreign.read_npz(tmp_path / "0.npz")
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "found an empty file"),
+        (bytes(5000), "found zeros"),
+        (b"\n<?xml", "found a page of HTML"),
+        (b"\x1f\x8b\x08", "found a gzip archive"),
+        (pickle.dumps([1], 2), "found a pickle, which is not loaded"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(data, match, tmp_path):
+    for name, read in (("0.npy", foreign.open_npy), ("0.npz", foreign.read_npz)):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name}: expected .*{match}"):
+            read(tmp_path / name)
+
+
 def test_a_map_without_cells(tmp_path):
     np.save(tmp_path / "0.npy", np.zeros((0, 2, 2)))
     with pytest.raises(DataError, match=r"0\.npy: expected features, found an empty array \[0, 2, 2\]"):
@@ -185,13 +231,52 @@ def test_numbers_of_a_kind_that_is_not_known(code, tmp_path):
 # ---------------------------------------------------------------------------------------------------- JSON and pictures
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": 1', "9" * 5000, "\ufeff{}", '"\xff"'])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": 1', "9" * 5000, '"\xff"'])
 def test_json_that_is_none(text, tmp_path):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1" if "\xff" in text else "utf-8"))
     with pytest.raises(ValueError, match=r"a\.json: expected JSON"):
         foreign.read_object(tmp_path / "a.json")
     with pytest.raises(DataError, match=r"a\.json: expected JSON"):
         captions.read(f"train={tmp_path / 'a.json'}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le"])
+def test_json_in_every_encoding(encoding, tmp_path):
+    (tmp_path / "a.json").write_bytes('{"ä": "犬"}'.encode(encoding))
+    assert foreign.read_object(tmp_path / "a.json") == {"ä": "犬"}
+
+
+@pytest.mark.parametrize(("text", "what"), [('{"a": [1, 2', "a file that is cut off"), ("a: 1", "other text")])
+def test_json_that_is_cut_off_is_told_from_other_text(text, what, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json: expected JSON, found {what}: "):
+        foreign.read_json(tmp_path / "a.json")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+READERS = {
+    "json": foreign.read_json,
+    "npy": foreign.open_npy,
+    "npz": foreign.read_npz,
+    "picture": foreign.read_picture,
+    "torch": open_torch_file,
+    "weights": weights_file.read_weights,
+    "lines": files.read_lines,
+    "tsv": lambda path: BottomUp([path]).read("1"),
+    "captions": lambda path: captions.read(f"train={path}"),
+    "units": lambda path: UnitFiles(path.parent, "grid").read("a"),
+    "upsnet": lambda path: Upsnet(path.parent).read("a"),
+    "panoptic": lambda path: Panoptic(path, path.parent).read("a"),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize(("data", "what"), [(POINTER, "a git-LFS pointer .*git lfs pull"), (b"<html>\n", "a web page")])
+def test_what_lies_in_place_of_a_file_is_named(kind, data, what, tmp_path):
+    path = tmp_path / {"units": "a.npy", "upsnet": "a.png"}.get(kind, "a.bin")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"a\.\w+: found {what}"):
+        READERS[kind](path)
 
 
 def test_names_of_many_zeros_are_read_in_no_time():
@@ -209,7 +294,7 @@ def test_a_picture_that_another_program_would_read(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"0\.jpg: expected a picture"):
         pictures.photograph(tmp_path, "0")
     with pytest.raises(images.BrokenImage, match=r"0\.jpg"):
-        images.load(tmp_path / "0.jpg")
+        images.Folder(tmp_path).load("0.jpg")
 
 
 def test_a_picture_that_is_a_bomb(tmp_path):
@@ -224,7 +309,7 @@ def test_a_picture_that_is_a_bomb(tmp_path):
     with pytest.warns(Image.DecompressionBombWarning):
         assert peak(pictures.photograph, tmp_path, "0") < 2**23
     with pytest.warns(Image.DecompressionBombWarning), pytest.raises(images.BrokenImage, match="pixels, more than"):
-        images.load(tmp_path / "0.png")
+        images.Folder(tmp_path).load("0.png")
     # A part that says to have 2 GB is looked for in the file, not made room for.
     small = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
     part = struct.pack(">I", 2**31 - 1) + b"IDAT" + zlib.compress(bytes(8 * 25))
@@ -276,6 +361,73 @@ def test_names_that_stay_in_a_folder(folder, tmp_path):
     assert foreign.inside(tmp_path / "other", "good").is_file()
 
 
+@pytest.fixture
+def hub(tmp_path):
+    """The cache of the Hugging Face hub with one file, 0.npy; -> (repository, snapshot)."""
+    repository = tmp_path / "hub" / "datasets--someone--features"
+    snapshot = repository / "snapshots" / "0123abc"
+    (repository / "blobs").mkdir(parents=True)
+    (snapshot / "sub").mkdir(parents=True)
+    np.save(tmp_path / "0.npy", np.ones((2, 3)))
+    (tmp_path / "0.npy").rename(repository / "blobs" / "f00d")
+    (snapshot / "0.npy").symlink_to("../../blobs/f00d")
+    (snapshot / "sub" / "1.npy").symlink_to("../../../blobs/f00d")
+    return repository, snapshot
+
+
+def test_blobs_of_a_hub_cache_are_read_through_its_snapshot(hub, tmp_path):
+    _, snapshot = hub
+    assert UnitFiles(snapshot, "grid").read("0.jpg")["grid"].shape == (2, 3)
+    assert UnitFiles(snapshot / "sub", "grid").read("1")["grid"].shape == (2, 3)
+    assert foreign.inside(snapshot, "sub/1.npy").is_file()
+    (tmp_path / "mine").symlink_to(snapshot)
+    assert foreign.inside(tmp_path / "mine", "0.npy").is_file()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["blob is a link", "blobs is a link", "of another repository", "no hub", "not blobs", "below blobs", "above"],
+)
+def test_links_that_only_look_like_a_hub_cache(change, hub, tmp_path):
+    repository, snapshot = hub
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    np.save(secret / "f00d.npy", np.ones((2, 3)))
+    (secret / "f00d.npy").rename(secret / "f00d")
+    folder, name = snapshot, "0.npy"
+    match change:
+        case "blob is a link":
+            (repository / "blobs" / "f00d").unlink()
+            (repository / "blobs" / "f00d").symlink_to(secret / "f00d")
+        case "blobs is a link":
+            (repository / "blobs").rename(tmp_path / "old")
+            (repository / "blobs").symlink_to(secret)
+        case "of another repository":
+            other = repository.with_name("datasets--someone--secret")
+            (other / "blobs").mkdir(parents=True)
+            (secret / "f00d").rename(other / "blobs" / "f00d")
+            (snapshot / "1.npy").symlink_to(other / "blobs" / "f00d")
+            name = "1.npy"
+        case "no hub":
+            repository.rename(repository.with_name("features"))
+            folder = repository.with_name("features") / "snapshots" / "0123abc"
+        case "not blobs":
+            (repository / "refs").mkdir()
+            (secret / "f00d").rename(repository / "refs" / "f00d")
+            (snapshot / "1.npy").symlink_to("../../refs/f00d")
+            name = "1.npy"
+        case "below blobs":
+            (repository / "blobs" / "x").mkdir()
+            (secret / "f00d").rename(repository / "blobs" / "x" / "f00d")
+            (snapshot / "1.npy").symlink_to("../../blobs/x/f00d")
+            name = "1.npy"
+        case "above":  # names are of files in a snapshot
+            folder, name = repository / "snapshots", "1.npy"
+            (folder / name).symlink_to("../blobs/f00d")
+    with pytest.raises(ValueError, match="leads out of this folder by a link"):
+        foreign.inside(folder, name)
+
+
 @pytest.mark.parametrize("name", [name for name in AWAY if name])
 def test_no_source_reads_outside_of_its_folder(name, folder, tmp_path):
     faults = (DataError, ValueError)
@@ -289,7 +441,7 @@ def test_no_source_reads_outside_of_its_folder(name, folder, tmp_path):
     with pytest.raises(DataError, match="folder"):
         Panoptic(path, folder).read("x.jpg")
     with pytest.raises(DataError):
-        images.find(folder, name)
+        images.Folder(folder).find(name)
     (bad,) = Pictures([Annotation(f"{name}.png", 1, ("a man",))], folder, (4, 4), 0)
     assert isinstance(bad, Bad) and "folder" in str(bad.error)
     assert pictures.photograph(folder, name) is None

@@ -11,11 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# The parts of shnet_jax and what each may import of the others, beside types, registry and foreign, which know none.
+# The parts of shnet_jax and what each may import of the others, beside COMMON, which know none.
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "registry": set(),
     "foreign": set(),
+    "paths": set(),
     "ops": set(),
     "models": {"ops"},
     "parallel": set(),
@@ -23,12 +24,12 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "observe": {"parallel"},  # only the type of a mapped step
     "interop": {"models", "observe"},  # observe: whole files
-    "experiment": {"models", "data", "interop"},  # the parts of a run, put together from its configuration
+    "experiment": {"models", "data", "interop", "observe"},  # the parts of a run, put together from its configuration
     "evaluate": {"models", "data", "parallel", "observe", "experiment"},
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluate"},
     "train": {"models", "losses", "data", "parallel", "observe", "experiment", "evaluate"},
 }
-COMMON = {"types", "registry", "foreign"}
+COMMON = {"types", "registry", "foreign", "paths"}
 # What a command line calls: may import every part, no part may import it.
 ENTRY = {"api", "commands", "convert", "cross", "plan", "scale_point", "scaling", "search_modes", "study"}
 
@@ -36,7 +37,9 @@ ENTRY = {"api", "commands", "convert", "cross", "plan", "scale_point", "scaling"
 REACH = {
     "shnet_jax": {"shnet_jax"},
     "data_prep": {
-        *("data_prep", "shnet_jax.data", "shnet_jax.foreign", "shnet_jax.observe.files"),
+        *("data_prep", "shnet_jax.data", "shnet_jax.foreign", "shnet_jax.paths", "shnet_jax.observe.files"),
+        *("shnet_jax.retrieve.folder", "shnet_jax.retrieve.tensors"),  # what --mode=embed writes, taken as a source
+        "shnet_jax.observe.terminal",
         *("shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle"),
     },
     "configs": {"configs"},

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.patience import PATIENCE
+from tests.train import tiny
 
 ROOT = Path(__file__).parent.parent
 DEMO = "--config=configs/demo.py"
@@ -14,7 +18,7 @@ DEMO = "--config=configs/demo.py"
 
 def main(*flags):
     return subprocess.run(
-        [sys.executable, "main.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "main.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
@@ -91,3 +95,20 @@ def test_faults_of_the_run(debug, tmp_path):
     assert ("Traceback" in done.stderr) == debug
     if not debug:
         assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_on_a_terminal_without_arrows(tmp_path):
+    flags = [*tiny.flags(tiny.config()), "--config.model.name=tests.train.toy", "--config.train.steps=2"]
+    command = [sys.executable, "main.py", DEMO, f"--workdir={tmp_path}", *flags]
+    for _ in range(2):  # the second one finds nothing left to do
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"i->t R@1" in done.stdout

@@ -349,9 +349,34 @@ def test_advice_names_only_what_is_not_done_yet():
 
 
 def test_bounds():
-    work = Work(flops=197e12, passes=2 * 197e12, bytes=819e9 / 2)
-    assert programs.bounds(work, CHIPS["TPU v5e"], "TPU v5 lite") == (2.0, 0.5)
-    assert programs.bounds(work, CHIPS["H100"], "H100")[0] == 197 / 989
+    """Each product at the peak of its operands: a tenth of them in float32, of these half rounded."""
+    work = Work(flops=1e12, float32={"highest": 0.05e12, "default": 0.03e12, "high": 0.02e12}, bytes=819e9 / 2)
+    compute, traffic = programs.bounds(work, CHIPS["TPU v5e"])
+    assert compute == pytest.approx((0.9 + 0.05 * 6 + 0.03 + 0.02 * 3) / 197) and traffic == 0.5
+    assert programs.bounds(work, CHIPS["H100"])[0] == pytest.approx(0.9 / 989 + 0.05 / 67 + 0.05 / 495)
+    assert programs.bounds(work, CHIPS["A100"])[0] == pytest.approx(0.9 / 312 + 0.05 / 19.5 + 0.05 / 156)
+
+
+@pytest.mark.slow
+def test_the_warm_up_of_the_loss_is_told_beside_the_steps_after_it(monkeypatch):
+    nothing = jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32))
+    monkeypatch.setattr(command, "chip", lambda kind: CHIPS["TPU v5e"])
+    monkeypatch.setattr(command, "lower_encode", lambda *_: nothing)
+    monkeypatch.setattr(command, "_rankings", lambda *_: {})
+    changes = {"model__name": "tests.train.toy", "loss__weights__triplet": 1.0, "loss__weights__infonce": 0.0}
+    config, mesh = small(**changes), data_mesh(jax.devices()[:2])
+    assert config.loss.triplet.warmup_epochs == 1.0
+    report = command.make_plan(describe(config), mesh)
+    train, text = report["programs"]["train"], table(report)
+    product = 2 * 40 * 80 * config.model.dim  # scores of a device's own items with those of all devices
+    # Both directions: scored, and in the backward pass once more and for two gradients.
+    assert train["warm_up"]["flops"] - train["work"]["flops"] == 2 * 4 * product
+    assert report["programs"]["encode images"]["warm_up"] is None
+    assert "in the loss's warm-up" in text and "the larger, in the warm-up" in text
+    config.loss.triplet.warmup_epochs = 0.0
+    plain = command.make_plan(describe(config), mesh)
+    assert plain["programs"]["train"]["work"]["flops"] == train["work"]["flops"]
+    assert plain["programs"]["train"]["warm_up"] is None and "warm-up" not in table(plain)
 
 
 def test_peak_counts_donated_memory_once():

@@ -39,7 +39,14 @@ def test_microbatches_are_counted_for_tpu():
     assert 3.9 < more.work.flops / once.work.flops < 5  # the scores of the loss grow with the square
 
 
-# ----------------------------------------------------------------------- search, without compiling
+@needs_libtpu
+@pytest.mark.slow
+def test_the_warm_up_is_known_on_tpu():
+    mesh = data_mesh(target_devices("tpu:v5e:2x4"))
+    subject = describe(small(model__name="tests.train.toy", loss__weights__triplet=1.0, loss__weights__infonce=0.0))
+    found = programs.compile_program(lambda: programs.lower_train(subject, mesh, 40), 40, 16 * GIB)
+    assert found.warm_up.flops - found.work.flops >= 2 * 3 * 2 * 40 * 320 * subject.config.model.dim
+    assert found.work.float32["highest"] > found.work.flops / 2
 
 
 @needs_libtpu

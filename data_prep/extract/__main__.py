@@ -2,6 +2,7 @@
 
     python -m data_prep.extract --images=DIR --captions=FILE --segmenter=MODEL --backbone=MODEL --name=NAME --out=DIR
 
+Tars and Parquet files as --images bring their captions with them.
 A run that was stopped goes on with the same command.
 """
 

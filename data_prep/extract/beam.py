@@ -28,13 +28,14 @@ class ExtractBlock(beam.DoFn):
         self._settings, self._device, self._batch_size, self._broken = settings, device, batch_size, broken
 
     def setup(self) -> None:
-        """Loads the models, once a worker."""
+        """Loads the models and lists the photographs, once a worker."""
+        self._photographs = run.open_photographs(self._settings.images)
         self._extractor = run.load_extractor(self._settings, self._device)
 
     def process(self, block: blocks.Block) -> Iterator[str]:
         """Does a block; done again, after a worker was lost, it writes the same file."""
         policy = run.on_broken(self._broken)
-        blocks.extract(block, self._settings.images, self._extractor, self._batch_size, policy)
+        blocks.extract(block, self._photographs, self._extractor, self._batch_size, policy)
         beam.metrics.Metrics.counter("extract", "photographs").inc(len(block.items))
         yield str(block.path)
 

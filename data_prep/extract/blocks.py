@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from data_prep import schema
+from data_prep.bad_records import Bad
 from data_prep.captions import Captioned, Splits
-from data_prep.extract import images
+from data_prep.extract.images import BrokenImage, Photographs
 from data_prep.extract.settings import Settings
 from data_prep.schema import DataError, Record
 
@@ -65,7 +66,7 @@ def plan(folder: Path, settings: Settings, splits: Splits) -> list[Block]:
 
 def extract(
     block: Block,
-    folder: Path,
+    photographs: Photographs,
     extractor: Extract,
     batch_size: int,
     on_broken: Callable[[str], None],
@@ -73,21 +74,22 @@ def extract(
 ) -> None:
     """Write the file of a block.
 
-    folder: of the photographs. on_broken: called with name and reason of each that cannot be read, which is left out
-    if that returns. on_done: called after each photograph.
+    on_broken: called with name and reason of each photograph that cannot be read, which is left out if that returns.
+    on_done: called after each photograph.
     """
-    paths = [images.find(folder, item.file) for item in block.items]
+    files = [item.file for item in block.items]
+    places = [photographs.place(file) for file in files]  # a name that cannot be is an error before the work
     rows: list[int] = []
     records: list[Record] = []
-    for start, loaded in _batches(paths, batch_size):
+    for start, loaded in _batches(photographs, files, batch_size):
         good = []
         for row, image in enumerate(loaded, start):
-            if isinstance(image, images.BrokenImage):
+            if isinstance(image, BrokenImage):
                 on_broken(str(image))
             else:
                 good.append((row, image))
         if good:
-            records += extractor([image for _, image in good], [str(paths[row]) for row, _ in good])
+            records += extractor([image for _, image in good], [places[row] for row, _ in good])
             rows += [row for row, _ in good]
         for _ in loaded:
             on_done()
@@ -102,22 +104,23 @@ def extract(
     _write(block.path, write)
 
 
-def _batches(paths: Sequence[Path], size: int) -> Iterator[tuple[int, list[Image.Image | images.BrokenImage]]]:
+def _batches(
+    photographs: Photographs, files: Sequence[str], size: int
+) -> Iterator[tuple[int, list[Image.Image | BrokenImage]]]:
     """First row and photographs of each batch; the next one is read while this one is worked on."""
-    starts = range(0, len(paths), size)
+
+    def load(file: str) -> Image.Image | BrokenImage:
+        try:
+            return photographs.load(file)
+        except BrokenImage as error:
+            return error
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        upcoming = pool.map(_load, paths[:size])
-        for start in starts:
+        upcoming = pool.map(load, files[:size])
+        for start in range(0, len(files), size):
             loaded = list(upcoming)
-            upcoming = pool.map(_load, paths[start + size : start + 2 * size])
+            upcoming = pool.map(load, files[start + size : start + 2 * size])
             yield start, loaded
-
-
-def _load(path: Path) -> Image.Image | images.BrokenImage:
-    try:
-        return images.load(path)
-    except images.BrokenImage as error:
-        return error
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
@@ -130,7 +133,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
-def records(blocks: Sequence[Block], feature_dtype: str) -> Iterator[Record]:
+def records(blocks: Sequence[Block], feature_dtype: str) -> Iterator[Record | Bad]:
     """The records of blocks that were extracted, with their captions."""
     for block in blocks:
         with np.load(block.path, allow_pickle=False) as arrays:
@@ -142,7 +145,8 @@ def records(blocks: Sequence[Block], feature_dtype: str) -> Iterator[Record]:
                 name: schema.as_field(name, values[place], where=item.file, dtype=feature_dtype)
                 for name, values in fields.items()
             }
-            yield item.record() | visual
+            record = item.record()
+            yield record if isinstance(record, Bad) else record | visual
 
 
 def skipped(blocks: Sequence[Block]) -> list[str]:

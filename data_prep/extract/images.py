@@ -1,39 +1,97 @@
-"""Reads photographs."""
+"""Photographs where they lie: files of a folder, members of tars, cells of a Parquet file."""
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Generic, Protocol, TypeVar
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from data_prep.files import inside
-from shnet_jax.foreign import FORMATS, MAX_PIXELS, PICTURE_FAULTS
+from data_prep.rows import Row
+from data_prep.schema import DataError
+from shnet_jax import foreign
+
+T = TypeVar("T")
 
 
 class BrokenImage(Exception):
     """A photograph that cannot be read; says which and why."""
 
 
-def find(folder: Path, file: str) -> Path:
-    """The photograph `file` below a folder, or directly in it where the caption file knows subfolders (COCO's).
+class Photographs(Protocol):
+    """What an extraction reads. `file` is the name that the captions give a photograph (`Captioned.file`)."""
 
-    Raises DataError for a name that leads out of the folder.
-    """
-    path = inside(folder, file)
-    return path if path.is_file() else inside(folder, Path(file).name)
+    def place(self, file: str) -> str:
+        """Where it lies, for messages. Raises DataError for a name that leads out, or that two have."""
+
+    def load(self, file: str) -> Image.Image:
+        """The photograph, see `foreign.parse_picture`. Raises BrokenImage, DataError as `place`."""
+
+    def rows(self, split: str | None) -> Iterator[Row]:
+        """What lies beside the photographs: captions, perhaps splits; `split` is that of rows that name none.
+
+        Raises DataError where there is nothing.
+        """
 
 
-def load(path: Path) -> Image.Image:
-    """An RGB image, turned upright as its EXIF says. Raises BrokenImage."""
-    try:
-        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:  # see foreign.read_picture
-            if image.width * image.height > MAX_PIXELS:
-                raise BrokenImage(f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise BrokenImage(f"{path}: no such file") from error
-    except UnidentifiedImageError as error:
-        raise BrokenImage(f"{path}: no {', '.join(FORMATS)}") from error
-    except PICTURE_FAULTS as error:
-        raise BrokenImage(f"{path}: {error}") from error
+class ByName(Generic[T]):
+    """Entries by the whole names of photographs, or by their last parts where captions know other folders."""
+
+    def __init__(self, where: Path):
+        self._where = where
+        self._entries: dict[str, T] = {}
+        self._last: dict[str, str | None] = {}  # last part of a name -> the name, None of several
+
+    def add(self, file: str, entry: T) -> None:
+        """Note the entry, unless there is one of this name."""
+        if file not in self._entries:
+            self._entries[file] = entry
+            last = PurePosixPath(file).name
+            self._last[last] = None if last in self._last else file
+
+    def items(self) -> Iterable[tuple[str, T]]:
+        """Names and entries, in their order."""
+        return self._entries.items()
+
+    def find(self, file: str) -> T | None:
+        """The entry, None without one. Raises DataError for the last part of several names."""
+        last = PurePosixPath(file).name
+        name = file if file in self._entries else self._last.get(last, "")
+        if name is None:
+            raise DataError(f"{self._where}: image {file!r:.200}: expected one photograph {last!r:.200}, found several")
+        return self._entries.get(name)
+
+
+class Folder:
+    """Photographs as files of a folder, whose captions come from a file of their own."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def find(self, file: str) -> Path:
+        """The file below the folder, or directly in it where the captions know subfolders (COCO's).
+
+        Raises DataError for a name that leads out of the folder.
+        """
+        path = inside(self._folder, file)
+        return path if path.is_file() else inside(self._folder, Path(file).name)
+
+    def place(self, file: str) -> str:
+        """See `Photographs`."""
+        return str(self.find(file))
+
+    def load(self, file: str) -> Image.Image:
+        """See `Photographs`."""
+        path = self.find(file)
+        try:
+            return foreign.read_picture(path)
+        except FileNotFoundError as error:
+            raise BrokenImage(f"{path}: no such file") from error
+        except (ValueError, OSError) as error:
+            raise BrokenImage(str(error)) from error
+
+    def rows(self, split: str | None) -> Iterator[Row]:
+        """See `Photographs`."""
+        raise DataError(f"{self._folder}: a folder of photographs has no captions; give --captions=FILE")

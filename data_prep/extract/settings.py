@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep import command
 from data_prep.schema import DataError
+from shnet_jax.paths import expand, to_path
 
 TOKENS = ("hidden", "projected")
 
@@ -40,11 +41,9 @@ class Settings:
     feature_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        """Raises DataError when no model is named or the photographs' folder does not exist."""
+        """Raises DataError when no model is named."""
         if not self.segmenter and not self.backbone:
             raise DataError("expected --segmenter, --backbone or both, found neither")
-        if not self.images.is_dir():
-            raise DataError(f"{self.images}: no such folder")
 
     def as_json(self) -> dict[str, Any]:
         """What a later run must have too, to go on with the blocks of an earlier one."""
@@ -54,11 +53,16 @@ class Settings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `from_arguments`."""
     count = command.at_least(1)
-    parser.add_argument("--images", type=Path, required=True, help="folder of photographs")
     parser.add_argument(
-        "--segmenter", default="", help="Mask2Former, MaskFormer or DETR on COCO panoptic: folder or name"
+        "--images",
+        type=to_path,
+        required=True,
+        help="folder of photographs; or a tar (WebDataset), a Parquet file (Hugging Face), or a folder of such",
     )
-    parser.add_argument("--backbone", default="", help="CLIP, SigLIP or DINOv2: folder or name")
+    parser.add_argument(
+        "--segmenter", type=expand, default="", help="Mask2Former, MaskFormer or DETR on COCO panoptic: folder or name"
+    )
+    parser.add_argument("--backbone", type=expand, default="", help="CLIP, SigLIP or DINOv2: folder or name")
     for what in ("segmenter", "backbone"):
         parser.add_argument(f"--{what}_sha256", default="", help="of its weights: an error where they are others")
     parser.add_argument("--image_size", type=count, help="side of the square that the backbone sees; default: its own")

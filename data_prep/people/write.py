@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep import builder, command, people, vocabulary
+from shnet_jax.paths import to_path
 
 PERSONS = {"train": 600, "val": 100, "test": 200}
 # Persons of the splits lie far apart: those of a split do not depend on the sizes of the others, and none is in two.
@@ -48,7 +49,7 @@ def write(out: Path, name: str, seed: int, persons: dict[str, int]) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("people", __doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument("--name", default="people", help="name of the data set")
     for split, count in PERSONS.items():
         text = f"persons of the split {split}, {count} unless told, with {people.IMAGES} images each"

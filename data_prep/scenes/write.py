@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import builder, command, scenes, vocabulary
+from shnet_jax.paths import to_path
 
 SIZES = {"train": 4000, "val": 500, "test": 500}
 # Indices of the splits lie far apart: the images of a split do not depend on the sizes of the others.
@@ -61,7 +62,7 @@ def write(out: Path, name: str, seed: int, sizes: dict[str, int], options: dict[
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("scenes", __doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument("--name", default="scenes", help="name of the data set")
     for split, size in SIZES.items():
         help_text = f"images of the split {split}, {size} unless told"

@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from data_prep import schema
 from data_prep.bad_records import Bad
+from data_prep.names import Ambiguous
 from data_prep.schema import DataError, Record
 
 
@@ -33,7 +34,19 @@ class Source(Protocol):
     def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
 
     def read(self, image_id: str) -> Record:
-        """Its fields. Raises Absent when there is no such image, DataError naming the file when it is damaged."""
+        """Its fields; which entry is an image's, `names.Names` decides.
+
+        Raises Absent when there is no such image, Ambiguous when it is not clear which is, DataError naming the file
+        when it is damaged.
+        """
+
+
+@runtime_checkable
+class CaptionSource(Source, Protocol):
+    """A source that has fields of the captions too."""
+
+    def read_captions(self, record: Record) -> Record:
+        """These fields in the order of `record["captions"]`; raises as `read`, DataError for other captions."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +82,15 @@ class Joined:
             if not self.skip_absent:
                 raise Absent(f"{where}, {error}; --absent=skip leaves such images out") from error
             return Bad(image_id, error, asked=True)
+        except Ambiguous as error:  # not of this record alone: another may have been written with what is not its own
+            raise Ambiguous(f"{where}, {error}") from error
         except DataError as error:
             return Bad(image_id, error)
 
     def _add(self, record: Record, where: str) -> Record:
         out = dict(record)
         for source in self.sources:
-            for name, value in _read(source, record["image_id"], where).items():
+            for name, value in _read(source, record, where).items():
                 file = source.files[name]
                 if name in out:
                     found = f"{where}, {file}: field {name!r}: expected it from one source, found it in two"
@@ -84,11 +99,12 @@ class Joined:
         return out
 
 
-def _read(source: Source, image_id: str, where: str) -> Record:
+def _read(source: Source, record: Record, where: str) -> Record:
     """What the source has, its faults with the place of the record before them."""
     try:
-        return source.read(image_id)
-    except Absent:
+        found = source.read(record["image_id"])
+        return found | source.read_captions(record) if isinstance(source, CaptionSource) else found
+    except (Absent, Ambiguous):
         raise
     except DataError as error:
         file = error.file or ", ".join(dict.fromkeys(source.files.values()))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep import captions
+from data_prep.files import data_errors
+from data_prep.names import Names
 from data_prep.schema import DataError, Record
+from data_prep.sources import boxes as box_units
 from data_prep.sources.base import Absent
-from data_prep.sources.units import pad
+from data_prep.sources.units import padded
+from shnet_jax.foreign import check_kind, kind_of
 
 # Columns of github.com/peteanderson80/bottom-up-attention (tools/generate_tsv.py) and github.com/airsplay/lxmert.
 COLUMNS = (
@@ -25,18 +29,33 @@ COLUMNS = (
         *("attrs_id", "attrs_conf", "num_boxes", "boxes", "features"),
     ),
 )
+_IDS, _WIDTHS, _HEIGHTS = ("image_id", "img_id"), ("image_w", "img_w"), ("image_h", "img_h")
+_NAMES = frozenset((*COLUMNS[0], *COLUMNS[1]))
+_LONG = 2000  # bytes that no header has; the lines of images have some hundred thousand
+_NEEDED = (_IDS, _WIDTHS, _HEIGHTS, ("num_boxes",), ("boxes",), ("features",))
+
+
+class _Line(NamedTuple):
+    """Where a line begins; columns: those of the header above it, None without a header."""
+
+    path: Path
+    offset: int
+    columns: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
 class BottomUp:
     """regions and boxes, with LXMERT's columns also box_classes and box_scores, from one or more TSV.
 
-    A first pass notes where the line of each image begins (the files of COCO have tens of GB); of an image that occurs
-    twice the first line counts. max_regions: pad to this many and add region_mask (adaptive files: 10 to 100 boxes).
+    A header says which column is which, in any order; without one the number of columns does. A first pass notes where
+    the line of each image begins (the files of COCO have tens of GB); of an image that occurs twice the first whole
+    line counts, and that is said.
+    max_regions: pad to this many and add region_mask (adaptive files: 10 to 100 boxes). form: what the boxes are.
     """
 
     paths: Sequence[Path]
     max_regions: int | None = None
+    form: box_units.Form = "pixels"
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -50,77 +69,138 @@ class BottomUp:
         return {}
 
     @cached_property
-    def _places(self) -> dict[str, tuple[Path, int]]:
-        """Image id -> file and offset of its line."""
-        places: dict[str, tuple[Path, int]] = {}
+    def _places(self) -> Names[list[_Line]]:
+        """The lines of each image, in the order of the files."""
+        lines: dict[str, list[_Line]] = {}
         for path in self.paths:
-            if not path.is_file():
-                raise DataError(f"{path}: no such file")
-            offset = 0
-            with path.open("rb") as file:
-                for line in file:
-                    image_id = line[:200].partition(b"\t")[0].decode("utf-8", "replace").strip()
-                    if image_id not in (COLUMNS[0][0], COLUMNS[1][0]):  # a header
-                        places.setdefault(image_id, (path, offset))
-                    offset += len(line)
+            for image_id, line in _lines(path):
+                lines.setdefault(image_id, []).append(line)
+        places: Names[list[_Line]] = Names(self.files["regions"])
+        for image_id, found in lines.items():
+            places.add(image_id, found)
+        repeated = [image_id for image_id, found in lines.items() if len(found) > 1]
+        if repeated:
+            shown = f"{len(repeated)} images have more than one line, such as {repeated[0]!r:.80}"
+            print(f"{self.files['regions']}: {shown}; the first whole one of each is taken", file=sys.stderr)
         return places
 
     def read(self, image_id: str) -> Record:
         """regions [K, D] float32, boxes [K, 4] in 0..1, ..."""
-        place = next((self._places[key] for key in captions.keys(image_id) if key in self._places), None)
-        if place is None:
+        lines = self._places.find(image_id)
+        if lines is None:
             raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its line, found none")
-        path, offset = place
-        with path.open("rb") as file:
-            file.seek(offset)
-            record = parse(file.readline(), f"{path}, byte {offset}")
-        if self.max_regions is None:
+        faults: list[DataError] = []
+        for path, offset, columns in lines:
+            where = f"{path}, byte {offset}"
+            with path.open("rb") as file:
+                file.seek(offset)
+                line = file.readline()
+            try:
+                record = padded(parse(line, where, columns, self.form), self.max_regions, where)
+            except DataError as error:
+                faults.append(error)
+                continue
+            for fault in faults:
+                print(
+                    f"image {image_id!r}: its line at byte {offset} is taken, not the broken one: {fault}",
+                    file=sys.stderr,
+                )
             return record
-        out: Record = {}
-        for name, value in record.items():
-            rows, mask = pad(value.reshape(len(value), -1), self.max_regions, path)
-            out[name] = rows.reshape(-1, *value.shape[1:])
-            out["region_mask"] = mask
-        return out
+        raise faults[0]
 
 
-def parse(line: bytes, where: str) -> Record:
-    """The fields of one line; raises DataError naming `where` and the column."""
-    cells = line.rstrip(b"\r\n").split(b"\t")
-    names = next((columns for columns in COLUMNS if len(columns) == len(cells)), None)
-    if names is None:
-        raise DataError(f"{where}: expected {' or '.join(str(len(c)) for c in COLUMNS)} columns, found {len(cells)}")
+def _lines(path: Path) -> Iterator[tuple[str, _Line]]:
+    """The image of each line of a file and where it is. Raises DataError for a file or header of another kind."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    with data_errors():
+        check_kind(path)
+    columns, offset = None, 0
+    with path.open("rb") as file:
+        for line in file:
+            start, offset = offset, offset + len(line)
+            if not start:
+                if b"\0" in line[:200] or (b"\t" not in line and kind_of(line[:200])):
+                    raise DataError(f"{path}: expected lines of text with tabs{kind_of(line[:200]) or ', found bytes'}")
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if len(line) < _LONG and (names := _words(line)):
+                if _NAMES & set(names) or (not start and len(names) > 1 and not any(map(str.isdecimal, names))):
+                    columns = _header(names, f"{path}, byte {start}")
+                    continue
+            elif not line.strip():
+                continue
+            before = next((i for i, name in enumerate(columns or ()) if name in _IDS), 0)
+            cells = line.split(b"\t", before + 1) if before else [line[:200].partition(b"\t")[0]]
+            if before < len(cells):
+                yield cells[before][:200].decode("utf-8", "replace").strip(), _Line(path, start, columns)
+
+
+def _words(line: bytes) -> tuple[str, ...]:
+    """The cells of a line in lower case, each cut to the length of a name; () for a blank line."""
+    cells = tuple(cell.strip()[:40].decode("utf-8", "replace").lower() for cell in line.split(b"\t"))
+    return cells if any(cells) else ()
+
+
+def _header(names: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """The names of a header. Raises DataError unless they are known, each once, and all that is needed is there."""
+    unknown = [name for name in names if name not in _NAMES]
+    missing = [" or ".join(wanted) for wanted in _NEEDED if sum(name in wanted for name in names) != 1]
+    if unknown or missing or len(set(names)) < len(names):
+        what = f"the names {', '.join(map(repr, unknown))}" if unknown else f"not one column {', '.join(missing)}"
+        raise DataError(
+            f"{where}: expected a header of {', '.join(COLUMNS[0])} or {', '.join(COLUMNS[1])} in any order, found "
+            f"{what:.200}; rename the columns"
+        )
+    return names
+
+
+def parse(
+    line: bytes, where: str, columns: tuple[str, ...] | None = None, form: box_units.Form | None = None
+) -> Record:
+    """The fields of one line.
+
+    columns: the names of its cells, None when their number says them. form: what the boxes are; None: pixels, which are
+    divided by the image's size and not looked at.
+    Raises DataError naming `where` and the column.
+    """
+    cells = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").split(b"\t")
+    names = columns or next((names for names in COLUMNS if len(names) == len(cells)), None)
+    if names is None or len(names) != len(cells):
+        expected = len(columns) if columns else " or ".join(str(len(names)) for names in COLUMNS)
+        raise DataError(f"{where}: expected {expected} columns, found {len(cells)}")
     row = dict(zip(names, cells, strict=True))
     try:
-        width, height = (int(row.get(long, row.get(short, b""))) for long, short in _SIZES)
+        width, height = (int(next(row[name] for name in names if name in row)) for names in (_WIDTHS, _HEIGHTS))
         count = int(row["num_boxes"])
     except ValueError as error:
         raise DataError(f"{where}: expected whole numbers as width, height and num_boxes: {error}") from error
     if min(width, height, count) < 1 or max(width, height) > _MAX_SIDE:
         raise DataError(f"{where}: expected an image and boxes, found {width} x {height} with {count}")
-    boxes = _floats(row["boxes"], count, where, "boxes")
-    if boxes.shape[1] != 4:
-        raise DataError(f"{where}: column 'boxes': expected 4 numbers a box, found {boxes.shape[1]}")
-    record: Record = {
-        "regions": _floats(row["features"], count, where, "features"),
-        "boxes": boxes / np.array([width, height, width, height], np.float32),
-    }
-    if "objects_id" in row:
-        record["box_classes"] = _decode(row["objects_id"], np.int64, count, where, "objects_id")[:, 0]
-        record["box_scores"] = _decode(row["objects_conf"], np.float32, count, where, "objects_conf")[:, 0]
+    corners = _floats(row["boxes"], count, where, "boxes")
+    if corners.shape[1] != 4:
+        raise DataError(f"{where}: column 'boxes': expected 4 numbers a box, found {corners.shape[1]}")
+    record: Record = {"regions": _floats(row["features"], count, where, "features")}
+    if form is None:
+        record["boxes"] = corners / np.array([width, height, width, height], np.float32)
+    elif form != "none":
+        record["boxes"] = box_units.shares(corners, (width, height), form, f"{where}: column 'boxes'")
+    if "objects_id" in row and "objects_conf" in row:
+        record["box_classes"] = decode(row["objects_id"], np.int64, count, where, "objects_id")[:, 0]
+        record["box_scores"] = decode(row["objects_conf"], np.float32, count, where, "objects_conf")[:, 0]
     return record
 
 
-_SIZES = (("image_w", "img_w"), ("image_h", "img_h"))
-_MAX_SIDE = 2**24  # pixels; float32 counts up to there
+_MAX_SIDE = box_units.MAX_SIDE
 
 
 def _floats(cell: bytes, count: int, where: str, column: str) -> np.ndarray:
-    return _decode(cell, np.float32, count, where, column)
+    return decode(cell, np.float32, count, where, column)
 
 
-def _decode(cell: bytes, dtype: type, count: int, where: str, column: str) -> np.ndarray:
-    """A cell of base64 as [count, n]."""
+def decode(cell: bytes, dtype: type, count: int, where: str, column: str) -> np.ndarray:
+    """A cell of base64 as [count, n]; also as Python writes bytes, b'...', which some tools did."""
+    if cell.startswith(b"b'"):
+        cell = cell[2:].removesuffix(b"'")
     try:
         data = base64.b64decode(cell, validate=True)
     except binascii.Error as error:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import captions, coco_panoptic, label_maps
-from data_prep.files import inside, read_json, read_picture
+from data_prep import coco_panoptic, label_maps
+from data_prep.files import inside, read_json, read_label_map
+from data_prep.names import FileNames, Names
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 
@@ -40,17 +41,17 @@ class Panoptic:
         return dict.fromkeys(FIELDS, str(self.annotations))
 
     @cached_property
-    def _entries(self) -> dict[str, tuple[str, dict[int, int]]]:
-        """Image name or number -> (PNG, segment -> category), for every name that the JSON gives an image."""
+    def _entries(self) -> Names[tuple[str, dict[int, int]]]:
+        """(PNG, segment -> category) of each image, by the number and the name that the JSON gives it."""
         content = read_json(self.annotations)
         try:
             names = {image["id"]: image["file_name"] for image in content.get("images", [])}
-            entries = {}
+            entries: Names[tuple[str, dict[int, int]]] = Names(self.annotations)
             for entry in content["annotations"]:
                 categories = {segment["id"]: segment["category_id"] for segment in entry["segments_info"]}
-                number = entry["image_id"]
-                for name in (str(number), *captions.keys(names.get(number, entry["file_name"]))):
-                    entries[name] = (entry["file_name"], categories)
+                number, found = entry["image_id"], (entry["file_name"], categories)
+                for name in (str(number), names.get(number, entry["file_name"])):
+                    entries.add(name, found)
         except KeyError as error:
             raise DataError(
                 f"{self.annotations}: expected the key {error.args[0]!r}, found an entry without"
@@ -61,16 +62,14 @@ class Panoptic:
 
     def read(self, image_id: str) -> Record:
         """seg_semantic [133, 7, 7], seg_map [64, 64] and categories [133]."""
-        for key in captions.keys(image_id):
-            if key in self._entries:
-                file, categories = self._entries[key]
-                break
-        else:
+        entry = self._entries.find(image_id)
+        if entry is None:
             raise Absent(f"{self.annotations}: image {image_id!r}: expected an annotation, found none")
+        file, categories = entry
         if not isinstance(file, str):
             raise DataError(f"{self.annotations}: image {image_id!r}: expected a file name, found {file!r:.80}")
         path = inside(self.folder, file)
-        segments = coco_panoptic.segment_ids(read_picture(path, "RGB"))
+        segments = coco_panoptic.segment_ids(read_label_map(path, "RGB"))
         return label_maps.fields(coco_panoptic.label_map(segments, categories, str(path)), coco_panoptic.CLASSES)
 
 
@@ -97,18 +96,16 @@ class Upsnet:
 
     def read(self, image_id: str) -> Record:
         """seg_semantic [133, 7, 7], seg_map [64, 64] and categories [133], classes in COCO's order."""
-        path = self._file(image_id)
-        pixels = read_picture(path, None)
+        path = self._labels.find(image_id)
+        if path is None:
+            raise Absent(f"{self.folder}: image {image_id!r}: expected its label map as PNG, found none")
+        pixels = read_label_map(path)
         labels = pixels if pixels.ndim == 2 else pixels[..., 0]
         if labels.dtype != np.uint8:
             raise DataError(f"{path}: expected classes of 8 bits, found {labels.dtype}")
         return label_maps.fields(coco_panoptic.from_stuff_first(labels, str(path)), coco_panoptic.CLASSES)
 
-    def _file(self, image_id: str) -> Path:
-        for key in captions.keys(image_id):
-            # ssegs keeps the photograph's extension; COCO 2017 pads numbers to 12 digits
-            for name in (key, f"{key}.jpg", key.zfill(12), f"{key.zfill(12)}.jpg"):
-                path = inside(self.folder, f"{name}.png")
-                if path.is_file():
-                    return path
-        raise Absent(f"{self.folder}: image {image_id!r}: expected its label map as PNG, found none")
+    @cached_property
+    def _labels(self) -> FileNames:
+        """The PNG of each image; ssegs keeps the photograph's extension, COCO 2017 pads numbers to 12 digits."""
+        return FileNames(self.folder, (".png",))

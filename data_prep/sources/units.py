@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from data_prep import captions, label_maps
-from data_prep.files import inside, open_array
+from data_prep import label_maps
+from data_prep.files import check_folder, open_array
+from data_prep.names import FileNames
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
 
 MASK = {"grid": "grid_mask", "regions": "region_mask"}
+
+Layout = Literal["hwc", "chw"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+"""Where the channels are: last, as Keras and JAX have them, or first, as PyTorch has them."""
+_SUFFIXES = (".npy", ".pth", ".pt")
+_WIDTH, _STEP = 64, 16  # the least width of published features, and of what widths are multiples; see `refusal`
 
 
 @dataclass(frozen=True)
@@ -26,17 +34,18 @@ class UnitFiles:
     field: "grid" or "regions".
     max_units: pad every image to this many units and add a mask; None when all have the same number.
     pool: average a feature map to pool x pool cells first; None keeps its cells.
+    layout: see `as_units`.
     """
 
     folder: Path
     field: str
     max_units: int | None = None
     pool: int | None = None
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
-        """Raises DataError when there is no such folder."""
-        if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no such folder")
+        """Raises DataError when there is no such folder, or nothing to read in it."""
+        check_folder(self.folder, *_SUFFIXES)
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -48,24 +57,17 @@ class UnitFiles:
         """Nothing."""
         return {}
 
+    @cached_property
+    def _features(self) -> FileNames:
+        return FileNames(self.folder, _SUFFIXES)
+
     def read(self, image_id: str) -> Record:
         """The features [units, D] and, with max_units, their mask."""
-        path = feature_file(self.folder, image_id)
-        units = as_units(_read_pth(path) if path.suffix == ".pth" else open_array(path), path, self.pool)
-        if self.max_units is None:
-            return {self.field: units}
-        units, mask = pad(units, self.max_units, path)
-        return {self.field: units, MASK[self.field]: mask}
-
-
-def feature_file(folder: Path, image_id: str) -> Path:
-    """The file of an image: one of its names (`captions.keys`) and .npy or .pth."""
-    for key in captions.keys(image_id):
-        for suffix in (".npy", ".pth"):
-            path = inside(folder, f"{key}{suffix}")
-            if path.is_file():
-                return path
-    raise Absent(f"{folder}: image {image_id!r}: expected a file {image_id}.npy, found none")
+        path = self._features.find(image_id)
+        if path is None:
+            raise Absent(f"{self.folder}: image {image_id!r}: expected a file {image_id}.npy, found none")
+        array = _read_pth(path) if path.suffix in (".pth", ".pt") else open_array(path)
+        return padded({self.field: as_units(array, path, self.pool, self.layout)}, self.max_units, path)
 
 
 def _read_pth(path: Path) -> np.ndarray:
@@ -79,19 +81,63 @@ def _read_pth(path: Path) -> np.ndarray:
         raise DataError(str(error)) from error
 
 
-def as_units(array: np.ndarray, path: Path, pool: int | None) -> np.ndarray:
-    """Units [G, D] of an array [G, D], [D, h, w] or [1, D, h, w]; maps are averaged to pool x pool cells."""
+def as_units(array: np.ndarray, where: object, pool: int | None = None, layout: Layout | None = None) -> np.ndarray:
+    """Units [G, D] of one image from an array of any layout in use; raises DataError naming `where`.
+
+    array: [G, D], [D, G], [D, h, w] or [h, w, D], also with axes of length 1 before or behind. A map's cells become
+    units row by row, averaged to pool x pool first.
+    layout: "hwc", channels last, or "chw", channels first. Without it [G, D] and [D, h, w] are taken where their shape
+    can hardly be another one (`refusal`).
+    """
+    shape = list(array.shape)
     if not array.size:
-        raise DataError(f"{path}: expected features, found an empty array {list(array.shape)}")
-    if array.ndim == 4 and len(array) == 1:
+        raise DataError(f"{where}: expected features, found an empty array {shape}")
+    while array.ndim > 2 and len(array) == 1:  # a batch of one
         array = array[0]
-    if array.ndim == 3:
-        cells = array if pool is None else adaptive_average(np.asarray(array, dtype=np.float32), pool)
-        return np.ascontiguousarray(cells.reshape(len(cells), -1).T)
-    if array.ndim == 2 and pool is None:
-        return np.array(array)
-    wanted = "[D, h, w] or [1, D, h, w] to pool" if pool else "[units, D], [D, h, w] or [1, D, h, w]"
-    raise DataError(f"{path}: expected an array {wanted}, found {list(array.shape)}")
+    if array.ndim == 4 and array.shape[2:] == (1, 1):  # regions [K, D, 1, 1] as a pooling leaves them
+        array = array[:, :, 0, 0]
+    if array.ndim == 3 and array.shape[2] == 1 and layout is None:
+        array = array[:, :, 0] if array.shape[1] > 1 else array[:, :, 0].T
+    if array.ndim not in (2, 3) or (array.ndim == 2 and pool is not None):
+        wanted = "a map [D, h, w] or [h, w, D] to pool" if pool else "[units, D], [D, h, w] or [h, w, D]"
+        raise DataError(f"{where}: expected an array of one image, {wanted}, found {shape}")
+    if layout is None and (reason := refusal(array.shape)):
+        raise DataError(f"{where}: {reason}, found {shape}")
+    if array.ndim == 2:
+        return np.array(array.T if layout == "chw" else array)
+    cells = np.moveaxis(array, 2, 0) if layout == "hwc" else array
+    if pool is not None:
+        cells = adaptive_average(np.asarray(cells, dtype=np.float32), pool)
+    return np.ascontiguousarray(cells.reshape(len(cells), -1).T)
+
+
+def refusal(shape: Sequence[int]) -> str:
+    """Why an array of this shape cannot be taken for [G, D] or [D, h, w] without being told so; "" when it can.
+
+    Published features have 64 numbers or more, a multiple of 16; images have ten to some thousand units, seldom a
+    multiple of 16. So [2048, 36] is hardly 2,048 units of width 36, nor is [7, 7, 256] a map of 7 channels. [D, h, w]
+    is clear when D is the longest axis. Where no axis is as long as a width, as in examples made by hand, the
+    documented layout is taken unless the last axis stands out.
+    """
+    flags = "--layout=hwc says channels last, --layout=chw channels first"
+    if len(shape) == 2:
+        units, width = shape
+        if units > width and units >= _WIDTH and units % _STEP == 0:
+            return f"expected [units, D], this may be [D, units]; {flags}"
+        return ""
+    channels, height, width = shape
+    if channels > max(height, width) and (channels % _STEP == 0 or width % _STEP):
+        return ""
+    stands_out = width >= 2 * max(channels, height) or channels == height < width
+    if width < _STEP and not stands_out:
+        return ""
+    what = "looks like [h, w, D]" if width > max(channels, height) else "may as well be [h, w, D]"
+    return f"expected a map [D, h, w], this {what}; {flags}"
+
+
+def narrow(units: int, width: int) -> bool:
+    """Whether stored features [units, width] are less wide than any published ones: their axes were likely mixed up."""
+    return units > width and (width < _STEP or bool(refusal((units, width))))
 
 
 def adaptive_average(cells: np.ndarray, size: int) -> np.ndarray:
@@ -102,10 +148,22 @@ def adaptive_average(cells: np.ndarray, size: int) -> np.ndarray:
     return cells
 
 
-def pad(units: np.ndarray, count: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def padded(record: Record, count: int | None, where: object) -> Record:
+    """The fields of K units each, regions or a grid first, padded to `count` units and with their mask; None: as is."""
+    if count is None:
+        return record
+    out: Record = {}
+    for name, value in record.items():
+        rows, mask = pad(value.reshape(len(value), -1), count, where)
+        out[name] = rows.reshape(-1, *value.shape[1:])
+        out[MASK.get(name, MASK["regions"])] = mask
+    return out
+
+
+def pad(units: np.ndarray, count: int, where: object) -> tuple[np.ndarray, np.ndarray]:
     """Units [G, D] -> [count, D] with zeros behind, and the mask [count] of the G valid ones."""
     if len(units) > count:
-        raise DataError(f"{path}: expected at most max_units = {count} units, found {len(units)}")
-    padded = np.zeros((count, units.shape[1]), units.dtype)
-    padded[: len(units)] = units
-    return padded, np.arange(count) < len(units)
+        raise DataError(f"{where}: expected at most max_units = {count} units, found {len(units)}")
+    out = np.zeros((count, units.shape[1]), units.dtype)
+    out[: len(units)] = units
+    return out, np.arange(count) < len(units)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,21 +11,27 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
+from shnet_jax.data import model_folder
+from shnet_jax.data.model_folder import GENERIC, added_tokens, check_agreement, vocabulary_faults
 from shnet_jax.foreign import read_object
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+ROLES = {"bos_token": BEGIN, "eos_token": END}
 END_OF_WORD = "</w>"
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 @dataclass(frozen=True)
 class ClipBPE:
-    """A vocabulary (see `tokenise`). ends_word: [vocab_size] bool, pieces that end a word."""
+    """A vocabulary (see `tokenise`). ends_word: [vocab_size] bool, pieces that end a word.
+
+    max_length: tokens that its model takes."""
 
     tokenizer: tokenizers.Tokenizer
     ends_word: np.ndarray
     begin_id: int
     end_id: int
+    max_length: int | None
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
@@ -53,30 +58,42 @@ def read(path: Path) -> ClipBPE:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: CLIP vocabulary not found (tokenizer.json, or merges.txt)")
-    tokenizer = _of_json(path) if path.suffix == ".json" else _of_merges(path)
+    of_json = path.suffix == ".json"
+    classes = ("CLIPTokenizer", *GENERIC) if of_json else ("CLIPTokenizer",)
+    settings = model_folder.read_settings(path.parent, classes, ROLES)
+    tokenizer = _of_json(path) if of_json else _of_merges(path)
     ids = tokenizer.get_vocab()
     missing = [token for token in (BEGIN, END) if token not in ids]
     if missing or sorted(ids.values()) != list(range(len(ids))):
         raise ValueError(f"{path}: {len(ids)} pieces; expected consecutive ids and {BEGIN}, {END}, found no {missing}")
+    check_agreement(path, tokenizer, settings)
+    _check_tokens(path, tokenizer, settings)
     ends = np.zeros(len(ids), bool)
     ends[[number for piece, number in ids.items() if piece.endswith(END_OF_WORD)]] = True
-    return ClipBPE(tokenizer, ends, ids[BEGIN], ids[END])
+    return ClipBPE(tokenizer, ends, ids[BEGIN], ids[END], settings.max_length())
 
 
-@contextmanager
-def _faults(path: Path) -> Iterator[None]:
-    """What `tokenizers` says of a vocabulary as ValueError; it raises Exception itself, and nothing narrower."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{path}: no vocabulary of CLIP's: {error}") from None
+def _check_tokens(path: Path, tokenizer: tokenizers.Tokenizer, settings: model_folder.Settings) -> None:
+    """Raises ValueError where the settings in the folder, or a tokenizer.json itself, ask for other tokens."""
+    ids = tokenizer.get_vocab()
+    for role, token in settings.tokens.items():
+        if token != ROLES[role]:
+            raise ValueError(f"{settings.folder}: {role} is {token!r:.80} in the settings; CLIP's is {ROLES[role]}")
+    if strange := [t["content"] for t in added_tokens(path, ids, settings) if t["content"] not in ids]:
+        raise ValueError(f"{path} has no {strange[0]!r:.80}, an added token in the settings beside it")
+    whole, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    if whole.ids not in (bare.ids, [ids[BEGIN], *bare.ids, ids[END]]):
+        raise ValueError(
+            f"{path}: its post_processor makes {' '.join(whole.tokens)} of 'a'; expected {BEGIN} before a caption and "
+            f"{END} behind it"
+        )
 
 
 def _of_json(path: Path) -> tokenizers.Tokenizer:
     described = read_object(path)
     if not {"model", "pre_tokenizer"} <= described.keys():
         raise ValueError(f"{path}: expected a tokenizer.json with a model and a pre_tokenizer")
-    with _faults(path):
+    with vocabulary_faults(path, "CLIP's"):
         found = tokenizers.Tokenizer.from_str(json.dumps(described))
     if not isinstance(found.model, models.BPE) or found.model.end_of_word_suffix != END_OF_WORD:
         raise ValueError(f"{path}: expected a BPE whose words end in {END_OF_WORD}, as CLIP's")
@@ -106,7 +123,7 @@ def _of_merges(path: Path) -> tokenizers.Tokenizer:
     beside = path.with_name("vocab.json")
     if beside.is_file() and read_object(beside) != ids:
         raise ValueError(f"{beside} is not the vocabulary that {path.name} makes; a tokenizer.json is read as it is")
-    with _faults(path):
+    with vocabulary_faults(path, "CLIP's"):
         model = models.BPE(ids, [(a, b) for a, b in merges], unk_token=END, end_of_word_suffix=END_OF_WORD)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(

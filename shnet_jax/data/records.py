@@ -24,6 +24,7 @@ from shnet_jax.data.checksums import check_files
 from shnet_jax.data.errors import DataError
 from shnet_jax.data.index import REMEDY, Index, IndexBuilder, index_file, read_index
 from shnet_jax.foreign import read_object
+from shnet_jax.paths import to_path
 
 SENTENCEPIECE = "sentencepiece.model"
 _INFO, _FEATURES = "dataset_info.json", "features.json"
@@ -45,7 +46,7 @@ def find_dataset(directory: str | Path) -> Path:
 
     Raises FileNotFoundError, listing what is there, when there is none or more than one.
     """
-    root = Path(directory)
+    root = to_path(directory)
     if not root.is_dir():
         raise FileNotFoundError(f"data set folder {str(root)!r}: no such folder")
     if (root / _INFO).is_file():

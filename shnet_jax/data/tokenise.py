@@ -8,7 +8,7 @@ one): a table over the vocabulary is all that is needed, and a split of half a m
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -16,20 +16,22 @@ from typing import Protocol
 
 import numpy as np
 import sentencepiece
-import tokenizers
-from ml_collections import ConfigDict
-from tokenizers import models, normalizers, pre_tokenizers
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data import clip_bpe
+from shnet_jax.data import wordpiece as bert
 from shnet_jax.data.checksums import check_files
 from shnet_jax.data.errors import DataError
+from shnet_jax.data.model_folder import CONFIG
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, find_dataset
 
-# WordPiece and SentencePiece have these; data_prep/vocabulary.py trains SentencePiece with them.
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL = tuple(bert.ROLES.values())
+"""What WordPiece has unless a folder says otherwise; data_prep/vocabulary.py trains SentencePiece with them."""
 KINDS = ("wordpiece", "sentencepiece", "clip")
 NO_MASK = -1
 """mask_id of a vocabulary without a mask token."""
+NO_UNKNOWN = -1
+"""unknown_id of a vocabulary that can spell everything."""
 _CHUNK = 8192  # captions handed to a tokenizer at once: large enough for its threads, small enough for memory
 
 
@@ -45,7 +47,8 @@ class Tokenizer:
     """A vocabulary with its special tokens. Id 0 is padding; WordPiece and SentencePiece never produce it.
 
     marks_word:  [vocab_size] bool, pieces that begin a word or, if `marks_ends`, that end one.
-    begin_id, end_id: tokens around every caption, [CLS] and [SEP].
+    begin_id, end_id: tokens around every caption, [CLS] and [SEP]. unknown_id: of what has no piece.
+    max_length: tokens of a caption that the vocabulary's model takes, by its own account.
     random_range: ids first..last-1 that may be drawn as random tokens: the longest run without a special one.
     """
 
@@ -56,6 +59,8 @@ class Tokenizer:
     end_id: int
     random_range: tuple[int, int]
     marks_ends: bool = False
+    unknown_id: int = NO_UNKNOWN
+    max_length: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -112,6 +117,10 @@ class Captions:
         """[T] int32, pieces of each caption."""
         return np.diff(self.words[self.offsets])
 
+    def unknown_share(self, tokenizer: Tokenizer) -> float:
+        """Share of the pieces, 0..1, that say no more than that something is not in the vocabulary."""
+        return float(np.mean(self.pieces == tokenizer.unknown_id)) if len(self.pieces) else 0.0
+
 
 def tokenise_captions(captions: Iterable[Sequence[str]], tokenizer: Tokenizer) -> Captions:
     """Tokenise the captions of every image, given image by image; an iterator is read once and not kept."""
@@ -157,19 +166,30 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 def load_tokenizer(config: ConfigDict) -> Tokenizer:
     """The tokenizer that `config.tokenizer` names, of `vocabulary_file`.
 
-    Raises ValueError for an unknown kind, no file named or a vocabulary without the special tokens, FileNotFoundError
-    for a missing file.
+    Raises ValueError for an unknown kind, no file named, a vocabulary without the special tokens or settings in its
+    folder that are not followed, FileNotFoundError for a missing file.
     """
     path = vocabulary_file(config)
     kind = {"wordpiece": wordpiece, "sentencepiece": sentence_piece, "clip": clip}[config.tokenizer.kind]
     found = kind(path)
+    if found.max_length is not None and config.data.max_tokens > found.max_length:
+        raise ValueError(
+            f"config.data.max_tokens is {config.data.max_tokens}, the model_max_length in {path.parent / CONFIG} "
+            f"{found.max_length}: its model has not learned longer captions"
+        )
     if found.mask_id == NO_MASK and config.data.word_change > 0 and config.data.word_mask > 0:
         raise ValueError(f"config.data.word_mask is {config.data.word_mask}, but {path} has no mask token: set it to 0")
     return found
 
 
-def vocabulary_file(config: ConfigDict) -> Path:
-    """The file of the vocabulary: tokenizer.path, else the data set's own SentencePiece model.
+def kept_vocabulary(config: ConfigDict | FrozenConfigDict) -> tuple[str, bytes]:
+    """Suffix and contents of the file that a run keeps, from which alone the same tokens come again."""
+    path = vocabulary_file(config)
+    return bert.read(path).kept() if config.tokenizer.kind == "wordpiece" else (path.suffix, path.read_bytes())
+
+
+def vocabulary_file(config: ConfigDict | FrozenConfigDict) -> Path:
+    """The file of the vocabulary: tokenizer.path, or in that folder, else the data set's own SentencePiece model.
 
     Raises ValueError for an unknown kind and no file named, DataError for a model unlike its checksum.
     """
@@ -177,7 +197,9 @@ def vocabulary_file(config: ConfigDict) -> Path:
     if kind not in KINDS:
         raise ValueError(f"tokenizer.kind is {kind!r}; known: {', '.join(KINDS)}")
     if config.tokenizer.path:
-        return Path(config.tokenizer.path)
+        path = Path(config.tokenizer.path).expanduser()
+        find = {"wordpiece": bert.find_vocabulary, "clip": clip_bpe.find_vocabulary}.get(kind)
+        return find(path) if find and path.is_dir() else path
     if kind == "clip":
         raise ValueError(
             "tokenizer.kind is 'clip' but no tokenizer.json or merges.txt is named: set text.weights to a CLIP folder, "
@@ -194,16 +216,10 @@ def vocabulary_file(config: ConfigDict) -> Path:
 
 
 def wordpiece(path: Path) -> Tokenizer:
-    """The uncased BERT tokenizer of a vocab.txt (one piece per line, its line number is its id)."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: WordPiece vocabulary not found (a vocab.txt with one piece per line)")
-    try:
-        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a vocab.txt in UTF-8: {error}") from None
-    special = _special(path, pieces)
-    starts_word = np.array([not piece.startswith("##") for piece in pieces])
-    return _tokenizer(_WordPiece({piece: i for i, piece in enumerate(pieces)}), starts_word, special)
+    """BERT's tokenizer of a vocab.txt with the settings beside it, or of a tokenizer.json."""
+    found = bert.read(path)
+    special = [found.ids[role] for role in bert.ROLES]
+    return replace(_tokenizer(found, found.starts_word, special), max_length=found.max_length)
 
 
 def sentence_piece(path: Path) -> Tokenizer:
@@ -224,12 +240,17 @@ def clip(path: Path) -> Tokenizer:
     """CLIP's tokenizer of a tokenizer.json, or of a merges.txt; it has no mask token."""
     bpe = clip_bpe.read(path)
     random_range = _longest_run([NO_MASK, bpe.begin_id, bpe.end_id], len(bpe.ends_word))
-    return Tokenizer(bpe, bpe.ends_word, NO_MASK, bpe.begin_id, bpe.end_id, random_range, marks_ends=True)
+    return Tokenizer(
+        *(bpe, bpe.ends_word, NO_MASK, bpe.begin_id, bpe.end_id, random_range),
+        marks_ends=True,
+        max_length=bpe.max_length,
+    )
 
 
 def _tokenizer(vocabulary: _Vocabulary, starts_word: np.ndarray, special: Sequence[int]) -> Tokenizer:
-    _, _, begin_id, end_id, mask_id = special
-    return Tokenizer(vocabulary, starts_word, mask_id, begin_id, end_id, _longest_run(special, len(starts_word)))
+    _, unknown_id, begin_id, end_id, mask_id = special
+    random_range = _longest_run(special, len(starts_word))
+    return Tokenizer(vocabulary, starts_word, mask_id, begin_id, end_id, random_range, unknown_id=unknown_id)
 
 
 def _special(path: Path, pieces: Sequence[str]) -> list[int]:
@@ -247,19 +268,6 @@ def _longest_run(special: Sequence[int], vocab_size: int) -> tuple[int, int]:
     gaps = pairwise([*sorted(special), vocab_size])
     first, last = max(gaps, key=lambda gap: gap[1] - gap[0])
     return first + 1, last
-
-
-class _WordPiece:
-    """BERT's basic tokenizer (lower case, no accents, punctuation apart), then greedy longest match."""
-
-    def __init__(self, ids: dict[str, int]):
-        # The special tokens are not registered: "[MASK]" written in a caption is text, not a mask.
-        self._tokenizer = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
-        self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
 
 class _SentencePiece:

@@ -125,7 +125,7 @@ def _keep(mesh: Mesh, k: int) -> Mapped:
         real = (rows != NONE)[:, None]
         finite = jnp.isfinite(scores)
         bad = bad + axis.psum(jnp.sum(real & ~finite, dtype=jnp.int32), DATA)
-        scores = jnp.where(scores == 0, 0.0, scores.astype(jnp.float32))  # -0.0 and 0.0 are a tie
+        scores = jnp.where(scores == 0, 0.0, scores.astype(jnp.float32))  # -0.0 and 0.0 are a tie, not for top_k
         scores = jnp.where(real & finite, scores, -jnp.inf).T
         # What was found before has smaller rows and comes first: of equal values top_k takes the first ones.
         values, at = lax.top_k(jnp.concatenate([values, scores], axis=1), k)

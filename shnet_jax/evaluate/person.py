@@ -1,4 +1,4 @@
-"""Person search: captions find the images of their person; CMC R@1, 5, 10, mAP, mINP (IRRA's evaluator, docs/esa.md).
+"""Person search: captions find the images of their person; CMC R@1, 5, 10, mAP, mINP (as IRRA; docs/evaluate.md).
 
 Every image of the person is relevant, whoever of them the caption was written for; nothing is left out of the gallery.
 The scores of one tile of captions with all images are on the host at a time, the whole matrix never.

@@ -88,7 +88,8 @@ def _program(mesh: Mesh, k: int) -> Mapped:
 
     def first(scores: Array, rows: Array, columns: Array) -> tuple[Array, ...]:
         real = rows[:, None] & columns[None, :]
-        held = jnp.where(real, scores.astype(jnp.float32), -jnp.inf)
+        scores = jnp.where(scores == 0, 0.0, scores.astype(jnp.float32))  # -0.0 and 0.0 are a tie, not for top_k
+        held = jnp.where(real, scores, -jnp.inf)
         row_scores, row_items = lax.top_k(held, min(k, held.shape[1]))
         column_scores, column_items = lax.top_k(held.T, min(k, held.shape[0]))
         column_items = column_items + axis.axis_index(DATA) * held.shape[0]

@@ -1,7 +1,7 @@
 """Pretrained BERT weights of a local Hugging Face folder, for `models.bert.BERT`.
 
-A folder has config.json, vocab.txt and the weights as model.safetensors, in shards with model.safetensors.index.json,
-or as pytorch_model.bin, which is a pickle and read safely.
+A folder has config.json, vocab.txt or tokenizer.json, and the weights as model.safetensors, in shards with
+model.safetensors.index.json, or as pytorch_model.bin, which is a pickle and read safely.
 Every tensor must be known, present and of the right shape; nothing is guessed.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
-from shnet_jax.foreign import read_object
+from shnet_jax.foreign import check_kind, read_object
 from shnet_jax.interop import minilm
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
@@ -96,7 +96,7 @@ def load_bert(folder: Path) -> dict[str, Any]:
     Raises FileNotFoundError for a missing file, ValueError naming each tensor that does not fit.
     """
     shape = sizes(folder)
-    _check_vocabulary(folder / "vocab.txt", shape["vocab_size"])
+    _check_vocabulary(folder, shape["vocab_size"])
     try:
         return bert_params(read_tensors(folder), shape)
     except ValueError as error:
@@ -197,6 +197,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
+    check_kind(path)
     try:
         # The flax reader, as NumPy alone has no bfloat16.
         with safe_open(path, framework="flax") as file:
@@ -218,9 +219,13 @@ def _read_pickled(path: Path) -> dict[str, np.ndarray]:
     return {n: np.asarray(a, np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a for n, a in arrays.items()}
 
 
-def _check_vocabulary(path: Path, vocab_size: int) -> None:
+def _check_vocabulary(folder: Path, vocab_size: int) -> None:
+    """Of a vocab.txt, that it has no more pieces than the weights; whether a tokenizer.json fits is told when read."""
+    path = folder / "vocab.txt"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the weights mean nothing without their vocabulary")
+        if (folder / "tokenizer.json").is_file():
+            return
+        raise FileNotFoundError(f"{path} is missing: the weights mean nothing without it, or a tokenizer.json")
     with path.open("rb") as file:
         pieces = sum(1 for _ in file)
     if pieces > vocab_size:

@@ -20,11 +20,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from shnet_jax.foreign import check_kind
 from shnet_jax.interop.torch_pickle import DTYPES, Storage, Tensor, Unpickler
 
 MAX_PICKLE = 32 * 2**20
 """Bytes of the pickle, without the arrays; that of a BERT with its optimiser is below 1 MB."""
-MAX_ENTRIES = 100_000
+MAX_ENTRIES = 300_000
 """Entries of the archive: one for each array and a few more."""
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -41,7 +42,10 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TorchFile:
-    """An opened file: what was saved, with `Tensor` for each tensor and types.SimpleNamespace for argparse's."""
+    """An opened file: what was saved, with `Tensor` for each tensor, `Array` for each array of NumPy.
+
+    argparse's Namespace is a types.SimpleNamespace, EasyDict and its like a dict, a number of NumPy one of Python.
+    """
 
     path: Path
     content: Any
@@ -83,8 +87,8 @@ class TorchFile:
         return np.ndarray(shape, dtype, raw, offset * dtype.itemsize, steps)
 
 
-def open_torch_file(path: str | Path) -> TorchFile:
-    """Reads what `torch.save` wrote, but for the arrays.
+def open_torch_file(path: str | Path, scale: int = 1) -> TorchFile:
+    """Reads what `torch.save` wrote, but for the tensors. scale: times the usual bounds, for a file of many tensors.
 
     Raises FileNotFoundError, and ValueError for a file that is cut off, damaged, of another kind, or that names
     anything that `torch_pickle` does not know.
@@ -92,16 +96,17 @@ def open_torch_file(path: str | Path) -> TorchFile:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    check_kind(path)
     with path.open("rb") as file:
         start = file.read(len(_LEGACY_START))
         if start == _LEGACY_START:
-            return _open_legacy(path, file)
+            return _open_legacy(path, file, scale)
         if not start.startswith(b"PK\x03\x04"):
             what = "a tar archive of torch 0.1" if _is_tar(file) else "no file of torch.save"
             raise ValueError(f"{path}: {what}; expected its zip archive or its stream of pickles (cut off?)")
         try:
             with zipfile.ZipFile(file) as archive:
-                return _open_zip(path, file, archive.infolist())
+                return _open_zip(path, file, archive.infolist(), scale)
         # Of a version that Python does not know, or with names in no alphabet: damaged as well.
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a whole zip archive (cut off?): {error}") from None
@@ -112,7 +117,7 @@ def _is_tar(file: BinaryIO) -> bool:
     return file.read(5) == b"ustar"
 
 
-def _open_zip(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo]) -> TorchFile:
+def _open_zip(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo], scale: int) -> TorchFile:
     if len(entries) > MAX_ENTRIES:
         raise ValueError(f"{path}: {len(entries)} entries, more than {MAX_ENTRIES}")
     size, places = path.stat().st_size, {}
@@ -143,7 +148,7 @@ def _open_zip(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo]) -> Tor
 
     if f"{root}/byteorder" in places and read("byteorder", 16) != b"little":
         raise ValueError(f"{path}: saved on a machine of the other byte order")
-    unpickler = Unpickler(path, io.BytesIO(read("data.pkl", MAX_PICKLE)))
+    unpickler = Unpickler(path, io.BytesIO(read("data.pkl", scale * MAX_PICKLE)), scale=scale)
     content = unpickler.next()
     prefix = f"{root}/data/"
     data = {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
@@ -160,11 +165,11 @@ def _data_offset(path: Path, file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + 30 + name + extra
 
 
-def _open_legacy(path: Path, file: BinaryIO) -> TorchFile:
+def _open_legacy(path: Path, file: BinaryIO, scale: int) -> TorchFile:
     """Five pickles (magic number, version, machine, content, keys), then count and numbers of each storage."""
     file.seek(0)
-    stream = io.BytesIO(file.read(MAX_PICKLE))
-    unpickler = Unpickler(path, stream)
+    stream = io.BytesIO(file.read(scale * MAX_PICKLE))
+    unpickler = Unpickler(path, stream, scale=scale)
     magic, version, machine = unpickler.next(), unpickler.next(), unpickler.next()
     if magic != _LEGACY_MAGIC or version != 1001 or not isinstance(machine, dict) or not machine.get("little_endian"):
         raise ValueError(f"{path}: not of the format's version 1001, or saved on a machine of the other byte order")

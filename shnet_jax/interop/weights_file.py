@@ -13,6 +13,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from shnet_jax.foreign import check_kind
 from shnet_jax.observe.files import whole
 
 FORMAT = "shnet_jax"
@@ -33,6 +34,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    check_kind(path)
     try:
         with safe_open(path, framework="flax") as file:
             notes = file.metadata() or {}

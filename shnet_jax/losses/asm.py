@@ -1,6 +1,6 @@
 """Adaptive Semantic Margin: hardest-negative hinge whose margin depends on how much two items mean the same.
 
-Source: docs/esa.md, a reconstruction ("ESA-style") of the loss named in Zhao et al. (Image and Vision
+Source: docs/models.md, a reconstruction ("ESA-style") of the loss named in Zhao et al. (Image and Vision
 Computing 152, 2024), whose equation was not available. Related, and not the same: ASMR (arXiv 2108.04533) and the
 CIDEr-based margin of arXiv 2110.02623.
 """

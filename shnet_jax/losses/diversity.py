@@ -1,6 +1,6 @@
 """Diversity of embedding sets: elements of a set repel each other, and the sets of both modalities lie alike.
 
-Source: docs/esa.md, after Kim et al., "Improving Cross-Modal Retrieval with Set of Diverse Embeddings"
+Source: docs/models.md, after Kim et al., "Improving Cross-Modal Retrieval with Set of Diverse Embeddings"
 (CVPR 2023). A loss sees embeddings, not the parts that the set head adds; the residual of an element is what of it is
 orthogonal to its item's global vector (ours).
 """

@@ -62,13 +62,15 @@ def loss(
     both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
     size = both[0].size
 
-    def cross_entropy(direction: pairs.Direction) -> Array:
+    def cross_entropy(direction: pairs.Direction, negatives: Array) -> Array:
         own = scale * direction.positive
-        return jnp.logaddexp(own, direction.logsumexp(jnp.multiply, scale)) - own
+        return jnp.logaddexp(own, negatives) - own
 
-    losses = jnp.stack([cross_entropy(direction) for direction in both])
-    queue = pairs.over_queues(both, ctx, cross_entropy) / (2 * size)
-    correct = jnp.stack([direction.positive > direction.hardest() for direction in both])
+    found = [direction.logsumexp_and_first(jnp.multiply, scale) for direction in both]
+    losses = jnp.stack([cross_entropy(side, negatives) for side, (negatives, _) in zip(both, found, strict=True)])
+    queue = pairs.over_queues(both, ctx, lambda side: cross_entropy(side, side.logsumexp(jnp.multiply, scale)))
+    queue = queue / (2 * size)
+    correct = jnp.stack([first for _, first in found])
     return {
         "infonce_loss": losses.sum() / (2 * size) + queue,
         "infonce_accuracy": correct.sum() / (2 * size),

@@ -13,7 +13,8 @@ how much of the score matrix exists at a time, is the strategy, `ctx.pairs.strat
   ring      each device's candidates travel once around the ring of devices, scored where they are. Memory b^2, and no
             device ever holds more than two devices' embeddings.
 
-Streamed and ring score each tile once more in the backward pass instead of keeping it.
+Streamed and ring score each tile once more in the backward pass instead of keeping it. What a metric needs of the
+scores is found in the walk that the loss makes anyway: one of its own would score, and send, all candidates again.
 
 With momentum encoders (`ctx.keys`) a loss has a second part, `over_queues`: the same queries against the other
 modality's queue, with the key of their partner as the positive. Every device has the whole queue, scored at once or,
@@ -75,11 +76,19 @@ class Direction:
 
     def sum(self, of_score: OfScore, *args: Array) -> Array:
         """[b], the sum over each query's negatives of `of_score(score, *args)`; 0 where it has none."""
-        return _reduce(self, "sum", of_score, args)
+        return _reduce(self, "sum", of_score, args)[0]
 
     def logsumexp(self, of_score: OfScore, *args: Array) -> Array:
         """[b], log of the sum over each query's negatives of exp(`of_score(score, *args)`); -inf without one."""
-        return _reduce(self, "logsumexp", of_score, args)
+        return _reduce(self, "logsumexp", of_score, args)[0]
+
+    def logsumexp_and_first(self, of_score: OfScore, *args: Array) -> tuple[Array, Array]:
+        """`logsumexp`, and whether each query scores its own partner above every negative, [b] bool.
+
+        For the metric of a loss that walks over all candidates anyway. Not of a direction against a queue.
+        """
+        value, (own, highest) = _reduce(self, "logsumexp", of_score, args, ranked=True)
+        return value, own > highest
 
     def hardest(self, rank: int = 1) -> Array:
         """[b], the score of each query's rank-th best-scored negative; -inf where it has fewer.
@@ -130,7 +139,7 @@ def over_queues(both: tuple[Direction, Direction], ctx: Context, term: Callable[
     0 without momentum encoders, and in steps in which their queues take no part yet. The positive of a query is its
     score with the key of its partner, as in MoCo (He et al. 2020) and USER: with the partner itself the loss could tell
     positives from negatives by their age alone, and moves all embeddings away from those of past steps instead of
-    learning (docs/user.md has the figures). No gradient flows into the queues; keys are made outside of what
+    learning (docs/results.md has the figures). No gradient flows into the queues; keys are made outside of what
     a step differentiates.
     """
     if ctx.keys is None:
@@ -186,7 +195,7 @@ def _search(direction: Direction, rank: int) -> Best:
 def _best(scores: Array, rank: int) -> tuple[Array, Array]:
     """The `rank` largest of each row and their columns, [b, rank] both; of equal ones the first."""
     if rank > 1:
-        return lax.top_k(scores, rank)
+        return lax.top_k(jnp.where(scores == 0, 0.0, scores), rank)  # for it -0.0 is below 0.0; they are a tie
     column = jnp.argmax(scores, axis=1)[:, None]  # much faster than top_k
     return jnp.take_along_axis(scores, column, axis=1), column
 
@@ -210,14 +219,24 @@ class _Inputs:
     closed_over: list[Array]
 
 
-def _reduce(direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...]) -> Array:
-    """[b], the reduction over the negatives of all blocks, which are scored once more in the backward pass."""
+Found = tuple[Array, tuple[Array, ...]]
+"""The reduction [b] of the blocks so far and, where asked for, the score of each query with its own partner [b] and the
+highest of its negatives [b], both as the blocks have them: of two equal items neither is above the other."""
+
+
+def _reduce(
+    direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], ranked: bool = False
+) -> Found:
+    """The reduction over the negatives of all blocks, which are scored once more in the backward pass.
+
+    ranked: the two further scores of `Found` are asked for; they have no gradient.
+    """
     candidates = direction.candidates
     whole = candidates.in_one_block()
     if whole is not None:  # scored once; what the backward pass needs of it is kept
-        value = lax.stop_gradient(_of_block(direction, kind, of_score, args, whole))
+        value, further = lax.stop_gradient(_of_block(direction, kind, of_score, args, whole, ranked))
         slope = _slope(direction, kind, of_score, args, whole, value)
-        return value + (slope - lax.stop_gradient(slope))
+        return value + (slope - lax.stop_gradient(slope)), further
 
     # A score may close over traced parameters of its model: gradients must find them among the arguments.
     score, closed_over = jax.closure_convert(direction.score, direction.queries, candidates.tile_items())
@@ -235,21 +254,25 @@ def _reduce(direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Arr
         )
 
     @jax.custom_vjp
-    def reduce(inputs: _Inputs, items: Embedding, fixed: Any) -> Array:
+    def reduce(inputs: _Inputs, items: Embedding, fixed: Any) -> Found:
         bound = bind(inputs, items, fixed)
         combine, start = (jnp.add, 0.0) if kind == "sum" else (jnp.logaddexp, -jnp.inf)
 
-        def visit(value: Array, block: Block) -> Array:
-            return combine(value, _of_block(bound, kind, of_score, inputs.args, block))
+        def visit(found: Found, block: Block) -> Found:
+            value, further = _of_block(bound, kind, of_score, inputs.args, block, ranked)
+            return combine(found[0], value), jax.tree.map(jnp.maximum, found[1], further)
 
-        return bound.candidates.walk(visit, jnp.full(direction.positive.shape, start))
+        none = jnp.full(direction.positive.shape, -jnp.inf)
+        further: tuple[Array, ...] = (none, none) if ranked else ()
+        return bound.candidates.walk(visit, (jnp.full_like(none, start), further))
 
-    def forward(inputs: _Inputs, items: Embedding, fixed: Any) -> tuple[Array, Any]:
-        value = reduce(inputs, items, fixed)
-        return value, (inputs, items, fixed, value)
+    def forward(inputs: _Inputs, items: Embedding, fixed: Any) -> tuple[Found, Any]:
+        found = reduce(inputs, items, fixed)
+        return found, (inputs, items, fixed, found[0])
 
-    def backward(residuals: Any, cotangent: Array) -> tuple[_Inputs, Embedding, None]:
+    def backward(residuals: Any, cotangents: Found) -> tuple[_Inputs, Embedding, None]:
         inputs, items, fixed, value = residuals
+        cotangent, _ = cotangents
 
         def visit(sums: _Inputs, block: Block) -> tuple[_Inputs, Embedding]:
             def slope(inputs: _Inputs, tile: Embedding) -> Array:
@@ -273,12 +296,19 @@ def _scores(direction: Direction, block: Block) -> Array:
     return direction.score(direction.queries, block.items) if direction.known is None else direction.known
 
 
-def _of_block(direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block) -> Array:
-    """[b], the reduction over the negatives of one block."""
-    values = of_score(_scores(direction, block), *args)
+def _of_block(
+    direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block, ranked: bool
+) -> Found:
+    """The reduction over the negatives of one block."""
+    scores, negative = _scores(direction, block), _negatives(direction, block)
+    values = of_score(scores, *args)
+    further: tuple[Array, ...] = ()
+    if ranked:
+        own = direction.candidates.own_block().rows[:, None] == block.rows
+        further = tuple(jnp.max(jnp.where(counted, scores, -jnp.inf), axis=1) for counted in (own, negative))
     if kind == "sum":
-        return jnp.sum(jnp.where(_negatives(direction, block), values, 0.0), axis=1)
-    return jax.nn.logsumexp(jnp.where(_negatives(direction, block), values, -jnp.inf), axis=1)
+        return jnp.sum(jnp.where(negative, values, 0.0), axis=1), further
+    return jax.nn.logsumexp(jnp.where(negative, values, -jnp.inf), axis=1), further
 
 
 def _slope(

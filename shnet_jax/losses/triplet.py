@@ -11,7 +11,7 @@ from jax import lax
 
 from shnet_jax.losses import pairs
 from shnet_jax.parallel import axis
-from shnet_jax.types import Array, Context, Embedding
+from shnet_jax.types import WARM_UP, Array, Context, Embedding
 
 TAKES_QUEUES = True
 """Has a part of its own for the queues of momentum encoders (`ctx.keys`): see losses/total.py."""
@@ -88,11 +88,11 @@ def loss(
 
     share, queue = jax.nn.relu(gaps).sum(), pairs.over_queues(both, ctx, hard)
     if warmup_steps:
-        share, queue = lax.cond(
-            ctx.step < warmup_steps,
-            lambda: (every(both[0]).sum() + every(both[1]).sum(), pairs.over_queues(both, ctx, every)),
-            lambda: (share, queue),
-        )
+        # A cond keeps what either branch's backward pass needs, in every step: after the warm-up, B x B zeros. Under
+        # checkpoint this branch keeps its inputs alone, and scores once more for its gradient.
+        warm = jax.checkpoint(lambda: (sum(every(side).sum() for side in both), pairs.over_queues(both, ctx, every)))
+        with jax.named_scope(WARM_UP):
+            share, queue = lax.cond(ctx.step < warmup_steps, warm, lambda: (share, queue))
     if reduction == "mean":
         share, queue = share / size, queue / size
     return {

@@ -2,7 +2,7 @@
 
 After Ge et al., "Cross-modal Semantic Enhanced Interaction for Image-Sentence Retrieval", WACV 2023. No code was
 published and the method section was not at hand: the structure is theirs, the formulas are a reconstruction
-(docs/cmsei.md). Results of this model are to be called "CMSEI-style".
+(docs/models.md). Results of this model are to be called "CMSEI-style".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """ESA-style: an item is its global vector and a small set of embeddings merged from its tokens.
 
-A reconstruction, docs/esa.md, of Zhao et al., "Fine-grained semantic oriented embedding set alignment for
+A reconstruction, docs/models.md, of Zhao et al., "Fine-grained semantic oriented embedding set alignment for
 text-based person search" (Image and Vision Computing 152, 2024), of which the abstract alone was available. The towers
 are independent, so every item is encoded once; the set head (`models/sets.py`) works on the tokens of any backbone.
 """
@@ -100,7 +100,7 @@ class GivenTokens(nn.Module):
                     f"the data set's {field} is {width} wide, expected {self.dim}, the width of the text tower's joint "
                     "space (config.model.dim, config.text.projection): with config.model.esa.head = 'none' nothing "
                     "projects it. Extract image_embedding with the CLIP of config.text.weights and the tokens with "
-                    "--tokens=projected (docs/esa.md), or set config.model.esa.head to 'learned'"
+                    "--tokens=projected (docs/models.md), or set config.model.esa.head to 'learned'"
                 )
         given = [given_unit(batch, unit) for unit in self.units]
         tokens, mask = (jnp.concatenate(parts, axis=1) for parts in zip(*given, strict=True))

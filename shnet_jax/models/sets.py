@@ -1,6 +1,6 @@
 """Set head: the token features of an item become a few embeddings around its global vector.
 
-Source: docs/esa.md, a reconstruction ("ESA-style") after the abstract of Zhao et al. (Image and Vision
+Source: docs/models.md, a reconstruction ("ESA-style") after the abstract of Zhao et al. (Image and Vision
 Computing 152, 2024) with the slot attention of Kim et al. (CVPR 2023). Nothing here is drawn at random: an item has one
 set.
 """

@@ -1,7 +1,8 @@
 """Floating point operations of a compiled step, and how much of the devices' peak the training uses.
 
 Counted are the matrix products and convolutions of the compiled program (`observe.work`), what is recomputed in the
-backward pass included, the bodies of loops times their turns. Softmax, norms, sorting and the optimiser are not.
+backward pass included, the bodies of loops times their turns. Softmax, norms, sorting and the optimiser are not. Every
+step counts as one after the loss's warm-up: while that lasts, the figures are rather too low than too high.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ def step_flops(compiled: jax.stages.Compiled) -> float | None:
 
 
 def peak_flops(devices: list[jax.Device], dtypes: Iterable[str]) -> float | None:
-    """Operations per second that the devices could do at most, together.
+    """Operations per second that the devices could do at most, together, with operands of the fastest of the dtypes.
 
-    For accelerators, the bfloat16 peak whatever the dtypes; None when it is not in the table. For CPUs, the best
-    matrix product of any of these dtypes that was measured: virtual devices share it, whatever their number.
+    For accelerators, of the table, float32 at the highest precision (`ops.matmul`); None when they are not in it. For
+    CPUs, of a matrix product that is measured: virtual devices share it, whatever their number.
     """
-    kind = devices[0].device_kind
+    kind, names = devices[0].device_kind, sorted(set(dtypes))
     if devices[0].platform == "cpu":
-        return max(measured_flops(devices[0], dtype) for dtype in sorted(set(dtypes)))
+        return max(measured_flops(devices[0], dtype) for dtype in names)
     found = chip(kind)
     if found is None:
         log.info("the peak of %s is not known (observe/hardware.py): the log has no utilisation", kind)
-    return found.flops * len(devices) if found else None
+        return None
+    return len(devices) * max(found.peak("highest" if dtype == "float32" else None) for dtype in names)
 
 
 def measured_flops(device: jax.Device, dtype: str, size: int = 1024, repeats: int = 5) -> float:

@@ -20,11 +20,31 @@ class Chip(NamedTuple):
     """Peaks of one device.
 
     flops: dense bfloat16 operations per second. memory: bytes of HBM. bandwidth: bytes per second of HBM.
+    tf32, float32: of a GPU, operations per second with operands in float32: dense in the tensor cores, which round them
+      to TF32, and outside of these. None: a TPU, which makes such products of several in bfloat16.
     """
 
     flops: float
     memory: float
     bandwidth: float
+    tf32: float | None = None
+    float32: float | None = None
+
+    def peak(self, precision: str | None) -> float:
+        """Operations per second of products in bfloat16, None, or in float32 at this `lax.Precision`, in lower case.
+
+        As XLA makes them: on GPUs "default" and "high" in TF32, "highest" outside of the tensor cores; on TPUs in
+        PASSES (JAX, `lax.Precision`; XLA, `GetBlasComputationType`).
+        """
+        if precision is None:
+            return self.flops
+        if self.tf32 is None or self.float32 is None:
+            return self.flops / PASSES[precision]
+        return self.float32 if precision == "highest" else self.tf32
+
+
+PASSES = {"default": 1, "high": 3, "highest": 6}
+"""Products in bfloat16 that a TPU makes of one in float32, by its `lax.Precision`."""
 
 
 CHIPS = {
@@ -35,16 +55,17 @@ CHIPS = {
     "TPU v5p": Chip(459e12, 95 * GIB, 2765e9),
     "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9),
     "TPU v6e": Chip(918e12, 32 * GIB, 1640e9),
-    "H100 PCIe": Chip(756e12, 80e9, 2000e9),
-    "H100 NVL": Chip(835e12, 94e9, 3900e9),
-    "H100": Chip(989e12, 80e9, 3350e9),
-    "H200": Chip(989e12, 141e9, 4800e9),
-    "A100": Chip(312e12, 40e9, 1555e9),
-    "A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9),
-    "A100 80GB PCIe": Chip(312e12, 80e9, 1935e9),
+    "H100 PCIe": Chip(756e12, 80e9, 2000e9, 378e12, 51e12),
+    "H100 NVL": Chip(835e12, 94e9, 3900e9, 418e12, 60e12),
+    "H100": Chip(989e12, 80e9, 3350e9, 495e12, 67e12),
+    "H200 NVL": Chip(835e12, 141e9, 4800e9, 418e12, 60e12),
+    "H200": Chip(989e12, 141e9, 4800e9, 495e12, 67e12),
+    "A100": Chip(312e12, 40e9, 1555e9, 156e12, 19.5e12),
+    "A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9, 156e12, 19.5e12),
+    "A100 80GB PCIe": Chip(312e12, 80e9, 1935e9, 156e12, 19.5e12),
 }
 """By whole words of the `device_kind`, from the makers' pages of each chip (cloud.google.com/tpu/docs/v4, v5e, v5p,
-v6e; NVIDIA's data sheets of A100, H100 and H200, without sparsity)."""
+v6e; NVIDIA's data sheets of A100, H100 and H200, whose figures of the tensor cores are with sparsity, twice these)."""
 
 # Generation in a target -> options of libtpu. v4 as on the machines: the two cores of a chip are one device.
 _GENERATIONS = {"v4": {"chip_config_name": "megacore"}, "v5e": {}, "v5p": {}, "v6e": {}}

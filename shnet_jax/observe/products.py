@@ -41,12 +41,13 @@ def is_hidden(instruction: Instruction) -> bool:
     return _target(instruction).startswith(_LIBRARIES)
 
 
-def passes(instruction: Instruction, left: Shape, right: Shape) -> int:
-    """Of a TPU's matrix unit, for one product."""
+def precision(instruction: Instruction, left: Shape, right: Shape) -> str | None:
+    """The `lax.Precision` of a product with operands in float32, "default", "high" or "highest"; else None."""
     if "f32" not in (left.dtype, right.dtype):
-        return 1
-    precision = re.search(r"operand_precision=\{(\w+)", instruction.attributes)
-    return {"highest": 6, "high": 3}.get(precision[1], 1) if precision else 1
+        return None
+    # An attribute of the instruction, or in the note for cuBLAS.
+    found = re.search(r'operand_precision(?:=\{|":\[")(\w+)', instruction.attributes)
+    return found[1].lower() if found else "default"
 
 
 def _target(instruction: Instruction) -> str:

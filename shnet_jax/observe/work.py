@@ -2,6 +2,9 @@
 
 XLA's `cost_analysis` counts the body of a loop once, however often it runs; a step in microbatches is nearly all loop.
 So operations and traffic are counted here, instruction by instruction, times the turns of the loops around it.
+
+Of the branches of a conditional the most expensive one counts, but for those in the scope `types.WARM_UP`, which most
+steps of a training do not take: there it is the branch of all steps after the warm-up, or that of the warm-up if asked.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from shnet_jax.observe.hlo import Computation, Instruction, Shape, parse
-from shnet_jax.observe.products import is_hidden, multiplications, passes
+from shnet_jax.observe.products import is_hidden, multiplications, precision
+from shnet_jax.types import WARM_UP
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 
@@ -22,8 +26,7 @@ class Work:
     """What one run does on one device.
 
     flops: operations of matrix products and convolutions, two for each multiplication and addition.
-    passes: the same in bfloat16 passes of a TPU's matrix unit: a float32 product takes 6 at the highest precision, 3 at
-      high (JAX, `lax.Precision`).
+    float32: those of them with operands in float32, by their `lax.Precision`: default, high or highest.
     bytes: read from and written to main memory, each time that it is. On-chip memory is not counted.
     collectives: bytes by kind: the whole array that this device ends up with (all-gather) or hands in (all others).
     loops_once: loops whose number of turns the program does not say; what is in them is counted once.
@@ -31,19 +34,18 @@ class Work:
     """
 
     flops: float = 0.0
-    passes: float = 0.0
+    float32: dict[str, float] = field(default_factory=dict)
     bytes: float = 0.0
     collectives: dict[str, float] = field(default_factory=dict)
     loops_once: int = 0
     hidden: int = 0
 
     def __add__(self, other: Work) -> Work:
-        kinds = {**self.collectives, **other.collectives}
         return Work(
             self.flops + other.flops,
-            self.passes + other.passes,
+            _added(self.float32, other.float32),
             self.bytes + other.bytes,
-            {kind: self.collectives.get(kind, 0.0) + other.collectives.get(kind, 0.0) for kind in kinds},
+            _added(self.collectives, other.collectives),
             self.loops_once + other.loops_once,
             self.hidden + other.hidden,
         )
@@ -52,7 +54,7 @@ class Work:
         """The same, so many times."""
         return Work(
             self.flops * turns,
-            self.passes * turns,
+            {kind: flops * turns for kind, flops in self.float32.items()},
             self.bytes * turns,
             {kind: size * turns for kind, size in self.collectives.items()},
             self.loops_once,
@@ -60,10 +62,17 @@ class Work:
         )
 
 
-def work(hlo: str | None) -> Work:
-    """What the program of one device does; `hlo`: `compiled.as_text()`. Raises ValueError for another text."""
+def work(hlo: str | None, *, warm_up: bool = False) -> Work:
+    """What the program of one device does; `hlo`: `compiled.as_text()`. Raises ValueError for another text.
+
+    warm_up: in a step of the warm-up, instead of a step after it.
+    """
     computations, entry = parse(hlo or "")
-    return _Counter(computations).total(entry)
+    return _Counter(computations, warm_up).total(entry)
+
+
+def _added(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    return {kind: one.get(kind, 0.0) + other.get(kind, 0.0) for kind in {**one, **other}}
 
 
 # No traffic of their own: they name what is there already, or what they call is counted.
@@ -71,12 +80,14 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done", "domain",
 }  # fmt: skip
+_OF_WARM_UP = re.compile(rf'op_name="[^"]*\b{WARM_UP}\)*/cond"')  # gradients add "transpose(jvp(...))" around the scope
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
 class _Counter:
-    def __init__(self, computations: dict[str, Computation]):
+    def __init__(self, computations: dict[str, Computation], warm_up: bool):
         self._computations = computations
+        self._warm_up = warm_up
         self.total = lru_cache(maxsize=None)(self._total)
 
     def _total(self, name: str) -> Work:
@@ -95,13 +106,12 @@ class _Counter:
                 (body,), (condition,) = instruction.called("body"), instruction.called("condition")
                 inside = self.total(body) + self.total(condition)
                 return inside + Work(loops_once=1) if turns is None else inside.times(turns)
-            case "conditional":  # the most expensive branch
-                branches = [
-                    name
-                    for key in ("branch_computations", "true_computation", "false_computation")
-                    for name in instruction.called(key)
-                ]
-                return max((self.total(name) for name in branches), key=lambda w: (w.flops, w.bytes))
+            case "conditional":
+                keys = ("branch_computations", "false_computation", "true_computation")
+                branches = [self.total(name) for key in keys for name in instruction.called(key)]
+                if _OF_WARM_UP.search(instruction.attributes):
+                    return branches[self._warm_up]  # of a `lax.cond`, the branch for false comes first
+                return max(branches, key=lambda w: (w.flops, w.bytes))
             case "fusion":  # its inner values never reach main memory
                 return sum((replace(self.total(name), bytes=0.0) for name in instruction.called("calls")), Work())
             case "call" | "async-start" | "custom-call":
@@ -121,7 +131,8 @@ class _Counter:
             shapes = [s for operand in instruction.operands for s in here.instructions[operand].shapes[:1]]
             if len(shapes) >= 2 and (count := multiplications(instruction, *shapes[:2])) is not None:
                 flops = 2.0 * count
-                return Work(flops, flops * passes(instruction, *shapes[:2]))
+                found = precision(instruction, *shapes[:2])
+                return Work(flops, {found: flops} if found else {})
             return Work(hidden=int(is_hidden(instruction)))
         return Work()
 

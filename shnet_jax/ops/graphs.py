@@ -31,7 +31,7 @@ def overlap_graph(boxes: Array, threshold: float) -> Array:
 def relation_graph(relations: Array, regions: int) -> Array:
     """Pairs that a relation names, in either order: relations [n, R, 3] int32, padded rows -1 -> [n, regions, regions].
 
-    The predicate says only that there is a relation (docs/cmsei.md).
+    The predicate says only that there is a relation (docs/models.md).
     """
     n = relations.shape[0]
     subject, target = relations[..., 0], relations[..., 2]

@@ -1,6 +1,6 @@
 """Similarity of every pair of embedding sets: smooth Chamfer, Chamfer, max, mean of the cosines of their elements.
 
-Source: docs/esa.md, after Kim et al., "Improving Cross-Modal Retrieval with Set of Diverse Embeddings" (CVPR 2023).
+Source: docs/models.md, after Kim et al., "Improving Cross-Modal Retrieval with Set of Diverse Embeddings" (CVPR 2023).
 The cosines of all elements of all pairs never exist at once: forward and backward walk over the image elements, and
 only those of one image element with each text element are there at a time, [n, M_t, t].
 """

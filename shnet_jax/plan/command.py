@@ -19,6 +19,7 @@ from shnet_jax.evaluate.block_plan import PairCost, measure_pairs, plan_blocks, 
 from shnet_jax.evaluate.pipelined import schedule_text
 from shnet_jax.evaluate.rank_plan import RankPlan, measure_round, plan_ranking
 from shnet_jax.evaluate.towers import check
+from shnet_jax.experiment import settle_dtypes
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.hardware import GIB, Chip, chip, memory_limit, target_devices
@@ -47,6 +48,8 @@ def plan(config: ConfigDict, workdir: str | Path, target: str) -> None:
     if not 0 <= config.parallel.devices <= len(devices):
         raise ValueError(f"config.parallel.devices is {config.parallel.devices}, --target={target} has {len(devices)}")
     mesh = data_mesh(devices[: config.parallel.devices or None])
+    config = ConfigDict(config.to_dict())
+    settle_dtypes(config, devices[0])
     report = make_plan(describe(config), mesh) | {"target": target}
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -105,8 +108,8 @@ def make_plan(subject: Subject, mesh: Mesh) -> dict[str, Any]:
             "plan.effort": effort,
         },
         "pipeline": _pipeline(config.eval),
-        "programs": {name: _as_dict(program, peaks, kind) for name, program in programs.items()},
-        "rankings": {name: _ranking_as_dict(way, stays, limit, peaks, kind) for name, way in rankings.items()},
+        "programs": {name: _as_dict(program, peaks) for name, program in programs.items()},
+        "rankings": {name: _ranking_as_dict(way, stays, limit, peaks) for name, way in rankings.items()},
         "largest_pairs_per_device": largest,
         "changes": changes,
     }
@@ -145,21 +148,21 @@ def _pipeline(evaluation: ConfigDict) -> dict[str, Any] | None:
     return {"bubble_share": bubble_share(microbatches, stages), "text": schedule_text(stages, microbatches)}
 
 
-def _as_dict(program: Program, peaks: Chip | None, kind: str) -> dict[str, Any]:
+def _as_dict(program: Program, peaks: Chip | None) -> dict[str, Any]:
     out = dataclasses.asdict(program)
     if program.memory:
         out["memory"]["peak"] = program.memory.peak
     if program.work and peaks:
-        out["compute_seconds"], out["memory_seconds"] = bounds(program.work, peaks, kind)
+        out["compute_seconds"], out["memory_seconds"] = bounds(program.work, peaks)
+    if program.warm_up and peaks:
+        out["warm_up_seconds"] = max(bounds(program.warm_up, peaks))
     return out
 
 
-def _ranking_as_dict(
-    found: RankPlan, stays: float, limit: float | None, peaks: Chip | None, kind: str
-) -> dict[str, Any]:
+def _ranking_as_dict(found: RankPlan, stays: float, limit: float | None, peaks: Chip | None) -> dict[str, Any]:
     needed = found.bytes_per_device + stays
     out = dataclasses.asdict(found) | {"tiles": found.tiles, "beside": stays, "needed": needed}
     out |= {"fits": None if limit is None else needed <= limit, "text": str(found)}
     if peaks:
-        out["compute_seconds"], out["memory_seconds"] = bounds(found.work, peaks, kind)
+        out["compute_seconds"], out["memory_seconds"] = bounds(found.work, peaks)
     return out

@@ -30,6 +30,7 @@ class Program:
 
     rows: pairs, images or captions of one device's batch. fits: within the memory; None where that is not known.
     memory, work: None when the compiler gave up. beside: bytes that lie on the device meanwhile, not the program's own.
+    warm_up: work of a step in the warm-up of the loss, `work` being that of all others; None where they are the same.
     needed: both together; where the compiler gave up what it says it would take, None if it does not.
     seconds: that compiling took. why: the compiler's message.
     """
@@ -42,6 +43,7 @@ class Program:
     seconds: float
     beside: float = 0.0
     why: str = ""
+    warm_up: Work | None = None
 
 
 def lower_train(subject: Subject, mesh: Mesh, pairs: int) -> jax.stages.Lowered:
@@ -105,10 +107,13 @@ def compile_program(
     found = memory(compiled)
     needed = found.peak + beside
     fits = None if limit is None else needed <= limit
-    return Program(rows, fits, found, work(compiled.as_text()), needed, time.perf_counter() - start, beside)
+    steady, first = (work(compiled.as_text(), warm_up=warm_up) for warm_up in (False, True))
+    seconds = time.perf_counter() - start
+    return Program(rows, fits, found, steady, needed, seconds, beside, warm_up=None if first == steady else first)
 
 
-def bounds(found: Work, peaks: Chip, kind: str) -> tuple[float, float]:
+def bounds(found: Work, peaks: Chip) -> tuple[float, float]:
     """Seconds that the matrix units and that the memory need at least; the step takes no less than the larger."""
-    operations = found.passes if kind.startswith("TPU") else found.flops
-    return operations / peaks.flops, found.bytes / peaks.bandwidth
+    low = found.flops - sum(found.float32.values())
+    compute = low / peaks.flops + sum(flops / peaks.peak(precision) for precision, flops in found.float32.items())
+    return compute, found.bytes / peaks.bandwidth

@@ -17,7 +17,7 @@ from shnet_jax.data.pictures import VIEW
 from shnet_jax.data.records import DataSet, Feature
 from shnet_jax.data.tokenise import load_tokenizer
 from shnet_jax.evaluate.towers import image_tower, text_tower
-from shnet_jax.experiment import assemble, fit_weights, optional_fields
+from shnet_jax.experiment import assemble, fit_weights, optional_fields, settle_dtypes
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
 
@@ -48,6 +48,7 @@ def describe(config: ConfigDict) -> Subject:
         captions = int(found.dataset.caption_counts(config.data.train_split).sum())
         return Subject(ConfigDict(found.config.to_dict()), found.model, found.dataset, found.fields, captions)
     config = ConfigDict(config.to_dict())
+    settle_dtypes(config)
     fit_weights(config)
     if config.tokenizer.path and not config.text.vocab_size:
         config.text.vocab_size = load_tokenizer(config).vocab_size

@@ -26,11 +26,13 @@ def table(report: Mapping[str, Any]) -> str:
     row("needed", lambda p: p["needed"], _BYTES)
     rows.append(["fits", *(_FITS[p["fits"]] for p in programs)])
     row("matrix operations", lambda p: p["work"] and p["work"]["flops"], _OPERATIONS)
+    row("  in the loss's warm-up", lambda p: p["warm_up"] and p["warm_up"]["flops"], _OPERATIONS)
     row("memory traffic", lambda p: p["work"] and p["work"]["bytes"], _BYTES)
     for kind in COLLECTIVES:
         row(kind, lambda p, kind=kind: p["work"] and p["work"]["collectives"].get(kind), _BYTES)  # type: ignore[misc]
     row("compute-bound", lambda p: p.get("compute_seconds"), _SECONDS)
     row("bandwidth-bound", lambda p: p.get("memory_seconds"), _SECONDS)
+    row("  the larger, in the warm-up", lambda p: p.get("warm_up_seconds"), _SECONDS)
     row("compiled in", lambda p: p["seconds"], _SECONDS)
 
     lines = [

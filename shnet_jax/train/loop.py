@@ -27,7 +27,7 @@ from shnet_jax.parallel.mapping import put_batch
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.prepare import prepare
 from shnet_jax.train.signals import Interrupted, stop_signals
-from shnet_jax.train.workdir import claimed
+from shnet_jax.train.workdir import claimed, with_dtypes
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     Raises NonFiniteLoss, and Interrupted after SIGTERM or SIGINT; in both cases the state was saved. After a loss that
     is not finite, config.train.on_nonfinite = "skip" goes on as if it had been set from the start.
     """
-    experiment = assemble(config)
+    experiment = assemble(with_dtypes(config, Path(workdir)))
     with claimed(Path(workdir), experiment):
         return _train(experiment, Path(workdir))
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, train_batches
-from shnet_jax.data.tokenise import Captions, tokenise_split
+from shnet_jax.data.tokenise import NO_UNKNOWN, Captions, Tokenizer, tokenise_split
 from shnet_jax.evaluate.split import check as check_evaluation
 from shnet_jax.experiment import Experiment, abstract_variables, init_variables
 from shnet_jax.losses import total
@@ -31,6 +31,9 @@ from shnet_jax.train.step import make_step
 from shnet_jax.types import DATA
 
 log = logging.getLogger(__name__)
+
+MUCH_UNKNOWN = 0.01
+"""Share of unknown pieces in the training captions that is warned of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ def outline(experiment: Experiment) -> Outline:
     if "identity" in dataset.features and config.data.val_split == "test":
         raise ValueError(
             "config.data.val_split is 'test': the checkpoint of a person search is never chosen on the split that is "
-            "reported; set it to a validation split (docs/esa.md tells how to hold one out)"
+            "reported; set it to a validation split (docs/data.md tells how to hold one out)"
         )
     mesh = make_mesh(config.parallel.devices)
     pairs_per_device(config, mesh.size)
@@ -88,6 +91,7 @@ def prepare(experiment: Experiment) -> Parts:
     split = config.data.train_split
     captions = tokenise_split(dataset, split, experiment.tokenizer)
     _tell_of_cuts(captions, split, config.data.max_tokens)
+    _tell_of_unknown(captions, split, experiment.tokenizer)
     iterator = train_batches(
         config,
         dataset,
@@ -114,6 +118,19 @@ def _tell_of_cuts(captions: Captions, split: str, max_tokens: int) -> None:
         log.warning(
             "%s: %d of %d captions have more than config.data.max_tokens = %d tokens and are cut; the longest has %d",
             *(split, cut, len(lengths), max_tokens, int(lengths.max())),
+        )
+
+
+def _tell_of_unknown(captions: Captions, split: str, tokenizer: Tokenizer) -> None:
+    if tokenizer.unknown_id == NO_UNKNOWN:
+        return
+    share = captions.unknown_share(tokenizer)
+    log.info("%s: %.2f %% of the pieces of the captions are unknown to the vocabulary", split, 100 * share)
+    if share > MUCH_UNKNOWN:
+        log.warning(
+            "%s: %.1f %% of the pieces of the captions are unknown to the vocabulary, [UNK]: is it of their language, "
+            "and right about capitals (do_lower_case in the tokenizer_config.json beside it)?",
+            *(split, 100 * share),
         )
 
 

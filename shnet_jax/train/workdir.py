@@ -11,13 +11,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax import foreign, registry
 from shnet_jax.data.checksums import CHECKSUMS
-from shnet_jax.data.tokenise import vocabulary_file
-from shnet_jax.experiment import Experiment
+from shnet_jax.data.tokenise import kept_vocabulary, vocabulary_file
+from shnet_jax.experiment import Experiment, automatic, settle_dtypes
 from shnet_jax.observe.files import LOCK, FolderInUse, sole_writer, write_text
+from shnet_jax.observe.machine import fast_dtype
 from shnet_jax.parallel import hosts
 from shnet_jax.train.integrity import CheckpointError, set_damaged_aside
 
@@ -96,6 +98,30 @@ def sole_job(folder: Path, name: str, check: Callable[[], None] | None = None) -
         yield
 
 
+def with_dtypes(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The configuration with dtypes in place of "auto": those that the run in `workdir` began with, if there is one.
+
+    Else those that this machine is fast at; float32 where one of the machines of the job is not fast at bfloat16.
+    """
+    config = ConfigDict(config.to_dict())
+    path = workdir / CONFIG
+    if automatic(config) and path.exists() and any((workdir / "checkpoints").glob("*")):
+        had = load_config(path).to_dict()
+        for section in automatic(config):
+            began = _value(had, f"config.{section}.dtype")
+            if isinstance(began, str) and began:
+                config[section].dtype = began
+                log.info("config.%s.dtype: auto is %s, as the run in %s began with", section, began, workdir)
+    if jax.process_count() > 1 and (sections := automatic(config)):  # they run one program
+        slow = fast_dtype(jax.local_devices()[0])[0] == "float32"
+        if hosts.anywhere(slow):
+            for section in sections:
+                config[section].dtype = "float32"
+            log.info("dtype: auto is float32, as not all processes are on machines that are fast at bfloat16")
+    settle_dtypes(config)
+    return config
+
+
 def claim(workdir: Path, experiment: Experiment) -> None:
     """Makes `workdir` the folder of this configuration, or checks that it is; keeps vocabulary and checksums in it.
 
@@ -103,15 +129,20 @@ def claim(workdir: Path, experiment: Experiment) -> None:
     differs: fields, the vocabulary or the data set.
     """
     path = workdir / CONFIG
-    source = vocabulary_file(experiment.config)
-    kept = {workdir / f"vocabulary{source.suffix}": source, workdir / CHECKSUMS: experiment.dataset.path / CHECKSUMS}
+    suffix, vocabulary = kept_vocabulary(experiment.config)
+    checksums = experiment.dataset.path / CHECKSUMS
     if any((workdir / "checkpoints").glob("*")):
         if not path.exists():
             raise WorkdirError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
         found = _changes(experiment.config.to_dict(), load_config(path), workdir)
-        for copy, original in kept.items():
-            if copy.exists() and original.exists() and copy.read_bytes() != original.read_bytes():
-                found.append(f"{original} differs from what the run began with, {copy.name}")
+        differs = []
+        for copy in workdir.glob("vocabulary.*"):
+            if copy.suffix != suffix or copy.read_bytes().strip() != vocabulary.strip():
+                differs.append((vocabulary_file(experiment.config), copy))
+        copy = workdir / CHECKSUMS
+        if copy.exists() and checksums.exists() and copy.read_bytes() != checksums.read_bytes():
+            differs.append((checksums, copy))
+        found += [f"{original} differs from what the run began with, {copy.name}" for original, copy in differs]
         if found:
             raise WorkdirError(
                 f"{workdir} holds a run of another configuration; choose another --workdir or go back to:\n  "
@@ -122,10 +153,10 @@ def claim(workdir: Path, experiment: Experiment) -> None:
         raise WorkdirError(f"{workdir} holds something else than a run; choose another --workdir")
     path.unlink(missing_ok=True)  # until all is in place
     workdir.mkdir(parents=True, exist_ok=True)
-    for copy, original in kept.items():
-        copy.unlink(missing_ok=True)
-        if original.exists():  # sets of other tools have no checksums
-            shutil.copyfile(original, copy)
+    _keep_vocabulary(workdir, suffix, vocabulary)
+    (workdir / CHECKSUMS).unlink(missing_ok=True)
+    if checksums.exists():  # sets of other tools have none
+        shutil.copyfile(checksums, workdir / CHECKSUMS)
     save_config(experiment.config, path)
 
 
@@ -158,17 +189,21 @@ def _value(config: dict[str, Any], name: str) -> Any:
     return value
 
 
-def adopt(workdir: Path, config: ConfigDict | FrozenConfigDict, vocabulary: Path) -> None:
-    """Makes `workdir` the folder of a model that was trained elsewhere: its configuration and a copy of its vocabulary.
+def _keep_vocabulary(workdir: Path, suffix: str, contents: bytes) -> None:
+    for old in workdir.glob("vocabulary.*"):
+        old.unlink()
+    (workdir / f"vocabulary{suffix}").write_bytes(contents)
+
+
+def adopt(workdir: Path, config: ConfigDict | FrozenConfigDict) -> None:
+    """Makes `workdir` the folder of a model that was trained elsewhere: its configuration and its vocabulary.
 
     Raises WorkdirError for a folder that has checkpoints.
     """
     if any((workdir / "checkpoints").glob("*")):
         raise WorkdirError(f"{workdir} holds checkpoints already; choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    for old in workdir.glob("vocabulary.*"):
-        old.unlink()
-    shutil.copyfile(vocabulary, workdir / f"vocabulary{vocabulary.suffix}")
+    _keep_vocabulary(workdir, *kept_vocabulary(config))
     save_config(config, workdir / CONFIG)
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from shnet_jax.data.errors import DataError
 from shnet_jax.data.records import SENTENCEPIECE, open_dataset
 from shnet_jax.data.tokenise import clip, load_tokenizer, sentence_piece, tokenise_captions
 from tests.data.conftest import FIELDS
+from tests.patience import PATIENCE
 
 BLOCK = 1 << 16  # of array_record: a shard of one block holds records and no list of them
 SHARD = "tiny-train.array_record-00001"
@@ -43,7 +43,7 @@ def copy(sharded, tmp_path):
     return shutil.copytree(sharded, tmp_path / "copy")
 
 
-def within(seconds, work):
+def raised_by(work):
     """What `work()` raises, from a thread of its own: a reader that hangs fails the test instead of stopping it."""
     raised = []
 
@@ -55,8 +55,8 @@ def within(seconds, work):
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(seconds)
-    assert not thread.is_alive(), f"no answer after {seconds} s"
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), "no answer"
     assert raised, "no error"
     return raised[0]
 
@@ -127,10 +127,8 @@ def _encode(dataset, config, captions, tokenizer):
 def test_a_damaged_record_ends_every_way_of_reading(read, copy, config, captions, tokenizer):
     """The streams read ahead in threads of grain: what these raise arrives, and nothing waits for them."""
     _flip_a_record(copy / SHARD)
-    start = time.monotonic()
-    message = within(60, lambda: read(open_dataset(copy), config, captions, tokenizer))
+    message = raised_by(lambda: read(open_dataset(copy), config, captions, tokenizer))
     assert f"{SHARD}: record 2 of this file (split 'train' row 9)" in message
-    assert time.monotonic() - start < 30
 
 
 def _flip_half(path):
@@ -184,15 +182,13 @@ def test_damaged_checksums_are_named(spoil, copy):
         pytest.fail("read")
 
 
-def test_long_captions_are_cut_in_time(tiny, tokenizer, config):
+def test_long_captions_are_cut(tiny, tokenizer, config):
     """Captions of any length are accepted: what is beyond data.max_tokens is cut when they are read."""
     long = ["a dog runs " * 1000, "x" * 10_000, "\u72ac" * 10_000, "? " * 5000]
     clip_folder = Path(__file__).parents[1] / "golden" / "clip"
     for used in (tokenizer, sentence_piece(tiny.path / SENTENCEPIECE), clip(clip_folder / "tokenizer.json")):
-        start = time.monotonic()
         captions = tokenise_captions([["a dog"], long], used)
         parts = list(gallery.text_batches(captions, used, config.data, 5))
-        assert time.monotonic() - start < 2
         assert [part.batch["tokens"].shape[1] for part in parts] == [config.data.max_tokens]
         lengths = dict(zip(parts[0].numbers.tolist(), parts[0].batch["token_mask"].sum(axis=1).tolist(), strict=True))
         assert lengths[1] == config.data.max_tokens and lengths[0] < 10

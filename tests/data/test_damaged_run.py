@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
 from tests.train import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ def test_training_ends_at_a_damaged_record(tmp_path):
     flags = [flag for flag in tiny.flags(config) if not flag.startswith("--config.train.steps")]
     command = [sys.executable, "main.py", "--mode=train", "--config=configs/demo.py", f"--workdir={tmp_path / 'run'}"]
     command += ["--config.model.name=tests.train.toy", "--config.train.steps=60", *flags]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 1, run.stderr
     last = run.stderr.splitlines()[-1]
     assert last.startswith(f"error: {shard}: record ") and "(split 'train' row " in last and "data_prep.verify" in last

@@ -22,6 +22,7 @@ from data_prep.builder import write_dataset
 from data_prep.schema import DataError
 from shnet_jax.data.records import find_dataset, open_dataset
 from tests.data_prep.example import record
+from tests.patience import PATIENCE
 
 IMAGES, PER = 24, 2
 ROOT = Path(from_scan.__file__).parent.parent
@@ -186,16 +187,19 @@ def test_bad_records_are_left_out_and_listed(good, src, tmp_path, capsys, monkey
     error = capsys.readouterr().err
     path = find_dataset(tmp_path / "out")
     assert error.splitlines()[-1] == (
-        f"toy: left out 9 bad records (8 of split 'dev', 1 of split 'train'): {path / 'skipped.json'}"
+        "toy: read 96 rows, 96 captions of 48 images; "
+        "stored 39 images with 78 captions (dev 16 with 32, train 23 with 46); "
+        f"left out 9: 9 bad records; the bad ones are listed in {path / 'skipped.json'}"
     )
-    assert "toy: 3/48 records (6%), 2 left out, " in error and "toy: 48 records, 9 left out in 0:00:0" in error
+    assert "toy: 3/48 records (6%), 2 of them left out, " in error
+    assert "toy: 48 records, 9 of them left out in 0:00:0" in error
 
     expected = {(f.split, f.row, f.field, f.file) for f in RECORDS.values()}
     listed = _skipped(tmp_path / "out")
     assert len(listed) == len(expected)
     assert {(bad["split"], bad["row"], bad["field"], bad["file"]) for bad in listed} == expected
     assert [bad["row"] for bad in listed] == [1, 2, 4, 5, 7, 8, 9, 11, 6]
-    assert listed[2]["reason"].endswith("expected coordinates in 0..1, found [0.0, 0.0, 640.0, 480.0] as box 1")
+    assert "expected coordinates in 0..1, found [0.0, 0.0, 640.0, 480.0] as box 1 (in pixels? " in listed[2]["reason"]
     assert listed[6]["image_id"] == "dev9.jpg"
 
     from_scan.main(_flags(good, tmp_path / "whole"))
@@ -350,11 +354,11 @@ def test_a_killed_import_lists_the_same(src, tmp_path):
     while process.poll() is None and not list(shards.glob("*array_record*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "toy" / "1.0.0").exists()
     for out in ("killed", "whole"):
         process = run(tmp_path / out)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     lists = [(find_dataset(tmp_path / out) / bad_records.SKIPPED).read_bytes() for out in ("killed", "whole")]
     assert lists[0] == lists[1] and len(json.loads(lists[0])) == 200 * 8

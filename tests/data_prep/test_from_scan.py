@@ -295,10 +295,11 @@ def test_command_line(src, tmp_path, capsys, monkeypatch):
 
 
 _PEAK = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 from data_prep import from_scan
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# not ru_maxrss, which begins with that of the process that started this one
+peak = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 src = Path(sys.argv[1])
 first = next(records := iter(from_scan.open_split(src, "dev", feature_dtype="float16")))
 before, rows = peak(), 1 + sum(1 for _ in records)
@@ -306,6 +307,7 @@ print(json.dumps({"rows": rows, "growth": peak() - before}))
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     images = 3000
     shape = (images * PER, 16, 256)  # 234 MiB, a hole in the file that takes no disk
@@ -318,3 +320,32 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     out = json.loads(subprocess.run(run, check=True, capture_output=True, text=True, cwd=root).stdout)
     assert out["rows"] == images
     assert out["growth"] < size / 20
+
+
+@pytest.mark.parametrize(("per_image", "images"), [(4, 5), (4, 6), (6, 5), (10, 3), (3, 1), (1, 6)])
+def test_captions_of_an_image_are_found_from_repeated_rows(tmp_path, per_image, images):
+    """Not taken for 5: 4 times 5 rows, and 10 of each image, are multiples of it."""
+    rows = np.arange(images, dtype=np.float32)
+    np.save(tmp_path / "x_ims.npy", rows.repeat(per_image)[:, None, None] + np.zeros((1, 2, 3), np.float32))
+    _lines(tmp_path / "x_caps.txt", [f"text {i}" for i in range(images * per_image)])
+    split = from_scan.open_split(tmp_path, "x")
+    assert (split.captions_per_image, len(split)) == (per_image, images)
+    assert [record["regions"][0, 0] for record in split] == rows.tolist()
+
+
+def test_neighbours_with_equal_rows_do_not_mislead(tmp_path):
+    rows = np.array([0, 0, 1, 2, 2, 2, 3], np.float32)  # 1, 2 and 5, 6 look alike
+    np.save(tmp_path / "x_ims.npy", rows.repeat(4)[:, None, None])
+    _lines(tmp_path / "x_caps.txt", [f"text {i}" for i in range(28)])
+    assert from_scan.open_split(tmp_path, "x").captions_per_image == 4
+
+
+def test_rows_that_say_nothing_are_told(tmp_path, capsys):
+    np.save(tmp_path / "x_ims.npy", np.zeros((100, 1, 2), np.float32))
+    _lines(tmp_path / "x_caps.txt", [f"text {i}" for i in range(100)])
+    assert from_scan.open_split(tmp_path, "x").captions_per_image == 5
+    assert "x_ims.npy: its rows are all equal; 5 captions an image are assumed" in capsys.readouterr().err
+    np.save(tmp_path / "x_ims.npy", np.repeat(np.arange(2), [6, 10])[:, None].astype(np.float32))
+    _lines(tmp_path / "x_caps.txt", [f"text {i}" for i in range(16)])
+    with pytest.raises(DataError, match=r"x_ims\.npy: .* found runs of 6, 10 equal rows among 16; give"):
+        from_scan.open_split(tmp_path, "x")

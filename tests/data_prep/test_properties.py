@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
-import json
 
 import ml_dtypes
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import captions, from_scan
+from data_prep import from_scan
 from data_prep.builder import write_dataset
 from data_prep.sources import bottom_up
 from shnet_jax.data.records import open_dataset
@@ -116,21 +113,3 @@ def test_a_line_of_bottom_up_attention_comes_back(seed, count, dim, side, long):
     if long:
         same(record["box_classes"], ids)
         same(record["box_scores"], sure)
-
-
-@settings(max_examples=40)
-@given(st.lists(st.lists(SENTENCE, min_size=1, max_size=3), min_size=1, max_size=4))
-def test_sentences_of_caption_files_come_back(tmp_path_factory, sentences):
-    folder = tmp_path_factory.getbasetemp()
-    images = [
-        {"filename": f"{i}.jpg", "split": "train", "sentences": [{"raw": text} for text in own]}
-        for i, own in enumerate(sentences)
-    ]
-    (folder / "a.json").write_text(json.dumps({"images": images}), encoding="utf-8")
-    rows = [(f"{i}.jpg", text, "train") for i, own in enumerate(sentences) for text in own]
-    table = io.StringIO()
-    csv.writer(table, quoting=csv.QUOTE_ALL).writerows([("image", "caption", "split"), *rows])
-    (folder / "a.csv").write_text(table.getvalue(), encoding="utf-8", newline="")
-    expected = [tuple(" ".join(text.split()) for text in own) for own in sentences]
-    for path in (folder / "a.json", folder / "a.csv"):
-        assert [item.captions for item in captions.read(str(path))["train"]] == expected

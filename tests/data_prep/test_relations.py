@@ -63,7 +63,7 @@ def test_objects_become_the_regions_that_overlap_them(tmp_path):
 
     def found(valid=(1, 1, 1), least_score=0.3):
         return scene_graphs.region_relations(
-            graphs["image 0"], boxes, np.array(valid, bool), names, least_iou=0.5, least_score=least_score, rows=3
+            graphs.find("image 0"), boxes, np.array(valid, bool), names, least_iou=0.5, least_score=least_score, rows=3
         ).tolist()
 
     assert found() == [[0, 1, 1], [1, 2, 0], [-1] * 3]  # by score; object 9 lies on no region

@@ -10,6 +10,7 @@ from shnet_jax.evaluate.nearest import is_dot_product, top_k, turned
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
+from tests.evaluate.test_rank import recorded
 
 DOT = RetrievalModel.score
 
@@ -56,6 +57,14 @@ def test_a_score_of_sets_and_its_turned_form():
     np.testing.assert_array_equal(by_text.index, np.argsort(-table.T, axis=1, kind="stable")[:, :3])
     np.testing.assert_array_equal(by_image.index, np.argsort(-table, axis=1, kind="stable")[:, :3])
     assert is_dot_product(DOT) and not is_dot_product(score) and turned(score) is turned(score)
+
+
+@pytest.mark.parametrize("tile", [3, 512])
+def test_zeros_of_either_sign_are_a_tie(tile):
+    scores = np.where(np.random.default_rng(0).random((20, 5)) < 0.5, -0.0, 0.0).astype(np.float32)
+    columns = np.arange(5)[:, None]
+    found = top_k(Embedding(columns), Embedding(scores), 4, recorded, tile, data_mesh(jax.devices()[:2]))
+    np.testing.assert_array_equal(found.index, np.tile(np.arange(4), (5, 1)))
 
 
 def test_a_gallery_in_a_file_and_many_queries_at_a_small_tile(tmp_path):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from shnet_jax.evaluate.ensemble import MeanScore
-from shnet_jax.evaluate.person import NAMES, person_chance, person_metrics, search_persons
+from shnet_jax.evaluate.nearest import Found
+from shnet_jax.evaluate.person import NAMES, _order, person_chance, person_metrics, search_persons
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.esa import SetScore
 from shnet_jax.parallel.mapping import data_mesh
@@ -71,6 +72,14 @@ def test_a_constant_score_gives_no_more_than_the_order_of_the_images():
     images, texts = (Embedding(np.zeros((len(p), 2), np.float32)) for p in (PERSONS, CAPTIONS))
     found = person_metrics(search_persons(images, texts, PERSONS, CAPTIONS, RetrievalModel.score))
     assert found["person_r1"] == pytest.approx(100 * np.mean(PERSONS[0] == CAPTIONS))
+
+
+def test_images_that_come_first_are_in_the_order_of_their_second_score_alone():
+    """Two stages: equal second scores rank by the smaller index, whatever the first ones say."""
+    scores = np.float32([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6], [0.4, 0.5]])
+    first = Found(np.array([[3, 0, 1], [4, 2, 1]]), np.float32([[-2.0, -1.0, -1.0], [5.0, 5.0, 6.0]]))
+    np.testing.assert_array_equal(_order(scores, first).T, [[0, 1, 3, 4, 2], [1, 2, 4, 0, 3]])
+    np.testing.assert_array_equal(_order(scores, None).T, [[3, 4, 2, 1, 0], [0, 1, 2, 3, 4]])
 
 
 def test_chance():

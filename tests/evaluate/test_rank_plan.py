@@ -1,5 +1,7 @@
 """The plan of a ranking: what it counts, what the compiler says of memory, and a slice of a large gallery run in it."""
 
+import weakref
+
 import jax
 import numpy as np
 import pytest
@@ -25,10 +27,14 @@ def mesh(devices):
 
 
 class Dispatches:
-    """Stands for `programs` and counts what is asked of them; `live`: bytes on all devices after each dispatch."""
+    """Stands for `programs` and counts what is asked of them.
 
-    def __init__(self, live=False):
-        self.rounds, self.live, self.most = 0, live, 0
+    most: bytes on all devices, after any dispatch, of what the programs were given or gave and somebody still holds. Of
+    these arrays alone: a process has others, of other tests and their threads.
+    """
+
+    def __init__(self):
+        self.rounds, self.most, self._arrays = 0, 0, weakref.WeakValueDictionary()
 
     def __call__(self, score, mesh):
         run = programs(score, mesh)
@@ -36,9 +42,9 @@ class Dispatches:
         def watched(fn):
             def call(*args):
                 out = fn(*args)
-                if self.live:
-                    shards = (s.data.nbytes for a in jax.live_arrays() for s in a.addressable_shards)
-                    self.most = max(self.most, sum(shards))
+                self._arrays |= {id(a): a for a in jax.tree.leaves((args, out)) if isinstance(a, jax.Array)}
+                held = (s.data.nbytes for a in [*self._arrays.values()] for s in a.addressable_shards)
+                self.most = max(self.most, sum(held))
                 return out
 
             return call
@@ -82,7 +88,7 @@ def test_the_rounds_are_those_that_ranking_makes(monkeypatch, devices, n, t, til
 def test_time_is_rounds_times_the_measured_round():
     item = Embedding(np.zeros((1, 16)), np.zeros((1, 3, 16)), np.zeros((1, 3), bool))
     seconds = measure_round((item, item), mesh(2), 8, RetrievalModel.score, repeats=1)
-    assert 0 < seconds < 5
+    assert seconds > 0
     plan = planned(*TRAIN, 16, mesh(2), tile=256, seconds=seconds)
     assert plan.seconds == pytest.approx(seconds * plan.rounds)
     # 222 rounds of 512 images for each of 277 tiles of captions, and a staircase through them.
@@ -118,15 +124,14 @@ def test_a_slice_of_the_largest_gallery_stays_within_the_stated_memory(tmp_path,
     tiling = make_tiling(*files, owner, np.arange(t), tile, mesh(devices))
     # Any numbers will do as scores of the matches that lie outside the slice: this is about memory, and these captions.
     positive = np.einsum("td,td->t", files[0].vector[owner], files[1].vector).astype(np.float64)
-    before = sum(s.data.nbytes for a in jax.live_arrays() for s in a.addressable_shards)
-    dispatched = Dispatches(live=True)
+    dispatched = Dispatches()
     monkeypatch.setattr(rank, "programs", dispatched)
     best = rank.best_captions(positive, owner)
     tiles = (3, tiling.caption_tiles - 1)
     counts = rank.count(tiling, RetrievalModel.score, positive, best, tiles)
     assert dispatched.rounds == 2 * tiling.rounds
     stated = planned(n, t, dim, mesh(devices), tile).bytes_per_device * devices
-    assert tile * tile * 8 * FLOAT * devices < dispatched.most - before <= stated
+    assert tile * tile * 8 * FLOAT * devices < dispatched.most <= stated
     for tile_ in tiles:
         captions = tiling.captions(tile_)[0][::400]
         scores = files[1].vector[captions].astype(np.float64) @ files[0].vector.astype(np.float64).T

@@ -4,6 +4,9 @@ import time
 import pytest
 
 from shnet_jax.evaluate.stages import Stages
+from tests.patience import PATIENCE
+
+OTHERS: set[threading.Thread] = set()
 
 
 class Broken(Exception):
@@ -17,20 +20,27 @@ def endless(count):
         yield count[-1]
 
 
-def settled(values, patience=0.15):
-    """Their number once it has not changed for a while."""
-    before = -1
-    while before != len(values):
-        before = len(values)
-        time.sleep(patience)
-    return before
+def settled(values, expected):
+    """Their number a while after it has come to what is expected: one thread too many in a hurry would raise it."""
+    deadline = time.monotonic() + PATIENCE
+    while len(values) < expected and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.15)
+    return len(values)
+
+
+@pytest.fixture(autouse=True)
+def others():
+    """Threads of other tests, which may go on for as long as they like."""
+    OTHERS.clear()
+    OTHERS.update(threading.enumerate())
 
 
 def running():
     """Threads of stages that do not end; one whose work is done still needs a moment for it."""
-    stages = [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+    stages = [t for t in threading.enumerate() if t not in OTHERS]
     for thread in stages:
-        thread.join(timeout=2)
+        thread.join(timeout=PATIENCE)
     return [t for t in stages if t.is_alive()]
 
 
@@ -51,12 +61,13 @@ def test_a_slow_consumer_holds_the_producer_back(maxsize):
         items = stages.ahead(endless(read), maxsize)
         for taken in range(1, 4):
             assert next(items) == taken - 1
-            assert settled(read) == taken + maxsize  # those taken, and maxsize in flight
+            expected = taken + maxsize  # those taken, and maxsize in flight
+            assert settled(read, expected) == expected
     assert not running()
 
 
 def test_stages_run_at_the_same_time():
-    meet = threading.Barrier(3, timeout=5)
+    meet = threading.Barrier(3, timeout=PATIENCE)
     with Stages() as stages:
         results = [stages.start(meet.wait) for _ in range(3)]
         assert sorted(r.result() for r in results) == [0, 1, 2]

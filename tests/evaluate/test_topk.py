@@ -27,6 +27,14 @@ def test_equals_a_stable_sort(n, t, k, tile, devices, levels):
     np.testing.assert_array_equal(top.t2i, np.argsort(-scores, axis=0, kind="stable").T[:, :k])
 
 
+@pytest.mark.parametrize("tile", [1, 100])
+def test_zeros_of_either_sign_are_a_tie(tile):
+    scores = np.where(np.random.default_rng(0).random((6, 40)) < 0.5, -0.0, 0.0).astype(np.float32)
+    top = found(scores, 4, tile, devices=2)
+    np.testing.assert_array_equal(top.i2t, np.tile(np.arange(4), (6, 1)))
+    np.testing.assert_array_equal(top.t2i, np.tile(np.arange(4), (40, 1)))
+
+
 def test_scores_of_minus_infinity_come_last_and_are_no_padding():
     scores = np.full((5, 9), -np.inf, np.float32)
     scores[:, 6] = 1.0

@@ -19,6 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from shnet_jax.observe.terminal import make_output_safe
 from tests.fuzz import coverage, worker
 from tests.fuzz.targets import TARGETS
 
@@ -46,6 +47,7 @@ def supervise(name: str, seconds: float, out: Path) -> int:
 
 def main() -> int:
     """Command line; returns the exit status."""
+    make_output_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=(*TARGETS, "all"), required=True)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each target")

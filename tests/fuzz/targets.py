@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import io
@@ -10,27 +11,43 @@ import json
 import pickle
 import random
 import struct
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import h5py
+import msgpack
 import numpy as np
+import pyarrow as pa
+import tokenizers
 from PIL import Image
+from pyarrow import parquet
 from safetensors.numpy import save
 
 from configs import base
-from data_prep import captions, scene_graphs, vocabulary
+from data_prep import captions, scene_graphs, torch_files, vocabulary
+from data_prep.extract.images import BrokenImage, Photographs
+from data_prep.extract.tables import Tables
+from data_prep.extract.tars import Tars
+from data_prep.files import read_label_map
 from data_prep.from_person_search import read_annotations
 from data_prep.schema import DataError
+from data_prep.sources import hdf5, lmdb_files
 from data_prep.sources.bottom_up import BottomUp
+from data_prep.sources.boxes import Sizes
+from data_prep.sources.detections import Reading
+from data_prep.sources.npz import NpzFiles
 from data_prep.sources.panoptic import Panoptic
+from data_prep.sources.torch_dict import TorchDict
 from data_prep.sources.units import UnitFiles
+from data_prep.sources.vinvl import Vinvl
 from shnet_jax.data import tokenise
 from shnet_jax.data.index import IndexBuilder, read_index, write_index
 from shnet_jax.evaluate.bootstrap import load_queries, save_queries
 from shnet_jax.evaluate.recall import QueryRanks
-from shnet_jax.foreign import MAX_PIXELS
+from shnet_jax.foreign import MAX_IMAGE_BYTES, MAX_PIXELS
 from shnet_jax.interop import bert_weights, clip_weights, weights_file
 from shnet_jax.interop.torch_file import TorchFile, open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
@@ -38,6 +55,7 @@ from shnet_jax.retrieve import pictures, tensors
 from shnet_jax.retrieve.folder import read_ids
 from shnet_jax.train.workdir import WorkdirError, trained_config
 from tests.fuzz.mutate import mutate, with_true_checksums
+from tests.interop import torch_writer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS = ["a red star above the sea", "", "ünïcode 犬 \u202e x", "[MASK] ##ing <|endoftext|>", "a" * 500]
@@ -159,17 +177,33 @@ def _caption_seeds() -> list[bytes]:
         b"image_name| comment_number| comment\n1.jpg| 0| A man .\n",
         b"image\tcaption\na.jpg\ta dog\n",
         b"a.jpg#0\tA dog .\na.jpg#1\tA cat .\n",
+        b'raw,sentids,filename\n"[""a dog"", ""b""]","[0, 1]",a.jpg\n"[\'c\' \'d\']","[2, 3]",b.jpg\n',
+        b'"image"\t"caption"\n"a.jpg"\t"a ""dog"""\n',
+        b'{"image": "a.jpg", "caption": ["a dog", "b"], "sentids": [1, 2]}\n{"image": 5, "caption": "c"}\n',
     ]
+
+
+def _parquet_seeds() -> list[bytes]:
+    found = []
+    for compression in ("none", "snappy", "zstd"):
+        pictures = [{"bytes": b"x", "path": "7.jpg"}, {"bytes": None, "path": None}]
+        table = pa.table({"image": pictures, "caption": [["a dog", "b"], ["c"]], "sentids": [["0", "1"], ["2"]]})
+        for columns in (table, table.append_column("filename", [["1.jpg", "2.jpg"]])):
+            file = io.BytesIO()
+            parquet.write_table(columns, file, compression=compression)
+            found.append(file.getvalue())
+    return found
 
 
 def _all_captions(folder: Path, data: bytes) -> None:
     faults = []
-    for suffix in (".csv", ".token"):
+    suffixes = (".csv", ".token", ".jsonl")
+    for suffix in suffixes:
         try:
             _captions(suffix)(folder, data)
         except DataError as error:
             faults.append(error)
-    if len(faults) == 2:
+    if len(faults) == len(suffixes):
         raise faults[0]
 
 
@@ -181,6 +215,7 @@ def _json_seeds() -> list[bytes]:
     return [
         _json({"images": [{"filename": "a.jpg", "filepath": "val", "split": "restval", "sentences": [sentence]}]}),
         _json({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "x", "id": 5}]}),
+        _json([{"image": "a.jpg", "caption": ["x", "y"]}, {"image_id": 391895, "caption": "z", "split": "val"}]),
         _json([{"split": "train", "id": 4, "file_path": "a/b.jpg", "captions": ["a man", "he"]}]),
         _json([{"image_id": 391895, "width": 640, "height": 360, "objects": objects, "relationships": relations}]),
         _json({"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": [panoptic]}),
@@ -295,6 +330,11 @@ _OPCODES = [
     *(b"q\x00", b"q\x01", b"h\x00", b"h\x01"),
     *(b"ccollections\nOrderedDict\n", b"cargparse\nNamespace\n", b"cos\nsystem\n", b"ctorch\nFloatStorage\n"),
     *(b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_parameter\n"),
+    *(b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R", b"cnumpy\ndtype\n"),
+    *(b"cnumpy.core.multiarray\nscalar\n", b"cnumpy._core.numeric\n_frombuffer\n", b"c_codecs\nencode\n"),
+    *(b"ceasydict\nEasyDict\n", b"ccollections\ndefaultdict\n", b"ctorch\ndevice\n", b"c__builtin__\nbytes\n"),
+    *(b"X\x02\x00\x00\x00f4\x85R", b"X\x06\x00\x00\x00latin1", b"C\x04abcd", b"U\x04abcd", b"K\x03", b"\x88", b"\x89"),
+    *(b"\x96\x04" + bytes(7) + b"abcd", b"(K\x03X\x01\x00\x00\x00<NNNK\x00K\x00K\x00tb"),
 ]
 
 
@@ -348,6 +388,26 @@ def _wordpiece_seeds() -> list[bytes]:
     return ["\n".join((*tokenise.SPECIAL, "a", "red", "##s", "star", "犬")).encode() + b"\n"]
 
 
+def _bert_json_seeds() -> list[bytes]:
+    pieces = {piece: i for i, piece in enumerate((*tokenise.SPECIAL, "a", "red", "##s", "star"))}
+    made = tokenizers.BertWordPieceTokenizer(pieces)
+    plain = made.to_str()
+    made.add_tokens(["two hearts"])
+    return [plain.encode(), made.to_str().encode()]
+
+
+def _bert_settings_seeds() -> list[bytes]:
+    said = {"do_lower_case": False, "strip_accents": None, "never_split": None, "model_max_length": 512}
+    said |= {"tokenizer_class": "BertTokenizer", "mask_token": {"content": "[MASK]"}, "unk_token": "[UNK]"}
+    decoder = {"9": {"content": "two hearts", "normalized": True}, "4": {"content": "[MASK]", "special": True}}
+    return [_json(said), _json(said | {"added_tokens_decoder": decoder, "additional_special_tokens": ["star"]})]
+
+
+def _bert_settings(folder: Path, data: bytes) -> None:
+    _written(folder, "tokenizer_config.json", data)
+    _encode(tokenise.wordpiece(_written(folder, "vocab.txt", "\n".join((*tokenise.SPECIAL, *"abc", "star")).encode())))
+
+
 def _clip_seeds() -> list[bytes]:
     return [(GOLDEN / "clip" / file).read_bytes() for file in ("tokenizer.json", "merges.txt")]
 
@@ -362,11 +422,18 @@ def _clip(folder: Path, data: bytes) -> None:
 
 def _picture_seeds() -> list[bytes]:
     picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    sixteen = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    clear = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4))
+    kinds: dict[str, list[Image.Image]] = {k: [picture, sixteen, clear, picture.quantize()] for k in ("PNG", "TIFF")}
+    kinds |= {"JPEG": [picture, picture.convert("CMYK")], "PPM": [picture, sixteen], "WEBP": [picture, clear]}
+    exif = picture.getexif()
+    exif[0x0112] = 6
     found = []
-    for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM"):
-        file = io.BytesIO()
-        picture.save(file, kind)
-        found.append(file.getvalue())
+    for kind, modes in (kinds | {"GIF": [picture], "BMP": [picture]}).items():
+        for one in modes:
+            file = io.BytesIO()
+            one.save(file, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "TIFF", "WEBP") else {}))
+            found.append(file.getvalue())
     return found
 
 
@@ -375,11 +442,223 @@ def _picture(folder: Path, data: bytes) -> None:
     pictures.photograph(folder, "a")
 
 
+def _label_map(folder: Path, data: bytes) -> None:
+    for mode in (None, "RGB"):
+        read_label_map(_written(folder, "a.png", data), mode)
+
+
+# ----------------------------------------------------------------------------------------------------------- containers
+
+
+def _extracted(photographs: Photographs) -> None:
+    """Every photograph and caption, as an extraction reads them."""
+    for row in photographs.rows("train"):
+        photographs.place(row.file)
+        with contextlib.suppress(BrokenImage):
+            photographs.load(row.file)
+
+
+def _tar_seeds() -> list[bytes]:
+    found = []
+    members = {"a/b.png": _png(), "a/b.txt": b"a dog", "c.jpg": b"", "c.json": b'{"caption": ["x"], "sentids": [4]}'}
+    for layout in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=layout) as tar:
+            for name, data in (
+                members | {("e" if layout == tarfile.USTAR_FORMAT else "ü" * 99) + ".png": _png()}
+            ).items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        found.append(file.getvalue())
+    return found
+
+
+def _true_tar(data: bytes, rng: random.Random) -> bytes:
+    """A damaged tar, in most cases with true sums in its headers."""
+    changed = bytearray(mutate(data, rng))
+    if rng.random() < 0.8:
+        for at in range(0, len(changed) - 511, 512):
+            if changed[at + 257 : at + 262] == b"ustar":
+                changed[at + 148 : at + 156] = b" " * 8
+                changed[at + 148 : at + 156] = b"%06o\0 " % sum(changed[at : at + 512])
+    return bytes(changed)
+
+
+def _table_seeds() -> list[bytes]:
+    picture = [{"bytes": _png(), "path": f"{n}.jpg"} for n in range(3)]
+    captions = [["a dog", "a cat"], [], ["x"]]
+    hub = {"image": picture, "caption": captions, "sentids": [["1", "2"], [], ["3"]], "split": ["train"] * 3}
+    found = []
+    for table in (hub, {"jpg": [_png(), None], "txt": ["a dog", None], "key": ["0", "1"]}):
+        for packed in ("NONE", "SNAPPY", "ZSTD"):
+            file = io.BytesIO()
+            parquet.write_table(pa.table(table), file, row_group_size=2, compression=packed)
+            found.append(file.getvalue())
+    return found
+
+
+# ------------------------------------------------------------------------------------------ regions of other containers
+
+
+def _regions() -> dict[str, np.ndarray]:
+    return {"x": np.ones((2, 8), np.float32), "bbox": np.array([[0, 0, 90, 40], [9, 9, 200, 100]], np.float32)}
+
+
+def _image_npz_seeds() -> list[bytes]:
+    sides = {"image_w": np.array(200), "image_h": np.array(100), "num_bbox": np.array(2)}
+    objects = {"info": np.array([{}], object), "cls_prob": np.ones((2, 1601), np.float16)}
+    found = []
+    for write, arrays in (
+        (np.savez, _regions() | sides),
+        (np.savez_compressed, _regions() | sides | objects),
+        (np.savez_compressed, {"feat": np.ones((8, 3, 2)), "y": np.zeros(10**6)}),
+        (np.savez_compressed, {"x": np.zeros((10**6, 9))}),
+    ):
+        file = io.BytesIO()
+        write(file, **arrays)
+        found.append(file.getvalue())
+    return found
+
+
+def _image_npz(folder: Path, data: bytes) -> None:
+    _written(folder, "7.npz", data)
+    NpzFiles(folder, Reading(max_regions=4, max_cells=9)).read("7.jpg")
+
+
+def _header_seeds() -> list[bytes]:
+    regions = _regions()
+    row = {"image_id": "7", "image_w": "200", "image_h": "100", "num_boxes": "2"}
+    row |= {"boxes": _cell(regions["bbox"]), "features": _cell(regions["x"])}
+    found = []
+    for names in (list(row), list(row)[::-1], ["image_h", "image_w", *list(row)[3:], "image_id"]):
+        lines = ["\t".join(names), "\t".join(row[name] for name in names)]
+        found += ["\r\n".join(lines).encode(), "\n".join([*lines, lines[1][:30], *lines]).encode()]
+    return found
+
+
+def _hdf5_seeds() -> list[bytes]:
+    regions = _regions()
+    rows = {"image_features": regions["x"][None], "image_bb": regions["bbox"][None], "image_id": [7]}
+    sides = {"image_w": [200], "image_h": [100]}
+    by_id = {
+        "7_features": regions["x"],
+        "7_boxes": regions["bbox"],
+        "7_size": [[100, 200]],
+        "7_grids": np.ones((9, 16)),
+    }
+    ends = {"image_features": regions["x"], "pos_boxes": [[0, 2]], "image_id": np.array([b"7.jpg"])}
+    groups = {"7/features": regions["x"], "7/boxes": regions["bbox"], "7/img_w": 200, "7/img_h": 100}
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        for sets, keywords in (
+            *((rows | sides, {}), (by_id, {}), (ends, {}), (groups, {})),
+            (rows | sides, {"chunks": True, "compression": "gzip", "shuffle": True, "fletcher32": True}),
+        ):
+            path = Path(name) / "seed.h5"
+            with h5py.File(path, "w", libver="latest" if keywords else "earliest") as file:
+                for key, value in sets.items():
+                    file.create_dataset(key, data=value, **keywords)
+            found.append(path.read_bytes())
+    return found
+
+
+def _hdf5(folder: Path, data: bytes) -> None:
+    path = _written(folder, "a.h5", data)
+    hdf5.Hdf5Features([path], reading=Reading(max_regions=4, max_cells=9)).read("7.jpg")
+
+
+def _sidecar_seeds() -> list[bytes]:
+    index = {7: 0, 8: 1}
+    texts = [b"7.jpg\n8.jpg\n", _json(["7", 8]), _json({"7": 0, "8.jpg": 1}), _json({"7": [200, 100]})]
+    return [*texts, b"image,w,h\n7.jpg,200,100\n", *(pickle.dumps(index, p) for p in range(6))]
+
+
+def _sidecar(folder: Path, data: bytes) -> None:
+    faults, names = [], ("a.json", "a.pkl", "a.txt", "s.json", "s.csv")
+    for name in names:
+        path = _written(folder, name, data)
+        try:
+            hdf5.read_index(path, 2) if name.startswith("a") else Sizes(path).find("7.jpg")
+        except DataError as error:
+            faults.append(error)
+    if len(faults) == len(names):
+        raise faults[0]
+
+
+# ------------------------------------------------------------------------------------------------------- LMDB and VinVL
+
+
+def _lmdb_value(folder: Path, value: bytes) -> None:
+    Reading(max_regions=4).record("42", lmdb_files.arrays_of(lmdb_files.parse_value(value, "here"), "here"), "here")
+
+
+def _record_seeds() -> list[bytes]:
+    features, boxes = np.ones((2, 3), np.float32), np.array([[0, 0, 5, 5], [1, 2, 3, 4]], np.float32)
+    sizes = {"image_w": 10, "image_h": np.int64(8), "num_boxes": 2}
+    arrays = {"features": features, "boxes": boxes, "cls_prob": np.ones((2, 3)), "objects": np.arange(2)} | sizes
+    texts = {"features": _cell(features), "boxes": _cell(boxes).encode()} | sizes
+    return [pickle.dumps(record, protocol) for protocol in (2, 3, 4, 5) for record in (arrays, texts)]
+
+
+def _value_seeds() -> list[bytes]:
+    arrays = {"features": np.ones((2, 3), np.float16), "norm_bb": np.array([[0, 0, 1, 1, 1, 1]] * 2, np.float16)}
+    files = [io.BytesIO() for _ in range(2)]
+    np.savez(files[0], **arrays)
+    np.savez_compressed(files[1], **arrays)
+    packed = {
+        k: {b"nd": True, b"type": a.dtype.str, b"shape": a.shape, b"data": a.tobytes()} for k, a in arrays.items()
+    }
+    number = {b"nd": False, b"type": "<f8", b"data": bytes(8)}
+    return [*(file.getvalue() for file in files), msgpack.packb(packed), msgpack.packb(packed | {"a": number})]
+
+
+_BETWEEN = b"\n====\n"  # the files of one input
+
+
+def _vinvl_seeds() -> list[bytes]:
+    place = np.array([[0, 0, 1, 1, 1, 1]] * 2, np.float32)
+    features = _cell(np.concatenate([np.ones((2, 2048), np.float32), place], 1))
+    row = f"42\t2\t{features}\n".encode()
+    narrow = _cell(np.ones((2, 3), np.float32))
+    objects = [{"class": "dog", "conf": 0.5, "rect": [0, 0, 10, 5], "feature": _cell(np.ones(3, np.float32))}] * 2
+    content = {"objects": objects, "image_w": 10, "image_h": 5}
+    cells = ({"num_boxes": 2, "features": narrow}, content)
+    files = [row, *(b"42\t" + _json(cell) + b"\n" for cell in cells), f"42\t2\t{narrow}\n".encode()]
+    labels = b"42\t" + _json(content) + b"\n"
+    whole = [_BETWEEN.join((file, labels, b"0\n", b'{"42": 0}')) for file in files]
+    return [*whole, _BETWEEN.join((files[0], labels)), b"42\t" + _json({"objects": objects})]
+
+
+def _vinvl(folder: Path, data: bytes) -> None:
+    files = dict(
+        zip(("features.tsv", "labels.tsv", "features.lineidx", "imageid2idx.json"), data.split(_BETWEEN), strict=False)
+    )
+    paths = {name: _written(folder, name, content) for name, content in files.items()}
+    Vinvl([paths["features.tsv"]], Reading(max_regions=4), None, paths.get("labels.tsv")).read("42")
+
+
+def _torch_dict_seeds() -> list[bytes]:
+    features = np.ones((2, 3), np.float32)
+    values = ({42: features}, {"42": features, "7": features}, {42: ["a dog", "x"], "7": '["a cat"]'})
+    with tempfile.TemporaryDirectory() as name:
+        return [torch_writer.save(Path(name) / "a.pt", value).read_bytes() for value in values]
+
+
+def _torch_dict(folder: Path, data: bytes) -> None:
+    readers = (
+        lambda path: TorchDict([path], Reading()).read("42"),
+        lambda path: list(torch_files.read_captions(path)),
+    )
+    _read_all(folder, data, readers, (DataError,))
+
+
 TARGETS: dict[str, Target] = {
     "npy": Target(_npy_seeds, _npy, (DataError,)),
     "npz": Target(_npz_seeds, _npz, make=_checked),
     "tsv": Target(_tsv_seeds, _tsv, (DataError,)),
     "captions": Target(_caption_seeds, _all_captions, (DataError,)),
+    "parquet": Target(_parquet_seeds, _captions(".parquet"), (DataError,)),
     "json": Target(_json_seeds, _parse_json, (DataError,)),
     "config_json": Target(_config_seeds, _parse_config, (ValueError, FileNotFoundError, WorkdirError)),
     "torch_zip": Target(_torch_seeds, _torch, make=_checked),
@@ -387,6 +666,32 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(_safetensor_seeds, _safetensors),
     "sentencepiece": Target(_sentencepiece_seeds, _sentencepiece),
     "wordpiece": Target(_wordpiece_seeds, lambda f, d: _encode(tokenise.wordpiece(_written(f, "vocab.txt", d)))),
+    "tokenizer_json": Target(
+        _bert_json_seeds, lambda f, d: _encode(tokenise.wordpiece(_written(f, "tokenizer.json", d)))
+    ),
+    "tokenizer_config": Target(_bert_settings_seeds, _bert_settings),
     "clip_bpe": Target(_clip_seeds, _clip),
     "picture": Target(_picture_seeds, _picture, memory=8 * MAX_PIXELS),
+    "label_map": Target(_picture_seeds, _label_map, (DataError,), memory=8 * MAX_PIXELS),
+    "tar": Target(
+        _tar_seeds,
+        lambda f, d: _extracted(Tars([_written(f, "a.tar", d)], f)),
+        (DataError,),
+        make=_true_tar,
+        memory=8 * MAX_PIXELS,
+    ),
+    "picture_table": Target(
+        _table_seeds,
+        lambda f, d: _extracted(Tables([_written(f, "a.parquet", d)], f)),
+        (DataError,),
+        memory=8 * MAX_PIXELS,
+    ),
+    "image_npz": Target(_image_npz_seeds, _image_npz, (DataError,), make=_checked, memory=4 * MAX_IMAGE_BYTES),
+    "tsv_header": Target(_header_seeds, _tsv, (DataError,)),
+    "hdf5": Target(_hdf5_seeds, _hdf5, (DataError,), memory=4 * MAX_IMAGE_BYTES),
+    "hdf5_ids": Target(_sidecar_seeds, _sidecar, (DataError,)),
+    "pickled_record": Target(_record_seeds, _lmdb_value, (DataError,), make=_make_pickle),
+    "lmdb_value": Target(_value_seeds, _lmdb_value, (DataError,), make=_checked, memory=4 * MAX_IMAGE_BYTES),
+    "vinvl": Target(_vinvl_seeds, _vinvl, (DataError,)),
+    "torch_dict": Target(_torch_dict_seeds, _torch_dict, (DataError,), make=_checked),
 }

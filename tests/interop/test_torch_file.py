@@ -14,7 +14,7 @@ import pytest
 
 from shnet_jax.interop import torch_file, torch_pickle
 from shnet_jax.interop.torch_file import open_torch_file
-from tests.interop.torch_writer import Raw, Writer, name, save
+from tests.interop.torch_writer import Raw, Writer, attributes, name, save
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -131,13 +131,22 @@ REUSED = (name("torch._utils", "_rebuild_parameter") + b"h\x00R") * 1001
     ("opcodes", "match"),
     [
         (name("torch.nn.modules.linear", "Linear") + b")\x81", r"it names torch\.nn\.modules\.linear\.Linear"),
-        (name("numpy.core.multiarray", "scalar"), r"it names numpy\.core\.multiarray\.scalar"),
+        (name("numpy.core.multiarray", "fromfile"), r"it names numpy\.core\.multiarray\.fromfile"),
+        (name("numpy._core.multiarray", "_vec_string"), r"it names numpy\._core\.multiarray\._vec_string"),
+        (name("numpy", "matrix"), r"it names numpy\.matrix, which is not loaded; save it again as tensors"),
+        (name("easydict", "EasyDict.fromkeys"), r"it names easydict\.EasyDict\.fromkeys"),
+        (name("_codecs", "lookup"), r"it names _codecs\.lookup"),
+        (name("builtins", "eval"), r"it names builtins\.eval"),
         (name("collections", "OrderedDict.fromkeys"), r"it names collections\.OrderedDict\.fromkeys"),
         (b"(ios\nsystem\n", "opcode INST"),
         (b"\x82\x01", "opcode EXT1"),
         (b"\x96" + struct.pack("<Q", 2**50), "not a checkpoint that can be read safely"),  # 1 PiB of bytearray
         (b"Nr" + struct.pack("<I", 2**31), "more memory"),  # a memo of 2^31 places
-        (b"}N" + b"\x85" * 200_000 + b"Ns", "more than 20000 tuples"),  # a key whose hash needs a stack without end
+        (
+            b"}N" + b"\x85" * 200_000 + b"Ns",
+            "more than 1000 objects in a key",
+        ),  # a key whose hash needs a stack without end
+        (b"}(N" + b"\x85" * 200_000 + b"Nu", "more than 1000 objects in a key"),
         (b"}" + DOUBLED + b"Ns", "more than 1000000 objects in its keys and arguments"),
         (b"}(" + DOUBLED + b"Nu", "more than 1000000 objects in its keys and arguments"),
         (b"}(" + DOUBLED + b"NK\x01Nu", "more than 1000000 objects in its keys and arguments"),
@@ -168,6 +177,168 @@ REUSED = (name("torch._utils", "_rebuild_parameter") + b"h\x00R") * 1001
 )
 def test_what_else_a_pickle_could_try(opcodes, match, tmp_path):
     refused(save(tmp_path / "x.pth", {"a": Raw(opcodes)}), match)
+
+
+# dtype("f4"), dtype("u1"), an empty array, and b"aaaa" as protocol 2 has it
+F4 = name("numpy", "dtype") + b"X\x02\x00\x00\x00f4\x85R"
+U1 = name("numpy", "dtype") + b"X\x02\x00\x00\x00u1\x85R"
+U63 = name("numpy", "dtype") + b"X\x03\x00\x00\x00U63\x85R"
+OBJECT = name("numpy", "dtype") + b"X\x02\x00\x00\x00O8\x85R"
+EMPTY = name("numpy.core.multiarray", "_reconstruct") + name("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+SCALAR = name("numpy._core.multiarray", "scalar")
+FROM_BUFFER = name("numpy._core.numeric", "_frombuffer")
+ENCODE = name("_codecs", "encode")
+# (the memo's 0, dtype("u1"), (200,), "C") sixty times
+FROM_BUFFERS = (FROM_BUFFER + b"(h\x00" + U1 + b"K\xc8\x85X\x01\x00\x00\x00CtR") * 60
+TEXT_1000 = b"X\xe8\x03\x00\x00" + b"a" * 1000
+
+
+def state(shape: bytes, dtype: bytes, data: bytes, fortran: bytes = b"\x89", version: bytes = b"K\x01") -> bytes:
+    return EMPTY + b"(" + version + shape + dtype + fortran + data + b"tb"
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "match"),
+    [
+        (SCALAR + b")R", "missing 2 required positional"),
+        (SCALAR + b"NN\x86R", "a number is described by"),
+        (SCALAR + F4 + b"C\x03abc\x86R", "an array of float32 .* has 3 bytes"),
+        (SCALAR + F4 + b"]\x86R", "a number is described by"),
+        (SCALAR + OBJECT + b"C\x08abcdefgh\x86R", "only integers, floats and booleans"),
+        (SCALAR + F4 + b"C\x04abcdK\x01\x87R", "takes 3 positional arguments"),
+        (name("numpy.core.multiarray", "_reconstruct") + b"NNN\x87R", "an array is of the class None"),
+        (state(b"K\x01\x85", OBJECT, b"]"), "an array is described by"),  # where NumPy has a list of objects
+        (state(b"K\x01\x85", OBJECT, b"C\x08abcdefgh"), "only integers, floats and booleans"),
+        (state(b"K\x02\x85", F4, b"C\x04abcd"), r"an array of float32 \(2,\) has 4 bytes"),
+        (state(b"\x8a\x06\x00\x00\x00\x00\x00\x01\x85", F4, b"C\x04abcd"), "an array of float32 .* has 4 bytes"),
+        (state(b"J\xff\xff\xff\xffJ\xfc\xff\xff\xff\x86", U1, b"C\x04abcd"), "an array of uint8 .* has 4 bytes"),
+        (state(b"G" + bytes(8) + b"\x85", F4, b"C\x00"), "an array of float32 .* has 0 bytes"),
+        (state(b"K\x00" + b"\x8a\x08" + b"\xff" * 7 + b"\x7f" + b"\x86", F4, b"C\x00"), "not a checkpoint"),
+        (state(b"(" + b"K\x01" * 70 + b"t", U1, b"C\x01a"), "not a checkpoint"),  # more axes than NumPy has
+        (state(b"]", F4, b"C\x00"), "an array is described by"),
+        (state(b"K\x01\x85", b"X\x02\x00\x00\x00f4", b"C\x04abcd"), "an array is described by"),
+        (state(b"K\x01\x85", F4, b"C\x04abcd", fortran=b"N"), "an array is described by"),
+        (state(b"K\x01\x85", F4, b"C\x04abcd", version=b"K\x02"), "an array is described by"),
+        (F4 + b"(K\x03X\x01\x00\x00\x00<NX\x01\x00\x00\x00aNK\x04K\x04K\x00tb", "a dtype is described by"),  # a record
+        (F4 + b"}(X\x04\x00\x00\x00codeNub", "a dtype is described by"),
+        (FROM_BUFFER + b"(]" + F4 + b"K\x01\x85X\x01\x00\x00\x00Ct" + b"R", "an array has no bytes"),
+        (FROM_BUFFER + b"(C\x04abcd" + F4 + b"K\x02\x85X\x01\x00\x00\x00Ct" + b"R", "an array of float32 .* has 4"),
+        (EMPTY + b"K\x00K\x01s", "not a checkpoint"),  # an item of what stands for an array
+        (EMPTY + b"K\x00a", "not a checkpoint"),
+        (ENCODE + b"X\x04\x00\x00\x00abcdX\x06\x00\x00\x00rot-13\x86R", "bytes are written in another way"),
+        (ENCODE + b"C\x01aX\x06\x00\x00\x00latin1\x86R", "bytes are written in another way"),
+        # Bytes that were written once and are copied again and again.
+        (TEXT_1000 + b"\x85q\x00(" + (ENCODE + b"h\x00R") * 60 + b"t", "it copies more than"),
+        (b"U\xc8" + b"a" * 200 + b"q\x00K\xc8\x85q\x01" + state(b"h\x01", U1, b"h\x00") * 60, "it copies more than"),
+        (
+            SCALAR + b"q\x00" + U63 + b"U\xfc" + b"a\0\0\0" * 63 + b"\x86q\x01" + b"h\x00h\x01R" * 60,
+            "it copies more than",
+        ),
+        (
+            SCALAR + b"q\x00" + U63 + b"C\xfc" + b"a\0\0\0" * 63 + b"\x86q\x01" + b"h\x00h\x01R" * 60,
+            "it copies more than",
+        ),
+        (
+            b"C\xc8" + b"a" * 200 + b"q\x00" + FROM_BUFFERS,
+            "it copies more than",
+        ),
+        (name("easydict", "EasyDict") + b"}\x85R", "made of something else than its items"),
+        (name("easydict", "EasyDict") + b"}b", "missing 1 required positional"),
+        (name("easydict", "EasyDict") + b"K\x01K\x02s", "does not support item assignment"),
+        (name("torch", "device") + b"]\x85R", "a device is described by"),
+        (name("collections", "defaultdict") + b"}(X\x01\x00\x00\x00aK\x01ub", "changes what a name stands for"),
+        (name("numpy", "dtype") + b"}(X\x01\x00\x00\x00aK\x01ub", "changes what a name stands for"),
+        (name("numpy.core.multiarray", "scalar") + b"}(X\x01\x00\x00\x00aK\x01ub", "changes what a name stands for"),
+        (name("_codecs", "encode") + b"}(X\x01\x00\x00\x00aK\x01ub", "changes what a name stands for"),
+    ],
+)
+def test_what_a_pickle_could_try_with_arrays(opcodes, match, tmp_path):
+    refused(save(tmp_path / "x.pth", {"a": Raw(opcodes)}), match)
+
+
+ARRAYS = {
+    "floats": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "half": np.arange(6, dtype=np.float16).reshape(2, 3),
+    "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "reversed": np.arange(6, dtype=np.int64)[::-2],
+    "other order": np.arange(3, dtype=">f4"),
+    "flags": np.array([True, False]),
+    "empty": np.zeros((0, 4), np.float32),
+    "none": np.array(2.5),
+    "bytes": np.arange(255, -1, -1, dtype=np.uint8),
+}
+VALUES = {
+    "number": np.float64(412.5),
+    "half": np.float16(0.5),
+    "count": np.int64(-3),
+    "flag": np.bool_(True),
+    "text": np.str_("ä犬"),
+    "nested": [{"a": (np.float32(2),)}],
+    "bytes": b"\x80\xff",
+    "no bytes": b"",
+}
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])  # of NumPy 1 and 2
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_what_numpy_pickles(protocol, core):
+    def loaded(value):
+        data = pickle.dumps(value, protocol)
+        for module in (b"multiarray", b"numeric") if core == "core" else ():
+            new, old = b"numpy._core." + module, b"numpy.core." + module
+            data = data.replace(bytes([len(new)]) + new, bytes([len(old)]) + old).replace(b"c" + new, b"c" + old)
+        data = data if protocol < 4 else data[:2] + data[11:]  # without the frame, whose length changed
+        assert (b"_core" in data) == (core == "_core") or b"numpy" not in data
+        return torch_pickle.loads(data, "here", "record")
+
+    for key, array in ARRAYS.items():
+        found = loaded({"a": array})["a"].value
+        np.testing.assert_array_equal(found, array, key)
+        assert found.dtype == array.dtype and not (found.size and found.flags.writeable)
+    found = loaded(VALUES)
+    assert found == {
+        k: [{"a": (2.0,)}] if k == "nested" else getattr(v, "item", lambda v=v: v)() for k, v in VALUES.items()
+    }
+    assert {type(value) for value in found.values()} == {float, int, bool, str, list, bytes}
+    with pytest.raises(ValueError, match="here: not a record that can be read safely"):
+        loaded(np.array([{}], object))
+    with pytest.raises(ValueError, match="here: not a record that can be read safely"):
+        loaded(np.zeros(2, [("a", "i4")]))
+    with pytest.raises(ValueError, match="here: not a record that can be read safely"):
+        loaded(np.datetime64("2020-01-01"))
+
+
+def test_an_array_that_python_2_pickled():
+    data = np.arange(-2, 2, dtype="<f4").tobytes()
+    dtype = name("numpy", "dtype") + b"U\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    empty = name("numpy.core.multiarray", "_reconstruct") + name("numpy", "ndarray") + b"K\x00\x85U\x01b\x87R"
+    array = empty + b"(K\x01K\x04\x85" + dtype + b"\x89U" + bytes([len(data)]) + data + b"tb"
+    found = torch_pickle.loads(b"\x80\x02}(U\x08featuresq\x01" + array + b"U\x04nameU\x03\xc3\xa4bu.", "here", "record")
+    np.testing.assert_array_equal(found["features"].value, [-2, -1, 0, 1])
+    assert found["name"] == "äb"
+
+
+def test_bytes_behind_a_pickle():
+    with pytest.raises(ValueError, match="here: not a record that can be read safely: 2 bytes behind its pickle"):
+        torch_pickle.loads(pickle.dumps([1], 2) + b"xx", "here", "record")
+
+
+@pytest.mark.parametrize("kind", ["easydict.EasyDict", "yacs.config.CfgNode", "addict.addict.Dict"])
+def test_options_that_are_a_dictionary_with_attributes(kind, tmp_path):
+    module, attribute = kind.rsplit(".", 1)
+    inner = attributes(module, attribute, {"lr": 0.1}, {"__immutable__": True})
+    value = {
+        "opt": attributes(module, attribute, {"margin": 0.2, "inner": inner}),
+        "counts": Raw(name("collections", "defaultdict") + name("builtins", "int") + b"\x85R(K\x07K\x01u"),
+        "device": Raw(name("torch", "device") + b"X\x04\x00\x00\x00cudaK\x00\x86R"),
+    }
+    content = open_torch_file(save(tmp_path / "x.pth", value)).content
+    assert content == {"opt": {"margin": 0.2, "inner": {"lr": 0.1}}, "counts": {7: 1}, "device": "cuda:0"}
+
+
+def test_many_tuples_are_no_fault(tmp_path):
+    value = {str(n): (n, (n,)) for n in range(15_000)}
+    assert open_torch_file(save(tmp_path / "x.pth", value)).content == value
 
 
 def test_a_pickle_of_very_many_opcodes(tmp_path, monkeypatch):
@@ -267,6 +438,8 @@ def test_compressed_entries_and_other_files(tmp_path):
     refused(path, "compressed or encrypted")
     path.write_bytes(b"not a checkpoint")
     refused(path, "no file of torch.save")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    refused(path, "found a git-LFS pointer in place of the file")
     path.write_bytes(b"a" * 257 + b"ustar")
     refused(path, r"a tar archive of torch 0\.1")
     with pytest.raises(FileNotFoundError, match="no such file"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import struct
 import zipfile
 from collections import OrderedDict
@@ -70,6 +71,19 @@ class Writer:
         storage = Raw(self.write(("storage", name("torch", t["kind"]), t["key"], "cuda:0", t["size"])) + b"Q")
         parts = (t.get("storage", storage), t["offset"], t["shape"], t["strides"], False, OrderedDict())
         return Raw(name("torch._utils", "_rebuild_tensor_v2") + self.write(parts) + b"R")
+
+
+def attributes(module: str, attribute: str, items: dict, state: dict | None = None) -> Raw:
+    """A dictionary of another class, as pickle writes it: items, then attributes, which EasyDict has once more."""
+    writer = Writer()
+    body = b"".join(writer.write(value) for item in items.items() for value in item)
+    start = name(module, attribute) + b")\x81(" + body + b"u"
+    return Raw(start + writer.write(items if state is None else state) + b"b")
+
+
+def of_numpy(value: np.generic | np.ndarray) -> Raw:
+    """A number or an array of NumPy as protocol 2 has it."""
+    return Raw(pickle.dumps(value, 2)[2:-1])
 
 
 def save(path: Path, value: Any, writer: Writer | None = None, root: str = "archive") -> Path:

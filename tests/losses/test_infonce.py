@@ -7,7 +7,7 @@ import pytest
 
 from shnet_jax.losses import infonce
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.types import Context, Embedding
+from shnet_jax.types import PAIR_STRATEGIES, Context, Embedding, Pairs
 from tests.losses import oracle
 from tests.losses.test_triplet import IDS, pairs
 
@@ -82,6 +82,15 @@ def test_accuracy_counts_both_directions():
     images, texts = np.eye(4), np.eye(4)[[1, 0, 2, 3]]
     out = run(images, texts, {"log_scale": jnp.float32(0.0)}, ids=np.arange(4))
     assert float(out["infonce_accuracy"]) == 0.5
+
+
+@pytest.mark.parametrize("strategy", PAIR_STRATEGIES)
+def test_accuracy_takes_a_tie_for_wrong_in_every_strategy(strategy):
+    images, texts = (Embedding(jnp.eye(4)[jnp.array(rows)]) for rows in ([0, 0, 2, 3], [0, 1, 2, 3]))
+    ctx = Context(jnp.int32(0), {}, RetrievalModel.score, pairs=Pairs(strategy, tile=3))
+    options = {"temperature": 0.1, "learn_temperature": False, "mask_same_image": True}
+    out = infonce.loss(images, texts, jnp.arange(4), ctx, **options)
+    assert float(out["infonce_accuracy"]) == (3 + 2) / 8  # text 0 has two images, text 1 none
 
 
 @pytest.mark.parametrize("temperature, learn", [(0.0, False), (-1.0, True), (0.001, True), (float("nan"), False)])

@@ -1,4 +1,4 @@
-"""CMSEI-style equations in NumPy float64 (docs/cmsei.md): one image, one sentence, one pair at a time.
+"""CMSEI-style equations in NumPy float64 (docs/models.md): one image, one sentence, one pair at a time.
 
 Sets are compacted to their valid rows, gates are one product with the concatenation [X; C], nothing is tabled.
 """

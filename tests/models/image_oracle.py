@@ -1,4 +1,4 @@
-"""3SHNet's image encoder in NumPy float64, written from the equations of the released code (docs/model.md).
+"""3SHNet's image encoder in NumPy float64, written from the equations of the released code (docs/models.md).
 
 Batches are looped over, sets are compacted to their valid rows, the convolution is one: nothing here is masked,
 tabled or taken apart as the library does it. Parameters come as the library's trees.

@@ -1,4 +1,4 @@
-"""USER's image encoder in NumPy float64, from the equations of docs/user.md; see image_oracle.py."""
+"""USER's image encoder in NumPy float64, from the equations of docs/models.md; see image_oracle.py."""
 
 from __future__ import annotations
 

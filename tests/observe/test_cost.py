@@ -42,7 +42,7 @@ def test_the_fastest_dtype_sets_the_peak(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind, peak",
+    "kind, peak",  # of products in bfloat16
     [
         ("TPU v4", 275e12),
         ("TPU v5 lite", 197e12),
@@ -52,6 +52,7 @@ def test_the_fastest_dtype_sets_the_peak(monkeypatch):
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H200 NVL", 835e12),
         ("Imaginary 9000", None),
     ],
 )
@@ -59,9 +60,25 @@ def test_peaks(kind, peak):
     assert cost.peak_flops([device(kind)] * 4, ["bfloat16"]) == (peak and 4 * peak)
 
 
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("TPU v5 lite", 197e12 / 6),  # six products in bfloat16
+        ("NVIDIA H100 80GB HBM3", 67e12),
+        ("NVIDIA A100-SXM4-80GB", 19.5e12),
+        ("Imaginary 9000", None),
+    ],
+)
+def test_peaks_in_float32(kind, peak):
+    assert cost.peak_flops([device(kind)] * 4, ["float32", "float32"]) == (peak and 4 * peak)
+    assert peak is None or cost.peak_flops([device(kind)], ["float32", "bfloat16"]) > 4 * peak
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_measured_peak_is_plausible(dtype):
-    assert 1e8 < cost.measured_flops(jax.devices()[0], dtype, size=256, repeats=2) < 1e15
+def test_measured_peak_is_that_of_the_fastest_product(dtype, monkeypatch):
+    clock = types.SimpleNamespace(perf_counter=iter([0.0, 4.0, 4.0, 6.0, 6.0, 9.0]).__next__)
+    monkeypatch.setattr(cost, "time", clock)
+    assert cost.measured_flops(jax.devices()[0], dtype, size=8, repeats=3) == 2 * 8**3 / 2.0
 
 
 @pytest.mark.usefixtures("optimised")

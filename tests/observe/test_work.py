@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from shnet_jax.observe import work as program
 from shnet_jax.parallel.axis import all_gather, psum, ring_shift, sum_scatter
 from shnet_jax.parallel.mapping import data_mesh, map_specs
-from shnet_jax.types import DATA
+from shnet_jax.types import DATA, WARM_UP
 
 FLOAT = 4
 
@@ -25,9 +25,14 @@ def work_on(fn, *shapes, specs, out, devices=8):
     return program.work(mapped.lower(*given).compile().as_text())
 
 
+def compiled(fn, *shapes):
+    """`fn` for float32 of these shapes."""
+    return jax.jit(fn).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile()
+
+
 def alone(fn, *shapes):
     """Work of `fn` on one device, and XLA's own count."""
-    done = jax.jit(fn).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile()
+    done = compiled(fn, *shapes)
     return program.work(done.as_text()), done.cost_analysis()
 
 
@@ -84,6 +89,41 @@ def test_product_and_its_traffic():
 def test_batched_product():
     found, _ = alone(functools.partial(jnp.einsum, "bik,bkj->bij"), (4, 16, 8), (4, 8, 24))
     assert found.flops == 2 * 4 * 16 * 8 * 24
+
+
+def warming(step, x, w):
+    """A branch of two products for the first steps, of one for all others."""
+    with jax.named_scope(WARM_UP):
+        return lax.cond(step[0] < 5, lambda: jnp.sin(x @ w @ w).sum(), lambda: jnp.sin(x @ w).sum())
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_the_branch_of_the_steps_after_the_warm_up_counts(turns):
+    """In the forward pass and in the gradient, in a loop or not."""
+
+    def fn(step, x, w):
+        def value(x, w):
+            return lax.scan(lambda c, _: (c + warming(step, x + c, w), None), 0.0, None, length=turns)[0]
+
+        return jax.grad(value, (0, 1))(x, w)
+
+    text = compiled(fn, (1,), (16, 32), (32, 32)).as_text()
+    product = 2 * 16 * 32 * 32
+    assert program.work(text).flops == 3 * turns * product
+    assert program.work(text, warm_up=True).flops == 6 * turns * product
+
+
+def test_a_branch_inside_of_the_warm_up_is_one_like_others():
+    def fn(step, x, w):
+        def warm():
+            return lax.cond(x[0, 0] > 0, lambda: jnp.sin(x @ w @ w), lambda: x @ w)
+
+        with jax.named_scope(WARM_UP):
+            return lax.cond(step[0] < 5, warm, lambda: jnp.sin(x))
+
+    text = compiled(fn, (1,), (16, 32), (32, 32)).as_text()
+    assert program.work(text).flops == 0
+    assert program.work(text, warm_up=True).flops == 2 * 2 * 16 * 32 * 32
 
 
 def test_the_most_expensive_branch_counts():
@@ -169,7 +209,7 @@ def test_text_of_the_tpu_compiler():
     turns = 4  # from 0 by 2 while below 7
     product, batched = 2 * 1024 * 512 * 512, 2 * 64 * 16 * 16 * 512
     assert found.flops == turns * product + batched
-    assert found.passes == turns * 6 * product + batched
+    assert found.float32 == {"highest": turns * product}
     assert found.collectives == {
         "all-gather": 512 * 512 * FLOAT,
         "collective-permute": turns * 1024 * 512 * FLOAT,
@@ -211,6 +251,10 @@ ENTRY %main (x: bf16[8,64,32], w: bf16[8,32,16], i: f32[10,20,30,4], k: f32[3,3,
   %triton = bf16[64,16]{1,0} fusion(%a.1, %b.1), kind=kCustom, calls=%gemm_fusion, metadata={op_name="a"}
   %gemm = (f32[8,64,16]{2,1,0}, s8[4194304]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm", <GEMM>
   %lt = (f32[8,64,16]{2,1,0}, s8[4194304]{0}) custom-call(%x, %w, %b.1), custom_call_target="__cublas$lt$matmul", <GEMM>
+  %u = f32[8,64,32]{2,1,0} convert(%x)
+  %v = f32[8,32,16]{2,1,0} convert(%w)
+  %full = (f32[8,64,16]{2,1,0}, s8[4194304]{0}) custom-call(%u, %v), custom_call_target="__cublas$gemm", <GEMM>
+  %tf32 = (f32[8,64,16]{2,1,0}, s8[4194304]{0}) custom-call(%u, %v), custom_call_target="__cublas$gemm", <LOW GEMM>
   %out = (f32[10,20,30,6]{3,2,1,0}, u8[0]{0}) custom-call(%i, %k), <CONV>, <TARGET>Forward"
   %of_i = (f32[10,20,30,4]{3,2,1,0}, u8[0]{0}) custom-call(%g, %k), <CONV>, <TARGET>BackwardInput"
   %of_k = (f32[3,3,4,6]{3,2,1,0}, u8[0]{0}) custom-call(%i, %g), <CONV>, <TARGET>BackwardFilter"
@@ -222,11 +266,13 @@ ENTRY %main (x: bf16[8,64,32], w: bf16[8,32,16], i: f32[10,20,30,4], k: f32[3,3,
 GPU = GPU.replace("<TARGET>", 'custom_call_target="__cudnn$conv').replace(
     "<CONV>", "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f"
 )
-GPU = GPU.replace(
-    "<GEMM>",
-    'backend_config={"gemm_backend_config":{"beta":0,"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],'
-    '"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}',
-)
+for name, at in (("<GEMM>", "HIGHEST"), ("<LOW GEMM>", "DEFAULT")):
+    GPU = GPU.replace(
+        name,
+        'backend_config={"gemm_backend_config":{"beta":0,"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],'
+        '"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]},'
+        f'"precision_config":{{"operand_precision":["{at}","{at}"],"algorithm":"ALG_UNSET"}}}}}}',
+    )
 
 
 def test_text_of_the_gpu_compiler():
@@ -234,5 +280,6 @@ def test_text_of_the_gpu_compiler():
     found = program.work(GPU)
     product = 2 * 64 * 32 * 16
     convolution = 2 * 10 * 4 * 6 * (3 * 20 - 2) * (3 * 30 - 2)  # without the padding at both ends
-    assert found.flops == product + 2 * 8 * product + 3 * convolution
+    assert found.flops == product + 4 * 8 * product + 3 * convolution
+    assert found.float32 == {"highest": 8 * product, "default": 8 * product + 3 * convolution}
     assert found.hidden == 1  # the attention

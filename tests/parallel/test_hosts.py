@@ -60,6 +60,14 @@ def test_alone_nothing_changes():
         raise ValueError("of its own")
 
 
+def test_the_heartbeat_is_that_of_the_coordination_service(monkeypatch):
+    given = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *args, **options: given.append((args, options)))
+    monkeypatch.setattr("faulthandler.enable", lambda **_: None)
+    hosts.connect("127.0.0.1:1", 2, 0, heartbeat=7)
+    assert given == [(("127.0.0.1:1", 2, 0), {"heartbeat_timeout_seconds": 7})]
+
+
 def test_a_heartbeat_takes_a_second_at_least():
     with pytest.raises(ValueError, match="heartbeat_seconds is 0"):
         hosts.connect("127.0.0.1:1", 2, 0, heartbeat=0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shnet_jax.losses.candidates import merge_best
-from shnet_jax.losses.pairs import directions
+from shnet_jax.losses.pairs import _best, directions
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis, mapping
 from shnet_jax.types import DATA, Context, Embedding, Pairs
@@ -34,11 +34,18 @@ def gradients(strategy, devices, rank):
     return mapping.map_step(per_device, mesh, donate_state=False)({}, mapping.put_batch(batch, mesh))
 
 
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize(("strategy", "devices"), [("gathered", 4), ("streamed", 2), ("ring", 2), ("ring", 8)])
 def test_the_same_negatives_get_the_gradient(strategy, devices, rank):
     for ours, expected in zip(gradients(strategy, devices, rank), gradients("gathered", 1, rank), strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_zeros_of_either_sign_are_a_tie(rank):
+    scores, columns = _best(jnp.array([[-1.0, -0.0, 0.0], [0.0, -0.0, -1.0]]), rank)
+    np.testing.assert_array_equal(columns, np.array([[1, 2], [0, 1]])[:, :rank])
+    np.testing.assert_array_equal(scores, np.zeros((2, rank)))
 
 
 def test_of_equal_scores_the_lowest_row_is_kept():

@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from shnet_jax.observe.terminal import make_output_safe
 from tests.parity.compare import Fixture, Row, skip
 
 CHECKS = ("gpo", "shnet", "bert", "losses", "metrics", "train_steps", "user", "user_train_steps", "convert")
@@ -73,6 +74,7 @@ def main(folder: Path, names: tuple[str, ...]) -> int:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="*", default=CHECKS, choices=CHECKS)

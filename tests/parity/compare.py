@@ -8,6 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
+TIMES = 10
+"""How many times its own rounding error a reference is missed by at least, before it counts as a miss."""
+
 
 class Fixture:
     """Arrays of one recorded `.npz` by name; remembers which were read, so that none is passed over silently.
@@ -37,6 +40,10 @@ class Fixture:
         if not found:
             raise KeyError(f"{self.name}: no array starts with {prefix!r}")
         return found
+
+    def rounding(self, name: str) -> float:
+        """Error that the reference itself is known to have in this array: its float32 run against its float64 run."""
+        return float(self.arrays.get(f"ref_err.{name}", 0.0))
 
     def expected(self) -> set[str]:
         """Names of the recorded results: what a check must compare or skip with a reason."""
@@ -70,24 +77,33 @@ class Row:
         return bool(self.skipped) or self.worst <= 1.0
 
 
-def compare(group: str, name: str, ours, reference, atol: float, rtol: float = 0.0) -> Row:
-    """Compares one array; element tolerance `atol + rtol |reference|`. A wrong shape or a NaN is a miss."""
+def compare(group: str, name: str, ours, reference, atol, rtol: float = 0.0, rounding: float = 0.0) -> Row:
+    """Compares one array; element tolerance `atol + rtol |reference|`, but at least `TIMES` times `rounding`.
+
+    A wrong shape or a NaN is a miss.
+
+    Args:
+      atol: one for all elements, or an array with one for each.
+      rounding: error of the reference itself (`Fixture.rounding`). CPUs of other makes sum in other orders, and their
+        results differ by some times that.
+    """
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     if ours.shape != reference.shape:
         return Row(group, f"{name}: shape {ours.shape}, recorded {reference.shape}", error=np.inf, worst=np.inf)
     if reference.size == 0:
         return Row(group, name, skipped="empty array")
-    error, allowed = np.abs(ours - reference), atol + rtol * np.abs(reference)
+    error = np.abs(ours - reference)
+    allowed = np.broadcast_to(np.maximum(atol + rtol * np.abs(reference), TIMES * rounding), error.shape)
     share = np.where(error == 0, 0.0, error / np.maximum(allowed, 1e-300))
     worst = float(np.max(np.where(np.isnan(share), np.inf, share)))
     return Row(group, name, float(error.max()), float(allowed.max()), worst)
 
 
-def compare_gradient(group: str, name: str, ours, reference, atol: float = 5e-6) -> Row:
+def compare_gradient(group: str, name: str, ours, reference, atol: float = 5e-6, rounding: float = 0.0) -> Row:
     """Gradients: 1e-3 of the array's own largest magnitude plus `atol`."""
     reference = np.asarray(reference)
     scale = float(np.abs(reference).max()) if reference.size else 0.0
-    return compare(group, name, ours, reference, atol=atol + 1e-3 * scale)
+    return compare(group, name, ours, reference, atol=atol + 1e-3 * scale, rounding=rounding)
 
 
 def skip(group: str, name: str, reason: str) -> Row:

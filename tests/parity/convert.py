@@ -45,6 +45,8 @@ def _check(fixture: Fixture, config: ConfigDict) -> list[Row]:
         pieces = len(states[1]["module.bert.embeddings.word_embeddings.weight"])
         vocabulary.write_text("\n".join([*SPECIAL, *(f"w{i}" for i in range(pieces - len(SPECIAL)))]) + "\n")
         options = argparse.Namespace(embed_size=fixture["out.final_eval_image_embedding"].shape[-1])
+        if "meta.attention_lamda" in fixture:
+            options.attention_lamda = float(fixture["meta.attention_lamda"])
         checkpoint = {"epoch": 1, "model": states, "best_rsum": 0.0, "opt": options, "Eiters": 4}
         config.tokenizer.path, config.text.heads = str(vocabulary), int(fixture["meta.num_heads"])
         converted = load_published(config, save(Path(name) / "model_best.pth", checkpoint))

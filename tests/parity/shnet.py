@@ -114,7 +114,8 @@ def check(folder: Path) -> list[Row]:
                 valid = np.arange(recorded.shape[1]) < fixture[f"{mode}.out.gpo_in_lengths"][:, None]
                 recorded = _as_sets(recorded, valid)
             atol, rtol = (1e-5, 0.0) if name == "embedding" else (2e-5, 1e-4)
-            rows.append(compare(GROUP, f"{mode}.out.{name}", ours[name], recorded, atol, rtol))
+            full = f"{mode}.out.{name}"
+            rows.append(compare(GROUP, full, ours[name], recorded, atol, rtol, fixture.rounding(full)))
 
         for name, recorded in fixture.section(f"{mode}.grad.param.").items():
             gradient = _at(grads[0], slots[name].path)
@@ -128,7 +129,7 @@ def check(folder: Path) -> list[Row]:
                     rows.append(skip(GROUP, full, "counters and BatchNorms that the published code never applies"))
                     continue
                 stat = _at(updated["batch_stats"], slots[name].path)
-                rows.append(compare(GROUP, full, stat, recorded, 1e-6, 1e-4))
+                rows.append(compare(GROUP, full, stat, recorded, 1e-6, 1e-4, fixture.rounding(full)))
     return rows
 
 

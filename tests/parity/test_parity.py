@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 
@@ -15,6 +17,7 @@ from shnet_jax.interop.torch_weights import gpo_params, gpo_slots
 from shnet_jax.models.pooling import GPO
 from tests.losses.oracle import gradient, triplet, unit
 from tests.models import image_oracle as oracle
+from tests.parity import adamw
 from tests.parity.__main__ import main, unread
 from tests.parity.compare import Fixture, compare, compare_gradient, skip
 
@@ -148,6 +151,61 @@ def test_compare_allows_atol_plus_rtol_of_the_reference():
     assert not compare("g", "n", [0.0, 101.02], reference, atol=0.01, rtol=0.01).ok
     assert not compare("g", "n", [0.0, np.inf], reference, atol=0.01, rtol=0.01).ok
     assert not compare("g", "n", reference, [0.0, np.nan], atol=0.01).ok
+
+
+def test_compare_allows_ten_times_the_rounding_of_the_reference():
+    reference = np.array([0.0, 100.0])
+    assert compare("g", "n", [0.9, 100.9], reference, atol=0.01, rounding=0.1).ok
+    assert not compare("g", "n", [1.1, 100.0], reference, atol=0.01, rounding=0.1).ok
+    assert compare("g", "n", [0.0, 101.9], reference, atol=0.01, rtol=0.02, rounding=0.1).ok
+    assert compare_gradient("g", "n", [100.0, 0.9], [100.0, 0.0], rounding=0.1).ok
+    assert not compare_gradient("g", "n", [100.0, 1.1], [100.0, 0.0], rounding=0.1).ok
+
+
+def test_the_rounding_of_a_recording_is_that_of_the_array(tmp_path):
+    np.savez(tmp_path / "f.npz", **{"out.a": np.ones(2), "ref_err.out.a": np.float32(0.5), "out.b": np.ones(2)})
+    fixture = Fixture(tmp_path / "f.npz")
+    assert fixture.rounding("out.a") == 0.5 and fixture.rounding("out.b") == 0.0
+
+
+def test_an_update_strays_only_where_its_gradients_are_within_their_rounding():
+    """Each update of AdamW from gradients with errors is within the bound, which is large for small gradients alone."""
+    rng, steps, d = np.random.default_rng(0), 3, adamw.GRADIENT_ROUNDING
+    gradients = rng.choice([-1.0, 1.0], (steps, 4, 64)) * 10.0 ** rng.uniform(-7, 0, (4, 64))
+    gradients[:, :, 0], gradients[:, 0], gradients[:, :, 7] = 1.0, 1.0, 0.0  # scales of rows and columns; no gradient
+    tx = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+
+    def run(gradients):
+        state, updates, slacks = tx.init(jnp.zeros((4, 64))), [], []
+        for number, given in enumerate(jnp.asarray(gradients, jnp.float32), 1):
+            update, state = tx.update(given, state)
+            updates.append(np.asarray(update, np.float64))
+            slacks.append(adamw.slack(state, number, slacks[-1] if slacks else None))
+        return np.stack(updates), np.diff(slacks, axis=0, prepend=0.0)
+
+    exact, bounds = run(gradients)
+    errors = rng.choice([-d, d], (40, *gradients.shape)) * (gradients != 0)
+    strays = np.max([np.abs(run(gradients + error)[0] - exact) for error in errors], axis=0)
+    assert (strays <= bounds + 1e-5).all() and bounds.max() <= 2.0 and (bounds[:, :, 7] == 0).all()
+    size = np.abs(gradients)
+    assert bounds[size > 1e3 * d].max() < 0.003 and strays[(size < d / 10) & (size > 0)].max() > 1.0
+
+
+def test_rounding_is_that_of_the_row_or_column():
+    """Gradients of an input that is small throughout are as exact as others."""
+    gradient = np.float32([[1.0, 1.0], [1e-5, 1e-5]])
+    for given in (gradient, gradient.T):
+        state = optax.scale_by_adam().update(given, optax.scale_by_adam().init(given))[1]
+        assert adamw.slack(state, 1).max() < 0.01
+
+
+def test_tolerance_of_a_parameter():
+    slack = np.array([0.0, 0.1, 6.0])
+    found = adamw.tolerance(1e-3, 2, slack, rounding=0.0, zero_gradient=False)
+    np.testing.assert_allclose(found, [2e-4, 3e-4, 4e-3])  # a fifth of the rate, and the slack, up to two rates a step
+    found = adamw.tolerance(1e-3, 2, slack, rounding=5e-5, zero_gradient=False)
+    np.testing.assert_allclose(found, [5e-4, 6e-4, 4e-3])
+    assert adamw.tolerance(1e-3, 2, slack, rounding=1.0, zero_gradient=True) == 2e-3
 
 
 def test_compare_of_equal_and_of_empty_arrays():

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from configs import user_coco
+from shnet_jax.interop.published import text_encoder_slots
 from shnet_jax.interop.torch_weights import Slots, text_head_slots, user_image_encoder_slots
+from shnet_jax.models.bert import BERT
 from tests.losses import oracle
 from tests.models import image_oracle as image
 from tests.models.test_shnet import random_variables
 from tests.models.user_oracle import Encoder, unit
-from tests.parity import user, user_train_steps
+from tests.parity import convert, user, user_train_steps
 from tests.parity.__main__ import main
 from tests.parity.compare import Fixture
 
@@ -205,3 +208,23 @@ def test_the_published_settings_of_a_recording_reach_the_step(tmp_path):
     assert (c.loss.uto.scale, c.loss.uto.offset, c.loss.uto.batch_weight) == (80.0, 0.4, 5.0)
     assert not c.loss.uto.mask_same_image and c.model.user.attention_scale == 2.0
     assert (c.momentum.decay, c.momentum.queue, c.train.batch_size, c.model.dim) == (0.8, 12, 4, 9)
+
+
+@pytest.mark.slow
+def test_a_converted_checkpoint_takes_the_attention_scale_of_its_recording(tmp_path):
+    (variables, regions), scale = tower(), 4.0
+    tokens, mask = np.array([[1, 5, 2, 0], [3, 4, 5, 1], [2, 2, 0, 0]]), np.ones((BATCH, 36), bool)
+    texts = user.TextEncoder(BERT(6, layers=1, width=8, heads=2, mlp_dim=8, max_positions=32), dim=DIM)
+    shapes = jax.eval_shape(lambda: texts.init(jax.random.key(0), tokens, tokens > 0, train=False))
+    of_texts = {"params": jax.tree.map(lambda leaf: 0.4 * draw(*leaf.shape), shapes)["params"]}
+    arrays = {"meta.num_heads": np.float32(2), "meta.attention_lamda": np.float32(scale)}
+    arrays |= {"step0.in.input_ids": tokens, "step0.in.images": regions}
+    for side, tree, slots in (("img", variables, user_image_encoder_slots()), ("txt", of_texts, text_encoder_slots(1))):
+        for name, array in torch_arrays(traverse_util.flatten_dict(tree), slots).items():
+            arrays[f"{'buffer' if slots[name].collection == 'batch_stats' else 'param'}_after.{side}.{name}"] = array
+    oracle_of_images = Encoder(variables["params"], variables["batch_stats"], ("sge",), "slots", scale)
+    arrays["out.final_eval_image_embedding"] = oracle_of_images({"regions": regions}, {"regions": mask})
+    arrays["out.final_eval_text_embedding"] = texts.apply(of_texts, tokens, tokens > 0, train=False).vector
+    np.savez(tmp_path / "user_train_steps.npz", **arrays)
+    rows = convert._check(Fixture(tmp_path / "user_train_steps.npz"), user_coco.get_config())
+    assert len(rows) == 2 and all(row.ok for row in rows), rows

@@ -91,17 +91,19 @@ def _image(folder: Path) -> list[Row]:
         }
         for name, recorded in fixture.section(f"{mode}.out.").items():
             atol, rtol = (1e-5, 0.0) if name == "embedding" else (2e-5, 1e-4)
-            rows.append(compare(group, f"{mode}.out.{name}", ours[name], recorded, atol, rtol))
+            full = f"{mode}.out.{name}"
+            rows.append(compare(group, full, ours[name], recorded, atol, rtol, fixture.rounding(full)))
     for name, recorded in fixture.section("train.grad.param.").items():
-        gradient = at(grads[0], slots[name].path)
-        rows.append(compare_gradient(group, f"train.grad.param.{name}", gradient, slots[name].ours(recorded)))
+        full, gradient = f"train.grad.param.{name}", at(grads[0], slots[name].path)
+        rounding = fixture.rounding(full)
+        rows.append(compare_gradient(group, full, gradient, slots[name].ours(recorded), rounding=rounding))
     name = "train.grad.in.images"
     rows.append(compare_gradient(group, name, grads[1], fixture[name]))
     for name, recorded in fixture.section("train.buffer_after.").items():
         full = f"train.buffer_after.{name}"
         if name in slots:
             stat = at(updated["batch_stats"], slots[name].path)
-            rows.append(compare(group, full, stat, recorded, 1e-6, 1e-4))
+            rows.append(compare(group, full, stat, recorded, 1e-6, 1e-4, fixture.rounding(full)))
         else:
             rows.append(skip(group, full, UNUSED))
     return rows

@@ -21,6 +21,7 @@ from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.embed import embed
 from shnet_jax.retrieve.query import Searcher, read_queries
 from shnet_jax.search_modes import embeddings_of, page, search
+from tests.patience import PATIENCE
 from tests.retrieve import gallery
 from tests.train import tiny
 
@@ -51,7 +52,7 @@ def test_the_lines_of_the_readme(monkeypatch, capsys):
 
 def test_importing_the_package_is_light():
     code = "import sys, shnet_jax; assert not {'jax', 'flax', 'numpy'} & {*sys.modules}; shnet_jax.loda"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert "AttributeError: module 'shnet_jax' has no attribute 'loda'" in done.stderr
 
 

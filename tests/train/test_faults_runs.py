@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from shnet_jax.train.checkpoint import Checkpoints
+from tests.patience import PATIENCE
 from tests.train import tiny
 from tests.train.test_faults import bit, file
 from tests.train.test_killed import ROOT, command, logged, start
@@ -27,7 +28,7 @@ SHORT = f"--config.train.steps={STEPS}"
 def run(workdir, *more):
     """main.py with the flags of the tiny run; exit status, output and what it said of its fault."""
     done = subprocess.run(
-        [*command(workdir), *more], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [*command(workdir), *more], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     return done, [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
@@ -57,7 +58,7 @@ def test_a_second_run_is_refused_a_reader_is_not_and_damage_is_named(tmp_path):
     workdir = tmp_path / "run"
     first = start(workdir, "--config.train.steps=100000", "--config.train.eval_epochs=2.0")
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + PATIENCE
         while not logged(workdir, 24) and first.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         second, errors = run(workdir, "--config.train.steps=100000")
@@ -66,7 +67,7 @@ def test_a_second_run_is_refused_a_reader_is_not_and_damage_is_named(tmp_path):
         reader, _ = run(workdir, "--mode=eval")
         assert reader.returncode == 0 and "rSum" in reader.stdout, reader.stderr
         first.send_signal(signal.SIGTERM)
-        _, said = first.communicate(timeout=60)
+        _, said = first.communicate(timeout=PATIENCE)
         assert first.returncode == 128 + signal.SIGTERM, said
     finally:
         first.kill()
@@ -118,6 +119,6 @@ def test_a_run_goes_on_once_there_is_space(tmp_path):
 def test_a_few_kills():
     """Many: `python -m tests.soak --kills=50`."""
     soak = [sys.executable, "-m", "tests.soak", "--kills=5", "--seed=3", "--only=train,eval,import,embed"]
-    done = subprocess.run(soak, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(soak, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "5 kills in" in done.stdout and "FAULT" not in done.stdout

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shnet_jax.train.checkpoint import Checkpoints
+from tests.patience import PATIENCE
 from tests.train import tiny
 from tests.train.test_loop import same_arrays
 
@@ -37,7 +38,7 @@ def start(workdir: Path, *more: str) -> subprocess.Popen[str]:
 
 def finish(workdir: Path) -> None:
     process = start(workdir)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
 
 
@@ -45,11 +46,11 @@ def stop(workdir: Path, number: int, ready) -> tuple[int, str]:
     """Sends the signal as soon as `ready()`; (exit status, standard error)."""
     process = start(workdir)
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + PATIENCE
         while not ready() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     return process.returncode, errors

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from shnet_jax.commands import train
+from tests.patience import PATIENCE
 from tests.train import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -31,12 +32,12 @@ def kill(workdir: Path, pattern: str) -> int:
     before = len(list(workdir.glob(pattern)))
     process = start(workdir)
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + PATIENCE
         while len(list(workdir.glob(pattern))) < before + 20:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == -signal.SIGKILL and not list(workdir.glob("results_*"))
@@ -46,7 +47,7 @@ def kill(workdir: Path, pattern: str) -> int:
 def finish(workdir: Path) -> tuple[dict, str]:
     """Results without what time it took; what was logged."""
     process = start(workdir)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     (path,) = workdir.glob("results_*.json")
     arms = json.loads(path.read_text("utf-8"))["arms"]

@@ -34,7 +34,7 @@ UTO = {"scale": 20.0, "offset": 0.5, "batch_weight": 2.0, "mask_same_image": Tru
 
 
 class Linear(RetrievalModel):
-    """Two matrices; `dropout` acts on the images in training."""
+    """Two matrices; `dropout` acts on what they multiply, in training."""
 
     dropout: float = 0.0
 
@@ -46,7 +46,7 @@ class Linear(RetrievalModel):
         return Embedding(l2norm(self.image(self.drop(batch["features"], deterministic=not train))))
 
     def encode_text(self, batch, *, train):
-        return Embedding(l2norm(self.text(batch["tokens"])))
+        return Embedding(l2norm(self.text(self.drop(batch["tokens"], deterministic=not train))))
 
 
 @functools.cache
@@ -173,16 +173,45 @@ def test_a_batch_as_large_as_the_queue_fills_it_from_the_pointer_on():
     assert queue.ids.tolist() == [1, 2, 3, 0] and queue.vectors[:, 0].tolist() == [1, 2, 3, 0] and queue.pointer == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("train", [True, False])
-def test_the_key_image_encoder_has_dropout_as_in_training_or_not(train):
-    plain, other = (run(1, "shard_map", model=Linear(rate), chosen=options(image_train=train)) for rate in (0.0, 0.5))
-    images, texts = (
-        [np.asarray(getattr(done[0][0].momentum, side).vectors) for done in (plain, other)]
-        for side in ("images", "texts")
-    )
-    assert np.array_equal(*texts)
-    assert np.array_equal(*images) != train
+def encoded(model, given=None, **changes):
+    """What the key encoders give for the first batch, images and texts, and their statistics after it."""
+    batch, key = batches()[0], jax.random.key(0)
+    return momentum.encode(options(**changes), model, given or variables(), batch, key, "batch_stats")
+
+
+@pytest.mark.parametrize("image_train", [True, False])
+@pytest.mark.parametrize("text_train", [True, False])
+def test_each_key_encoder_has_dropout_as_in_training_or_not(image_train, text_train):
+    how = {"image_train": image_train, "text_train": text_train}
+    plain, dropped = (encoded(Linear(rate), **how)[0] for rate in (0.0, 0.5))
+    same = [np.array_equal(one.vector, other.vector) for one, other in zip(plain, dropped, strict=True)]
+    assert same == [not image_train, not text_train]
+
+
+class Normed(Linear):
+    """Both towers begin with a BatchNorm."""
+
+    def setup(self):
+        super().setup()
+        self.image_norm, self.text_norm = nn.BatchNorm(), nn.BatchNorm()
+
+    def encode_image(self, batch, *, train):
+        features = self.image_norm(batch["features"], use_running_average=not train)
+        return super().encode_image(batch | {"features": features}, train=train)
+
+    def encode_text(self, batch, *, train):
+        tokens = self.text_norm(batch["tokens"], use_running_average=not train)
+        return super().encode_text(batch | {"tokens": tokens}, train=train)
+
+
+def test_both_key_encoders_leave_the_statistics_of_the_batch():
+    batch = batches()[0]
+    given = Normed().init(jax.random.key(0), batch, train=False)
+    _, found = encoded(Normed(), given, image_train=True, text_train=True)
+    for tower, rows in (("image_norm", batch["features"]), ("text_norm", batch["tokens"])):
+        np.testing.assert_allclose(found[tower]["mean"], 0.01 * rows.mean(0), rtol=1e-4)  # a first mean of 0
+    _, found = encoded(Normed(), given, image_train=True, text_train=False)
+    assert np.abs(found["image_norm"]["mean"]).min() > 0 and not found["text_norm"]["mean"].any()
 
 
 def test_averages_follow_faster_at_first_when_warm():

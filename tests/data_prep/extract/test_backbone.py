@@ -45,7 +45,7 @@ def test_tokens_and_vector_are_those_of_the_whole_photograph(made, kind, size, s
 
 
 def test_projected_tokens_are_those_of_the_vision_tower_that_reads_pictures(made):
-    """The same numbers whether a record holds the tokens or the picture (docs/esa.md)."""
+    """The same numbers whether a record holds the tokens or the picture (docs/models.md)."""
     folder, names, models = made
     images = [Image.open(folder / name) for name in names]
     _, sizes = clip_weights.sizes(Path(models["clip"]))

@@ -128,9 +128,9 @@ def test_photographs_are_found_upright_and_in_colour(tmp_path):
     exif = gray.getexif()
     exif[0x0112] = 6  # turned by a quarter
     gray.save(tmp_path / "a.jpg", exif=exif)
-    path = images.find(tmp_path, "val2014/a.jpg")
-    assert path == tmp_path / "a.jpg"
-    loaded = images.load(path)
+    folder = images.Folder(tmp_path)
+    assert folder.place("val2014/a.jpg") == str(tmp_path / "a.jpg")
+    loaded = folder.load("val2014/a.jpg")
     assert loaded.mode == "RGB" and loaded.size == (20, 30)
 
 
@@ -147,6 +147,6 @@ def test_a_changed_byte_in_what_the_camera_wrote(tmp_path):
         data[tag + 3] = kind
         path.write_bytes(data)
         try:
-            assert images.load(path).mode == "RGB"
+            assert images.Folder(tmp_path).load("a.jpg").mode == "RGB"
         except images.BrokenImage as error:
             assert str(path) in str(error)

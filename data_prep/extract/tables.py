@@ -1,0 +1,137 @@
+"""Photographs and captions in Parquet files, as on the Hugging Face Hub and by img2dataset's `parquet` format."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from data_prep import parquet, rows
+from data_prep.extract.images import BrokenImage, ByName
+from data_prep.rows import Row
+from data_prep.schema import DataError, is_text
+from shnet_jax import foreign
+
+PICTURES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
+_BATCH = 8  # rows with photographs that are held at once
+_NEAR = 256  # rows that are passed over rather than begun anew
+
+
+class _Columns(NamedTuple):
+    """The columns of a file: of the bytes of a picture, of its path or None, of names, and of what `rows` reads."""
+
+    data: str
+    path: str | None
+    name: str | None
+    texts: tuple[str, ...]
+
+
+class Tables:
+    """The photographs of Parquet files, by the names in a column, in `image.path`, or by their row."""
+
+    def __init__(self, paths: Sequence[Path], root: Path):
+        """root: of the files' own names. Raises DataError for files that have no column of pictures or are damaged."""
+        self._root, self._paths = root, list(paths)
+        self._columns = [_columns(path) for path in self._paths]
+        self._places: ByName[tuple[int, int]] = ByName(root)  # file and row, the first of a name that comes again
+        self._lock = threading.Lock()
+        self._reader: tuple[int, int, Iterator[dict[str, Any]]] | None = None  # file, next row
+        for number, _ in enumerate(self._paths):
+            for row, (file, _) in enumerate(self._named(number, ())):
+                self._places.add(file, (number, row))
+
+    def _named(self, number: int, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Name and values of each row of a file."""
+        path, known = self._paths[number], self._columns[number]
+        wanted = known.name or known.path
+        # A row without any column to read is still a row.
+        chosen = dict.fromkeys([*([wanted] if wanted else []), *columns]) or {known.data: None}
+        for row, values in enumerate(parquet.rows(path, list(chosen))):
+            file: Any = values.get(known.name) if known.name else None
+            if known.path and not known.name:
+                file = (values[known.path.partition(".")[0]] or {}).get("path")
+            file = str(file) if type(file) is int else file
+            if wanted is None or (file is None and not known.name):
+                file = f"{path.stem}-{row}"
+            if not is_text(file):
+                raise DataError(f"{path} row {row}: {wanted!r}: expected the name of an image, found {file!r:.200}")
+            yield file, values
+
+    def place(self, file: str) -> str:
+        """See `images.Photographs`."""
+        found = self._places.find(file)
+        return f"{self._root}/{file}" if found is None else f"{self._paths[found[0]]} row {found[1]}/{file}"
+
+    def load(self, file: str) -> Image.Image:
+        """See `images.Photographs`."""
+        found, place = self._places.find(file), self.place(file)
+        if found is None:
+            raise BrokenImage(f"{place}: no such row")
+        data = self._data(*found)
+        if not data:
+            raise BrokenImage(f"{place}: no bytes of a picture, only its path or nothing")
+        try:
+            if len(data) > foreign.MAX_PICTURE_BYTES:
+                raise BrokenImage(f"{place}: {len(data)} bytes, more than {foreign.MAX_PICTURE_BYTES}")
+            return foreign.parse_picture(data, place)
+        except ValueError as error:
+            raise BrokenImage(str(error)) from error
+
+    def _data(self, number: int, row: int) -> bytes | None:
+        """The bytes in a row. Rows are read in order, so one that lies before the last begins anew."""
+        with self._lock:
+            column = self._columns[number].data
+            if self._reader is None or self._reader[0] != number or not 0 <= row - self._reader[1] < _NEAR:
+                self._reader = (number, row, parquet.rows(self._paths[number], [column], row, _BATCH))
+            _, at, values = self._reader
+            found = next(itertools.islice(values, row - at, None), None)
+            if found is None:
+                raise DataError(
+                    f"{self._paths[number]} row {row}: {column!r}: expected a picture, found the column's end"
+                )
+            self._reader = (number, row + 1, values)
+        name, _, inner = column.partition(".")
+        return (found[name] or {}).get(inner) if inner else found[name]
+
+    def rows(self, split: str | None) -> Iterator[Row]:
+        """See `images.Photographs`."""
+        for number, (path, known) in enumerate(zip(self._paths, self._columns, strict=True)):
+            if rows.column(known.texts, rows.CAPTIONS) is None:
+                raise DataError(f"{path}: expected a column {' or '.join(rows.CAPTIONS)}, found none; give --captions")
+            other = split or rows.split_of_name(path, self._root)
+            for count, (file, values) in enumerate(self._named(number, known.texts)):
+                row = rows.parse(values, file, f"{path} row {count}")
+                yield row if row.split else row._replace(split=other)
+
+
+def _columns(path: Path) -> _Columns:
+    with parquet.open_parquet(path) as file:
+        kinds = {field.name: field.type for field in file.schema_arrow}
+        found = {name: _bytes_of(name, kind) for name, kind in kinds.items()}
+    pictures = [name for name, data in found.items() if data]
+    picture = rows.column(pictures, PICTURES) or (pictures[0] if len(pictures) == 1 else None)
+    if picture is None:
+        raise DataError(f"{path}: expected a column of pictures (image, jpg, ...), found {', '.join(kinds)}")
+    data = found[picture]
+    has_path = data != picture and any(field.name == "path" for field in kinds[picture])
+    texts = (rows.column(kinds, rows.CAPTIONS), rows.column(kinds, rows.NUMBERS), rows.column(kinds, [rows.SPLIT]))
+    return _Columns(
+        data,
+        f"{picture}.path" if has_path else None,
+        rows.column(kinds, rows.FILES),
+        tuple(name for name in texts if name),
+    )
+
+
+def _bytes_of(name: str, kind: Any) -> str:
+    """The path of the bytes in a column, "" when it has none: binary, or the Hub's struct of `bytes` and `path`."""
+    from pyarrow import types
+
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return name
+    is_image = types.is_struct(kind) and any(field.name == "bytes" for field in kind)
+    return f"{name}.bytes" if is_image else ""

@@ -1,0 +1,199 @@
+"""Photographs and captions as members of tar files: WebDataset, and what img2dataset writes.
+
+KEY.jpg (or another picture), KEY.txt with a caption a line, KEY.json with `caption` and perhaps `split`. Members are
+read where they lie; nothing is unpacked.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from PIL import Image
+
+from data_prep import rows
+from data_prep.extract.images import BrokenImage, ByName
+from data_prep.files import data_errors, read_json
+from data_prep.names import EXTENSIONS
+from data_prep.rows import Row
+from data_prep.schema import DataError
+from shnet_jax import foreign
+
+TEXTS = (".txt", ".json")
+MAX_TEXT_BYTES = 2**20
+"""Of a .txt or .json member."""
+
+_TAR_FAULTS = (tarfile.TarError, OSError, EOFError, ValueError, LookupError, OverflowError)
+
+
+class Member(NamedTuple):
+    """A file in a tar: which one, and its bytes."""
+
+    tar: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.tar}/{self.name}"
+
+    def read(self, most: int) -> bytes:
+        """Its bytes. Raises ValueError naming it when there are more than `most`, or the tar has become shorter."""
+        if self.size > most:
+            raise ValueError(f"{self}: {self.size} bytes, more than {most}")
+        with self.tar.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) != self.size:
+            raise ValueError(f"{self}: expected {self.size} bytes, found {len(data)}")
+        return data
+
+
+class Tars:
+    """The photographs of tars, by the names of their members; by TAR/MEMBER where two tars have one name."""
+
+    def __init__(self, paths: Sequence[Path], root: Path, caption_from: str | None = None):
+        """root: of the tars' own names. caption_from: "txt" or "json" where a photograph has both and they differ.
+
+        Raises DataError naming the tar for one that is damaged or cut off, and for members that are links, have no
+        name inside of a folder, or come twice.
+        """
+        self._root, self._caption_from = root, caption_from
+        self._pictures: ByName[Member] = ByName(root)
+        self._texts: dict[Member, dict[str, Member]] = {}
+        others: list[Member] = []
+        for path in paths:
+            keys: dict[str, dict[str, Member]] = defaultdict(dict)
+            for member in _members(path):
+                key, _, ending = member.name.rpartition(".")
+                keys[key or member.name][f".{ending.lower()}"] = member
+            found = 0
+            for parts in keys.values():
+                photographs = [member for ending, member in parts.items() if ending in EXTENSIONS]
+                if len(photographs) > 1:
+                    raise DataError(
+                        f"{photographs[0]}: expected one picture of this name, found {photographs[1].name} too"
+                    )
+                if photographs:
+                    self._texts[photographs[0]] = {end: parts[end] for end in TEXTS if end in parts}
+                    found += 1
+                others += [
+                    m for end, m in parts.items() if end not in EXTENSIONS and not (photographs and end in TEXTS)
+                ]
+            _compare_stats(path, found)
+        names = Counter(member.name for member in self._texts)
+        for member in self._texts:
+            tar = member.tar.name if member.tar == root else str(member.tar.relative_to(root))
+            self._pictures.add(member.name if names[member.name] == 1 else f"{tar}/{member.name}", member)
+        if others:
+            print(f"{root}: {len(others)} members of no photograph, such as {others[0]}", file=sys.stderr)
+
+    def place(self, file: str) -> str:
+        """See `images.Photographs`."""
+        return str(self._pictures.find(file) or f"{self._root}/{file}")
+
+    def load(self, file: str) -> Image.Image:
+        """See `images.Photographs`."""
+        member = self._pictures.find(file)
+        if member is None:
+            raise BrokenImage(f"{self._root}/{file}: no such member of the tars")
+        try:
+            return foreign.parse_picture(member.read(foreign.MAX_PICTURE_BYTES), str(member))
+        except (ValueError, OSError) as error:
+            raise BrokenImage(str(error)) from error
+
+    def rows(self, split: str | None) -> Iterator[Row]:
+        """See `images.Photographs`."""
+        for file, member in self._pictures.items():
+            row = self._row(file, member)
+            yield row if row.split else row._replace(split=split or rows.split_of_name(member.tar, self._root))
+
+    def _row(self, file: str, member: Member) -> Row:
+        texts = self._texts[member]
+        values = {}
+        if ".json" in texts:
+            try:
+                values = json.loads(_text(texts[".json"]))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{texts['.json']}: expected JSON: {error}") from None
+            if not isinstance(values, dict):
+                raise DataError(f"{texts['.json']}: expected a JSON object, found {type(values).__name__}")
+        row = rows.parse(values, file, str(texts.get(".json", member)))
+        if ".txt" not in texts or (row.captions and self._caption_from == "json"):
+            return row
+        text = _text(texts[".txt"])
+        if row.captions and self._caption_from is None and text.split():
+            if text.split() != " ".join(row.captions).split():
+                raise DataError(
+                    f"{texts['.txt']}: expected the caption of {texts['.json'].name}, {row.captions[0]!r:.80}, found "
+                    f"{text!r:.80}; choose with --caption_from=txt or --caption_from=json"
+                )
+            return row  # of web pages a caption may have several lines, which .txt alone cannot say
+        lines = tuple(" ".join(line.split()) for line in text.splitlines() if line.strip())
+        return row._replace(captions=lines or row.captions, numbers=() if lines else row.numbers)
+
+
+def _text(member: Member) -> str:
+    try:
+        return member.read(MAX_TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{member}: expected UTF-8 text: {error}") from None
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def _members(path: Path) -> Iterator[Member]:
+    """The files of a tar, without hidden ones. Raises DataError as `Tars`."""
+    with data_errors():
+        foreign.check_kind(path)
+    try:
+        yield from _walk(path)
+    except DataError:
+        raise
+    except _TAR_FAULTS as error:
+        raise DataError(f"{path}: expected a tar file that is not compressed: {error}") from error
+
+
+def _walk(path: Path) -> Iterator[Member]:
+    seen: set[str] = set()
+    end = 0
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE * member.isreg()
+            if member.isdir():
+                continue
+            name = member.name.removeprefix("./")
+            if not member.isreg() or member.sparse is not None:
+                raise DataError(f"{path}: member {name!r:.200} is a link or no plain file, which is not followed")
+            parts = PurePosixPath(name).parts
+            if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+                raise DataError(f"{path}: member {name!r:.200} is no name of a file in a folder")
+            if name in seen:
+                raise DataError(f"{path}: member {name!r:.200}: expected it once, found it twice")
+            seen.add(name)
+            if not parts[-1].startswith("."):  # ._KEY.jpg, which macOS adds
+                yield Member(path, name, member.offset_data, member.size)
+        # tarfile takes a damaged header, and the end of the file, for the end of the archive.
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+    if block != bytes(tarfile.BLOCKSIZE):
+        raise DataError(
+            f"{path}: expected the empty block that ends a tar at byte {end}, found {len(block)} other bytes (cut off, "
+            "or damaged there?)"
+        )
+
+
+def _compare_stats(path: Path, found: int) -> None:
+    """With the number of photographs that img2dataset noted beside the tar."""
+    stats = path.with_name(f"{path.stem}_stats.json")
+    if stats.is_file():
+        noted = read_json(stats)
+        count = noted.get("successes") if isinstance(noted, dict) else None
+        if type(count) is int and count != found:
+            raise DataError(f"{path}: expected {count} photographs as in {stats.name}, found {found}")

@@ -1,0 +1,147 @@
+"""The record of an image from what a detector's file has for it, the same for every container of such arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_prep.schema import DataError, Record
+from data_prep.sources.boxes import HEIGHTS, WIDTHS, Form, Size, Sizes, shares, size
+from data_prep.sources.units import Layout, as_units, padded
+
+FEATURES = ("x", "feat", "features", "image_features", "feats")
+BOXES = ("bbox", "boxes", "image_bb")
+SHARES = ("norm_bb", "spatial_features")
+COUNTS = ("num_bbox", "num_boxes")
+CLASSES = ("objects_id", "obj_id", "classes")
+SCORES = ("objects_conf", "obj_conf", "conf", "scores")
+PROBABILITIES = "cls_prob"
+GRIDS = "grids"
+PAIR = "size"
+NAMES = (*FEATURES, *BOXES, *SHARES, *COUNTS, *CLASSES, *SCORES, *WIDTHS, *HEIGHTS, PROBABILITIES, GRIDS, PAIR)
+"""What is read of an image; other arrays of a file, such as attributes and masks, are left alone."""
+FIELDS = ("regions", "region_mask", "boxes", "box_classes", "box_scores", "grid", "grid_mask")
+_VISUAL_GENOME = 1601  # classes of bottom-up attention with the background, which is the first
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How arrays of an image are read.
+
+    field: "regions" or "grid", what `features` are; None: regions, or a grid where they are a map.
+    layout, pool: see `units.as_units`. form: what boxes without a unit in their name are.
+    sizes: of images whose file does not say them. size_order: of `size`; DLCT writes (height, width).
+    max_regions, max_cells: pad to this many and add a mask.
+    """
+
+    field: str | None = None
+    layout: Layout | None = None
+    pool: int | None = None
+    form: Form = "pixels"
+    sizes: Sizes | None = None
+    size_order: str = "hw"
+    max_regions: int | None = None
+    max_cells: int | None = None
+
+    def record(self, image_id: str, arrays: Mapping[str, np.ndarray], where: str) -> Record:
+        """The fields of an image from arrays with names of NAMES. Raises DataError naming `where` and the array."""
+        out: Record = {}
+        if GRIDS in arrays:
+            out |= self._grid(arrays[GRIDS], f"{where}: {GRIDS}")
+        name = _first(arrays, FEATURES)
+        if name is None:
+            return out
+        features = arrays[name]
+        field = self.field or ("grid" if _is_map(features) else "regions")
+        if field == "grid":
+            if GRIDS in arrays:
+                raise DataError(f"{where}: expected one grid, found {name!r} and {GRIDS!r}; --features_as=regions")
+            return self._grid(features, f"{where}: {name}")
+        regions: Record = {"regions": as_units(features, f"{where}: {name}", None, self.layout)}
+        there = len(regions["regions"])
+        count = _count(arrays, there, where)
+        regions |= self._boxes(image_id, arrays, there, count, where) | _labels(arrays, where)
+        for part, value in regions.items():
+            if len(value) not in (there, count):
+                raise DataError(f"{where}: field {part!r}: expected {there}, one a region, found {len(value)}")
+        return out | padded({part: value[:count] for part, value in regions.items()}, self.max_regions, where)
+
+    def _grid(self, array: np.ndarray, where: str) -> Record:
+        return padded({"grid": as_units(array, where, self.pool, self.layout)}, self.max_cells, where)
+
+    def _boxes(self, image_id: str, arrays: Mapping[str, np.ndarray], there: int, count: int, where: str) -> Record:
+        """boxes [count, 4], of arrays that have as many rows as there are regions, padding included."""
+        name = _first(arrays, (*SHARES, *BOXES))
+        if name is None or self.form == "none":
+            return {}
+        found = arrays[name]
+        if found.ndim == 3 and len(found) == 1:
+            found = found[0]
+        if self.layout == "chw" and found.ndim == 2 and found.shape[1] == there:
+            found = found.T
+        where = f"{where}: {name}"
+        if name in SHARES:
+            return {"boxes": shares(found[:count, :4] if found.ndim == 2 else found, None, "shares", where)}
+        return {"boxes": shares(found[:count], self._size(image_id, arrays, where), self.form, where)}
+
+    def _size(self, image_id: str, arrays: Mapping[str, np.ndarray], where: str) -> Size | None:
+        sides = [_first(arrays, names) for names in (WIDTHS, HEIGHTS)]
+        if sides[0] is not None and sides[1] is not None:
+            return size(arrays[sides[0]], arrays[sides[1]], where)
+        if PAIR in arrays:
+            pair = np.asarray(arrays[PAIR]).reshape(-1)
+            if len(pair) != 2:
+                raise DataError(f"{where}: {PAIR}: expected 2 numbers, found {list(np.shape(arrays[PAIR]))}")
+            width, height = pair if self.size_order == "wh" else pair[::-1]
+            return size(width, height, f"{where}: {PAIR}")
+        return self.sizes.find(image_id) if self.sizes is not None else None
+
+
+DEFAULT = Reading()
+
+
+def _first(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in arrays), None)
+
+
+def _is_map(array: np.ndarray) -> bool:
+    """Whether an array has more than one axis of cells: [D, h, w] or [1, h, w, D], not [1, K, D] or [K, D, 1, 1]."""
+    shape = list(array.shape)
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return len(shape) > 2
+
+
+def _count(arrays: Mapping[str, np.ndarray], regions: int, where: str) -> int:
+    """How many of the regions are there; those behind are padding."""
+    name = _first(arrays, COUNTS)
+    if name is None:
+        return regions
+    count = int(np.asarray(arrays[name]).reshape(-1)[0]) if np.size(arrays[name]) == 1 else 0
+    if not 1 <= count <= regions:
+        raise DataError(f"{where}: {name}: expected 1..{regions}, the number of regions, found {arrays[name]!r:.80}")
+    return count
+
+
+def _labels(arrays: Mapping[str, np.ndarray], where: str) -> Record:
+    """box_classes [K] and box_scores [K] from classes and scores, or from the probabilities of Visual Genome."""
+    out: Record = {}
+    for field, names in (("box_classes", CLASSES), ("box_scores", SCORES)):
+        if (name := _first(arrays, names)) is not None and arrays[name].ndim == 1:
+            out[field] = arrays[name]
+    if not out and PROBABILITIES in arrays:
+        found = arrays[PROBABILITIES]
+        if found.ndim == 2 and found.shape[1] == _VISUAL_GENOME:
+            out = {"box_classes": found[:, 1:].argmax(1), "box_scores": found[:, 1:].max(1)}
+    return out
+
+
+def described(value: Any) -> str:
+    """The names in a container, for an error."""
+    names = sorted(map(str, value))
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"

@@ -1,0 +1,422 @@
+"""Features of many images in HDF5 files, read image by image with h5py (`pip install -e '.[hdf5]'`)."""
+
+from __future__ import annotations
+
+import math
+import pickletools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from data_prep.files import data_errors, read_json, read_lines
+from data_prep.names import Names
+from data_prep.schema import DataError, Record
+from data_prep.sources import detections
+from data_prep.sources.base import Absent
+from data_prep.sources.detections import BOXES, FEATURES, FIELDS, GRIDS, NAMES, PAIR, SHARES, Reading, described
+from shnet_jax.foreign import MAX_IMAGE_BYTES, check_kind, kind_of
+
+IDS = ("image_id", "image_ids", "img_ids", "img_id", "ids")
+ENDS = "pos_boxes"
+LAYOUTS = (
+    "image_features [N, K, D], or image_features [sum of K, D] with pos_boxes [N, 2], and the ids in a sidecar "
+    "(--hdf5_ids); image_id [N] and features [N, K, D]; ID_features or ID_grids of each image; ID/features"
+)
+_PROBES = 200  # images whose boxes say in which order a size is
+_MAX_SIDECAR = 2**26  # bytes; that of COCO has 2 MB
+_ONCE = (
+    *detections.WIDTHS,
+    *detections.HEIGHTS,
+    *detections.COUNTS,
+    PAIR,
+)  # there is one an image, also of regions in a row
+_FAULTS = (
+    *(OSError, RuntimeError, ValueError, TypeError, LookupError, MemoryError, OverflowError),
+    *(EOFError, AttributeError, SystemError),
+)
+"""What h5py and pickletools raise for files that are damaged."""
+
+
+class _Entry(NamedTuple):
+    """The file of an image, and its row there or the start of its data sets' names."""
+
+    file: int
+    place: int | str
+
+
+@dataclass(frozen=True)
+class Hdf5Features:
+    """Regions and boxes, or a grid, of each image from one or more HDF5 files, in the layouts that are LAYOUTS.
+
+    Written by github.com/hengyuan-hu/bottom-up-attention-vqa (rows) and its adaptive form in jnhwkim/ban-vqa, by
+    aimagelab/meshed-memory-transformer, luo3300612/image-captioning-DLCT and zhangxuying1004/RSTNet (data sets by id),
+    batra-mlp-lab/visdial-challenge-starter-pytorch (ids as rows), j-min/VL-T5 (groups by id).
+
+    ids: files of the ids of the rows, one for each file that needs one: JSON or text, a list in the order of the rows
+    or an object id: row, or such an object as a pickle of text and whole numbers, of which nothing is run. Default:
+    NAME_imgid2idx.json or .pkl beside NAME.hdf5.
+
+    Files stay open. No link, reference, virtual or external data set is followed, no data of variable length is read,
+    and nothing that would take more memory than the features of an image may.
+    """
+
+    paths: Sequence[Path]
+    ids: Sequence[Path] = ()
+    reading: Reading = detections.DEFAULT
+
+    def __post_init__(self) -> None:
+        """Raises DataError when a file is missing or has none of the layouts."""
+        if len(self.ids) not in (0, len(self.paths)):
+            raise DataError(f"--hdf5_ids: expected one file for each of {len(self.paths)}, found {len(self.ids)}")
+        self._entries  # noqa: B018
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open files."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Where its fields come from."""
+        return dict.fromkeys(FIELDS, ", ".join(map(str, self.paths)))
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
+
+    @cached_property
+    def _files(self) -> list[_File]:
+        return [_File(path) for path in self.paths]
+
+    @cached_property
+    def _entries(self) -> Names[_Entry]:
+        """Image name -> where it is."""
+        entries: Names[_Entry] = Names(", ".join(map(str, self.paths)))
+        for number, file in enumerate(self._files):
+            places: Mapping[str, int | str]
+            if file.has_rows:
+                places = self._rows(number)
+            else:
+                places = {image_id: prefix for prefix, image_id in file.prefixes.items()}
+                self._check_order(file)
+            for image_id, place in places.items():
+                if image_id in entries:
+                    raise DataError(f"{file.path}: image {image_id!r:.80}: expected it in one file, found it in two")
+                entries.add(image_id, _Entry(number, place))
+        return entries
+
+    @property
+    def _example(self) -> str:
+        """The place of the first image."""
+        return str(next(iter(self._entries)).place)
+
+    def _rows(self, number: int) -> dict[str, int]:
+        """Image name -> row of a file."""
+        file = self._files[number]
+        if self.ids:
+            return read_index(self.ids[number], file.rows)
+        names = file.ids()
+        if names is not None:
+            return _numbered(names, file.rows, str(file.path))
+        for ending in ("json", "pkl"):
+            beside = file.path.with_name(f"{file.path.stem}_imgid2idx.{ending}")
+            if beside.is_file():
+                return read_index(beside, file.rows)
+        raise DataError(
+            f"{file.path}: expected the ids of its {file.rows} rows in {' or '.join(IDS)} or "
+            f"{file.path.stem}_imgid2idx.json, found neither; --hdf5_ids=FILE names a list or an object id: row"
+        )
+
+    def _check_order(self, file: _File) -> None:
+        """Raises DataError where sizes are not in the order that is expected, as the boxes of some images tell."""
+        if self.reading.form != "pixels":
+            return
+        prefixes = list(file.prefixes)
+        for prefix in prefixes[:: math.ceil(len(prefixes) / _PROBES)]:
+            found = file.members(prefix, ("boxes", PAIR))
+            if PAIR not in found:
+                return
+            boxes, pair = found.get("boxes", np.zeros(0)), found[PAIR]
+            if pair.size != 2 or boxes.ndim != 2 or not boxes.size or boxes.shape[1] != 4:
+                continue
+            height, width = pair.reshape(-1) if self.reading.size_order == "hw" else pair.reshape(-1)[::-1]
+            ends = boxes[:, 2:].max(0)
+            if (ends > (width + 1, height + 1)).any() and (ends <= (height + 1, width + 1)).all():
+                other = "hw" if self.reading.size_order == "wh" else "wh"
+                raise DataError(
+                    f"{file.path}: image {file.prefixes[prefix]!r:.80}: expected boxes within {width:g} x {height:g}, "
+                    f"found one that ends at {ends.tolist()}; --size_order={other} exchanges the two numbers of a size"
+                )
+
+    def read(self, image_id: str) -> Record:
+        """regions [K, D] and boxes [K, 4] in 0..1, or grid [G, D], or both."""
+        entry = self._entries.find(image_id)
+        if entry is None:
+            others = f"{len(self._entries)} others, such as {self._example!r:.80}"
+            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its features, found {others}")
+        file = self._files[entry.file]
+        found = file.row(entry.place) if isinstance(entry.place, int) else file.members(entry.place)
+        where = f"{file.path}, {f'row {entry.place}' if isinstance(entry.place, int) else entry.place}"
+        return self.reading.record(image_id, found, where)
+
+
+class _File:
+    """An HDF5 file that somebody else wrote.
+
+    prefixes: of a file with data sets by id, what stands before their names -> the id: ID_ of ID_features.
+    has_rows: the file has a row of each data set for each image instead.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        with data_errors():
+            check_kind(path)
+        with path.open("rb") as file:
+            start = file.read(256)
+        try:
+            self._file = h5py.File(path, "r")
+            names = frozenset(name for name in self._file if isinstance(name, str))  # bytes are no name of an image
+        except _FAULTS as error:
+            what = "" if start.startswith(b"\x89HDF") else kind_of(start)
+            raise DataError(f"{path}: expected an HDF5 file{what} (cut off?): {error}") from None
+        self._features = next((name for name in FEATURES if name in names), "")
+        self.has_rows = bool(self._features)
+        self._names = names if self.has_rows else frozenset()
+        self.prefixes = {} if self.has_rows else dict(self._prefixes(sorted(names)))
+        if not self.has_rows and not self.prefixes:
+            raise DataError(f"{path}: expected {LAYOUTS}; found {described(names)}")
+
+    # ------------------------------------------------------------------------------------------------- a row an image
+
+    @cached_property
+    def rows(self) -> int:
+        """Images of a file with rows."""
+        return self._lengths[0]
+
+    @cached_property
+    def _lengths(self) -> tuple[int, int]:
+        """Rows of what there is once an image, and of what there is once a region or again an image."""
+        features = self._set(self._features).shape[0]
+        return (self._set(ENDS).shape[0] if ENDS in self._names else features), features
+
+    def ids(self) -> list[str] | None:
+        """The names of the rows, None when the file has none."""
+        name = next((name for name in IDS if name in self._names), None)
+        if name is None:
+            return None
+        found = self._read(name, texts=True).reshape(-1)
+        if found.dtype.kind not in "iuS":
+            raise DataError(f"{self.path}: {name}: expected texts or whole numbers, found {found.dtype}")
+        return [
+            value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in found.tolist()
+        ]
+
+    def row(self, row: int) -> dict[str, np.ndarray]:
+        """The arrays of an image."""
+        images, regions = self._lengths
+        place: int | slice = row
+        if ENDS in self._names:
+            start, end = (int(n) for n in self._ends[row])
+            if not 0 <= start < end <= regions:
+                raise DataError(
+                    f"{self.path}: {ENDS} row {row}: expected a range in 0..{regions}, found {start}..{end}"
+                )
+            place = slice(start, end)
+        found = {self._features: self._read(self._features, place)}
+        for name in NAMES:
+            if name in self._names and name not in FEATURES:
+                once = name in _ONCE
+                if self._set(name).shape[:1] == (images if once else regions,):
+                    found[name] = self._read(name, row if once else place)
+                elif name in (*BOXES, *SHARES):
+                    expected, shape = images if once else regions, list(self._set(name).shape)
+                    raise DataError(f"{self.path}: {name}: expected {expected} rows as of the features, found {shape}")
+        return found
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        found = self._read(ENDS)
+        if found.ndim != 2 or found.shape[1] != 2 or found.dtype.kind not in "iu":
+            raise DataError(f"{self.path}: {ENDS}: expected whole numbers [N, 2], found {found.dtype} {found.shape}")
+        return found
+
+    # ------------------------------------------------------------------------------------------ data sets of one image
+
+    def _prefixes(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """ID_ of ID_features or ID_grids, else ID/ of a group ID with features, else ID of a data set of features."""
+        endings = tuple(f"_{name}" for name in (*FEATURES, GRIDS))
+        if named := [name for name in names if name.endswith(endings)]:
+            for name in named:
+                image_id = name.rpartition("_")[0] if not name.endswith("_image_features") else name[:-15]
+                yield f"{image_id}_", image_id
+        else:
+            for name in names:
+                if self._kind(name) == "dataset":
+                    yield name, name
+                elif any(self._kind(f"{name}/{inner}") == "dataset" for inner in (*FEATURES, GRIDS)):
+                    yield f"{name}/", name
+
+    def members(self, prefix: str, only: Sequence[str] = NAMES) -> dict[str, np.ndarray]:
+        """The arrays of an image whose names begin with `prefix`, by the rest of these."""
+        if not prefix.endswith(("_", "/")):
+            return {"features": self._read(prefix)} if "features" in only else {}
+        return {name: self._read(prefix + name) for name in only if self._kind(prefix + name) == "dataset"}
+
+    # ------------------------------------------------------------------------------------------------- what is believed
+
+    def _kind(self, name: str) -> str:
+        """What a name stands for: "dataset", "group", or "" for nothing. Raises DataError for a link."""
+        found: Any = self._file
+        try:
+            for part in name.split("/"):
+                link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
+                if link is None:
+                    return ""
+                if not isinstance(link, h5py.HardLink):
+                    raise DataError(f"{self.path}: {name}: expected data, found a link, which is not followed")
+                found = found[part]
+        except DataError:
+            raise
+        except _FAULTS as error:
+            raise DataError(f"{self.path}: {name}: cannot be read (damaged?): {error}") from None
+        return "group" if isinstance(found, h5py.Group) else "dataset" if isinstance(found, h5py.Dataset) else ""
+
+    def _set(self, name: str, *, texts: bool = False) -> Any:
+        """A data set of numbers that lies in the file. Raises DataError for any other."""
+        if (found := self._sets.get(name)) is not None:
+            return found
+        if (kind := self._kind(name)) != "dataset":
+            raise DataError(f"{self.path}: {name}: expected a data set, found {f'a {kind}' if kind else 'none'}")
+        where = f"{self.path}: {name}"
+        try:
+            found = self._file[name]
+            dtype, shape, chunks = found.dtype, found.shape, found.chunks
+            elsewhere = found.is_virtual or found.external
+            stored = found.id.get_storage_size()
+        except _FAULTS as error:
+            raise DataError(f"{where}: cannot be read (damaged?): {error}") from None
+        if elsewhere:
+            raise DataError(f"{where}: expected its numbers in this file, found a virtual or external data set")
+        if texts and h5py.check_string_dtype(dtype) is not None and dtype.kind == "O":
+            # HDF5 2.0 never comes back from some damaged heaps of such texts.
+            raise DataError(
+                f"{where}: texts of variable length are not read; --hdf5_ids=FILE gives the ids of the rows"
+            )
+        if dtype.kind not in ("fiubS" if texts else "fiub"):
+            raise DataError(f"{where}: expected numbers{' or texts' if texts else ''}, found {dtype}")
+        if shape is None or not 0 <= len(shape) <= 5:
+            raise DataError(f"{where}: expected an array, found {'nothing' if shape is None else list(shape)}")
+        if chunks is not None and math.prod(chunks) * dtype.itemsize > MAX_IMAGE_BYTES:
+            raise DataError(f"{where}: its chunks {list(chunks)} have more than {MAX_IMAGE_BYTES} bytes; h5repack it")
+        if chunks is None and stored < math.prod(shape) * dtype.itemsize:
+            expected = f"{dtype} {list(shape)}"
+            raise DataError(
+                f"{where}: expected {expected}, found {stored} bytes (was the file not written to its end?)"
+            )
+        if self.has_rows:
+            if not shape:
+                raise DataError(f"{where}: expected a row for each image, found one number")
+            self._sets[name] = found
+        return found
+
+    @cached_property
+    def _sets(self) -> dict[str, Any]:
+        """Data sets of a file with rows, which stay open."""
+        return {}
+
+    def _read(self, name: str, place: int | slice | None = None, *, texts: bool = False) -> np.ndarray:
+        """A data set, or some of its rows, within the bytes that an image may have."""
+        found = self._set(name, texts=texts)
+        where = f"{self.path}: {name}"
+        shape = found.shape
+        if isinstance(place, slice):
+            shape = (place.stop - place.start, *shape[1:])
+        elif place is not None:
+            shape = shape[1:]
+        if math.prod(shape) * found.dtype.itemsize > MAX_IMAGE_BYTES:
+            raise DataError(f"{where}: {found.dtype} {list(shape)} has more than {MAX_IMAGE_BYTES} bytes of an image")
+        try:
+            return np.asarray(found[() if place is None else place])
+        except _FAULTS as error:
+            raise DataError(
+                f"{where}: cannot be read (damaged, or compressed by a filter that is not installed?): {error}"
+            ) from None
+
+
+def read_index(path: Path, rows: int) -> dict[str, int]:
+    """Image name -> row of 0..rows-1, from JSON, text or a pickle; see `Hdf5Features`. Raises DataError."""
+    if path.suffix.lower() == ".json":
+        found = read_json(path)
+    elif path.suffix.lower() in (".pkl", ".pickle"):
+        found = _pickled(path)
+    else:
+        found = read_lines(path)
+    if isinstance(found, list):
+        if not all(type(name) in (str, int) for name in found):
+            raise DataError(f"{path}: expected a list of ids, found something else in it")
+        return _numbered(list(map(str, found)), rows, str(path))
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected a list of ids or an object id: row, found {type(found).__name__}")
+    names: dict[int, str] = {}
+    for name, row in found.items():
+        if type(row) is not int or not 0 <= row < rows:
+            raise DataError(f"{path}: image {name!r:.80}: expected a row in 0..{rows - 1}, found {row!r:.80}")
+        if names.setdefault(row, str(name)) != str(name):
+            raise DataError(f"{path}: row {row}: expected one image, found {names[row]!r:.80} and {name!r:.80}")
+    return {name: row for row, name in names.items()}
+
+
+def _numbered(names: Sequence[str], rows: int, where: str) -> dict[str, int]:
+    """Name -> row, of names in the order of the rows."""
+    if len(names) != rows:
+        raise DataError(f"{where}: expected {rows} ids, one a row of the features, found {len(names)}")
+    numbered: dict[str, int] = {}
+    for row, name in enumerate(names):
+        if numbered.setdefault(name, row) != row:
+            raise DataError(f"{where}: id {name!r:.80}: expected it once, found it in rows {numbered[name]} and {row}")
+    return numbered
+
+
+_MAKERS = {"DICT": dict, "EMPTY_DICT": dict, "LIST": list, "EMPTY_LIST": list}
+_VALUES = frozenset(
+    [
+        *("INT", "LONG", "LONG1", "BININT", "BININT1", "BININT2"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE"),
+    ]
+)
+_OTHERS = frozenset(
+    [
+        *("PROTO", "FRAME", "MARK", "STOP", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
+        *("SETITEM", "SETITEMS", "APPEND", "APPENDS"),
+    ]
+)
+
+
+def _pickled(path: Path) -> dict[Any, Any] | list[Any]:
+    """A pickled dictionary or list of texts and whole numbers, from its opcodes alone: none is carried out."""
+    if not path.is_file() or path.stat().st_size > _MAX_SIDECAR:
+        raise DataError(f"{path}: expected a pickle of ids of at most {_MAX_SIDECAR} bytes, found none")
+    values, makers = [], []
+    try:
+        for opcode, value, _ in pickletools.genops(path.read_bytes()):
+            if opcode.name in _VALUES:
+                values.append(value)
+            elif opcode.name in _MAKERS:
+                makers.append(_MAKERS[opcode.name])
+            elif opcode.name not in _OTHERS:
+                raise ValueError(f"it has the opcode {opcode.name}")
+        if len(makers) != 1 or (makers[0] is dict and len(values) % 2):
+            raise ValueError(f"it holds {len(makers)} lists and dictionaries")
+    except _FAULTS as error:
+        raise DataError(
+            f"{path}: expected a pickled dictionary id: row of texts and whole numbers, nothing else is read: {error}; "
+            "write it as JSON and give --hdf5_ids=FILE.json"
+        ) from None
+    return dict(zip(values[::2], values[1::2], strict=True)) if makers[0] is dict else values

@@ -1,0 +1,250 @@
+"""Regions from LMDB files: those of UNITER (npz or msgpack values), of ViLBERT and of MMF (pickled dictionaries).
+
+Keys are the names of images, values one record each (github.com/ChenRocks/UNITER, scripts/convert_imgdir.py;
+facebookresearch/vilbert-multi-task, script/convert_to_lmdb.py; facebookresearch/mmf, tools/scripts/features).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from data_prep.files import data_errors, read_json
+from data_prep.names import Names
+from data_prep.schema import DataError, Record
+from data_prep.sources.base import Absent
+from data_prep.sources.bottom_up import decode
+from data_prep.sources.detections import FIELDS, Reading, described
+from shnet_jax.foreign import MAX_IMAGE_BYTES, check_kind, parse_npz
+from shnet_jax.interop import torch_pickle
+
+_LISTS = (b"keys", b"__keys__")  # the key of the list of keys
+_MAGIC = 0xBEEFC0DE
+_NBB = re.compile(r"(?:feat|nbb)_(th[^/]*?)(?:_compressed)?(?:\.json)?")
+_ARRAYS = (
+    *((name, name) for name in ("features", "norm_bb", "boxes", "bbox", "conf", "cls_prob")),
+    ("objects_id", "objects"),
+)
+_SIZES = (("image_w", "image_w"), ("image_w", "image_width"), ("image_h", "image_h"), ("image_h", "image_height"))
+_NPZ = ("features", "norm_bb", "conf")  # what is read; soft_labels, which are larger than the features, are not
+
+
+@dataclass(frozen=True)
+class Lmdb:
+    """regions, boxes where the records have them, box_scores and box_classes, from one environment of LMDB.
+
+    path: the folder with data.mdb, or the file.
+
+    A damaged file can end the process in the C library: what its first pages say is checked, and its length, but not
+    the inner pages.
+    """
+
+    path: Path
+    reading: Reading
+
+    def __post_init__(self) -> None:
+        """Raises DataError when this is no such file, or nothing is in it."""
+        if not len(self._keys):
+            raise DataError(f"{self.path}: expected a record for each image, found none")
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Where its fields come from."""
+        return dict.fromkeys(FIELDS, str(self.path))
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Nothing: the classes of the detector have no names in the file."""
+        return {}
+
+    @cached_property
+    def _transaction(self) -> Any:
+        """One for all reads; nothing is written and no lock is taken, so the folder may be read-only."""
+        try:
+            import lmdb
+        except ImportError:
+            raise DataError("reading LMDB needs lmdb: pip install -e '.[lmdb]'") from None
+        _check_file(_data_file(self.path))
+        try:
+            env = lmdb.open(
+                str(self.path), readonly=True, lock=False, readahead=False, create=False, subdir=self.path.is_dir()
+            )
+            return env.begin()
+        except lmdb.Error as error:
+            raise DataError(f"{self.path}: expected an LMDB file: {error}") from None
+
+    @cached_property
+    def _keys(self) -> Names[bytes]:
+        """The key of each image, found by its name without .npz and, where that is unique, without folders."""
+        cursor = self._transaction.cursor()
+        import lmdb
+
+        names: Names[bytes] = Names(self.path)
+        last_names: dict[str, bytes | None] = {}
+        try:
+            for key in cursor.iternext(keys=True, values=False):
+                if key in _LISTS:
+                    continue
+                name = key.decode("utf-8", "replace").removesuffix(".npz")
+                names.add(name, key)
+                last = name.rpartition("/")[2]
+                last_names[last] = None if last in last_names else key  # a/1 and b/1 need their folders
+        except lmdb.Error as error:
+            raise DataError(f"{self.path}: expected a whole LMDB file: {error}") from None
+        for last, key in last_names.items():
+            if key is not None and last not in names:
+                names.add(last, key)
+        return names
+
+    @cached_property
+    def _counts(self) -> Mapping[str, int]:
+        """How many regions of each image UNITER reads, from the file beside the folder of that name; else nothing."""
+        match = _NBB.fullmatch(self.path.name)
+        path = self.path.parent / f"nbb_{match[1]}.json" if match else None
+        if path is None or not path.is_file():
+            return {}
+        counts = read_json(path)
+        if not isinstance(counts, dict) or not all(type(n) is int and n > 0 for n in counts.values()):
+            raise DataError(f"{path}: expected an object of name: number of regions")
+        return counts
+
+    def read(self, image_id: str) -> Record:
+        """regions [K, D], boxes [K, 4] in 0..1, box_scores [K], box_classes [K]."""
+        import lmdb
+
+        key = self._keys.find(image_id)
+        if key is None:
+            raise Absent(f"{self.path}: image {image_id!r}: expected its record, found none")
+        where = f"{self.path}, key {key.decode('utf-8', 'replace')!r}"
+        try:
+            value = self._transaction.get(key)
+        except lmdb.Error as error:
+            raise DataError(f"{where}: expected a whole LMDB file: {error}") from None
+        if value is None:
+            raise DataError(f"{where}: expected the value of this key, found none: the file is damaged")
+        arrays = arrays_of(parse_value(value, where), where)
+        if (count := self._counts.get(key.decode("utf-8", "replace"))) is not None:
+            arrays["num_boxes"] = np.asarray(count)
+        return self.reading.record(image_id, arrays, where)
+
+
+def _data_file(path: Path) -> Path:
+    """The file of an environment. Raises DataError for another file or folder, with what lies there."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder")
+    data = path / "data.mdb"
+    if not data.is_file():
+        inner = sorted(str(file.parent.name) for file in path.glob("*/data.mdb"))
+        held = f"the folders {', '.join(inner)}; give one of them" if inner else "no such file"
+        raise DataError(f"{path}: expected data.mdb of LMDB, found {held}")
+    return data
+
+
+def _check_file(path: Path) -> None:
+    """Raises DataError unless both first pages are LMDB's and the file is as long as they say.
+
+    A file that is cut off is mapped into memory beyond its end, and the process would die as it reads there.
+    """
+    with data_errors():
+        check_kind(path)
+    with path.open("rb") as file:
+        first = file.read(152)
+        if len(first) < 152 or struct.unpack_from("<I", first, 16)[0] != _MAGIC:
+            raise DataError(f"{path}: expected an LMDB file, found other bytes (cut off, or of a big-endian machine?)")
+        page = struct.unpack_from("<I", first, 40)[0]
+        if not 256 <= page <= 2**16 or page & (page - 1):
+            raise DataError(f"{path}: expected pages of 256 to 65536 bytes, found {page}: the file is damaged")
+        file.seek(page)
+        second = file.read(152)
+        if len(second) < 152 or struct.unpack_from("<I", second, 16)[0] != _MAGIC:
+            raise DataError(f"{path}: expected a second page of LMDB's, found other bytes (cut off?)")
+    last = max((struct.unpack_from("<QQ", meta, 136) for meta in (first, second)), key=lambda pair: pair[1])[0]
+    found = path.stat().st_size
+    if (last + 1) * page > found:
+        raise DataError(
+            f"{path}: expected {(last + 1) * page} bytes, found {found}: the file is cut off; copy it again, or write "
+            "it anew with mdb_copy -c"
+        )
+
+
+def parse_value(value: bytes, where: str) -> Mapping[str, Any]:
+    """The record in a value: an .npz, msgpack with NumPy's arrays, or a pickle. Nothing that it names is run.
+
+    Raises DataError naming `where` for anything else, and for arrays of Python objects.
+    """
+    with data_errors():
+        if value.startswith(b"PK"):
+            return parse_npz(io.BytesIO(value), where, _NPZ, MAX_IMAGE_BYTES)
+        if value[:1] == b"\x80" and value[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+            found = torch_pickle.loads(value, where, "record")
+        elif value[:1] and (0x80 < value[0] < 0x90 or value[0] in (0xDE, 0xDF)):
+            found = _msgpack(value, where)
+        else:
+            kinds = {b"\x04\x22\x4d\x18": "LZ4 (UNITER's texts?)", b"\xff\xd8": "a JPEG", b"\x89PNG": "a PNG"}
+            what = next((kind for magic, kind in kinds.items() if value.startswith(magic)), f"{value[:8]!r}")
+            raise DataError(f"{where}: expected a value of npz, msgpack or pickle, found {what}")
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: expected a dictionary, found {type(found).__name__}")
+    return {key: v.value if isinstance(v, torch_pickle.Array) else v for key, v in found.items()}
+
+
+def _msgpack(value: bytes, where: str) -> Any:
+    try:
+        return msgpack.unpackb(value, object_hook=_of_numpy, raw=False)
+    except (ValueError, TypeError, RecursionError) as error:  # msgpack's own are ValueErrors
+        raise DataError(f"{where}: expected msgpack with arrays of numbers: {error}") from None
+
+
+def _of_numpy(found: dict[Any, Any]) -> Any:
+    """An array or number as msgpack-numpy writes it; its own decoder loads pickles."""
+    entry = {key.decode("latin-1") if isinstance(key, bytes) else key: v for key, v in found.items()}
+    if "nd" not in entry:
+        return found
+    code = entry.get("type")
+    array = torch_pickle.array_of(
+        code.decode("latin-1") if isinstance(code, bytes) else code, entry.get("shape", ()), entry.get("data")
+    )
+    return array if entry["nd"] else array.item()
+
+
+def arrays_of(found: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
+    """The arrays of a record of UNITER, ViLBERT or MMF, by the names of `detections`; what else it has is left out.
+
+    MMF notes in num_boxes how many regions are sure, and reads all: so do we.
+    """
+    if found.get("features") is None:
+        raise DataError(f"{where}: expected the key 'features', found {described(found)}")
+    arrays = {ours: _array(found, name, where) for ours, name in _ARRAYS if found.get(name) is not None} | {
+        ours: np.asarray(found[name]) for ours, name in _SIZES if found.get(name) is not None
+    }
+    if (likely := arrays.pop("cls_prob", None)) is not None:
+        if likely.ndim != 2 or not likely.size:
+            raise DataError(f"{where}: 'cls_prob': expected numbers [K, classes], found {list(likely.shape)}")
+        arrays = {"conf": likely.max(1), "objects_id": likely.argmax(1)} | arrays
+    return arrays
+
+
+def _array(found: Mapping[str, Any], name: str, where: str) -> np.ndarray:
+    """An array of numbers of at least one axis; in base64, float32, one row a box."""
+    value = found[name]
+    if isinstance(value, bytes | str):
+        count = found.get("num_boxes")
+        if type(count) is not int or count < 1:
+            raise DataError(f"{where}: expected num_boxes with {name!r} in base64, found {count!r:.80}")
+        cell = value if isinstance(value, bytes) else value.encode("latin-1", "replace")
+        return decode(cell, np.float32, count, where, name)
+    if not isinstance(value, np.ndarray) or value.ndim == 0 or value.dtype.kind not in "biuf":
+        what = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise DataError(f"{where}: {name!r}: expected an array of numbers, or base64 of float32, found {what}")
+    return value

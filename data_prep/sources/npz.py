@@ -1,0 +1,74 @@
+"""Features kept as one .npz file an image."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import check_folder, data_errors, open_array
+from data_prep.names import FileNames
+from data_prep.schema import DataError, Record
+from data_prep.sources.base import Absent
+from data_prep.sources.detections import DEFAULT, FEATURES, FIELDS, NAMES, Reading, described
+from shnet_jax.foreign import MAX_IMAGE_BYTES, read_npz
+
+
+@dataclass(frozen=True)
+class NpzFiles:
+    """Regions or a grid of each image from ID.npz in a folder, compressed or not.
+
+    Layouts: `x`, `bbox`, `image_w`, `image_h` of github.com/MILVLG/bottom-up-attention.pytorch and openvqa; `feat` of
+    github.com/ruotianluo/self-critical.pytorch, whose folder NAME_att has the boxes of its images in NAME_box/ID.npy.
+    """
+
+    folder: Path
+    reading: Reading = DEFAULT
+
+    def __post_init__(self) -> None:
+        """Raises DataError when there is no such folder, or nothing to read in it."""
+        check_folder(self.folder, ".npz")
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Where its fields come from."""
+        return dict.fromkeys(FIELDS, f"{self.folder}/ID.npz")
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
+
+    @cached_property
+    def _arrays(self) -> FileNames:
+        return FileNames(self.folder, (".npz",))
+
+    @cached_property
+    def _boxes(self) -> FileNames | None:
+        """The files of NAME_box beside a folder NAME_att."""
+        folder = self.folder.resolve()
+        beside = folder.with_name(f"{folder.name.removesuffix('_att')}_box")
+        return FileNames(beside, (".npy",)) if folder.name.endswith("_att") and beside.is_dir() else None
+
+    def read(self, image_id: str) -> Record:
+        """regions [K, D] and boxes [K, 4] in 0..1, or grid [G, D]."""
+        path = self._arrays.find(image_id)
+        if path is None:
+            raise Absent(f"{self.folder}: image {image_id!r}: expected a file {image_id}.npz, found none")
+        with data_errors():
+            arrays = read_npz(path, NAMES, MAX_IMAGE_BYTES)
+        if not set(FEATURES) & set(arrays):
+            with zipfile.ZipFile(path) as archive:
+                found = described(name.removesuffix(".npy") for name in archive.namelist())
+            raise DataError(f"{path}: expected an array named {' or '.join(FEATURES)}, found {found}")
+        if self._boxes is not None and self.reading.form != "none":
+            beside = self._boxes.find(image_id)
+            if beside is None:
+                raise DataError(
+                    f"{path}: expected its boxes in {self.folder.name.removesuffix('_att')}_box, found none"
+                )
+            arrays = arrays | {"bbox": open_array(beside)}
+        return self.reading.record(image_id, arrays, str(path))

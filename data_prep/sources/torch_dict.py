@@ -1,0 +1,72 @@
+"""Regions that `torch.save` wrote as one dictionary by image, as Oscar's retrieval has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.files import data_errors
+from data_prep.names import Names
+from data_prep.schema import DataError, Record
+from data_prep.sources.base import Absent
+from data_prep.sources.detections import FIELDS, Reading
+from data_prep.sources.vinvl import Geometry, split_geometry
+from data_prep.torch_files import described, open_by_image
+from shnet_jax.interop.torch_file import TorchFile
+from shnet_jax.interop.torch_pickle import Array, Tensor
+
+
+@dataclass(frozen=True)
+class TorchDict:
+    """regions [K, D] of each image from files {image: tensor [K, D]}, boxes where D is 2,054 as VinVL has it.
+
+    geometry: see `vinvl.split_geometry`.
+    """
+
+    paths: Sequence[Path]
+    reading: Reading
+    geometry: Geometry | None = None
+
+    def __post_init__(self) -> None:
+        """Raises DataError when a file is none or of another kind."""
+        _ = self._tensors
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Where its fields come from."""
+        return dict.fromkeys(FIELDS, ", ".join(map(str, self.paths)))
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
+
+    @cached_property
+    def _tensors(self) -> Names[tuple[TorchFile, str, Any]]:
+        """File, name and value of each image."""
+        names: Names[tuple[TorchFile, str, Any]] = Names(self.files["regions"])
+        for path in self.paths:
+            file, content = open_by_image(path)
+            for key, value in content.items():
+                if (name := str(key)) in names:
+                    raise DataError(f"{path}: image {name!r:.80}: expected it once, found it twice")
+                names.add(name, (file, name, value))
+        return names
+
+    def read(self, image_id: str) -> Record:
+        """regions [K, D] and boxes [K, 4] in 0..1."""
+        found = self._tensors.find(image_id)
+        if found is None:
+            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its tensor, found none")
+        file, name, value = found
+        where = f"{file.path}, image {name!r}"
+        with data_errors():
+            array = file.array(value) if isinstance(value, Tensor) else getattr(value, "value", None)
+        if not isinstance(value, Tensor | Array) or array is None:
+            raise DataError(f"{where}: expected a tensor [K, D], found {described(value)}")
+        return self.reading.record(image_id, split_geometry(np.asarray(array), self.geometry, where), where)

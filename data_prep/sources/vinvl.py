@@ -1,0 +1,321 @@
+"""Regions from the TSV files of VinVL and Oscar (github.com/microsoft/Oscar, microsoft/scene_graph_benchmark).
+
+Three kinds of lines: `features.tsv` has id, number of boxes and features in base64; SPLIT.feature.tsv has id and JSON
+{"num_boxes", "features"}; predictions.tsv of the benchmark has id and JSON {"objects": [{"rect", "feature"}]}.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from data_prep.files import data_errors
+from data_prep.names import Names
+from data_prep.schema import DataError, Record
+from data_prep.sources.base import Absent
+from data_prep.sources.bottom_up import decode
+from data_prep.sources.detections import FIELDS, Reading, described
+from shnet_jax.foreign import check_kind, parse_json, read_object
+
+Geometry = Literal["drop", "keep"]
+GEOMETRIES: tuple[Geometry, ...] = get_args(Geometry)
+"""Whether the last six of VinVL's 2,054 numbers stay in the features; the boxes are made of them in both cases."""
+_WIDTH, _PLACE = 2054, 6
+_NUMBERED = ("features.tsv", "predictions.tsv")  # whose lines imageid2idx.json numbers
+
+
+def split_geometry(features: np.ndarray, geometry: Geometry | None, where: str) -> dict[str, np.ndarray]:
+    """Features [K, 2054] as `features` [K, 2048] and `norm_bb` [K, 4]; of another width they are all features.
+
+    The last six numbers are x1 y1 x2 y2 and width and height of a region, in shares of the image. geometry: "drop", as
+    is the default, takes them out of the features, "keep" leaves them there.
+
+    Raises DataError when these are not such numbers, or there is no geometry to drop or keep.
+    """
+    if features.ndim != 2 or features.shape[1] != _WIDTH:
+        if geometry is not None:
+            raise DataError(
+                f"{where}: expected [K, {_WIDTH}], whose last {_PLACE} numbers are a region's place, found "
+                f"{list(features.shape)}; leave --geometry out"
+            )
+        return {"features": features}
+    place = features[:, -_PLACE:].astype(np.float64)
+    sides = np.sort(place[:, 2:4] - place[:, :2], axis=1)
+    if not (np.abs(sides - np.sort(place[:, 4:], axis=1)) < 5e-3).all():  # of float16, or of width - 1
+        raise DataError(
+            f"{where}: expected x1 y1 x2 y2 width height in shares of the image as the last {_PLACE} of {_WIDTH} "
+            f"numbers, found {place[0].round(3).tolist()}"
+        )
+    return {"features": features if geometry == "keep" else features[:, :-_PLACE], "norm_bb": place[:, :4]}
+
+
+class _Place(NamedTuple):
+    """Where the line of an image begins; name: the image's, as the index has it."""
+
+    path: Path
+    offset: int
+    name: str
+
+
+class Rows:
+    """The lines of TSV files by the image in their first cell.
+
+    Where lines begin stands in NAME.lineidx, and which is whose in imageid2idx.json beside features.tsv; without these
+    the file is read once.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self._places: Names[list[_Place]] = Names(", ".join(map(str, paths)))
+        found: dict[str, list[_Place]] = {}
+        for path in paths:
+            for name, offset in _offsets(path):
+                found.setdefault(name, []).append(_Place(path, offset, name))
+        for name, places in found.items():
+            self._places.add(name, places)
+        if repeated := [name for name, places in found.items() if len(places) > 1]:
+            shown = f"{len(repeated)} images have more than one line, such as {repeated[0]!r:.80}"
+            print(f"{', '.join(map(str, paths))}: {shown}; the first whole one of each is taken", file=sys.stderr)
+
+    def find(self, image_id: str) -> Iterator[tuple[list[bytes], str]]:
+        """Cells of each line of an image, and where it is. Raises DataError for a line of another image."""
+        for path, offset, name in self._places.find(image_id) or ():
+            where = f"{path}, byte {offset}"
+            with path.open("rb") as file:
+                file.seek(offset)
+                cells = file.readline().rstrip(b"\r\n").split(b"\t")
+            if cells[0].strip() != name.encode("utf-8", "replace"):
+                raise DataError(
+                    f"{where}: expected the line of {name!r}, found that of {cells[0][:80]!r}; the .lineidx or "
+                    "imageid2idx.json beside it is of another file, remove it"
+                )
+            yield cells, where
+
+
+def _offsets(path: Path) -> Iterator[tuple[str, int]]:
+    """Image and first byte of each line."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    with data_errors():
+        check_kind(path)
+    index, ids = path.with_suffix(".lineidx"), path.with_name("imageid2idx.json")
+    with path.open("rb") as file:
+        if not index.is_file():
+            offset = 0
+            for line in file:
+                if line.strip():
+                    yield _name(line[:_NAME]), offset
+                offset += len(line)
+            return
+        offsets = _line_index(index, path)
+        if path.name in _NUMBERED and ids.is_file():
+            with data_errors():
+                rows = read_object(ids)
+            for name, row in rows.items():
+                if type(row) is not int or not 0 <= row < len(offsets):
+                    raise DataError(
+                        f"{ids}: image {name!r:.80}: expected a line 0..{len(offsets) - 1}, found {row!r:.40}"
+                    )
+                yield name, offsets[row]
+            return
+        for offset in offsets:
+            file.seek(offset)
+            yield _name(file.readline(_NAME)), offset
+
+
+_NAME = 300  # bytes of a line in which the image's name ends
+
+
+def _name(line: bytes) -> str:
+    return line.partition(b"\t")[0].decode("utf-8", "replace").strip()
+
+
+def _line_index(index: Path, path: Path) -> list[int]:
+    """The numbers in a .lineidx. Raises DataError when they are not places in the file."""
+    try:
+        offsets = [int(line) for line in index.read_text("ascii").split("\n") if line.strip()]
+    except ValueError as error:
+        raise DataError(f"{index}: expected the first byte of each line as numbers: {error}") from None
+    size = path.stat().st_size
+    if not offsets or min(offsets) < 0 or max(offsets) >= size:
+        found = f"{max(offsets)}" if offsets else "none"
+        raise DataError(
+            f"{index}: expected places below {size}, the bytes of {path.name}, found {found}: one is cut off, or they "
+            "do not belong together"
+        )
+    return offsets
+
+
+@dataclass(frozen=True)
+class Vinvl:
+    """regions and boxes from TSV files, with `labels` also box_scores and box_classes.
+
+    paths: files, or folders with features.tsv. geometry: see `split_geometry`. labels: the file of that detector's
+    objects, predictions.tsv or SPLIT.label.tsv: its classes become numbers in the order of their names, which are kept
+    in the metadata.
+    """
+
+    paths: Sequence[Path]
+    reading: Reading
+    geometry: Geometry | None = None
+    labels: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raises DataError when a file is missing, or an index beside it is of another file."""
+        _ = self._rows, self._objects
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Where its fields come from."""
+        features = dict.fromkeys(FIELDS, ", ".join(map(str, self.paths)))
+        return features | (dict.fromkeys(("box_classes", "box_scores"), str(self.labels)) if self.labels else {})
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The names of the detector's classes."""
+        return {"box_class_names": list(self._classes)} if self.labels else {}
+
+    @cached_property
+    def _rows(self) -> Rows:
+        return Rows([path / "features.tsv" if path.is_dir() else path for path in self.paths])
+
+    @cached_property
+    def _objects(self) -> Rows | None:
+        return Rows([self.labels]) if self.labels else None
+
+    @cached_property
+    def _classes(self) -> dict[str, int]:
+        """Number of each class that the labels name."""
+        assert self.labels is not None
+        names: set[str] = set()
+        with self.labels.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{self.labels} line {number}"
+                names |= {
+                    _class(entry, where)
+                    for entry in _objects(_json_cell(line.rstrip(b"\r\n").split(b"\t"), where), where)
+                }
+        return {name: number for number, name in enumerate(sorted(names))}
+
+    def read(self, image_id: str) -> Record:
+        """regions [K, D], boxes [K, 4] in 0..1, box_scores [K], box_classes [K]."""
+        faults = []
+        for cells, where in self._rows.find(image_id):
+            try:
+                arrays = parse(cells, where, self.geometry)
+                record = self.reading.record(image_id, arrays | self._labels(image_id, arrays), where)
+            except DataError as error:
+                faults.append(error)
+                continue
+            for fault in faults:
+                print(f"image {image_id!r}: {where} is taken, not the broken line: {fault}", file=sys.stderr)
+            return record
+        if faults:
+            raise faults[0]
+        raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its line, found none")
+
+    def _labels(self, image_id: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Pixel boxes, scores and classes of an image's regions, whose place the features say too."""
+        if self._objects is None:
+            return {}
+        cells, where = next(self._objects.find(image_id), (None, ""))
+        if cells is None:
+            raise DataError(f"{self.labels}: image {image_id!r}: expected its line, found none")
+        content = _json_cell(cells, where)
+        entries = _objects(content, where)
+        found = _of_objects(content, where)
+        if {"boxes", "image_w", "image_h"} <= found.keys() and "norm_bb" in arrays:
+            place = found["boxes"] / np.array([found["image_w"], found["image_h"]] * 2)
+            if place.shape == arrays["norm_bb"].shape and not (np.abs(place - arrays["norm_bb"]) < 0.02).all():
+                raise DataError(f"{where}: expected the objects of the features' regions, found boxes elsewhere")
+        return found | {"objects_id": np.array([self._classes[_class(entry, where)] for entry in entries])}
+
+
+def parse(cells: Sequence[bytes], where: str, geometry: Geometry | None) -> dict[str, np.ndarray]:
+    """The arrays of a line by the names of `detections`. Raises DataError naming `where` and the column."""
+    if len(cells) == 3:
+        try:
+            count = int(cells[1])
+        except ValueError:
+            raise DataError(f"{where}: expected the number of boxes in column 2, found {cells[1][:40]!r}") from None
+        return split_geometry(_features(cells[2], count, where), geometry, where)
+    if len(cells) != 2:
+        hint = "; --bottom_up reads 6 or 10" if len(cells) in (6, 10) else ""
+        raise DataError(
+            f"{where}: expected id, number of boxes and features, or id and JSON, found {len(cells)} columns{hint}"
+        )
+    content = _json_cell(cells, where)
+    if isinstance(content, dict) and "features" in content:
+        cell, boxes = content["features"], content.get("num_boxes")
+        if not isinstance(cell, str) or type(boxes) is not int:
+            raise DataError(f"{where}: expected num_boxes and features in base64, found {described(content)}")
+        return split_geometry(_features(cell.encode("utf-8", "replace"), boxes, where), geometry, where)
+    entries = _objects(content, where)
+    rows = [row for entry in entries if isinstance(row := entry.get("feature"), str)]
+    if not rows or len(rows) < len(entries):
+        raise DataError(
+            f"{where}: expected the key 'features', or 'feature' of each object, found "
+            f"{described(entries[0]) if entries else 'no objects'}"
+        )
+    stacked = [decode(row.encode("utf-8", "replace"), np.float32, 1, where, "feature") for row in rows]
+    if len({row.shape for row in stacked}) > 1:
+        raise DataError(f"{where}: expected features of one width, found {sorted({row.size for row in stacked})}")
+    return _of_objects(content, where) | split_geometry(np.concatenate(stacked), geometry, where)
+
+
+def _features(cell: bytes, count: int, where: str) -> np.ndarray:
+    if count < 1:
+        raise DataError(f"{where}: expected boxes, found {count}")
+    return decode(cell, np.float32, count, where, "features")
+
+
+def _json_cell(cells: Sequence[bytes], where: str) -> Any:
+    """What the second cell of a line says."""
+    if len(cells) != 2:
+        raise DataError(f"{where}: expected id and JSON, found {len(cells)} columns")
+    with data_errors():
+        return parse_json(cells[1], where)
+
+
+def _objects(content: Any, where: str) -> list[dict[str, Any]]:
+    """The objects of an image: a list, or `objects` in an object."""
+    entries = content.get("objects") if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        found = described(content) if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{where}: expected a list of objects, or {{'objects': [...]}}, found {found}")
+    return entries
+
+
+def _class(entry: Mapping[str, Any], where: str) -> str:
+    if not isinstance(name := entry.get("class"), str):
+        raise DataError(f"{where}: expected the class of each object, found {name!r:.40}")
+    return name
+
+
+def _of_objects(content: Any, where: str) -> dict[str, np.ndarray]:
+    """Pixel boxes, scores and the image's size, as far as objects have them."""
+    entries = _objects(content, where)
+    arrays: dict[str, np.ndarray] = {}
+    for name, ours, shape in (("rect", "boxes", (len(entries), 4)), ("conf", "conf", (len(entries),))):
+        values = [entry.get(name) for entry in entries]
+        if any(value is not None for value in values):
+            arrays[ours] = _numbers(values, shape, f"{where}: {name!r}")
+    for side in ("image_w", "image_h") if isinstance(content, dict) else ():
+        if side in content:
+            arrays[side] = _numbers(content[side], (), f"{where}: {side!r}")
+    return arrays
+
+
+def _numbers(values: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
+    try:
+        array = np.array(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        array = None
+    if array is None or array.shape != shape:
+        raise DataError(f"{where}: expected numbers {list(shape)}, found {values!r:.80}")
+    return array

@@ -1,0 +1,193 @@
+"""What the files beside a vocabulary say of it, in a folder as Hugging Face's `transformers` saves models.
+
+Read are tokenizer_config.json, special_tokens_map.json, added_tokens.json and the little that config.json and
+sentence_bert_config.json say of tokens. A setting that is not followed is refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from shnet_jax.foreign import read_object
+
+CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+MAX_ID = 10**6
+"""No vocabulary has so many tokens; an array of that size is made before anything else is known."""
+GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
+"""Classes of `transformers` of which everything is in the tokenizer.json."""
+
+# What we do; a folder that asks for something else gets an error. None is as good as absent.
+_ONLY = {"do_basic_tokenize": True, "clean_text": True, "wordpieces_prefix": "##", "auto_map": None}
+_ONLY |= {"truncation_side": "right", "padding_side": "right"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a folder, all of them optional.
+
+    values: of tokenizer_config.json. tokens: roles ("unk_token", ...) and what fills them. added: id, content and flags
+    of tokens beside the vocabulary, as tokenizer.json has them. cased: config.json names a cased model.
+    """
+
+    folder: Path
+    values: Mapping[str, Any]
+    tokens: Mapping[str, str]
+    added: tuple[dict[str, Any], ...]
+    cased: str
+
+    def flag(self, name: str) -> bool | None:
+        """A setting that is true or false; None where it is neither said nor null. Raises ValueError for another."""
+        value = self.values.get(name)
+        if value is not None and type(value) is not bool:
+            raise ValueError(f"{self.folder / CONFIG}: {name} is {value!r:.80}, expected true or false")
+        return value
+
+    def max_length(self) -> int | None:
+        """Tokens that the model takes at most, by its own account."""
+        for name in ("model_max_length", "max_len"):
+            value = self.values.get(name)
+            if value is not None:
+                if type(value) not in (int, float) or not value >= 1:
+                    raise ValueError(f"{self.folder / CONFIG}: {name} is {value!r:.80}, expected a number of tokens")
+                return int(min(value, MAX_ID))  # 1e30 where there is no limit
+        return None
+
+
+def read_settings(folder: Path, classes: tuple[str, ...], roles: Mapping[str, str]) -> Settings:
+    """The settings of a folder. classes: of `transformers`, whose tokens the caller makes. roles: names and defaults.
+
+    Raises ValueError for a file that is none, and for a setting that the caller does not follow.
+    """
+    path = folder / CONFIG
+    values, named, model = _optional(path), _optional(folder / MAP), _optional(folder / "config.json")
+    for place, found in ((path, values), (folder / "config.json", model)):
+        name = found.get("tokenizer_class")
+        if name is not None:
+            if str(name).removesuffix("Fast") not in classes:
+                raise ValueError(f"{place}: tokenizer_class is {name!r:.80}; read are those of {', '.join(classes)}")
+            break
+    for name, expected in _ONLY.items():
+        if values.get(name) not in (None, expected):
+            raise ValueError(f"{path}: {name} is {values[name]!r:.80}; expected {json.dumps(expected)} or nothing")
+    tokens = {}
+    for role in roles:
+        said = {p: t for p, found in ((path, values), (folder / MAP, named)) if (t := _content(p, found, role))}
+        if len(set(said.values())) > 1:
+            raise ValueError(f"{role} is " + ", ".join(f"{text!r:.80} in {place}" for place, text in said.items()))
+        if said:
+            tokens[role] = next(iter(said.values()))
+    known = {*roles.values(), *tokens.values()}
+    if strange := [t for t in _list(path, values, "never_split") if t not in known]:
+        raise ValueError(f"{path}: never_split is {strange!r:.200}; expected special tokens, or nothing")
+    if _optional(folder / "sentence_bert_config.json").get("do_lower_case") and values.get("do_lower_case") is False:
+        raise ValueError(
+            f"{folder / 'sentence_bert_config.json'}: do_lower_case is true, in {path} false; expected the same"
+        )
+    source = model.get("_name_or_path") or values.get("name_or_path") or ""
+    cased = source if isinstance(source, str) and "cased" in source.lower().replace("uncased", "") else ""
+    return Settings(folder, values, tokens, tuple(_added(folder, values, named)), cased)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
+
+
+def _content(path: Path, found: Mapping[str, Any], role: str) -> str:
+    """A token, written as a text or as an object with its flags; "" for none."""
+    value = found.get(role)
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{path}: {role} is {value!r:.80}, expected a text")
+    return text or ""
+
+
+def _object(path: Path, found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = found.get(name) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {name} is {value!r:.80}, expected an object")
+    return value
+
+
+def _list(path: Path, found: Mapping[str, Any], name: str) -> list[Any]:
+    value = found.get(name) or []
+    if not isinstance(value, list):
+        raise ValueError(f"{path}: {name} is {value!r:.80}, expected a list")
+    return value
+
+
+def _added(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The tokens beside the vocabulary. Those that are only listed as special have no id of their own: None."""
+    entries = {text: {"id": number, "normalized": True} for text, number in _optional(folder / ADDED).items()}
+    path = folder / CONFIG
+    for number, entry in _object(path, values, "added_tokens_decoder").items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not number.isdecimal():
+            raise ValueError(
+                f"{path}: added_tokens_decoder has {number!r:.80}: {entry!r:.80}, expected ID: {{content}}"
+            )
+        text = entry["content"]
+        if (older := entries.get(text, {"id": int(number)})["id"]) != int(number):
+            raise ValueError(f"{folder / ADDED}: {text!r:.80} is {older!r:.80}, {number} in {path}")
+        entries[text] = entry | {"id": int(number)}
+    for place, found in ((path, values), (folder / MAP, named)):
+        listed = [*_list(place, found, "additional_special_tokens")]
+        other = found.get("extra_special_tokens")
+        listed += other.values() if isinstance(other, dict) else _list(place, found, "extra_special_tokens")
+        for token in listed:
+            entries.setdefault(_content(place, {"a special token": token}, "a special token"), {"special": True})
+    for text, entry in entries.items():
+        own = entry.get("id")
+        if own is not None and (type(own) is not int or not 0 <= own < MAX_ID):
+            raise ValueError(f"{folder / ADDED}: {text!r:.80} is {own!r:.80}, not a number below {MAX_ID}")
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        yield {"id": own, "content": text} | {flag: bool(entry.get(flag, False)) for flag in flags}
+
+
+def added_tokens(path: Path, ids: Mapping[str, int], settings: Settings) -> Iterator[dict[str, Any]]:
+    """The added tokens of the settings, each with its id. ids: of what the vocabulary at `path` knows already."""
+    for token in settings.added:
+        known = ids.get(token["content"])
+        number = known if token["id"] is None else token["id"]
+        if number is None or known not in (None, number):
+            raise ValueError(
+                f"{path}: the added token {token['content']!r:.80} is {'absent' if known is None else known} there, "
+                f"{'without an id' if token['id'] is None else token['id']} in the settings beside it"
+            )
+        yield token | {"id": number}
+
+
+@contextmanager
+def vocabulary_faults(path: Path, what: str) -> Iterator[None]:
+    """What `tokenizers` says of a vocabulary as ValueError; it raises Exception itself, and nothing narrower."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: no vocabulary of {what}: {error}") from None
+
+
+def check_agreement(path: Path, tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
+    """Raises ValueError where a tokenizer.json changes texts otherwise than the settings beside it say."""
+    change = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+    does = {
+        "do_lower_case": change("A") == "a",
+        "strip_accents": change("\u00e9") == "e",
+        "tokenize_chinese_chars": " " in change("\u72ac\u72ac").strip(),
+    }
+    lower, strip = settings.flag("do_lower_case"), settings.flag("strip_accents")
+    says = {
+        "do_lower_case": lower,
+        "strip_accents": lower if strip is None and "strip_accents" in settings.values else strip,
+        "tokenize_chinese_chars": settings.flag("tokenize_chinese_chars"),
+    }
+    for name, value in says.items():
+        if value is not None and value != does[name]:
+            raise ValueError(
+                f"{settings.folder / CONFIG}: {name} amounts to {json.dumps(value)}, {path.name} beside it does the "
+                f"opposite; change the one of the two that is not as the weights were trained"
+            )

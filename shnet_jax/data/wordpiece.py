@@ -1,0 +1,268 @@
+"""BERT's WordPiece from the files of a local folder, by the `tokenizers` package.
+
+A vocab.txt with the settings beside it, or a tokenizer.json, becomes one description: a tokenizer.json of what decides
+the tokens and nothing else, and of the special tokens by their roles. A run keeps it, as its folder has no settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import models
+
+from shnet_jax.data import model_folder
+from shnet_jax.data.model_folder import GENERIC, MAX_ID, Settings, added_tokens, check_agreement, vocabulary_faults
+from shnet_jax.foreign import read_object
+
+ROLES = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
+ROLES_FIELD = "special_tokens"
+"""Field of our description, the special tokens by their roles, that a tokenizer.json does not have."""
+CASED = 0.01
+"""Share of pieces with capital letters from which on a vocabulary is taken for a cased one; uncased ones have none."""
+
+_NORMALIZER = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None}
+_UNCASED = _NORMALIZER | {"lowercase": True}
+_MODEL = {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+
+
+@dataclass(frozen=True)
+class WordPiece:
+    """A vocabulary (see `tokenise`).
+
+    starts_word: [vocab_size] bool, pieces that begin a word. ids: of the special tokens by their roles.
+    description: all that decides the tokens, as a tokenizer.json has it. max_length: tokens that its model takes; None:
+    not known.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    starts_word: np.ndarray
+    ids: Mapping[str, int]
+    description: Mapping[str, Any]
+    max_length: int | None
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+        return [found.ids for found in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def kept(self) -> tuple[str, bytes]:
+        """Suffix and contents of the one file that says all: a vocab.txt where the tokens are BERT's uncased ones."""
+        vocabulary = self.description["model"]["vocab"]
+        pieces = sorted(vocabulary, key=vocabulary.__getitem__)
+        if self.description == _describe({piece: number for number, piece in enumerate(pieces)}):
+            return ".txt", ("\n".join(pieces) + "\n").encode()
+        return ".json", json.dumps(self.description, indent=0, sort_keys=True).encode()
+
+
+def find_vocabulary(folder: Path) -> Path:
+    """The file of a BERT folder to read: tokenizer.json, else vocab.txt.
+
+    Raises FileNotFoundError without either, ValueError where they are not the same vocabulary.
+    """
+    listed, described = folder / "vocab.txt", folder / "tokenizer.json"
+    if not described.is_file() and not listed.is_file():
+        raise FileNotFoundError(
+            f"{folder}: tokenizer.json or vocab.txt is missing: the weights mean nothing without their vocabulary"
+        )
+    if not (described.is_file() and listed.is_file()):
+        return described if described.is_file() else listed
+    found, ours = read(described), {piece: number for number, piece in enumerate(_pieces(listed))}
+    theirs = found.tokenizer.get_vocab()
+    added, roles = found.description["added_tokens"], found.description[ROLES_FIELD]
+    beside = {*(token["content"] for token in added), *roles.values()} - ours.keys()
+    if differ := [piece for piece in ours | theirs if ours.get(piece) != theirs.get(piece) and piece not in beside]:
+        raise ValueError(
+            f"{listed} and {described.name} beside it are different vocabularies: {differ[0]!r:.80} is "
+            f"{ours.get(differ[0], 'absent')} and {theirs.get(differ[0], 'absent')}; name the one that the weights "
+            "were trained with, --config.tokenizer.path=FILE"
+        )
+    return described
+
+
+def read(path: Path) -> WordPiece:
+    """The vocabulary of a vocab.txt (a piece a line, whose number is its id) or of a tokenizer.json.
+
+    The settings in the folder of the file are followed. Raises FileNotFoundError for a missing file, ValueError for one
+    that is no WordPiece vocabulary, or with settings that are not followed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: WordPiece vocabulary not found (a vocab.txt, or a tokenizer.json)")
+    of_json = path.suffix == ".json"
+    settings = model_folder.read_settings(path.parent, CLASSES + GENERIC if of_json else CLASSES, ROLES)
+    description = _of_json(path, settings) if of_json else _of_list(path, settings)
+    vocabulary, roles = description["model"]["vocab"], description[ROLES_FIELD]
+    tokenizer = _load(path, {field: value for field, value in description.items() if field != ROLES_FIELD})
+    ids = tokenizer.get_vocab()
+    if missing := [name for name in roles.values() if name not in ids]:
+        raise ValueError(f"{path}: {len(ids)} pieces but no {', '.join(missing)} (needed: {', '.join(roles.values())})")
+    if ids[roles["pad_token"]]:
+        first = next((piece for piece, number in ids.items() if number == 0), None)
+        raise ValueError(f"{path}: piece 0 is {first!r}; padding must be id 0: {roles['pad_token']} was expected there")
+    if (size := max(ids.values()) + 1) > MAX_ID:
+        raise ValueError(f"{path}: the largest id is {size - 1}; expected one below {MAX_ID}")
+    starts_word = np.ones(size, bool)
+    prefix = description["model"]["continuing_subword_prefix"]
+    starts_word[[number for piece, number in vocabulary.items() if piece.startswith(prefix)]] = False
+    role_ids = {role: ids[name] for role, name in roles.items()}
+    return WordPiece(tokenizer, starts_word, role_ids, description, settings.max_length())
+
+
+def _load(path: Path, described: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    with vocabulary_faults(path, "WordPiece"):
+        found = tokenizers.Tokenizer.from_str(json.dumps(described))
+    ids = found.get_vocab()
+    for token in described.get("added_tokens") or []:
+        if ids.get(token["content"]) != token["id"]:  # it is given another one without a word
+            raise ValueError(
+                f"{path}: the added token {token['content']!r:.80} has the id {token['id']}; expected the one after "
+                "the pieces and the added tokens before it"
+            )
+    return found
+
+
+def _describe(
+    vocabulary: dict[str, int],
+    normalizer: Mapping[str, Any] = _UNCASED,
+    roles: Mapping[str, str] = ROLES,
+    added: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """The description of a tokenizer that is BERT's but for these."""
+    return {
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "model": _MODEL | {"unk_token": roles["unk_token"], "vocab": vocabulary},
+        "added_tokens": list(added),
+        ROLES_FIELD: dict(roles),
+    }
+
+
+def _pieces(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a vocab.txt in UTF-8: {error}") from None
+
+
+def _of_list(path: Path, settings: Settings) -> dict[str, Any]:
+    """The description of a vocab.txt. That of a run, vocabulary.txt, is BERT's uncased one whatever its pieces are."""
+    pieces = _pieces(path)
+    lower = settings.flag("do_lower_case")
+    if lower is None and path.name != "vocabulary.txt":
+        _check_uncased(path, pieces, settings)
+    chinese = settings.flag("tokenize_chinese_chars")
+    normalizer = _UNCASED | {
+        "lowercase": lower is not False,
+        "strip_accents": settings.flag("strip_accents"),
+        "handle_chinese_chars": chinese is not False,
+    }
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    roles = ROLES | dict(settings.tokens)
+    for token in settings.added:
+        if token["content"] in roles.values() and token["id"] is not None:
+            vocabulary.setdefault(token["content"], token["id"])
+    return _describe(vocabulary, normalizer, roles, _tokens_beside(path, vocabulary, [], roles, settings))
+
+
+def _check_uncased(path: Path, pieces: Sequence[str], settings: Settings) -> None:
+    capitals = [piece for piece in pieces if piece != piece.lower() and not piece.startswith("[")]
+    if len(capitals) > CASED * len(pieces) or settings.cased:
+        why = (
+            f"config.json names {settings.cased}"
+            if settings.cased
+            else f"pieces such as {capitals[0]!r:.40} have capitals"
+        )
+        raise ValueError(
+            f"{path}: nothing beside it says whether captions are lower-cased, and {why}, as in a cased vocabulary: "
+            f'write {{"do_lower_case": false}}, or true, into {settings.folder / model_folder.CONFIG}'
+        )
+
+
+def _of_json(path: Path, settings: Settings) -> dict[str, Any]:
+    """The description of a tokenizer.json, also of our own."""
+    described = read_object(path)
+    roles = described.pop(ROLES_FIELD, None)
+    model = described.get("model")
+    if not isinstance(model, dict):
+        raise ValueError(f"{path}: expected a tokenizer.json with a model")
+    found = _load(path, described)
+    if not isinstance(found.model, models.WordPiece) or not found.model.continuing_subword_prefix:
+        raise ValueError(
+            f"{path} holds a {type(found.model).__name__} vocabulary; tokenizer.kind='wordpiece' reads WordPiece with "
+            "a prefix such as ##; 'clip' reads CLIP's BPE, and 'sentencepiece' the .model of SentencePiece"
+        )
+    if roles is None:
+        check_agreement(path, found, settings)
+        roles = _roles(path, found, settings)
+    elif not isinstance(roles, dict) or roles.keys() != ROLES.keys() or {*map(type, roles.values())} != {str}:
+        raise ValueError(f"{path}: {ROLES_FIELD} is {roles!r:.80}, expected a token for each of {', '.join(ROLES)}")
+    ids = found.get_vocab()
+    vocabulary = model["vocab"] | {name: ids[name] for name in roles.values() if name in ids}
+    added = described.get("added_tokens") or []
+    normalizer = described.get("normalizer")
+    if normalizer == _UNCASED | {"strip_accents": True}:
+        normalizer = _UNCASED
+    return {
+        "normalizer": normalizer,
+        "pre_tokenizer": described.get("pre_tokenizer"),
+        "model": {
+            **_MODEL,
+            "unk_token": roles["unk_token"],
+            "vocab": vocabulary,
+            "continuing_subword_prefix": found.model.continuing_subword_prefix,
+            "max_input_chars_per_word": found.model.max_input_chars_per_word,
+        },
+        "added_tokens": _tokens_beside(path, ids, added, roles, settings),
+        ROLES_FIELD: roles,
+    }
+
+
+def _roles(path: Path, found: tokenizers.Tokenizer, settings: Settings) -> dict[str, str]:
+    """The special tokens: what the tokenizer does, else what the settings say, else BERT's own."""
+    found.no_truncation()
+    found.no_padding()
+    does = {"unk_token": found.model.unk_token}
+    with vocabulary_faults(path, "WordPiece"):
+        whole, bare = found.encode("a"), found.encode("a", add_special_tokens=False)
+    if whole.ids != bare.ids:
+        if whole.ids[1:-1] != bare.ids or any(whole.type_ids):
+            raise ValueError(
+                f"{path}: its post_processor makes {' '.join(whole.tokens)} of 'a'; expected one token before a "
+                "caption and one behind it, all of type 0"
+            )
+        does |= {"cls_token": whole.tokens[0], "sep_token": whole.tokens[-1]}
+    for role, name in does.items():
+        if settings.tokens.get(role, name) != name:
+            raise ValueError(
+                f"{path}: {role} is {name!r:.80} there, {settings.tokens[role]!r:.80} in the settings beside it"
+            )
+    return ROLES | dict(settings.tokens) | does
+
+
+def _tokens_beside(
+    path: Path,
+    ids: Mapping[str, int],
+    listed: Sequence[Mapping[str, Any]],
+    roles: Mapping[str, str],
+    settings: Settings,
+) -> list[dict[str, Any]]:
+    """Tokens that are found in a caption as a whole, by their ids: added ones, but not the special ones by role.
+
+    "[MASK]" in a caption is text, not a mask. ids: of what is known already. listed: those of a tokenizer.json.
+    """
+    found = {token["content"]: dict(token) for token in listed}
+    for token in added_tokens(path, ids, settings):
+        found.setdefault(token["content"], token)
+    beside = [token for text, token in found.items() if text not in roles.values()]
+    return sorted(beside, key=lambda token: token["id"])

@@ -1,0 +1,52 @@
+"""Paths as people type them: `~`, and `=` and `,` in names. A path that exists is a path, whatever is in it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_NAMED = re.compile(r"(\w+)=(.+)", re.DOTALL)
+
+
+def expand(text: str) -> str:
+    """The text with `~` as the home folder, unless there is such a file or folder as it is written."""
+    return text if os.path.lexists(text) else os.path.expanduser(text)
+
+
+def to_path(text: str | Path) -> Path:
+    """The path that a flag or a configuration names."""
+    return Path(expand(str(text)))
+
+
+def to_paths(text: str) -> list[Path]:
+    """The paths of a list by commas."""
+    return [to_path(entry) for entry in _entries(text, _exists)]
+
+
+def named_paths(text: str) -> list[tuple[str, Path]]:
+    """Name and path of each entry of NAME=PATH,NAME=PATH,...; the name is "" where only a path is given."""
+    found = []
+    for entry in _entries(text, lambda entry: _exists(entry) or _exists(_split(entry)[1])):
+        name, rest = ("", entry) if _exists(entry) else _split(entry)
+        found.append((name, to_path(rest)))
+    return found
+
+
+def _exists(text: str) -> bool:
+    return bool(text) and os.path.lexists(expand(text))
+
+
+def _split(entry: str) -> tuple[str, str]:
+    match = _NAMED.fullmatch(entry)
+    return (match[1], match[2]) if match else ("", entry)
+
+
+def _entries(text: str, exists: Callable[[str], bool]) -> Iterator[str]:
+    """The parts of `text` between commas, joined again where a longer part is there and has commas in its name."""
+    parts = text.split(",")
+    while parts:
+        longest = next((n for n in range(len(parts), 1, -1) if exists(",".join(parts[:n]))), 1)
+        yield ",".join(parts[:longest])
+        del parts[:longest]

@@ -1,0 +1,141 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from data_prep import from_embeddings, from_scan
+from shnet_jax.data.records import open_dataset
+from shnet_jax.retrieve.folder import open_embeddings
+
+RNG = np.random.default_rng(0)
+
+
+def _folder(path, images, numbers=True):
+    """A folder as --mode=embed writes it, of {image: captions}; returns image -> vector, caption -> vector."""
+    path.mkdir()
+    captions = [caption for of_image in images.values() for caption in of_image]
+    rows = [row for row, of_image in enumerate(images.values()) for _ in of_image]
+    names = [f"{name}#{k}" for name, of_image in images.items() for k in range(len(of_image))]
+    vectors = {
+        side: RNG.normal(size=(count, 4)).astype(np.float32)
+        for side, count in (("images", len(images)), ("texts", len(captions)))
+    }
+    for side, array in vectors.items():
+        save_file({"vector": array}, path / f"{side}.safetensors")
+    ids = [str(100 + n) for n in range(len(captions))] if numbers else names
+    found = {"image_ids": list(images), "caption_ids": ids, "captions": captions, "caption_image": rows}
+    (path / "ids.json").write_text(json.dumps(found))
+    (path / "embeddings.json").write_text(json.dumps({"format": 1, "checkpoint": path.name}))
+    open_embeddings(path)  # the project's own reader takes it
+    return dict(zip(images, vectors["images"], strict=True)), dict(zip(captions, vectors["texts"], strict=True))
+
+
+def _captions(path, images, ids=None, splits=None):
+    """Karpathy's JSON."""
+    entries = []
+    for name, captions in images.items():
+        sentences = [{"raw": text} | ({"sentid": ids[text]} if ids else {}) for text in captions]
+        entries.append({"filename": name, "split": (splits or {}).get(name, "train"), "sentences": sentences})
+    path.write_text(json.dumps({"images": entries}))
+    return f"--captions={path}"
+
+
+def _records(tmp_path, split="train"):
+    dataset = open_dataset(tmp_path / "out")
+    return list(dataset.open_split(split, list(dataset.features)))
+
+
+def _check(record, made):
+    images, texts = made
+    np.testing.assert_array_equal(record["image_embedding"], images[record["image_id"]])
+    np.testing.assert_array_equal(record["caption_embeddings"], [texts[c] for c in record["captions"]])
+
+
+IMAGES = {"1.jpg": ["a dog", "a  cat"], "2.jpg": ["a cow"], "3.jpg": ["an owl", "a bee"]}
+
+
+def test_splits_in_folders_of_their_own(tmp_path):
+    (tmp_path / "a,b").mkdir()
+    test = _folder(tmp_path / "a,b" / "test", {"9.jpg": ["x", "y"]}, numbers=False)
+    train = _folder(tmp_path / "train", IMAGES, numbers=False)
+    flags = ["--name=toy", f"--out={tmp_path / 'out'}"]
+    one = _captions(tmp_path / "c.json", {"9.jpg": ["x", "y"]}, splits={"9.jpg": "test"})
+    assert from_embeddings.main([*flags, one, f"--embeddings={tmp_path / 'a,b' / 'test'}"]) == 0  # a path with a comma
+    (tmp_path / "a,b" / "test").rename(tmp_path / "test")
+    both = _captions(tmp_path / "c.json", {"9.jpg": ["x", "y"], **IMAGES}, splits={"9.jpg": "test"})
+    joined = f"--embeddings={tmp_path / 'test'},{tmp_path / 'train'}"
+    assert from_embeddings.main([*flags, both, joined, "--overwrite"]) == 0
+    for record in _records(tmp_path):
+        _check(record | {"captions": IMAGES[record["image_id"]]}, train)
+    _check(_records(tmp_path, "test")[0], test)
+    made = [found["checkpoint"] for found in open_dataset(tmp_path / "out").metadata["embeddings"]]
+    assert made == ["test", "train"]
+
+
+def test_captions_are_found_by_their_numbers(tmp_path):
+    """In another order, and not all of them."""
+    made = _folder(tmp_path / "e", {"1.jpg": ["a dog", "a cat", "a cow"], "2.jpg": ["an owl"]})
+    ids = {"a dog": 100, "a cat": 101, "a cow": 102, "an owl": 103}
+    flag = _captions(tmp_path / "c.json", {"2": ["an owl"], "1": ["a cow", "a dog"]}, ids)
+    flags = [flag, f"--embeddings={tmp_path / 'e'}", "--name=toy", f"--out={tmp_path / 'out'}"]
+    assert from_embeddings.main(flags) == 0
+    second, first = _records(tmp_path)
+    assert first["captions"] == ["a cow", "a dog"]
+    _check(first | {"image_id": "1.jpg"}, made)
+    _check(second | {"image_id": "2.jpg"}, made)
+
+
+def test_beside_regions(tmp_path):
+    made = _folder(tmp_path / "e", {"1": ["a dog", "a cat"]}, numbers=False)
+    np.save(tmp_path / "dev_ims.npy", RNG.normal(size=(1, 3, 5)).astype(np.float32))
+    (tmp_path / "dev_caps.txt").write_text("a dog\na cat\n")
+    (tmp_path / "dev_ids.txt").write_text("1\n")
+    flags = [f"--src={tmp_path}", f"--embeddings={tmp_path / 'e'}", "--name=toy", f"--out={tmp_path / 'out'}"]
+    assert from_scan.main(flags) == 0
+    (record,) = _records(tmp_path, "dev")
+    assert record["regions"].shape == (3, 5)
+    _check(record, made)
+
+
+@pytest.mark.parametrize(
+    ("images", "ids", "expected"),
+    [
+        (
+            {"1.jpg": ["a dog", "a fox"]},
+            None,
+            "image '1.jpg': caption 1: expected 'a fox' as in the captions given, found 'a  cat'",
+        ),
+        ({"1.jpg": ["a  cat", "a dog"]}, None, "caption 0: expected 'a cat' as in the captions given, found 'a dog'"),
+        ({"1.jpg": ["a dog"]}, None, "image '1.jpg': expected vectors of 1 captions, found 2"),
+        (
+            {"1.jpg": ["a dog"]},
+            {"a dog": 104},
+            "image '1.jpg': expected a vector of caption 104, found those of 100, 101",
+        ),
+        (
+            {"1.jpg": ["a fox"]},
+            {"a fox": 101},
+            "caption 101: expected 'a fox' as in the captions given, found 'a  cat'",
+        ),
+        ({"4.jpg": ["a fox"]}, None, "image '4.jpg': expected its vectors, found none; --absent=skip"),
+    ],
+)
+def test_captions_that_do_not_fit(tmp_path, capsys, images, ids, expected):
+    _folder(tmp_path / "e", IMAGES)
+    flags = [_captions(tmp_path / "c.json", images, ids), f"--embeddings={tmp_path / 'e'}", "--name=toy"]
+    assert from_embeddings.main([*flags, f"--out={tmp_path / 'out'}"]) == 1
+    assert expected in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_folders_that_do_not_fit(tmp_path, capsys):
+    flags = ["--name=toy", f"--out={tmp_path / 'out'}", _captions(tmp_path / "c.json", IMAGES)]
+    for name in ("e", "f"):
+        _folder(tmp_path / name, IMAGES)
+    assert from_embeddings.main([*flags, f"--embeddings={tmp_path / 'e'},{tmp_path / 'f'}"]) == 1
+    assert "f: image '1.jpg': expected it once, found it in a second place" in capsys.readouterr().err
+    assert from_embeddings.main([*flags, f"--embeddings={tmp_path / 'none'}"]) == 1
+    assert "none: no embeddings.json; make the embeddings with --mode=embed" in capsys.readouterr().err
+    (tmp_path / "e" / "texts.safetensors").write_bytes(b"\xff" * 20)
+    assert from_embeddings.main([*flags, f"--embeddings={tmp_path / 'e'}"]) == 1
+    assert "texts.safetensors: no safetensors file" in capsys.readouterr().err
