@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax import foreign, registry
 from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.data.tokenise import kept_vocabulary, vocabulary_file
-from shnet_jax.experiment import Experiment, automatic, settle_dtypes
+from shnet_jax.experiment import Experiment, automatic
 from shnet_jax.observe.files import LOCK, FolderInUse, sole_writer, write_text
 from shnet_jax.observe.machine import fast_dtype
 from shnet_jax.parallel import hosts
@@ -99,9 +99,10 @@ def sole_job(folder: Path, name: str, check: Callable[[], None] | None = None) -
 
 
 def with_dtypes(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The configuration with dtypes in place of "auto": those that the run in `workdir` began with, if there is one.
+    """The configuration with what a run or a job settles of "auto"; `assemble` settles the rest for this machine.
 
-    Else those that this machine is fast at; float32 where one of the machines of the job is not fast at bfloat16.
+    A run in `workdir` keeps the dtypes that it began with. A job takes float32 unless all its machines are fast at
+    bfloat16.
     """
     config = ConfigDict(config.to_dict())
     path = workdir / CONFIG
@@ -118,7 +119,6 @@ def with_dtypes(config: ConfigDict, workdir: Path) -> ConfigDict:
             for section in sections:
                 config[section].dtype = "float32"
             log.info("dtype: auto is float32, as not all processes are on machines that are fast at bfloat16")
-    settle_dtypes(config)
     return config
 
 

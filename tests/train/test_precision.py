@@ -62,6 +62,11 @@ def dtypes(config):
     return config.model.dtype, config.text.dtype
 
 
+def settled(config, folder):
+    """The dtypes of a run in `folder`, on this machine."""
+    return dtypes(experiment.assemble(workdirs.with_dtypes(config, folder)).config)
+
+
 @pytest.mark.parametrize(("first", "then"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_a_run_keeps_the_dtype_that_it_began_with(first, then, machine, caplog, tmp_path):
     caplog.set_level(logging.INFO, logger="shnet_jax")
@@ -87,14 +92,14 @@ def test_a_folder_without_a_checkpoint_decides_nothing(machine, tmp_path):
     machine("bfloat16")
     workdirs.claim(tmp_path, experiment.assemble(automatic()))
     machine("float32")
-    assert dtypes(workdirs.with_dtypes(automatic(), tmp_path)) == ("float32", "float32")
+    assert settled(automatic(), tmp_path) == ("float32", "float32")
 
 
 def test_one_of_two_fields_is_automatic(machine, tmp_path):
     machine("bfloat16")
     config = automatic()
     config.text.dtype = "float32"
-    assert dtypes(workdirs.with_dtypes(config, tmp_path)) == ("bfloat16", "float32")
+    assert settled(config, tmp_path) == ("bfloat16", "float32")
 
 
 def test_the_processes_of_a_job_agree(machine, monkeypatch, tmp_path):
@@ -102,7 +107,7 @@ def test_the_processes_of_a_job_agree(machine, monkeypatch, tmp_path):
     monkeypatch.setattr(workdirs.jax, "process_count", lambda: 2)
     for slow, expected in ((True, "float32"), (False, "bfloat16")):
         monkeypatch.setattr(workdirs.hosts, "anywhere", lambda flag, slow=slow: flag or slow)
-        assert dtypes(workdirs.with_dtypes(automatic(), tmp_path)) == (expected, expected)
+        assert settled(automatic(), tmp_path) == (expected, expected)
 
 
 def test_a_plan_is_for_its_target(monkeypatch, tmp_path):
