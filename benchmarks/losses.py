@@ -23,7 +23,7 @@ from benchmarks.timing import interleave
 from shnet_jax.losses import infonce, triplet
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh, map_encode, put_batch
-from shnet_jax.scaling import virtual_devices
+from shnet_jax.scaling.processes import virtual_devices
 from shnet_jax.types import Array, Context, Embedding, Pairs
 
 TEMPERATURE, MARGIN = 0.07, 0.2
