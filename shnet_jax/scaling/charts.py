@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from ml_collections import ConfigDict
 
-from shnet_jax.scaling.rows import PARTS, Row, has_all_parts, scaling_lines
+from shnet_jax.scaling.rows import PARTS, Row, collective_kinds, has_all_parts, scaling_lines
 from shnet_jax.scaling.sweep import count
 
 Draw = Callable[[], Figure]
@@ -58,8 +58,8 @@ def charts(scale: ConfigDict, rows: Sequence[Row]) -> Iterator[tuple[str, str, D
     most = max((row["devices"] for row in compiled), default=0)
     if most > 1:
         largest = [row for row in compiled if row["devices"] == most]
-        kinds = [name for name in rows[0] if name.endswith("_bytes") and not name.startswith(("collective_", "exch"))]
-        layers = {kind.removesuffix("_bytes"): [row[kind] / 2**20 for row in largest] for kind in kinds}
+        kinds = collective_kinds(rows[0])
+        layers = {kind: [row[f"{kind}_bytes"] / 2**20 for row in largest] for kind in kinds}
         caption = (
             "All-reduce is mostly the gradient, the same for all strategies. The rest is the exchange of embeddings."
         )

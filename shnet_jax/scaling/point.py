@@ -62,10 +62,7 @@ class Run(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of a step as a program and its arguments. in_place: the program returns the next state and reuses the old.
-
-    The first call compiles.
-    """
+    """A part of a step as a program and its arguments. in_place: it returns the next state in the memory of the old."""
 
     program: Mapped
     state: Any
@@ -172,14 +169,12 @@ def time_steps(
 
 def time_part(part: Part, warmup: int, steps: int) -> float:
     """Median seconds of a call and the wait for its result, after `warmup` calls and one that compiles."""
-    program, state, batch, table, in_place = part
-    del part  # the old state must not outlive its update
-    seconds = []
+    state, seconds = part.state, []
     for _ in range(1 + warmup + steps):
         start = time.perf_counter()
-        result = jax.block_until_ready(program(state, batch, table))
+        result = jax.block_until_ready(part.program(state, part.batch, part.table))
         seconds.append(time.perf_counter() - start)
-        state = result if in_place else state
+        state = result if part.in_place else state
     return statistics.median(seconds[-steps:])
 
 

@@ -83,6 +83,12 @@ def point_text(row: Row) -> str:
     return str(Point(row["strategy"], row["dtype"], row["pairs"], row["devices"]))
 
 
+def collective_kinds(row: Row) -> list[str]:
+    """The kinds of collectives that the table has a column for."""
+    columns = [name for name in row if name.endswith("_bytes") and name not in ("collective_bytes", "exchange_bytes")]
+    return [name.removesuffix("_bytes") for name in columns]
+
+
 def has_all_parts(row: Row) -> bool:
     """Whether every part of the step was timed."""
     return all(row[f"{part}_seconds"] is not None for part in PARTS)
