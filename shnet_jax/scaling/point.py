@@ -121,7 +121,7 @@ def measure_point(config: ConfigDict) -> Iterator[dict[str, Any]]:
     yield figures
     if config.parallel.shard_params:
         return
-    for name, make in PARTS.items():
+    for name, make in PROGRAMS.items():
         if name not in seconds:
             seconds[name] = time_part(make(run, params, batch_stats, batch), warmup, steps)
             yield figures
@@ -229,7 +229,7 @@ def loss_part(run: Run, params: Any, batch_stats: Any, batch: Any) -> Part:
 
     variables = replicate({"params": params["model"], "batch_stats": batch_stats}, run.mesh)
     embeddings = map_encode(encode, run.mesh, run.config.parallel.mapping)(variables, batch, run.table)
-    inputs = {"embeddings": jax.block_until_ready(embeddings), "ids": batch["image_index"]}
+    inputs = {"embeddings": jax.block_until_ready(embeddings), "ids": batch.get("identity", batch["image_index"])}
     score_params = {name: params["model"][name] for name in run.model.score_params}
     return Part(_map(run, per_device), replicate({"model": score_params, "loss": params["loss"]}, run.mesh), inputs)
 
@@ -263,8 +263,8 @@ def _map(run: Run, per_device: Any) -> Mapped:
     return map_step(per_device, run.mesh, run.config.parallel.mapping, donate_state=False)
 
 
-PARTS = {"encode": encode_part, "loss": loss_part, "collectives": collectives_part, "optimiser": optimiser_part}
-"""Parts of a step by name, each a function of (run, params, batch_stats, batch on the devices)."""
+PROGRAMS = {"encode": encode_part, "loss": loss_part, "collectives": collectives_part, "optimiser": optimiser_part}
+"""The parts of a step that are compiled alone, each made from (run, params, batch_stats, batch on the devices)."""
 
 
 def main(argv: list[str] | None = None) -> None:

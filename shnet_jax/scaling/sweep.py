@@ -22,7 +22,7 @@ Record = dict[str, Any]
 _IRRELEVANT = ("name", "eval", "study")
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+@dataclasses.dataclass(frozen=True)
 class Point:
     """One measurement. strategy: config.loss.pairs.strategy. dtype: of both towers. pairs: batch of each device."""
 
@@ -60,8 +60,10 @@ def check_config(config: ConfigDict) -> None:
                 f'--config.scale.{field}="{choices}"'
             )
     for field in ("devices", "pairs_per_device", "batch_sizes"):
-        if any(value < 1 for value in s[field]):
-            raise ValueError(f"config.scale.{field} is {tuple(s[field])}; its numbers must be at least 1")
+        if any(not isinstance(value, int) or value < 1 for value in s[field]):
+            raise ValueError(
+                f'config.scale.{field} is {tuple(s[field])}; expected whole numbers of at least 1, or none: "()"'
+            )
     if not s.devices or not (s.pairs_per_device or s.batch_sizes):
         raise ValueError("config.scale needs devices, and pairs_per_device or batch_sizes")
     if s.steps < 1 or s.warmup_steps < 0 or s.timeout <= 0:
