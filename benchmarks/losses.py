@@ -25,7 +25,7 @@ from configs import base
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh, map_encode, put_batch, replicate
-from shnet_jax.scaling import virtual_devices
+from shnet_jax.scaling.processes import virtual_devices
 from shnet_jax.types import Array, Context, Embedding
 
 TEMPERATURE, MARGIN = 0.07, 0.2
