@@ -1,4 +1,4 @@
-"""How an image is shown on a page: its photograph, or else its label map with the boxes of its regions.
+"""The images of a page: the photograph of each, or else its label map, or else the boxes of its regions.
 
 A photograph is a file of a folder, or the pixels that the record itself has.
 """
@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from shnet_jax.data.records import DataSet
-from shnet_jax.retrieve.html import Markup, tag
+from shnet_jax.observe.html import Markup, keys, tag
 from shnet_jax.retrieve.pictures import SIDE, class_name, inside, label_map, photograph, shares, uri
 
-OUTLINES = 12  # boxes drawn on an image without photograph
+OUTLINES = 12  # boxes drawn of an image that has neither photograph nor label map
 
 
 @dataclasses.dataclass
@@ -82,13 +82,17 @@ class Scene:
         else:
             return ""
         pixels = "" if self.photo else "image-rendering:pixelated;"
-        return (
-            f".{self.name}>.base{{background-image:url({source});{pixels}}}.{self.name}{{aspect-ratio:{aspect:.4f}}}\n"
-        )
+        shape = f"aspect-ratio:{aspect:.4f};width:{100 * min(aspect, 1):.2f}%"
+        return f".{self.name}>.base{{background-image:url({source});{pixels}}}.{self.name}{{{shape}}}\n"
 
     def classes(self, most: int = 3) -> list[tuple[str, str, float]]:
         """Its largest classes: (name, colour, share)."""
         return shares(self.record["seg_map"], self.names, most) if "seg_map" in self.record else []
+
+    def legend(self, most: int) -> Markup | None:
+        """The colours and shares of its largest classes; None without a label map."""
+        classes = self.classes(most)
+        return keys((colour, f"{name} {share:.0%}") for name, colour, share in classes) if classes else None
 
     def inside(self, box: np.ndarray) -> str:
         """What the label map mostly says within a box."""
@@ -99,12 +103,13 @@ class Scene:
         return class_name(number, self.names)
 
     def picture(self, *above: Markup, dim: bool = False) -> Markup:
-        """The picture with layers above it. dim: the picture steps back behind them."""
+        """The picture in a square frame, with layers above it. dim: the picture steps back behind them."""
         outlines = None
-        if self.photo is None and not above and len(self.boxes):
+        if self.photo is None and "seg_map" not in self.record and not above:
             outlines = self.overlay(tag("rect", **rectangle(box), class_="outline") for box in self.boxes[:OUTLINES])
         base = tag("div", class_="base dim" if dim else "base")
-        return tag("div", base, above, outlines, class_=f"pic {self.name}", role="img", aria_label=self.image_id)
+        layers = tag("div", base, above, outlines, class_=f"pic {self.name}", role="img", aria_label=self.image_id)
+        return tag("div", layers, class_="frame")
 
     def overlay(self, marks: Iterable[Markup]) -> Markup:
         """Marks in per cent of width and height, over the picture."""

@@ -17,10 +17,12 @@ import shnet_jax
 from shnet_jax.api import Retriever
 from shnet_jax.data.records import open_dataset
 from shnet_jax.experiment import assemble, init_variables
+from shnet_jax.modes.embed import split_embeddings
+from shnet_jax.modes.page import page
+from shnet_jax.modes.search import read_queries, search
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.embed import embed
-from shnet_jax.retrieve.query import Searcher, read_queries
-from shnet_jax.search_modes import embeddings_of, page, search
+from shnet_jax.retrieve.searcher import Searcher
 from tests.retrieve import gallery
 from tests.train import tiny
 
@@ -85,7 +87,7 @@ def test_a_checkpoint_by_its_folder():
 
 def test_embeddings_of_another_run_are_refused(model):
     """Of the same configuration and step, so that only the weights tell them apart."""
-    made = embeddings_of(model.loaded, gallery.toy(), gallery.toy_run(), make_mesh(1))
+    made = split_embeddings(model.loaded, gallery.toy(), gallery.toy_run(), make_mesh(1))
     model.open(made.folder)
     variables = jax.tree.map(lambda leaf: leaf + 1, model.loaded.variables)
     other = Retriever(dataclasses.replace(model.loaded, variables=variables), model.config)

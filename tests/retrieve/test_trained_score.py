@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
-from shnet_jax import search_modes
 from shnet_jax.api import Retriever
 from shnet_jax.commands import Loaded
 from shnet_jax.evaluate.split import subject
 from shnet_jax.experiment import assemble, init_variables
+from shnet_jax.modes import search as search_mode
+from shnet_jax.modes.embed import split_embeddings
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.examples import collect
 from tests.train import tiny
@@ -110,9 +111,9 @@ def test_candidates_of_an_index(loaded, scores, tmp_path, monkeypatch):
     captions = [caption for own in model.dataset.captions("test") for caption in own]
     products = model.encode_images("test").vector @ model.encode_texts(captions).vector.T
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(search_modes, "load", lambda workdir, config: loaded)
+    monkeypatch.setattr(search_mode, "load", lambda workdir, config: loaded)
     few.search.index, few.search.faiss = "faiss", "Flat"
-    search_modes.search(few, tmp_path, captions[3], top_k=3)
+    search_mode.search(few, tmp_path, captions[3], top_k=3)
     written = json.loads((tmp_path / "search.json").read_text("utf-8"))
     assert [hit["image_id"] for hit in written["results"][0]["hits"]] == ids[
         staged(scores.T, products.T, 4, 3)[3]
@@ -122,14 +123,14 @@ def test_candidates_of_an_index(loaded, scores, tmp_path, monkeypatch):
 
 def test_by_the_command(loaded, config, scores, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(search_modes, "load", lambda workdir, config: loaded)
+    monkeypatch.setattr(search_mode, "load", lambda workdir, config: loaded)
     ids = loaded.experiment.dataset.image_ids("test")
-    search_modes.search(config, tmp_path, image_id=str(ids[2]), top_k=4)
+    search_mode.search(config, tmp_path, image_id=str(ids[2]), top_k=4)
     (answer,) = json.loads((tmp_path / "search.json").read_text("utf-8"))["results"]
     np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], np.sort(scores[2])[:-5:-1], atol=1e-5)
     config.search.index = "faiss"
     with pytest.raises(ValueError, match=r"this model scores pairs in a way of its own \(Weighted\.score\)"):
-        search_modes.search(config, tmp_path, "words")
+        search_mode.search(config, tmp_path, "words")
     config.search.index = "exact"
 
 
@@ -137,7 +138,7 @@ def test_by_the_command(loaded, config, scores, tmp_path, monkeypatch, capsys):
 def test_on_the_page(loaded, config, scores, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     mesh = make_mesh(1)
-    embeddings = search_modes.embeddings_of(loaded, config, tmp_path, mesh)
+    embeddings = split_embeddings(loaded, config, tmp_path, mesh)
     about = subject(loaded.experiment, "test", 3, "none", 1)
     config.eval.protocols = ("folds2",)
     found = collect(loaded.experiment, loaded.variables, embeddings, config, about, mesh)
