@@ -127,8 +127,7 @@ class Retriever:
             ids = make_ids(self.dataset, split)
             images, texts = self.encode_images(split), self.encode_texts(ids.captions)
             self._galleries[split] = Embeddings(Path(), {"split": split}, ids, images, texts)
-        exact = ConfigDict({"index": "exact"})
-        options = exact, self.config.eval.tile, self._mesh, self._candidates
+        options = self.config.eval.tile, self._mesh, self._candidates
         return Searcher(self._galleries[split], self.loaded.score, *options)
 
 

@@ -43,7 +43,7 @@ def search(
     if config.search.index in PACKAGES:
         require(config.search.index)  # before hours of embedding
     embeddings = split_embeddings(loaded, config, workdir, mesh)
-    searcher = Searcher(embeddings, loaded.score, config.search, config.eval.tile, mesh, count)
+    searcher = Searcher(embeddings, loaded.score, config.eval.tile, mesh, count, config.search)
     answers = []
     if queries:
         _, text_tower = make_towers(loaded.experiment, mesh, mesh)(loaded.variables)

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 from shnet_jax.observe.html import Markup, keys, tag
 
@@ -26,6 +27,9 @@ RECALLS = {
 MARKERS = {"i2t": "o", "t2i": "s"}
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 
+# Okabe and Ito's colours, told apart without full colour vision, as far as both papers show them.
+SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+
 # From good to bad.
 BANDS = ("#1a7f4b", "#2f7f8f", "#4a66a8", "#8a5a9e", "#a8434f")
 
@@ -41,6 +45,7 @@ def theme(dark: bool = False) -> dict[Any, Any]:
         "grid.color": colours["grid"],
         "axes.grid": True,
         "axes.axisbelow": True,
+        "axes.prop_cycle": cycler(color=SERIES),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "legend.frameon": False,

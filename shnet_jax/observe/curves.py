@@ -83,7 +83,7 @@ def plot_recall(axes: Axes, lines: Lines, dark: bool = False) -> None:
             _curve(axes, lines, f"{key}_r{cut}", label, color=colour, marker=MARKERS[key], markersize=4)
     axes.set_ylim(0, 101)
     if axes.lines:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize="small")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize="small")
     _finish(axes)
 
 

@@ -36,7 +36,7 @@ no-repeat local,linear-gradient(to left,var(--shade),#0000) 100% 0/14px 100% no-
 table{border-collapse:separate;border-spacing:0;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
 th{font-weight:600}
-thead th{color:var(--soft);font-weight:500}
+thead th{color:var(--soft);font-weight:500;white-space:normal;vertical-align:bottom}
 th:first-child{position:sticky;left:0;background:var(--bg);text-align:left;white-space:normal;min-width:7rem;
 max-width:16rem;overflow-wrap:break-word}
 table.words td{text-align:left;white-space:normal;overflow-wrap:anywhere}

@@ -24,6 +24,10 @@ def results_page(title: str, tables: Sequence[Table], cards: Sequence[Table]) ->
 
 
 def _cells(table: Table) -> Markup:
+    """The cells; of more numbers than rows, turned, so that a telephone shows them side by side."""
+    lines = [table.heading, *table.rows]
+    if not table.words and len(table.heading) > len(lines):
+        lines = [list(column) for column in zip(*lines, strict=True)]
     # A name's marks of direction end with its cell.
-    heading, *rows = ([tag("bdi", cell) for cell in row] for row in (table.heading, *table.rows))
+    heading, *rows = ([tag("bdi", cell) for cell in line] for line in lines)
     return html.table(heading, rows, words=table.words)

@@ -60,8 +60,8 @@ def open_index(
     }
     effort = {"nprobe": search.nprobe, "ef_search": search.ef_search}
     report = read_object(path) if path.is_file() else {}
-    index = builder.open(search, embeddings, side) if _holds(report, identity) else None
-    if index is not None and _holds(report, effort):
+    index = builder.open(search, embeddings, side) if identity.items() <= report.items() else None
+    if index is not None and effort.items() <= report.items():
         return index, report
     with sole_writer(embeddings.folder), disk_faults(embeddings.folder, RuntimeError):  # of FAISS
         if index is None:
@@ -70,10 +70,6 @@ def open_index(
         report = identity | effort | _measured(index, embeddings, side, tile, mesh)
         write_json(path, report)
     return index, report
-
-
-def _holds(report: dict, values: dict) -> bool:
-    return {key: report.get(key) for key in values} == values
 
 
 def _measured(index: VectorIndex, embeddings: Embeddings, side: str, tile: int, mesh: Mesh) -> dict[str, float]:

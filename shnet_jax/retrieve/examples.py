@@ -10,17 +10,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.extra import NOTHING
-from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k, turned
+from shnet_jax.evaluate.nearest import Found
 from shnet_jax.evaluate.protocols import Subject
 from shnet_jax.evaluate.recall import QueryRanks
 from shnet_jax.evaluate.split import embedded_split, evaluate_embedded, make_rankings
 from shnet_jax.evaluate.tiles import take
-from shnet_jax.evaluate.two_stage import candidates, two_stage_top_k
+from shnet_jax.evaluate.two_stage import candidates
 from shnet_jax.experiment import Experiment
 from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.retrieve.highlight import highlights
 from shnet_jax.retrieve.page import Contents, Example
-from shnet_jax.types import Embedding, Score
+from shnet_jax.retrieve.searcher import Searcher
 
 
 def collect(
@@ -53,7 +53,7 @@ def collect(
     ranks = by_protocol["whole"].queries
     assert ranks is not None  # `evaluate_embedded` gives them
 
-    finder = _Finder(embeddings, gallery.score, ranks, config, mesh)
+    searcher, k = Searcher(embeddings, gallery.score, config.eval.tile, mesh, candidates(config.eval)), counts.results
     ids, n = embeddings.ids, len(embeddings.ids.image_ids)
     rows = spaced(n, counts.queries)
     captions = ids.first[rows] + np.arange(len(rows)) % np.diff(ids.first)[rows]  # not the first caption of each
@@ -65,46 +65,12 @@ def collect(
         ranks=ranks,
         ids=ids,
         persons=gallery.image_person,
-        captions=finder.by_caption(captions),
-        images=finder.by_image(spaced(n, counts.queries, offset=0.75)),
-        caption_failures=finder.by_caption(worst(ranks.t2i, counts.failures)),
-        image_failures=finder.by_image(worst(ranks.i2t, counts.failures)),
+        captions=_by_caption(searcher, captions, ranks, k),
+        images=_by_image(searcher, spaced(n, counts.queries, offset=0.75), ranks, k),
+        caption_failures=_by_caption(searcher, worst(ranks.t2i, counts.failures), ranks, k),
+        image_failures=_by_image(searcher, worst(ranks.i2t, counts.failures), ranks, k),
         highlights=list(zip(highlighted, looks, strict=True)),
     )
-
-
-class _Finder:
-    """Finds the best results of queries of the gallery itself."""
-
-    def __init__(self, embeddings: Embeddings, score: Score, ranks: QueryRanks, config: ConfigDict, mesh: Mesh):
-        self._images, self._texts, self._ids = embeddings.images, embeddings.texts, embeddings.ids
-        self._captions_first = score if is_dot_product(score) else turned(score)
-        self._candidates = 0 if is_dot_product(score) else candidates(config.eval)
-        self._score, self._ranks, self._results = score, ranks, config.page.results
-        self._options = config.eval.tile, mesh
-
-    def by_caption(self, rows: np.ndarray) -> list[Example]:
-        """The images that each caption finds."""
-        owners = np.asarray(self._ids.caption_image, np.int64)[rows]
-        return _examples(
-            rows, self._ranks.t2i, owners, self._search(take(self._texts, rows), self._images, self._score)
-        )
-
-    def by_image(self, rows: np.ndarray) -> list[Example]:
-        """The captions that each image finds."""
-        best = self._search(take(self._images, rows), self._texts, self._captions_first)
-        own = np.array([self._best_own_caption(int(row)) for row in rows], np.int64)
-        return _examples(rows, self._ranks.i2t, own, best)
-
-    def _best_own_caption(self, row: int) -> int:
-        own = np.arange(self._ids.first[row], self._ids.first[row + 1])
-        image, captions = take(self._images, np.array([row])), take(self._texts, own)
-        return int(own[top_k(image, captions, 1, self._captions_first, *self._options).index[0, 0]])
-
-    def _search(self, queries: Embedding, items: Embedding, score: Score) -> Found:
-        if self._candidates:
-            return two_stage_top_k(queries, items, self._results, self._candidates, score, *self._options)
-        return top_k(queries, items, self._results, score, *self._options)
 
 
 def spaced(count: int, most: int, offset: float = 0.5) -> np.ndarray:
@@ -117,6 +83,20 @@ def worst(ranks: np.ndarray, most: int) -> np.ndarray:
     """Up to `most` rows with the largest ranks; those that come first are no failures."""
     order = np.argsort(-ranks, kind="stable")[:most]
     return order[ranks[order] > 0]
+
+
+def _by_caption(searcher: Searcher, rows: np.ndarray, ranks: QueryRanks, k: int) -> list[Example]:
+    """The k images that each caption finds."""
+    embeddings = searcher.embeddings
+    owners = np.asarray(embeddings.ids.caption_image, np.int64)[rows]
+    return _examples(rows, ranks.t2i, owners, searcher.best_images(take(embeddings.texts, rows), k))
+
+
+def _by_image(searcher: Searcher, rows: np.ndarray, ranks: QueryRanks, k: int) -> list[Example]:
+    """The k captions that each image finds."""
+    best = searcher.best_captions(take(searcher.embeddings.images, rows), k)
+    own = np.array([searcher.best_own_caption(row) for row in rows.tolist()], np.int64)
+    return _examples(rows, ranks.i2t, own, best)
 
 
 def _examples(rows: np.ndarray, ranks: np.ndarray, matches: np.ndarray, best: Found) -> list[Example]:

@@ -6,7 +6,6 @@ A photograph is a file of a folder, or the pixels that the record itself has.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from PIL import Image
 
 from shnet_jax.data.records import DataSet
 from shnet_jax.observe.html import Markup, keys, tag
-from shnet_jax.retrieve.pictures import SIDE, class_name, inside, label_map, photograph, shares, uri
+from shnet_jax.retrieve.pictures import class_name, inside, label_map, photograph, shares, small
 
 OUTLINES = 12  # boxes drawn of an image that has neither photograph nor label map
 
@@ -42,7 +41,7 @@ class Album:
             record = self.dataset.open_split(self.split, ["image_id", *fields])[row]
             photo = photograph(self.pictures, record["image_id"]) if self.pictures else None
             if photo is None and "image" in record:
-                photo = thumbnail(record["image"])
+                photo = small(Image.fromarray(record["image"]))
             self.photographs += photo is not None
             self._shown[row] = Scene(f"p{len(self._shown)}", record, photo, self.names)
         return self._shown[row]
@@ -114,14 +113,6 @@ class Scene:
     def overlay(self, marks: Iterable[Markup]) -> Markup:
         """Marks in per cent of width and height, over the picture."""
         return tag("svg", marks, viewBox="0 0 100 100", preserveAspectRatio="none", class_="over", aria_hidden="true")
-
-
-def thumbnail(pixels: np.ndarray) -> tuple[str, float]:
-    """A picture [H, W, 3] uint8 made small as a data URI, and its width / height."""
-    picture, out = Image.fromarray(pixels), io.BytesIO()
-    picture.thumbnail((SIDE, SIDE))
-    picture.save(out, "JPEG", quality=82)
-    return uri(out.getvalue(), "jpeg"), pixels.shape[1] / pixels.shape[0]
 
 
 def rectangle(box: np.ndarray) -> dict[str, float]:

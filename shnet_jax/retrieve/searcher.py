@@ -62,30 +62,39 @@ class Searcher:
     Args:
       embeddings: of the gallery.
       score: of the model.
-      search, tile: config.search and config.eval.tile.
+      tile: config.eval.tile.
       mesh: devices.
       candidates: items of each query that the vectors find and a score other than their product re-ranks; 0: the score
         sees the whole gallery.
+      search: config.search; None: exact search.
     """
 
     def __init__(
-        self, embeddings: Embeddings, score: Score, search: ConfigDict, tile: int, mesh: Mesh, candidates: int = 0
+        self,
+        embeddings: Embeddings,
+        score: Score,
+        tile: int,
+        mesh: Mesh,
+        candidates: int = 0,
+        search: ConfigDict | None = None,
     ):
-        check_index(search.index, score, candidates)
+        self._kind = search.index if search else "exact"
+        check_index(self._kind, score, candidates)
         self._dot_product = is_dot_product(score)
         self._candidates = 0 if self._dot_product else candidates
-        self.embeddings, self._score, self._search, self._tile, self._mesh = embeddings, score, search, tile, mesh
+        self.embeddings, self._search, self._options = embeddings, search, (tile, mesh)
+        self._score, self._captions_first = score, score if self._dot_product else turned(score)
         self.indexes: dict[str, _OpenIndex] = {}  # the indexes used so far, by side
 
     @property
     def about(self) -> dict[str, Any]:
         """How results are found, as JSON values. candidates: how many the score re-ranks; 0: no second stage."""
         reports = {side: index.report for side, index in self.indexes.items()}
-        return {"kind": self._search.index, "sides": reports, "candidates": self._candidates}
+        return {"kind": self._kind, "sides": reports, "candidates": self._candidates}
 
     def images_by_text(self, queries: Sequence[str], texts: Embedding, k: int) -> list[Answer]:
         """The k best images of each sentence. texts: the sentences, encoded."""
-        best = self._find("images", texts, k, self._score)
+        best = self.best_images(texts, k)
         return [Answer(query, "text", IMAGES, self._hits(IMAGES, best, i, k)) for i, query in enumerate(queries)]
 
     def by_image(self, image_ids: Sequence[str], k: int) -> list[Answer]:
@@ -96,14 +105,29 @@ class Searcher:
         """
         rows = np.array([self._row(name) for name in image_ids], np.int64)
         queries = take(self.embeddings.images, rows)
-        captions = self._find("texts", queries, k, self._score if self._dot_product else turned(self._score))
-        images = self._find("images", queries, k + 1, self._score) if self._dot_product else None
+        captions = self.best_captions(queries, k)
+        images = self.best_images(queries, k + 1) if self._dot_product else None
         answers = []
         for i, name in enumerate(image_ids):
             answers.append(Answer(name, "image", CAPTIONS, self._hits(CAPTIONS, captions, i, k)))
             if images is not None:
                 answers.append(Answer(name, "image", IMAGES, self._hits(IMAGES, images, i, k, without=int(rows[i]))))
         return answers
+
+    def best_images(self, texts: Embedding, k: int) -> Found:
+        """Rows and scores of the k best images for each of t captions."""
+        return self._find("images", texts, k, self._score)
+
+    def best_captions(self, images: Embedding, k: int) -> Found:
+        """Rows and scores of the k best captions for each of n images."""
+        return self._find("texts", images, k, self._captions_first)
+
+    def best_own_caption(self, image: int) -> int:
+        """Row of the caption that fits its image, a row of the gallery, best."""
+        first = self.embeddings.ids.first
+        own = np.arange(first[image], first[image + 1])
+        query, captions = take(self.embeddings.images, np.array([image])), take(self.embeddings.texts, own)
+        return int(own[top_k(query, captions, 1, self._captions_first, *self._options).index[0, 0]])
 
     def _row(self, name: str) -> int:
         rows = self.embeddings.ids.rows
@@ -115,17 +139,16 @@ class Searcher:
 
     def _find(self, side: str, queries: Embedding, k: int, score: Score) -> Found:
         gallery = getattr(self.embeddings, side)
-        options = score, self._tile, self._mesh
-        if self._search.index == "exact" and self._candidates:
-            return two_stage_top_k(queries, gallery, k, self._candidates, *options)
-        if self._search.index == "exact":
-            return top_k(queries, gallery, k, *options)
+        if self._search is None or self._kind == "exact":
+            if self._candidates:
+                return two_stage_top_k(queries, gallery, k, self._candidates, score, *self._options)
+            return top_k(queries, gallery, k, score, *self._options)
         if side not in self.indexes:
-            self.indexes[side] = _OpenIndex(*open_index(self._search, self.embeddings, side, self._tile, self._mesh))
+            self.indexes[side] = _OpenIndex(*open_index(self._search, self.embeddings, side, *self._options))
         vectors = np.asarray(queries.vector, np.float32)
         nearest = self.indexes[side].index.search(vectors, min(max(k, self._candidates), len(gallery.vector)))
         if self._candidates:
-            return best_candidates(queries, gallery, nearest.index, k, *options)
+            return best_candidates(queries, gallery, nearest.index, k, score, *self._options)
         return rescored(nearest, vectors, gallery.vector)
 
     def _hits(self, target: str, best: Found, query: int, k: int, without: int = -1) -> tuple[Hit, ...]:

@@ -41,6 +41,7 @@ def test_everything_is_there_and_escaped(path):
     for wanted in ("Recall in per cent", "i→t R@1", "chance (20 images, 40 captions)", "95 % intervals", "<bdi>ties<"):
         assert wanted in text, wanted
     assert re.findall(r"<details( open)?><summary><bdi>Protocol card of", text) == [" open", ""]
+    assert text.count('<th scope="row"><bdi>rSum') == 2  # few names and many numbers: a line for each number
     assert len(re.findall(r"\d\.\d \[\d+\.\d, \d+\.\d\]", text)) == 2 * 7
 
 

@@ -138,13 +138,13 @@ def test_a_model_with_a_score_of_its_own(tmp_path):
     experiment = assemble(c)
     found = embed(experiment, init_variables(experiment, 0), "test", make_mesh(1), tmp_path, {})
     scores = np.asarray(experiment.model.score(found.images, found.texts))
-    searcher = Searcher(found, experiment.model.score, c.search, 3, make_mesh(2))
+    searcher = Searcher(found, experiment.model.score, 3, make_mesh(2), search=c.search)
     (answer,) = searcher.by_image([found.ids.image_ids[4]], 6)  # no images: they are compared with captions only
     best = np.argsort(-scores[4], kind="stable")[:6]
     assert [hit.caption_id for hit in answer.hits] == [found.ids.caption_ids[i] for i in best]
     c.search.index = "faiss"
     with pytest.raises(ValueError, match="this model scores pairs in a way of its own"):
-        Searcher(found, experiment.model.score, c.search, 3, make_mesh(2))
+        Searcher(found, experiment.model.score, 3, make_mesh(2), search=c.search)
 
 
 def test_a_run_of_a_model_that_shows_nothing_and_photographs(tmp_path, capsys):
