@@ -61,8 +61,8 @@ line-height:1.35}
 .head{display:flex;justify-content:space-between;gap:6px;font-variant-numeric:tabular-nums;white-space:nowrap}
 .good .mark{color:var(--good);font-weight:600}.bad .mark{color:var(--bad)}
 .side{display:grid;grid-template-columns:minmax(120px,190px) 1fr;gap:16px;align-items:start;margin-top:6px}
-ol{list-style:none;margin:0;padding:0}
-ol li{display:grid;grid-template-columns:1.2em 4.4em 1fr;gap:8px;padding:5px 8px;border-radius:7px;margin-bottom:3px;
+ol{list-style:none;margin:0;padding:0;display:grid;grid-template-columns:max-content max-content 1fr;gap:3px 10px}
+ol li{display:grid;grid-template-columns:subgrid;grid-column:1/-1;padding:5px 8px;border-radius:7px;
 overflow-wrap:anywhere}
 ol li.good{background:var(--goodbg)}
 .num{font-variant-numeric:tabular-nums;color:var(--soft);white-space:nowrap}

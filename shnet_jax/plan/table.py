@@ -11,7 +11,7 @@ from shnet_jax.observe.work import COLLECTIVES
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """What `make_plan` found, as text; figures of one device."""
+    """The report of `make_plan` as text; figures of one device."""
     programs, limit, devices = list(report["programs"].values()), report["memory_limit"], report["devices"]
     rows = [["on each device", *report["programs"]], ["rows of a batch", *(f"{p['rows']:,}" for p in programs)]]
 

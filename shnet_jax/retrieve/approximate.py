@@ -25,7 +25,7 @@ SAMPLE, DEPTH = 256, 10  # queries whose first DEPTH results are compared with t
 def check_index(kind: str, score: Score, candidates: int = 0) -> None:
     """Raises ValueError for an unknown kind, or an approximate one for a score that is no dot product.
 
-    candidates: that the score re-ranks, which any index may find; 0: what is found is the result.
+    candidates: items that the score re-ranks, which any index may find; 0: the results of the index are final.
     """
     if kind not in KINDS:
         raise ValueError(f"config.search.index is {kind!r}; choose from {', '.join(KINDS)}")

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.evaluate.encode import host_fields
@@ -140,18 +140,19 @@ def assemble(parts: Path, side: str, count: int, path: Path) -> None:
     """
     files = sorted(parts.glob(f"{side}-*.safetensors"))
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    for part in files:  # only the headers
-        for name, (shape, dtype) in _peek(part).items():
-            longest = np.maximum(shapes[name][0][1:], shape[1:]) if name in shapes else shape[1:]
-            shapes[name] = ((count, *map(int, longest)), dtype)
+    for path_of_part in files:
+        for name, values in tensors.open_mapped(path_of_part).items():
+            if name != "rows":
+                longest = np.maximum(shapes[name][0][1:], values.shape[1:]) if name in shapes else values.shape[1:]
+                shapes[name] = ((count, *map(int, longest)), values.dtype)
     with whole(path) as temporary:
         arrays, times = tensors.create(temporary, shapes), np.zeros(count, np.int8)
-        for part in files:
-            values = load_file(part)
-            rows = values.pop("rows")
-            for name, given in values.items():
-                at: Any = (rows, *map(slice, given.shape[1:]))
-                arrays[name][at] = given
+        for path_of_part in files:
+            part = tensors.open_mapped(path_of_part)
+            rows = np.array(part.pop("rows"))
+            for name, values in part.items():
+                at: Any = (rows, *map(slice, values.shape[1:]))
+                arrays[name][at] = values
             np.add.at(times, rows, 1)
         wrong = np.flatnonzero(times != 1)
         if wrong.size:
@@ -159,10 +160,3 @@ def assemble(parts: Path, side: str, count: int, path: Path) -> None:
         for array in arrays.values():
             if isinstance(array, np.memmap):
                 array.flush()
-
-
-def _peek(part: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of the embedding's arrays in a part."""
-    with safe_open(part, framework="numpy") as file:
-        slices = {name: file.get_slice(name) for name in file.keys() if name != "rows"}  # noqa: SIM118
-        return {name: (tuple(s.get_shape()), tensors.CODES[s.get_dtype()]) for name, s in slices.items()}

@@ -119,7 +119,11 @@ def open_embeddings(folder: str | Path) -> Embeddings:
     for side, count in zip(SIDES, (len(ids.image_ids), len(ids.captions)), strict=True):
         path = folder / f"{side}.safetensors"
         arrays = tensors.open_mapped(path)
-        wrong = {name: array.shape for name, array in arrays.items() if len(array) != count}
+        wrong = {
+            name: (array.dtype.name, array.shape)
+            for name, array in arrays.items()
+            if array.shape[:1] != (count,) or array.dtype == np.int64
+        }
         if "vector" not in arrays or wrong:
             raise ValueError(f"{path}: expected a vector for each of {count} {side} of {IDS}, found {wrong or 'none'}")
         sides[side] = Embedding(**arrays)  # type: ignore[arg-type]  # files may outgrow the device

@@ -62,7 +62,7 @@ class Scene:
 
     @property
     def image_id(self) -> str:
-        """Its id."""
+        """Id of the image."""
         return self.record["image_id"]
 
     @property
@@ -73,7 +73,7 @@ class Scene:
         return boxes if mask is None or len(mask) != len(boxes) else boxes[mask]
 
     def rule(self) -> str:
-        """Its picture as a rule of CSS; data URIs and numbers only."""
+        """The picture as a rule of CSS; data URIs and numbers only."""
         if self.photo is not None:
             source, aspect = self.photo
         elif "seg_map" in self.record:
@@ -85,16 +85,16 @@ class Scene:
         return f".{self.name}>.base{{background-image:url({source});{pixels}}}.{self.name}{{{shape}}}\n"
 
     def classes(self, most: int = 3) -> list[tuple[str, str, float]]:
-        """Its largest classes: (name, colour, share)."""
+        """The largest classes: (name, colour, share)."""
         return shares(self.record["seg_map"], self.names, most) if "seg_map" in self.record else []
 
     def legend(self, most: int) -> Markup | None:
-        """The colours and shares of its largest classes; None without a label map."""
+        """The colours and shares of the largest classes; None without a label map."""
         classes = self.classes(most)
         return keys((colour, f"{name} {share:.0%}") for name, colour, share in classes) if classes else None
 
     def inside(self, box: np.ndarray) -> str:
-        """What the label map mostly says within a box."""
+        """The largest class within a box."""
         return shares(inside(self.record["seg_map"], box), self.names, 1)[0][0] if "seg_map" in self.record else ""
 
     def class_name(self, number: int) -> str:

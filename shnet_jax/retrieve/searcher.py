@@ -88,7 +88,7 @@ class Searcher:
 
     @property
     def about(self) -> dict[str, Any]:
-        """How results are found, as JSON values. candidates: how many the score re-ranks; 0: no second stage."""
+        """The ranking method as JSON values. candidates: items that the score re-ranks; 0: no second stage."""
         reports = {side: index.report for side, index in self.indexes.items()}
         return {"kind": self._kind, "sides": reports, "candidates": self._candidates}
 

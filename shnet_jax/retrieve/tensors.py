@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-CODES = {"F32": np.dtype("<f4"), "BOOL": np.dtype(bool)}  # what embeddings are made of
+CODES = {"F32": np.dtype("<f4"), "BOOL": np.dtype(bool), "I64": np.dtype("<i8")}  # I64: rows of a part
 _NAMES = {dtype: code for code, dtype in CODES.items()}
 _LENGTH = 8
 

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from shnet_jax.commands import load
 from shnet_jax.data.gallery import open_gallery
@@ -142,6 +142,8 @@ def test_damaged_folders(whole, tmp_path):
         (images[:-4], "does not fit into the file; was it copied whole"),
         (b"\xff" * 100, "no safetensors file"),
         ((whole / "texts.safetensors").read_bytes(), "expected a vector for each of 10 images"),
+        (save({"vector": np.zeros((10, 4), np.int64)}), r"found {'vector': \('int64', \(10, 4\)\)}"),
+        (save({"vector": np.zeros((), np.float32)}), "expected a vector for each of 10 images"),
     ):
         (tmp_path / "images.safetensors").write_bytes(damaged)
         with pytest.raises(ValueError, match=message):

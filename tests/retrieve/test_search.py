@@ -86,7 +86,7 @@ def test_a_checkpoint_by_its_folder():
 
 
 def test_embeddings_of_another_run_are_refused(model):
-    """Of the same configuration and step, so that only the weights tell them apart."""
+    """The configuration and step are the same: only the weights tell them apart."""
     made = split_embeddings(model.loaded, gallery.toy(), gallery.toy_run(), make_mesh(1))
     model.open(made.folder)
     variables = jax.tree.map(lambda leaf: leaf + 1, model.loaded.variables)

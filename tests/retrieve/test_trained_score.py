@@ -46,12 +46,16 @@ def loaded(config):
 def scores(loaded, config):
     """[10, 50] in float64; the dot product would put other items first."""
     model = Retriever(loaded, config)
-    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    captions = captions_of(model)
     images = model.encode_images("test").vector.astype(np.float64)
     texts = model.encode_texts(captions).vector.astype(np.float64)
     found = (images * FACTORS) @ texts.T
     assert (found.argmax(0) != (images @ texts.T).argmax(0)).mean() > 0.5
     return found
+
+
+def captions_of(model):
+    return [caption for own in model.dataset.captions("test") for caption in own]
 
 
 def best(scores, k):
@@ -61,7 +65,7 @@ def best(scores, k):
 def test_from_python(loaded, config, scores):
     model = Retriever(loaded, config)
     ids = model.dataset.image_ids("test")
-    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    captions = captions_of(model)
     found = model.search(captions[:4], top_k=3)
     assert [[hit.image_id for hit in answer.hits] for answer in found] == ids[best(scores[:, :4].T, 3)].tolist()
     np.testing.assert_allclose(found[1].hits[0].score, scores[:, 1].max(), atol=1e-5)
@@ -83,7 +87,7 @@ def test_two_stages(loaded, config, scores):
     few.eval.two_stage = 4
     exact, everything, model = (Retriever(loaded, c) for c in (config, whole, few))
     ids = model.dataset.image_ids("test")
-    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    captions = captions_of(model)
     for one, other in zip(everything.search(captions[:5], top_k=7), exact.search(captions[:5], top_k=7), strict=True):
         assert [hit.image_id for hit in one.hits] == [hit.image_id for hit in other.hits]
     (one,), (other,) = (m.search_by_image(ids[2]) for m in (everything, exact))
@@ -108,7 +112,7 @@ def test_candidates_of_an_index(loaded, scores, tmp_path, monkeypatch):
     few = tiny.config(model__name="tests.train.test_score_params", eval__tile=4, eval__two_stage=4, eval__exact=False)
     model = Retriever(loaded, few)
     ids = model.dataset.image_ids("test")
-    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    captions = captions_of(model)
     products = model.encode_images("test").vector @ model.encode_texts(captions).vector.T
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(search_mode, "load", lambda workdir, config: loaded)
