@@ -25,9 +25,9 @@ from shnet_jax.evaluate.zero_shot import zero_shot
 from shnet_jax.experiment import AUTO, Experiment, abstract_variables, assemble
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.observe.files import write_text
+from shnet_jax.observe.results_page import results_page
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
-from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.workdir import Difference, complete, differences, sole_job, trained_config

@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 from shnet_jax.commands import evaluate_loaded, evaluate_zero_shot, load_any
 from shnet_jax.data.records import find_dataset
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.report import Table, card_table, table, to_json
+from shnet_jax.evaluate.report import card_table, table, to_json
 from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.observe.files import LOCK, write_text
-from shnet_jax.retrieve.results_page import results_page
+from shnet_jax.observe.results_page import results_page
+from shnet_jax.observe.table import Table
 from shnet_jax.train.workdir import sole_job, trained_config
 
 Matrix = dict[str, dict[str, Results]]

@@ -20,8 +20,8 @@ from data_prep.extract.settings import Settings
 from data_prep.extract.tables import Tables
 from data_prep.extract.tars import Tars
 from data_prep.names import EXTENSIONS
-from data_prep.progress import Progress
 from data_prep.schema import DataError
+from shnet_jax.observe.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ def extract_here(work: Work, args: argparse.Namespace) -> None:
     if left < total:
         print(f"extract: going on after {total - left} of {total} photographs", file=sys.stderr)
     extractor = load_extractor(work.settings, args.device)
-    progress = Progress("extract", left)
+    progress = Progress(left, what="extract", unit="records")
 
     for block in pending:
         policy = on_broken(args.broken)
-        blocks.extract(block, work.photographs, extractor, args.batch_size, policy, progress.step)
+        blocks.extract(block, work.photographs, extractor, args.batch_size, policy, progress.count)
     progress.close()
 
 

@@ -19,9 +19,10 @@ from shnet_jax.evaluate.nearest import Found
 from shnet_jax.evaluate.person import search_persons
 from shnet_jax.evaluate.protocols import Ranker, Results
 from shnet_jax.evaluate.rank import Ranks, ranks
-from shnet_jax.evaluate.report import PERSON, Table, heading
+from shnet_jax.evaluate.report import PERSON, heading
 from shnet_jax.evaluate.two_stage import caption_candidates, two_stage_ranks
 from shnet_jax.models.contract import RetrievalModel, has_static_score
+from shnet_jax.observe.table import Table
 from shnet_jax.types import Embedding
 
 PersonSearch = Callable[[Embedding, Embedding, np.ndarray, np.ndarray], np.ndarray]

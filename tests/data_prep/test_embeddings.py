@@ -6,7 +6,7 @@ from safetensors.numpy import save_file
 
 from data_prep import from_embeddings, from_scan
 from shnet_jax.data.records import open_dataset
-from shnet_jax.retrieve.folder import open_embeddings
+from shnet_jax.retrieve.embeddings import open_embeddings
 
 RNG = np.random.default_rng(0)
 
