@@ -154,7 +154,11 @@ def _lines(values: Sequence[Any], columns: _Columns, row: int, path: Path) -> It
     captions = [text for place in columns.captions for text in _listed(values[place])]
     if len(columns.captions) > 1:  # an image with fewer leaves cells empty
         captions = [text for text in captions if text != "" and not (isinstance(text, str) and text.isspace())]
-    ids = [None] * len(captions) if columns.ids is None else [_number(n) for n in _listed(values[columns.ids])]
+    if columns.ids is None:
+        ids = [None] * len(captions)
+    else:
+        given = values[columns.ids]
+        ids = [_number(n) for n in (listed_numbers(given) if isinstance(given, str) else _listed(given))]
     if len(ids) != len(captions):
         raise DataError(f"{path} row {row}: image {file!r}: expected {len(captions)} caption ids, found {len(ids)}")
     if not captions:
@@ -166,6 +170,8 @@ def _lines(values: Sequence[Any], columns: _Columns, row: int, path: Path) -> It
 def _listed(value: Any) -> list[Any]:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
+    if isinstance(value, str):
+        value = listed_texts(value) or value
     return value if isinstance(value, list) else [value]
 
 
@@ -346,7 +352,7 @@ def _table(path: Path) -> Iterator[Line]:
         values: list[Any] = list(cells)
         values[columns.image] = cells[columns.image].strip()
         for place in columns.captions:
-            found_list = _list(cells[place])
+            found_list = listed_texts(cells[place])
             if lists is None and cells[place].strip():
                 lists = bool(found_list)
             if lists and (found_list is not None or not cells[place].strip()):
@@ -354,8 +360,6 @@ def _table(path: Path) -> Iterator[Line]:
             elif lists or found_list:
                 one, other = ("a list of sentences", "a sentence")[:: 1 if lists else -1]
                 raise DataError(f"{path} row {row}: expected {one} as in the rows before, found {other}")
-        if columns.ids is not None:
-            values[columns.ids] = _numbers(cells[columns.ids])
         yield from _lines(values, columns, row, path)
 
 
@@ -382,7 +386,7 @@ def _quoted_rows(
             raise DataError(
                 f"{path} row {number}: expected cells that end where their quotes do: {error}; {mend}"
             ) from None
-        broken = [place for place, cell in enumerate(cells) if "\n" in cell and _list(cell) is None]
+        broken = [place for place, cell in enumerate(cells) if "\n" in cell and listed_texts(cell) is None]
         if broken:
             name = names[broken[0]] if broken[0] < len(names) else broken[0]
             raise DataError(
@@ -409,7 +413,7 @@ def _mended(cells: list[str], names: Sequence[str], columns: _Columns, delimiter
     return [*cells[:-1], match[1], match[2]]
 
 
-def _list(cell: str) -> list[str] | None:
+def listed_texts(cell: str) -> list[str] | None:
     """The texts of a cell that is a list, in JSON or as Python or NumPy prints it; None for any other."""
     cell = cell.strip()
     if not (cell.startswith("[") and cell.endswith("]")):
@@ -435,6 +439,6 @@ def _printed(cell: str) -> list[str] | None:
     return texts
 
 
-def _numbers(cell: str) -> list[Any]:
+def listed_numbers(cell: str) -> list[Any]:
     """Whole numbers of a cell: one, or a list of them."""
     return [part for part in re.split(r"[\s,]+", cell.strip().strip("[]()").replace("'", "").replace('"', "")) if part]

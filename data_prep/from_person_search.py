@@ -97,7 +97,7 @@ def _annotation(where: str, row: Any) -> tuple[str, Annotation]:
         raise DataError(f"{where}: field 'captions': expected a list of sentences, found {captions!r:.80}")
     if not isinstance(place, str) or Path(place).is_absolute() or ".." in Path(place).parts:
         raise DataError(f"{where}: field {field!r}: expected a path inside the folder of pictures, found {place!r}")
-    return split, Annotation(place, person, tuple(captions))
+    return split, Annotation(place, person, tuple(" ".join(c.split()) for c in captions))
 
 
 def hold_out(splits: Annotations, persons: int) -> Annotations:

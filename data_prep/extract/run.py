@@ -57,23 +57,42 @@ def open_photographs(path: Path, caption_from: str | None = None) -> Photographs
     """What --images names: a folder of photographs, or a tar, a Parquet file or a folder of them.
 
     Raises DataError where there is no such thing; a folder counts as one of tars, then of Parquet files, when it has
-    any, and no photographs beside them.
+    any, and no photographs beside them. Of Parquet files beside tars only those of img2dataset, 00000.parquet of
+    00000.tar, are passed over.
     """
-    if path.is_file():
-        found = {path.suffix.lower(): [path]}
-    elif path.is_dir():
-        found = {suffix: sorted(path.rglob(f"*{suffix}"), key=_by_number) for suffix in (".tar", ".parquet")}
-        if any(entry.suffix.lower() in EXTENSIONS for entry in path.iterdir()):
-            found = {}
-    else:
+    if not path.exists():
         raise DataError(f"{path}: no such folder or file")
-    if found.get(".tar"):
-        return Tars(found[".tar"], path, caption_from)
-    if found.get(".parquet"):
-        return Tables(found[".parquet"], path)
+    if path.is_dir() and any(entry.suffix.lower() in EXTENSIONS for entry in path.iterdir()):
+        return Folder(path)
+    found: dict[str, list[Path]] = {suffix: [] for suffix in (".tar", ".parquet", *_PACKED)}
+    photographs = False
+    for entry in [path] if path.is_file() else path.rglob("*"):
+        photographs = photographs or entry.suffix.lower() in EXTENSIONS
+        if entry.suffix.lower() in found:
+            found[entry.suffix.lower()].append(entry)
+    tars, tables = (sorted(found[suffix], key=_by_number) for suffix in (".tar", ".parquet"))
+    packed = [
+        entry for suffix in _PACKED for entry in found[suffix] if suffix == ".tgz" or ".tar." in entry.name.lower()
+    ]
+    if packed and (tars or tables or not photographs):
+        raise DataError(
+            f"{packed[0]}: expected tars that are not compressed, found a compressed one; decompress it first"
+        )
+    if tars:
+        described = {entry.with_suffix("") for entry in tars}
+        if alone := [entry for entry in tables if entry.with_suffix("") not in described]:
+            raise DataError(
+                f"{path}: expected tars or Parquet files, found {tars[0].name} and {alone[0].name}; name one"
+            )
+        return Tars(tars, path, caption_from)
+    if tables:
+        return Tables(tables, path)
     if path.is_file():
         raise DataError(f"{path}: expected a folder of photographs, a .tar or a .parquet, found another file")
     return Folder(path)
+
+
+_PACKED = (".tgz", ".gz", ".bz2", ".xz", ".zst")
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:
@@ -94,7 +113,8 @@ def prepare(args: argparse.Namespace) -> Work:
             raise DataError(f"{' and '.join(given)}: belongs to captions inside of --images, not to --captions")
         splits = captions.read(args.captions, args.split_lists, strict=args.on_bad_record == "fail")
     else:
-        splits = rows.gather(photographs.rows(args.split), args.split_lists, chosen.images)
+        found = photographs.rows(args.split)
+        splits = rows.gather(found, args.split_lists, chosen.images, strict=args.on_bad_record == "fail")
     return Work(chosen, photographs, folder, blocks.plan(folder, chosen, splits), splits.found)
 
 

@@ -101,6 +101,8 @@ class Upsnet:
             raise Absent(f"{self.folder}: image {image_id!r}: expected its label map as PNG, found none")
         pixels = read_label_map(path)
         labels = pixels if pixels.ndim == 2 else pixels[..., 0]
+        if pixels.ndim == 3 and pixels.shape[2] > 2 and pixels[..., 2].any() and (pixels[..., 2] != labels).any():
+            raise DataError(f"{path}: expected grey, or class, instance and 0 as in pan_2ch, found colours")
         if labels.dtype != np.uint8:
             raise DataError(f"{path}: expected classes of 8 bits, found {labels.dtype}")
         return label_maps.fields(coco_panoptic.from_stuff_first(labels, str(path)), coco_panoptic.CLASSES)

@@ -171,6 +171,8 @@ def encode_texts(experiment: Experiment, tower: Tower, texts: Sequence[str]) -> 
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise ValueError(f"query {number} of {len(texts)}: expected text, found {text!r:.80}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # what a terminal of another encoding sent
+            raise ValueError(f"query {number} of {len(texts)}: expected text in UTF-8, found {text!r:.80}")
     blank = [number for number, text in enumerate(texts) if not text.strip()]
     if blank:
         raise ValueError(f"query {blank[0] + 1} of {len(texts)} has no words")

@@ -78,6 +78,8 @@ def test_vectors_do_not_depend_on_how_they_are_asked_for(model):
     np.testing.assert_array_equal(model.encode_texts("a dog").vector, model.encode_texts(["a dog"]).vector)
     with pytest.raises(ValueError, match="query 2 of 2: expected text, found 3"):
         model.encode_texts(["a dog", 3])
+    with pytest.raises(ValueError, match=r"query 1 of 1: expected text in UTF-8, found 'caf\\udce9'"):
+        model.encode_texts("caf\udce9")
 
 
 def test_a_checkpoint_by_its_folder():
