@@ -108,6 +108,14 @@ class Tables:
                 yield row if row.split else row._replace(split=other)
 
 
+def holds(path: Path) -> tuple[str, ...] | None:
+    """The columns beside the pictures that a file says captions, numbers and splits in; None without pictures."""
+    try:
+        return _columns(path).texts
+    except DataError:
+        return None
+
+
 def _columns(path: Path) -> _Columns:
     with parquet.open_parquet(path) as file:
         kinds = {field.name: field.type for field in file.schema_arrow}
