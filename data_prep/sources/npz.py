@@ -59,6 +59,10 @@ class NpzFiles:
         path = self._arrays.find(image_id)
         if path is None:
             raise Absent(f"{self.folder}: image {image_id!r}: expected a file {image_id}.npz, found none")
+        return self.record(image_id, path)
+
+    def record(self, image_id: str, path: Path) -> Record:
+        """The same of its file."""
         with data_errors():
             arrays = read_npz(path, NAMES, MAX_IMAGE_BYTES)
         if not set(FEATURES) & set(arrays):
@@ -86,7 +90,7 @@ def recognise(place: Place) -> Iterator[Recognised]:
 
         def read(reading: Reading) -> Iterator[Record]:
             source = NpzFiles(place.path, reading)
-            return (source.read(file.stem) for file in files[:SAMPLE])
+            return (source.record(file.stem, file) for file in files[:SAMPLE])
 
         what = f"{len(files)} files ID.npz with {', '.join(names)}"
         yield Recognised(what, "from_npz", {"npz": str(place.path)}, read=read)
