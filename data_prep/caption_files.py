@@ -77,14 +77,19 @@ class Kind(NamedTuple):
     says_split: bool
 
 
-_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".pt", ".csv", ".tsv", ".txt", ".token")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".pt", ".csv", ".tsv", ".txt", ".token")
 
 
 def recognise(path: Path) -> Kind | None:
-    """The kind of a caption file, None for another one; its ends or its first record are read."""
+    """The kind of a caption file, None for another one; its ends or its first record are read.
+
+    Raises DataError for a stand-in such as a git-LFS pointer.
+    """
     suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
+    if suffix not in SUFFIXES:
         return None
+    with data_errors():
+        foreign.check_kind(path)
     if suffix == ".pt":
         return Kind("captions by image of torch.save", False) if torch_files.peek(path) == "captions" else None
     if suffix == ".json":

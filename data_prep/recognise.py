@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from data_prep.places import MOST, Place, Recognised, ends, has_keys, look, miss
 from data_prep.schema import DataError, Record
 from data_prep.sources.boxes import HEIGHTS, MAX_SIDE, WIDTHS
 from data_prep.sources.detections import Reading
+from shnet_jax.observe.files import describe
 
 RECOGNISERS: tuple[Callable[[Place], Iterable[Recognised]], ...] = (
     from_scan.recognise,
@@ -65,6 +65,10 @@ def recognise(path: Path) -> tuple[str, bool]:
     paragraphs = [*map(_data_set, report.made), *(_import(report, found) for found in report.found)]
     if not paragraphs:
         paragraphs = _alone(report)
+    if sum(next(iter(found.flags)) in PARTS for found in report.found) > 1:
+        paragraphs.append(
+            "Fields of the same images go into one data set: give one command the flags of the others too."
+        )
     notes = ["\n".join(f"not read: {note}" for note in report.notes)] if report.notes else []
     known = bool(report.made or report.found or report.captions)
     return "\n\n".join([f"{path}: {report.place.kinds()}", *paragraphs, *notes]), known
@@ -79,7 +83,11 @@ def _walk(report: Report) -> Iterator[Place]:
         if seen > _ENTRIES or number == _FOLDERS:
             report.notes.append(f"{len(queue) - number} more folders, such as {path}")
             return
-        place = report.place if not number else look(path)
+        try:
+            place = report.place if not number else look(path)
+        except OSError as error:
+            report.notes.append(describe(error))
+            continue
         seen += len(place.files) + len(place.folders)
         yield place
         if any(file.name == "dataset_info.json" for file in place.files):
@@ -91,30 +99,39 @@ def _walk(report: Report) -> Iterator[Place]:
                     if not claimed & set(found.paths):
                         report.found.append(found)
                         claimed.update(found.paths)
-            except (DataError, OSError) as error:
+            except DataError as error:
                 report.notes.append(str(error))
+            except OSError as error:
+                report.notes.append(describe(error))
         if path not in claimed:
             queue += place.folders
 
 
 def _find_texts(report: Report, places: Iterable[Place]) -> None:
-    """Note captions, lists of splits and sizes: of the folder itself, else of those in it, else beside what it has."""
+    """Note captions of the folder itself, else of those in it, else beside what it has; sizes and lists of all."""
     taken = {path for found in report.found for path in found.paths}
     inner = [place for place in places if place is not report.place]
     beside = [look(report.place.path.resolve().parent)] if report.found else []
     for group in ([report.place], inner, beside):
-        for file in (file for place in group for file in islice(place.files, _FILES) if file not in taken):
+        captions = []
+        for file in (file for place in group for file in _texts(place) if file not in taken):
             try:
                 if kind := caption_files.recognise(file):
-                    report.captions.append((file, kind))
+                    captions.append((file, kind))
                 elif _lists_images(file):
                     report.lists.append(file)
                 if _has_sizes(file):
                     report.sizes.append(file)
-            except (DataError, OSError) as error:
+            except DataError as error:
                 report.notes.append(str(error))
-        if report.captions:
-            return
+            except OSError as error:
+                report.notes.append(describe(error))
+        report.captions = report.captions or captions
+
+
+def _texts(place: Place) -> list[Path]:
+    """Files that may hold captions, lists or sizes; a folder with a .txt or .json of each image has too many."""
+    return sorted(place.of(*caption_files.SUFFIXES), key=lambda file: file.suffix == ".txt")[:_FILES]
 
 
 def _lists_images(path: Path) -> bool:

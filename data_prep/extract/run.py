@@ -93,7 +93,8 @@ MODELS = {
 def recognise(place: Place) -> Iterator[Recognised]:
     """Photographs, in a folder or in folders of it; tars and Parquet files of them, perhaps with their captions."""
     flags, extra = {"images": str(place.path), **MODELS}, "extract"
-    photographs = [] if place.path.is_file() else [file for file in place.files if _is_photograph(file)]
+    photographs = [] if place.path.is_file() else place.of(*EXTENSIONS)
+    photographs = photographs if any(map(_is_photograph, photographs[:1])) else []
     inner = [look(folder) for folder in place.folders[:_FOLDERS]] if not photographs and not place.files else []
     if photographs or (len(inner) > 1 and all(any(map(_is_photograph, one.files[:_FOLDERS])) for one in inner)):
         what = f"{len(photographs)} photographs" if photographs else f"{len(inner)} folders of photographs"

@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import parquet as pq
 
 from data_prep import __main__ as command
-from data_prep import from_scan, parts, places
+from data_prep import from_npz, from_scan, parts, places
 from data_prep import recognise as recognition
 from data_prep.extract import run as extract
 from data_prep.recognise import recognise
@@ -428,6 +428,34 @@ def test_captions_of_each_split_and_others(tmp_path):
     assert commands(text)[0][1]["captions"] == str(tmp_path / "dataset_coco.json")
 
 
+def test_captions_among_many_files(tmp_path):
+    for number in range(250):
+        np.savez(tmp_path / f"COCO_{number:03}.npz", x=regions(2))
+        (tmp_path / f"COCO_{number:03}.txt").write_text("a dog")
+    captions(tmp_path)
+    [(_, flags)] = commands(needs(tmp_path))
+    assert flags["captions"] == str(tmp_path / "dataset_coco.json")
+
+
+def test_sizes_in_another_folder_than_the_captions(tmp_path):
+    make_bu_data(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "instances_val2014.json").rename(tmp_path / "annotations" / "instances_val2014.json")
+    [(_, flags)] = commands(needs(tmp_path))
+    assert flags["sizes"] == str(tmp_path / "annotations" / "instances_val2014.json")
+
+
+def test_several_sources_of_the_same_images(tmp_path):
+    npz(tmp_path)
+    upsnet(tmp_path)
+    text = needs(tmp_path, "go into one data set: give one command the flags of the others too")
+    (module, flags), (other, more) = commands(text)
+    assert (module, other) == ("from_npz", "from_upsnet")
+    out = tmp_path / "out"
+    words = [f"--{name}={value}" for name, value in (flags | more | {"out": str(out)}).items()]
+    assert from_npz.main(words) == 0 and {"regions", "boxes", "seg_map"} <= set(open_dataset(out).features)
+
+
 def test_captions_without_splits(tmp_path):
     npz(tmp_path)
     (tmp_path / "dataset_coco.json").unlink()
@@ -452,6 +480,8 @@ def test_faults_are_said(tmp_path):
     (tmp_path / "texts").mkdir()
     test_lmdb.write(tmp_path / "texts" / "txt.db", {b"1": b"\x04\x22\x4d\x18 a text"})
     needs(tmp_path, "LZ4 (UNITER's texts?)", known=False)
+    (tmp_path / "captions.json").write_text("<!DOCTYPE html>")
+    needs(tmp_path, "captions.json: found a web page in place of the file", known=False)
     with pytest.raises(DataError, match="no such folder or file"):
         recognise(tmp_path / "b")
 
