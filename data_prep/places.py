@@ -88,8 +88,9 @@ def look(path: Path) -> Place:
     if not path.is_dir():
         raise DataError(f"{path}: no such folder or file")
     with os.scandir(path) as scan:
-        entries = [(entry.name, entry.is_dir()) for entry in islice(scan, MOST + 1)]
-    seen = sorted(entry for entry in entries[:MOST] if not entry[0].startswith("."))
+        # Pipes and devices are left out, links that lead nowhere are not: opening them says so.
+        entries = [(e.name, e.is_dir(), e.is_file() or e.is_symlink()) for e in islice(scan, MOST + 1)]
+    seen = sorted((name, is_dir) for name, is_dir, is_file in entries[:MOST] if (is_dir or is_file) and name[0] != ".")
     files, folders = (tuple(path / name for name, is_dir in seen if is_dir == kind) for kind in (False, True))
     return Place(path, files, folders, len(entries) > MOST)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ class Report:
     sizes: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Faults inside of the block become notes."""
+        try:
+            yield
+        except DataError as error:
+            self.notes.append(str(error))
+        except OSError as error:
+            self.notes.append(describe(error))
+
 
 def recognise(path: Path) -> tuple[str, bool]:
     """What lies at a path, with the commands that import it, and whether anything is known.
@@ -83,26 +94,22 @@ def _walk(report: Report) -> Iterator[Place]:
         if seen > _ENTRIES or number == _FOLDERS:
             report.notes.append(f"{len(queue) - number} more folders, such as {path}")
             return
-        try:
-            place = report.place if not number else look(path)
-        except OSError as error:
-            report.notes.append(describe(error))
-            continue
+        place = report.place
+        if number:
+            with report.noting():
+                place = look(path)
+            if place.path != path:
+                continue
         seen += len(place.files) + len(place.folders)
         yield place
         if any(file.name == "dataset_info.json" for file in place.files):
             report.made.append(path)
             continue
         for recogniser in RECOGNISERS:
-            try:
+            with report.noting():
                 for found in recogniser(place):
-                    if not claimed & set(found.paths):
-                        report.found.append(found)
-                        claimed.update(found.paths)
-            except DataError as error:
-                report.notes.append(str(error))
-            except OSError as error:
-                report.notes.append(describe(error))
+                    report.found.append(found)
+                    claimed.update(found.paths)
         if path not in claimed:
             queue += place.folders
 
@@ -115,17 +122,13 @@ def _find_texts(report: Report, places: Iterable[Place]) -> None:
     for group in ([report.place], inner, beside):
         captions = []
         for file in (file for place in group for file in _texts(place) if file not in taken):
-            try:
+            with report.noting():
                 if kind := caption_files.recognise(file):
                     captions.append((file, kind))
                 elif _lists_images(file):
                     report.lists.append(file)
                 if _has_sizes(file):
                     report.sizes.append(file)
-            except DataError as error:
-                report.notes.append(str(error))
-            except OSError as error:
-                report.notes.append(describe(error))
         report.captions = report.captions or captions
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 import shlex
 from importlib import import_module
@@ -277,7 +278,7 @@ def photographs(folder):
 def coco_photographs(folder):
     for number, file in enumerate(FILES):
         (folder / f"images/val201{number}").mkdir(parents=True)
-        (folder / f"images/val201{number}" / file).write_bytes(test_containers._picture(200 + number, "PNG"))
+        (folder / f"images/val201{number}" / file).write_bytes(test_containers._picture(number, "PNG"))
     captions(folder, [f"val2010/{FILES[0]}", f"val2011/{FILES[1]}"])
     return "extract", {"images": "images"}
 
@@ -456,6 +457,46 @@ def test_several_sources_of_the_same_images(tmp_path):
     assert from_npz.main(words) == 0 and {"regions", "boxes", "seg_map"} <= set(open_dataset(out).features)
 
 
+def test_keys_at_the_end_of_a_long_file(tmp_path):
+    images = [{"id": number, "file_name": f"{number:012}.jpg", "coco_url": "http://a"} for number in range(3000)]
+    notes = [{"image_id": 1, "id": 1, "caption": "a dog"}]
+    (tmp_path / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    needs(tmp_path, "captions in COCO's JSON, without splits")
+
+
+def test_hdf5_files_of_two_splits_and_of_another_layout(tmp_path):
+    for split in ("train", "val"):
+        hdf5(tmp_path, f"{split}36.hdf5")
+    (tmp_path / "a_val_ids.txt").write_text("42\n139\n")
+    (tmp_path / "b_train_ids.txt").write_text("1\n2\n")
+    hdf5_by_id(tmp_path)
+    found = [flags for _, flags in commands(needs(tmp_path))]
+    assert [flags["hdf5"] for flags in found] == [
+        str(tmp_path / "detections.h5"),
+        f"{tmp_path / 'train36.hdf5'},{tmp_path / 'val36.hdf5'}",
+    ]
+    assert found[1]["hdf5_ids"] == f"{tmp_path / 'b_train_ids.txt'},{tmp_path / 'a_val_ids.txt'}"
+
+
+def test_weights_are_no_features(tmp_path):
+    torch_writer.save(tmp_path / "model.pth", {"fc.weight": regions(3), "fc.bias": regions(3)})
+    needs(tmp_path, "needed: features", known=False)
+
+
+def test_splits_in_the_metadata(tmp_path):
+    test_from_clip_retrieval._shard(tmp_path, "0", [("1.jpg", "a dog")], split=["val"])
+    [(module, flags)] = commands(needs(tmp_path))
+    assert module == "from_clip_retrieval" and "split" not in flags
+
+
+def test_a_folder_called_as_a_split_is(tmp_path, monkeypatch):
+    """In the folder that one stands in: the flag --split=train is no path."""
+    (tmp_path / "train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert places.Recognised("", "", {"src": "train", "split": "val"}).paths == [Path("train")]
+    assert places.Recognised("", "", {"src": "val", "split": "train"}).paths == []
+
+
 def test_captions_without_splits(tmp_path):
     npz(tmp_path)
     (tmp_path / "dataset_coco.json").unlink()
@@ -484,6 +525,24 @@ def test_faults_are_said(tmp_path):
     needs(tmp_path, "captions.json: found a web page in place of the file", known=False)
     with pytest.raises(DataError, match="no such folder or file"):
         recognise(tmp_path / "b")
+
+
+def test_links_pipes_and_folders_that_vanish(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "a.npz")  # which no one writes to
+    (tmp_path / "b.npz").symlink_to(tmp_path / "nowhere")
+    for name in ("gone", "there"):
+        (tmp_path / name).mkdir()
+    np.savez(tmp_path / "there" / "1.npz", x=regions(2))
+    look = recognition.look
+
+    def vanished(path):
+        if path.name == "gone":
+            raise DataError("gone: no such folder or file")
+        return look(path)
+
+    monkeypatch.setattr(recognition, "look", vanished)
+    text = needs(tmp_path, "1 .npz, 2 folders", "not read: gone: no such folder", "b.npz: No such file")
+    assert [flags["npz"] for _, flags in commands(text)] == [str(tmp_path / "there")]
 
 
 def test_a_first_image_that_cannot_be_read(tmp_path):
