@@ -479,6 +479,12 @@ def test_hdf5_files_of_two_splits_and_of_another_layout(tmp_path):
     assert found[1]["hdf5_ids"] == f"{tmp_path / 'b_train_ids.txt'},{tmp_path / 'a_val_ids.txt'}"
 
 
+def test_dark_photographs_are_no_label_maps(tmp_path):
+    (tmp_path / "1.png").write_bytes(test_containers._picture(1))
+    [(module, _)] = commands(needs(tmp_path, "1 photographs"))
+    assert module == "extract"
+
+
 def test_weights_are_no_features(tmp_path):
     torch_writer.save(tmp_path / "model.pth", {"fc.weight": regions(3), "fc.bias": regions(3)})
     needs(tmp_path, "needed: features", known=False)
