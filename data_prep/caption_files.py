@@ -28,6 +28,7 @@ from data_prep import torch_files
 from data_prep.files import data_errors, read_json, text_lines
 from data_prep.names import EXTENSIONS
 from data_prep.parquet import open_parquet
+from data_prep.places import ends, first_object, has_keys
 from data_prep.schema import DataError
 from shnet_jax import foreign
 
@@ -67,6 +68,46 @@ def read_captions(path: Path) -> Iterator[Line]:
     """
     for line in _reader(path)(path):
         yield _checked(line, path)
+
+
+class Kind(NamedTuple):
+    """What a caption file is, and whether it says the splits."""
+
+    what: str
+    says_split: bool
+
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".pt", ".csv", ".tsv", ".txt", ".token")
+
+
+def recognise(path: Path) -> Kind | None:
+    """The kind of a caption file, None for another one; its ends or its first record are read.
+
+    Raises DataError for a stand-in such as a git-LFS pointer.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        return None
+    with data_errors():
+        foreign.check_kind(path)
+    if suffix == ".pt":
+        return Kind("captions by image of torch.save", False) if torch_files.peek(path) == "captions" else None
+    if suffix == ".json":
+        text = ends(path)
+        if has_keys(text, "images", "sentences", "split"):
+            return Kind("captions in Karpathy's JSON", True)
+        if has_keys(text, "images", "image_id", "caption"):
+            return Kind("captions in COCO's JSON", False)
+        try:
+            columns = _columns(tuple(first_object(text)), path)
+        except DataError:
+            return None
+        return Kind("captions in a JSON list", columns.split is not None)
+    try:
+        line = next(read_captions(path), None)
+    except DataError:
+        return None
+    return line and Kind(f"captions in {suffix[1:].upper()}", line.split is not None)
 
 
 def split_name(text: str) -> str:

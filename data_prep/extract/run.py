@@ -6,21 +6,23 @@ import argparse
 import itertools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep import captions, coco_panoptic, command, join, rows
 from data_prep.builder import VERSION, write_dataset
 from data_prep.counts import Found
-from data_prep.extract import blocks, settings
+from data_prep.extract import blocks, settings, tables, tars
 from data_prep.extract.blocks import Block
 from data_prep.extract.images import Folder, Photographs
 from data_prep.extract.settings import Settings
 from data_prep.extract.tables import Tables
 from data_prep.extract.tars import Tars
 from data_prep.names import EXTENSIONS
+from data_prep.places import Place, Recognised, look, missing, split_of
 from data_prep.schema import DataError
+from data_prep.sources.panoptic import is_label_map
 from shnet_jax.observe.progress import Progress
 
 
@@ -98,6 +100,45 @@ _PACKED = (".tgz", ".gz", ".bz2", ".xz", ".zst")
 def _by_number(path: Path) -> list[tuple[int, str]]:
     """2.tar before 10.tar."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]
+
+
+MODELS = {
+    "segmenter": "facebook/mask2former-swin-large-coco-panoptic",
+    "backbone": "openai/clip-vit-large-patch14-336",
+}
+"""Of docs/extract.md; smaller ones, or folders, will do."""
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """Photographs, in a folder or in folders of it; tars and Parquet files of them, perhaps with their captions."""
+    flags, extra = {"images": str(place.path), **MODELS}, "extract"
+    photographs = [] if place.path.is_file() else place.of(*EXTENSIONS)
+    photographs = photographs if any(map(_is_photograph, photographs[:1])) else []
+    inner = [look(folder) for folder in place.folders[:_FOLDERS]] if not photographs and not place.files else []
+    if photographs or (len(inner) > 1 and all(any(map(_is_photograph, one.files[:_FOLDERS])) for one in inner)):
+        what = f"{len(photographs)} photographs" if photographs else f"{len(inner)} folders of photographs"
+        yield Recognised(what, "extract", flags, extra=extra)
+    elif files := place.of(".tar"):
+        endings, split = tars.holds(files[0])
+        if set(endings) & set(EXTENSIONS):
+            captioned = bool(set(endings) & set(tars.TEXTS))
+            split = split or rows.split_of_name(files[0], place.path)
+            flags |= {"split": "train"} if captioned and not split else {}
+            what = f"{len(files)} tars with {', '.join(endings)}"
+            yield Recognised(what, "extract", flags, captions=not captioned, extra=extra)
+    elif (files := place.of(".parquet")) and not missing("parquet") and (texts := tables.holds(files[0])) is not None:
+        captioned = rows.column(texts, rows.CAPTIONS) is not None
+        told = rows.SPLIT in texts or all(rows.split_of_name(file, place.path) for file in files)
+        flags |= {"split": split_of(place.path) or "train"} if captioned and not told else {}
+        what = f"{len(files)} Parquet files with pictures{' and captions' if captioned else ''}"
+        yield Recognised(what, "extract", flags, captions=not captioned, extra=extra)
+
+
+_FOLDERS = 100
+
+
+def _is_photograph(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not (path.suffix.lower() == ".png" and is_label_map(path))
 
 
 def prepare(args: argparse.Namespace) -> Work:

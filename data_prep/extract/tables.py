@@ -136,6 +136,14 @@ def _bytes_in(values: dict[str, Any], column: str) -> bytes | None:
     return (values[name] or {}).get(inner) if inner else values[name]
 
 
+def holds(path: Path) -> tuple[str, ...] | None:
+    """The columns beside the pictures that a file says captions, numbers and splits in; None without pictures."""
+    try:
+        return _columns(path).texts
+    except DataError:
+        return None
+
+
 def _columns(path: Path) -> _Columns:
     with parquet.open_parquet(path) as file:
         kinds = {field.name: field.type for field in file.schema_arrow}

@@ -6,6 +6,7 @@ read where they lie; nothing is unpacked.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tarfile
 from collections import Counter, defaultdict
@@ -144,6 +145,18 @@ def _text(member: Member) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{member}: expected UTF-8 text: {error}") from None
+
+
+def holds(path: Path) -> tuple[list[str], str | None]:
+    """Endings of the first members of a tar, and the split that the first .json of them tells."""
+    members = list(itertools.islice(_members(path), 20))
+    split = None
+    for member in members:
+        if split is None and member.name.endswith(".json"):
+            with data_errors():
+                found = foreign.parse_json(_text(member), member)
+            split = found.get(rows.SPLIT) if isinstance(found, dict) else None
+    return sorted({Path(member.name).suffix.lower() for member in members}), split
 
 
 def _members(path: Path) -> Iterator[Member]:
