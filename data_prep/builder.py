@@ -15,7 +15,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
-from data_prep import schema, vocabulary
+from data_prep import notes, schema, vocabulary
 from data_prep.bad_records import FIRST, SKIPPED, Bad, BadRecords, Policy
 from data_prep.counts import Found, Stored, summary
 from data_prep.progress import Progress
@@ -67,6 +67,7 @@ def write_dataset(
       FolderInUse: another process is writing it.
     """
     _check_names(name, splits)
+    notes.clear()
     target = Path(out) / name / VERSION
     if target.exists() and not overwrite:
         raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
@@ -86,6 +87,7 @@ def write_dataset(
         bad.write(folder)
         write_checksums(folder)
     listed = f"; the bad ones are listed in {target / SKIPPED}" if bad else ""
+    notes.report()
     print(f"{name}: {summary(found, writer.stored)}{listed}", file=sys.stderr)
     return target
 
