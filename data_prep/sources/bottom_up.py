@@ -32,6 +32,7 @@ COLUMNS = (
 _IDS, _WIDTHS, _HEIGHTS = ("image_id", "img_id"), ("image_w", "img_w"), ("image_h", "img_h")
 _NAMES = frozenset((*COLUMNS[0], *COLUMNS[1]))
 BOM = b"\xef\xbb\xbf"
+_DIGITS = 12  # more than the number of boxes has
 _LONG = 2000  # bytes that no header has; the lines of images have some hundred thousand
 _NEEDED = (_IDS, _WIDTHS, _HEIGHTS, ("num_boxes",), ("boxes",), ("features",))
 
@@ -176,11 +177,12 @@ def parse(
         expected = len(columns) if columns else " or ".join(str(len(names)) for names in COLUMNS)
         raise DataError(f"{where}: expected {expected} columns, found {len(cells)}")
     row = dict(zip(names, cells, strict=True))
-    width, height = box_units.size(*(next(row[n] for n in names if n in row) for names in (_WIDTHS, _HEIGHTS)), where)
-    count = int(row["num_boxes"]) if row["num_boxes"].strip().isdigit() else 0
+    wide, high = (next(row[name] for name in names if name in row) for names in (_WIDTHS, _HEIGHTS))
+    width, height = box_units.size(wide, high, where)
+    number = row["num_boxes"].strip()[:_DIGITS].decode("utf-8", "replace")
+    count = int(number) if number.isdecimal() and len(number) < _DIGITS else 0
     if count < 1:
-        found = row["num_boxes"][:40].decode("utf-8", "replace")
-        raise DataError(f"{where}: expected an image and boxes, found {width} x {height} with {found}")
+        raise DataError(f"{where}: expected an image and boxes, found {width} x {height} with {number}")
     corners = _floats(row["boxes"], count, where, "boxes")
     if corners.shape[1] != 4:
         raise DataError(f"{where}: column 'boxes': expected 4 numbers a box, found {corners.shape[1]}")
@@ -210,7 +212,7 @@ def decode(cell: bytes, dtype: type, count: int, where: str, column: str) -> np.
     if not data or len(data) % (count * np.dtype(dtype).itemsize):
         expected = f"a multiple of {count} {np.dtype(dtype).name} (one a box)"
         raise DataError(f"{where}: column {column!r}: expected {expected}, found {len(data)} bytes")
-    array = np.frombuffer(data, dtype).reshape(count, -1)
+    array: np.ndarray = np.frombuffer(data, dtype).reshape(count, -1)
     if dtype is np.float32 and (other := _other_floats(array)):
         found = f"what looks like {other}; write it as float32"
         raise DataError(f"{where}: column {column!r}: expected float32, found {found}")

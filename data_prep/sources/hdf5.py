@@ -155,8 +155,8 @@ class Hdf5Features:
         """regions [K, D] and boxes [K, 4] in 0..1, or grid [G, D], or both."""
         entry = self._entries.find(image_id)
         if entry is None:
-            found = self._entries.none_found
-            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its features, found {found}")
+            there = self._entries.none_found
+            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its features, found {there}")
         file = self._files[entry.file]
         found = file.row(entry.place) if isinstance(entry.place, int) else file.members(entry.place)
         where = f"{file.path}, {f'row {entry.place}' if isinstance(entry.place, int) else entry.place}"
@@ -366,11 +366,13 @@ try:
 except (ImportError, OSError, ValueError):  # not on every system
     pass
 path, name, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
-texts = []
+texts, size = [], 0
 with h5py.File(path, "r") as file:
     for start in range(0, len(file[name]), 256):
-        texts += [text.decode("utf-8", "replace") for text in file[name][start : start + 256].reshape(-1)]
-        if sum(map(len, texts)) > most:
+        part = [text.decode("utf-8", "replace") for text in file[name][start : start + 256].reshape(-1)]
+        texts += part
+        size += sum(map(len, part))
+        if size > most:
             sys.exit(f"more than {most} letters")
 print(json.dumps(texts))
 """
