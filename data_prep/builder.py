@@ -67,7 +67,6 @@ def write_dataset(
       FolderInUse: another process is writing it.
     """
     _check_names(name, splits)
-    notes.clear()
     target = Path(out) / name / VERSION
     if target.exists() and not overwrite:
         raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")

@@ -21,5 +21,5 @@ def report() -> None:
 
 
 def clear() -> None:
-    """Forget what an import noted that did not come to its end."""
+    """Forget what an import noted that did not come to its end, before another one."""
     _FOUND.clear()

@@ -7,7 +7,7 @@ import math
 import pickletools
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -187,7 +187,7 @@ class _File:
         self.prefixes = {} if self.has_rows else dict(self._prefixes(sorted(names)))
         if not self.has_rows and not self.prefixes:
             raise DataError(f"{path}: expected {LAYOUTS}; found {described(names)}")
-        detections.note_unread(self._names, (*NAMES, *IDS, ENDS), path)
+        detections.note_unread(self._names or self._first_members(names), (*NAMES, *IDS, ENDS), path)
 
     # ------------------------------------------------------------------------------------------------- a row an image
 
@@ -272,6 +272,16 @@ class _File:
                     yield name, name
                 elif any(self._kind(f"{name}/{inner}") == "dataset" for inner in (*FEATURES, GRIDS)):
                     yield f"{name}/", name
+
+    def _first_members(self, names: Collection[str]) -> list[str]:
+        """The names of all that the first image has."""
+        prefix = next(iter(self.prefixes))
+        if not prefix.endswith("/"):  # of data sets that are called ID, none belongs to another
+            return [name.removeprefix(prefix) for name in names if prefix[-1] == "_" and name.startswith(prefix)]
+        try:
+            return [name for name in self._file[prefix] if isinstance(name, str)]
+        except _FAULTS as error:
+            raise DataError(f"{self.path}: {prefix}: cannot be read (damaged?): {error}") from None
 
     def members(self, prefix: str, only: Sequence[str] = NAMES) -> dict[str, np.ndarray]:
         """The arrays of an image whose names begin with `prefix`, by the rest of these."""

@@ -215,6 +215,29 @@ def test_ids_of_variable_length(tmp_path, monkeypatch):
         Hdf5Features([path])
 
 
+@pytest.mark.parametrize("form", ["{name}", "{number}_{name}", "{number}/{name}"])
+def test_what_of_hdf5_is_not_read_is_said(form, tmp_path, run):
+    arrays = {"features": REGIONS, "attrs_id": np.ones((2, 3), int), "mask": np.ones((2, 3), bool)}
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, values in arrays.items():
+            if form == "{name}":
+                file[name] = values
+            else:
+                for number, value in zip(NUMBERS, values, strict=True):
+                    file[form.format(number=number, name=name)] = value
+        if form == "{name}":
+            file["image_id"] = NUMBERS
+    records, said = run(from_hdf5.main, f"--hdf5={tmp_path / 'a.h5'}")
+    assert records and "note: not read: attrs_id, mask (1 times, first in " in said
+
+
+def test_hdf5_of_one_data_set_an_image_has_nothing_else(tmp_path, run):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["42"], file["139"], file["1390"] = *REGIONS, REGIONS[0]
+    records, said = run(from_hdf5.main, f"--hdf5={tmp_path / 'a.h5'}")
+    assert records and "note:" not in said
+
+
 @pytest.mark.parametrize(
     ("places", "message"),
     [
