@@ -242,7 +242,7 @@ class _File:
         """Whether the ids of its rows have to be given."""
         try:
             return self.has_rows and self.ids() is None and self.sidecar() is None
-        except DataError:  # texts that are not read
+        except DataError:  # texts that are damaged
             return True
 
     def row(self, row: int) -> dict[str, np.ndarray]:
@@ -540,7 +540,9 @@ def recognise(place: Place) -> Iterator[Recognised]:
 
 def _ids_beside(file: _File) -> Path | None:
     """The file in its folder that holds as many ids as there are rows, first one of the same split."""
-    files = [path for path in look(file.path.parent).of(".json", ".txt", ".pkl", ".pickle") if "id" in path.stem]
+    files = [
+        path for path in look(file.path.parent).of(".json", ".txt", ".npy", ".pkl", ".pickle") if "id" in path.stem
+    ]
     for path in sorted(files, key=lambda path: split_of(path) != split_of(file.path)):
         if path.stat().st_size <= _MAX_SIDECAR:
             try:

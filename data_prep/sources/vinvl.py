@@ -372,4 +372,4 @@ def _first(path: Path, count: int) -> Iterator[list[bytes]]:
     """The cells of the first lines."""
     with path.open("rb") as file:
         for line in islice(iter(lambda: file.readline(MAX_IMAGE_BYTES), b""), count):
-            yield line.rstrip(b"\r\n").split(b"\t")
+            yield line.removeprefix(BOM).rstrip(b"\r\n").split(b"\t")
