@@ -456,7 +456,7 @@ def test_caption_files_name_images_below_the_folder(name, tmp_path):
     image = {"filename": name, "split": "train", "sentences": [{"raw": "a dog"}]}
     karpathy.write_text(json.dumps({"images": [image]}))
     for path in (table, karpathy):
-        with pytest.raises(DataError, match=rf"{path.name}: expected the name of an image below the folder"):
+        with pytest.raises(DataError, match=rf"{path.name} row [012]: expected the name of an image below the folder"):
             captions.read(str(path))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep import captions, coco_panoptic, command, join, rows
+from data_prep import captions, coco_panoptic, command, join
 from data_prep.builder import VERSION, write_dataset
 from data_prep.counts import Found
 from data_prep.extract import blocks, settings
@@ -88,13 +88,14 @@ def prepare(args: argparse.Namespace) -> Work:
         raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
     chosen = settings.from_arguments(args)
     folder = args.out / f".{args.name}.extract"
+    strict = args.on_bad_record == "fail"
     photographs = open_photographs(chosen.images, args.caption_from)
     if args.captions:
         if given := [f"--{name}" for name in ("split", "caption_from") if getattr(args, name)]:
             raise DataError(f"{' and '.join(given)}: belongs to captions inside of --images, not to --captions")
-        splits = captions.read(args.captions, args.split_lists, strict=args.on_bad_record == "fail")
+        splits = captions.read(args.captions, args.split_lists, strict=strict)
     else:
-        splits = rows.gather(photographs.rows(args.split), args.split_lists, chosen.images)
+        splits = captions.gather(photographs.rows(args.split), args.split_lists, chosen.images, strict=strict)
     return Work(chosen, photographs, folder, blocks.plan(folder, chosen, splits), splits.found)
 
 

@@ -100,11 +100,11 @@ class Tables:
     def rows(self, split: str | None) -> Iterator[Row]:
         """See `images.Photographs`."""
         for number, (path, known) in enumerate(zip(self._paths, self._columns, strict=True)):
-            if rows.column(known.texts, rows.CAPTIONS) is None:
+            if not rows.columns(known.texts).captions:
                 raise DataError(f"{path}: expected a column {' or '.join(rows.CAPTIONS)}, found none; give --captions")
             other = split or rows.split_of_name(path, self._root)
             for count, (file, values) in enumerate(self._named(number, known.texts)):
-                row = rows.parse(values, file, f"{path} row {count}")
+                row = rows.parse(values, f"{path} row {count}", file)
                 yield row if row.split else row._replace(split=other)
 
 
@@ -113,17 +113,17 @@ def _columns(path: Path) -> _Columns:
         kinds = {field.name: field.type for field in file.schema_arrow}
         found = {name: _bytes_of(name, kind) for name, kind in kinds.items()}
     pictures = [name for name, data in found.items() if data]
-    picture = rows.column(pictures, PICTURES) or (pictures[0] if len(pictures) == 1 else None)
+    picture = next((name for name in PICTURES if name in pictures), pictures[0] if len(pictures) == 1 else None)
     if picture is None:
         raise DataError(f"{path}: expected a column of pictures (image, jpg, ...), found {', '.join(kinds)}")
     data = found[picture]
     has_path = data != picture and any(field.name == "path" for field in kinds[picture])
-    texts = (rows.column(kinds, rows.CAPTIONS), rows.column(kinds, rows.NUMBERS), rows.column(kinds, [rows.SPLIT]))
+    known = rows.columns(tuple(name for name in kinds if name not in pictures), rows.KEYS)
     return _Columns(
         data,
         f"{picture}.path" if has_path else None,
-        rows.column(kinds, rows.FILES),
-        tuple(name for name in texts if name),
+        known.image,
+        tuple(name for name in (*known.captions, known.numbers, known.split) if name),
     )
 
 

@@ -123,7 +123,7 @@ class Tars:
                 raise DataError(f"{texts['.json']}: expected JSON: {error}") from None
             if not isinstance(values, dict):
                 raise DataError(f"{texts['.json']}: expected a JSON object, found {type(values).__name__}")
-        row = rows.parse(values, file, str(texts.get(".json", member)))
+        row = rows.parse(values, str(texts.get(".json", member)), file)
         if ".txt" not in texts or (row.captions and self._caption_from == "json"):
             return row
         text = _text(texts[".txt"])

@@ -363,9 +363,12 @@ def test_images_without_a_name_have_that_of_their_row(tmp_path):
     [
         ({"image": None}, "expected a column of pictures (image, jpg, ...), found caption, sentids, split"),
         ({"caption": None}, "expected a column caption or"),
-        ({"sentids": [["1"]] * 7}, "row 0: 'sentids': expected one for each of 2 captions, found 1"),
-        ({"sentids": [["x", "y"]] * 7}, "row 0: 'sentids': expected a whole number"),
-        ({"caption": list(range(7))}, "row 0: 'caption': expected text"),
+        (
+            {"sentids": [["1"]] * 7},
+            "row 0: image '100.jpg': 'sentids': expected a caption id for each of 2 captions, found 1",
+        ),
+        ({"sentids": [["x", "y"]] * 7}, "row 0: image '100.jpg': 'sentids': expected a whole number"),
+        ({"caption": list(range(7))}, "row 0: image '100.jpg': 'caption': expected text"),
         ({"filename": ["a.jpg"] * 7}, "image 'a.jpg': expected it in one split, found train and test"),
         ({"split": None}, "expected a split; give --split=NAME"),
     ],
