@@ -205,7 +205,7 @@ def _tokens(path: Path) -> Iterator[Row]:
             raise DataError(
                 f"{path} line {number}: expected NAME.jpg#NUMBER<tab>sentence, or a header above, found {text[:80]!r}"
             )
-        yield Row(match[1].strip(), (" ".join(match[2].split()),), where=f"{path} row {number}")
+        yield parse({"image": match[1], "caption": match[2]}, f"{path} row {number}", blanks=True)
 
 
 def _header(line: str, delimiter: str = "") -> tuple[str, list[str], bool]:
@@ -219,7 +219,7 @@ def _header(line: str, delimiter: str = "") -> tuple[str, list[str], bool]:
 
 
 def _table(path: Path) -> Iterator[Row]:
-    lines = enumerate(text_lines(path), 1)
+    lines = ((number, line) for number, line in enumerate(text_lines(path), 1) if line.strip())
     _, first = next(lines, (1, ""))
     above = _SEPARATOR.fullmatch(first)
     if above:

@@ -106,5 +106,5 @@ def read_lines(path: Path, *, strict: bool = True) -> list[str]:
         if not line:
             raise DataError(f"{path} line {number}: expected text, found an empty line")
         if not line.isprintable() and not is_text(line):
-            raise DataError(f"{path} line {number}: expected UTF-8 text, found {line[:80]!r}")
+            raise DataError(f"{path} line {number}: expected visible UTF-8 text, found {line[:80]!r}")
     return lines

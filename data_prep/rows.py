@@ -186,7 +186,7 @@ def _listed(text: str) -> Any:
                 return found
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-    if re.match(r"\[\s*[\"'\[{(]", text):
+    if re.match(r"\[\s*[bfru]?[\"'\[{(]", text):
         raise ValueError(f"expected a list of sentences that is whole, found {text!r:.80}")
     return None
 

@@ -348,7 +348,7 @@ def folder(tmp_path):
     return inner
 
 
-@pytest.mark.parametrize("name", [*AWAY, "nul\0", "half \ud800"])
+@pytest.mark.parametrize("name", [*AWAY, "nul\0", "half \ud800", "", ".", "./"])
 def test_names_that_lead_out_of_a_folder(name, folder):
     with pytest.raises(ValueError, match="folder"):
         foreign.inside(folder, name)
