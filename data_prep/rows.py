@@ -137,7 +137,9 @@ def _image(values: Mapping[str, Any], known: Columns, where: str) -> str:
         value = int(value)
     if type(value) is not int and not isinstance(value, str):
         raise DataError(f"{where}: expected the name of an image, found {value!r:.80}")
-    name = re.sub(r"^([0-9]+)\.0$", r"\1", str(value).strip()).replace("\\", "/")  # of pandas; of Windows
+    name = str(value).strip().replace("\\", "/")  # of Windows
+    if name.endswith(".0") and name[:-2].isdecimal():  # of pandas
+        name = name[:-2]
     folder = values[known.folder] if known.folder and "filename" in str(known.image).lower() else None
     if not isinstance(folder, str) or not folder or Path(folder).is_absolute():
         return name
@@ -178,7 +180,7 @@ def is_list(text: str) -> bool:
 def _listed(text: str) -> Any:
     """The list or object that a text is in print; None for any other. Raises ValueError for half of one."""
     text = text.strip()
-    if not re.match(r"[\[{(]|array\(", text):
+    if not text.startswith(("[", "{", "(", "array(")):
         return None
     for read in (lambda: foreign.parse_json(text, ""), lambda: _printed(text), lambda: ast.literal_eval(text)):
         try:
@@ -221,6 +223,8 @@ def _numbers(value: Any) -> list[int]:
 
 
 def _number(value: Any) -> int:
+    if type(value) is int and value in _INT64:
+        return value
     match = re.fullmatch(r"(-?[0-9]{1,19})(?:\.0)?", str(value).strip())
     if isinstance(value, bool) or match is None or int(match[1]) not in _INT64:
         raise ValueError(f"expected a whole number of 64 bits as caption id, found {value!r:.80}")

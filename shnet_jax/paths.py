@@ -44,7 +44,7 @@ def _split(entry: str) -> tuple[str, str]:
 
 
 def _entries(text: str, exists: Callable[[str], bool]) -> Iterator[str]:
-    """The parts between commas that are not empty, joined again where a longer part is there and has commas in its name."""
+    """The parts between commas, but no empty ones, joined again where a longer part is there that has commas."""
     parts = text.split(",")
     while parts:
         longest = next((n for n in range(len(parts), 1, -1) if exists(",".join(parts[:n]))), 1)

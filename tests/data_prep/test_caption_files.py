@@ -284,6 +284,7 @@ def test_lists_in_cells_of_flickr30k_with_their_ids(tmp_path):
         ("['b', 'c...", "list of sentences that is whole"),
         ("[1, 2]", "a list of texts"),
         ('[{"tokens": ["b"]}]', "a list of texts"),
+        ('["b", null]', "a caption, found an empty one"),
         ("['b', None]", "a caption, found an empty one"),
     ],
 )
@@ -380,6 +381,7 @@ def test_split_lists_know_an_image_by_any_of_its_names(tmp_path, capsys, listed,
         (" Image Name , Captions \n1.jpg,a\n", {"1.jpg": ["a"]}),
         ("image,text\nval2014\\1.jpg,a\n", {"val2014/1.jpg": ["a"]}),  # of Windows
         ("image_id,caption\n391895.0,a\n", {"391895": ["a"]}),  # of pandas, where other rows lack a value
+        ('image\tcaption\n1.jpg\t"cat"\n2.jpg\t"a ""b"""\n', {"1.jpg": ['"cat"'], "2.jpg": ['"a ""b"""']}),
         ('image\tcaption\n1.jpg\t"a ""big"" dog"\n2.jpg\tx\n', {"1.jpg": ['a "big" dog'], "2.jpg": ["x"]}),
         ('image\tcaption\n1.jpg\t"a\tdog"\n', {"1.jpg": ["a dog"]}),
         ('image\tcaption\n1.jpg\t"a ""b"""\n2.jpg\t"x\n', {"1.jpg": ['"a ""b"""'], "2.jpg": ['"x']}),
