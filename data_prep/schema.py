@@ -6,6 +6,7 @@ Required are `image_id`, `captions` and one of VISUAL_FIELDS; everything else is
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ Signature = dict[str, tuple[tuple[int, ...], str]]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FEATURE_DTYPES = ("float16", "bfloat16", "float32")
 BOX_OVERSHOOT = 1e-3  # float16 rounding of a box that touches the border
+
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories of characters: controls, zero width, white space
 
 
 class Field(NamedTuple):
@@ -174,8 +177,10 @@ def _check_text(record: Mapping[str, Any], where: str, files: Mapping[str, str])
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a string that is not blank and has a UTF-8 form (half of a surrogate pair has none)."""
-    if not isinstance(value, str) or not value.strip():
+    """Whether a value is a string with a visible character and a UTF-8 form (half of a surrogate pair has none)."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return False
+    if not value.isprintable() and all(unicodedata.category(c) in _INVISIBLE for c in value):
         return False
     try:
         value.encode()

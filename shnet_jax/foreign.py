@@ -230,7 +230,7 @@ def inside(folder: Path, name: str) -> Path:
     the Hugging Face hub into the blobs of the same repository.
     """
     parts = Path(name).parts
-    if not name or Path(name).is_absolute() or ".." in parts or "\0" in name:
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         raise ValueError(f"{folder}: {name!r:.200} is no name of a file in this folder")
     try:
         longest = max(len(os.fsencode(part)) for part in parts)

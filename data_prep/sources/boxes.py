@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from data_prep.caption_files import IMAGE_COLUMNS
-from data_prep.files import check_file, data_errors, read_json
+from data_prep.files import check_file, data_errors, read_json, text_lines
 from data_prep.names import Names
 from data_prep.notes import note
+from data_prep.rows import IMAGES
 from data_prep.schema import DataError
 from shnet_jax.foreign import parse_json
 
@@ -164,19 +164,18 @@ class Sizes:
             yield [name.strip()], *self._pair(entries[0])
 
     def _table(self) -> Iterator[tuple[list[str], Any, Any]]:
+        first = next(text_lines(self._path), "")
+        delimiter = "\t" if "\t" in first else ","
+        if first.partition("\t")[2].lstrip().startswith("[{"):
+            yield from self._benchmark(text_lines(self._path))
+            return
+        rows = csv.DictReader(text_lines(self._path), delimiter=delimiter, strict=True, skipinitialspace=True)
         try:
-            with self._path.open(encoding="utf-8-sig", newline="") as file:
-                first = file.readline()
-                delimiter = "\t" if "\t" in first else ","
-                file.seek(0)
-                if first.partition("\t")[2].lstrip().startswith("[{"):
-                    yield from self._benchmark(file)
-                    return
-                for row in csv.DictReader(file, delimiter=delimiter, strict=True, skipinitialspace=True):
-                    entry = {str(key).strip().lower(): value for key, value in row.items()}
-                    name = next((entry[key] for key in (*IMAGE_COLUMNS, "img_id", "id") if entry.get(key)), None)
-                    if name is None:
-                        raise DataError(f"{self._path}: expected a column image or id, found {', '.join(entry):.200}")
-                    yield [name.strip()], *self._pair(entry)
-        except (csv.Error, UnicodeDecodeError) as error:
+            for row in rows:
+                entry = {str(key).strip().lower(): value for key, value in row.items()}
+                name = next((entry[key] for key in (*IMAGES, "id") if entry.get(key)), None)
+                if name is None:
+                    raise DataError(f"{self._path}: expected a column image or id, found {', '.join(entry):.200}")
+                yield [name.strip()], *self._pair(entry)
+        except csv.Error as error:
             raise DataError(f"{self._path}: expected a table in UTF-8 with a header: {error}") from None

@@ -252,6 +252,15 @@ def test_files_without_a_row(rows, src, tmp_path):
         from_scan.import_scan(src, "toy", tmp_path / "out", splits=["dev"])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-be", "utf-32"])
+def test_text_files_as_programs_end_and_encode_them(encoding, src, tmp_path):
+    for name in ("dev_caps.txt", "dev_ids.txt"):
+        text = (src / name).read_text(encoding="utf-8")
+        (src / name).write_bytes((text.replace("\n", "\r\n") + "\n \n\n").encode(encoding))
+    dataset = _first(src, tmp_path / "out", splits=["dev"])
+    assert dataset.splits == {"dev": IMAGES} and "\0" not in next(dataset.captions("dev"))[0]
+
+
 def test_the_mark_that_windows_writes_is_no_part_of_a_caption(src, tmp_path):
     for name in ("dev_caps.txt", "dev_ids.txt"):
         (src / name).write_bytes(b"\xef\xbb\xbf" + (src / name).read_bytes())

@@ -424,17 +424,18 @@ def test_captions_alone(says, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "kind"),
     [
-        ("a.json", json.dumps([{"image": "a.jpg", "caption": ["a dog"], "image_id": 3}]), "a JSON list"),
-        ("a.token", "a.jpg#0\ta dog\n", "TOKEN"),
-        ("a.txt", "image,caption\na.jpg,a dog\n", "TXT"),
-        ("results.csv", "image_name| comment_number| comment\na.jpg| 0| a dog\n", "CSV"),
-        ("a.tsv", "image\tcaption\na.jpg\ta dog\n", "TSV"),
+        ("a.json", json.dumps([{"image": "a.jpg", "caption": ["a dog"], "image_id": 3}]), "in a JSON list"),
+        ("a.json", json.dumps({"a.jpg": ["a dog"], "b.jpg": ["a cat"]}), "by image in JSON"),
+        ("a.token", "a.jpg#0\ta dog\n", "in TOKEN"),
+        ("a.txt", "image,caption\na.jpg,a dog\n", "in TXT"),
+        ("results.csv", "image_name| comment_number| comment\na.jpg| 0| a dog\n", "in CSV"),
+        ("a.tsv", "image\tcaption\na.jpg\ta dog\n", "in TSV"),
     ],
 )
 def test_kinds_of_captions(name, content, kind, tmp_path):
     (tmp_path / name).write_text(content)
-    needs(tmp_path, f"{name}: captions in {kind}, without splits")
-    needs(tmp_path / name, f"{name}: captions in {kind}, without splits")
+    needs(tmp_path, f"{name}: captions {kind}, without splits")
+    needs(tmp_path / name, f"{name}: captions {kind}, without splits")
 
 
 def test_captions_of_each_split_and_others(tmp_path):

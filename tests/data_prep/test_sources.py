@@ -218,6 +218,11 @@ def test_damaged_panoptic_files_are_named(tmp_path, flags, capsys):
     (tmp_path / "panoptic_val" / "000000000139.png").write_bytes(b"no PNG")
     assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 1
     assert "000000000139.png: expected a picture" in capsys.readouterr().err
+    entry = {"image_id": 139, "file_name": "x.png", "segments_info": []}
+    for again in (entry, entry | {"image_id": 7, "file_name": "139"}):  # the name of one is the id of the other
+        path.write_text(json.dumps({"annotations": [entry, again]}))
+        assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 1
+        assert "panoptic_val.json: image '139': expected one annotation, found two" in capsys.readouterr().err
     path.write_text('{"annotations": [{"image_id": 1}]}')
     assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 1
     assert "panoptic_val.json: expected the key 'segments_info'" in capsys.readouterr().err
