@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"parallel"},
     "data": set(),
     "observe": {"parallel"},  # only the type of a mapped step
-    "interop": {"models", "observe"},  # observe: whole files
+    "interop": {"models", "data", "observe"},  # data: what lies in a model folder; observe: whole files
     "experiment": {"models", "data", "interop", "observe"},  # the parts of a run, put together from its configuration
     "evaluate": {"models", "data", "parallel", "observe", "experiment"},
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluate"},

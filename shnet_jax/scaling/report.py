@@ -45,7 +45,6 @@ def page(config: ConfigDict, machine: Mapping[str, Any], rows: Sequence[Row], fi
     failures.pop("", None)
     return document(
         f"Scaling study: {config.name}",
-        Markup(_STYLE),
         tag("h1", f"Scaling study: {config.name}"),
         [tag("p", sentence) for sentence in sentences(config.scale, rows)],
         tag("h2", "Charts"),
@@ -59,6 +58,7 @@ def page(config: ConfigDict, machine: Mapping[str, Any], rows: Sequence[Row], fi
         _definitions(_GLOSSARY.items()),
         tag("h2", "The command"),
         tag("pre", shlex.join(["python", *sys.argv]), class_="scroll"),
+        style=_STYLE,
     )
 
 
