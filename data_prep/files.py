@@ -44,11 +44,20 @@ def inside(folder: Path, name: str) -> Path:
         return foreign.inside(folder, name)
 
 
+def check_file(path: Path) -> None:
+    """Raises DataError, which says what lies there, unless this is a file, and one that is no stand-in for another."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file{', it is a folder' if path.is_dir() else ''}")
+    with data_errors():
+        foreign.check_kind(path)
+
+
 def check_folder(folder: Path, *suffixes: str) -> None:
     """Raises DataError, which says what lies there, unless a file of one of these endings is in or below a folder."""
     wanted = " or ".join(f"ID{suffix}" for suffix in suffixes)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected one with {wanted} of each image")
+        what = "no such folder, it is a file" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {what}; expected one with {wanted} of each image")
     if not any(path.suffix in suffixes for path in folder.rglob("*")):
         kinds = Counter("folder" if path.is_dir() else path.suffix or "no ending" for path in folder.iterdir())
         listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(4)) or "nothing"

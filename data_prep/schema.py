@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 
+from data_prep.notes import note
 from shnet_jax.data.errors import DataError
 from shnet_jax.data.fields import MAP_VOID
 
@@ -85,16 +86,23 @@ def as_field(name: str, value: Any, *, where: str, file: str | None = None, dtyp
         as_given = array.dtype.name if array.dtype.name in FEATURE_DTYPES else "float32"
         wanted = dtype or as_given
     target = BFLOAT16 if wanted == "bfloat16" else np.dtype(wanted)
-    if array.dtype == target:
-        return array
     with np.errstate(over="ignore", invalid="ignore"):
-        cast = array.astype(target)
-    if target.kind in "iub":
+        cast = array.astype(target, copy=False)
+    if target == array.dtype:
+        pass
+    elif target.kind in "iub":
         if not np.array_equal(cast, array):
             found = f"{array.min()}..{array.max()} {array.dtype}"
             raise _error(where, files, name, f"whole values that fit {wanted}", found)
     elif not _finite(cast) and _finite(array):
-        raise _error(where, files, name, f"values that fit {wanted}", f"magnitudes up to {np.abs(array).max():.6g}")
+        found = f"magnitudes up to {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
+        raise _error(where, files, name, f"values that fit {wanted}", found)
+    if name in ("regions", "grid"):
+        if array.any() and not cast.any():
+            found = f"magnitudes below {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
+            raise _error(where, files, name, f"values that fit {wanted}", found)
+        if array.dtype.kind in "iu" and array.dtype.itemsize == 1:
+            note(f"{name} are {array.dtype}: stored as they are, without the scale that quantised numbers have", where)
     return cast
 
 
@@ -319,7 +327,9 @@ def check_like(record: Mapping[str, Any], first: Signature, where: str, files: M
         if found[name] != first[name]:
             (shape, dtype), (other, other_dtype) = first[name], found[name]
             expected = f"{dtype} {list(shape)} as in the first record"
-            raise _error(where, files, name, expected, f"{other_dtype} {list(other)}")
+            pads = name in ("regions", "grid") and shape[1:] == other[1:]  # only the number of units differs
+            hint = "; --max_regions, --max_cells or --max_units pads them" if pads else ""
+            raise _error(where, files, name, expected, f"{other_dtype} {list(other)}{hint}")
 
 
 def features(example: Mapping[str, Any]) -> tfds.features.FeaturesDict:

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import data_errors
+from data_prep.files import check_file, data_errors
 from data_prep.schema import DataError
 from shnet_jax.interop.torch_file import TorchFile, open_torch_file
 
@@ -18,11 +18,9 @@ _SCALE = 10
 
 def open_by_image(path: Path) -> tuple[TorchFile, dict[Any, Any]]:
     """A file and its dictionary by image. Raises DataError for another value, or other keys."""
-    try:
-        with data_errors():
-            file = open_torch_file(path, _SCALE)
-    except FileNotFoundError as error:
-        raise DataError(str(error)) from None
+    check_file(path)
+    with data_errors():
+        file = open_torch_file(path, _SCALE)
     if not isinstance(file.content, dict) or not file.content or not all(type(k) in (int, str) for k in file.content):
         raise DataError(f"{path}: expected a dictionary by image, found {described(file.content)}")
     return file, file.content

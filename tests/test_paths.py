@@ -59,7 +59,7 @@ def test_every_flag_of_an_import(home):
 
 def test_several_tables(home, capsys):
     for name in ("a,b.tsv", "c.tsv"):
-        (home / name).write_text("")
+        (home / name).write_text("7\t9\t9\t1\tAA==\tAA==\n")
     (home / "c.csv").write_text("image,caption\n1.jpg,a dog\n")
     flags = ["--captions=train=~/c.csv", "--name=toy", "--out=~/out"]
     assert from_bottom_up.main([*flags, "--bottom_up=~/a,b.tsv,~/c.tsv"]) == 1

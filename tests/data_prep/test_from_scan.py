@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import from_scan, progress
+from data_prep import from_scan
 from data_prep.schema import DataError
 from shnet_jax.data.records import find_dataset, open_dataset
+from shnet_jax.observe import progress
 
 IMAGES, PER = 5, 5
 
@@ -285,7 +286,7 @@ def test_missing_files_are_named(src, tmp_path):
 
 
 def test_command_line(src, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     flags = [
         f"--src={src}",
         "--name=toy",
@@ -296,7 +297,7 @@ def test_command_line(src, tmp_path, capsys, monkeypatch):
     assert from_scan.main(flags) == 0
     printed = capsys.readouterr()
     assert printed.out.strip() == str(find_dataset(tmp_path / "out"))
-    assert printed.err.startswith("toy: 1/10 records (10%), ") and "toy: 10/10 records (100%), " in printed.err
+    assert printed.err.startswith("toy: 1/10 (10%)  ") and "toy: 10/10 (100%)  " in printed.err
     assert from_scan.main(flags) == 1
     assert "exists" in capsys.readouterr().err
     assert from_scan.main([*flags, "--overwrite", "--source=by hand"]) == 0

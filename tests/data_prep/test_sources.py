@@ -87,8 +87,12 @@ def test_adaptive_bottom_up_with_classes(tmp_path, flags):
         ("42\t200\t100\t3\t!!\t" + _cell(np.zeros((3, 4), np.float32)), "column 'boxes': expected base64"),
         ("42\t200\t100\t3\t" + "\t".join([_cell(np.zeros((3, 4), np.float32))] * 1 + ["AAAA"]), "column 'features'"),
         ("42\t200\t100\t3", "expected 6 or 10 columns, found 4"),
-        ("42\t200\tx\t3\ta\tb", "expected whole numbers"),
-        ("41\t1\t1\t1\ta\tb", "image 'COCO_val2014_000000000042.jpg': expected its line, found none; --absent=skip"),
+        ("42\t200\tx\t3\ta\tb", "expected whole pixels"),
+        ("42\t200\t100\t" + "9" * 5000 + "\ta\tb", "expected an image and boxes, found 200 x 100 with 9"),
+        (
+            "41\t1\t1\t1\ta\tb",
+            "expected its line, found none among 1 others, such as '41'; --absent=skip",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, flags, line, message, capsys):
