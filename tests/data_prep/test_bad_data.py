@@ -123,7 +123,7 @@ RECORDS = {
     "empty caption": _text(CAPTIONS, 8, "captions", 18, b" ", r"dev_caps\.txt line 18: expected text, found an empty"),
     "no UTF-8": _text(
         *(CAPTIONS, 9, "captions", 19, b"a caf\xe9"),
-        r"dev_caps\.txt line 19: expected UTF-8 text, found 'a caf\\udce9'",
+        r"dev_caps\.txt line 19: expected visible UTF-8 text, found 'a caf\\udce9'",
     ),
     "id twice": _text(
         *("dev_ids.txt", 11, "image_id", 12, b"dev3.jpg"),

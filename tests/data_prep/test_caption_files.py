@@ -154,7 +154,7 @@ def test_a_list_that_was_stored_as_text(name, tmp_path):
 @given(st.lists(st.lists(TEXT, min_size=1, max_size=3), min_size=1, max_size=4))
 @example([NASTY[:3], NASTY[3:]])
 def test_as_many_captions_are_read_as_were_written(tmp_path_factory, name, sentences):
-    path = _write(tmp_path_factory.getbasetemp() / name, FORMATS[name](sentences))
+    path = _write(tmp_path_factory.mktemp("captions") / name, FORMATS[name](sentences))
     expected = {f"{i}.jpg": [_spaced(text) for text in own] for i, own in enumerate(sentences)}
     texts = [text for own in sentences for text in own]
     if any(LIKE_A_LIST.match(text) for text in texts):

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from data_prep import from_scan
 from data_prep.builder import write_dataset
+from data_prep.schema import is_text
 from data_prep.sources import bottom_up
 from data_prep.sources.boxes import MAX_SIDE
 from shnet_jax.data.records import open_dataset
 
-SENTENCE = st.text(max_size=30).filter(lambda text: text.strip() and "\0" not in text)
+SENTENCE = st.text(max_size=30).filter(is_text)
 FLOATS = (np.float16, np.float32, ml_dtypes.bfloat16)
 
 
