@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather
-from shnet_jax.experiment import assemble
+from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.observe.compiled import compile_lowered, memory
@@ -39,7 +39,7 @@ from shnet_jax.plan.programs import lower_train
 from shnet_jax.plan.subject import describe, random_batch
 from shnet_jax.plan.subject import variables as variables_of
 from shnet_jax.train.optim import make_optimiser, schedule
-from shnet_jax.train.prepare import build_step, prepare
+from shnet_jax.train.setup import build_step, setup_training, training_data
 from shnet_jax.train.state import TrainState, create_state
 from shnet_jax.train.step import make_step
 from shnet_jax.train.workdir import load_config
@@ -127,10 +127,10 @@ def measure_point(config: ConfigDict) -> Iterator[dict[str, Any]]:
 def from_dataset(config: ConfigDict) -> Setup:
     """The run of config.data.dir, as training has it."""
     experiment = assemble(config)
-    parts = prepare(experiment)
-    return Setup(
-        experiment.config, experiment.model, parts.mesh, parts.step, parts.first_state(), parts.iterator, parts.table
-    )
+    built = setup_training(experiment)
+    iterator, table = training_data(experiment, built.mesh)
+    state = built.first_state(init_variables(experiment, experiment.config.seed))
+    return Setup(experiment.config, experiment.model, built.mesh, built.step, state, iterator, table)
 
 
 def from_random(config: ConfigDict) -> Setup:
@@ -199,7 +199,7 @@ def _encode(setup: Setup, params: Any, batch_stats: Any, batch: Any) -> Callable
         setup.model,
         trivial,
         optax.identity(),
-        finish=gather,
+        prepare_batch=gather,
         microbatch=train.microbatch,
         statistics=train.microbatch_statistics,
     )

@@ -18,9 +18,10 @@ import shnet_jax
 from configs import cmsei_scenes, demo, esa_people, user_demo
 from data_prep import people
 from data_prep.builder import write_dataset
-from shnet_jax.commands import evaluate, train
+from shnet_jax.commands import evaluate
 from shnet_jax.convert import convert
 from shnet_jax.cross import cross
+from shnet_jax.modes.train import train
 from shnet_jax.plan import command, programs
 from shnet_jax.search_modes import embed, page, search
 from tests.train import tiny
