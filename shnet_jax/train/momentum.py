@@ -149,9 +149,9 @@ def ema_update(momentum: Momentum, state: MomentumState, params: Any, batch_stat
 
 
 def encode(
-    momentum: Momentum, model: RetrievalModel, variables: dict[str, Any], batch: Batch, key: Array, mutable: str
+    momentum: Momentum, model: RetrievalModel, variables: dict[str, Any], batch: Batch, key: Array, collection: str
 ) -> tuple[tuple[Embedding, Embedding], Any]:
-    """Embeddings of a batch by the key encoders, and the collection `mutable` as they leave it."""
+    """Embeddings of a batch by the key encoders, and the model's `collection` after it."""
     embeddings = []
     for method, tower in (("encode_image", "image"), ("encode_text", "text")):
         embedding, updated = model.apply(
@@ -160,11 +160,11 @@ def encode(
             train=momentum.in_training(tower),
             method=method,
             rngs={"dropout": key},
-            mutable=[mutable],
+            mutable=[collection],
         )
         embeddings.append(embedding)
         variables = {**variables, **updated}
-    return (embeddings[0], embeddings[1]), variables.get(mutable, {})
+    return (embeddings[0], embeddings[1]), variables.get(collection, {})
 
 
 def enqueue(

@@ -22,13 +22,14 @@ from jax import lax
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel import axis, sharding
 from shnet_jax.train import momentum
-from shnet_jax.train.microbatch import Splitting, cached_gradients, embed_in_parts
+from shnet_jax.train.microbatch import Embeddings, Splitting, cached_gradients, embed_in_parts
 from shnet_jax.train.momentum import MomentumState
 from shnet_jax.train.state import TrainState
-from shnet_jax.types import Array, Batch, Context, Embedding, Keys
+from shnet_jax.types import Array, Batch, Context, Keys
 
 Metrics = dict[str, Array]
 Step = Callable[..., tuple[TrainState, Metrics]]
+Apply = Callable[[RetrievalModel, dict[str, Any], Batch, Array, str], tuple[Embeddings, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,41 +120,30 @@ def step_input(options: StepOptions, state: TrainState, batch: Batch, table: Any
 
 def encode(
     options: StepOptions,
+    apply: Apply,
+    inputs: StepInput,
     batch_stats: Any,
-    table: Any,
     collection: str,
     params: Any,
     batch: Batch,
     key: Array,
     moments: Any,
-) -> tuple[tuple[Embedding, Embedding], Any]:
+) -> tuple[Embeddings, Any]:
     """Embeddings of a batch or microbatch in training, and the model's `collection` ("batch_stats" or "moments").
 
+    apply: `_apply_model` or, for the key encoders, `momentum.encode`. params: {"model": this device's parts}.
     moments: those that BatchNorms normalise with; {}: those of the batch.
     """
     weights = sharding.gather(params["model"], options.split["model"], options.axis_name)
     variables = {"params": weights, "batch_stats": batch_stats, "given_moments": moments}
-    inputs, dropout = options.prepare_batch(table, batch), {"dropout": key}
-    embeddings, updated = options.model.apply(variables, inputs, train=True, rngs=dropout, mutable=[collection])
+    return apply(options.model, variables, options.prepare_batch(inputs.table, batch), key, collection)
+
+
+def _apply_model(
+    model: RetrievalModel, variables: dict[str, Any], batch: Batch, key: Array, collection: str
+) -> tuple[Embeddings, Any]:
+    embeddings, updated = model.apply(variables, batch, train=True, rngs={"dropout": key}, mutable=[collection])
     return embeddings, updated.get(collection, {})
-
-
-def encode_keys(
-    options: StepOptions,
-    batch_stats: Any,
-    table: Any,
-    collection: str,
-    params: Any,
-    batch: Batch,
-    key: Array,
-    moments: Any,
-) -> tuple[tuple[Embedding, Embedding], Any]:
-    """`encode` by the key encoders, whose parameters are a tree as the model's."""
-    assert options.key_options is not None
-    weights = sharding.gather(params, options.split["model"], options.axis_name)
-    variables = {"params": weights, "batch_stats": batch_stats, "given_moments": moments}
-    inputs = options.prepare_batch(table, batch)
-    return momentum.encode(options.key_options, options.model, variables, inputs, key, collection)
 
 
 def key_pass(options: StepOptions, state: TrainState, inputs: StepInput) -> tuple[MomentumState, Keys]:
@@ -165,14 +155,13 @@ def key_pass(options: StepOptions, state: TrainState, inputs: StepInput) -> tupl
     assert key_options is not None and last is not None
     updated = momentum.ema_update(key_options, last, state.params["model"], state.batch_stats, state.step)
     key = jax.random.fold_in(inputs.key, momentum.SEED)
-    encoder = partial(encode_keys, options, updated.batch_stats, inputs.table)
-    splitting = _splitting(options, inputs)
+    encoder = partial(encode, options, partial(momentum.encode, key_options), inputs, updated.batch_stats)
+    params, splitting = {"model": updated.params}, _splitting(options, inputs)
     if splitting.count > 1:
-        (images, texts), batch_stats = embed_in_parts(
-            partial(encoder, "moments"), updated.params, updated.batch_stats, inputs.batch, key, splitting
-        )
+        arrays = params, updated.batch_stats, inputs.batch, key
+        (images, texts), batch_stats = embed_in_parts(partial(encoder, "moments"), *arrays, splitting)
     else:
-        (images, texts), batch_stats = encoder("batch_stats", updated.params, inputs.batch, key, {})
+        (images, texts), batch_stats = encoder("batch_stats", params, inputs.batch, key, {})
     active = state.step >= key_options.from_step
     keys = Keys(images.repeat(inputs.captions), texts, updated.images, updated.texts, active)
     updated = dataclasses.replace(updated, batch_stats=axis.pmean(batch_stats, options.axis_name))
@@ -180,12 +169,7 @@ def key_pass(options: StepOptions, state: TrainState, inputs: StepInput) -> tupl
 
 
 def local_loss(
-    options: StepOptions,
-    step: Array,
-    inputs: StepInput,
-    keys: Keys | None,
-    params: Any,
-    embeddings: tuple[Embedding, Embedding],
+    options: StepOptions, step: Array, inputs: StepInput, keys: Keys | None, params: Any, embeddings: Embeddings
 ) -> tuple[Array, Metrics]:
     """This device's share of the loss of the global batch, and its metrics."""
     images, texts = embeddings
@@ -201,7 +185,7 @@ def local_loss(
 
 def gradients(options: StepOptions, state: TrainState, inputs: StepInput, keys: Keys | None) -> Gradients:
     """The gradient of this device's share of the loss."""
-    encoder = partial(encode, options, state.batch_stats, inputs.table)
+    encoder = partial(encode, options, _apply_model, inputs, state.batch_stats)
     loss_of = partial(local_loss, options, state.step, inputs, keys)
     splitting = _splitting(options, inputs)
     if splitting.count > 1:
