@@ -15,9 +15,9 @@ from benchmarks.rows import Row, compare
 from benchmarks.timing import interleave
 from configs import demo
 from data_prep.scenes.write import write
-from shnet_jax.experiment import assemble
+from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.parallel.mapping import put_batch
-from shnet_jax.train.prepare import Parts, prepare
+from shnet_jax.train.setup import setup_training, training_data
 
 AIM = 0.95  # at most 5 % of a step is spent waiting
 
@@ -50,10 +50,11 @@ def configuration(data_set: Path, sizes: Sizes, *, resident: bool) -> ConfigDict
 class Training:
     """The steps of the demo, fed by its stream or by one batch that is on the device already."""
 
-    def __init__(self, parts: Parts, prefetch: int):
-        self._parts, self._prefetch = parts, prefetch
-        self._state = parts.first_state()
-        self._batch = put_batch(next(parts.iterator), parts.mesh)
+    def __init__(self, experiment: Experiment):
+        self._setup, self._prefetch = setup_training(experiment), experiment.config.data.prefetch
+        self._iterator, self._table = training_data(experiment, self._setup.mesh)
+        self._state = self._setup.first_state(init_variables(experiment, experiment.config.seed))
+        self._batch = put_batch(next(self._iterator), self._setup.mesh)
         self.waited = self.seconds = 0.0
 
     def drain(self) -> None:
@@ -63,7 +64,7 @@ class Training:
     def read(self, count: int) -> None:
         """The stream alone."""
         for _ in range(count):
-            next(self._parts.iterator)
+            next(self._iterator)
 
     def step(self, count: int) -> Any:
         """Steps on the same batch."""
@@ -76,9 +77,9 @@ class Training:
         begin, behind = time.perf_counter(), None
         for _ in range(count):
             start = time.perf_counter()
-            batch = next(self._parts.iterator)
+            batch = next(self._iterator)
             self.waited += time.perf_counter() - start
-            metrics = self._step(put_batch(batch, self._parts.mesh))
+            metrics = self._step(put_batch(batch, self._setup.mesh))
             if behind is not None:
                 behind["loss"].block_until_ready()
             behind = metrics
@@ -87,7 +88,7 @@ class Training:
         return metrics
 
     def _step(self, batch: Any) -> Any:
-        self._state, metrics = self._parts.step(self._state, batch, self._parts.table)
+        self._state, metrics = self._setup.step(self._state, batch, self._table)
         return metrics
 
 
@@ -104,7 +105,7 @@ def run(sizes: Sizes) -> list[Row]:
 
 
 def _measure(config: ConfigDict, sizes: Sizes, name: str) -> list[Row]:
-    training = Training(prepare(assemble(config)), config.data.prefetch)
+    training = Training(assemble(config))
     calls: dict[str, Callable[[], Any]] = {
         "fed": lambda: training.fed(sizes.steps),
         "step": lambda: training.step(sizes.steps),

@@ -18,7 +18,8 @@ from benchmarks.input import configuration
 from benchmarks.memory import ROOT, write
 from benchmarks.rows import Row
 from shnet_jax.experiment import assemble
-from shnet_jax.train.prepare import prepare
+from shnet_jax.parallel.mapping import make_mesh
+from shnet_jax.train.setup import training_data
 
 CURVE = Path("runs/bench/soak.json")
 """Resident memory over the batches."""
@@ -72,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data_set = write(Path(folder), "scenes", {"train": options.images})
         config = configuration(data_set, InputSizes(batch_size=min(320, 5 * options.images)), resident=False)
-        iterator = prepare(assemble(config)).iterator
+        iterator, _ = training_data(assemble(config), make_mesh(1))
         begin = time.perf_counter()
         for number in range(1, options.batches + 1):
             next(iterator)

@@ -1,4 +1,4 @@
-"""What the modes of main.py do, as functions."""
+"""Loading a trained model, and evaluating one or several."""
 
 from __future__ import annotations
 
@@ -29,20 +29,12 @@ from shnet_jax.observe.results_page import results_page
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.workdir import Difference, complete, differences, sole_job, trained_config
 from shnet_jax.types import Score
 
 TWO_STAGE_ENSEMBLE = "an ensemble is ranked exactly: set config.eval.two_stage to 0 and config.eval.exact to True"
 EVALUATION_LOCK = ".lock_evaluation"
 SCORES = "scores"  # in a work folder: blocks of a long ranking that is not finished
-
-
-def train(config: ConfigDict, workdir: str | Path) -> None:
-    """Trains in `workdir` (or continues) and prints the last validation result."""
-    results = train_and_evaluate(config, workdir)
-    if hosts.is_first():
-        print(table({f"{config.name}, {results.card['split']}": results}))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: data set, tokenizer, model, initial variables."""
+"""Builds the parts of a run from its configuration: data set, tokenizer, model, initial variables."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from shnet_jax.types import Batch
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-"""model.dtype or text.dtype: the dtype that the device is fast at."""
+"""Value of model.dtype and text.dtype that stands for the dtype that the device is fast at."""
 MOST_SPARE = 128
-"""Rows of an embedding that no token has are fewer: some models round their number up to a multiple of 8, 64 or 128."""
+"""Bound on unused rows of a token embedding: some models round their number up to a multiple of 8, 64 or 128."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of a run. `config` is complete: sizes that come from weights or tokenizer and dtypes are filled in.
+    """The parts of a run: complete configuration, data set, tokenizer, model.
 
-    fields: of the record, that the model reads. notes: what results have to say of optional ones, "" for nothing.
+    config: with the dtypes, and the sizes that weights or tokenizer decide, filled in.
+    fields: fields of a record that the model reads. notes: remark on optional fields for the protocol card, or "".
     """
 
     config: FrozenConfigDict
@@ -77,12 +78,12 @@ def assemble(config: ConfigDict) -> Experiment:
 
 
 def automatic(config: ConfigDict) -> list[str]:
-    """The sections of a configuration whose dtype is still to be chosen."""
+    """Sections of a configuration whose dtype is AUTO."""
     return [section for section in ("model", "text") if config[section].dtype == AUTO]
 
 
 def settle_dtypes(config: ConfigDict, device: jax.Device | None = None) -> None:
-    """Puts the dtype that `device` is fast at, None: this machine's first one, in place of AUTO."""
+    """Replaces AUTO by the dtype that `device` is fast at. device: None for the first one of this machine."""
     if sections := automatic(config):
         dtype, why = fast_dtype(device or jax.local_devices()[0])
         for section in sections:
@@ -91,20 +92,20 @@ def settle_dtypes(config: ConfigDict, device: jax.Device | None = None) -> None:
 
 
 def optional_fields(module: ModuleType, config: ConfigDict, dataset: DataSet) -> tuple[tuple[str, ...], str]:
-    """The optional field that a model reads of this data set, () or (field,), and what results have to say of it."""
-    wanted: dict[str, str] = module.optional_fields(config) if hasattr(module, "optional_fields") else {}
-    if not wanted:
+    """The first optional field of a model that this data set has, () or (field,), and a remark on it for results."""
+    optional: dict[str, str] = module.optional_fields(config) if hasattr(module, "optional_fields") else {}
+    if not optional:
         return (), ""
-    for field in wanted:
+    for field in optional:
         if field in dataset.features:
             return (field,), f"{field}: {dataset.metadata.get(f'{field}_source', 'as imported')}"
-    return (), f"no {' or '.join(wanted)}: {next(iter(wanted.values()))}"
+    return (), f"no {' or '.join(optional)}: {next(iter(optional.values()))}"
 
 
 def fit_weights(config: ConfigDict) -> None:
     """Fills in the sizes and the vocabulary of the folder `config.text.weights`, if one is named.
 
-    Raises ValueError for a text tower that the weights are not of, or with fewer positions than captions have tokens;
+    Raises ValueError for weights of another text tower, or with fewer positions than data.max_tokens;
     FileNotFoundError where there is no such folder.
     """
     if config.text.weights and config.text.tower == "clip":
@@ -127,7 +128,7 @@ def fit_weights(config: ConfigDict) -> None:
 
 
 def _fit_clip(config: ConfigDict) -> None:
-    """Sizes of both towers, and the vocabulary, of the CLIP folder `config.text.weights`."""
+    """Fills in the sizes of both towers and the vocabulary of the CLIP folder `config.text.weights`."""
     folder = Path(config.text.weights).expanduser()
     text, vision = clip_weights.sizes(folder)
     config.text.update(text)
@@ -138,7 +139,7 @@ def _fit_clip(config: ConfigDict) -> None:
 
 
 def _fit_classifier(config: ConfigDict, dataset: DataSet) -> None:
-    """Sizes of the classifier of persons, when it is trained and they are not given."""
+    """Fills in the sizes of the classifier of persons, when it is trained and they are not given."""
     if not config.loss.weights.get("identity", 0.0):
         return
     identity = config.loss.identity
@@ -154,17 +155,13 @@ def _fit_classifier(config: ConfigDict, dataset: DataSet) -> None:
 
 
 def _check_fields(config: ConfigDict, dataset: DataSet, fields: tuple[str, ...]) -> None:
-    missing = [f for f in fields if f not in dataset.features]
-    if missing:
+    if missing := [f for f in fields if f not in dataset.features]:
         raise ValueError(
             f"{dataset.path}: the model reads {', '.join(fields)}, but this data set has no {', '.join(missing)}; "
             f"it has {', '.join(dataset.features)}. Import the arrays, or switch off what needs them in config.model"
         )
-    if dataset.num_classes not in (None, config.model.num_classes) and {
-        "seg_map",
-        "categories",
-        "seg_semantic",
-    } & {*fields}:
+    of_classes = {"seg_map", "categories", "seg_semantic"} & {*fields}
+    if of_classes and dataset.num_classes not in (None, config.model.num_classes):
         raise ValueError(
             f"{dataset.path}: {dataset.num_classes} classes, config.model.num_classes is {config.model.num_classes}"
         )

@@ -28,7 +28,7 @@ from shnet_jax.observe.results_page import results_page
 from shnet_jax.observe.table import Table
 from shnet_jax.observe.writer import read_metrics
 from shnet_jax.train.loop import train_and_evaluate
-from shnet_jax.train.prepare import outline
+from shnet_jax.train.setup import setup_training
 
 DIFFERENCE = " - "
 """Between the names of a pair of config.study.compare."""
@@ -89,7 +89,7 @@ def _plan(config: ConfigDict) -> tuple[tuple[str, ...], dict[str, tuple[str, ...
     for arm in arms:
         own = arm_config(config, arm, seed=0)
         try:
-            outline(assemble(own))
+            setup_training(assemble(own))
         except ValueError as error:
             raise ValueError(f"config.study.arms.{arm}: {error}") from error
     for name, members in config.study.ensembles.items():

@@ -15,7 +15,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from configs import base, user_coco
-from shnet_jax.commands import evaluate_checkpoint, load, train
+from shnet_jax.commands import evaluate_checkpoint, load
 from shnet_jax.convert import convert, load_folder, load_published, load_run
 from shnet_jax.interop.published import open_published, text_encoder_slots
 from shnet_jax.interop.torch_weights import (
@@ -25,6 +25,7 @@ from shnet_jax.interop.torch_weights import (
     vse_encoder_slots,
 )
 from shnet_jax.models.bert import EPSILON
+from shnet_jax.modes.train import train
 from shnet_jax.plan import subject
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.workdir import WorkdirError

@@ -18,12 +18,13 @@ import shnet_jax
 from configs import cmsei_scenes, demo, esa_people, user_demo
 from data_prep import people
 from data_prep.builder import write_dataset
-from shnet_jax.commands import evaluate, train
+from shnet_jax.commands import evaluate
 from shnet_jax.convert import convert
 from shnet_jax.cross import cross
 from shnet_jax.modes.embed import embed
 from shnet_jax.modes.page import page
 from shnet_jax.modes.search import search
+from shnet_jax.modes.train import train
 from shnet_jax.plan import command, programs
 from tests.train import tiny
 

@@ -16,11 +16,11 @@ from shnet_jax.observe.compiled import Memory, OutOfMemory
 from shnet_jax.observe.hardware import CHIPS, GIB, Chip, chip, memory_limit, target_devices
 from shnet_jax.observe.work import Work
 from shnet_jax.parallel import sharding
-from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.parallel.mapping import data_mesh, make_mesh
 from shnet_jax.plan import command, programs, search
 from shnet_jax.plan.subject import describe, gallery, random_batch, resident_table, train_batch, variables
 from shnet_jax.plan.table import table
-from shnet_jax.train.prepare import prepare
+from shnet_jax.train.setup import training_data
 from tests.train import tiny
 
 needs_libtpu = pytest.mark.skipif(
@@ -49,10 +49,10 @@ def shapes(tree):
 @pytest.mark.parametrize("resident", [False, True])
 def test_the_batch_is_that_of_training(resident):
     config = tiny.config(data__resident=resident, data__captions_per_image=5)
-    parts, subject = prepare(assemble(config)), describe(config)
-    assert shapes(train_batch(subject, config.train.batch_size)) == shapes(next(parts.iterator))
+    (iterator, table), subject = training_data(assemble(config), make_mesh(1)), describe(config)
+    assert shapes(train_batch(subject, config.train.batch_size)) == shapes(next(iterator))
     if resident:
-        assert shapes(resident_table(subject)) == shapes(parts.table)
+        assert shapes(resident_table(subject)) == shapes(table)
 
 
 def test_the_parameters_are_those_of_training():

@@ -74,7 +74,7 @@ def global_norm(tree: Any, axes: Any, name: str | None) -> Array:
     return jnp.sqrt(squares(False) + axis.psum(squares(True), name))
 
 
-def regathering(fn: Callable[..., Any], axes: Any) -> Callable[..., Any]:
+def remat_gather(fn: Callable[..., Any], axes: Any) -> Callable[..., Any]:
     """`fn` such that its backward pass gathers split parameters once more instead of keeping them.
 
     Products are kept; what lies between them, the gathered and rounded parameters with it, is made again.

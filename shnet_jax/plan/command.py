@@ -29,7 +29,7 @@ from shnet_jax.plan.programs import Program, bounds, compile_program, lower_enco
 from shnet_jax.plan.search import advice, fitting_microbatch, largest_batch
 from shnet_jax.plan.subject import Subject, describe, embeddings, gallery, variables
 from shnet_jax.plan.table import table
-from shnet_jax.train.prepare import pairs_per_device
+from shnet_jax.train.setup import pairs_per_device
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from shnet_jax.observe.hardware import Chip
 from shnet_jax.observe.work import Work, work
 from shnet_jax.parallel.mapping import map_encode
 from shnet_jax.plan.subject import Subject, image_batch, resident_table, text_batch, train_batch, variables
-from shnet_jax.train.prepare import BuiltStep, build_step
+from shnet_jax.train.setup import TrainSetup, build_step
 from shnet_jax.types import DATA
 
 
@@ -59,7 +59,7 @@ def stays_while_evaluating(subject: Subject, mesh: Mesh) -> float:
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
-def _built(subject: Subject, mesh: Mesh, pairs: int) -> BuiltStep:
+def _built(subject: Subject, mesh: Mesh, pairs: int) -> TrainSetup:
     config = subject.config.copy_and_resolve_references()
     config.train.batch_size = pairs * mesh.size
     per_epoch = max(1, subject.captions // config.train.batch_size)

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather
-from shnet_jax.experiment import assemble
+from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.observe.compiled import compile_lowered, memory
@@ -39,7 +39,7 @@ from shnet_jax.plan.programs import lower_train
 from shnet_jax.plan.subject import describe, random_batch
 from shnet_jax.plan.subject import variables as variable_shapes
 from shnet_jax.train.optim import make_optimiser, schedule
-from shnet_jax.train.prepare import build_step, prepare
+from shnet_jax.train.setup import build_step, setup_training, training_data
 from shnet_jax.train.state import TrainState, create_state
 from shnet_jax.train.step import make_step
 from shnet_jax.train.workdir import load_config
@@ -132,9 +132,10 @@ def measure_point(config: ConfigDict) -> Iterator[dict[str, Any]]:
 def dataset_run(config: ConfigDict) -> Run:
     """The run of config.data.dir, as training has it."""
     experiment = assemble(config)
-    parts = prepare(experiment)
-    state = parts.first_state()
-    return Run(experiment.config, experiment.model, parts.mesh, parts.step, state, parts.iterator, parts.table)
+    built = setup_training(experiment)
+    iterator, table = training_data(experiment, built.mesh)
+    state = built.first_state(init_variables(experiment, experiment.config.seed))
+    return Run(experiment.config, experiment.model, built.mesh, built.step, state, iterator, table)
 
 
 def random_run(config: ConfigDict) -> Run:
@@ -193,7 +194,7 @@ def encode_part(run: Run, params: Any, batch_stats: Any, batch: Any) -> Part:
         run.model,
         sum_of_embeddings,
         optax.identity(),
-        finish=gather,
+        prepare_batch=gather,
         microbatch=train.microbatch,
         statistics=train.microbatch_statistics,
     )

@@ -1,8 +1,8 @@
 """Checkpoints: all of a state (parameters, optimiser, averages, queues, ...), data position, clock and metric as one.
 
-The only file that imports orbax. Saving is asynchronous; a step's folder gets its name only when it is complete, so a
-run killed while saving continues from the checkpoint before. The thread that writes it also reads it once more for its
-checksums (`train.integrity`), just before it is named: training waits for that no more than for the writing.
+The only file that imports orbax. Saving is asynchronous. A step's folder gets its name only when it is complete, so a
+run killed while saving continues from the checkpoint before. The thread that writes a checkpoint also computes its
+checksums (`train.integrity`), just before the folder is named, so training waits for neither.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from shnet_jax.train.integrity import CheckpointError
 from shnet_jax.train.state import TrainState
 
 SELECTION_METRICS = ("person_r1", "rsum")
-"""Keys of the validation result; the first that is there decides which checkpoint is the best (higher is better)."""
-
+"""Metrics of the validation result; the first present one decides which checkpoint is the best (higher is better)."""
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +43,9 @@ def _selection(metrics: dict[str, float]) -> float:
     return next(metrics[name] for name in SELECTION_METRICS if name in metrics)
 
 
-def _says_something(record: Any) -> bool:
-    # Orbax warns of each checkpoint between two evaluations that it has no metric, and of each folder only read. What
-    # fails in its threads it logs with a traceback for each of them, and raises as well: our own message is of that.
+def _is_of_use(record: Any) -> bool:
+    # Orbax warns that checkpoints between two evaluations have no metric, and that folders are only read. It logs a
+    # traceback for each of its threads that fails, and raises as well: our own message reports that.
     if record.exc_info and not absl_logging.vlog_is_on(1):
         return not ("orbax" in record.pathname or "No space left on device" in str(record.exc_info[1]))
     return not any(text in str(record.msg) for text in ("did not provide metrics", "directory is read only"))
@@ -82,7 +81,7 @@ class Checkpoints:
             # Renamed before they are deleted: a run killed while deleting leaves no half checkpoint.
             access = {"cleanup_tmp_directories": True, "preservation_policy": kept, "todelete_subdir": _REMOVED}
         for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
-            logger.addFilter(_says_something)
+            logger.addFilter(_is_of_use)
         arrays = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -97,7 +96,7 @@ class Checkpoints:
         )
 
     def _seal(self) -> None:
-        """All files of the step that is being saved are there; its folder does not yet have its name."""
+        """Adds checksums to the complete folder of the step that is being saved, before it gets its name."""
         for folder in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
             integrity.write_checksums(folder)
 
@@ -141,7 +140,7 @@ class Checkpoints:
         )
 
     def abstract_variables(self, step: int, *, averaged: bool) -> dict[str, Any]:
-        """Shapes and dtypes of what `restore_variables` gives, as they were saved.
+        """Shapes and dtypes of the result of `restore_variables`, as they were saved.
 
         Raises CheckpointError for a damaged file.
         """
@@ -153,7 +152,7 @@ class Checkpoints:
         }
 
     def wait(self) -> None:
-        """Until what was started to be saved is on disk. Raises CheckpointError when it could not be written."""
+        """Waits until the checkpoint being saved is on disk. Raises CheckpointError when it could not be written."""
         try:
             self._manager.wait_until_finished()
         except _FROM_ORBAX as error:
@@ -162,7 +161,7 @@ class Checkpoints:
             shutil.rmtree(self.folder / _REMOVED, ignore_errors=True)
 
     def close(self) -> None:
-        """Waits and lets go of the folder."""
+        """Waits for the checkpoint being saved and releases the folder."""
         try:
             self.wait()
         finally:
@@ -214,14 +213,12 @@ class Checkpoints:
     ) -> dict[str, Any]:
         """Only {"params", "batch_stats"} of a step, on one device; `averaged`: their running averages.
 
-        on_host: in the memory of the host, for what is more than a device holds.
-
-        Raises CheckpointError for a damaged file, or when they differ from `like` in structure or shape.
+        on_host: in the memory of the host, for more than a device holds. Raises CheckpointError for a damaged file, or
+        for one that differs from `like` in structure or shape.
         """
-        one = SingleDeviceSharding(jax.local_devices(backend="cpu" if on_host else None)[0])
-        wanted = {"ema": like} if averaged else {"model": like["params"], "batch_stats": like["batch_stats"]}
-        wanted = {item: tree for item, tree in wanted.items() if jax.tree.leaves(tree)}
-        items = {item: self._request(step, item, tree, one) for item, tree in wanted.items()}
+        device = SingleDeviceSharding(jax.local_devices(backend="cpu" if on_host else None)[0])
+        target = {"ema": like} if averaged else {"model": like["params"], "batch_stats": like["batch_stats"]}
+        items = {n: self._request(step, n, tree, device) for n, tree in target.items() if jax.tree.leaves(tree)}
         restored = self._read(step, items)
         if averaged:
             return restored["ema"]
@@ -259,11 +256,11 @@ class Checkpoints:
         return ocp.args.StandardRestore(jax.tree.map(lambda leaf: _abstract(leaf, sharding), tree))
 
     def _check(self, step: int, item: str, saved_tree: Any, target: Any) -> None:
-        saved, wanted = _shapes(saved_tree), _shapes(target)
+        saved, expected = _shapes(saved_tree), _shapes(target)
         wrong = [
-            f"{item}/{name}: saved {saved.get(name, 'absent')}, expected {wanted.get(name, 'absent')}"
-            for name in sorted(saved.keys() | wanted.keys())
-            if saved.get(name) != wanted.get(name)
+            f"{item}/{name}: saved {saved.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+            for name in sorted(saved.keys() | expected.keys())
+            if saved.get(name) != expected.get(name)
         ]
         if wrong:
             shown = "\n  ".join(wrong[:10]) + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "")
@@ -274,7 +271,7 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    """In few words; TensorStore tells every layer between the array and the file."""
+    """The error in few words; TensorStore names every layer between the array and the file."""
     full = os.strerror(errno.ENOSPC)
     return full if full in str(error) else next(iter(str(error).splitlines()), type(error).__name__)[:300]
 

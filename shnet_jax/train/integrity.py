@@ -39,9 +39,9 @@ def write_checksums(folder: Path) -> None:
 
 
 def faults(folder: Path, below: str = "") -> list[str] | None:
-    """What is wrong with the files of a checkpoint, one line each; None when it has no checksums.
+    """Faults of the files of a checkpoint, one line each; None when it has no checksums.
 
-    below: only the files whose name begins so, as far as it is known which these are.
+    below: only the files whose name begins with this.
     """
     if not (folder / CHECKSUMS).exists():
         return None
@@ -60,16 +60,15 @@ def _faults(folder: Path, below: str) -> Iterator[str]:
         if not name.startswith(below):
             continue
         try:
-            found = _measure(folder / name)
+            measured = _measure(folder / name)
         except FileNotFoundError:
             yield f"{name}: expected {entry.get('bytes', 'some')} bytes, found no file"
         except (OSError, ValueError) as error:
             yield f"{name}: cannot be read: {error}"
         else:
-            differing = [key for key in found if found[key] != entry.get(key)]
-            if differing:
-                key = differing[0]
-                yield f"{name}: expected {_text(key, entry.get(key))}, found {_text(key, found[key])}"
+            key = next((key for key in measured if measured[key] != entry.get(key)), None)
+            if key is not None:
+                yield f"{name}: expected {_text(key, entry.get(key))}, found {_text(key, measured[key])}"
 
 
 def _text(key: str, value: Any) -> str:
@@ -89,34 +88,34 @@ def _measure(path: Path) -> dict[str, Any]:
 def check(folder: Path, step: int, below: str = "") -> None:
     """Raises CheckpointError when a file of the checkpoint `folder`/`step` is not the one that was written.
 
-    It names the file, what was expected and found, and the checkpoints that are whole. Where nothing is known of the
-    files there is a warning. below: as in `faults`.
+    The message names the file, what was expected and found, and the checkpoints that are whole. A checkpoint without
+    checksums gets a warning. below: as in `faults`.
     """
-    found = faults(folder / str(step), below)
-    if found != [] and not (folder / str(step)).exists():
+    lines = faults(folder / str(step), below)
+    if lines != [] and not (folder / str(step)).exists():
         if below:
             return
         raise removed(folder, step)
-    if found is None and not below:
+    if lines is None and not below:
         log.warning(
             "checkpoint %d in %s has no %s (an earlier version saved it): whether its files are whole is not known",
             step,
             folder,
             CHECKSUMS,
         )
-    if not found:
+    if not lines:
         return
-    whole = [other for other in steps(folder) if faults(folder / str(other)) == []]
+    intact = [other for other in steps(folder) if faults(folder / str(other)) == []]
     raise CheckpointError(
         f"checkpoint {step} in {folder} is damaged:\n  "
-        + "\n  ".join(found[:5] + ([f"and {len(found) - 5} more"] if len(found) > 5 else []))
-        + f"\nWhole are: {', '.join(map(str, whole)) or 'none'}. Training, started again, sets the damaged one aside "
+        + "\n  ".join(lines[:5] + ([f"and {len(lines) - 5} more"] if len(lines) > 5 else []))
+        + f"\nWhole are: {', '.join(map(str, intact)) or 'none'}. Training, started again, sets the damaged one aside "
         "and goes on from the last whole one"
     )
 
 
 def removed(folder: Path, step: int) -> CheckpointError:
-    """What to raise for a checkpoint that has gone since it was chosen."""
+    """The error for a checkpoint that has gone since it was chosen."""
     return CheckpointError(
         f"checkpoint {step} in {folder} was removed while it was read, by the training that goes on there: run this "
         "again"
@@ -124,14 +123,14 @@ def removed(folder: Path, step: int) -> CheckpointError:
 
 
 def set_damaged_aside(workdir: str | Path) -> None:
-    """Renames each damaged checkpoint to STEP.damaged and warns of it; who goes on then takes the last whole one.
+    """Renames each damaged checkpoint to STEP.damaged, with a warning; training continues from the last whole one.
 
     Raises CheckpointError, and renames nothing, when none is whole.
     """
     folder = Path(workdir).absolute() / "checkpoints"
-    found = {step: faults(folder / str(step)) for step in steps(folder)}
-    damaged = {step: lines for step, lines in found.items() if lines}
-    if damaged and len(damaged) == len(found):
+    saved = steps(folder)
+    damaged = {step: lines for step in saved if (lines := faults(folder / str(step)))}
+    if damaged and len(damaged) == len(saved):
         shown = "\n  ".join(f"{step}/{lines[0]}" for step, lines in damaged.items())
         raise CheckpointError(
             f"{folder}: no checkpoint is whole:\n  {shown}\nTo train from the start choose another --workdir, or move "

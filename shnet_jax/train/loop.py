@@ -1,8 +1,10 @@
-"""The training loop: batches in; steps, log lines, evaluations, checkpoints out. Resumes exactly where it stopped."""
+"""The training loop: batches in; steps, log lines, evaluations, checkpoints out. Resumes exactly where it stopped.
+
+The step itself is `train_step` in train/step.py; train/setup.py gives it its options and maps it over the devices.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import signal
 from contextlib import closing
@@ -16,7 +18,7 @@ from ml_collections import ConfigDict
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import one_line
 from shnet_jax.evaluate.split import make_evaluator, subject
-from shnet_jax.experiment import Experiment, assemble
+from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.observe import cost
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.curves import write_curves
@@ -25,14 +27,15 @@ from shnet_jax.observe.writer import MetricWriter, NoWriter
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import put_batch
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.prepare import prepare
+from shnet_jax.train.setup import setup_training, training_data
 from shnet_jax.train.signals import Interrupted, stop_signals
+from shnet_jax.train.state import TrainState
 from shnet_jax.train.workdir import claimed, with_dtypes
 
 log = logging.getLogger(__name__)
 
 STOP_STEPS = 10
-"""Steps between two looks of several processes at whether one of them was asked to stop."""
+"""Steps after which several processes ask each other whether one of them was told to stop."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -49,121 +52,171 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     """
     experiment = assemble(with_dtypes(config, Path(workdir)))
     with claimed(Path(workdir), experiment):
-        return _train(experiment, Path(workdir))
+        return Training(experiment, Path(workdir)).run()
 
 
-def _train(experiment: Experiment, workdir: Path) -> Results:
-    config, data = experiment.config, experiment.config.data
-    parts = prepare(experiment)
-    mesh, iterator, total_steps = parts.mesh, parts.iterator, parts.total_steps
-    evaluate = make_evaluator(experiment, data.val_split, mesh)
+class Training:
+    """A run in its work folder: state, data position, running sums, log and checkpoints.
 
-    checkpoints = Checkpoints(workdir, config.train.keep)
-    first = checkpoints.step("last") or 0
-    notes: dict[str, Any] = {}
-    if first:
-        check_job(checkpoints.notes(first), mesh.size, workdir)
-        restored = checkpoints.restore(first, parts.like, iterator)
-        state, notes = restored.state, restored.notes
-        log.info("continuing from step %d of %d in %s", first, total_steps, workdir)
-        if config.train.on_nonfinite == "stop" and int(state.nonfinite):
+    The device is kept busy: metrics of a step are read once the next one is under way. Nothing is logged, evaluated or
+    saved before the metrics of the newest step were read.
+    """
+
+    def __init__(self, experiment: Experiment, workdir: Path):
+        config = experiment.config
+        self.experiment, self.config, self.workdir = experiment, config, workdir
+        self.setup = setup_training(experiment)
+        self.iterator, self.table = training_data(experiment, self.setup.mesh)
+        self._evaluate = make_evaluator(experiment, config.data.val_split, self.setup.mesh)
+        self.checkpoints = Checkpoints(workdir, config.train.keep)
+        self.first = self.checkpoints.step("last") or 0
+        self.state, notes = self._restored() if self.first else (self._initial(), {})
+        self.clock = Clock(notes.get("clock"))
+        self.sums: dict[str, Any] = {name: np.float32(value) for name, value in notes.get("sums", {}).items()}
+        self._unread: tuple[int, dict[str, jax.Array]] | None = None  # (step, metrics) of the newest step
+        self.writer = MetricWriter(workdir, resume_step=self.first) if hosts.is_first() else NoWriter()
+        self.progress = Progress(self.setup.total_steps, shown=hosts.is_first())
+        dtypes = config.model.dtype, config.text.dtype
+        self.utilisation = cost.Utilisation(self.setup.step, self.setup.mesh.size, dtypes)
+
+    def _initial(self) -> TrainState:
+        return self.setup.first_state(init_variables(self.experiment, self.config.seed))
+
+    def _restored(self) -> tuple[TrainState, dict[str, Any]]:
+        """State and notes of the last checkpoint; moves the iterator to its position."""
+        check_job(self.checkpoints.notes(self.first), self.setup.mesh.size, self.workdir)
+        restored = self.checkpoints.restore(self.first, self.setup.like, self.iterator)
+        log.info("continuing from step %d of %d in %s", self.first, self.setup.total_steps, self.workdir)
+        nonfinite = int(restored.state.nonfinite)
+        if self.config.train.on_nonfinite == "stop" and nonfinite:
             raise NonFiniteLoss(
-                f"{workdir}: the loss or its gradient was not finite in {int(state.nonfinite)} of the first {first} "
+                f"{self.workdir}: the loss or its gradient was not finite in {nonfinite} of the first {self.first} "
                 "steps; --config.train.on_nonfinite=skip goes on without those batches"
             )
-    else:
-        state = parts.first_state()
+        return restored.state, restored.notes
 
-    clock = Clock(notes.get("clock"))
-    sums = {name: np.float32(value) for name, value in notes.get("sums", {}).items()}
-    writer = MetricWriter(workdir, resume_step=first) if hosts.is_first() else NoWriter()
-    progress = Progress(total_steps, shown=hosts.is_first())
-    every = config.train.eval_epochs
-    eval_steps = max(1, round(every * parts.steps_per_epoch)) if every else total_steps
-    utilisation = cost.Utilisation(parts.step, mesh.size, (config.model.dtype, config.text.dtype))
-    results: Results | None = None
-    place, latest = iterator.get_state(), dict[str, Any]()
-    pending: tuple[int, dict[str, np.ndarray], dict[str, Any]] | None = None
+    def run(self) -> Results:
+        """Trains to the end and returns the last validation result."""
+        train, total = self.config.train, self.setup.total_steps
+        every = train.eval_epochs
+        eval_steps = max(1, round(every * self.setup.steps_per_epoch)) if every else total
+        results: Results | None = None
+        # However the loop ends, a checkpoint under way is completed, unless one process of several fails alone.
+        alone = hosts.ending_together(NonFiniteLoss)
+        with (
+            stop_signals() as signals,
+            self.clock,
+            closing(self.checkpoints),
+            closing(self.writer),
+            closing(self.progress),
+            alone,
+        ):
+            for step in range(self.first + 1, total + 1):
+                self.start_step(step)
+                stop = _stop_signal(signals, step)
+                logs = step % train.log_steps == 0 or step == total
+                evaluates = step % eval_steps == 0 or step == total
+                saves = step % train.checkpoint_steps == 0 or stop is not None
+                if logs or evaluates or saves:
+                    self.read_metrics()
+                if logs:
+                    self.write_log_line(step)
+                if evaluates:
+                    results = self.evaluate_and_save(step)
+                elif saves:
+                    self.save()
+                if stop is not None:
+                    name = signal.Signals(stop).name
+                    log.warning("stopped by %s after step %d of %d; the same command continues", name, step, total)
+                    raise Interrupted(128 + stop)
+        return results or self.evaluate(self.first)  # everything was done already
 
-    def look(at: int, batch: dict[str, np.ndarray], metrics: dict[str, Any]) -> None:
-        if metrics["nonfinite"]:
-            ids = experiment.dataset.image_ids(data.train_split)[batch["image_index"]]
-            part = "" if jax.process_count() == 1 else " in this process"
-            message = f"step {at}: the loss or its gradient is not finite; images of the batch{part}: {', '.join(ids)}"
-            if config.train.on_nonfinite == "skip":
-                log.warning("%s; its update was skipped", message)
-            else:
-                step_back(at)
-                save()
-                raise NonFiniteLoss(
-                    f"{message}. The parameters before it are saved in {checkpoints.folder}. Look at these images, "
-                    "lower config.optim.lr in a new work folder, or go on without them: "
-                    "--config.train.on_nonfinite=skip"
-                )
-        progress.update(at, clock, loss=float(metrics["loss"]))
+    def start_step(self, step: int) -> None:
+        """Starts step number `step` on its batch and reads the metrics of the one before."""
+        with self.clock.waiting_for_data():
+            host_batch = next(self.iterator)
+        batch = put_batch(host_batch, self.setup.mesh, self.config.parallel.mapping)
+        with self.clock.paused():  # compiles when the shapes are new
+            self.utilisation.count(self.state, batch, self.table)
+        self.state, metrics = self.setup.step(self.state, batch, self.table)
+        self.read_metrics()
+        self._unread = step, metrics
+        self.sums = _add(self.sums, metrics)
+        self.clock.tick(self.config.train.batch_size)
 
-    def step_back(at: int) -> None:
-        # The batch after the one that is looked at is on its way. After a fault it changes no more than the counters.
-        nonlocal state
-        if int(state.step) > at:
-            counted = latest["nonfinite"].astype(state.nonfinite.dtype)
-            state = dataclasses.replace(state, step=state.step - 1, nonfinite=state.nonfinite - counted)
-            iterator.set_state(place)
+    def read_metrics(self) -> None:
+        """Waits for the newest step whose metrics were not read yet: shows its loss, reports one that is not finite."""
+        if self._unread is None:
+            return
+        (step, metrics), self._unread = self._unread, None
+        loss, nonfinite = jax.device_get((metrics["loss"], metrics["nonfinite"]))
+        if nonfinite:
+            self.report_nonfinite(step)
+        self.progress.update(step, self.clock, loss=float(loss))
 
-    def learning_rate() -> float:
-        updates = (int(state.step) - int(state.nonfinite)) // config.optim.accumulate
-        return float(parts.rate(max(updates - 1, 0)))
+    def report_nonfinite(self, step: int) -> None:
+        """Names the images of a batch whose loss is not finite; stops, unless such batches are skipped.
 
-    def save(metrics: dict[str, float] | None = None) -> None:
-        interval = {name: float(value) for name, value in jax.device_get(sums).items()}
-        notes = {"clock": clock.state(), "sums": interval, "devices": mesh.size, "processes": jax.process_count()}
-        checkpoints.save(int(state.step), state, notes, iterator, metrics)
+        The step after it may be under way. With on_nonfinite = "stop" it changes nothing, so the state is still the one
+        right after `step`; and as batches are a function of their number, the iterator is moved to that place as well.
+        """
+        position = self.iterator.get_state()
+        self.iterator.set_state(position | {"next_index": step - 1})
+        batch = next(self.iterator)
+        ids = self.experiment.dataset.image_ids(self.config.data.train_split)[batch["image_index"]]
+        part = "" if jax.process_count() == 1 else " in this process"
+        message = f"step {step}: the loss or its gradient is not finite; images of the batch{part}: {', '.join(ids)}"
+        if self.config.train.on_nonfinite == "skip":
+            log.warning("%s; its update was skipped", message)
+            self.iterator.set_state(position)
+            return
+        self.save()
+        raise NonFiniteLoss(
+            f"{message}. The parameters before it are saved in {self.checkpoints.folder}. Look at these images, "
+            "lower config.optim.lr in a new work folder, or go on without them: "
+            "--config.train.on_nonfinite=skip"
+        )
 
-    # Whatever ends the loop, a checkpoint that is being saved is completed, unless a process of several fails alone.
-    alone = hosts.ending_together(NonFiniteLoss)
-    with stop_signals() as stopped, clock, closing(checkpoints), closing(writer), closing(progress), alone:
-        for at in range(first + 1, total_steps + 1):
-            place = iterator.get_state()
-            with clock.waiting_for_data():
-                batch = next(iterator)
-            device_batch = put_batch(batch, mesh, config.parallel.mapping)
-            with clock.paused():  # compiles when the shapes are new
-                utilisation.count(state, device_batch, parts.table)
-            state, latest = parts.step(state, device_batch, parts.table)
-            # The step before this one is finished by now: looking at its numbers keeps the device busy.
-            if pending is not None:
-                look(*pending)
-            pending = (at, batch, latest)
-            sums = _add(sums, latest)
-            clock.tick(config.train.batch_size)
-            # One answer for the rest of this step, and the same in all processes, which ask each other now and then.
-            ask = jax.process_count() == 1 or at % STOP_STEPS == 0
-            stop = hosts.anywhere(bool(stopped)) if ask else False
+    def write_log_line(self, step: int) -> None:
+        """Writes the means of the metrics since the last log line, and begins new sums."""
+        timing = self.clock.interval(self.setup.total_steps - step) | self.utilisation.report(self.clock)
+        updates = (int(self.state.step) - int(self.state.nonfinite)) // self.config.optim.accumulate
+        learning_rate = float(self.setup.rate(max(updates - 1, 0)))
+        self.writer.write(step, "train", _means(jax.device_get(self.sums)) | {"lr": learning_rate}, timing)
+        self.sums = {}
 
-            if at % config.train.log_steps == 0 or at == total_steps:
-                look(*pending)
-                pending = None
-                timing = clock.interval(total_steps - at) | utilisation.report(clock)
-                writer.write(at, "train", _means(jax.device_get(sums)) | {"lr": learning_rate()}, timing)
-                sums = {}
-            if at % eval_steps == 0 or at == total_steps:
-                with clock.paused():
-                    results = evaluate(state.variables, subject(experiment, data.val_split, at, "none", mesh.size))
-                    writer.write(at, "eval", results.metrics, clock.totals())
-                    progress.message(f"step {at}/{total_steps}  {data.val_split}: {one_line(results)}")
-                    save(results.metrics)
-                    if hosts.is_first():
-                        write_curves(workdir)
-            elif at % config.train.checkpoint_steps == 0 or stop:
-                save()
-            if stop:
-                number = stopped[0] if stopped else signal.SIGTERM  # another process was told
-                name = signal.Signals(number).name
-                log.warning("stopped by %s after step %d of %d; the same command continues", name, at, total_steps)
-                raise Interrupted(128 + number)
-    if results is None:  # everything was done already
-        results = evaluate(state.variables, subject(experiment, data.val_split, first, "none", mesh.size))
-    return results
+    def evaluate(self, step: int) -> Results:
+        """The validation result of the state, which is that after `step`."""
+        split = self.config.data.val_split
+        return self._evaluate(self.state.variables, subject(self.experiment, split, step, "none", self.setup.mesh.size))
+
+    def evaluate_and_save(self, step: int) -> Results:
+        """Evaluates; writes the result to log and curves and saves a checkpoint with it."""
+        with self.clock.paused():
+            results = self.evaluate(step)
+            self.writer.write(step, "eval", results.metrics, self.clock.totals())
+            split = self.config.data.val_split
+            self.progress.message(f"step {step}/{self.setup.total_steps}  {split}: {one_line(results)}")
+            self.save(results.metrics)
+            if hosts.is_first():
+                write_curves(self.workdir)
+        return results
+
+    def save(self, metrics: dict[str, float] | None = None) -> None:
+        """Starts to save state, data position, clock and sums; metrics: the validation result of this state."""
+        sums = {name: float(value) for name, value in jax.device_get(self.sums).items()}
+        job = {"devices": self.setup.mesh.size, "processes": jax.process_count()}
+        notes = {"clock": self.clock.state(), "sums": sums} | job
+        self.checkpoints.save(int(self.state.step), self.state, notes, self.iterator, metrics)
+
+
+def _stop_signal(signals: list[int], step: int) -> int | None:
+    """The signal that asks this job to stop after `step`, None for none; the same answer in all processes."""
+    if jax.process_count() > 1 and step % STOP_STEPS:
+        return None
+    if not hosts.anywhere(bool(signals)):
+        return None
+    return signals[0] if signals else signal.SIGTERM  # another process was told
 
 
 def check_job(notes: dict[str, Any], devices: int, workdir: Path) -> None:

@@ -1,13 +1,14 @@
-"""Momentum encoders and the queues of what they gave for past batches (MoCo, He et al. 2020; USER, Zhang et al. 2024).
+"""Momentum encoders and queues of past keys (MoCo, He et al. 2020; USER, Zhang et al. 2024).
 
-The key encoders are running averages of the model's parameters. Each step, in this order (USER's released code):
+The key encoders are running averages of the model's parameters. `train.step.key_pass` makes, in this order (USER's
+released code):
 
-  1. they move towards the parameters that the batch will be scored with, before the optimiser changes these;
-  2. they encode the batch, without a gradient;
-  3. the loss sets them against the queues as they are (losses/pairs.py): the keys of this batch are not in them yet;
-  4. the keys of the whole batch overwrite the oldest entries.
+  1. the EMA update, by the parameters that the batch will be scored with, before the optimiser changes these;
+  2. the key encoder pass over the batch, without a gradient;
+  3. the keys and the queues for the loss (losses/pairs.py): the keys of this batch are not in the queues yet;
+  4. the queues after this batch: the keys of the global batch overwrite the oldest entries.
 
-What changes here is part of the training state, and so of its checkpoints.
+Key encoders and queues are part of the training state, and so of its checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.parallel import axis
-from shnet_jax.types import NO_IMAGE, Array, Batch, Embedding, Keys, Queue, SetQueue
+from shnet_jax.types import NO_IMAGE, Array, Batch, Embedding, Queue, SetQueue
 
 STARTS: Mapping[str, Callable[..., Array]] = {"uniform": jax.random.uniform, "gaussian": jax.random.normal}
 
@@ -127,11 +128,11 @@ def first_state(momentum: Momentum, variables: Mapping[str, Any], seed: int) -> 
     return MomentumState(copies["params"], copies["batch_stats"], *map(queue, keys, momentum.sets))
 
 
-def follow(momentum: Momentum, state: MomentumState, params: Any, batch_stats: Any, step: Array) -> MomentumState:
-    """The key encoders moved towards the model. Averaged statistics are kept for the towers that need them only.
+def ema_update(momentum: Momentum, state: MomentumState, params: Any, batch_stats: Any, step: Array) -> MomentumState:
+    """The key encoders after their EMA update towards the model, [decay] of the old and the rest of the new.
 
-    An encoder that runs as in training normalises by the statistics of its batch; its running ones, as published, are
-    its own.
+    An encoder that runs as in training normalises by the statistics of its batch, and its running ones are its own, as
+    published. An encoder that runs as in evaluation gets the average of the model's.
     """
     decay = jnp.float32(momentum.decay)
     if momentum.warm:
@@ -141,36 +142,29 @@ def follow(momentum: Momentum, state: MomentumState, params: Any, batch_stats: A
         return optax.incremental_update(latest, old, 1.0 - decay)
 
     stats = {
-        tower: own if momentum.in_training(tower) else average(batch_stats[tower], own)
-        for tower, own in state.batch_stats.items()
+        tower: of_keys if momentum.in_training(tower) else average(batch_stats[tower], of_keys)
+        for tower, of_keys in state.batch_stats.items()
     }
     return dataclasses.replace(state, params=average(params, state.params), batch_stats=stats)
 
 
 def encode(
-    momentum: Momentum, model: RetrievalModel, variables: dict[str, Any], batch: Batch, key: Array, mutable: str
+    momentum: Momentum, model: RetrievalModel, variables: dict[str, Any], batch: Batch, key: Array, collection: str
 ) -> tuple[tuple[Embedding, Embedding], Any]:
-    """Embeddings of a batch by the key encoders, and the collection `mutable` as they leave it."""
+    """Embeddings of a batch by the key encoders, and the model's `collection` after it."""
     embeddings = []
     for method, tower in (("encode_image", "image"), ("encode_text", "text")):
-        found, updated = model.apply(
+        embedding, updated = model.apply(
             variables,
             batch,
             train=momentum.in_training(tower),
             method=method,
             rngs={"dropout": key},
-            mutable=[mutable],
+            mutable=[collection],
         )
-        embeddings.append(found)
+        embeddings.append(embedding)
         variables = {**variables, **updated}
-    return (embeddings[0], embeddings[1]), variables.get(mutable, {})
-
-
-def meet(
-    momentum: Momentum, state: MomentumState, keys: tuple[Embedding, Embedding], captions: int, step: Array
-) -> Keys:
-    """What the loss is given: the keys of this device's pairs, an image repeated for its captions, and the queues."""
-    return Keys(keys[0].repeat(captions), keys[1], state.images, state.texts, step >= momentum.from_step)
+    return (embeddings[0], embeddings[1]), variables.get(collection, {})
 
 
 def enqueue(

@@ -1,4 +1,4 @@
-"""How a run is asked to stop."""
+"""Signals that ask a run to stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that changes while training, as one pytree: what a checkpoint holds."""
+"""Everything that changes while training, as one pytree; a checkpoint holds all of it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class TrainState:
     """The state of a run after `step` batches.
 
     step: [] int32. params: {"model": ..., "loss": ...}. ema: running averages {"params", "batch_stats"}, or None.
-    rng: key data from which every step derives its own key by its number.
-    nonfinite: [] int32, batches whose loss or gradient was not finite (their update was not made).
+    rng: data of the random key; each step folds its number in.
+    nonfinite: [] int32, batches whose loss or gradient was not finite (their update was not made). With on_nonfinite =
+      "stop" the state changes no more once this is above 0.
     momentum: key encoders and queues (train/momentum.py), None without them.
     """
 
@@ -34,7 +35,7 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What evaluation applies: the averaged parameters where there are some."""
+        """The variables that evaluation applies: the running averages, or the trained ones where there are none."""
         return {"params": self.params["model"], "batch_stats": self.batch_stats} if self.ema is None else self.ema
 
 

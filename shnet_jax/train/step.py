@@ -1,11 +1,18 @@
-"""The training step of one device on the named axis `data`. parallel/mapping.py maps it over the devices."""
+"""The training step of one device on the named axis `data`. parallel/mapping.py maps it over the devices.
+
+key_pass       the key encoders of momentum contrast, where there are any: EMA update, keys, queues
+local_loss     this device's share of the loss; the shares add up over the devices (losses/pairs.py)
+gradients      its gradient, of the whole batch at once or in microbatches
+reduce         the sum over the devices: the only place where gradients meet
+apply_update   the optimiser, unless loss or gradient is not finite
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,137 +22,222 @@ from jax import lax
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel import axis, sharding
 from shnet_jax.train import momentum
-from shnet_jax.train.microbatch import Encode, cached_gradients, embed_in_parts
+from shnet_jax.train.microbatch import Embeddings, Splitting, cached_gradients, embed_in_parts
+from shnet_jax.train.momentum import MomentumState
 from shnet_jax.train.state import TrainState
-from shnet_jax.types import Array, Batch, Context, Embedding, Keys
+from shnet_jax.types import Array, Batch, Context, Keys
 
-Step = Callable[..., tuple[TrainState, dict[str, Array]]]
+Metrics = dict[str, Array]
+Step = Callable[..., tuple[TrainState, Metrics]]
+Apply = Callable[[RetrievalModel, dict[str, Any], Batch, Array, str], tuple[Embeddings, Any]]
 
 
-def make_step(
-    model: RetrievalModel,
-    total_loss: Callable[..., dict[str, Array]],
-    tx: optax.GradientTransformation,
-    *,
-    finish: Callable[[Any, Batch], Batch],
-    ema: float = 0.0,
-    stop_on_nonfinite: bool = True,
-    microbatch: int = 0,
-    statistics: str = "exact",
-    axis_name: str | None = None,
-    split: Any = None,
-    key_options: momentum.Momentum | None = None,
-) -> Step:
-    """One optimiser step as a pure function `(state, batch, table) -> (state, metrics)` of one device.
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """The constants of a step.
 
-    finish: (table, raw batch) -> model input (looks resident features up, applies masks).
-    total_loss: (images, texts, ids, ctx) -> {"loss": this device's share, ...}; see losses/pairs.py for the convention.
+    total_loss: (images, texts, ids, ctx) -> {"loss": this device's share, ...}; see losses/pairs.py.
+    prepare_batch: (table, raw batch) -> model input (looks resident features up, applies masks).
+    ema: decay of the running average that is evaluated; 0: there is none.
     microbatch, statistics: pairs that a device encodes at once, 0: all of its own; see train/microbatch.py.
     split: axes along which the parameters are split over the devices (`parallel.sharding.split_axes`); None: none is.
     key_options: of the momentum encoders, whose state is `state.momentum` (train/momentum.py); None: there are none.
-    A batch whose loss or gradient is not finite changes nothing but the counters; with `stop_on_nonfinite` nor does any
-    batch after it, so that the state the loop saves is the one before the fault.
     """
 
-    def step(state: TrainState, batch: Batch, table: Any = None) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        key = jax.random.fold_in(key, axis.axis_index(axis_name))
-        captions = batch["tokens"].shape[0] // batch["image_index"].shape[0]
-        ids = batch.get("identity", batch["image_index"])  # two images of one person are no negatives
-        axes = jax.tree.map(lambda _: sharding.WHOLE, state.params) if split is None else split
-        pairs = batch["tokens"].shape[0]
-        count = pairs // microbatch if 0 < microbatch < pairs else 1  # of microbatches
-        parts: dict[str, Any] = {"count": count, "statistics": statistics, "norm_depth": model.norm_depth}
+    model: RetrievalModel
+    total_loss: Callable[..., Metrics]
+    tx: optax.GradientTransformation
+    prepare_batch: Callable[[Any, Batch], Batch]
+    ema: float = 0.0
+    stop_on_nonfinite: bool = True
+    microbatch: int = 0
+    statistics: str = "exact"
+    axis_name: str | None = None
+    split: Any = None
+    key_options: momentum.Momentum | None = None
 
-        def encode(mutable: str, params: Any, batch: Batch, key: Array, given: Any) -> tuple[Any, Any]:
-            weights = sharding.gather(params["model"], axes["model"], axis_name)
-            variables = {"params": weights, "batch_stats": state.batch_stats, "given_moments": given}
-            rngs = {"dropout": key}
-            found, updated = model.apply(variables, finish(table, batch), train=True, rngs=rngs, mutable=[mutable])
-            return found, updated.get(mutable, {})
 
-        def encoder(mutable: str) -> Encode:
-            return sharding.regathering(partial(encode, mutable), axes)
+class StepInput(NamedTuple):
+    """One device's batch as a step reads it.
 
-        def by_keys(options: momentum.Momentum) -> tuple[momentum.MomentumState, Keys]:
-            """The momentum encoders after this batch, and what the loss is given of them."""
-            assert state.momentum is not None
-            moved = momentum.follow(options, state.momentum, state.params["model"], state.batch_stats, state.step)
+    table: resident features, {} or None in streaming mode. key: this device's random key of this step.
+    ids: [n] int32, equal for images that are no negatives of each other. captions: texts of each image.
+    """
 
-            def encode_keys(mutable: str, params: Any, batch: Batch, key: Array, given: Any) -> tuple[Any, Any]:
-                weights = sharding.gather(params, axes["model"], axis_name)
-                variables = {"params": weights, "batch_stats": moved.batch_stats, "given_moments": given}
-                return momentum.encode(options, model, variables, finish(table, batch), key, mutable)
+    batch: Batch
+    table: Any
+    key: Array
+    ids: Array
+    captions: int
 
-            own = jax.random.fold_in(key, momentum.SEED)
-            if count > 1:
-                encode_part = partial(encode_keys, "moments")
-                found, stats = embed_in_parts(encode_part, moved.params, moved.batch_stats, batch, own, **parts)
-            else:
-                found, stats = encode_keys("batch_stats", moved.params, batch, own, {})
-            met = momentum.meet(options, moved, found, captions, state.step)  # before this batch enters the queues
-            moved = dataclasses.replace(moved, batch_stats=axis.pmean(stats, axis_name))
-            return momentum.enqueue(moved, found, ids, captions, axis_name), met
+    @property
+    def pairs(self) -> int:
+        """Image-text pairs of this device."""
+        return self.batch["tokens"].shape[0]
 
-        moved, met = (None, None) if key_options is None else by_keys(key_options)
 
-        def share(params: Any, embeddings: tuple[Embedding, Embedding]) -> tuple[Array, dict[str, Array]]:
-            images, texts = embeddings
-            loss_params = sharding.gather(params["loss"], axes["loss"], axis_name)
-            own, own_axes = ({n: tree["model"][n] for n in model.score_params} for tree in (params, axes))
-            score = scorer(model, sharding.gather(own, own_axes, axis_name))
-            ctx = Context(step=state.step, params=loss_params, score=score, axis=axis_name, keys=met)
-            terms = total_loss(images.repeat(captions), texts, jnp.repeat(ids, captions), ctx)
-            return terms["loss"], terms
+class Gradients(NamedTuple):
+    """The gradient by the parameters, metrics, and the running statistics after the batch."""
 
-        def whole(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
-            embeddings, batch_stats = encoder("batch_stats")(params, batch, key, {})
-            loss, terms = share(params, embeddings)
-            return loss, (terms, batch_stats)
+    params: Any
+    metrics: Metrics
+    batch_stats: Any
 
-        # Shares add up over the devices, and so do their gradients (losses/pairs.py).
-        if count > 1:
-            grads, terms, batch_stats = cached_gradients(
-                encoder("moments"), share, state.params, state.batch_stats, batch, key, **parts
-            )
-        else:
-            (_, (terms, batch_stats)), grads = jax.value_and_grad(whole, has_aux=True)(state.params)
-        grads, metrics = sharding.reduce(grads, axes, axis_name), axis.psum(terms, axis_name)
-        batch_stats = axis.pmean(batch_stats, axis_name)
-        metrics["grad_norm"] = sharding.global_norm(grads, axes, axis_name)
 
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        apply = finite & (state.nonfinite == 0) if stop_on_nonfinite else finite
+def make_step(
+    model: RetrievalModel, total_loss: Callable[..., Metrics], tx: optax.GradientTransformation, **options: Any
+) -> Step:
+    """The step `(state, batch, table) -> (state, metrics)` of one device, a pure function; options of StepOptions."""
+    return partial(train_step, StepOptions(model, total_loss, tx, **options))
 
-        def update() -> tuple[Any, Any, Any, Any, Any]:
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            if state.ema is None:
-                return params, batch_stats, opt_state, None, moved
-            # Averages over few steps forget the initial parameters faster.
-            decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-            latest = {"params": params["model"], "batch_stats": batch_stats}
-            return params, batch_stats, opt_state, optax.incremental_update(latest, state.ema, 1.0 - decay), moved
 
-        def leave() -> tuple[Any, Any, Any, Any, Any]:
-            return state.params, state.batch_stats, state.opt_state, state.ema, state.momentum
+def train_step(options: StepOptions, state: TrainState, batch: Batch, table: Any = None) -> tuple[TrainState, Metrics]:
+    """One step of the optimiser.
 
-        # A branch, not a choice between two results: the arrays of the old state can be updated where they are.
-        params, batch_stats, opt_state, average, moved = lax.cond(apply, update, leave)
+    A batch whose loss or gradient is not finite changes nothing but the counters `step` and `nonfinite`. With
+    `stop_on_nonfinite` no later batch changes anything: the state stays the one right after the first such batch.
+    """
+    if options.split is None:
+        options = dataclasses.replace(options, split=jax.tree.map(lambda _: sharding.WHOLE, state.params))
+    inputs = step_input(options, state, batch, table)
+    next_momentum, keys = key_pass(options, state, inputs) if options.key_options is not None else (None, None)
+    local = gradients(options, state, inputs, keys)
+    # Shares of the loss add up over the devices, and so do their gradients (losses/pairs.py).
+    grads = sharding.reduce(local.params, options.split, options.axis_name)
+    metrics = axis.psum(local.metrics, options.axis_name)
+    metrics["grad_norm"] = sharding.global_norm(grads, options.split, options.axis_name)
+    batch_stats = axis.pmean(local.batch_stats, options.axis_name)
+    return apply_update(options, state, Gradients(grads, metrics, batch_stats), next_momentum)
 
-        # A batch that is not finite counts only as such in the means of a log line.
-        metrics = {name: jnp.where(finite, value, 0.0) for name, value in metrics.items()}
-        metrics |= {"finite": finite.astype(jnp.float32), "nonfinite": (~finite).astype(jnp.float32)}
-        state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            ema=average,
-            momentum=moved,
-            nonfinite=state.nonfinite + ~finite,
-        )
-        return state, metrics
 
-    return step
+def step_input(options: StepOptions, state: TrainState, batch: Batch, table: Any) -> StepInput:
+    """The batch with its random key, a function of (seed, step, device), and the ids that the losses compare."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    key = jax.random.fold_in(key, axis.axis_index(options.axis_name))
+    ids = batch.get("identity", batch["image_index"])  # two images of one person are no negatives
+    return StepInput(batch, table, key, ids, batch["tokens"].shape[0] // batch["image_index"].shape[0])
+
+
+def encode(
+    options: StepOptions,
+    apply: Apply,
+    inputs: StepInput,
+    batch_stats: Any,
+    collection: str,
+    params: Any,
+    batch: Batch,
+    key: Array,
+    moments: Any,
+) -> tuple[Embeddings, Any]:
+    """Embeddings of a batch or microbatch in training, and the model's `collection` ("batch_stats" or "moments").
+
+    apply: `_apply_model` or, for the key encoders, `momentum.encode`. params: {"model": this device's parts}.
+    moments: those that BatchNorms normalise with; {}: those of the batch.
+    """
+    weights = sharding.gather(params["model"], options.split["model"], options.axis_name)
+    variables = {"params": weights, "batch_stats": batch_stats, "given_moments": moments}
+    return apply(options.model, variables, options.prepare_batch(inputs.table, batch), key, collection)
+
+
+def _apply_model(
+    model: RetrievalModel, variables: dict[str, Any], batch: Batch, key: Array, collection: str
+) -> tuple[Embeddings, Any]:
+    embeddings, updated = model.apply(variables, batch, train=True, rngs={"dropout": key}, mutable=[collection])
+    return embeddings, updated.get(collection, {})
+
+
+def key_pass(options: StepOptions, state: TrainState, inputs: StepInput) -> tuple[MomentumState, Keys]:
+    """The momentum state after this batch, and the keys and queues that the loss compares with.
+
+    The loss gets the queues as they are before the keys of this batch enter them.
+    """
+    key_options, last = options.key_options, state.momentum
+    assert key_options is not None and last is not None
+    updated = momentum.ema_update(key_options, last, state.params["model"], state.batch_stats, state.step)
+    key = jax.random.fold_in(inputs.key, momentum.SEED)
+    encoder = partial(encode, options, partial(momentum.encode, key_options), inputs, updated.batch_stats)
+    params, splitting = {"model": updated.params}, _splitting(options, inputs)
+    if splitting.count > 1:
+        arrays = params, updated.batch_stats, inputs.batch, key
+        (images, texts), batch_stats = embed_in_parts(partial(encoder, "moments"), *arrays, splitting)
+    else:
+        (images, texts), batch_stats = encoder("batch_stats", params, inputs.batch, key, {})
+    active = state.step >= key_options.from_step
+    keys = Keys(images.repeat(inputs.captions), texts, updated.images, updated.texts, active)
+    updated = dataclasses.replace(updated, batch_stats=axis.pmean(batch_stats, options.axis_name))
+    return momentum.enqueue(updated, (images, texts), inputs.ids, inputs.captions, options.axis_name), keys
+
+
+def local_loss(
+    options: StepOptions, step: Array, inputs: StepInput, keys: Keys | None, params: Any, embeddings: Embeddings
+) -> tuple[Array, Metrics]:
+    """This device's share of the loss of the global batch, and its metrics."""
+    images, texts = embeddings
+    name, split = options.axis_name, options.split
+    loss_params = sharding.gather(params["loss"], split["loss"], name)
+    trained, axes = ({n: tree["model"][n] for n in options.model.score_params} for tree in (params, split))
+    score = scorer(options.model, sharding.gather(trained, axes, name))
+    ctx = Context(step=step, params=loss_params, score=score, axis=name, keys=keys)
+    ids = jnp.repeat(inputs.ids, inputs.captions)
+    metrics = options.total_loss(images.repeat(inputs.captions), texts, ids, ctx)
+    return metrics["loss"], metrics
+
+
+def gradients(options: StepOptions, state: TrainState, inputs: StepInput, keys: Keys | None) -> Gradients:
+    """The gradient of this device's share of the loss."""
+    encoder = partial(encode, options, _apply_model, inputs, state.batch_stats)
+    loss_of = partial(local_loss, options, state.step, inputs, keys)
+    splitting = _splitting(options, inputs)
+    if splitting.count > 1:
+        encode_part = sharding.remat_gather(partial(encoder, "moments"), options.split)
+        arrays = state.params, state.batch_stats, inputs.batch, inputs.key
+        return Gradients(*cached_gradients(encode_part, loss_of, *arrays, splitting))
+    encode_all = sharding.remat_gather(partial(encoder, "batch_stats"), options.split)
+
+    def forward(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
+        embeddings, batch_stats = encode_all(params, inputs.batch, inputs.key, {})
+        loss, metrics = loss_of(params, embeddings)
+        return loss, (metrics, batch_stats)
+
+    (_, (metrics, batch_stats)), grads = jax.value_and_grad(forward, has_aux=True)(state.params)
+    return Gradients(grads, metrics, batch_stats)
+
+
+def _splitting(options: StepOptions, inputs: StepInput) -> Splitting:
+    count = inputs.pairs // options.microbatch if 0 < options.microbatch < inputs.pairs else 1
+    return Splitting(count, options.statistics, options.model.norm_depth)
+
+
+def apply_update(
+    options: StepOptions, state: TrainState, reduced: Gradients, next_momentum: MomentumState | None
+) -> tuple[TrainState, Metrics]:
+    """The state after the step, and its metrics, which are 0 where the batch changed nothing.
+
+    finite, nonfinite: 1 for a batch that was applied, and for one whose loss or gradient is not finite. Both are 0 once
+    training has stopped.
+    """
+    finite = jnp.isfinite(reduced.metrics["loss"]) & jnp.isfinite(reduced.metrics["grad_norm"])
+    stopped = state.nonfinite > 0 if options.stop_on_nonfinite else jnp.zeros((), bool)
+    applied, faulty = finite & ~stopped, ~finite & ~stopped
+    # A branch, not a choice between two results: the arrays of the old state can be updated where they are.
+    updated = lax.cond(applied, partial(_updated, options), lambda state, *_: state, state, reduced, next_momentum)
+    state = dataclasses.replace(updated, step=state.step + ~stopped, nonfinite=state.nonfinite + faulty)
+    metrics = {name: jnp.where(applied, value, 0.0) for name, value in reduced.metrics.items()}
+    return state, metrics | {"finite": applied.astype(jnp.float32), "nonfinite": faulty.astype(jnp.float32)}
+
+
+def _updated(
+    options: StepOptions, state: TrainState, reduced: Gradients, next_momentum: MomentumState | None
+) -> TrainState:
+    """The state with the optimiser's update and its averages; the counters are as they were."""
+    updates, opt_state = options.tx.update(reduced.params, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.ema
+    if average is not None:
+        # Averages over few steps forget the initial parameters faster.
+        decay = jnp.minimum(options.ema, (1.0 + state.step) / (10.0 + state.step))
+        latest = {"params": params["model"], "batch_stats": reduced.batch_stats}
+        average = optax.incremental_update(latest, average, 1.0 - decay)
+    return dataclasses.replace(
+        state, params=params, batch_stats=reduced.batch_stats, opt_state=opt_state, ema=average, momentum=next_momentum
+    )

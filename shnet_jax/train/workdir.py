@@ -1,4 +1,4 @@
-"""What a work folder holds beside checkpoints and logs, and which configuration may go on in it."""
+"""The work folder of a run: its configuration and vocabulary, and which configuration may continue in it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class WorkdirError(RuntimeError):
 
 @contextmanager
 def claimed(workdir: Path, experiment: Experiment) -> Iterator[None]:
-    """`workdir` is the folder of this configuration and of this job alone, and its checkpoints are whole.
+    """Holds `workdir` for this configuration and this job alone, with damaged checkpoints set aside.
 
     Raises what process 0 finds against it, in all processes: FolderInUse, WorkdirError, CheckpointError or OSError.
     """
@@ -134,7 +134,7 @@ def claim(workdir: Path, experiment: Experiment) -> None:
     if any((workdir / "checkpoints").glob("*")):
         if not path.exists():
             raise WorkdirError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
-        found = _changes(experiment.config.to_dict(), load_config(path), workdir)
+        changes = _changes(experiment.config.to_dict(), load_config(path), workdir)
         differs = []
         for copy in workdir.glob("vocabulary.*"):
             if copy.suffix != suffix or copy.read_bytes().strip() != vocabulary.strip():
@@ -143,13 +143,13 @@ def claim(workdir: Path, experiment: Experiment) -> None:
         copy = workdir / CHECKSUMS
         if copy.exists() and checksums.exists() and copy.read_bytes() != checksums.read_bytes():
             differs.append((checksums, copy, ""))
-        found += [
+        changes += [
             f"{original} differs from what the run began with, {copy.name}{hint}" for original, copy, hint in differs
         ]
-        if found:
+        if changes:
             raise WorkdirError(
                 f"{workdir} holds a run of another configuration; choose another --workdir or go back to:\n  "
-                + "\n  ".join(found)
+                + "\n  ".join(changes)
             )
         return
     if (workdir / "dataset_info.json").exists() or (path.exists() and "train" not in load_config(path)):
@@ -164,10 +164,9 @@ def claim(workdir: Path, experiment: Experiment) -> None:
 
 
 def _changes(config: dict[str, Any], saved: ConfigDict, workdir: Path) -> list[str]:
-    """What keeps a run with the configuration `saved` from going on with `config`, a line for each field."""
+    """Fields that keep a run with the configuration `saved` from continuing with `config`, one line each."""
     had = saved.to_dict()
-    found = []
-    younger = []
+    refused, younger = [], []
     for change in differences(config, complete(saved, ConfigDict(config)).to_dict()):
         if change.name.startswith(FREE_TO_CHANGE) and not change.name.startswith(SELECTING):
             continue
@@ -175,11 +174,11 @@ def _changes(config: dict[str, Any], saved: ConfigDict, workdir: Path) -> list[s
         if kept is ABSENT and not SWITCHES.match(change.name):
             younger.append(f"{change.name}: {change.ours!r}")
         elif change.ours is not ABSENT or kept:  # a field that is no more, and was off, has changed nothing
-            found.append(str(change))
+            refused.append(str(change))
     if younger:
         given = ", ".join(younger)
         log.info("%s: this run is older than some fields, which are taken as --config gives them: %s", workdir, given)
-    return found
+    return refused
 
 
 def _value(config: dict[str, Any], name: str) -> Any:
@@ -210,11 +209,11 @@ def adopt(workdir: Path, config: ConfigDict | FrozenConfigDict) -> None:
     save_config(config, workdir / CONFIG)
 
 
-def trained_config(workdir: Path, own: ConfigDict | None = None) -> ConfigDict:
+def trained_config(workdir: Path, user_config: ConfigDict | None = None) -> ConfigDict:
     """The configuration of the run in `workdir`, its vocabulary being the one kept there.
 
-    own: the user's configuration. A run may name modules outside shnet_jax only where that names them too, as the
-    folder may be somebody else's (`registry.check_known`). Raises WorkdirError or ValueError.
+    A run may name modules outside shnet_jax only where `user_config` names them too (`registry.check_known`), as the
+    folder may be somebody else's. Raises WorkdirError or ValueError.
     """
     path = workdir / CONFIG
     if not path.exists():
@@ -223,7 +222,7 @@ def trained_config(workdir: Path, own: ConfigDict | None = None) -> ConfigDict:
     if vocabulary is None:
         raise WorkdirError(f"{workdir}: no vocabulary file; was the folder copied whole?")
     config = load_config(path)
-    registry.check_known(_modules(path, config), str(path), [] if own is None else _modules(path, own))
+    registry.check_known(_modules(path, config), str(path), [] if user_config is None else _modules(path, user_config))
     config.tokenizer.path = str(foreign.inside(workdir, vocabulary.name))
     return config
 
@@ -232,9 +231,9 @@ def _modules(path: Path, config: ConfigDict) -> list[str]:
     """The modules that a configuration names: model and text tower; names of losses cannot have dots."""
     for section in ("model", "text", "tokenizer", "data", "eval", "loss", "optim"):
         # A run of an older version may lack some.
-        found = config.get(section, None if section in ("model", "text", "tokenizer") else ConfigDict())
-        if not isinstance(found, ConfigDict):
-            raise WorkdirError(f"{path}: {section} is {found!r:.80}, expected a section; not of a run")
+        value = config.get(section, None if section in ("model", "text", "tokenizer") else ConfigDict())
+        if not isinstance(value, ConfigDict):
+            raise WorkdirError(f"{path}: {section} is {value!r:.80}, expected a section; not of a run")
     names = [config.model.get("name"), config.text.get("tower")]
     if not all(isinstance(name, str) for name in names):
         raise WorkdirError(f"{path}: model.name and text.tower are {names!r:.200}, expected names")
@@ -260,15 +259,15 @@ def complete(saved: ConfigDict, like: ConfigDict) -> ConfigDict:
     A field that a run's file does not have did not exist when it was trained, and what it asks for was not done: it is
     False, 0, "" or (), as its default in configs/base.py then has to be.
     """
-    found = ConfigDict(saved.to_dict())
+    filled = ConfigDict(saved.to_dict())
     for name, value in like.items():
-        if isinstance(value, ConfigDict) and not isinstance(found.get(name, value), ConfigDict):
-            raise WorkdirError(f"the configuration of the run has {found[name]!r:.80} as {name}, expected a section")
+        if isinstance(value, ConfigDict) and not isinstance(filled.get(name, value), ConfigDict):
+            raise WorkdirError(f"the configuration of the run has {filled[name]!r:.80} as {name}, expected a section")
         if isinstance(value, ConfigDict):
-            found[name] = complete(found.get(name, ConfigDict()), value)
-        elif name not in found:
-            found[name] = type(value)()
-    return found
+            filled[name] = complete(filled.get(name, ConfigDict()), value)
+        elif name not in filled:
+            filled[name] = type(value)()
+    return filled
 
 
 def _tuples(section: dict[str, Any]) -> dict[str, Any]:
@@ -286,7 +285,7 @@ class _Absent:
 
 
 ABSENT = _Absent()
-"""In place of the value of a field that a configuration does not have."""
+"""Stands for the value of a field that a configuration does not have."""
 
 
 class Difference(NamedTuple):
@@ -302,11 +301,11 @@ class Difference(NamedTuple):
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "config") -> list[Difference]:
     """Fields in which two configurations differ, in order of their names."""
-    found = []
+    differing = []
     for key in sorted(ours.keys() | theirs.keys()):
         a, b, name = ours.get(key, ABSENT), theirs.get(key, ABSENT), f"{prefix}.{key}"
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, name)
+            differing += differences(a, b, name)
         elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
-            found.append(Difference(name, a, b))
-    return found
+            differing.append(Difference(name, a, b))
+    return differing

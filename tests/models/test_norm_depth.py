@@ -11,7 +11,7 @@ import pytest
 
 from shnet_jax import registry
 from shnet_jax.models import user
-from shnet_jax.train.microbatch import embed_in_parts
+from shnet_jax.train.microbatch import Splitting, embed_in_parts
 from tests.models import test_cmsei
 from tests.models.test_shnet import compiled, random_variables
 from tests.train import test_parallel_models as models
@@ -60,8 +60,8 @@ def test_statistics_of_the_whole_batch_take_as_many_passes(monkeypatch, name, ch
             return encode("moments", *inputs)
 
         statistics = "exact" if depth else "local"
-        rest = {"count": PARTS, "statistics": statistics, "norm_depth": depth}
-        return embed_in_parts(part, values["params"], values["batch_stats"], batch(), jax.random.key(0), **rest)
+        rest = Splitting(PARTS, statistics, depth)
+        return embed_in_parts(part, values["params"], values["batch_stats"], batch(), jax.random.key(0), rest)
 
     @compiled
     def all_of_them():

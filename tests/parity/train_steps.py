@@ -61,7 +61,7 @@ def check(folder: Path) -> list[Row]:
     }
     tx = make_optimiser(config, schedule(config, 10**6, 10**6))
     loss_params, total_loss = total.build(config.loss, steps_per_epoch=1)
-    step = jax.jit(make_step(model, total_loss, tx, finish=lambda _, batch: batch))
+    step = jax.jit(make_step(model, total_loss, tx, prepare_batch=lambda _, batch: batch))
     state = create_state(variables, loss_params, tx, ema=False, seed=0)
 
     rows, losses, norms, moved = [], [], [], None

@@ -195,7 +195,7 @@ def _momentum(folder: Path) -> list[Row]:
     size, dim = before.vectors.shape
     options = momentum.Momentum(size, dim, float(fixture["meta.moco_r"]), False, "uniform", True, False)
     state = momentum.MomentumState(key, {}, before, queue_of(fixture["queue.t_before"]))
-    moved = momentum.follow(options, state, query, {}, jnp.int32(0))
+    moved = momentum.ema_update(options, state, query, {}, jnp.int32(0))
     rows = [
         compare(group, f"momentum.key_after.{name}", moved.params[name], recorded, 1e-6, 1e-6)
         for name, recorded in fixture.section("momentum.key_after.").items()

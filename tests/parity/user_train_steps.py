@@ -74,7 +74,7 @@ def check(folder: Path) -> list[Row]:
     options = momentum.options(config, model, 1.0)
     tx = make_optimiser(config, schedule(config, 10**6, 10**6))
     loss_params, total_loss = total.build(config.loss, steps_per_epoch=1, queues=True)
-    step = jax.jit(make_step(model, total_loss, tx, finish=lambda _, batch: batch, key_options=options))
+    step = jax.jit(make_step(model, total_loss, tx, prepare_batch=lambda _, batch: batch, key_options=options))
     state = create_state(variables, loss_params, tx, ema=False, seed=0, momentum=options)
     queues = {n: user.queue_of(fixture[f"queue_before.{s}"]) for n, s in (("images", "v"), ("texts", "t"))}
     state = state.replace(momentum=state.momentum.replace(**queues))

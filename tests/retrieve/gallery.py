@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from shnet_jax.commands import train
 from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.modes.train import train
 from shnet_jax.types import Array, Batch, Embedding
 from tests.train import tiny
 

@@ -1,4 +1,4 @@
-"""What is kept, what is the best, and what happens when a checkpoint does not fit."""
+"""Which checkpoints are kept, which is the best, and what happens when a checkpoint does not fit."""
 
 from __future__ import annotations
 

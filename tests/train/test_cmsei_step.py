@@ -46,7 +46,7 @@ def stepped(devices, microbatch):
     variables = dict(random_variables(model, gather({}, batch()))) | {"batch_stats": {}}
     loss_params, total_loss = total.build(config.loss, 0)
     tx, mesh = optax.sgd(1.0), data_mesh(jax.devices()[:devices])
-    step = make_step(model, total_loss, tx, finish=gather, axis_name=DATA, microbatch=microbatch)
+    step = make_step(model, total_loss, tx, prepare_batch=gather, axis_name=DATA, microbatch=microbatch)
     state = create_state(variables, loss_params, tx, ema=False, seed=0)
     state, metrics = map_step(step, mesh)(replicate(state, mesh), put_batch(batch(), mesh), {})
     return jax.tree.map(np.subtract, variables["params"], state.params["model"]), metrics

@@ -1,4 +1,4 @@
-"""What is found wrong in time: damaged checkpoints, a second writer, a full disk, a folder of something else."""
+"""Faults that are found in time: damaged checkpoints, a second writer, a full disk, a folder of something else."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def quick():
 
 @pytest.mark.slow
 def test_training_goes_on_from_the_last_whole_checkpoint(quick, tmp_path, caplog):
-    """Of a run, moreover, that began before some fields existed, and while another did."""
+    """The run, moreover, began before some fields existed, and while another did."""
     config, whole, run = toy(), tmp_path / "whole", tmp_path / "run"
     train_and_evaluate(config, whole)
     shutil.copytree(whole, run)
@@ -311,16 +311,28 @@ def test_importers_and_conversion_wait_for_nobody(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------- disks
 
 
+@contextmanager
+def disk(folder: Path, size: str):
+    """A small disk at `folder`; skips where this user may not mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of 128 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with disk(tmp_path / "disk", "128k") as folder:
+        yield folder
 
 
 def fill(folder: Path, left: int = 0) -> None:
@@ -365,7 +377,7 @@ def test_a_full_disk_is_an_error_before_vectors_are_mapped(small_disk):
 
 @pytest.mark.parametrize("size", ["64k", "300k"])
 def test_a_data_set_that_does_not_fit_on_the_disk(size, small_disk, capsys):
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(small_disk)], check=True)
+    remount(small_disk, f"size={size}")
     assert importer(["--out", str(small_disk), "--train=15", "--val=5", "--test=5"]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: {small_disk}") and "No space left on device; " in told
@@ -375,7 +387,7 @@ def test_a_data_set_that_does_not_fit_on_the_disk(size, small_disk, capsys):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's threads
 def test_a_checkpoint_that_does_not_fit_on_the_disk(small_disk, capfd):
     disk = small_disk / "run"
-    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    remount(small_disk, "size=1m")
     checkpoints = Checkpoints(disk, keep=2)
     save(checkpoints, 3)
     checkpoints.wait()

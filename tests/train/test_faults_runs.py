@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import pytest
 
 from shnet_jax.train.checkpoint import Checkpoints
 from tests.patience import PATIENCE
 from tests.train import tiny
-from tests.train.test_faults import bit, file
+from tests.train.test_faults import bit, disk, file, remount
 from tests.train.test_killed import ROOT, command, logged, start
 from tests.train.test_loop import same_arrays
 
@@ -35,23 +33,6 @@ def run(workdir, *more):
 
 def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-@contextmanager
-def disk(folder, size):
-    """A small disk at `folder`; skips where this user may not mount one."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def remount(folder, options):
-    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
 def test_a_second_run_is_refused_a_reader_is_not_and_damage_is_named(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shnet_jax.commands import train
+from shnet_jax.modes.train import train
 from tests.patience import PATIENCE
 from tests.train import tiny
 

@@ -20,7 +20,7 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.mlp import MLP, merge, running_moments
 from shnet_jax.ops.norms import l2norm
 from shnet_jax.parallel.mapping import data_mesh, map_step, put_batch, replicate
-from shnet_jax.train.microbatch import cached_gradients
+from shnet_jax.train.microbatch import Splitting, cached_gradients
 from shnet_jax.train.state import create_state
 from shnet_jax.train.step import make_step
 from shnet_jax.types import DATA, Context, Embedding
@@ -84,7 +84,7 @@ def one_step(devices, microbatch, statistics="exact", **options):
 
 def taken(model, loss_params, total_loss, values, examples, tx, devices, microbatch, statistics):
     mesh = data_mesh(jax.devices()[:devices])
-    how = {"finish": gather, "microbatch": microbatch, "statistics": statistics, "axis_name": DATA}
+    how = {"prepare_batch": gather, "microbatch": microbatch, "statistics": statistics, "axis_name": DATA}
     state = replicate(create_state(values, loss_params, tx, ema=False, seed=0), mesh)
     step = map_step(make_step(model, total_loss, tx, **how), mesh)
     state, metrics = step(state, put_batch(examples, mesh), {})
@@ -125,7 +125,7 @@ def test_statistics_matter():
             agree(one, other)
 
 
-def share(params, embeddings):
+def local_loss(params, embeddings):
     images, texts = embeddings
     ctx = Context(step=jnp.int32(0), params=params["loss"], score=RetrievalModel.score)
     ids = jnp.repeat(batch()["image_index"], CAPTIONS)
@@ -141,7 +141,7 @@ def test_running_statistics_normalise_and_take_up_the_batch():
 
     def value(weights):
         found = variables() | {"params": weights, "given_moments": given}
-        return share({"model": weights, "loss": loss_params}, Nested().apply(found, batch(), train=True))[0]
+        return local_loss({"model": weights, "loss": loss_params}, Nested().apply(found, batch(), train=True))[0]
 
     weights = variables()["params"]
     agree(params["model"], jax.tree.map(jnp.subtract, weights, jax.jit(jax.grad(value))(weights)))
@@ -171,9 +171,10 @@ def test_dropout_is_the_same_in_all_passes(statistics):
         for _ in range(model.norm_depth if statistics == "exact" else 0):
             given = merge(jax.tree.map(lambda *x: jnp.stack(x), *[encode(params, *part, given)[1] for part in parts]))
         embeddings = [encode(params, *part, given)[0] for part in parts]
-        return share(params, jax.tree.map(lambda *x: jnp.concatenate(x), *embeddings))[0]
+        return local_loss(params, jax.tree.map(lambda *x: jnp.concatenate(x), *embeddings))[0]
 
-    run = partial(cached_gradients, encode, share, count=count, statistics=statistics, norm_depth=model.norm_depth)
+    splitting = Splitting(count, statistics, model.norm_depth)
+    run = partial(cached_gradients, encode, local_loss, splitting=splitting)
     found, _, _ = jax.jit(lambda params: run(params, variables()["batch_stats"], batch(), key))(params)
     agree(found, jax.jit(jax.grad(direct))(params))
 
@@ -190,7 +191,7 @@ def test_memory_follows_the_microbatch():
         return {"loss": -jnp.vdot(images.vector, texts.vector)}
 
     def temporary(microbatch):
-        step = make_step(Nested(), matched, tx, finish=gather, microbatch=microbatch)
+        step = make_step(Nested(), matched, tx, prepare_batch=gather, microbatch=microbatch)
         return jax.jit(step).lower(state, many, {}).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(PAIRS) < 0.4 * temporary(0)

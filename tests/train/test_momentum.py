@@ -21,7 +21,7 @@ from shnet_jax.ops.norms import l2norm
 from shnet_jax.parallel import sharding
 from shnet_jax.parallel.mapping import data_mesh, map_step, put_batch, replicate
 from shnet_jax.train import momentum
-from shnet_jax.train.prepare import build_step, prepare
+from shnet_jax.train.setup import build_step, setup_training
 from shnet_jax.train.state import create_state
 from shnet_jax.train.step import make_step
 from shnet_jax.types import DATA, Embedding, Queue
@@ -76,8 +76,7 @@ def run(devices, mapping, microbatch=0, model=None, chosen=None):
     """[(state, metrics)] after each step of plain descent."""
     model, chosen, tx = model or Linear(), chosen or options(), optax.sgd(RATE)
     loss_params, total_loss = total.build(ConfigDict({"weights": {"uto": 1.0}, "uto": UTO}), 1, queues=True)
-    finish = lambda table, raw: raw  # noqa: E731
-    how = {"finish": finish, "microbatch": microbatch, "axis_name": DATA, "key_options": chosen}
+    how = {"prepare_batch": lambda table, raw: raw, "microbatch": microbatch, "axis_name": DATA, "key_options": chosen}
     mesh = data_mesh(jax.devices()[:devices])
     step = map_step(make_step(model, total_loss, tx, **how), mesh, mapping, donate_state=False)
     state, done = replicate(create_state(variables(), loss_params, tx, False, 0, chosen), mesh), []
@@ -174,7 +173,7 @@ def test_a_batch_as_large_as_the_queue_fills_it_from_the_pointer_on():
 
 
 def encoded(model, given=None, **changes):
-    """What the key encoders give for the first batch, images and texts, and their statistics after it."""
+    """Embeddings of the first batch by the key encoders, images and texts, and their statistics after it."""
     batch, key = batches()[0], jax.random.key(0)
     return momentum.encode(options(**changes), model, given or variables(), batch, key, "batch_stats")
 
@@ -218,7 +217,7 @@ def test_averages_follow_faster_at_first_when_warm():
     old, new = {"a": np.float32(1)}, {"a": np.float32(3)}
     state = momentum.MomentumState(old, {"image": old, "text": old}, None, None)
     for warm, step, decay in ((True, 0, 0.1), (True, 5, 0.4), (True, 500, 0.6), (False, 0, 0.6)):
-        found = momentum.follow(options(warm=warm), state, new, {"image": new, "text": new}, jnp.int32(step))
+        found = momentum.ema_update(options(warm=warm), state, new, {"image": new, "text": new}, jnp.int32(step))
         expected = decay + 3 * (1 - decay)
         np.testing.assert_allclose(found.params["a"], expected, rtol=1e-6)
         # Statistics of a tower that runs as in training are its own; others need those of the model.
@@ -228,7 +227,7 @@ def test_averages_follow_faster_at_first_when_warm():
 def test_a_batch_that_is_not_finite_leaves_keys_and_queues_alone():
     tx, chosen = optax.sgd(RATE), options()
     loss_params, total_loss = total.build(ConfigDict({"weights": {"uto": 1.0}, "uto": UTO}), 1, queues=True)
-    step = jax.jit(make_step(Linear(), total_loss, tx, finish=lambda table, raw: raw, key_options=chosen))
+    step = jax.jit(make_step(Linear(), total_loss, tx, prepare_batch=lambda table, raw: raw, key_options=chosen))
     before = create_state(variables(), loss_params, tx, False, 0, chosen)
     broken = batches()[0] | {"features": np.full((IMAGES, 5), np.nan, np.float32)}
     after, metrics = step(before, broken)
@@ -240,7 +239,7 @@ def test_a_batch_that_is_not_finite_leaves_keys_and_queues_alone():
 def test_keys_that_are_not_finite_are_noticed_before_they_take_part():
     tx, chosen = optax.sgd(RATE), options(from_step=2)
     loss_params, total_loss = total.build(ConfigDict({"weights": {"uto": 1.0}, "uto": UTO}), 1, queues=True)
-    step = jax.jit(make_step(Linear(), total_loss, tx, finish=lambda table, raw: raw, key_options=chosen))
+    step = jax.jit(make_step(Linear(), total_loss, tx, prepare_batch=lambda table, raw: raw, key_options=chosen))
     state = create_state(variables(), loss_params, tx, False, 0, chosen)
     assert step(state, batches()[0])[1]["nonfinite"] == 0
     broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.momentum.params)
@@ -298,7 +297,7 @@ def test_queues_that_would_never_take_part_are_refused():
     momentum.check_start(configuration(**{"momentum.from_epoch": 10.0, "momentum.queue": 0}), 10, 100)
     config = tiny.config(momentum__queue=64, momentum__from_epoch=2.0, train__steps=3, loss__weights__infonce=1.0)
     with pytest.raises(ValueError, match="its queues would never take part"):
-        prepare(assemble(config))
+        setup_training(assemble(config))
 
 
 def test_the_planned_state_has_keys_and_queues():

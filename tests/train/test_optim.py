@@ -122,20 +122,20 @@ def rates(steps, **changes):
     return [float(rate(step)) for step in steps]
 
 
-def test_constant_schedule():
-    assert rates([0, 7, 39], schedule="constant") == [0.5, 0.5, 0.5]
-
-
-def test_step_schedule():
-    changes = {"schedule": "step", "decay_epochs": (1.0, 2.5), "decay_factor": 0.1}
-    np.testing.assert_allclose(
-        rates([0, 9, 10, 24, 25, 39], **changes), [0.5, 0.5, 0.05, 0.05, 0.005, 0.005], rtol=1e-5
-    )
-
-
-def test_cosine_schedule():
-    expected = [0.5 * 0.5 * (1 + np.cos(np.pi * step / 40)) for step in (0, 10, 39, 40)]
-    np.testing.assert_allclose(rates([0, 10, 39, 40], schedule="cosine"), expected, rtol=1e-5, atol=1e-8)
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"schedule": "constant"}, {0: 0.5, 7: 0.5, 39: 0.5}),
+        (
+            {"schedule": "step", "decay_epochs": (1.0, 2.5), "decay_factor": 0.1},
+            {0: 0.5, 9: 0.5, 10: 0.05, 24: 0.05, 25: 0.005, 39: 0.005},
+        ),
+        ({"schedule": "cosine"}, {s: 0.25 * (1 + np.cos(np.pi * s / 40)) for s in (0, 10, 39, 40)}),
+    ],
+    ids=["constant", "step", "cosine"],
+)
+def test_schedule(options, expected):
+    np.testing.assert_allclose(rates(expected, **options), [*expected.values()], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["constant", "step", "cosine"])

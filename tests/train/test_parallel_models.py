@@ -74,7 +74,7 @@ def steps(name: str, devices: int, mapping: str = "shard_map", bn_sync: bool = T
     loss_params, total_loss = total.build(config.loss, 0, queues=True)
     how = {"microbatch": microbatch, "statistics": "local", "axis_name": DATA, "key_options": keys}
     mesh = data_mesh(jax.devices()[:devices])
-    step = map_step(make_step(model, total_loss, tx, finish=gather, **how), mesh, mapping)
+    step = map_step(make_step(model, total_loss, tx, prepare_batch=gather, **how), mesh, mapping)
     state = replicate(create_state(variables(name), loss_params, tx, False, 0, keys), mesh)
     for batch in batches():
         state, metrics = step(state, put_batch(batch, mesh, mapping), {})

@@ -79,7 +79,7 @@ def steps(devices: int, mapping: str, bn_sync: bool):
     mesh = data_mesh(jax.devices()[:devices])
     model = registry.model("shnet").build(config)
     keys = momentum.options(config, model, 1.0)
-    how = {"finish": gather, "axis_name": DATA, "key_options": keys}
+    how = {"prepare_batch": gather, "axis_name": DATA, "key_options": keys}
     step = map_step(make_step(model, total_loss, tx, **how), mesh, mapping)
     done = []
     for number in (WARM_UP - 1, WARM_UP):

@@ -61,7 +61,7 @@ def start(workdir, *more):
 
 
 def outputs_of(processes, status=0):
-    """Of the processes when they have ended; fails when one ended with another status."""
+    """Waits for the processes and returns their outputs; fails when one ended with another status."""
     try:
         outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     finally:
@@ -155,7 +155,7 @@ def test_sigterm_in_one_process_stops_both_and_the_job_goes_on(flags, tmp_path):
 
 
 def survivor(processes, victim, number):
-    """What the other process says when one gets this signal; it has to end, with a status that is not 0."""
+    """Sends the signal to one process; the output of the other, which has to end with a status that is not 0."""
     processes[victim].send_signal(number)
     try:
         _, said = processes[1 - victim].communicate(timeout=PATIENCE)

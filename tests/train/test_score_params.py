@@ -65,7 +65,7 @@ def test_the_score_takes_part_in_the_step(experiment):
         "token_mask": np.ones((8, 5), bool),
     }
     mesh = data_mesh(jax.devices()[:2])
-    step = make_step(experiment.model, total_loss, tx, finish=gather, axis_name=DATA)
+    step = make_step(experiment.model, total_loss, tx, prepare_batch=gather, axis_name=DATA)
     state = replicate(create_state(variables, loss_params, tx, ema=False, seed=0), mesh)
     state, metrics = map_step(step, mesh)(state, put_batch(batch, mesh), {})
     assert metrics["finite"] == 1

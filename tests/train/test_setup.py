@@ -1,4 +1,4 @@
-"""What is said before the first step of a run."""
+"""Warnings and errors before the first step of a run: captions, vocabularies, weights."""
 
 import json
 import logging
@@ -11,8 +11,9 @@ from shnet_jax.commands import load
 from shnet_jax.data import tokenise
 from shnet_jax.data.records import open_dataset
 from shnet_jax.experiment import assemble
+from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.train.loop import train_and_evaluate
-from shnet_jax.train.prepare import prepare
+from shnet_jax.train.setup import training_data
 from shnet_jax.train.workdir import WorkdirError, claim
 from tests.interop.test_bert_weights import CONFIG, arrays, write
 from tests.train import tiny
@@ -21,7 +22,7 @@ from tests.train import tiny
 def test_captions_that_are_cut_are_told(caplog):
     experiment = assemble(tiny.config(data__max_tokens=20))
     caplog.set_level(logging.WARNING, logger="shnet_jax")
-    prepare(experiment)
+    training_data(experiment, make_mesh(1))
     captions = [text for texts in experiment.dataset.captions("train") for text in texts]
     lengths = [len(pieces) + 2 for pieces in experiment.tokenizer.vocabulary.pieces(captions)]
     cut = sum(length > 20 for length in lengths)
@@ -34,7 +35,7 @@ def test_captions_that_are_cut_are_told(caplog):
 
 def test_nothing_is_said_of_captions_that_fit(caplog):
     caplog.set_level(logging.WARNING, logger="shnet_jax")
-    prepare(assemble(tiny.config(data__max_tokens=64, data__token_buckets=(64,))))
+    training_data(assemble(tiny.config(data__max_tokens=64, data__token_buckets=(64,))), make_mesh(1))
     assert "max_tokens" not in caplog.text
 
 
@@ -50,7 +51,8 @@ def test_unknown_pieces_of_the_captions_are_told(known, caplog, tmp_path):
     words = sorted({word for text in captions for word in re.findall(r"\w+|[^\w\s]", text.lower())})
     path = vocabulary(tmp_path, *(words if known else words[::2]))
     caplog.set_level(logging.INFO, logger="shnet_jax")
-    prepare(assemble(tiny.config(tokenizer__kind="wordpiece", tokenizer__path=str(path), data__word_mask=0.0)))
+    config = tiny.config(tokenizer__kind="wordpiece", tokenizer__path=str(path), data__word_mask=0.0)
+    training_data(assemble(config), make_mesh(1))
     assert ("train: 0.00 % of the pieces of the captions are unknown" in caplog.text) == known
     warned = [record for record in caplog.records if record.levelno == logging.WARNING and "[UNK]" in record.message]
     assert bool(warned) == (not known)

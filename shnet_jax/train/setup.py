@@ -1,0 +1,250 @@
+"""From a configuration to the mapped step and the stream of batches, before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import grain
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, train_batches
+from shnet_jax.data.tokenise import NO_UNKNOWN, Captions, Tokenizer, tokenise_split
+from shnet_jax.evaluate.split import check as check_evaluation
+from shnet_jax.experiment import Experiment, abstract_variables
+from shnet_jax.losses import total
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
+from shnet_jax.parallel.sharding import WHOLE, global_norm, specs, split_axes
+from shnet_jax.train import momentum
+from shnet_jax.train.microbatch import STATISTICS
+from shnet_jax.train.optim import make_optimiser, schedule
+from shnet_jax.train.state import TrainState, create_state
+from shnet_jax.train.step import make_step
+from shnet_jax.types import DATA
+
+log = logging.getLogger(__name__)
+
+MUCH_UNKNOWN = 0.01
+"""Share of unknown pieces in the training captions above which there is a warning."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSetup:
+    """The mapped step of a configuration and what belongs to it; nothing of it is read from data or compiled yet.
+
+    like: shapes, dtypes and shardings of the state. create: initial variables -> the state before step 1, on the host's
+    default device. sharded: the state is split over the devices. rate: learning rate by number of the update.
+    """
+
+    mesh: Mesh
+    step: Mapped
+    like: TrainState
+    create: Callable[[dict[str, Any]], TrainState]
+    sharded: bool
+    rate: optax.Schedule
+    steps_per_epoch: float
+    total_steps: int
+
+    def first_state(self, variables: dict[str, Any]) -> TrainState:
+        """The state before step 1, on the devices, from initial {"params", "batch_stats"}."""
+        if not self.sharded:
+            return replicate(self.create(variables), self.mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.like)
+        # Nowhere but on the host are the arrays whole.
+        return jax.jit(self.create, out_shardings=shardings)(jax.device_get(variables))
+
+
+def setup_training(experiment: Experiment) -> TrainSetup:
+    """The setup of a run: static checks, before I/O or compilation.
+
+    Raises ValueError for settings that do not fit together, or that the data set or this machine do not fit.
+    """
+    config, dataset = experiment.config, experiment.dataset
+    _check(config)
+    if "identity" in dataset.features and config.data.val_split == "test":
+        raise ValueError(
+            "config.data.val_split is 'test': the checkpoint of a person search is never chosen on the split that is "
+            "reported; set it to a validation split (docs/data.md tells how to hold one out)"
+        )
+    mesh = make_mesh(config.parallel.devices)
+    pairs_per_device(config, mesh.size)
+    check_evaluation(experiment.model, config, mesh)
+    per_epoch = steps_per_epoch(dataset, config.data.train_split, config.train.batch_size)
+    total_steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
+    shapes = abstract_variables(experiment)
+    setup = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
+    momentum.check_start(config, per_epoch, total_steps)
+    return setup
+
+
+def build_step(
+    config: FrozenConfigDict,
+    model: RetrievalModel,
+    mesh: Mesh,
+    variables: Any,
+    steps_per_epoch: float,
+    total_steps: int,
+) -> TrainSetup:
+    """The setup of a model on a mesh. variables: shapes and dtypes of its {"params", "batch_stats"}.
+
+    Raises ValueError for losses, an optimiser, microbatches or momentum encoders that do not fit together.
+    """
+    if config.train.microbatch and not takes_microbatches(model, variables):
+        raise ValueError(
+            f"config.train.microbatch is {config.train.microbatch}, and the model {config.model.name!r} has BatchNorms "
+            "but no norm_depth (shnet_jax/models/contract.py)"
+        )
+    accumulate, sharded = config.optim.accumulate, config.parallel.shard_params
+    rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
+    key_options = momentum.options(config, model, steps_per_epoch)
+    loss_params, total_loss = total.build(config.loss, steps_per_epoch, queues=key_options is not None)
+    devices = mesh.size if sharded else 1
+    axes = split_axes({"model": variables["params"], "loss": loss_params}, devices)
+    tx = make_optimiser(config, rate, norm=partial(global_norm, axes=axes, name=DATA))
+    step = make_step(
+        model,
+        total_loss,
+        tx,
+        prepare_batch=gather,
+        ema=config.optim.ema,
+        stop_on_nonfinite=config.train.on_nonfinite == "stop",
+        microbatch=config.train.microbatch,
+        statistics=config.train.microbatch_statistics,
+        axis_name=DATA,
+        split=axes,
+        key_options=key_options,
+    )
+    create = partial(
+        create_state, loss_params=loss_params, tx=tx, ema=config.optim.ema > 0, seed=config.seed, momentum=key_options
+    )
+    shapes = jax.eval_shape(create, variables)
+    partition = specs(_state_axes(shapes, devices))
+
+    def placed(leaf: jax.ShapeDtypeStruct, spec: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    like = jax.tree.map(placed, shapes, partition)
+    mapped = map_step(step, mesh, config.parallel.mapping, state_specs=partition if sharded else None)
+    return TrainSetup(mesh, mapped, like, create, sharded, rate, steps_per_epoch, total_steps)
+
+
+def _state_axes(shapes: TrainState, devices: int) -> TrainState:
+    """The axis along which each array of the state is split over the devices, or WHOLE."""
+
+    def whole(tree: Any) -> Any:
+        return jax.tree.map(lambda _: WHOLE, tree)
+
+    axes = split_axes(shapes, devices)
+    stats = whole(shapes.batch_stats)  # averaged over the devices, whatever their shape
+    axes = axes.replace(batch_stats=stats)
+    if shapes.ema is not None:
+        axes = axes.replace(ema=axes.ema | {"batch_stats": stats})
+    if shapes.momentum is not None:  # every device scores its queries with the whole queues
+        queues = {"images": whole(shapes.momentum.images), "texts": whole(shapes.momentum.texts)}
+        axes = axes.replace(momentum=axes.momentum.replace(batch_stats=stats, **queues))
+    return axes
+
+
+def training_data(experiment: Experiment, mesh: Mesh) -> tuple[grain.DatasetIterator, dict[str, Any]]:
+    """(the endless stream of this process's batches, resident features on the devices, {} in streaming mode).
+
+    Warns of captions that are truncated, and of a vocabulary that does not know them.
+    """
+    config, dataset = experiment.config, experiment.dataset
+    split = config.data.train_split
+    captions = tokenise_split(dataset, split, experiment.tokenizer)
+    _warn_of_truncated(captions, split, config.data.max_tokens)
+    _warn_of_unknown(captions, split, experiment.tokenizer)
+    iterator = train_batches(
+        config,
+        dataset,
+        captions,
+        experiment.tokenizer,
+        experiment.fields,
+        batch_size=config.train.batch_size // jax.process_count(),
+        seed=config.seed,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
+    table = replicate(resident_table(dataset, split, experiment.fields), mesh) if config.data.resident else {}
+    return iterator, table
+
+
+def _warn_of_truncated(captions: Captions, split: str, max_tokens: int) -> None:
+    lengths = captions.lengths() + 2  # with begin and end token
+    truncated = int((lengths > max_tokens).sum())
+    if truncated:
+        log.warning(
+            "%s: %d of %d captions have more than config.data.max_tokens = %d tokens and are cut; the longest has %d",
+            *(split, truncated, len(lengths), max_tokens, int(lengths.max())),
+        )
+
+
+def _warn_of_unknown(captions: Captions, split: str, tokenizer: Tokenizer) -> None:
+    if tokenizer.unknown_id == NO_UNKNOWN:
+        return
+    share = captions.unknown_share(tokenizer)
+    log.info("%s: %.2f %% of the pieces of the captions are unknown to the vocabulary", split, 100 * share)
+    if share > MUCH_UNKNOWN:
+        log.warning(
+            "%s: %.1f %% of the pieces of the captions are unknown to the vocabulary, [UNK]: is it of their language, "
+            "and right about capitals (do_lower_case in the tokenizer_config.json beside it)?",
+            *(split, 100 * share),
+        )
+
+
+def pairs_per_device(config: ConfigDict | FrozenConfigDict, devices: int) -> int:
+    """Pairs of a batch on each device. Raises ValueError where batch or microbatch do not divide into whole images."""
+    batch, unit = config.train.batch_size, config.data.captions_per_image
+    microbatch, statistics = config.train.microbatch, config.train.microbatch_statistics
+    if batch < 1 or batch % (unit * devices):
+        raise ValueError(
+            f"config.train.batch_size is {batch}; it must divide into {devices} devices with whole images of "
+            f"config.data.captions_per_image = {unit}"
+        )
+    pairs = batch // devices
+    if statistics not in STATISTICS:
+        raise ValueError(f"config.train.microbatch_statistics is {statistics!r}; choose from {', '.join(STATISTICS)}")
+    if microbatch < 0 or (microbatch and (pairs % microbatch or microbatch % unit)):
+        raise ValueError(
+            f"config.train.microbatch is {microbatch}; it must divide the {pairs} pairs of a device into parts with "
+            f"whole images of config.data.captions_per_image = {unit}, or be 0"
+        )
+    return pairs
+
+
+def takes_microbatches(model: RetrievalModel, variables: Any) -> bool:
+    """Whether the model has no BatchNorm or declares its norm_depth. variables: as in `build_step`."""
+    return bool(model.norm_depth or not variables["batch_stats"])
+
+
+AT_LEAST_ONE = (
+    *("train.batch_size", "train.log_steps", "train.checkpoint_steps", "train.keep"),
+    *("data.captions_per_image", "model.dim", "optim.accumulate"),
+)
+
+
+def _check(config: FrozenConfigDict) -> None:
+    train = config.train
+    if train.on_nonfinite not in ("stop", "skip"):
+        raise ValueError(f"config.train.on_nonfinite is {train.on_nonfinite!r}; choose stop or skip")
+    for name in AT_LEAST_ONE:
+        section, field = name.split(".")
+        if config[section][field] < 1:
+            raise ValueError(f"config.{name} is {config[section][field]}; it must be at least 1")
+    if train.steps < 0 or (train.epochs <= 0 and not train.steps):
+        raise ValueError(f"config.train.epochs is {train.epochs} and steps {train.steps}; one must be above 0")
+    if not 0 <= config.optim.ema < 1:
+        raise ValueError(f"config.optim.ema is {config.optim.ema}; it must be at least 0 and below 1")
+    if jax.process_count() > 1 and config.parallel.mapping == "pmap":
+        raise ValueError("several processes train under config.parallel.mapping=shard_map only")
+    if jax.process_count() > 1 and config.parallel.shard_params and config.eval.stages > 1:
+        raise ValueError("config.eval.stages > 1 with config.parallel.shard_params needs one process")
