@@ -138,10 +138,10 @@ def main(argv: list[str]) -> None:
     from shnet_jax import commands
     from shnet_jax.convert import convert
     from shnet_jax.cross import cross
+    from shnet_jax.modes.plan import plan
     from shnet_jax.modes.scale import scale
     from shnet_jax.observe.files import FolderInUse, describe
     from shnet_jax.parallel import hosts
-    from shnet_jax.plan.command import plan
     from shnet_jax.search_modes import embed, page, search
     from shnet_jax.study import study
     from shnet_jax.train.checkpoint import CheckpointError

@@ -21,7 +21,8 @@ from data_prep.builder import write_dataset
 from shnet_jax.commands import evaluate, train
 from shnet_jax.convert import convert
 from shnet_jax.cross import cross
-from shnet_jax.plan import command, programs
+from shnet_jax.modes import plan as plan_mode
+from shnet_jax.plan import programs
 from shnet_jax.search_modes import embed, page, search
 from tests.train import tiny
 
@@ -118,9 +119,9 @@ def test_every_mode(model, tmp_path, monkeypatch):
             hit["image_id"] for hit in answers[0]["hits"]
         ]
 
-        monkeypatch.setattr(command, "lower_train", only_traced)
+        monkeypatch.setattr(plan_mode, "lower_train", only_traced)
         config.eval.two_stage = 3
-        command.plan(config, tmp_path / "plan", "cpu:1")
+        plan_mode.plan(config, tmp_path / "plan", "cpu:1")
         planned = json.loads((tmp_path / "plan/plan_cpu_1.json").read_text("utf-8"))["rankings"]
         assert list(planned) == ["global vectors", "two-stage 3", "exact"]
         blocks = model is cmsei  # whose score is scored pair by pair

@@ -19,7 +19,14 @@ from shnet_jax.observe.compiled import Memory, OutOfMemory, compile_lowered, mem
 from shnet_jax.observe.hardware import Chip
 from shnet_jax.observe.work import Work, work
 from shnet_jax.parallel.mapping import map_encode
-from shnet_jax.plan.subject import Subject, image_batch, resident_table, text_batch, train_batch, variables
+from shnet_jax.plan.planned_run import (
+    PlannedRun,
+    image_batch_shapes,
+    resident_table_shapes,
+    text_batch_shapes,
+    train_batch_shapes,
+    variable_shapes,
+)
 from shnet_jax.train.prepare import BuiltStep, build_step
 from shnet_jax.types import DATA
 
@@ -46,44 +53,44 @@ class Program:
     warm_up: Work | None = None
 
 
-def lower_train(subject: Subject, mesh: Mesh, pairs: int) -> jax.stages.Lowered:
+def lower_train(run: PlannedRun, mesh: Mesh, pairs: int) -> jax.stages.Lowered:
     """The training step with `pairs` pairs on each device."""
-    built = _built(subject, mesh, pairs)
-    batch = _placed(train_batch(subject, pairs * mesh.size), mesh, PartitionSpec(DATA))
-    return built.step.lower(built.like, batch, _table(subject, mesh))
+    built = _built(run, mesh, pairs)
+    batch = _placed(train_batch_shapes(run, pairs * mesh.size), mesh, PartitionSpec(DATA))
+    return built.step.lower(built.like, batch, _table(run, mesh))
 
 
-def stays_while_evaluating(subject: Subject, mesh: Mesh) -> float:
+def stays_while_evaluating(run: PlannedRun, mesh: Mesh) -> float:
     """Bytes of training on each device during an evaluation: parameters, moments, average, resident features."""
-    leaves = jax.tree.leaves((_built(subject, mesh, 1).like, _table(subject, mesh)))
+    leaves = jax.tree.leaves((_built(run, mesh, 1).like, _table(run, mesh)))
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
-def _built(subject: Subject, mesh: Mesh, pairs: int) -> BuiltStep:
-    config = subject.config.copy_and_resolve_references()
+def _built(run: PlannedRun, mesh: Mesh, pairs: int) -> BuiltStep:
+    config = run.config.copy_and_resolve_references()
     config.train.batch_size = pairs * mesh.size
-    per_epoch = max(1, subject.captions // config.train.batch_size)
+    per_epoch = max(1, run.captions // config.train.batch_size)
     total = config.train.steps or math.ceil(config.train.epochs * per_epoch)
-    return build_step(FrozenConfigDict(config), subject.model, mesh, variables(subject), per_epoch, total)
+    return build_step(FrozenConfigDict(config), run.model, mesh, variable_shapes(run), per_epoch, total)
 
 
-def _table(subject: Subject, mesh: Mesh) -> Any:
-    return _placed(resident_table(subject) if subject.config.data.resident else {}, mesh, PartitionSpec())
+def _table(run: PlannedRun, mesh: Mesh) -> Any:
+    return _placed(resident_table_shapes(run) if run.config.data.resident else {}, mesh, PartitionSpec())
 
 
-def lower_encode(subject: Subject, mesh: Mesh, rows: int, side: str) -> jax.stages.Lowered:
+def lower_encode(run: PlannedRun, mesh: Mesh, rows: int, side: str) -> jax.stages.Lowered:
     """The encoding of "image" or "text", `rows` on each device; the text tower in config.eval.stages stages."""
-    evaluation, given = subject.config.eval, variables(subject)
+    evaluation, given = run.config.eval, variable_shapes(run)
     mesh = halves(mesh)[side == "text"] if evaluation.overlap else mesh
     rows *= mesh.size
     if side == "text" and evaluation.stages > 1:
         staged = stage_mesh(mesh, evaluation.stages)
-        encode = make_pipelined_text_encoder(subject.model, staged, evaluation.microbatches)
-        batch = _placed(text_batch(subject, rows), staged, PartitionSpec(staged.axis_names))
-        return encode.lower(placed_shapes(subject.model, given, staged), batch)
-    tower, make_batch = (image_tower, image_batch) if side == "image" else (text_tower, text_batch)
-    batch = _placed(make_batch(subject, rows), mesh, PartitionSpec(DATA))
-    return map_encode(partial(tower, subject.model), mesh).lower(_placed(given, mesh, PartitionSpec()), batch)
+        encode = make_pipelined_text_encoder(run.model, staged, evaluation.microbatches)
+        batch = _placed(text_batch_shapes(run, rows), staged, PartitionSpec(staged.axis_names))
+        return encode.lower(placed_shapes(run.model, given, staged), batch)
+    tower, make_batch = (image_tower, image_batch_shapes) if side == "image" else (text_tower, text_batch_shapes)
+    batch = _placed(make_batch(run, rows), mesh, PartitionSpec(DATA))
+    return map_encode(partial(tower, run.model), mesh).lower(_placed(given, mesh, PartitionSpec()), batch)
 
 
 def _placed(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from shnet_jax.plan.planned_run import PlannedRun, variable_shapes
 from shnet_jax.plan.programs import Program
-from shnet_jax.plan.subject import Subject, variables
 from shnet_jax.train.prepare import takes_microbatches
 
 
@@ -41,17 +41,15 @@ def largest_batch(compiled: Callable[[int], Program], first: Program, unit: int,
 
 
 def fitting_microbatch(
-    compiled: Callable[[int, Subject], Program], subject: Subject, pairs: int
+    compiled: Callable[[int, PlannedRun], Program], run: PlannedRun, pairs: int
 ) -> tuple[int, float] | None:
     """(microbatch, bytes needed) of the first of pairs / 2, / 4, ... that fits; None: none of them does."""
-    if not takes_microbatches(subject.model, variables(subject)):
+    if not takes_microbatches(run.model, variable_shapes(run)):
         return None
-    for microbatch in _divisors(
-        pairs, subject.config.data.captions_per_image, subject.config.train.microbatch or pairs
-    ):
-        config = subject.config.copy_and_resolve_references()
+    for microbatch in _divisors(pairs, run.config.data.captions_per_image, run.config.train.microbatch or pairs):
+        config = run.config.copy_and_resolve_references()
         config.train.microbatch = microbatch
-        found = compiled(pairs, dataclasses.replace(subject, config=config))
+        found = compiled(pairs, dataclasses.replace(run, config=config))
         if found.fits and found.needed is not None:
             return microbatch, found.needed
     return None

@@ -25,9 +25,9 @@ from shnet_jax.observe.files import write_json
 from shnet_jax.observe.hardware import GIB, Chip, chip, memory_limit, target_devices
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.parallel.pipeline import bubble_share
+from shnet_jax.plan.planned_run import PlannedRun, describe, embedding_shapes, gallery_size, variable_shapes
 from shnet_jax.plan.programs import Program, bounds, compile_program, lower_encode, lower_train, stays_while_evaluating
 from shnet_jax.plan.search import advice, fitting_microbatch, largest_batch
-from shnet_jax.plan.subject import Subject, describe, embeddings, gallery, variables
 from shnet_jax.plan.table import table
 from shnet_jax.train.prepare import pairs_per_device
 
@@ -58,36 +58,36 @@ def plan(config: ConfigDict, workdir: str | Path, target: str) -> None:
     print(f"{table(report)}\n{path}")
 
 
-def make_plan(subject: Subject, mesh: Mesh) -> dict[str, Any]:
-    """Compiles the programs of `subject` for the devices of `mesh`; what `plan` writes, but for the target."""
-    config, device = subject.config, mesh.devices.flat[0]
+def make_plan(run: PlannedRun, mesh: Mesh) -> dict[str, Any]:
+    """Compiles the programs of `run` for the devices of `mesh`; what `plan` writes, but for the target."""
+    config, device = run.config, mesh.devices.flat[0]
     kind, peaks = device.device_kind, chip(device.device_kind)
     limit, of_limit = memory_limit(device, peaks)
     pairs, effort = pairs_per_device(config, mesh.size), config.plan.effort
     if not -1 <= effort <= 0:
         raise ValueError(f"config.plan.effort is {effort}; it must be between -1 and 0")
-    check(subject.model, config, mesh)
-    stays = stays_while_evaluating(subject, mesh)
+    check(run.model, config, mesh)
+    stays = stays_while_evaluating(run, mesh)
 
-    def train(pairs: int, subject: Subject = subject) -> Program:
+    def train(pairs: int, run: PlannedRun = run) -> Program:
         log.info("compiling the training step with %d pairs on each of %d devices", pairs, mesh.size)
-        return compile_program(lambda: lower_train(subject, mesh, pairs), pairs, limit, effort)
+        return compile_program(lambda: lower_train(run, mesh, pairs), pairs, limit, effort)
 
     def encode(side: str) -> Program:
         log.info("compiling the %s tower", side)
-        lower = partial(lower_encode, subject, mesh, config.eval.batch_size, side)
+        lower = partial(lower_encode, run, mesh, config.eval.batch_size, side)
         return compile_program(lower, config.eval.batch_size, limit, effort, stays)
 
     programs = {"train": train(pairs), "encode images": encode("image"), "encode captions": encode("text")}
-    rankings = _rankings(subject, mesh)
+    rankings = _rankings(run, mesh)
     first, largest, changes = programs["train"], None, []
     if first.fits is False:
         changes = advice(config, mesh.size)
     if config.plan.search and first.fits is not None:
         unit = config.train.microbatch or config.data.captions_per_image
-        most = min(subject.captions, config.momentum.queue or subject.captions)  # a queue holds a whole batch
+        most = min(run.captions, config.momentum.queue or run.captions)  # a queue holds a whole batch
         largest = largest_batch(train, first, unit=unit, most=most // mesh.size)
-        if not first.fits and (found := fitting_microbatch(train, subject, pairs)):
+        if not first.fits and (found := fitting_microbatch(train, run, pairs)):
             changes.insert(0, f"it fits with --config.train.microbatch={found[0]}: {found[1] / GIB:.2f} GiB")
     return {
         "name": config.name,
@@ -115,15 +115,15 @@ def make_plan(subject: Subject, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _rankings(subject: Subject, mesh: Mesh) -> dict[str, RankPlan]:
+def _rankings(run: PlannedRun, mesh: Mesh) -> dict[str, RankPlan]:
     """The ways in which --mode=eval ranks the gallery; their seconds where the devices are those of this machine."""
-    evaluation, model, items = subject.config.eval, subject.model, embeddings(subject)
-    n, t = gallery(subject)
+    evaluation, model, items = run.config.eval, run.model, embedding_shapes(run)
+    n, t = gallery_size(run)
     tile, here = evaluation.tile, mesh.devices.flat[0].platform != "tpu"
     log.info("compiling the ranking")
     found = {}
     if evaluation.two_stage or not has_static_score(model):
-        cost = PairCost(model, variables(subject)["params"], items)
+        cost = PairCost(model, variable_shapes(run)["params"], items)
         cost = dataclasses.replace(cost, pair_seconds=measure_pairs(cost, mesh) if here else None)
     if evaluation.two_stage:
         seconds = measure_round(items, mesh, tile, RetrievalModel.score) if here else None
