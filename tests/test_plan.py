@@ -1,4 +1,4 @@
-"""Planning: the shapes are those of real batches, and programs compile for chips that are not there."""
+"""Plans have the shapes of real batches, and their programs compile for chips that this machine lacks."""
 
 from __future__ import annotations
 

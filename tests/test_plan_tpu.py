@@ -1,4 +1,4 @@
-"""Programs compiled for slices of TPU chips that are not there."""
+"""Programs compiled for TPU slices that this machine lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is planned: a model and a data set, real or described, as the shapes of everything that a program takes."""
+"""The run that is planned, and the shapes of everything that its programs take."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from shnet_jax.experiment import assemble, fit_weights, optional_fields, settle_
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
 
-BERT_VOCABULARY = 30522  # of bert-base-uncased, where nothing says how many words there are
-LABEL_MAP = (64, 64)  # of seg_map, and below the cells of seg_semantic: what the importers make
-CELLS = (7, 7)
-RELATIONS = 15  # of an image
+BERT_VOCABULARY = 30522  # bert-base-uncased; taken if nothing else gives the size
+LABEL_MAP = (64, 64)  # of seg_map, as the importers make it
+CELLS = (7, 7)  # of seg_semantic
+RELATIONS = 15  # of each image
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """What is planned: a complete configuration, its model and the data set, real or described by config.plan."""
+    """A complete configuration, its model, and its data set, real or described by config.plan."""
 
     config: ConfigDict
     model: RetrievalModel
@@ -39,14 +39,15 @@ class PlannedRun:
 
 
 def describe(config: ConfigDict) -> PlannedRun:
-    """The run of a configuration. Sizes come from config.data.dir if it is set, else from config.plan.
+    """Makes the run of a configuration. Sizes come from config.data.dir if it is set, else from config.plan.
 
-    Raises ValueError or FileNotFoundError for a data set that is not there, or lacks what the model reads.
+    Raises ValueError or FileNotFoundError for a missing data set, or one without a field that the model reads.
     """
     if config.data.dir:
-        found = assemble(config)
-        captions = int(found.dataset.caption_counts(config.data.train_split).sum())
-        return PlannedRun(ConfigDict(found.config.to_dict()), found.model, found.dataset, found.fields, captions)
+        experiment = assemble(config)
+        captions = int(experiment.dataset.caption_counts(config.data.train_split).sum())
+        complete = ConfigDict(experiment.config.to_dict())
+        return PlannedRun(complete, experiment.model, experiment.dataset, experiment.fields, captions)
     config = ConfigDict(config.to_dict())
     settle_dtypes(config)
     fit_weights(config)
@@ -64,7 +65,7 @@ def describe(config: ConfigDict) -> PlannedRun:
 
 
 def _described(config: ConfigDict) -> DataSet:
-    """A data set of the sizes in config.plan, with all fields of images, as the importers store them."""
+    """A data set of the sizes in config.plan, with every image field as the importers store it."""
     p, classes = config.plan, config.model.num_classes
     features = {
         "regions": ((p.regions, p.region_dim), "float16"),
@@ -88,7 +89,7 @@ def _described(config: ConfigDict) -> DataSet:
 
 
 def train_batch_shapes(run: PlannedRun, pairs: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of `data.batches.train_batches`, of the longest captions."""
+    """Shapes of a batch of `data.batches.train_batches`, padded to the longest captions."""
     data = run.config.data
     images = pairs // data.captions_per_image
     fields = image_batch_shapes(run, images)
@@ -106,7 +107,7 @@ def train_batch_shapes(run: PlannedRun, pairs: int) -> dict[str, jax.ShapeDtypeS
 
 
 def random_batch(run: PlannedRun, pairs: int, seed: int) -> dict[str, np.ndarray]:
-    """A batch in the shapes of `train_batch_shapes`, nothing masked."""
+    """A random batch in the shapes of `train_batch_shapes`, nothing masked."""
     rng = np.random.default_rng(seed)
     limits = {"tokens": run.config.text.vocab_size, "seg_map": run.config.model.num_classes}
 
@@ -127,7 +128,7 @@ def random_batch(run: PlannedRun, pairs: int, seed: int) -> dict[str, np.ndarray
 
 
 def image_batch_shapes(run: PlannedRun, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the images of a batch, or of a gallery's batch of images."""
+    """Shapes of the image fields of a training or evaluation batch."""
     features = {field: run.dataset.features[field] for field in stored_fields(run.dataset, run.fields)}
     index = {"image_index": jax.ShapeDtypeStruct((rows,), np.int32)}
     return index | {field: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype) for field, f in features.items()}
@@ -140,7 +141,7 @@ def resident_table_shapes(run: PlannedRun) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def text_batch_shapes(run: PlannedRun, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the captions of a batch, padded to the longest that there may be."""
+    """Shapes of the caption fields of a batch, padded to the largest token bucket."""
     shape = rows, token_buckets(run.config.data)[-1]
     return {"tokens": jax.ShapeDtypeStruct(shape, np.int32), "token_mask": jax.ShapeDtypeStruct(shape, bool)}
 
@@ -154,7 +155,7 @@ def variable_shapes(run: PlannedRun) -> dict[str, Any]:
 
 
 def gallery_size(run: PlannedRun) -> tuple[int, int]:
-    """Images and captions that an evaluation ranks: of config.eval.split, or of config.plan without a data set."""
+    """Number of images and captions that are ranked: of config.eval.split, or of config.plan without a data set."""
     config, dataset = run.config, run.dataset
     if not config.data.dir:
         return config.plan.gallery, config.plan.gallery * config.plan.captions
@@ -163,7 +164,7 @@ def gallery_size(run: PlannedRun) -> tuple[int, int]:
 
 
 def embedding_shapes(run: PlannedRun) -> tuple[Embedding, Embedding]:
-    """Shapes of what the towers give for one image and one caption, padded to the longest that there may be."""
+    """Shapes of the embeddings of one image and one caption, padded to the largest token bucket."""
     given = variable_shapes(run)
     image = jax.eval_shape(partial(image_tower, run.model), given, image_batch_shapes(run, 1))
     return image, jax.eval_shape(partial(text_tower, run.model), given, text_batch_shapes(run, 1))

@@ -1,4 +1,4 @@
-"""The programs that train and evaluate, compiled ahead of time from shapes alone."""
+"""Ahead-of-time compilation of the training step and the encoders, from shapes alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shnet_jax.evaluate.pipelined import make_pipelined_text_encoder, placed_sha
 from shnet_jax.evaluate.towers import halves, image_tower, text_tower
 from shnet_jax.observe.compiled import Memory, OutOfMemory, compile_lowered, memory
 from shnet_jax.observe.hardware import Chip
-from shnet_jax.observe.work import Work, work
+from shnet_jax.observe.work import Work, steady_and_warm_up
 from shnet_jax.parallel.mapping import map_encode
 from shnet_jax.plan.planned_run import (
     PlannedRun,
@@ -33,13 +33,13 @@ from shnet_jax.types import DATA
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program on one device.
+    """Figures of one compiled program on one device.
 
-    rows: pairs, images or captions of one device's batch. fits: within the memory; None where that is not known.
-    memory, work: None when the compiler gave up. beside: bytes that lie on the device meanwhile, not the program's own.
-    warm_up: work of a step in the warm-up of the loss, `work` being that of all others; None where they are the same.
-    needed: both together; where the compiler gave up what it says it would take, None if it does not.
-    seconds: that compiling took. why: the compiler's message.
+    rows: pairs, images or captions of one device's batch. fits: whether memory suffices; None if that is unknown.
+    memory, work: None if the program did not compile. beside: bytes of other data on the device meanwhile.
+    needed: bytes of the program and `beside`; if it did not compile, the compiler's figure, None without one.
+    warm_up: work of a step in the loss's warm-up; None if it equals `work`, that of every later step.
+    seconds: compile time. why: the compiler's message if it did not compile.
     """
 
     rows: int
@@ -54,14 +54,14 @@ class Program:
 
 
 def lower_train(run: PlannedRun, mesh: Mesh, pairs: int) -> jax.stages.Lowered:
-    """The training step with `pairs` pairs on each device."""
+    """Lowers the training step with `pairs` pairs on each device."""
     built = _built(run, mesh, pairs)
     batch = _placed(train_batch_shapes(run, pairs * mesh.size), mesh, PartitionSpec(DATA))
     return built.step.lower(built.like, batch, _table(run, mesh))
 
 
 def stays_while_evaluating(run: PlannedRun, mesh: Mesh) -> float:
-    """Bytes of training on each device during an evaluation: parameters, moments, average, resident features."""
+    """Bytes of training state and resident features on each device during an evaluation."""
     leaves = jax.tree.leaves((_built(run, mesh, 1).like, _table(run, mesh)))
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
@@ -79,7 +79,7 @@ def _table(run: PlannedRun, mesh: Mesh) -> Any:
 
 
 def lower_encode(run: PlannedRun, mesh: Mesh, rows: int, side: str) -> jax.stages.Lowered:
-    """The encoding of "image" or "text", `rows` on each device; the text tower in config.eval.stages stages."""
+    """Lowers the encoder of "image" or "text" with `rows` on each device; text in config.eval.stages stages."""
     evaluation, given = run.config.eval, variable_shapes(run)
     mesh = halves(mesh)[side == "text"] if evaluation.overlap else mesh
     rows *= mesh.size
@@ -105,22 +105,25 @@ def compile_program(
     effort: float = 0.0,
     beside: float = 0.0,
 ) -> Program:
-    """Compiles and measures. limit: bytes of one device's memory, None: not known. effort: as config.plan.effort."""
+    """Compiles a program and takes its figures.
+
+    limit: bytes of one device's memory, None if unknown. effort: as config.plan.effort. beside: as in Program.
+    """
     start = time.perf_counter()
     try:
         compiled = compile_lowered(lower(), effort)
     except OutOfMemory as error:
         return Program(rows, False, None, None, error.needed, time.perf_counter() - start, beside, str(error))
-    found = memory(compiled)
-    needed = found.peak + beside
+    size = memory(compiled)
+    needed = size.peak + beside
     fits = None if limit is None else needed <= limit
-    steady, first = (work(compiled.as_text(), warm_up=warm_up) for warm_up in (False, True))
+    steady, warm_up = steady_and_warm_up(compiled.as_text())
     seconds = time.perf_counter() - start
-    return Program(rows, fits, found, steady, needed, seconds, beside, warm_up=None if first == steady else first)
+    return Program(rows, fits, size, steady, needed, seconds, beside, warm_up=None if warm_up == steady else warm_up)
 
 
-def bounds(found: Work, peaks: Chip) -> tuple[float, float]:
-    """Seconds that the matrix units and that the memory need at least; the step takes no less than the larger."""
-    low = found.flops - sum(found.float32.values())
-    compute = low / peaks.flops + sum(flops / peaks.peak(precision) for precision, flops in found.float32.items())
-    return compute, found.bytes / peaks.bandwidth
+def bounds(work: Work, peaks: Chip) -> tuple[float, float]:
+    """Lower bounds of the time in seconds: (compute at the chip's peak, memory traffic at its bandwidth)."""
+    low = work.flops - sum(work.float32.values())
+    compute = low / peaks.flops + sum(flops / peaks.peak(precision) for precision, flops in work.float32.items())
+    return compute, work.bytes / peaks.bandwidth

@@ -1,4 +1,4 @@
-"""What compiled programs do: sizes that are known beforehand, and texts of compilers that are not at hand."""
+"""FLOPs, traffic and collectives of compiled programs, against hand counts; texts of compilers without their device."""
 
 import functools
 
