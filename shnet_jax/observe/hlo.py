@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def parse(hlo: str) -> tuple[dict[str, Computation], str]:
 def _instruction(name: str, text: str) -> Instruction:
     """Reads `TYPE opcode(operands), attributes`."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    shapes = tuple(_shape(match) for match in _SHAPE.finditer(text[:end]))
+    shapes = tuple(_shape(*match.groups()) for match in _SHAPE.finditer(text[:end]))
     rest = text[end:].lstrip()
     opening = rest.index("(")
     closing = _closing(rest, opening)
@@ -114,7 +114,8 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f"HLO: no closing parenthesis in {text[:80]!r}")
 
 
-def _shape(match: re.Match[str]) -> Shape:
-    dims = tuple(int(size.strip("<= ")) for size in match[2].split(",") if size)
-    space = re.search(r"S\((\d+)\)", match[3] or "")
-    return Shape(match[1], dims, int(space[1]) if space else 0)
+@lru_cache(maxsize=2**14)  # a program repeats few shapes many times
+def _shape(dtype: str, dims: str, layout: str | None) -> Shape:
+    sizes = tuple(int(size.strip("<= ")) for size in dims.split(",") if size)
+    space = re.search(r"S\((\d+)\)", layout or "")
+    return Shape(dtype, sizes, int(space[1]) if space else 0)

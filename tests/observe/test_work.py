@@ -121,7 +121,8 @@ IMAGES = (2, 20, 30, 4), (3, 3, 4, 6)
         (gradients(convolution(window_strides=(2, 3))), IMAGES, 3 * 2 * 9 * 10 * 9 * 4 * 6),
         (gradients(convolution(feature_group_count=2)), ((2, 20, 30, 4), (3, 3, 2, 6)), 3 * 2 * 18 * 28 * 9 * 2 * 6),
     ],
-    ids=["batched", "unrolled", "remainder", "loop-gradient", "remat", "convolution", "strided", "dilated", "grouped", "strided-gradient", "grouped-gradient"],
+    ids=["batched", "unrolled", "remainder", "loop-gradient", "remat", "convolution", "strided", "dilated", "grouped",
+         "strided-gradient", "grouped-gradient"],
 )  # fmt: skip
 def test_operations_by_hand(fn, shapes, multiplications):
     counted, _ = alone(fn, *shapes)
