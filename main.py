@@ -143,12 +143,12 @@ def main(argv: list[str]) -> None:
     from shnet_jax.cross import cross
     from shnet_jax.modes.embed import embed
     from shnet_jax.modes.page import page
+    from shnet_jax.modes.plan import plan
     from shnet_jax.modes.scale import scale
     from shnet_jax.modes.search import search
     from shnet_jax.modes.train import train
     from shnet_jax.observe.files import FolderInUse, describe
     from shnet_jax.parallel import hosts
-    from shnet_jax.plan.command import plan
     from shnet_jax.study import study
     from shnet_jax.train.checkpoint import CheckpointError
     from shnet_jax.train.loop import NonFiniteLoss

@@ -1,10 +1,9 @@
-"""Floating point operations of the published 3SHNet, counted from its equations (docs/models.md).
+"""FLOPs of the published 3SHNet, counted by hand from its equations (docs/models.md).
 
-Counted are the matrix products and the convolution, a multiplication and an addition as two operations, as the
-published code makes them: padding included, every image and caption by itself. Left out is what a matrix unit does
-not do: biases, norms, softmax, activations, the sort, the optimiser; and GPO's small GRU, whose result depends on the
-size of the set alone. An implementation that needs fewer operations for the same numbers is credited with those of
-the published model, so that utilisation cannot be raised by doing more.
+The matrix products and the convolution count as the published code makes them: padding included, every image and
+caption by itself. A multiplication and an addition are two operations. Biases, norms, softmax, activations, the sort,
+the optimiser and GPO's small GRU do not count. An implementation with fewer operations for the same result is credited
+with those of the published model, so more work never raises its utilisation.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 TRAINING = 3
-"""Operations of a training step by those of its forward pass: the backward pass has two products for each one.
+"""Operations of a training step divided by those of its forward pass; the backward pass has two products for each one.
 
-But for products with the features of the data set, whose gradient nobody needs: `given_flops` times 2.
+Products with features of the data set have only one there, as these need no gradient: see `given_flops`.
 """
 
 
@@ -72,7 +71,7 @@ def image_flops(model: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> dic
 
 
 def given_flops(model: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> float:
-    """Those of `image_flops` that multiply what the data set gives: regions twice, classes of the scene, map, cells."""
+    """Part of `image_flops` that multiplies features of the data set: regions twice, scene classes, map, cells."""
     count, features = shapes["regions"]
     dim, classes = model.dim, model.num_classes
     products = count * features * (dim + dim // 2)
@@ -90,7 +89,7 @@ def given_flops(model: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> flo
 
 
 def image_training_flops(model: ConfigDict, shapes: Mapping[str, tuple[int, ...]]) -> float:
-    """Operations for one image in training: forward, gradient of every weight and of every input but those given."""
+    """Training operations for one image: forward pass, gradients of all weights and of all inputs but the features."""
     return TRAINING * sum(image_flops(model, shapes).values()) - given_flops(model, shapes)
 
 

@@ -21,7 +21,7 @@ from shnet_jax import registry
 from shnet_jax.data.batches import gather
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh, put_batch, replicate
-from shnet_jax.plan.subject import describe, random_batch
+from shnet_jax.plan.planned_run import describe, random_batch
 from shnet_jax.train.setup import build_step
 from shnet_jax.types import Batch
 

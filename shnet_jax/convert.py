@@ -21,7 +21,7 @@ from shnet_jax.interop import bert_weights
 from shnet_jax.interop.published import open_published
 from shnet_jax.interop.weights_file import read_weights, write_weights
 from shnet_jax.observe.files import disk_faults, sole_writer
-from shnet_jax.plan import subject
+from shnet_jax.plan import planned_run
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.workdir import CONFIG, WorkdirError, adopt, complete, trained_config
 
@@ -185,7 +185,7 @@ def _expected(config: ConfigDict) -> dict[str, Any]:
     """Shapes of the model of a configuration; those of image features are as config.plan says."""
     config = ConfigDict(config.to_dict())
     config.data.dir = ""
-    return subject.variables(subject.describe(config))
+    return planned_run.variable_shapes(planned_run.describe(config))
 
 
 def _ranks(tree: dict[str, Any]) -> dict[str, int]:

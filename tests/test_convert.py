@@ -26,7 +26,7 @@ from shnet_jax.interop.torch_weights import (
 )
 from shnet_jax.models.bert import EPSILON
 from shnet_jax.modes.train import train
-from shnet_jax.plan import subject
+from shnet_jax.plan import planned_run
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.workdir import WorkdirError
 from tests.interop.torch_writer import attributes, of_numpy, save
@@ -65,7 +65,7 @@ def states() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Random arrays in torch's names and layouts of both encoders."""
     c = config()
     c.update_from_flattened_dict(SIZES | BERT)
-    like = traverse_util.flatten_dict(subject.variables(subject.describe(c)))
+    like = traverse_util.flatten_dict(planned_run.variable_shapes(planned_run.describe(c)))
     rng, found = np.random.default_rng(0), []
     for slots in (image_encoder_slots("image"), text_encoder_slots(2, "text")):
         state = {}
@@ -179,7 +179,7 @@ def test_user(tmp_path):
     c = user_coco.get_config()
     flat = {"tokenizer.path": str(vocabulary()), "text.heads": 2, "parallel.devices": 1}
     c.update_from_flattened_dict(flat | BERT | {"model.dim": 8, "plan.region_dim": 200})
-    like = traverse_util.flatten_dict(subject.variables(subject.describe(c)))
+    like = traverse_util.flatten_dict(planned_run.variable_shapes(planned_run.describe(c)))
     rng = np.random.default_rng(2)
     image = {
         name: rng.uniform(0.5, 2.0, slot.theirs(like[slot.collection, *slot.path].shape)).astype(np.float32)

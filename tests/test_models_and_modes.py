@@ -21,11 +21,12 @@ from data_prep.builder import write_dataset
 from shnet_jax.commands import evaluate
 from shnet_jax.convert import convert
 from shnet_jax.cross import cross
+from shnet_jax.modes import plan as plan_mode
 from shnet_jax.modes.embed import embed
 from shnet_jax.modes.page import page
 from shnet_jax.modes.search import search
 from shnet_jax.modes.train import train
-from shnet_jax.plan import command, programs
+from shnet_jax.plan import programs
 from tests.train import tiny
 
 pytestmark = pytest.mark.slow
@@ -121,9 +122,9 @@ def test_every_mode(model, tmp_path, monkeypatch):
             hit["image_id"] for hit in answers[0]["hits"]
         ]
 
-        monkeypatch.setattr(command, "lower_train", only_traced)
+        monkeypatch.setattr(plan_mode, "lower_train", only_traced)
         config.eval.two_stage = 3
-        command.plan(config, tmp_path / "plan", "cpu:1")
+        plan_mode.plan(config, tmp_path / "plan", "cpu:1")
         planned = json.loads((tmp_path / "plan/plan_cpu_1.json").read_text("utf-8"))["rankings"]
         assert list(planned) == ["global vectors", "two-stage 3", "exact"]
         blocks = model is cmsei  # whose score is scored pair by pair

@@ -1,4 +1,4 @@
-"""Planning: the shapes are those of real batches, and programs compile for chips that are not there."""
+"""Plans have the shapes of real batches, and their programs compile for chips that this machine lacks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ import pytest
 
 from configs import base, demo, esa_cuhk_pedes
 from shnet_jax.experiment import abstract_variables, assemble
+from shnet_jax.modes import plan as plan_mode
 from shnet_jax.observe.compiled import Memory, OutOfMemory
 from shnet_jax.observe.hardware import CHIPS, GIB, Chip, chip, memory_limit, target_devices
 from shnet_jax.observe.work import Work
 from shnet_jax.parallel import sharding
 from shnet_jax.parallel.mapping import data_mesh, make_mesh
-from shnet_jax.plan import command, programs, search
-from shnet_jax.plan.subject import describe, gallery, random_batch, resident_table, train_batch, variables
+from shnet_jax.plan import programs, search
+from shnet_jax.plan.planned_run import (
+    describe,
+    gallery_size,
+    random_batch,
+    resident_table_shapes,
+    train_batch_shapes,
+    variable_shapes,
+)
 from shnet_jax.plan.table import table
 from shnet_jax.train.setup import training_data
 from tests.train import tiny
@@ -49,26 +57,26 @@ def shapes(tree):
 @pytest.mark.parametrize("resident", [False, True])
 def test_the_batch_is_that_of_training(resident):
     config = tiny.config(data__resident=resident, data__captions_per_image=5)
-    (iterator, table), subject = training_data(assemble(config), make_mesh(1)), describe(config)
-    assert shapes(train_batch(subject, config.train.batch_size)) == shapes(next(iterator))
+    (iterator, table), run = training_data(assemble(config), make_mesh(1)), describe(config)
+    assert shapes(train_batch_shapes(run, config.train.batch_size)) == shapes(next(iterator))
     if resident:
-        assert shapes(resident_table(subject)) == shapes(table)
+        assert shapes(resident_table_shapes(run)) == shapes(table)
 
 
 def test_the_parameters_are_those_of_training():
     config = tiny.config()
     experiment = assemble(config)
     assert describe(config).config.text.vocab_size == experiment.tokenizer.vocab_size
-    assert shapes(variables(describe(config))) == shapes(abstract_variables(experiment))
+    assert shapes(variable_shapes(describe(config))) == shapes(abstract_variables(experiment))
 
 
 def test_described_sizes():
     config = base.get_config()
     config.model.units = ("grid",)
     config.train.batch_size = 64
-    subject = describe(config)
-    assert subject.config.text.vocab_size == 30522 and subject.captions == 113287 * 5
-    assert shapes(train_batch(subject, 64)) == {
+    run = describe(config)
+    assert run.config.text.vocab_size == 30522 and run.captions == 113287 * 5
+    assert shapes(train_batch_shapes(run, 64)) == {
         "image_index": ((64,), "int32"),
         "grid": ((64, 49, 2048), "float16"),
         "grid_mask": ((64, 49), "bool"),
@@ -82,10 +90,10 @@ def test_described_sizes():
 
 
 def test_a_person_search_without_data():
-    subject = describe(esa_cuhk_pedes.get_config())
-    assert subject.config.loss.identity.classes == subject.config.plan.persons == 11003
-    assert shapes(train_batch(subject, 64))["identity"] == ((64,), "int32")
-    identity = random_batch(subject, 4, 0)["identity"]
+    run = describe(esa_cuhk_pedes.get_config())
+    assert run.config.loss.identity.classes == run.config.plan.persons == 11003
+    assert shapes(train_batch_shapes(run, 64))["identity"] == ((64,), "int32")
+    identity = random_batch(run, 4, 0)["identity"]
     assert identity.tolist() == [0, 0, 1, 1]
 
 
@@ -99,8 +107,8 @@ def test_words_are_those_of_the_vocabulary_that_is_named(tmp_path):
 
 
 def test_the_gallery_is_that_of_the_evaluation():
-    assert gallery(describe(small())) == (40, 200)
-    assert gallery(describe(tiny.config())) == (10, 50)
+    assert gallery_size(describe(small())) == (40, 200)
+    assert gallery_size(describe(tiny.config())) == (10, 50)
 
 
 @pytest.mark.slow
@@ -114,18 +122,18 @@ def test_stages_divide_the_layers_and_must_fit():
     layer = 4 * (2 * 16 * 4096 + 4096 + 16 + 4 * 16 * 17 + 4 * 16)
     assert arguments[0] - arguments[1] == pytest.approx(layer, rel=0.01)
     with pytest.raises(ValueError, match=r"config\.eval\.microbatches is 7, which does not divide the 16 captions"):
-        command.make_plan(describe(small(text__layers=2, eval__stages=2, eval__microbatches=7)), mesh)
+        plan_mode.make_plan(describe(small(text__layers=2, eval__stages=2, eval__microbatches=7)), mesh)
 
 
 def test_the_bubble_of_a_pipeline_is_part_of_the_plan(monkeypatch):
     def give_up(*_):
         raise OutOfMemory("nothing is compiled here", None, None)
 
-    monkeypatch.setattr(command, "lower_train", give_up)
-    monkeypatch.setattr(command, "lower_encode", give_up)
-    monkeypatch.setattr(command, "_rankings", lambda *_: {})
+    monkeypatch.setattr(plan_mode, "lower_train", give_up)
+    monkeypatch.setattr(plan_mode, "lower_encode", give_up)
+    monkeypatch.setattr(plan_mode, "_rankings", lambda *_: {})
     config = small(text__layers=2, eval__stages=2, eval__microbatches=4)
-    report = command.make_plan(describe(config), data_mesh(jax.devices()[:2]))
+    report = plan_mode.make_plan(describe(config), data_mesh(jax.devices()[:2]))
     assert report["pipeline"]["bubble_share"] == 0.2
     assert "text tower in 2 stages, microbatches: 4; a stage is idle for 20.0 % of the ticks" in table(report)
 
@@ -135,11 +143,11 @@ def test_what_stays_on_the_devices_while_evaluating(split, resident, monkeypatch
     """Parameters, two moments and the average, of which each device has all or its part; resident features."""
     monkeypatch.setattr(sharding, "SMALLEST", 1)
     config = small(text__vocab_size=4096, optim__ema=0.9, parallel__shard_params=split, data__resident=resident)
-    subject, mesh = describe(config), data_mesh(jax.devices()[:4])
-    model = sum(leaf.size * 4 for leaf in jax.tree.leaves(variables(subject)["params"]))
+    run, mesh = describe(config), data_mesh(jax.devices()[:4])
+    model = sum(leaf.size * 4 for leaf in jax.tree.leaves(variable_shapes(run)["params"]))
     features = config.plan.images * 4 * (16 * 2 + 1)  # regions in float16 and their mask
     expected = 4 * model / (4 if split else 1) + resident * features
-    assert programs.stays_while_evaluating(subject, mesh) == pytest.approx(expected, rel=0.05)  # vectors stay whole
+    assert programs.stays_while_evaluating(run, mesh) == pytest.approx(expected, rel=0.05)  # vectors stay whole
     found = programs.compile_program(lambda: jax.jit(lambda x: x @ x).lower(np.ones((8, 8))), 8, 1500.0, beside=1000.0)
     assert found.needed == found.memory.peak + 1000 and found.fits is (found.needed <= 1500)
 
@@ -216,12 +224,12 @@ def test_memory_of_an_unknown_device():
 )
 def test_settings_that_do_not_fit(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        command.plan(small(**changes), tmp_path, "cpu")
+        plan_mode.plan(small(**changes), tmp_path, "cpu")
 
 
 @pytest.mark.slow
 def test_plan_for_this_machine(tmp_path, capsys):
-    command.plan(small(plan__effort=-1.0), tmp_path, "cpu:2")
+    plan_mode.plan(small(plan__effort=-1.0), tmp_path, "cpu:2")
     report = json.loads((tmp_path / "plan_cpu_2.json").read_text())
     assert report["devices"] == 2 and report["global_batch"] == 80 and report["chip"] is None
     ranking = report["rankings"]["exact"]
@@ -239,15 +247,17 @@ def test_plan_for_this_machine(tmp_path, capsys):
 
 def test_what_does_not_fit_is_said(monkeypatch):
     """The compiler gives up on the training step; encoding is compiled for this machine."""
-    monkeypatch.setattr(command, "chip", lambda kind: CHIPS["TPU v5e"])
+    monkeypatch.setattr(plan_mode, "chip", lambda kind: CHIPS["TPU v5e"])
     message = "RESOURCE_EXHAUSTED: Used 30.5G of 15.75G hbm."
 
-    def lower_train(subject, mesh, pairs):
+    def lower_train(run, mesh, pairs):
         raise OutOfMemory(message, 30.5 * GIB, 15.75 * GIB)
 
-    monkeypatch.setattr(command, "lower_train", lower_train)
-    monkeypatch.setattr(command, "lower_encode", lambda *_: jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32)))
-    report = command.make_plan(describe(small(plan__search=True)), data_mesh(jax.devices()))
+    monkeypatch.setattr(plan_mode, "lower_train", lower_train)
+    monkeypatch.setattr(
+        plan_mode, "lower_encode", lambda *_: jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32))
+    )
+    report = plan_mode.make_plan(describe(small(plan__search=True)), data_mesh(jax.devices()))
     assert report["programs"]["train"]["fits"] is False and report["programs"]["encode images"]["fits"] is True
     assert report["largest_pairs_per_device"] == 0 and report["pipeline"] is None
     text = table(report)
@@ -256,19 +266,19 @@ def test_what_does_not_fit_is_said(monkeypatch):
 
 
 def test_the_largest_batch_with_queues_is_one_that_they_hold(monkeypatch):
-    monkeypatch.setattr(command, "chip", lambda kind: CHIPS["TPU v5e"])
+    monkeypatch.setattr(plan_mode, "chip", lambda kind: CHIPS["TPU v5e"])
     nothing, tried = jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32)), []
 
-    def lower_train(subject, mesh, pairs):
-        programs.lower_train(subject, mesh, pairs)
+    def lower_train(run, mesh, pairs):
+        programs.lower_train(run, mesh, pairs)
         tried.append(pairs)
         return nothing
 
-    monkeypatch.setattr(command, "lower_train", lower_train)
-    monkeypatch.setattr(command, "lower_encode", lambda *_: nothing)
+    monkeypatch.setattr(plan_mode, "lower_train", lower_train)
+    monkeypatch.setattr(plan_mode, "lower_encode", lambda *_: nothing)
     changes = {"model__name": "tests.train.toy", "loss__weights__infonce": 1.0, "plan__search": True}
     changes |= {"momentum__queue": 300, "momentum__from_epoch": 1.0, "train__steps": 20_000}
-    report = command.make_plan(describe(small(**changes)), data_mesh(jax.devices()[:2]))
+    report = plan_mode.make_plan(describe(small(**changes)), data_mesh(jax.devices()[:2]))
     assert tried == [40, 80, 150] and report["largest_pairs_per_device"] == 150
 
 
@@ -276,15 +286,15 @@ def test_the_largest_batch_with_queues_is_one_that_they_hold(monkeypatch):
 def test_the_search_to_its_end(monkeypatch):
     """With real programs: the largest batch fits, one an eighth larger does not; the first may fit or not."""
     mesh, changes = data_mesh(jax.devices()[:1]), {"model__name": "tests.train.toy", "plan__search": True}
-    subject = describe(small(**changes, train__batch_size=40))
+    run = describe(small(**changes, train__batch_size=40))
 
     def needed(pairs):
-        return programs.compile_program(lambda: programs.lower_train(subject, mesh, pairs), pairs, None).needed
+        return programs.compile_program(lambda: programs.lower_train(run, mesh, pairs), pairs, None).needed
 
     limit = needed(120)
-    monkeypatch.setattr(command, "chip", lambda kind: Chip(1e12, limit, 1e9))
+    monkeypatch.setattr(plan_mode, "chip", lambda kind: Chip(1e12, limit, 1e9))
     for start in (40, 400):
-        report = command.make_plan(describe(small(**changes, train__batch_size=start)), mesh)
+        report = plan_mode.make_plan(describe(small(**changes, train__batch_size=start)), mesh)
         assert report["programs"]["train"]["fits"] is (start == 40)
         largest = report["largest_pairs_per_device"]
         assert 105 < largest <= 120 and needed(largest) <= limit < needed(largest + 25)
@@ -323,16 +333,16 @@ def test_largest_batch(start, unit, limit, most, expected):
 
 
 def test_fitting_microbatch():
-    def compiled(pairs, subject):
-        microbatch = subject.config.train.microbatch
+    def compiled(pairs, run):
+        microbatch = run.config.train.microbatch
         return programs.Program(pairs, microbatch <= 30, None, None, float(microbatch), 0.0)
 
-    subject = describe(small())
-    assert search.fitting_microbatch(compiled, subject, 160) == (20, 20.0)  # 80, 40, 20; parts hold whole images of 5
-    subject = describe(small(data__captions_per_image=1, train__microbatch=16))
-    assert search.fitting_microbatch(compiled, subject, 160) == (10, 10.0)
-    subject = describe(small(train__microbatch=5))
-    assert search.fitting_microbatch(compiled, subject, 160) is None
+    run = describe(small())
+    assert search.fitting_microbatch(compiled, run, 160) == (20, 20.0)  # 80, 40, 20; parts hold whole images of 5
+    run = describe(small(data__captions_per_image=1, train__microbatch=16))
+    assert search.fitting_microbatch(compiled, run, 160) == (10, 10.0)
+    run = describe(small(train__microbatch=5))
+    assert search.fitting_microbatch(compiled, run, 160) is None
 
 
 def test_advice_names_only_what_is_not_done_yet():
@@ -360,13 +370,13 @@ def test_bounds():
 @pytest.mark.slow
 def test_the_warm_up_of_the_loss_is_told_beside_the_steps_after_it(monkeypatch):
     nothing = jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32))
-    monkeypatch.setattr(command, "chip", lambda kind: CHIPS["TPU v5e"])
-    monkeypatch.setattr(command, "lower_encode", lambda *_: nothing)
-    monkeypatch.setattr(command, "_rankings", lambda *_: {})
+    monkeypatch.setattr(plan_mode, "chip", lambda kind: CHIPS["TPU v5e"])
+    monkeypatch.setattr(plan_mode, "lower_encode", lambda *_: nothing)
+    monkeypatch.setattr(plan_mode, "_rankings", lambda *_: {})
     changes = {"model__name": "tests.train.toy", "loss__weights__triplet": 1.0, "loss__weights__infonce": 0.0}
     config, mesh = small(**changes), data_mesh(jax.devices()[:2])
     assert config.loss.triplet.warmup_epochs == 1.0
-    report = command.make_plan(describe(config), mesh)
+    report = plan_mode.make_plan(describe(config), mesh)
     train, text = report["programs"]["train"], table(report)
     product = 2 * 40 * 80 * config.model.dim  # scores of a device's own items with those of all devices
     # Both directions: scored, and in the backward pass once more and for two gradients.
@@ -374,7 +384,7 @@ def test_the_warm_up_of_the_loss_is_told_beside_the_steps_after_it(monkeypatch):
     assert report["programs"]["encode images"]["warm_up"] is None
     assert "in the loss's warm-up" in text and "the larger, in the warm-up" in text
     config.loss.triplet.warmup_epochs = 0.0
-    plain = command.make_plan(describe(config), mesh)
+    plain = plan_mode.make_plan(describe(config), mesh)
     assert plain["programs"]["train"]["work"]["flops"] == train["work"]["flops"]
     assert plain["programs"]["train"]["warm_up"] is None and "warm-up" not in table(plain)
 

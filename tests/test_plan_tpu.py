@@ -1,4 +1,4 @@
-"""Programs compiled for slices of TPU chips that are not there."""
+"""Programs compiled for TPU slices that this machine lacks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import pytest
 from configs import base, demo
 from data_prep.scenes import write as scenes
 from data_prep.scenes.features import REGION_SIZE
+from shnet_jax.modes import plan as plan_mode
 from shnet_jax.observe.hardware import GIB, target_devices
 from shnet_jax.parallel.mapping import data_mesh
-from shnet_jax.plan import command, programs
-from shnet_jax.plan.subject import describe, variables
+from shnet_jax.plan import programs
+from shnet_jax.plan.planned_run import describe, variable_shapes
 from tests.test_plan import needs_libtpu, small
 
 
 @needs_libtpu
 def test_a_tower_compiles_for_tpu():
     mesh = data_mesh(target_devices("tpu:v5e:2x4"))
-    subject = describe(small())
-    found = programs.compile_program(lambda: programs.lower_encode(subject, mesh, 8, "text"), 8, 16 * GIB)
+    run = describe(small())
+    found = programs.compile_program(lambda: programs.lower_encode(run, mesh, 8, "text"), 8, 16 * GIB)
     assert found.fits and found.work.flops > 2 * 8 * 16 * 16 * 32 and found.work.collectives == {}
 
 
@@ -31,8 +32,8 @@ def test_microbatches_are_counted_for_tpu():
     """Four times the batch in microbatches of one size: the towers do four times as much."""
     mesh, found = data_mesh(target_devices("tpu:v5e:2x4")), []
     for pairs in (10, 40):
-        subject = describe(small(train__microbatch=5, train__microbatch_statistics="local"))
-        lowered = programs.lower_train(subject, mesh, pairs)
+        run = describe(small(train__microbatch=5, train__microbatch_statistics="local"))
+        lowered = programs.lower_train(run, mesh, pairs)
         found.append(programs.compile_program(lambda lowered=lowered: lowered, pairs, 16 * GIB))
     once, more = found
     assert once.fits and more.fits and once.work.loops_once == more.work.loops_once == 0
@@ -43,9 +44,9 @@ def test_microbatches_are_counted_for_tpu():
 @pytest.mark.slow
 def test_the_warm_up_is_known_on_tpu():
     mesh = data_mesh(target_devices("tpu:v5e:2x4"))
-    subject = describe(small(model__name="tests.train.toy", loss__weights__triplet=1.0, loss__weights__infonce=0.0))
-    found = programs.compile_program(lambda: programs.lower_train(subject, mesh, 40), 40, 16 * GIB)
-    assert found.warm_up.flops - found.work.flops >= 2 * 3 * 2 * 40 * 320 * subject.config.model.dim
+    run = describe(small(model__name="tests.train.toy", loss__weights__triplet=1.0, loss__weights__infonce=0.0))
+    found = programs.compile_program(lambda: programs.lower_train(run, mesh, 40), 40, 16 * GIB)
+    assert found.warm_up.flops - found.work.flops >= 2 * 3 * 2 * 40 * 320 * run.config.model.dim
     assert found.work.float32["highest"] > found.work.flops / 2
 
 
@@ -59,7 +60,7 @@ def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
     config.data.dir, config.text.vocab_size = "", 134
     config.plan.update(data | {"search": False, "effort": -1.0})  # a third of the time
     assert config.model.semantic and config.model.spatial and config.train.batch_size == 320
-    command.plan(config, tmp_path, "tpu:v5e:2x4")
+    plan_mode.plan(config, tmp_path, "tpu:v5e:2x4")
     report = json.loads((tmp_path / "plan_tpu_v5e_2x4.json").read_text())
     assert (report["devices"], report["device_kind"]) == (8, "TPU v5 lite")
     compiled = report["programs"]
@@ -68,7 +69,7 @@ def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
         found["fits"] and found["memory"]["peak"] > 0 and found["work"]["flops"] > 0 for found in compiled.values()
     )
     sent = compiled["train"]["work"]["collectives"]
-    weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(variables(describe(config))["params"]))
+    weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(describe(config))["params"]))
     assert sent["all-reduce"] == pytest.approx(weights, rel=0.02)  # the gradients
     assert sent["all-gather"] == 2 * 320 * 256 * 4  # all embeddings
     assert compiled["encode images"]["work"]["collectives"] == compiled["encode captions"]["work"]["collectives"] == {}
@@ -91,9 +92,9 @@ def test_a_global_batch_of_32768_fits(target, pairs):
     config.train.microbatch = 64
     config.train.microbatch_statistics = "local"
     config.loss.pairs.strategy = "streamed"
-    subject, mesh = describe(config), data_mesh(target_devices(target))
+    run, mesh = describe(config), data_mesh(target_devices(target))
     # With the least effort the compiler takes a tenth of the time, and more memory than it has to.
-    found = programs.compile_program(lambda: programs.lower_train(subject, mesh, pairs), pairs, 16 * GIB, effort=-1.0)
+    found = programs.compile_program(lambda: programs.lower_train(run, mesh, pairs), pairs, 16 * GIB, effort=-1.0)
     assert found.fits and found.needed < 16 * GIB, found.why
     assert found.work.loops_once == 0
     # Two forward passes and a backward one, as much as two: 4 x 2 operations for each weight of the layers and token.

@@ -1,4 +1,4 @@
-"""A program compiled, with the memory that the compiler says it takes; what it does is counted in `observe.work`."""
+"""Compilation, and the memory that a program takes by the compiler's account. `observe.work` counts its operations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device's main memory."""
+    """Bytes of main memory that a program takes on one device."""
 
     arguments: int
     outputs: int
@@ -21,12 +21,12 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """What has to be free: everything together. Temporaries share their space where the compiler can."""
+        """Bytes that must be free to run the program. Temporaries share space where the compiler can arrange it."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 class OutOfMemory(Exception):
-    """The compiler finds no way to fit the program in memory. needed, available: bytes, None when it does not say."""
+    """The compiler cannot fit the program in memory. needed, available: bytes; None if it does not say."""
 
     def __init__(self, message: str, needed: float | None, available: float | None):
         super().__init__(message)
@@ -34,9 +34,14 @@ class OutOfMemory(Exception):
 
 
 def compile_lowered(lowered: jax.stages.Lowered, effort: float = 0.0) -> jax.stages.Compiled:
-    """`lowered.compile()`; raises OutOfMemory when the compiler says that the program does not fit.
+    """Compiles a program.
 
-    effort: of the compiler to make the program fast, from -1 (the least; it compiles sooner) to 0, as usual.
+    Args:
+      lowered: the program.
+      effort: optimisation effort of the compiler, from -1 (least, compiles sooner) to 0 (usual).
+
+    Raises:
+      OutOfMemory: the program does not fit in memory.
     """
     try:
         return _compile(lowered, effort)
@@ -63,13 +68,13 @@ def _compile(lowered: jax.stages.Lowered, effort: float) -> jax.stages.Compiled:
 
 
 def _size(text: str) -> float:
-    """Bytes of "30.5G"."""
+    """Bytes that a text like "30.5G" stands for."""
     unit = "KMGT".find(text[-1]) + 1
     return float(text[:-1] if unit else text) * 1024**unit
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
-    """The compiler's figures for one device. Raises ValueError for a compiler that has none."""
+    """The compiler's memory figures for one device. Raises ValueError if it has none."""
     stats = compiled.memory_analysis()
     if stats is None:
         raise ValueError("this compiler does not say how much memory a program takes")

@@ -1,4 +1,4 @@
-"""Devices: what they can do at most, and the slices and devices that a program can be compiled for."""
+"""Peaks of known chips, and the TPU slices and devices that a program can be compiled for."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from jax.experimental import topologies
 GIB = 2**30
 
 HEADROOM = 0.1
-"""Share of a GPU's memory that no program can count on."""
+"""Fraction of a GPU's memory that the driver, libraries and fragmentation take."""
 
 
 class Chip(NamedTuple):
     """Peaks of one device.
 
-    flops: dense bfloat16 operations per second. memory: bytes of HBM. bandwidth: bytes per second of HBM.
-    tf32, float32: of a GPU, operations per second with operands in float32: dense in the tensor cores, which round them
-      to TF32, and outside of these. None: a TPU, which makes such products of several in bfloat16.
+    flops: dense bfloat16 FLOP/s. memory: bytes of HBM. bandwidth: bytes per second of HBM.
+    tf32, float32: FLOP/s of a GPU with float32 operands, in the tensor cores (dense, rounded to TF32) and outside of
+      them. None for a TPU, which computes a float32 product as several in bfloat16.
     """
 
     flops: float
@@ -31,10 +31,10 @@ class Chip(NamedTuple):
     float32: float | None = None
 
     def peak(self, precision: str | None) -> float:
-        """Operations per second of products in bfloat16, None, or in float32 at this `lax.Precision`, in lower case.
+        """Peak FLOP/s of products in bfloat16 (None) or in float32 at this `lax.Precision`, in lower case.
 
-        As XLA makes them: on GPUs "default" and "high" in TF32, "highest" outside of the tensor cores; on TPUs in
-        PASSES (JAX, `lax.Precision`; XLA, `GetBlasComputationType`).
+        XLA uses TF32 on GPUs for "default" and "high", and the float32 units for "highest"; on TPUs it takes PASSES
+        (JAX, `lax.Precision`; XLA, `GetBlasComputationType`).
         """
         if precision is None:
             return self.flops
@@ -44,7 +44,7 @@ class Chip(NamedTuple):
 
 
 PASSES = {"default": 1, "high": 3, "highest": 6}
-"""Products in bfloat16 that a TPU makes of one in float32, by its `lax.Precision`."""
+"""Number of bfloat16 products in a TPU's float32 product, by `lax.Precision`."""
 
 
 CHIPS = {
@@ -64,8 +64,8 @@ CHIPS = {
     "A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9, 156e12, 19.5e12),
     "A100 80GB PCIe": Chip(312e12, 80e9, 1935e9, 156e12, 19.5e12),
 }
-"""By whole words of the `device_kind`, from the makers' pages of each chip (cloud.google.com/tpu/docs/v4, v5e, v5p,
-v6e; NVIDIA's data sheets of A100, H100 and H200, whose figures of the tensor cores are with sparsity, twice these)."""
+"""Peaks by whole words of the `device_kind`, from the makers' pages (cloud.google.com/tpu/docs/v4, v5e, v5p,
+v6e; NVIDIA's data sheets of A100, H100 and H200; their tensor core figures are with sparsity, twice these)."""
 
 # Generation in a target -> options of libtpu. v4 as on the machines: the two cores of a chip are one device.
 _GENERATIONS = {"v4": {"chip_config_name": "megacore"}, "v5e": {}, "v5p": {}, "v6e": {}}
@@ -75,9 +75,9 @@ KNOWN = "tpu:v4:2x2x2, tpu:v5e:4x4, tpu:v5p:2x2x2, tpu:v6e:4x4, gpu, gpu:8, cpu,
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The entry of CHIPS with the longest name among the words of `device_kind`; None when there is none.
+    """The entry of CHIPS with the longest name among the words of `device_kind`; None for an unknown device.
 
-    None also for a part of a GPU (MIG), which has only a share of what the data sheet says.
+    None also for a part of a GPU (MIG), which has a fraction of the peaks in the data sheet.
     """
     words = re.split(r"[\s_]+", device_kind)
     if "MIG" in words:
@@ -91,8 +91,8 @@ def chip(device_kind: str) -> Chip | None:
 def memory_limit(device: jax.Device, peaks: Chip | None) -> tuple[float | None, str]:
     """Bytes that programs may take of the device, and where the figure comes from. peaks: its `chip`.
 
-    Of a GPU that is there, what its allocator may hand out; of one that does not tell, the data sheet's less
-    HEADROOM, which the driver, libraries and fragments take. The compiler for TPUs knows what is its own.
+    A local GPU tells what its allocator may hand out; otherwise it is the data sheet's figure less HEADROOM. The TPU
+    compiler accounts for its own share, so a TPU has the data sheet's figure.
     """
     stats = device.memory_stats() if device.platform == "gpu" else None
     if stats and stats.get("bytes_limit"):
@@ -105,12 +105,16 @@ def memory_limit(device: jax.Device, peaks: Chip | None) -> tuple[float | None, 
 
 
 def target_devices(target: str) -> list[jax.Device]:
-    """The devices that a target names, to compile for; those of a TPU slice exist as a description only.
+    """Devices to compile for. Those of a TPU slice are descriptions only, so no TPU is needed.
 
-    target: `tpu:GENERATION:SLICE`, as "tpu:v5e:4x4", for which the package libtpu has the compiler and no TPU is
-    needed; or `gpu` or `cpu`, as "gpu" or "gpu:8", for that many devices of this machine (CPUs may be virtual).
     Call it before anything else uses JAX: it decides which devices JAX opens.
-    Raises ValueError for a target that is unknown, or that this machine cannot compile for.
+
+    Args:
+      target: `tpu:GENERATION:SLICE`, such as "tpu:v5e:4x4" (needs the package libtpu), or "gpu", "gpu:8", "cpu" or
+        "cpu:8" for all or that many devices of this machine; CPU devices may be virtual.
+
+    Raises:
+      ValueError: the target is unknown, or this machine cannot compile for it.
     """
     kind, *rest = target.split(":")
     if kind == "tpu" and len(rest) == 2 and rest[0] in _GENERATIONS:
@@ -130,8 +134,8 @@ def _tpu_slice(target: str, generation: str, size: str) -> list[jax.Device]:
     host = (1, 1, 1) if size == "1x1" else (2, 2, 1)  # chips of a host
     options = {"chips_per_host_bounds": host} | _GENERATIONS[generation]
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{size}", **options)
-        return list(found.devices)
+        slice_ = topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{size}", **options)
+        return list(slice_.devices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--target={target}: libtpu knows no such slice: {str(error).splitlines()[0]}") from None
     except RuntimeError as error:

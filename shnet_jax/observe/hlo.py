@@ -1,16 +1,16 @@
-"""The text of an optimised HLO module, as the compilers write it for a CPU, a GPU or a TPU, read into instructions."""
+"""Parser for the text of an optimised HLO module, as XLA writes it for CPUs, GPUs and TPUs."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An array: bytes, sizes of its axes, and the memory it lies in, 0: the main one."""
+    """Type of an array. space: number of the memory it lies in; 0 is main memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -18,7 +18,7 @@ class Shape:
 
     @cached_property
     def bytes(self) -> float:
-        """In memory, without padding."""
+        """Size in memory, without padding."""
         if self.dtype in ("token", "opaque"):
             return 0.0
         bits = 8 if self.dtype == "pred" else int(re.findall(r"\d+", self.dtype)[0])
@@ -27,9 +27,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
-    """`NAME = SHAPES OPCODE(LITERAL), ATTRIBUTES`.
+    """An instruction, written as `NAME = SHAPES OPCODE(LITERAL), ATTRIBUTES`.
 
-    shapes: one, or those of a tuple (flat). operands: names in the literal, which is what stands in the parentheses.
+    shapes: of the result; a tuple is flattened. operands: names in the literal.
     """
 
     name: str
@@ -40,40 +40,41 @@ class Instruction:
     attributes: str
 
     def called(self, key: str) -> list[str]:
-        """Names of the computations in an attribute: `body=%a`, `branch_computations={%a, %b}`."""
-        found = re.search(rf"[ ,]{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
-        return re.findall(r"%?([\w.\-]+)", found[1]) if found else []
+        """Names of the computations in an attribute, such as `body=%a` or `branch_computations={%a, %b}`."""
+        match = re.search(rf"[ ,]{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+        return re.findall(r"%?([\w.\-]+)", match[1]) if match else []
 
 
 @dataclass(frozen=True)
 class Computation:
-    """Instructions by name; the root is the result."""
+    """A function of the module: its instructions by name. root: name of the one that is the result."""
 
     instructions: dict[str, Instruction]
     root: str
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who reads each instruction."""
-        found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        """The instructions that read each instruction."""
+        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
-                found[operand].append(instruction)
-        return found
+                users[operand].append(instruction)
+        return users
 
     @cached_property
     def parameters(self) -> dict[int, str]:
-        """Names by number."""
+        """Names of the parameters by number."""
         return {int(i.literal): i.name for i in self.instructions.values() if i.opcode == "parameter"}
 
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 _NAMED = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_PARENTHESIS = re.compile(r"[()]")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](\{[^{}]*\})?")
 
 
 def parse(hlo: str) -> tuple[dict[str, Computation], str]:
-    """(computations by name, name of the one that the program begins with); ValueError for another text."""
+    """Reads a module: (computations by name, name of the entry). Raises ValueError for any other text."""
     computations: dict[str, Computation] = {}
     body: dict[str, Instruction] = {}
     entry, name, root = "", "", ""
@@ -92,9 +93,9 @@ def parse(hlo: str) -> tuple[dict[str, Computation], str]:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """From `TYPE opcode(operands), attributes`."""
+    """Reads `TYPE opcode(operands), attributes`."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    shapes = tuple(_shape(found) for found in _SHAPE.finditer(text[:end]))
+    shapes = tuple(_shape(*match.groups()) for match in _SHAPE.finditer(text[:end]))
     rest = text[end:].lstrip()
     opening = rest.index("(")
     closing = _closing(rest, opening)
@@ -104,16 +105,17 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis closes."""
+    """Position at which the parenthesis closes."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, opening):
-        depth += 1 if found[0] == "(" else -1
+    for match in _PARENTHESIS.finditer(text, opening):
+        depth += 1 if match[0] == "(" else -1
         if not depth:
-            return found.start()
+            return match.start()
     raise ValueError(f"HLO: no closing parenthesis in {text[:80]!r}")
 
 
-def _shape(found: re.Match[str]) -> Shape:
-    dims = tuple(int(size.strip("<= ")) for size in found[2].split(",") if size)
-    space = re.search(r"S\((\d+)\)", found[3] or "")
-    return Shape(found[1], dims, int(space[1]) if space else 0)
+@lru_cache(maxsize=2**14)  # a program repeats few shapes many times
+def _shape(dtype: str, dims: str, layout: str | None) -> Shape:
+    sizes = tuple(int(size.strip("<= ")) for size in dims.split(",") if size)
+    space = re.search(r"S\((\d+)\)", layout or "")
+    return Shape(dtype, sizes, int(space[1]) if space else 0)

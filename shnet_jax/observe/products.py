@@ -1,6 +1,6 @@
-"""Matrix products and convolutions of a program: how many multiplications they are.
+"""Multiplications of the matrix products and convolutions in the text of a compiled program.
 
-On GPUs many of them are calls of a library (cuBLAS, cuDNN), which the program's text names with all that defines them.
+On GPUs many of them are calls of cuBLAS or cuDNN; the text states their dimensions.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ _LIBRARIES = ("__cublas", "__cudnn", "__cuda", "__onednn", "tpu_custom_call", "t
 
 
 def multiplications(instruction: Instruction, left: Shape, right: Shape) -> float | None:
-    """Of the instruction itself, `left` and `right` being its first operands; None when it is no product."""
+    """Multiplications of the instruction; None if it is no product. left, right: its first two operands."""
     opcode = instruction.opcode
     if opcode == "dot":
-        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        return _product(instruction, left, found[1] if found else "")
+        match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        return _product(instruction, left, match[1] if match else "")
     if opcode == "convolution":
         return _convolution(instruction, left, right, instruction.shapes[0])
     target = _target(instruction)
-    result = instruction.shapes[0] if instruction.shapes else left  # behind it, what the library works in
+    result = (
+        instruction.shapes[0] if instruction.shapes else left
+    )  # the second shape, if any, is the library's workspace
     if target.startswith("__cublas"):
-        found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-        return _product(instruction, left, found[1]) if found else None
+        match = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+        return _product(instruction, left, match[1]) if match else None
     if target.startswith("__cudnn$convBackwardInput"):  # operands: gradient of the output, kernel
         return _convolution(instruction, result, right, left)
     if target.startswith("__cudnn$convBackwardFilter"):  # operands: input, gradient of the output
@@ -37,32 +39,32 @@ def multiplications(instruction: Instruction, left: Shape, right: Shape) -> floa
 
 
 def is_hidden(instruction: Instruction) -> bool:
-    """Whether it calls a library or a kernel of its own, which the text does not show."""
+    """Whether the instruction calls a library or a custom kernel, whose operations the text does not state."""
     return _target(instruction).startswith(_LIBRARIES)
 
 
 def precision(instruction: Instruction, left: Shape, right: Shape) -> str | None:
-    """The `lax.Precision` of a product with operands in float32, "default", "high" or "highest"; else None."""
+    """The `lax.Precision` of a product with a float32 operand: "default", "high" or "highest"; else None."""
     if "f32" not in (left.dtype, right.dtype):
         return None
     # An attribute of the instruction, or in the note for cuBLAS.
-    found = re.search(r'operand_precision(?:=\{|":\[")(\w+)', instruction.attributes)
-    return found[1].lower() if found else "default"
+    match = re.search(r'operand_precision(?:=\{|":\[")(\w+)', instruction.attributes)
+    return match[1].lower() if match else "default"
 
 
 def _target(instruction: Instruction) -> str:
-    found = _TARGET.search(instruction.attributes) if instruction.opcode == "custom-call" else None
-    return found[1] if found else ""
+    match = _TARGET.search(instruction.attributes) if instruction.opcode == "custom-call" else None
+    return match[1] if match else ""
 
 
 def _product(instruction: Instruction, left: Shape, contracted: str) -> float:
-    """contracted: numbers of the axes of `left` that are summed over."""
+    """Multiplications of a matrix product. contracted: numbers of the axes of `left` that are summed over."""
     axes = map(int, re.findall(r"\d+", contracted))
     return math.prod(instruction.shapes[0].dims) * math.prod(left.dims[axis] for axis in axes)
 
 
 def _convolution(instruction: Instruction, left: Shape, right: Shape, result: Shape) -> float:
-    """Multiplications that are not with padding: batched products on TPU are convolutions with much of it.
+    """Multiplications of a convolution, without those with padding, of which TPU's batched products have much.
 
     left, right, result: input, kernel and output, as dim_labels names their axes.
     """
@@ -98,7 +100,7 @@ def _window_value(text: str | None, key: str) -> int:
 
 
 def _inside(size: int, kernel: int, out: int, stride: int, low: int, lhs: int, rhs: int) -> int:
-    """Pairs of an output and a kernel position that meet a value of the input along one axis."""
+    """Number of pairs (output position, kernel position) on one axis that read a value and no padding."""
     return sum(1 for position in _positions(kernel, out, stride, low, rhs) if _is_value(position, size, lhs))
 
 

@@ -1,4 +1,4 @@
-"""The programs that train and evaluate, compiled ahead of time from shapes alone."""
+"""Ahead-of-time compilation of the training step and the encoders, from shapes alone."""
 
 from __future__ import annotations
 
@@ -17,22 +17,29 @@ from shnet_jax.evaluate.pipelined import make_pipelined_text_encoder, placed_sha
 from shnet_jax.evaluate.towers import halves, image_tower, text_tower
 from shnet_jax.observe.compiled import Memory, OutOfMemory, compile_lowered, memory
 from shnet_jax.observe.hardware import Chip
-from shnet_jax.observe.work import Work, work
+from shnet_jax.observe.work import Work, steady_and_warm_up
 from shnet_jax.parallel.mapping import map_encode
-from shnet_jax.plan.subject import Subject, image_batch, resident_table, text_batch, train_batch, variables
+from shnet_jax.plan.planned_run import (
+    PlannedRun,
+    image_batch_shapes,
+    resident_table_shapes,
+    text_batch_shapes,
+    train_batch_shapes,
+    variable_shapes,
+)
 from shnet_jax.train.setup import TrainSetup, build_step
 from shnet_jax.types import DATA
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program on one device.
+    """Figures of one compiled program on one device.
 
-    rows: pairs, images or captions of one device's batch. fits: within the memory; None where that is not known.
-    memory, work: None when the compiler gave up. beside: bytes that lie on the device meanwhile, not the program's own.
-    warm_up: work of a step in the warm-up of the loss, `work` being that of all others; None where they are the same.
-    needed: both together; where the compiler gave up what it says it would take, None if it does not.
-    seconds: that compiling took. why: the compiler's message.
+    rows: pairs, images or captions of one device's batch. fits: whether memory suffices; None if that is unknown.
+    memory, work: None if the program did not compile. beside: bytes of other data on the device meanwhile.
+    needed: bytes of the program and `beside`; if it did not compile, the compiler's figure, None without one.
+    warm_up: work of a step in the loss's warm-up; None if it equals `work`, that of every later step.
+    seconds: compile time. why: the compiler's message if it did not compile.
     """
 
     rows: int
@@ -46,44 +53,44 @@ class Program:
     warm_up: Work | None = None
 
 
-def lower_train(subject: Subject, mesh: Mesh, pairs: int) -> jax.stages.Lowered:
-    """The training step with `pairs` pairs on each device."""
-    built = _built(subject, mesh, pairs)
-    batch = _placed(train_batch(subject, pairs * mesh.size), mesh, PartitionSpec(DATA))
-    return built.step.lower(built.like, batch, _table(subject, mesh))
+def lower_train(run: PlannedRun, mesh: Mesh, pairs: int) -> jax.stages.Lowered:
+    """Lowers the training step with `pairs` pairs on each device."""
+    built = _built(run, mesh, pairs)
+    batch = _placed(train_batch_shapes(run, pairs * mesh.size), mesh, PartitionSpec(DATA))
+    return built.step.lower(built.like, batch, _table(run, mesh))
 
 
-def stays_while_evaluating(subject: Subject, mesh: Mesh) -> float:
-    """Bytes of training on each device during an evaluation: parameters, moments, average, resident features."""
-    leaves = jax.tree.leaves((_built(subject, mesh, 1).like, _table(subject, mesh)))
+def stays_while_evaluating(run: PlannedRun, mesh: Mesh) -> float:
+    """Bytes of training state and resident features on each device during an evaluation."""
+    leaves = jax.tree.leaves((_built(run, mesh, 1).like, _table(run, mesh)))
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
-def _built(subject: Subject, mesh: Mesh, pairs: int) -> TrainSetup:
-    config = subject.config.copy_and_resolve_references()
+def _built(run: PlannedRun, mesh: Mesh, pairs: int) -> TrainSetup:
+    config = run.config.copy_and_resolve_references()
     config.train.batch_size = pairs * mesh.size
-    per_epoch = max(1, subject.captions // config.train.batch_size)
+    per_epoch = max(1, run.captions // config.train.batch_size)
     total = config.train.steps or math.ceil(config.train.epochs * per_epoch)
-    return build_step(FrozenConfigDict(config), subject.model, mesh, variables(subject), per_epoch, total)
+    return build_step(FrozenConfigDict(config), run.model, mesh, variable_shapes(run), per_epoch, total)
 
 
-def _table(subject: Subject, mesh: Mesh) -> Any:
-    return _placed(resident_table(subject) if subject.config.data.resident else {}, mesh, PartitionSpec())
+def _table(run: PlannedRun, mesh: Mesh) -> Any:
+    return _placed(resident_table_shapes(run) if run.config.data.resident else {}, mesh, PartitionSpec())
 
 
-def lower_encode(subject: Subject, mesh: Mesh, rows: int, side: str) -> jax.stages.Lowered:
-    """The encoding of "image" or "text", `rows` on each device; the text tower in config.eval.stages stages."""
-    evaluation, given = subject.config.eval, variables(subject)
+def lower_encode(run: PlannedRun, mesh: Mesh, rows: int, side: str) -> jax.stages.Lowered:
+    """Lowers the encoder of "image" or "text" with `rows` on each device; text in config.eval.stages stages."""
+    evaluation, given = run.config.eval, variable_shapes(run)
     mesh = halves(mesh)[side == "text"] if evaluation.overlap else mesh
     rows *= mesh.size
     if side == "text" and evaluation.stages > 1:
         staged = stage_mesh(mesh, evaluation.stages)
-        encode = make_pipelined_text_encoder(subject.model, staged, evaluation.microbatches)
-        batch = _placed(text_batch(subject, rows), staged, PartitionSpec(staged.axis_names))
-        return encode.lower(placed_shapes(subject.model, given, staged), batch)
-    tower, make_batch = (image_tower, image_batch) if side == "image" else (text_tower, text_batch)
-    batch = _placed(make_batch(subject, rows), mesh, PartitionSpec(DATA))
-    return map_encode(partial(tower, subject.model), mesh).lower(_placed(given, mesh, PartitionSpec()), batch)
+        encode = make_pipelined_text_encoder(run.model, staged, evaluation.microbatches)
+        batch = _placed(text_batch_shapes(run, rows), staged, PartitionSpec(staged.axis_names))
+        return encode.lower(placed_shapes(run.model, given, staged), batch)
+    tower, make_batch = (image_tower, image_batch_shapes) if side == "image" else (text_tower, text_batch_shapes)
+    batch = _placed(make_batch(run, rows), mesh, PartitionSpec(DATA))
+    return map_encode(partial(tower, run.model), mesh).lower(_placed(given, mesh, PartitionSpec()), batch)
 
 
 def _placed(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
@@ -98,22 +105,25 @@ def compile_program(
     effort: float = 0.0,
     beside: float = 0.0,
 ) -> Program:
-    """Compiles and measures. limit: bytes of one device's memory, None: not known. effort: as config.plan.effort."""
+    """Compiles a program and takes its figures.
+
+    limit: bytes of one device's memory, None if unknown. effort: as config.plan.effort. beside: as in Program.
+    """
     start = time.perf_counter()
     try:
         compiled = compile_lowered(lower(), effort)
     except OutOfMemory as error:
         return Program(rows, False, None, None, error.needed, time.perf_counter() - start, beside, str(error))
-    found = memory(compiled)
-    needed = found.peak + beside
+    size = memory(compiled)
+    needed = size.peak + beside
     fits = None if limit is None else needed <= limit
-    steady, first = (work(compiled.as_text(), warm_up=warm_up) for warm_up in (False, True))
+    steady, warm_up = steady_and_warm_up(compiled.as_text())
     seconds = time.perf_counter() - start
-    return Program(rows, fits, found, steady, needed, seconds, beside, warm_up=None if first == steady else first)
+    return Program(rows, fits, size, steady, needed, seconds, beside, warm_up=None if warm_up == steady else warm_up)
 
 
-def bounds(found: Work, peaks: Chip) -> tuple[float, float]:
-    """Seconds that the matrix units and that the memory need at least; the step takes no less than the larger."""
-    low = found.flops - sum(found.float32.values())
-    compute = low / peaks.flops + sum(flops / peaks.peak(precision) for precision, flops in found.float32.items())
-    return compute, found.bytes / peaks.bandwidth
+def bounds(work: Work, peaks: Chip) -> tuple[float, float]:
+    """Lower bounds of the time in seconds: (compute at the chip's peak, memory traffic at its bandwidth)."""
+    low = work.flops - sum(work.float32.values())
+    compute = low / peaks.flops + sum(flops / peaks.peak(precision) for precision, flops in work.float32.items())
+    return compute, work.bytes / peaks.bandwidth

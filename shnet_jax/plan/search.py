@@ -1,4 +1,4 @@
-"""What fits instead: the largest batch, the largest microbatch, and what else makes a training step smaller."""
+"""Search for the largest batch and microbatch that fit in memory, and advice for a step that does not."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from shnet_jax.plan.planned_run import PlannedRun, variable_shapes
 from shnet_jax.plan.programs import Program
-from shnet_jax.plan.subject import Subject, variables
 from shnet_jax.train.setup import takes_microbatches
 
 
 def largest_batch(compiled: Callable[[int], Program], first: Program, unit: int, most: int) -> int:
-    """The most pairs on each device that fit, within an eighth, from 0 to `most`; multiples of `unit`.
+    """Largest number of pairs on each device that fits, within an eighth: a multiple of `unit`, from 0 to `most`.
 
     Doubles or halves from `first` to both sides of the limit, then bisects.
     """
@@ -41,24 +41,22 @@ def largest_batch(compiled: Callable[[int], Program], first: Program, unit: int,
 
 
 def fitting_microbatch(
-    compiled: Callable[[int, Subject], Program], subject: Subject, pairs: int
+    compiled: Callable[[int, PlannedRun], Program], run: PlannedRun, pairs: int
 ) -> tuple[int, float] | None:
-    """(microbatch, bytes needed) of the first of pairs / 2, / 4, ... that fits; None: none of them does."""
-    if not takes_microbatches(subject.model, variables(subject)):
+    """(microbatch, bytes needed) of the first of pairs / 2, / 4, ... that fits; None if none does."""
+    if not takes_microbatches(run.model, variable_shapes(run)):
         return None
-    for microbatch in _divisors(
-        pairs, subject.config.data.captions_per_image, subject.config.train.microbatch or pairs
-    ):
-        config = subject.config.copy_and_resolve_references()
+    for microbatch in _divisors(pairs, run.config.data.captions_per_image, run.config.train.microbatch or pairs):
+        config = run.config.copy_and_resolve_references()
         config.train.microbatch = microbatch
-        found = compiled(pairs, dataclasses.replace(subject, config=config))
-        if found.fits and found.needed is not None:
-            return microbatch, found.needed
+        program = compiled(pairs, dataclasses.replace(run, config=config))
+        if program.fits and program.needed is not None:
+            return microbatch, program.needed
     return None
 
 
 def _divisors(pairs: int, unit: int, below: int) -> Iterator[int]:
-    """pairs / 2, / 4, / 8, ... as long as they are multiples of `unit`, those smaller than `below`."""
+    """Yields those of pairs / 2, / 4, / 8, ... that are multiples of `unit` and smaller than `below`."""
     while pairs % (2 * unit) == 0:
         pairs //= 2
         if pairs < below:
@@ -66,31 +64,31 @@ def _divisors(pairs: int, unit: int, below: int) -> Iterator[int]:
 
 
 def advice(config: ConfigDict, devices: int) -> list[str]:
-    """What makes a step that does not fit smaller, the cheapest first."""
-    found = []
+    """Settings that make a step smaller, the cheapest first."""
+    changes = []
     if config.data.resident:
-        found.append(
+        changes.append(
             "--config.data.resident=False: the features come with the batches instead of staying on every device"
         )
     if "float32" in (config.model.dtype, config.text.dtype):
         # Measured of configs/base.py, as a whole: what is kept between the products stays in float32.
-        found.append(
+        changes.append(
             "--config.model.dtype=bfloat16 --config.text.dtype=bfloat16: the backward pass keeps about an eighth "
             "less, as activations between the products stay in float32"
         )
     microbatch = config.train.microbatch
-    found.append(
+    changes.append(
         "--config.train.microbatch: activations then grow with it and no longer with the batch"
         if not microbatch
         else f"a smaller --config.train.microbatch than {microbatch}"
     )
     if config.loss.pairs.strategy == "gathered":
-        found.append(
+        changes.append(
             "--config.loss.pairs.strategy=streamed or ring: no device holds its scores with the whole global batch"
         )
     if not config.text.remat:
-        found.append("--config.text.remat=True: layers of the text tower are computed again in the backward pass")
+        changes.append("--config.text.remat=True: layers of the text tower are computed again in the backward pass")
     if not config.parallel.shard_params and devices > 1:
-        found.append("--config.parallel.shard_params=True: parameters and optimiser state are split over the devices")
-    found.append(f"more than {devices} devices for the same --config.train.batch_size, or a smaller batch")
-    return found
+        changes.append("--config.parallel.shard_params=True: parameters and optimiser state are split over the devices")
+    changes.append(f"more than {devices} devices for the same --config.train.batch_size, or a smaller batch")
+    return changes

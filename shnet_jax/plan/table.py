@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Text table of a plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shnet_jax.observe.work import COLLECTIVES
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report of `make_plan` as text; figures of one device."""
+    """The report of `make_plan` as text, with the figures of one device."""
     programs, limit, devices = list(report["programs"].values()), report["memory_limit"], report["devices"]
     rows = [["on each device", *report["programs"]], ["rows of a batch", *(f"{p['rows']:,}" for p in programs)]]
 
@@ -82,6 +82,6 @@ _FITS = {True: "yes", False: "NO", None: "?"}
 
 
 def _amount(value: float, units: Mapping[str, float]) -> str:
-    """In the largest unit of which there is one, else in the smallest."""
+    """The value in the largest unit that it reaches, else in the smallest."""
     unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
     return f"{value / units[unit]:,.2f} {unit}"

@@ -35,9 +35,8 @@ from shnet_jax.observe.machine import describe as describe_machine
 from shnet_jax.observe.work import work
 from shnet_jax.parallel import axis
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_encode, map_step, put_batch, replicate
+from shnet_jax.plan.planned_run import describe, random_batch, variable_shapes
 from shnet_jax.plan.programs import lower_train
-from shnet_jax.plan.subject import describe, random_batch
-from shnet_jax.plan.subject import variables as variable_shapes
 from shnet_jax.train.optim import make_optimiser, schedule
 from shnet_jax.train.setup import build_step, setup_training, training_data
 from shnet_jax.train.state import TrainState, create_state

@@ -1,4 +1,4 @@
-"""What compiled programs do: sizes that are known beforehand, and texts of compilers that are not at hand."""
+"""FLOPs, traffic and collectives of compiled programs, against hand counts; texts of compilers without their device."""
 
 import functools
 
@@ -86,9 +86,47 @@ def test_product_and_its_traffic():
     assert found.bytes == xla["bytes accessed"] == FLOAT * (64 * 48 + 48 * 32 + 64 * 32)
 
 
-def test_batched_product():
-    found, _ = alone(functools.partial(jnp.einsum, "bik,bkj->bij"), (4, 16, 8), (4, 8, 24))
-    assert found.flops == 2 * 4 * 16 * 8 * 24
+def scanned(x, w, length=7, unroll=1):
+    return lax.scan(lambda c, _: (jnp.sin(c @ w), None), x, None, length=length, unroll=unroll)[0]
+
+
+def convolution(**options):
+    fixed = {"window_strides": (1, 1), "padding": "VALID", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    return lambda x, w: lax.conv_general_dilated(x, w, **fixed | options)
+
+
+def gradients(fn):
+    return jax.grad(lambda *arguments: jnp.sin(fn(*arguments)).sum(), (0, 1))
+
+
+PRODUCT = 16 * 32 * 32
+VECTORS = (16, 32), (32, 32)
+IMAGES = (2, 20, 30, 4), (3, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    "fn, shapes, multiplications",
+    [
+        (functools.partial(jnp.einsum, "bik,bkj->bij"), ((4, 16, 8), (4, 8, 24)), 4 * 16 * 8 * 24),
+        (functools.partial(scanned, unroll=3), VECTORS, 7 * PRODUCT),
+        (lambda x, w: lax.map(lambda row: jnp.sin(row @ w), x, batch_size=5), ((17, 32), (32, 8)), 17 * 32 * 8),
+        (gradients(scanned), VECTORS, 3 * 7 * PRODUCT),
+        # In the backward pass of each trip both products once more, and two gradients of both.
+        (gradients(lambda x, w: lax.scan(jax.checkpoint(lambda c, _: (scanned(c, w, 2, 2), None)), x, None, 5)[0]),
+         VECTORS, (2 + 2 + 4) * 5 * PRODUCT),
+        (convolution(), IMAGES, 2 * 18 * 28 * 9 * 4 * 6),
+        (convolution(window_strides=(2, 3)), IMAGES, 2 * 9 * 10 * 9 * 4 * 6),
+        (convolution(rhs_dilation=(2, 2)), IMAGES, 2 * 16 * 26 * 9 * 4 * 6),
+        (convolution(feature_group_count=2), ((2, 20, 30, 4), (3, 3, 2, 6)), 2 * 18 * 28 * 9 * 2 * 6),
+        (gradients(convolution(window_strides=(2, 3))), IMAGES, 3 * 2 * 9 * 10 * 9 * 4 * 6),
+        (gradients(convolution(feature_group_count=2)), ((2, 20, 30, 4), (3, 3, 2, 6)), 3 * 2 * 18 * 28 * 9 * 2 * 6),
+    ],
+    ids=["batched", "unrolled", "remainder", "loop-gradient", "remat", "convolution", "strided", "dilated", "grouped",
+         "strided-gradient", "grouped-gradient"],
+)  # fmt: skip
+def test_operations_by_hand(fn, shapes, multiplications):
+    counted, _ = alone(fn, *shapes)
+    assert counted.flops == 2 * multiplications and counted.loops_once == 0
 
 
 def warming(step, x, w):

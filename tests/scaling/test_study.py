@@ -13,7 +13,7 @@ from configs import scaling as small
 from shnet_jax.modes import scale as scale_mode
 from shnet_jax.observe.work import work
 from shnet_jax.parallel.mapping import put_batch
-from shnet_jax.plan import subject as planned
+from shnet_jax.plan import planned_run as planned
 from shnet_jax.scaling import point as measuring
 from shnet_jax.scaling.processes import run_point, virtual_devices
 from shnet_jax.scaling.rows import PARTS
@@ -243,7 +243,7 @@ def test_random_batches_have_the_shapes_of_training():
     config.model.name = "shnet"
     config.model.semantic = config.model.spatial = config.model.scene_tokens = config.model.category_token = True
     subject = planned.describe(config)
-    batch, like = planned.random_batch(subject, 6, 0), planned.train_batch(subject, 6)
+    batch, like = planned.random_batch(subject, 6, 0), planned.train_batch_shapes(subject, 6)
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in like.items()}
     assert batch["tokens"].max() < 50 and batch["token_mask"].all() and batch["region_keep"].all()
     assert len(np.unique(batch["image_index"])) == 6

@@ -10,7 +10,7 @@ import pytest
 
 from shnet_jax import experiment
 from shnet_jax.commands import load
-from shnet_jax.plan import command
+from shnet_jax.modes import plan as plan_mode
 from shnet_jax.train import workdir as workdirs
 from shnet_jax.train.loop import train_and_evaluate
 from tests.train import tiny
@@ -118,9 +118,9 @@ def test_a_plan_is_for_its_target(monkeypatch, tmp_path):
         raise Planned(*dtypes(config))
 
     tpu = [SimpleNamespace(platform="tpu")]
-    monkeypatch.setattr(command, "target_devices", lambda target: tpu)
-    monkeypatch.setattr(command, "data_mesh", lambda devices: None)
-    monkeypatch.setattr(command, "describe", planned)
+    monkeypatch.setattr(plan_mode, "target_devices", lambda target: tpu)
+    monkeypatch.setattr(plan_mode, "data_mesh", lambda devices: None)
+    monkeypatch.setattr(plan_mode, "describe", planned)
     with pytest.raises(Planned) as found:
-        command.plan(automatic(), tmp_path, "tpu:v5e:2x4")
+        plan_mode.plan(automatic(), tmp_path, "tpu:v5e:2x4")
     assert found.value.args == ("bfloat16", "bfloat16")

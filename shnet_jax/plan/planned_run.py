@@ -1,4 +1,4 @@
-"""What is planned: a model and a data set, real or described, as the shapes of everything that a program takes."""
+"""The run that is planned, and the shapes of everything that its programs take."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from shnet_jax.experiment import assemble, fit_weights, optional_fields, settle_
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
 
-BERT_VOCABULARY = 30522  # of bert-base-uncased, where nothing says how many words there are
-LABEL_MAP = (64, 64)  # of seg_map, and below the cells of seg_semantic: what the importers make
-CELLS = (7, 7)
-RELATIONS = 15  # of an image
+BERT_VOCABULARY = 30522  # bert-base-uncased; taken if nothing else gives the size
+LABEL_MAP = (64, 64)  # of seg_map, as the importers make it
+CELLS = (7, 7)  # of seg_semantic
+RELATIONS = 15  # of each image
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """What is planned: a complete configuration, its model and the data set, real or described by config.plan."""
+class PlannedRun:
+    """A complete configuration, its model, and its data set, real or described by config.plan."""
 
     config: ConfigDict
     model: RetrievalModel
@@ -38,15 +38,16 @@ class Subject:
     captions: int  # of the training split
 
 
-def describe(config: ConfigDict) -> Subject:
-    """The subject of a configuration. Sizes come from config.data.dir if it is set, else from config.plan.
+def describe(config: ConfigDict) -> PlannedRun:
+    """Makes the run of a configuration. Sizes come from config.data.dir if it is set, else from config.plan.
 
-    Raises ValueError or FileNotFoundError for a data set that is not there, or lacks what the model reads.
+    Raises ValueError or FileNotFoundError for a missing data set, or one without a field that the model reads.
     """
     if config.data.dir:
-        found = assemble(config)
-        captions = int(found.dataset.caption_counts(config.data.train_split).sum())
-        return Subject(ConfigDict(found.config.to_dict()), found.model, found.dataset, found.fields, captions)
+        experiment = assemble(config)
+        captions = int(experiment.dataset.caption_counts(config.data.train_split).sum())
+        complete = ConfigDict(experiment.config.to_dict())
+        return PlannedRun(complete, experiment.model, experiment.dataset, experiment.fields, captions)
     config = ConfigDict(config.to_dict())
     settle_dtypes(config)
     fit_weights(config)
@@ -60,11 +61,11 @@ def describe(config: ConfigDict) -> Subject:
     captions = config.plan.images * config.plan.captions
     dataset = _described(config)
     fields = (*module.image_fields(config), *optional_fields(module, config, dataset)[0])
-    return Subject(config, module.build(config), dataset, fields, captions)
+    return PlannedRun(config, module.build(config), dataset, fields, captions)
 
 
 def _described(config: ConfigDict) -> DataSet:
-    """A data set of the sizes in config.plan, with all fields of images, as the importers store them."""
+    """A data set of the sizes in config.plan, with every image field as the importers store it."""
     p, classes = config.plan, config.model.num_classes
     features = {
         "regions": ((p.regions, p.region_dim), "float16"),
@@ -87,28 +88,28 @@ def _described(config: ConfigDict) -> DataSet:
     return DataSet(Path("config.plan"), {config.data.train_split: p.images}, named, classes, {})
 
 
-def train_batch(subject: Subject, pairs: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of `data.batches.train_batches`, of the longest captions."""
-    data = subject.config.data
+def train_batch_shapes(run: PlannedRun, pairs: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of `data.batches.train_batches`, padded to the longest captions."""
+    data = run.config.data
     images = pairs // data.captions_per_image
-    fields = image_batch(subject, images)
+    fields = image_batch_shapes(run, images)
     keeps = {
-        keep: jax.ShapeDtypeStruct((images, subject.dataset.features[unit].shape[0]), bool)
+        keep: jax.ShapeDtypeStruct((images, run.dataset.features[unit].shape[0]), bool)
         for unit, keep in (("regions", "region_keep"), ("grid", "grid_keep"))
         if unit in fields
     }
     if "image" in fields:
         keeps["image_view"] = jax.ShapeDtypeStruct((images, VIEW), np.int32)
-    if "identity" in subject.dataset.features and data.identity:
+    if "identity" in run.dataset.features and data.identity:
         keeps["identity"] = jax.ShapeDtypeStruct((images,), np.int32)
     kept = {"image_index": fields["image_index"]} if data.resident else fields
-    return {**kept, **keeps, **text_batch(subject, pairs)}
+    return {**kept, **keeps, **text_batch_shapes(run, pairs)}
 
 
-def random_batch(subject: Subject, pairs: int, seed: int) -> dict[str, np.ndarray]:
-    """A batch in the shapes of `train_batch`, nothing masked."""
+def random_batch(run: PlannedRun, pairs: int, seed: int) -> dict[str, np.ndarray]:
+    """A random batch in the shapes of `train_batch_shapes`, nothing masked."""
     rng = np.random.default_rng(seed)
-    limits = {"tokens": subject.config.text.vocab_size, "seg_map": subject.config.model.num_classes}
+    limits = {"tokens": run.config.text.vocab_size, "seg_map": run.config.model.num_classes}
 
     def values(name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
         if name == "image_index":
@@ -123,47 +124,47 @@ def random_batch(subject: Subject, pairs: int, seed: int) -> dict[str, np.ndarra
             return rng.integers(1, limits.get(name, 2), like.shape).astype(like.dtype)
         return rng.random(like.shape, np.float32).astype(like.dtype)
 
-    return {name: values(name, like) for name, like in train_batch(subject, pairs).items()}
+    return {name: values(name, like) for name, like in train_batch_shapes(run, pairs).items()}
 
 
-def image_batch(subject: Subject, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the images of a batch, or of a gallery's batch of images."""
-    features = {field: subject.dataset.features[field] for field in stored_fields(subject.dataset, subject.fields)}
+def image_batch_shapes(run: PlannedRun, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the image fields of a training or evaluation batch."""
+    features = {field: run.dataset.features[field] for field in stored_fields(run.dataset, run.fields)}
     index = {"image_index": jax.ShapeDtypeStruct((rows,), np.int32)}
     return index | {field: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype) for field, f in features.items()}
 
 
-def resident_table(subject: Subject) -> dict[str, jax.ShapeDtypeStruct]:
+def resident_table_shapes(run: PlannedRun) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of `data.batches.resident_table` of the training split."""
-    images = image_batch(subject, subject.dataset.splits[subject.config.data.train_split])
+    images = image_batch_shapes(run, run.dataset.splits[run.config.data.train_split])
     return {field: shape for field, shape in images.items() if field != "image_index"}
 
 
-def text_batch(subject: Subject, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the captions of a batch, padded to the longest that there may be."""
-    shape = rows, token_buckets(subject.config.data)[-1]
+def text_batch_shapes(run: PlannedRun, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the caption fields of a batch, padded to the largest token bucket."""
+    shape = rows, token_buckets(run.config.data)[-1]
     return {"tokens": jax.ShapeDtypeStruct(shape, np.int32), "token_mask": jax.ShapeDtypeStruct(shape, bool)}
 
 
-def variables(subject: Subject) -> dict[str, Any]:
+def variable_shapes(run: PlannedRun) -> dict[str, Any]:
     """Shapes of the model's {"params", "batch_stats"}."""
-    batch = image_batch(subject, 1) | text_batch(subject, 1)
-    init = lambda batch: subject.model.init(jax.random.key(0), gather({}, batch), train=False)  # noqa: E731
+    batch = image_batch_shapes(run, 1) | text_batch_shapes(run, 1)
+    init = lambda batch: run.model.init(jax.random.key(0), gather({}, batch), train=False)  # noqa: E731
     shapes = dict(jax.eval_shape(init, batch))
     return {name: shapes.get(name, {}) for name in ("params", "batch_stats")}
 
 
-def gallery(subject: Subject) -> tuple[int, int]:
-    """Images and captions that an evaluation ranks: of config.eval.split, or of config.plan without a data set."""
-    config, dataset = subject.config, subject.dataset
+def gallery_size(run: PlannedRun) -> tuple[int, int]:
+    """Number of images and captions that are ranked: of config.eval.split, or of config.plan without a data set."""
+    config, dataset = run.config, run.dataset
     if not config.data.dir:
         return config.plan.gallery, config.plan.gallery * config.plan.captions
     counts = dataset.caption_counts(config.eval.split)
     return len(counts), int(counts.sum())
 
 
-def embeddings(subject: Subject) -> tuple[Embedding, Embedding]:
-    """Shapes of what the towers give for one image and one caption, padded to the longest that there may be."""
-    given = variables(subject)
-    image = jax.eval_shape(partial(image_tower, subject.model), given, image_batch(subject, 1))
-    return image, jax.eval_shape(partial(text_tower, subject.model), given, text_batch(subject, 1))
+def embedding_shapes(run: PlannedRun) -> tuple[Embedding, Embedding]:
+    """Shapes of the embeddings of one image and one caption, padded to the largest token bucket."""
+    given = variable_shapes(run)
+    image = jax.eval_shape(partial(image_tower, run.model), given, image_batch_shapes(run, 1))
+    return image, jax.eval_shape(partial(text_tower, run.model), given, text_batch_shapes(run, 1))
