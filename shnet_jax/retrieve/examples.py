@@ -47,7 +47,7 @@ def collect(
     rankings = make_rankings(experiment, mesh)
     gallery = embedded_split(experiment, subject.split, variables, images, texts, subject, rankings)
     if not config.eval.exact:
-        gallery = dataclasses.replace(gallery, way=rankings.two_stage(variables))
+        gallery = dataclasses.replace(gallery, method=rankings.rerank(variables))
     score, protocol = gallery.score, config.eval.protocols[0]
     # The examples are of the whole gallery, whatever the numbers are of.
     protocols = tuple(dict.fromkeys((protocol, "whole")))
