@@ -137,13 +137,15 @@ def main(argv: list[str]) -> None:
     # Late, so that --help and mistakes in flags are quick.
     from shnet_jax.convert import convert
     from shnet_jax.modes.cross import cross
+    from shnet_jax.modes.embed import embed
     from shnet_jax.modes.evaluate import evaluate
+    from shnet_jax.modes.page import page
     from shnet_jax.modes.scale import scale
+    from shnet_jax.modes.search import search
     from shnet_jax.modes.train import train
     from shnet_jax.observe.files import FolderInUse, describe
     from shnet_jax.parallel import hosts
     from shnet_jax.plan.command import plan
-    from shnet_jax.search_modes import embed, page, search
     from shnet_jax.study import study
     from shnet_jax.train.checkpoint import CheckpointError
     from shnet_jax.train.loop import NonFiniteLoss

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.timing import Timing
+from shnet_jax.observe.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +76,9 @@ def compare(
 
 def table(rows: Iterable[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| | what | time | reference | time | ratio | aim | memory | of the reference | |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|---|",
-    ]
-    for row in rows:
-        cells = (
+    heading = ("", "what", "time", "reference", "time", "ratio", "aim", "memory", "of the reference", "")
+    cells = [
+        (
             row.benchmark,
             row.what,
             _time(row.seconds),
@@ -92,8 +90,9 @@ def table(rows: Iterable[Row]) -> str:
             _memory(row.reference_memory_bytes),
             "; ".join(filter(None, (row.memory and f"memory: {row.memory}", row.note))),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for row in rows
+    ]
+    return str(Table("Benchmarks", heading, cells, words=True))
 
 
 def _time(seconds: float | None) -> str:

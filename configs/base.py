@@ -213,7 +213,8 @@ def get_config() -> ConfigDict:
     search.train_vectors = 262144  # vectors that a FAISS index which has to be trained learns from, at most
     search.milvus = "HNSW"  # Milvus index type: FLAT | IVF_FLAT | HNSW | AUTOINDEX ...
     search.address = ""  # Milvus: file or http address; "": milvus.db in the folder of the embeddings
-    search.effort = 64  # how much of an index a query visits: nprobe of inverted lists, efSearch of HNSW graphs
+    search.nprobe = 64  # inverted lists that a query visits, of an IVF index
+    search.ef_search = 64  # candidates that a query keeps while it walks the graph, of an HNSW index
 
     c.page = page = ConfigDict()  # what --mode=page shows of config.search.split
     page.pictures = ""  # folder with the photographs, ID.jpg, .jpeg, .png or .webp; "": boxes and label map are drawn

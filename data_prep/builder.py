@@ -18,12 +18,12 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from data_prep import schema, vocabulary
 from data_prep.bad_records import FIRST, SKIPPED, Bad, BadRecords, Policy
 from data_prep.counts import Found, Stored, summary
-from data_prep.progress import Progress
 from data_prep.schema import DataError, Record
 from shnet_jax.data.checksums import CHECKSUMS, sha256
 from shnet_jax.data.index import Index, IndexBuilder, write_index
 from shnet_jax.data.records import SENTENCEPIECE, open_dataset
 from shnet_jax.observe.files import disk_faults, sole_writer
+from shnet_jax.observe.progress import Progress
 
 VERSION = "1.0.0"
 SHARD_BYTES = 512 << 20  # large enough for sequential reads, small enough to copy and to spread over hosts
@@ -76,7 +76,7 @@ def write_dataset(
         disk_faults(target.parent, RuntimeError),  # of array_record
         _whole_or_nothing(target) as folder,
     ):
-        progress = Progress(name, total)
+        progress = Progress(total, what=name, unit="records")
         writer = _Writer(folder, name, dict(metadata), files or {}, progress, bad)
         indices = {split: writer.write(split, records) for split, records in splits.items()}
         progress.close()
@@ -167,14 +167,14 @@ class _Writer:
         for row, item in enumerate(items):
             count = row + 1
             if isinstance(item, Bad) and item.asked:
-                self._progress.step(left_out=True)
+                self._progress.count(left_out=True)
                 absent += 1
                 continue
             try:
                 record = self._checked(item, split, row)
             except DataError as error:
                 self._bad.add(error, split, row, item.image_id if isinstance(item, Bad) else item.get("image_id"))
-                self._progress.step(left_out=True)
+                self._progress.count(left_out=True)
                 if count == FIRST and not rows:
                     self._bad.check_split(split, count)
                 continue
@@ -191,7 +191,7 @@ class _Writer:
             if len(chunk) == _CHUNK:
                 self._tfds.add_examples({split: chunk})
                 chunk = []
-            self._progress.step()
+            self._progress.count()
         self._bad.check_split(split, count)
         self.stored[split] = Stored(len(rows), captions, count - absent - len(rows), absent)
         if not rows:

@@ -28,6 +28,7 @@ from data_prep import torch_files
 from data_prep.files import data_errors, read_json, text_lines
 from data_prep.names import EXTENSIONS
 from data_prep.parquet import open_parquet
+from data_prep.places import ends, first_object, has_keys
 from data_prep.schema import DataError
 from shnet_jax import foreign
 
@@ -67,6 +68,46 @@ def read_captions(path: Path) -> Iterator[Line]:
     """
     for line in _reader(path)(path):
         yield _checked(line, path)
+
+
+class Kind(NamedTuple):
+    """What a caption file is, and whether it says the splits."""
+
+    what: str
+    says_split: bool
+
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".pt", ".csv", ".tsv", ".txt", ".token")
+
+
+def recognise(path: Path) -> Kind | None:
+    """The kind of a caption file, None for another one; its ends or its first record are read.
+
+    Raises DataError for a stand-in such as a git-LFS pointer.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        return None
+    with data_errors():
+        foreign.check_kind(path)
+    if suffix == ".pt":
+        return Kind("captions by image of torch.save", False) if torch_files.peek(path) == "captions" else None
+    if suffix == ".json":
+        text = ends(path)
+        if has_keys(text, "images", "sentences", "split"):
+            return Kind("captions in Karpathy's JSON", True)
+        if has_keys(text, "images", "image_id", "caption"):
+            return Kind("captions in COCO's JSON", False)
+        try:
+            columns = _columns(tuple(first_object(text)), path)
+        except DataError:
+            return None
+        return Kind("captions in a JSON list", columns.split is not None)
+    try:
+        line = next(read_captions(path), None)
+    except DataError:
+        return None
+    return line and Kind(f"captions in {suffix[1:].upper()}", line.split is not None)
 
 
 def split_name(text: str) -> str:
@@ -154,7 +195,11 @@ def _lines(values: Sequence[Any], columns: _Columns, row: int, path: Path) -> It
     captions = [text for place in columns.captions for text in _listed(values[place])]
     if len(columns.captions) > 1:  # an image with fewer leaves cells empty
         captions = [text for text in captions if text != "" and not (isinstance(text, str) and text.isspace())]
-    ids = [None] * len(captions) if columns.ids is None else [_number(n) for n in _listed(values[columns.ids])]
+    if columns.ids is None:
+        ids = [None] * len(captions)
+    else:
+        given = values[columns.ids]
+        ids = [_number(n) for n in (listed_numbers(given) if isinstance(given, str) else _listed(given))]
     if len(ids) != len(captions):
         raise DataError(f"{path} row {row}: image {file!r}: expected {len(captions)} caption ids, found {len(ids)}")
     if not captions:
@@ -166,6 +211,8 @@ def _lines(values: Sequence[Any], columns: _Columns, row: int, path: Path) -> It
 def _listed(value: Any) -> list[Any]:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
+    if isinstance(value, str):
+        value = listed_texts(value) or value
     return value if isinstance(value, list) else [value]
 
 
@@ -346,7 +393,7 @@ def _table(path: Path) -> Iterator[Line]:
         values: list[Any] = list(cells)
         values[columns.image] = cells[columns.image].strip()
         for place in columns.captions:
-            found_list = _list(cells[place])
+            found_list = listed_texts(cells[place])
             if lists is None and cells[place].strip():
                 lists = bool(found_list)
             if lists and (found_list is not None or not cells[place].strip()):
@@ -354,8 +401,6 @@ def _table(path: Path) -> Iterator[Line]:
             elif lists or found_list:
                 one, other = ("a list of sentences", "a sentence")[:: 1 if lists else -1]
                 raise DataError(f"{path} row {row}: expected {one} as in the rows before, found {other}")
-        if columns.ids is not None:
-            values[columns.ids] = _numbers(cells[columns.ids])
         yield from _lines(values, columns, row, path)
 
 
@@ -382,7 +427,7 @@ def _quoted_rows(
             raise DataError(
                 f"{path} row {number}: expected cells that end where their quotes do: {error}; {mend}"
             ) from None
-        broken = [place for place, cell in enumerate(cells) if "\n" in cell and _list(cell) is None]
+        broken = [place for place, cell in enumerate(cells) if "\n" in cell and listed_texts(cell) is None]
         if broken:
             name = names[broken[0]] if broken[0] < len(names) else broken[0]
             raise DataError(
@@ -409,7 +454,7 @@ def _mended(cells: list[str], names: Sequence[str], columns: _Columns, delimiter
     return [*cells[:-1], match[1], match[2]]
 
 
-def _list(cell: str) -> list[str] | None:
+def listed_texts(cell: str) -> list[str] | None:
     """The texts of a cell that is a list, in JSON or as Python or NumPy prints it; None for any other."""
     cell = cell.strip()
     if not (cell.startswith("[") and cell.endswith("]")):
@@ -435,6 +480,6 @@ def _printed(cell: str) -> list[str] | None:
     return texts
 
 
-def _numbers(cell: str) -> list[Any]:
+def listed_numbers(cell: str) -> list[Any]:
     """Whole numbers of a cell: one, or a list of them."""
     return [part for part in re.split(r"[\s,]+", cell.strip().strip("[]()").replace("'", "").replace('"', "")) if part]

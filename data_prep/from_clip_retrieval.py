@@ -4,6 +4,8 @@
 
 DIR/img_emb/img_emb_K.npy, DIR/text_emb/text_emb_K.npy (may be absent) and DIR/metadata/metadata_K.parquet with the
 columns image_path and caption, perhaps split. Rows of one image_path become the captions of one image.
+
+It needs: pip install -e '.[parquet]'
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from data_prep import command, join, parquet, parts, rows, schema
 from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.captions import Captioned
 from data_prep.files import open_array
+from data_prep.places import Place, Recognised, missing, split_of
 from data_prep.rows import Row
 from data_prep.schema import DataError, Record, is_text
 from data_prep.sources.base import Source
@@ -156,6 +159,21 @@ class Images:
         if self.shards.files[0].texts is not None:
             record["caption_embeddings"] = np.stack([self.shards.vector("texts", row) for row in item.caption_ids])
         return record
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """A folder with img_emb and metadata."""
+    folders = [folder.name for folder in place.folders if folder.name in _SUFFIXES]
+    if not {IMAGES, METADATA} <= set(folders):
+        return
+    flags = {"src": str(place.path)}
+    if not missing("parquet"):
+        shards = open_shards(place.path)
+        with parquet.open_parquet(shards.files[0].metadata) as file:
+            says_split = rows.SPLIT in file.schema_arrow.names
+        flags |= {} if says_split else {"split": split_of(place.path) or "train"}
+    what = f"clip-retrieval's {', '.join(folders)}"
+    yield Recognised(what, "from_clip_retrieval", flags, captions=False, extra="parquet")
 
 
 def import_clip_retrieval(

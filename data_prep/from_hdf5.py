@@ -2,6 +2,8 @@
 
     python -m data_prep.from_hdf5 --hdf5=train36.hdf5,val36.hdf5 --captions=dataset_coco.json --name=NAME \\
         --out=DATA_DIR [--sizes=instances_train2014.json]
+
+It needs: pip install -e '.[hdf5]'
 """
 
 from __future__ import annotations

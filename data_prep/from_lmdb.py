@@ -1,6 +1,8 @@
 """Imports regions and boxes from an LMDB file of UNITER, ViLBERT or MMF.
 
 python -m data_prep.from_lmdb --lmdb=FOLDER --captions=dataset_coco.json --name=NAME --out=DATA_DIR
+
+It needs: pip install -e '.[lmdb]'
 """
 
 from __future__ import annotations

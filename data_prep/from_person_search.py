@@ -23,6 +23,7 @@ from data_prep.builder import write_dataset
 from data_prep.caption_files import split_name
 from data_prep.counts import Found
 from data_prep.files import inside, read_json
+from data_prep.places import Place, Recognised, ends, first_object
 from data_prep.schema import DataError, Record
 from shnet_jax import foreign
 from shnet_jax.paths import to_path
@@ -97,7 +98,7 @@ def _annotation(where: str, row: Any) -> tuple[str, Annotation]:
         raise DataError(f"{where}: field 'captions': expected a list of sentences, found {captions!r:.80}")
     if not isinstance(place, str) or Path(place).is_absolute() or ".." in Path(place).parts:
         raise DataError(f"{where}: field {field!r}: expected a path inside the folder of pictures, found {place!r}")
-    return split, Annotation(place, person, tuple(captions))
+    return split, Annotation(place, person, tuple(" ".join(c.split()) for c in captions))
 
 
 def hold_out(splits: Annotations, persons: int) -> Annotations:
@@ -208,6 +209,24 @@ def _size(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH such as 384x128, found {text!r}")
     return int(parts[0]), int(parts[1])
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """The annotations of a person search, and the folder of its pictures."""
+    for path in place.of(".json"):
+        first = first_object(ends(path))
+        name = next((first[field] for field in PATHS if field in first), None)
+        if not isinstance(name, str) or not {"id", "captions", "split"} <= set(first):
+            continue
+        folders = (*place.folders, path.parent, *(folder for folder in path.parent.iterdir() if folder.is_dir()))
+        folder = next((folder for folder in folders if (folder / name).is_file()), None)
+        yield Recognised(
+            f"annotations of a person search in {path.name}",
+            "from_person_search",
+            {"annotations": str(path)} | ({"images": str(folder)} if folder else {}),
+            captions=False,
+            lacks=() if folder else (f"the folder of its pictures, with {name}: --images=DIR",),
+        )
 
 
 @command.reports_errors

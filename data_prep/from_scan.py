@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from data_prep import command, join, parts, schema
 from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.counts import Found
 from data_prep.files import open_array, read_lines
+from data_prep.places import Place, Recognised, look
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Source
-from data_prep.sources.units import MASK, Layout, as_units
+from data_prep.sources.detections import Reading
+from data_prep.sources.units import MASK, Layout, as_units, first_units, open_units, unit_files
 from shnet_jax.paths import to_path
 
 ARRAYS = {
@@ -280,7 +283,7 @@ def split_names(src: Path) -> list[str]:
         raise DataError(f"{src}: no such folder")
     names = sorted(path.name.removesuffix("_caps.txt") for path in src.glob("*_caps.txt"))
     if not names:
-        raise DataError(f"{src}: expected at least one SPLIT_caps.txt, found none")
+        raise DataError(f"{src}: expected at least one SPLIT_caps.txt, found none; see: python -m data_prep {src}")
     return names
 
 
@@ -380,6 +383,42 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "skip_absent": args.absent == "skip",
         "on_bad_record": args.on_bad_record,
     }
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """A folder with SPLIT_caps.txt, and its arrays or a folder of features by image."""
+    splits = [file.name.removesuffix("_caps.txt") for file in place.of("_caps.txt")]
+    if not splits:
+        return
+    names = {file.name for file in place.files}
+    fields = [field for field, suffix in ARRAYS.items() if all(f"{split}{suffix}" in names for split in splits)]
+    what, flags = f"SCAN's layout, {', '.join(splits)}", {"src": str(place.path)}
+    if fields:
+
+        def read(reading: Reading) -> Iterator[Record]:
+            for field in set(MASK) & set(fields):
+                array = open_array(place.path / f"{splits[0]}{ARRAYS[field]}")
+                if array.ndim > 2:
+                    yield {field: as_units(array[0], f"{splits[0]}{ARRAYS[field]}", None, reading.layout)}
+
+        what += f", with {', '.join(fields)}"
+        yield Recognised(what, "from_scan", flags, captions=False, read=read, pads={}, pool="")
+        return
+    for folder in place.folders:
+        if all(f"{split}_ids.txt" in names for split in splits) and (files := unit_files(look(folder))):
+            field = "regions" if open_units(files[0]).ndim == 2 else "grid"
+            yield Recognised(
+                f"{what}, with features by image in {folder.name}",
+                "from_npy",
+                {**flags, "features": str(folder), "as": field},
+                captions=False,
+                read=partial(first_units, files, field),
+                pads={field: "max_units"},
+                pool="pool",
+            )
+            return
+    wanted = "SPLIT_ims.npy or another array of each split; or SPLIT_ids.txt and a folder of ID.npy for from_npy"
+    yield Recognised(what, "from_scan", flags, captions=False, lacks=(wanted,))
 
 
 @command.reports_errors

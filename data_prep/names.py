@@ -29,6 +29,11 @@ def keys(image_id: str) -> Iterator[str]:
     yield from dict.fromkeys((image_id, stem := _stem(image_id), _number(stem) or stem))
 
 
+def is_number(stem: str) -> bool:
+    """Whether a name is the number of an image, as COCO, Flickr30k and Visual Genome write it."""
+    return _number(stem) is not None
+
+
 def _stem(image_id: str) -> str:
     suffix = Path(image_id).suffix
     return image_id.removesuffix(suffix) if suffix.lower() in EXTENSIONS else image_id

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from data_prep import command
+from data_prep.places import Place, Recognised, listed, missing
 from data_prep.schema import DataError
+from data_prep.sources import bottom_up, lmdb_files, npz, panoptic, torch_dict, units, vinvl
 from data_prep.sources.base import Source
 from data_prep.sources.bottom_up import BottomUp
 from data_prep.sources.boxes import FORMS, Sizes
@@ -26,11 +28,13 @@ class Part(NamedTuple):
 
     help: layout and fields, for --help.
     open: makes the source from all flags; raises DataError when files are missing.
+    recognise: finds it in a folder, for `python -m data_prep FOLDER`.
     options: names in OPTIONS of the flags that this format takes.
     """
 
     help: str
     open: Callable[[argparse.Namespace], Source]
+    recognise: Callable[[Place], Iterable[Recognised]]
     options: tuple[str, ...] = ()
 
 
@@ -65,6 +69,26 @@ def _hdf5(args: argparse.Namespace) -> Source:
     except ModuleNotFoundError as error:
         raise DataError(f"reading HDF5 needs {error.name}: pip install -e '.[hdf5]'") from None
     return Hdf5Features(to_paths(args.hdf5), to_paths(args.hdf5_ids) if args.hdf5_ids else [], _reading(args))
+
+
+def _recognise_hdf5(place: Place) -> Iterator[Recognised]:
+    files = place.of(".hdf5", ".h5", ".hdf")
+    if files and missing("hdf5"):
+        yield Recognised("HDF5", "from_hdf5", {"hdf5": listed(files)}, extra="hdf5")
+    elif files:
+        from data_prep.sources import hdf5
+
+        yield from hdf5.recognise(place)
+
+
+def _recognise_embeddings(place: Place) -> Iterator[Recognised]:
+    folders = [
+        folder
+        for folder in (place.path, *place.folders)
+        if all((folder / name).is_file() for name in ("embeddings.json", "ids.json"))
+    ]
+    if folders:
+        yield Recognised("vectors of --mode=embed", "from_embeddings", {"embeddings": listed(folders)})
 
 
 def _panoptic(args: argparse.Namespace) -> Source:
@@ -102,29 +126,55 @@ _READING = ("features_as", "layout", "pool_grids", "max_cells", "max_regions", "
 
 PARTS: dict[str, Part] = {
     "bottom_up": Part(
-        "TSV of bottom-up attention or LXMERT, several by commas: regions, boxes", _bottom_up, ("max_regions", "boxes")
+        "TSV of bottom-up attention or LXMERT, several by commas: regions, boxes",
+        _bottom_up,
+        bottom_up.recognise,
+        ("max_regions", "boxes"),
     ),
     "grids": Part(
-        "folder with ID.npy, ID.pth or ID.pt (grid-feats-vqa): grid", _grids, ("max_cells", "pool_grids", "layout")
+        "folder with ID.npy, ID.pth or ID.pt (grid-feats-vqa): grid",
+        _grids,
+        units.recognise,
+        ("max_cells", "pool_grids", "layout"),
     ),
-    "npz": Part("folder with ID.npz (x and bbox, or feat): regions and boxes, or grid", _npz, _READING),
+    "npz": Part("folder with ID.npz (x and bbox, or feat): regions and boxes, or grid", _npz, npz.recognise, _READING),
     "hdf5": Part(
         "HDF5, several by commas (image_features, ID_features, ...): regions and boxes, or grid",
         _hdf5,
+        _recognise_hdf5,
         (*_READING, "hdf5_ids", "size_order"),
     ),
-    "lmdb": Part("LMDB of UNITER (feat_*), ViLBERT or MMF: regions, boxes, scores", _lmdb, _READING),
+    "lmdb": Part(
+        "LMDB of UNITER (feat_*), ViLBERT or MMF: regions, boxes, scores", _lmdb, lmdb_files.recognise, _READING
+    ),
     "vinvl": Part(
         "features.tsv or SPLIT.feature.tsv of VinVL, several by commas: regions, boxes",
         _vinvl,
+        vinvl.recognise,
         (*_READING, "geometry", "vinvl_labels"),
     ),
     "torch": Part(
-        "FILE.pt of torch.save, {image: tensor}, several by commas: regions, boxes", _torch, (*_READING, "geometry")
+        "FILE.pt of torch.save, {image: tensor}, several by commas: regions, boxes",
+        _torch,
+        torch_dict.recognise,
+        (*_READING, "geometry"),
     ),
-    "panoptic": Part("COCO panoptic JSON: seg_semantic, seg_map, categories", _panoptic, ("panoptic_png",)),
-    "upsnet": Part("folder with UPSNet's PNG (pan_2ch or ssegs): seg_semantic, seg_map, categories", _upsnet),
-    "embeddings": Part("folder of --mode=embed, several by commas: image_embedding, caption_embeddings", _embeddings),
+    "panoptic": Part(
+        "COCO panoptic JSON: seg_semantic, seg_map, categories",
+        _panoptic,
+        panoptic.recognise_panoptic,
+        ("panoptic_png",),
+    ),
+    "upsnet": Part(
+        "folder with UPSNet's PNG (pan_2ch or ssegs): seg_semantic, seg_map, categories",
+        _upsnet,
+        panoptic.recognise_upsnet,
+    ),
+    "embeddings": Part(
+        "folder of --mode=embed, several by commas: image_embedding, caption_embeddings",
+        _embeddings,
+        _recognise_embeddings,
+    ),
 }
 
 OPTIONS: dict[str, Mapping[str, Any]] = {

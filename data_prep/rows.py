@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.caption_files import split_name
+from data_prep.caption_files import listed_numbers, listed_texts, split_name
 from data_prep.captions import OUTSIDE, WITHOUT, Captioned, Splits, read_split_lists
 from data_prep.counts import Found
 from data_prep.schema import DataError, is_text
@@ -22,13 +22,17 @@ _SPLITS = re.compile(r"(train|restval|val|valid|validation|dev|test)(?:[-_.0-9].
 
 
 class Row(NamedTuple):
-    """A row: the image's file, its captions with their numbers or (), the split or None, and its place for errors."""
+    """A row: the image's file, its captions with their numbers or (), the split or None, and its place for errors.
+
+    fault: what spoils the record of the image, or "".
+    """
 
     file: str
     captions: tuple[str, ...]
     numbers: tuple[int, ...]
     split: str | None
     where: str
+    fault: str = ""
 
 
 def column(names: Collection[str], wanted: Iterable[str]) -> str | None:
@@ -39,15 +43,16 @@ def column(names: Collection[str], wanted: Iterable[str]) -> str | None:
 def parse(values: Mapping[str, Any], file: str, where: str) -> Row:
     """The row that the columns `values` make.
 
-    Captions are text, a list of texts, or (lists of) objects with `raw` and perhaps `sentid`, as Karpathy's. Raises
-    DataError naming `where` and the column.
+    Captions are text, a list of texts (also as JSON or Python prints it), or (lists of) objects with `raw` and perhaps
+    `sentid`, as Karpathy's. Raises DataError naming `where` and the column.
     """
     name, split = column(values, CAPTIONS), values.get(SPLIT)
     captions, numbers = _texts(values[name], f"{where}: {name!r}") if name else ([], [])
     numbers_name = column(values, NUMBERS)
     if not numbers and numbers_name and values[numbers_name] is not None:
         given = values[numbers_name]
-        numbers = [_number(n, f"{where}: {numbers_name!r}") for n in (given if isinstance(given, list) else [given])]
+        given = listed_numbers(given) if isinstance(given, str) else given if isinstance(given, list) else [given]
+        numbers = [_number(n, f"{where}: {numbers_name!r}") for n in given]
         if len(numbers) != len(captions):
             raise DataError(
                 f"{where}: {numbers_name!r}: expected one for each of {len(captions)} captions, found {len(numbers)}"
@@ -57,11 +62,21 @@ def parse(values: Mapping[str, Any], file: str, where: str) -> Row:
     return Row(file, tuple(captions), tuple(numbers), split, where)
 
 
+def row_or_fault(file: str, where: str, split: Any, make: Callable[..., Row], *args: Any) -> Row:
+    """The row that `make` returns; its DataError becomes the fault of a row without captions, of `split` if a text."""
+    try:
+        return make(*args)
+    except DataError as error:
+        return Row(file, (), (), split if is_text(split) else None, where, str(error))
+
+
 def _texts(value: Any, where: str) -> tuple[list[str], list[int]]:
     captions: list[str] = []
     numbers: list[int] = []
+    if isinstance(value, str):
+        value = listed_texts(value) or value
     for item in value if isinstance(value, list) else [value]:
-        text = item.get("raw") if isinstance(item, dict) else item
+        text = item["raw"] if isinstance(item, dict) and "raw" in item else item
         if text is None or text == "":
             continue
         if not isinstance(text, str) or not (text.isspace() or is_text(text)):
@@ -90,11 +105,12 @@ def split_of_name(path: Path, root: Path) -> str | None:
     return match[1].lower() if match else None
 
 
-def gather(rows: Iterable[Row], split_lists: str | None, what: object) -> Splits:
+def gather(rows: Iterable[Row], split_lists: str | None, what: object, *, strict: bool = True) -> Splits:
     """The images of all rows by split, in their order; rows of one file become the captions of one image.
 
     split_lists: the flag of `captions.add_arguments`; images in none of the lists are left out, and so are those
     without captions; `found` of the result says both. what: the flag or folder, for messages.
+    strict: a row with a fault is an error; else the fault is that of its image alone.
 
     Raises DataError for a row without a split, an image in two, and an image with and without numbers.
     """
@@ -106,9 +122,12 @@ def gather(rows: Iterable[Row], split_lists: str | None, what: object) -> Splits
         count, captions = count + 1, captions + len(row.captions)
         name = Path(row.file)
         split = row.split if lists is None else lists.get(name.name, lists.get(name.stem))
-        if not row.captions or (split is None and lists is not None):
-            left_out.setdefault(row.file, OUTSIDE if row.captions else WITHOUT)
+        said = row.captions or row.fault
+        if not said or (split is None and lists is not None):
+            left_out.setdefault(row.file, OUTSIDE if said else WITHOUT)
             continue
+        if row.fault and (strict or split is None):
+            raise DataError(f"{row.fault}; --on_bad_record=skip leaves such records out" if strict else row.fault)
         if split is None:
             raise DataError(f"{row.where}: image {row.file!r}: expected a split; give --split=NAME or --split_lists")
         split = split_name(split)
@@ -116,9 +135,12 @@ def gather(rows: Iterable[Row], split_lists: str | None, what: object) -> Splits
         if before != split:
             raise DataError(f"{row.where}: image {row.file!r}: expected it in one split, found {before} and {split}")
         if first is not None:
-            if bool(first.numbers) != bool(row.numbers):
+            fault = first.fault or row.fault
+            if not fault and bool(first.numbers) != bool(row.numbers):
                 raise DataError(f"{row.where}: image {row.file!r}: expected numbers of all captions, found some")
-            row = first._replace(captions=first.captions + row.captions, numbers=first.numbers + row.numbers)
+            row = first._replace(
+                captions=first.captions + row.captions, numbers=first.numbers + row.numbers, fault=fault
+            )
         found[row.file] = (split, row)
     if not found:
         raise DataError(f"{what}: expected images with captions, found none in {count} rows")
@@ -132,6 +154,6 @@ def gather(rows: Iterable[Row], split_lists: str | None, what: object) -> Splits
     splits = Splits()
     for file, (split, row) in found.items():
         image_id = Path(file).name if names_differ else file
-        splits.setdefault(split, []).append(Captioned(image_id, file, row.captions, row.numbers))
+        splits.setdefault(split, []).append(Captioned(image_id, file, row.captions, row.numbers, row.fault))
     splits.found = Found(count, len(found) + sum(map(len, reasons.values())), captions, reasons)
     return splits

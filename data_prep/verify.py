@@ -18,7 +18,6 @@ import numpy as np
 
 from data_prep import command, schema
 from data_prep.bad_records import SKIPPED
-from data_prep.progress import Progress
 from data_prep.schema import DataError
 from data_prep.sources.units import MASK, narrow
 from shnet_jax.data.checksums import CHECKSUMS, read_checksums, sha256
@@ -26,6 +25,8 @@ from shnet_jax.data.index import Index, index_file, read_index
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, open_dataset
 from shnet_jax.data.tokenise import sentence_piece
 from shnet_jax.foreign import inside
+from shnet_jax.observe.progress import Progress
+from shnet_jax.observe.table import Table
 from shnet_jax.paths import to_path
 
 _SHOWN = 10  # problems of one kind that are printed
@@ -168,11 +169,11 @@ def _check_records(report: Report, indices: Mapping[str, Index], sample: int | N
         split: np.unique(np.linspace(0, size - 1, min(sample or size, size)).astype(int)).tolist()
         for split, size in dataset.splits.items()
     }
-    progress = Progress("verify", sum(map(len, rows.values())))
+    progress = Progress(sum(map(len, rows.values())), what="verify", unit="records")
     for split, index in indices.items():
         records = dataset.open_split(split, fields)
         for row in rows[split]:
-            progress.step()
+            progress.count()
             try:
                 record = records[row]
             except DataError as error:
@@ -242,16 +243,6 @@ def _check_ids(report: Report, indices: Mapping[str, Index]) -> None:
         (report.problems if serious else report.notes).append(line)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in (header, *rows))
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def text(report: Report) -> str:
     """The report as a human reads it."""
     dataset = report.dataset
@@ -275,8 +266,8 @@ def text(report: Report) -> str:
     parts = [
         f"{dataset.path}",
         f"classes: {dataset.num_classes}   source: {dataset.metadata.get('source', '?')}",
-        table(("split", "records", "read", "captions", "an image"), splits),
-        table(("field", "shape", "dtype", "mean", "std", "min", "max", "zeros"), fields),
+        Table("Splits", ("split", "records", "read", "captions", "an image"), splits).plain(),
+        Table("Fields", ("field", "shape", "dtype", "mean", "std", "min", "max", "zeros"), fields).plain(),
         _listed("note", report.notes),
         _listed("problem", report.problems),
         f"not usable: {len(report.problems)} problems" if report.problems else "usable",

@@ -1,4 +1,4 @@
-"""A trained model in a few lines of Python; what `shnet_jax.load` gives."""
+"""A trained model in a few lines of Python: `shnet_jax.load` and the `Retriever` that it returns."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from shnet_jax.data.fields import checked_fields
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.data.records import DataSet
 from shnet_jax.evaluate.blocks import digest
-from shnet_jax.evaluate.towers import encode_parts
+from shnet_jax.evaluate.towers import encode_parts, make_towers
 from shnet_jax.evaluate.two_stage import candidates
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.paths import to_path
-from shnet_jax.retrieve.folder import SOURCE, Embeddings, make_ids, open_embeddings
-from shnet_jax.retrieve.query import Answer, Searcher, encode_texts, place_towers
+from shnet_jax.retrieve.embeddings import SOURCE, Embeddings, make_ids, open_embeddings
+from shnet_jax.retrieve.searcher import Answer, Searcher, encode_texts
 from shnet_jax.train.workdir import trained_config
 from shnet_jax.types import Embedding
 
 
 def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None = None) -> Retriever:
-    """The best checkpoint of a run, or a certain one of it.
+    """Loads the best checkpoint of a run, or a certain one.
 
     Args:
       path: the work folder of a run, or the folder of one of its checkpoints (WORKDIR/checkpoints/STEP).
@@ -42,13 +42,13 @@ def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None 
     workdir, step = path, None
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         workdir, step = path.parent.parent, int(path.name)
-    own = config is None
+    from_run = config is None
     config = ConfigDict((trained_config(workdir) if config is None else config).to_dict())
     config.data.dir = str(data_dir) or config.data.dir
     try:
         return Retriever(commands.load(workdir, config, step), config)
     except AttributeError as error:
-        if not own or "ConfigDict" not in type(error.obj).__name__:
+        if not from_run or "ConfigDict" not in type(error.obj).__name__:
             raise
         raise ValueError(
             f"{workdir}: the run is older than the field {error.name!r}; give config=, that of its file in configs/, "
@@ -71,7 +71,7 @@ class Retriever:
 
     @cached_property
     def _towers(self) -> Any:
-        return place_towers(self.loaded.experiment, self.loaded.variables, self._mesh)
+        return make_towers(self.loaded.experiment, self._mesh, self._mesh)(self.loaded.variables)
 
     def encode_texts(self, texts: str | Sequence[str]) -> Embedding:
         """Sentences, or one, -> their t embeddings, NumPy: `.vector` [t, d] float32, of unit length."""
@@ -96,7 +96,7 @@ class Retriever:
         return encode_parts(self._towers[0], _parts(fields, count, rows), count)
 
     def search(self, query: str | Sequence[str], split: str = "test", top_k: int = 10) -> list[Answer]:
-        """The images of a split that fit each sentence best, an Answer with `.hits` for each.
+        """Finds the `top_k` images of a split that fit each sentence best: an Answer with `.hits` for each sentence.
 
         The split is encoded at the first search and kept; `open` takes its vectors from a folder instead.
         """
@@ -104,31 +104,31 @@ class Retriever:
         return self._searcher(split).images_by_text(queries, self.encode_texts(queries), top_k)
 
     def search_by_image(self, image_id: str | Sequence[str], split: str = "test", top_k: int = 10) -> list[Answer]:
-        """The captions that fit images of a split best, and the images most like them."""
+        """Finds the captions that fit images of a split best, and the images most like them."""
         return self._searcher(split).by_image([image_id] if isinstance(image_id, str) else list(image_id), top_k)
 
     def open(self, folder: str | Path) -> None:
         """Takes the embeddings of a split from a folder of --mode=embed.
 
-        Raises ValueError for those of another checkpoint, of another run or of another step.
+        Raises ValueError for embeddings of another checkpoint, of another run or of another step.
         """
-        found = open_embeddings(folder)
+        embeddings = open_embeddings(folder)
         ours = {"checkpoint_step": self.loaded.step, "weights_sha256": digest(self.loaded.variables)}
         for name, value in ours.items():
-            if (there := found.source.get(name)) != value:
+            if (stored := embeddings.source.get(name)) != value:
                 raise ValueError(
-                    f"{folder} holds embeddings of another checkpoint: {name} is {there!r} in its {SOURCE}, "
+                    f"{folder} holds embeddings of another checkpoint: {name} is {stored!r} in its {SOURCE}, "
                     f"{value!r} of this model; make them with --mode=embed on its run"
                 )
-        self._galleries[found.source["split"]] = found
+        self._galleries[embeddings.source["split"]] = embeddings
 
     def _searcher(self, split: str) -> Searcher:
         if split not in self._galleries:
             ids = make_ids(self.dataset, split)
             images, texts = self.encode_images(split), self.encode_texts(ids.captions)
             self._galleries[split] = Embeddings(Path(), {"split": split}, ids, images, texts)
-        how = ConfigDict({"index": "exact"}), self.config.eval.tile, self._mesh, self._candidates
-        return Searcher(self._galleries[split], self.loaded.score, *how)
+        options = self.config.eval.tile, self._mesh, self._candidates
+        return Searcher(self._galleries[split], self.loaded.score, *options)
 
 
 def _parts(fields: Mapping[str, np.ndarray], count: int, rows: int) -> Any:

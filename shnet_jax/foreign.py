@@ -40,7 +40,8 @@ NPY_FAULTS = (
 )
 """What NumPy's readers of .npy headers, which are a piece of Python, raise for those that are none."""
 
-_PALETTE = 3  # the colour type of a PNG
+_GREY, _COLOUR, _PALETTE = 0, 2, 3  # colour types of a PNG
+_SAMPLE_FORMAT = 339  # the tag of a TIFF
 _STRIP = 64  # rows of a picture that are converted at once
 _NAME = 255  # bytes of a file name on the file systems of today
 _NPY = b"\x93NUMPY"
@@ -164,6 +165,7 @@ _KINDS = (
     (_NPY, "a .npy array"),
     *((bytes([0x80, protocol]), "a pickle, which is not loaded") for protocol in (2, 3, 4, 5)),
     (b"<", "a page of HTML or XML (a download that failed?)"),
+    (b"%PDF", "a PDF"),
 )
 
 
@@ -171,6 +173,8 @@ def kind_of(start: bytes) -> str:
     """The end of an error, ", found ...", from the first bytes of a file that is of another kind than expected."""
     if not start.strip(b"\0"):
         return ", found zeros" if start else ", found an empty file"
+    if start[4:8] == b"ftyp":
+        return f", found a file of the kind {start[8:12].decode('latin-1').strip()!r} (HEIC, AVIF or a video)"
     return next((f", found {kind}" for magic, kind in _KINDS if start.lstrip().startswith(magic)), "")
 
 
@@ -282,6 +286,7 @@ def parse_picture(data: bytes, name: str) -> Image.Image:
     range (whole numbers of 32 bits, floating point).
     """
     with _opened(data, name, FORMATS) as picture:
+        _mend(picture, data)
         ImageOps.exif_transpose(picture, in_place=True)
         return _as_rgb(picture)
 
@@ -317,9 +322,32 @@ def _opened(data: bytes, name: str, formats: tuple[str, ...]) -> Iterator[Image.
             picture.load()
             yield picture
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: expected a picture, found no {', '.join(formats)}") from None
+        what = kind_of(data[:_START]) or f", found no {', '.join(formats)}"
+        raise ValueError(f"{name}: expected a picture{what}") from None
     except PICTURE_FAULTS as error:
         raise ValueError(f"{name}: expected a picture: {error}") from None
+
+
+def _mend(picture: Image.Image, data: bytes) -> None:
+    """Pillow gives other pixels than the file has for a few rare kinds: mended, or ValueError."""
+    tags = getattr(picture, "tag_v2", {})
+    bits = tags.get(ExifTags.Base.BitsPerSample, (8,))
+    unpacked = tags.get(ExifTags.Base.Compression, 1) == 1
+    if tags.get(ExifTags.Base.PlanarConfiguration) == 2 and (len(bits) == 2 or (16 in bits and unpacked)):
+        raise ValueError(
+            f"it has {len(bits)} planes of {bits[0]} bits each; save it with the values of a pixel together"
+        )
+    if picture.mode == "L" and 2 in tags.get(_SAMPLE_FORMAT, ()):
+        raise ValueError("its values have signs; save it with 8 or unsigned 16 bits")
+    if picture.format == "PNG" and "transparency" in picture.info:
+        depth, kind = data[24:26]
+        if kind == _COLOUR and depth == 16:
+            raise ValueError("one colour of 16 bits is transparent; save it with 8 bits, or with an alpha channel")
+        if kind == _GREY and depth in (
+            2,
+            4,
+        ):  # the pixels are scaled to 8 bits, the number of the transparent grey is not
+            picture.info["transparency"] *= 255 // (2**depth - 1)
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:

@@ -169,7 +169,8 @@ def test_a_ratio_is_of_speeds():
     row = compare("pool", "x", Timing((4.0, 1.0, 2.0)), "y", Timing((8.0,)), work=10.0, reference_work=20.0, aim=3.0)
     assert (row.seconds, row.best_seconds, row.rounds) == (2.0, 1.0, 1)
     assert row.ratio == (10 / 2) / (20 / 8)
-    assert "| pool | x | 2 s | y | 8 s | 2 | ≥ 3 |  |  |  |" in table([row])
+    cells = [cell.strip() for cell in table([row]).splitlines()[2].split("|")]
+    assert cells[1:-1] == ["pool", "x", "2 s", "y", "8 s", "2", "≥ 3", "", "", ""]
 
 
 def test_lengths_are_those_of_captions():

@@ -31,14 +31,15 @@ ALLOWED: dict[str, set[str]] = {
 }
 COMMON = {"types", "registry", "foreign", "paths"}
 # What a command line calls: may import every part, no part may import it.
-ENTRY = {"api", "commands", "convert", "cross", "modes", "plan", "scaling", "search_modes", "study"}
+ENTRY = {"api", "commands", "convert", "cross", "modes", "plan", "scaling", "study"}
 
 # What a folder may import of the whole project.
 REACH = {
     "shnet_jax": {"shnet_jax"},
     "data_prep": {
-        *("data_prep", "shnet_jax.data", "shnet_jax.foreign", "shnet_jax.paths", "shnet_jax.observe.files"),
-        *("shnet_jax.retrieve.folder", "shnet_jax.retrieve.tensors"),  # what --mode=embed writes, taken as a source
+        *("data_prep", "shnet_jax.data", "shnet_jax.foreign", "shnet_jax.paths"),
+        *("shnet_jax.observe.files", "shnet_jax.observe.progress", "shnet_jax.observe.table"),
+        *("shnet_jax.retrieve.embeddings", "shnet_jax.retrieve.tensors"),  # what --mode=embed writes, taken as a source
         "shnet_jax.observe.terminal",
         *("shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle"),
     },

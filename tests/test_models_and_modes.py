@@ -21,8 +21,10 @@ from data_prep.builder import write_dataset
 from shnet_jax.commands import evaluate, train
 from shnet_jax.convert import convert
 from shnet_jax.cross import cross
+from shnet_jax.modes.embed import embed
+from shnet_jax.modes.page import page
+from shnet_jax.modes.search import search
 from shnet_jax.plan import command, programs
-from shnet_jax.search_modes import embed, page, search
 from tests.train import tiny
 
 pytestmark = pytest.mark.slow
@@ -104,7 +106,7 @@ def test_every_mode(model, tmp_path, monkeypatch):
         assert f"{exact['metrics']['rsum']:.1f}" in text and "How it learned" in text
         if model is esa:  # it has persons, pixels and weights of its pooling, and neither gates nor attention
             for wanted in (
-                "words → person, mAP",
+                "text to person, mAP",
                 "the images of its person",
                 "data:image/jpeg",
                 "How the set is pooled",

@@ -95,6 +95,60 @@ def test_16_bits_of_colour_and_alpha():
     assert _read(one_is_clear)[0, :, 0].tolist() == [0, 0, 0, 1, 255, 1, 4, 128, 255]
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_transparent_grey_of_few_bits(bits):
+    white = 2**bits - 1
+    values = (0, 1, white)[: 8 // bits]  # of one byte
+    packed = sum(value << (8 - bits * (place + 1)) for place, value in enumerate(values))
+    for clear in {0, 1, white}:
+        found = _read(_png(np.array([[packed]]), 0, bits=bits, tRNS=struct.pack(">H", clear)))[0, : len(values), 0]
+        assert found.tolist() == [255 if value == clear else value * 255 // white for value in values]
+
+
+def _planes(values, bits):
+    """A colour TIFF whose planes lie one behind the other."""
+    count, height, width = values.shape
+    data, size = values.astype(f"<u{bits // 8}").tobytes(), height * width * bits // 8
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, count, 0), (259, 4, 1, 1), (262, 4, 1, 2)]
+    tags += [(273, 4, count, 0), (277, 4, 1, count), (278, 4, 1, height), (279, 4, count, 0), (284, 4, 1, 2)]
+    at = 8 + 2 + 12 * len(tags) + 4
+    lists = {258: struct.pack("<3HH", *[bits] * 3, 0)}
+    lists |= {
+        273: b"".join(struct.pack("<I", at + 32 + i * size) for i in range(3)),
+        279: struct.pack("<3I", *[size] * 3),
+    }
+    places = {258: at, 273: at + 8, 279: at + 20}
+    entries = b"".join(struct.pack("<HHII", tag, kind, n, places.get(tag, value)) for tag, kind, n, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + b"".join(lists.values()) + data
+
+
+def test_what_pillow_misreads_is_refused():
+    values = np.arange(3 * 2 * 4).reshape(3, 2, 4)
+    np.testing.assert_array_equal(_read(_planes(values, 8)), values.transpose(1, 2, 0))
+    clear = _png(np.array([[[0, 257 * 7, 65535]]], np.uint16), 2, tRNS=struct.pack(">HHH", 0, 257 * 7, 65535))
+    for data, what in (
+        (_planes(values * 257, 16), "3 planes of 16 bits"),
+        (clear, "one colour of 16 bits is transparent"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            foreign.parse_picture(data, "a")
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "an empty file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "kind 'heic'"),
+        (b"%PDF-1.7", "a PDF"),
+        (b"\x1f\x8b\x08", "a gzip archive"),
+        (b"GIF", "no BMP, GIF"),
+    ],
+)
+def test_what_lies_there_in_place_of_a_picture(data, what):
+    with pytest.raises(ValueError, match=rf"a\.jpg: expected a picture, found {what}|found a file of the {what}"):
+        foreign.parse_picture(data, "a.jpg")
+
+
 @pytest.mark.parametrize(
     ("array", "what"),
     [

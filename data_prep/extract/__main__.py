@@ -4,6 +4,8 @@
 
 Tars and Parquet files as --images bring their captions with them.
 A run that was stopped goes on with the same command.
+
+It needs: pip install -e '.[extract]'
 """
 
 from __future__ import annotations

@@ -44,12 +44,13 @@ class ByName(Generic[T]):
         self._entries: dict[str, T] = {}
         self._last: dict[str, str | None] = {}  # last part of a name -> the name, None of several
 
-    def add(self, file: str, entry: T) -> None:
-        """Note the entry, unless there is one of this name."""
+    def add(self, file: str, entry: T) -> T:
+        """Note the entry, unless there is one of this name; returns the one that counts."""
         if file not in self._entries:
             self._entries[file] = entry
             last = PurePosixPath(file).name
             self._last[last] = None if last in self._last else file
+        return self._entries[file]
 
     def items(self) -> Iterable[tuple[str, T]]:
         """Names and entries, in their order."""

@@ -6,22 +6,24 @@ import argparse
 import itertools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep import captions, coco_panoptic, command, join, rows
 from data_prep.builder import VERSION, write_dataset
 from data_prep.counts import Found
-from data_prep.extract import blocks, settings
+from data_prep.extract import blocks, settings, tables, tars
 from data_prep.extract.blocks import Block
 from data_prep.extract.images import Folder, Photographs
 from data_prep.extract.settings import Settings
 from data_prep.extract.tables import Tables
 from data_prep.extract.tars import Tars
 from data_prep.names import EXTENSIONS
-from data_prep.progress import Progress
+from data_prep.places import Place, Recognised, look, missing, split_of
 from data_prep.schema import DataError
+from data_prep.sources.panoptic import is_label_map
+from shnet_jax.observe.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -57,28 +59,86 @@ def open_photographs(path: Path, caption_from: str | None = None) -> Photographs
     """What --images names: a folder of photographs, or a tar, a Parquet file or a folder of them.
 
     Raises DataError where there is no such thing; a folder counts as one of tars, then of Parquet files, when it has
-    any, and no photographs beside them.
+    any, and no photographs beside them. Of Parquet files beside tars only those of img2dataset, 00000.parquet of
+    00000.tar, are passed over.
     """
-    if path.is_file():
-        found = {path.suffix.lower(): [path]}
-    elif path.is_dir():
-        found = {suffix: sorted(path.rglob(f"*{suffix}"), key=_by_number) for suffix in (".tar", ".parquet")}
-        if any(entry.suffix.lower() in EXTENSIONS for entry in path.iterdir()):
-            found = {}
-    else:
+    if not path.exists():
         raise DataError(f"{path}: no such folder or file")
-    if found.get(".tar"):
-        return Tars(found[".tar"], path, caption_from)
-    if found.get(".parquet"):
-        return Tables(found[".parquet"], path)
+    if path.is_dir() and any(entry.suffix.lower() in EXTENSIONS for entry in path.iterdir()):
+        return Folder(path)
+    found: dict[str, list[Path]] = {suffix: [] for suffix in (".tar", ".parquet", *_PACKED)}
+    photographs = False
+    for entry in [path] if path.is_file() else path.rglob("*"):
+        photographs = photographs or entry.suffix.lower() in EXTENSIONS
+        if entry.suffix.lower() in found:
+            found[entry.suffix.lower()].append(entry)
+    tars, tables = (sorted(found[suffix], key=_by_number) for suffix in (".tar", ".parquet"))
+    packed = [
+        entry for suffix in _PACKED for entry in found[suffix] if suffix == ".tgz" or ".tar." in entry.name.lower()
+    ]
+    if packed and (tars or tables or not photographs):
+        raise DataError(
+            f"{packed[0]}: expected tars that are not compressed, found a compressed one; decompress it first"
+        )
+    if tars:
+        described = {entry.with_suffix("") for entry in tars}
+        if alone := [entry for entry in tables if entry.with_suffix("") not in described]:
+            raise DataError(
+                f"{path}: expected tars or Parquet files, found {tars[0].name} and {alone[0].name}; name one"
+            )
+        return Tars(tars, path, caption_from)
+    if tables:
+        return Tables(tables, path)
     if path.is_file():
         raise DataError(f"{path}: expected a folder of photographs, a .tar or a .parquet, found another file")
     return Folder(path)
 
 
+_PACKED = (".tgz", ".gz", ".bz2", ".xz", ".zst")
+
+
 def _by_number(path: Path) -> list[tuple[int, str]]:
     """2.tar before 10.tar."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]
+
+
+MODELS = {
+    "segmenter": "facebook/mask2former-swin-large-coco-panoptic",
+    "backbone": "openai/clip-vit-large-patch14-336",
+}
+"""Of docs/extract.md; smaller ones, or folders, will do."""
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """Photographs, in a folder or in folders of it; tars and Parquet files of them, perhaps with their captions."""
+    flags, extra = {"images": str(place.path), **MODELS}, "extract"
+    photographs = [] if place.path.is_file() else place.of(*EXTENSIONS)
+    photographs = photographs if any(map(_is_photograph, photographs[:1])) else []
+    inner = [look(folder) for folder in place.folders[:_FOLDERS]] if not photographs and not place.files else []
+    if photographs or (len(inner) > 1 and all(any(map(_is_photograph, one.files[:_FOLDERS])) for one in inner)):
+        what = f"{len(photographs)} photographs" if photographs else f"{len(inner)} folders of photographs"
+        yield Recognised(what, "extract", flags, extra=extra)
+    elif files := place.of(".tar"):
+        endings, split = tars.holds(files[0])
+        if set(endings) & set(EXTENSIONS):
+            captioned = bool(set(endings) & set(tars.TEXTS))
+            split = split or rows.split_of_name(files[0], place.path)
+            flags |= {"split": "train"} if captioned and not split else {}
+            what = f"{len(files)} tars with {', '.join(endings)}"
+            yield Recognised(what, "extract", flags, captions=not captioned, extra=extra)
+    elif (files := place.of(".parquet")) and not missing("parquet") and (texts := tables.holds(files[0])) is not None:
+        captioned = rows.column(texts, rows.CAPTIONS) is not None
+        told = rows.SPLIT in texts or all(rows.split_of_name(file, place.path) for file in files)
+        flags |= {"split": split_of(place.path) or "train"} if captioned and not told else {}
+        what = f"{len(files)} Parquet files with pictures{' and captions' if captioned else ''}"
+        yield Recognised(what, "extract", flags, captions=not captioned, extra=extra)
+
+
+_FOLDERS = 100
+
+
+def _is_photograph(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not (path.suffix.lower() == ".png" and is_label_map(path))
 
 
 def prepare(args: argparse.Namespace) -> Work:
@@ -94,7 +154,8 @@ def prepare(args: argparse.Namespace) -> Work:
             raise DataError(f"{' and '.join(given)}: belongs to captions inside of --images, not to --captions")
         splits = captions.read(args.captions, args.split_lists, strict=args.on_bad_record == "fail")
     else:
-        splits = rows.gather(photographs.rows(args.split), args.split_lists, chosen.images)
+        found = photographs.rows(args.split)
+        splits = rows.gather(found, args.split_lists, chosen.images, strict=args.on_bad_record == "fail")
     return Work(chosen, photographs, folder, blocks.plan(folder, chosen, splits), splits.found)
 
 
@@ -127,11 +188,11 @@ def extract_here(work: Work, args: argparse.Namespace) -> None:
     if left < total:
         print(f"extract: going on after {total - left} of {total} photographs", file=sys.stderr)
     extractor = load_extractor(work.settings, args.device)
-    progress = Progress("extract", left)
+    progress = Progress(left, what="extract", unit="records")
 
     for block in pending:
         policy = on_broken(args.broken)
-        blocks.extract(block, work.photographs, extractor, args.batch_size, policy, progress.step)
+        blocks.extract(block, work.photographs, extractor, args.batch_size, policy, progress.count)
     progress.close()
 
 

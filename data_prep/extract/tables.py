@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
@@ -38,11 +39,13 @@ class Tables:
         self._root, self._paths = root, list(paths)
         self._columns = [_columns(path) for path in self._paths]
         self._places: ByName[tuple[int, int]] = ByName(root)  # file and row, the first of a name that comes again
+        self._again: dict[tuple[int, int], tuple[int, int]] = {}  # file and row of the others, and of the first
         self._lock = threading.Lock()
         self._reader: tuple[int, int, Iterator[dict[str, Any]]] | None = None  # file, next row
         for number, _ in enumerate(self._paths):
             for row, (file, _) in enumerate(self._named(number, ())):
-                self._places.add(file, (number, row))
+                if (first := self._places.add(file, (number, row))) != (number, row):
+                    self._again[number, row] = first
 
     def _named(self, number: int, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Name and values of each row of a file."""
@@ -56,7 +59,7 @@ class Tables:
                 file = (values[known.path.partition(".")[0]] or {}).get("path")
             file = str(file) if type(file) is int else file
             if wanted is None or (file is None and not known.name):
-                file = f"{path.stem}-{row}"
+                file = f"{path.relative_to(self._root).with_suffix('') if path != self._root else path.stem}-{row}"
             if not is_text(file):
                 raise DataError(f"{path} row {row}: {wanted!r}: expected the name of an image, found {file!r:.200}")
             yield file, values
@@ -94,18 +97,51 @@ class Tables:
                     f"{self._paths[number]} row {row}: {column!r}: expected a picture, found the column's end"
                 )
             self._reader = (number, row + 1, values)
-        name, _, inner = column.partition(".")
-        return (found[name] or {}).get(inner) if inner else found[name]
+        return _bytes_in(found, column)
+
+    def _check_repeated(self) -> None:
+        """Raises DataError where rows of one name have different pictures. Reads them only where a name comes again."""
+        digests: dict[tuple[int, int], bytes] = {}
+        shared = {*self._again, *self._again.values()}
+        for number in sorted({number for number, _ in shared}):
+            path, column = self._paths[number], self._columns[number].data
+            for row, values in enumerate(parquet.rows(path, [column], 0, _BATCH)):
+                if (number, row) in shared and (data := _bytes_in(values, column)):
+                    first, digest = self._again.get((number, row), (number, row)), hashlib.sha256(data).digest()
+                    if digests.setdefault(first, digest) != digest:
+                        raise DataError(
+                            f"{path} row {row}: {column!r}: expected the picture of {self._paths[first[0]]} row "
+                            f"{first[1]}, as both have one name, found another; give each picture a name in a column "
+                            f"{' or '.join(rows.FILES[:3])}"
+                        )
 
     def rows(self, split: str | None) -> Iterator[Row]:
-        """See `images.Photographs`."""
+        """See `images.Photographs`. Raises DataError too where rows of one name have different pictures."""
         for number, (path, known) in enumerate(zip(self._paths, self._columns, strict=True)):
             if rows.column(known.texts, rows.CAPTIONS) is None:
-                raise DataError(f"{path}: expected a column {' or '.join(rows.CAPTIONS)}, found none; give --captions")
+                with parquet.open_parquet(path) as file:
+                    names = ", ".join(file.schema_arrow.names)
+                wanted = " or ".join(rows.CAPTIONS)
+                raise DataError(f"{path}: expected a column {wanted}, found {names}; give --captions")
             other = split or rows.split_of_name(path, self._root)
-            for count, (file, values) in enumerate(self._named(number, known.texts)):
-                row = rows.parse(values, file, f"{path} row {count}")
+            for count, (image, values) in enumerate(self._named(number, known.texts)):
+                where = f"{path} row {count}"
+                row = rows.row_or_fault(image, where, values.get(rows.SPLIT), rows.parse, values, image, where)
                 yield row if row.split else row._replace(split=other)
+        self._check_repeated()  # last, as it may take long
+
+
+def _bytes_in(values: dict[str, Any], column: str) -> bytes | None:
+    name, _, inner = column.partition(".")
+    return (values[name] or {}).get(inner) if inner else values[name]
+
+
+def holds(path: Path) -> tuple[str, ...] | None:
+    """The columns beside the pictures that a file says captions, numbers and splits in; None without pictures."""
+    try:
+        return _columns(path).texts
+    except DataError:
+        return None
 
 
 def _columns(path: Path) -> _Columns:

@@ -6,7 +6,7 @@ read where they lie; nothing is unpacked.
 
 from __future__ import annotations
 
-import json
+import itertools
 import sys
 import tarfile
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ from data_prep.extract.images import BrokenImage, ByName
 from data_prep.files import data_errors, read_json
 from data_prep.names import EXTENSIONS
 from data_prep.rows import Row
-from data_prep.schema import DataError
+from data_prep.schema import DataError, is_text
 from shnet_jax import foreign
 
 TEXTS = (".txt", ".json")
@@ -71,7 +71,9 @@ class Tars:
             keys: dict[str, dict[str, Member]] = defaultdict(dict)
             for member in _members(path):
                 key, _, ending = member.name.rpartition(".")
-                keys[key or member.name][f".{ending.lower()}"] = member
+                first = keys[key or member.name].setdefault(f".{ending.lower()}", member)
+                if first is not member:
+                    raise DataError(f"{first}: expected one member of this name, found {member.name} too")
             found = 0
             for parts in keys.values():
                 photographs = [member for ending, member in parts.items() if ending in EXTENSIONS]
@@ -110,17 +112,15 @@ class Tars:
     def rows(self, split: str | None) -> Iterator[Row]:
         """See `images.Photographs`."""
         for file, member in self._pictures.items():
-            row = self._row(file, member)
+            row = rows.row_or_fault(file, str(member), None, self._row, file, member)
             yield row if row.split else row._replace(split=split or rows.split_of_name(member.tar, self._root))
 
     def _row(self, file: str, member: Member) -> Row:
         texts = self._texts[member]
         values = {}
         if ".json" in texts:
-            try:
-                values = json.loads(_text(texts[".json"]))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{texts['.json']}: expected JSON: {error}") from None
+            with data_errors():
+                values = foreign.parse_json(texts[".json"].read(MAX_TEXT_BYTES), texts[".json"])
             if not isinstance(values, dict):
                 raise DataError(f"{texts['.json']}: expected a JSON object, found {type(values).__name__}")
         row = rows.parse(values, file, str(texts.get(".json", member)))
@@ -134,29 +134,43 @@ class Tars:
                     f"{text!r:.80}; choose with --caption_from=txt or --caption_from=json"
                 )
             return row  # of web pages a caption may have several lines, which .txt alone cannot say
-        lines = tuple(" ".join(line.split()) for line in text.splitlines() if line.strip())
+        lines = tuple(" ".join(line.split()) for line in text.split("\n") if line.strip())
         return row._replace(captions=lines or row.captions, numbers=() if lines else row.numbers)
 
 
 def _text(member: Member) -> str:
+    with data_errors():
+        data = member.read(MAX_TEXT_BYTES)
     try:
-        return member.read(MAX_TEXT_BYTES).decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{member}: expected UTF-8 text: {error}") from None
-    except ValueError as error:
-        raise DataError(str(error)) from None
+
+
+def holds(path: Path) -> tuple[list[str], str | None]:
+    """Endings of the first members of a tar, and the split that the first .json of them tells."""
+    members = list(itertools.islice(_members(path), 20))
+    split = None
+    for member in members:
+        if split is None and member.name.endswith(".json"):
+            with data_errors():
+                found = foreign.parse_json(_text(member), member)
+            split = found.get(rows.SPLIT) if isinstance(found, dict) else None
+    return sorted({Path(member.name).suffix.lower() for member in members}), split
 
 
 def _members(path: Path) -> Iterator[Member]:
     """The files of a tar, without hidden ones. Raises DataError as `Tars`."""
     with data_errors():
         foreign.check_kind(path)
+    with path.open("rb") as file:
+        what = foreign.kind_of(file.read(64))
     try:
         yield from _walk(path)
     except DataError:
         raise
     except _TAR_FAULTS as error:
-        raise DataError(f"{path}: expected a tar file that is not compressed: {error}") from error
+        raise DataError(f"{path}: expected a tar file that is not compressed{what}: {error}") from error
 
 
 def _walk(path: Path) -> Iterator[Member]:
@@ -172,7 +186,7 @@ def _walk(path: Path) -> Iterator[Member]:
             if not member.isreg() or member.sparse is not None:
                 raise DataError(f"{path}: member {name!r:.200} is a link or no plain file, which is not followed")
             parts = PurePosixPath(name).parts
-            if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+            if not is_text(name) or not parts or name.startswith("/") or ".." in parts or "\0" in name:
                 raise DataError(f"{path}: member {name!r:.200} is no name of a file in a folder")
             if name in seen:
                 raise DataError(f"{path}: member {name!r:.200}: expected it once, found it twice")
@@ -182,10 +196,16 @@ def _walk(path: Path) -> Iterator[Member]:
         # tarfile takes a damaged header, and the end of the file, for the end of the archive.
         file.seek(end)
         block = file.read(tarfile.BLOCKSIZE)
+        rest = not any(block) and any(chunk.strip(b"\0") for chunk in iter(lambda: file.read(1 << 20), b""))
     if block != bytes(tarfile.BLOCKSIZE):
         raise DataError(
             f"{path}: expected the empty block that ends a tar at byte {end}, found {len(block)} other bytes (cut off, "
             "or damaged there?)"
+        )
+    if rest:
+        raise DataError(
+            f"{path}: expected nothing behind the end of the tar, at byte {end}, found more bytes (several tars in one "
+            "file?); give each a file of its own"
         )
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from data_prep.files import data_errors
 from data_prep.names import Names
+from data_prep.places import SAMPLE, Place, Recognised, listed
 from data_prep.schema import DataError, Record
 from data_prep.sources import boxes as box_units
 from data_prep.sources.base import Absent
@@ -209,3 +211,28 @@ def decode(cell: bytes, dtype: type, count: int, where: str, column: str) -> np.
         expected = f"a multiple of {count} {np.dtype(dtype).name} (one a box)"
         raise DataError(f"{where}: column {column!r}: expected {expected}, found {len(data)} bytes")
     return np.frombuffer(data, dtype).reshape(count, -1)
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """TSV files of these columns."""
+    files = [file for file in place.of(".tsv") if _is_known(file)]
+    if files:
+
+        def read(reading: Any) -> Iterator[Record]:
+            for name, line in islice(_lines(files[0]), SAMPLE):
+                with line.path.open("rb") as file:
+                    file.seek(line.offset)
+                    yield parse(file.readline(), f"{line.path}, image {name!r}", line.columns, reading.form)
+
+        what = f"regions by line in {', '.join(file.name for file in files)}"
+        yield Recognised(what, "from_bottom_up", {"bottom_up": listed(files)}, read=read)
+
+
+def _is_known(path: Path) -> bool:
+    """Whether the first line is a header of COLUMNS, or has as many cells and numbers where they belong."""
+    with path.open("rb") as file:
+        line = file.readline(_LONG * 100)
+    names = _words(line[:_LONG])
+    if {"boxes", "features"} <= set(names):
+        return True
+    return len(names) in map(len, COLUMNS) and all(name.isdecimal() for name in names[1:3])

@@ -14,8 +14,7 @@ from data_prep.files import data_errors
 from data_prep.names import Names
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
-from shnet_jax.retrieve import folder as embeddings
-from shnet_jax.retrieve import tensors
+from shnet_jax.retrieve import embeddings, tensors
 
 FIELDS = ("image_embedding", "caption_embeddings")
 

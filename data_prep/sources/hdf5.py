@@ -7,6 +7,7 @@ import pickletools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from data_prep.files import data_errors, read_json, read_lines
 from data_prep.names import Names
+from data_prep.places import SAMPLE, Place, Recognised, listed, look, split_of
 from data_prep.schema import DataError, Record
 from data_prep.sources import detections
 from data_prep.sources.base import Absent
@@ -123,10 +125,8 @@ class Hdf5Features:
         names = file.ids()
         if names is not None:
             return _numbered(names, file.rows, str(file.path))
-        for ending in ("json", "pkl"):
-            beside = file.path.with_name(f"{file.path.stem}_imgid2idx.{ending}")
-            if beside.is_file():
-                return read_index(beside, file.rows)
+        if beside := file.sidecar():
+            return read_index(beside, file.rows)
         raise DataError(
             f"{file.path}: expected the ids of its {file.rows} rows in {' or '.join(IDS)} or "
             f"{file.path.stem}_imgid2idx.json, found neither; --hdf5_ids=FILE names a list or an object id: row"
@@ -159,6 +159,13 @@ class Hdf5Features:
         if entry is None:
             others = f"{len(self._entries)} others, such as {self._example!r:.80}"
             raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its features, found {others}")
+        return self._record(image_id, entry)
+
+    def first(self, count: int) -> Iterator[Record]:
+        """The records of some images."""
+        return (self._record("", entry) for entry in islice(self._entries, count))
+
+    def _record(self, image_id: str, entry: _Entry) -> Record:
         file = self._files[entry.file]
         found = file.row(entry.place) if isinstance(entry.place, int) else file.members(entry.place)
         where = f"{file.path}, {f'row {entry.place}' if isinstance(entry.place, int) else entry.place}"
@@ -193,6 +200,15 @@ class _File:
         if not self.has_rows and not self.prefixes:
             raise DataError(f"{path}: expected {LAYOUTS}; found {described(names)}")
 
+    def __str__(self) -> str:
+        """Its layout, the same for all files that are read as one."""
+        if self.has_rows:
+            return described(sorted(self._names))
+        endings = {prefix[-1] for prefix in self.prefixes}
+        prefix = next(iter(self.prefixes))
+        inner = [name for name in NAMES if self._kind(prefix + name) == "dataset"] if endings & {"_", "/"} else []
+        return " and ".join(f"ID{prefix[-1]}{name}" for name in inner) or "a data set ID of each image"
+
     # ------------------------------------------------------------------------------------------------- a row an image
 
     @cached_property
@@ -217,6 +233,19 @@ class _File:
         return [
             value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in found.tolist()
         ]
+
+    def sidecar(self) -> Path | None:
+        """The file beside it with the ids of its rows, by its published name."""
+        names = (f"{self.path.stem}_imgid2idx.{ending}" for ending in ("json", "pkl"))
+        return next((path for name in names if (path := self.path.with_name(name)).is_file()), None)
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether the ids of its rows have to be given."""
+        try:
+            return self.has_rows and self.ids() is None and self.sidecar() is None
+        except DataError:  # texts that are not read
+            return True
 
     def row(self, row: int) -> dict[str, np.ndarray]:
         """The arrays of an image."""
@@ -420,3 +449,42 @@ def _pickled(path: Path) -> dict[Any, Any] | list[Any]:
             "write it as JSON and give --hdf5_ids=FILE.json"
         ) from None
     return dict(zip(values[::2], values[1::2], strict=True)) if makers[0] is dict else values
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """HDF5 files, those of one layout together."""
+    layouts: dict[str, list[_File]] = {}
+    for path in place.of(".hdf5", ".h5", ".hdf"):
+        file = _File(path)
+        layouts.setdefault(str(file), []).append(file)
+    for layout, files in layouts.items():
+        paths = [file.path for file in files]
+        ids = [_ids_beside(file) for file in files] if any(file.needs_ids for file in files) else []
+        found = [path for path in ids if path]
+        lacks = len(found) < len(ids)
+        wanted = "the ids of the rows: --hdf5_ids=FILE, a list or an object id: row, one file for each HDF5"
+
+        def read(reading: Reading, paths: list[Path] = paths, found: list[Path] = found) -> Iterator[Record]:
+            return Hdf5Features(paths, found, reading).first(SAMPLE)
+
+        yield Recognised(
+            f"HDF5 with {layout} in {', '.join(path.name for path in paths)}",
+            "from_hdf5",
+            {"hdf5": listed(paths)} | ({"hdf5_ids": listed(found)} if ids and not lacks else {}),
+            extra="hdf5",
+            read=None if lacks else read,
+            lacks=(wanted,) if lacks else (),
+        )
+
+
+def _ids_beside(file: _File) -> Path | None:
+    """The file in its folder that holds as many ids as there are rows, first one of the same split."""
+    files = [path for path in look(file.path.parent).of(".json", ".txt", ".pkl", ".pickle") if "id" in path.stem]
+    for path in sorted(files, key=lambda path: split_of(path) != split_of(file.path)):
+        if path.stat().st_size <= _MAX_SIDECAR:
+            try:
+                read_index(path, file.rows)
+            except DataError:
+                continue  # ids of another file, or something else
+            return path
+    return None

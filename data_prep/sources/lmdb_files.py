@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from data_prep.files import data_errors, read_json
 from data_prep.names import Names
+from data_prep.places import SAMPLE, Place, Recognised, missing
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.sources.bottom_up import decode
@@ -119,11 +121,27 @@ class Lmdb:
 
     def read(self, image_id: str) -> Record:
         """regions [K, D], boxes [K, 4] in 0..1, box_scores [K], box_classes [K]."""
-        import lmdb
-
         key = self._keys.find(image_id)
         if key is None:
             raise Absent(f"{self.path}: image {image_id!r}: expected its record, found none")
+        return self._record(image_id, key)
+
+    def first(self, count: int) -> Iterator[Record]:
+        """The records of some images."""
+        return (self._record("", key) for key in islice(self._keys, count))
+
+    def holds(self) -> str:
+        """What its first record has. Raises DataError for a record of another kind."""
+        return ", ".join(self._arrays(next(iter(self._keys)))[0])
+
+    def _record(self, image_id: str, key: bytes) -> Record:
+        arrays, where = self._arrays(key)
+        return self.reading.record(image_id, arrays, where)
+
+    def _arrays(self, key: bytes) -> tuple[dict[str, np.ndarray], str]:
+        """The arrays of a record, and where it is."""
+        import lmdb
+
         where = f"{self.path}, key {key.decode('utf-8', 'replace')!r}"
         try:
             value = self._transaction.get(key)
@@ -134,7 +152,28 @@ class Lmdb:
         arrays = arrays_of(parse_value(value, where), where)
         if (count := self._counts.get(key.decode("utf-8", "replace"))) is not None:
             arrays["num_boxes"] = np.asarray(count)
-        return self.reading.record(image_id, arrays, where)
+        return arrays, where
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """A folder with data.mdb, or a file of that kind."""
+    data = next(iter(place.of("data.mdb", ".lmdb", ".mdb")), None)
+    if data is None:
+        return
+    path = data if place.path.is_file() or data.name != "data.mdb" else place.path
+    flags = {"lmdb": str(path)}
+    if missing("lmdb"):
+        _check_file(data)
+        yield Recognised("LMDB", "from_lmdb", flags, extra="lmdb")
+    else:
+        holds = Lmdb(path, Reading()).holds()
+        yield Recognised(
+            f"LMDB, a record an image with {holds}",
+            "from_lmdb",
+            flags,
+            extra="lmdb",
+            read=lambda reading: Lmdb(path, reading).first(SAMPLE),
+        )
 
 
 def _data_file(path: Path) -> Path:

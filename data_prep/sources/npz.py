@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.files import check_folder, data_errors, open_array
 from data_prep.names import FileNames
+from data_prep.places import SAMPLE, Place, Recognised
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.sources.detections import DEFAULT, FEATURES, FIELDS, NAMES, Reading, described
@@ -58,6 +59,10 @@ class NpzFiles:
         path = self._arrays.find(image_id)
         if path is None:
             raise Absent(f"{self.folder}: image {image_id!r}: expected a file {image_id}.npz, found none")
+        return self.record(image_id, path)
+
+    def record(self, image_id: str, path: Path) -> Record:
+        """The same of its file."""
         with data_errors():
             arrays = read_npz(path, NAMES, MAX_IMAGE_BYTES)
         if not set(FEATURES) & set(arrays):
@@ -72,3 +77,20 @@ class NpzFiles:
                 )
             arrays = arrays | {"bbox": open_array(beside)}
         return self.reading.record(image_id, arrays, str(path))
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """A folder of ID.npz."""
+    files = place.of(".npz")
+    if not files or place.path.is_file():
+        return
+    with data_errors():
+        names = sorted(read_npz(files[0], NAMES, MAX_IMAGE_BYTES))
+    if set(FEATURES) & set(names):
+
+        def read(reading: Reading) -> Iterator[Record]:
+            source = NpzFiles(place.path, reading)
+            return (source.record(file.stem, file) for file in files[:SAMPLE])
+
+        what = f"{len(files)} files ID.npz with {', '.join(names)}"
+        yield Recognised(what, "from_npz", {"npz": str(place.path)}, read=read)

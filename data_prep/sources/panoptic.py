@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from data_prep import coco_panoptic, label_maps
 from data_prep.files import inside, read_json, read_label_map
 from data_prep.names import FileNames, Names
+from data_prep.places import Place, Recognised, ends, has_keys
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 
@@ -101,6 +103,8 @@ class Upsnet:
             raise Absent(f"{self.folder}: image {image_id!r}: expected its label map as PNG, found none")
         pixels = read_label_map(path)
         labels = pixels if pixels.ndim == 2 else pixels[..., 0]
+        if pixels.ndim == 3 and pixels.shape[2] > 2 and pixels[..., 2].any() and (pixels[..., 2] != labels).any():
+            raise DataError(f"{path}: expected grey, or class, instance and 0 as in pan_2ch, found colours")
         if labels.dtype != np.uint8:
             raise DataError(f"{path}: expected classes of 8 bits, found {labels.dtype}")
         return label_maps.fields(coco_panoptic.from_stuff_first(labels, str(path)), coco_panoptic.CLASSES)
@@ -109,3 +113,38 @@ class Upsnet:
     def _labels(self) -> FileNames:
         """The PNG of each image; ssegs keeps the photograph's extension, COCO 2017 pads numbers to 12 digits."""
         return FileNames(self.folder, (".png",))
+
+
+def recognise_panoptic(place: Place) -> Iterator[Recognised]:
+    """COCO's panoptic JSON, and the folder of its PNG."""
+    for path in place.of(".json"):
+        text = ends(path)
+        if not has_keys(text, "segments_info"):
+            continue
+        names = re.findall(r'"file_name": *"([^"]+\.png)"', text)[-1:]
+        folders = [path.with_suffix(""), *place.folders, path.parent]
+        folder = next((folder for folder in folders for name in names if (folder / name).is_file()), None)
+        yield Recognised(
+            f"COCO panoptic annotations in {path.name}",
+            "from_panoptic",
+            {"panoptic": str(path)} | ({"panoptic_png": str(folder)} if folder else {}),
+            lacks=() if folder else ("the folder of its PNG files: --panoptic_png=DIR",),
+        )
+
+
+def recognise_upsnet(place: Place) -> Iterator[Recognised]:
+    """A folder of label maps that UPSNet wrote."""
+    files = place.of(".png")
+    if files and not place.path.is_file() and is_label_map(files[0]):
+        yield Recognised(f"{len(files)} label maps of UPSNet", "from_upsnet", {"upsnet": str(place.path)})
+
+
+def is_label_map(path: Path) -> bool:
+    """Whether a PNG holds class numbers, as `Upsnet` reads them, and no photograph."""
+    try:
+        pixels = read_label_map(path)
+        labels = pixels if pixels.ndim == 2 else pixels[..., 0]
+        coco_panoptic.from_stuff_first(labels, str(path))
+    except (DataError, IndexError):
+        return False
+    return pixels.ndim == 2 or not pixels[..., 2].any()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 
 from data_prep.files import data_errors
 from data_prep.names import Names
+from data_prep.places import SAMPLE, Place, Recognised, listed
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.sources.detections import FIELDS, Reading
 from data_prep.sources.vinvl import Geometry, split_geometry
-from data_prep.torch_files import described, open_by_image
+from data_prep.torch_files import described, open_by_image, peek
 from shnet_jax.interop.torch_file import TorchFile
 from shnet_jax.interop.torch_pickle import Array, Tensor
 
@@ -63,10 +65,29 @@ class TorchDict:
         found = self._tensors.find(image_id)
         if found is None:
             raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its tensor, found none")
-        file, name, value = found
+        return self._record(image_id, *found)
+
+    def first(self, count: int) -> Iterator[Record]:
+        """The records of some images."""
+        return (self._record(entry[1], *entry) for entry in islice(self._tensors, count))
+
+    def _record(self, image_id: str, file: TorchFile, name: str, value: Any) -> Record:
         where = f"{file.path}, image {name!r}"
         with data_errors():
             array = file.array(value) if isinstance(value, Tensor) else getattr(value, "value", None)
         if not isinstance(value, Tensor | Array) or array is None:
             raise DataError(f"{where}: expected a tensor [K, D], found {described(value)}")
         return self.reading.record(image_id, split_geometry(np.asarray(array), self.geometry, where), where)
+
+
+_LITTLE = 2**28  # bytes of a file that is opened to look at it: all of its pickle is read
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """FILE.pt with a dictionary of tensors."""
+    files = [file for file in place.of(".pt", ".pth") if peek(file) == "tensors"]
+    if files:
+        little = [file for file in files if file.stat().st_size <= _LITTLE][:1]
+        read = (lambda reading: TorchDict(little, reading).first(SAMPLE)) if little else None
+        what = f"tensors by image in {', '.join(file.name for file in files)}"
+        yield Recognised(what, "from_torch", {"torch": listed(files)}, read=read)

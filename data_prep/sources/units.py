@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,9 +12,12 @@ import numpy as np
 
 from data_prep import label_maps
 from data_prep.files import check_folder, open_array
-from data_prep.names import FileNames
+from data_prep.names import FileNames, is_number
+from data_prep.places import SAMPLE, Place, Recognised, split_of
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
+from data_prep.torch_files import peek
+from shnet_jax.foreign import MAX_IMAGE_BYTES
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
 
@@ -66,8 +69,52 @@ class UnitFiles:
         path = self._features.find(image_id)
         if path is None:
             raise Absent(f"{self.folder}: image {image_id!r}: expected a file {image_id}.npy, found none")
-        array = _read_pth(path) if path.suffix in (".pth", ".pt") else open_array(path)
-        return padded({self.field: as_units(array, path, self.pool, self.layout)}, self.max_units, path)
+        return padded({self.field: as_units(open_units(path), path, self.pool, self.layout)}, self.max_units, path)
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """A folder of ID.npy, ID.pth or ID.pt, each with the features of an image."""
+    if files := unit_files(place):
+        what = f"{len(files)} files ID{files[0].suffix}, the first of shape {list(open_units(files[0]).shape)}"
+        yield Recognised(
+            what,
+            "from_grid_feats",
+            {"grids": str(place.path)},
+            read=partial(first_units, files, "grid"),
+        )
+
+
+def first_units(files: Sequence[Path], field: str, reading: Any) -> Iterator[Record]:
+    """The field of some images, as a `detections.Reading` says."""
+    for file in files[:SAMPLE]:
+        yield {field: as_units(open_units(file), file, reading.pool, reading.layout)}
+
+
+def unit_files(place: Place) -> list[Path]:
+    """The files with the features of an image each. Raises DataError for arrays of all images together."""
+    files = [file for file in place.files if file.suffix in _SUFFIXES]
+    if not files or place.path.is_file() or any(file.name.endswith("_caps.txt") for file in place.files):
+        return []
+    name, _, kind = place.path.name.rpartition("_")
+    if kind in ("box", "fc") and place.path.with_name(f"{name}_att").is_dir():  # read with these, or of no use
+        return []
+    first = files[0]
+    if first.suffix != ".npy":
+        return files if peek(first) == "tensor" else []
+    array = open_array(first)
+    if array.ndim < 2 or array.dtype.kind not in "fiu":
+        return []
+    if array.nbytes > MAX_IMAGE_BYTES or (not is_number(first.stem) and (len(files) == 1 or split_of(first))):
+        raise DataError(
+            f"{first}: {array.dtype} {list(array.shape)} looks like an array of all images; data_prep.from_scan reads "
+            "it as SPLIT_ims.npy beside SPLIT_caps.txt and SPLIT_ids.txt"
+        )
+    return files
+
+
+def open_units(path: Path) -> np.ndarray:
+    """The features in a file ID.npy, ID.pth or ID.pt."""
+    return open_array(path) if path.suffix == ".npy" else _read_pth(path)
 
 
 def _read_pth(path: Path) -> np.ndarray:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,11 +18,12 @@ import numpy as np
 
 from data_prep.files import data_errors
 from data_prep.names import Names
+from data_prep.places import SAMPLE, Place, Recognised, listed
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.sources.bottom_up import decode
 from data_prep.sources.detections import FIELDS, Reading, described
-from shnet_jax.foreign import check_kind, parse_json, read_object
+from shnet_jax.foreign import MAX_IMAGE_BYTES, check_kind, parse_json, read_object
 
 Geometry = Literal["drop", "keep"]
 GEOMETRIES: tuple[Geometry, ...] = get_args(Geometry)
@@ -319,3 +321,38 @@ def _numbers(values: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
     if array is None or array.shape != shape:
         raise DataError(f"{where}: expected numbers {list(shape)}, found {values!r:.80}")
     return array
+
+
+def recognise(place: Place) -> Iterator[Recognised]:
+    """TSV files of these lines; where there is one, with the file of its labels."""
+    files, labels = [], []
+    for file in place.of(".tsv"):
+        for cells in _first(file, 1):
+            try:
+                if len(cells) == 2 and all({"class", "rect"} <= set(o) for o in _objects(_json_cell(cells, ""), "")):
+                    labels.append(file)
+            except DataError:
+                pass  # no objects, which features need not have
+            try:
+                parse(cells, "", None)
+            except DataError:
+                continue  # another kind of TSV
+            files.append(file)
+    if files:
+        flags = {"vinvl": listed(files)}
+        if len(files) == len(labels) == 1:
+            flags["vinvl_labels"] = str(labels[0])
+
+        def read(reading: Reading) -> Iterator[Record]:
+            for cells in _first(files[0], SAMPLE):
+                where = f"{files[0]}, image {cells[0].decode('utf-8', 'replace')!r}"
+                yield reading.record("", parse(cells, where, None), where)
+
+        yield Recognised(f"VinVL's lines in {', '.join(file.name for file in files)}", "from_vinvl", flags, read=read)
+
+
+def _first(path: Path, count: int) -> Iterator[list[bytes]]:
+    """The cells of the first lines."""
+    with path.open("rb") as file:
+        for line in islice(iter(lambda: file.readline(MAX_IMAGE_BYTES), b""), count):
+            yield line.rstrip(b"\r\n").split(b"\t")

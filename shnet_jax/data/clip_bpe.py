@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from shnet_jax.data import model_folder
-from shnet_jax.data.model_folder import GENERIC, added_tokens, check_agreement, vocabulary_faults
+from shnet_jax.data.model_folder import GENERIC, added_tokens, below, check_agreement, read_lines, vocabulary_faults
 from shnet_jax.foreign import read_object
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -44,7 +44,7 @@ def find_vocabulary(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(
-        f"{folder} has neither tokenizer.json nor merges.txt: the weights mean nothing without them"
+        f"{folder} has neither tokenizer.json nor merges.txt: the weights mean nothing without them{below(folder)}"
     )
 
 
@@ -103,11 +103,9 @@ def _of_json(path: Path) -> tokenizers.Tokenizer:
 
 
 def _of_merges(path: Path) -> tokenizers.Tokenizer:
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a merges.txt in UTF-8: {error}") from None
-    merges = [tuple(line.split()) for line in lines if not line.startswith("#version")]
+    lines = read_lines(path, "a merges.txt")
+    # The vocabulary of the original code has its own name before the mark.
+    merges = [tuple(line.split()) for line in lines[1 if "#version" in lines[0] else 0 :]]
     wrong = next((number for number, merge in enumerate(merges) if len(merge) != 2), None)
     if wrong is not None:
         raise ValueError(f"{path}: merge {wrong}: expected two pieces, found {' '.join(merges[wrong])!r}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from shnet_jax.foreign import read_object
+from shnet_jax.foreign import check_kind, read_object
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 MAX_ID = 10**6
@@ -26,6 +26,7 @@ GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
 # What we do; a folder that asks for something else gets an error. None is as good as absent.
 _ONLY = {"do_basic_tokenize": True, "clean_text": True, "wordpieces_prefix": "##", "auto_map": None}
 _ONLY |= {"truncation_side": "right", "padding_side": "right"}
+_ONLY |= {"word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}  # of Japanese
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ def read_settings(folder: Path, classes: tuple[str, ...], roles: Mapping[str, st
     known = {*roles.values(), *tokens.values()}
     if strange := [t for t in _list(path, values, "never_split") if t not in known]:
         raise ValueError(f"{path}: never_split is {strange!r:.200}; expected special tokens, or nothing")
-    if _optional(folder / "sentence_bert_config.json").get("do_lower_case") and values.get("do_lower_case") is False:
-        raise ValueError(
-            f"{folder / 'sentence_bert_config.json'}: do_lower_case is true, in {path} false; expected the same"
-        )
+    sentences = folder / "sentence_bert_config.json"
+    if _optional(sentences).get("do_lower_case"):
+        if values.get("do_lower_case") is False:
+            raise ValueError(f"{sentences}: do_lower_case is true, in {path} false; expected the same")
+        values = values | {"do_lower_case": True}
     source = model.get("_name_or_path") or values.get("name_or_path") or ""
     cased = source if isinstance(source, str) and "cased" in source.lower().replace("uncased", "") else ""
     return Settings(folder, values, tokens, tuple(_added(folder, values, named)), cased)
@@ -160,6 +162,21 @@ def added_tokens(path: Path, ids: Mapping[str, int], settings: Settings) -> Iter
                 f"{'without an id' if token['id'] is None else token['id']} in the settings beside it"
             )
         yield token | {"id": number}
+
+
+def below(folder: Path) -> str:
+    """The end of an error about a folder without a model: where Sentence Transformers has put it, if it is theirs."""
+    found = next((path.parent for path in sorted(folder.glob("0_*/config.json"))), None)
+    return f"; give the folder of the model in it, {found}" if found else ""
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a vocabulary, without empty ones at its end. Raises ValueError for a file that is none."""
+    check_kind(path)
+    try:
+        return path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected {what} in UTF-8: {error}") from None
 
 
 @contextmanager

@@ -17,7 +17,16 @@ import tokenizers
 from tokenizers import models
 
 from shnet_jax.data import model_folder
-from shnet_jax.data.model_folder import GENERIC, MAX_ID, Settings, added_tokens, check_agreement, vocabulary_faults
+from shnet_jax.data.model_folder import (
+    GENERIC,
+    MAX_ID,
+    Settings,
+    added_tokens,
+    below,
+    check_agreement,
+    read_lines,
+    vocabulary_faults,
+)
 from shnet_jax.foreign import read_object
 
 ROLES = {
@@ -75,10 +84,11 @@ def find_vocabulary(folder: Path) -> Path:
     if not described.is_file() and not listed.is_file():
         raise FileNotFoundError(
             f"{folder}: tokenizer.json or vocab.txt is missing: the weights mean nothing without their vocabulary"
+            f"{below(folder)}"
         )
     if not (described.is_file() and listed.is_file()):
         return described if described.is_file() else listed
-    found, ours = read(described), {piece: number for number, piece in enumerate(_pieces(listed))}
+    found, ours = read(described), {piece: number for number, piece in enumerate(read_lines(listed, "a vocab.txt"))}
     theirs = found.tokenizer.get_vocab()
     added, roles = found.description["added_tokens"], found.description[ROLES_FIELD]
     beside = {*(token["content"] for token in added), *roles.values()} - ours.keys()
@@ -148,16 +158,9 @@ def _describe(
     }
 
 
-def _pieces(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a vocab.txt in UTF-8: {error}") from None
-
-
 def _of_list(path: Path, settings: Settings) -> dict[str, Any]:
     """The description of a vocab.txt. That of a run, vocabulary.txt, is BERT's uncased one whatever its pieces are."""
-    pieces = _pieces(path)
+    pieces = read_lines(path, "a vocab.txt")
     lower = settings.flag("do_lower_case")
     if lower is None and path.name != "vocabulary.txt":
         _check_uncased(path, pieces, settings)

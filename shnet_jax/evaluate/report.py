@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from shnet_jax.evaluate.bootstrap import NAMES, Interval
 from shnet_jax.evaluate.metrics import CUTS, DIRECTIONS, Metrics
 from shnet_jax.evaluate.protocols import Results
+from shnet_jax.observe.table import Table
 
 FORMAT = 1  # raised when a key of the JSON changes its name or meaning
 ARROWS = {"i2t": "i→t", "t2i": "t→i"}
@@ -23,31 +24,6 @@ PERSON = {
 }
 """Headings of `metrics.PERSON_METRICS`."""
 COLUMNS = [*(f"{d}_{m}" for d in DIRECTIONS for m in (*(f"r{k}" for k in CUTS), "medr", "meanr")), "rsum"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Cells under a heading; the first column names the rows. As text: Markdown with columns of equal width.
-
-    title: what it shows, for where there are several. words: the columns behind the first are words and not numbers.
-    """
-
-    title: str
-    heading: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: bool = False
-
-    def __str__(self) -> str:
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in (self.heading, *self.rows)]
-        widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(self.heading))]
-        left = [True] + [self.words] * (len(self.heading) - 1)
-        rule = ["-" * w if to_left else "-" * (w - 1) + ":" for w, to_left in zip(widths, left, strict=True)]
-
-        def text(cells: Sequence[str]) -> str:
-            padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left, strict=True)]
-            return "| " + " | ".join(padded) + " |\n"
-
-        return "".join(map(text, (lines[0], rule, *lines[1:])))
 
 
 def as_dict(results: Results) -> dict[str, Any]:

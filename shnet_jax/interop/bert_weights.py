@@ -18,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
+from shnet_jax.data.model_folder import below, read_lines
 from shnet_jax.foreign import check_kind, read_object
 from shnet_jax.interop import minilm
 from shnet_jax.interop.torch_file import open_torch_file
@@ -71,7 +72,9 @@ def sizes(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise FileNotFoundError(f"{folder} {what}: expected a BERT as Hugging Face saves it (text.weights)")
+        raise FileNotFoundError(
+            f"{folder} {what}: expected a BERT as Hugging Face saves it (text.weights){below(folder)}"
+        )
     config = read_object(path)
     for name, expected in _REQUIRED.items():
         found = config.get(name, _DEFAULTS.get(name))
@@ -226,7 +229,6 @@ def _check_vocabulary(folder: Path, vocab_size: int) -> None:
         if (folder / "tokenizer.json").is_file():
             return
         raise FileNotFoundError(f"{path} is missing: the weights mean nothing without it, or a tokenizer.json")
-    with path.open("rb") as file:
-        pieces = sum(1 for _ in file)
+    pieces = len(read_lines(path, "a vocab.txt"))
     if pieces > vocab_size:
         raise ValueError(f"{path} has {pieces} pieces, config.json beside it a vocab_size of {vocab_size}")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from shnet_jax.data.model_folder import below
 from shnet_jax.foreign import read_object
 from shnet_jax.interop.bert_weights import check_size, read_tensors
 from shnet_jax.interop.torch_weights import Slot, Slots, linear_slots, norm_slots, to_variables
@@ -52,7 +53,9 @@ def sizes(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = folder / "config.json"
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise FileNotFoundError(f"{folder} {what}: expected a CLIP as Hugging Face saves it (text.weights)")
+        raise FileNotFoundError(
+            f"{folder} {what}: expected a CLIP as Hugging Face saves it (text.weights){below(folder)}"
+        )
     config = read_object(path)
     if config.get("model_type") != "clip":
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; expected 'clip'")

@@ -21,9 +21,9 @@ from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.evaluate.zero_shot import zero_shot
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.files import write_text
+from shnet_jax.observe.results_page import results_page
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
-from shnet_jax.retrieve.results_page import results_page
 from shnet_jax.train.load import Loaded, load, load_any
 from shnet_jax.train.workdir import sole_job, trained_config
 

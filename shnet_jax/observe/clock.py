@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Interval:
+class Elapsed:
     """Seconds of training between two log lines, those spent waiting for data, steps and examples."""
 
     seconds: float = 0.0
@@ -17,8 +17,8 @@ class Interval:
     steps: int = 0
     examples: int = 0
 
-    def __add__(self, other: Interval) -> Interval:
-        return Interval(
+    def __add__(self, other: Elapsed) -> Elapsed:
+        return Elapsed(
             self.seconds + other.seconds,
             self.waiting + other.waiting,
             self.steps + other.steps,
@@ -38,11 +38,11 @@ class Clock:
 
     def __init__(self, state: Mapping[str, float] | None = None, now: Callable[[], float] = time.perf_counter):
         state = state or {"seconds": 0.0, "examples": 0}
-        self._before = Interval(seconds=float(state["seconds"]), examples=int(state["examples"]))
-        self._current = Interval()
+        self._before = Elapsed(seconds=float(state["seconds"]), examples=int(state["examples"]))
+        self._current = Elapsed()
         self._now = now
         self._since: float | None = None  # None while not running
-        self.last = Interval()  # the interval that ended last
+        self.last = Elapsed()  # the interval that ended last
 
     def __enter__(self) -> Clock:
         self._since = self._now()
@@ -83,9 +83,9 @@ class Clock:
         eta_seconds, the seconds that `steps_left` more steps will take at this speed (without evaluations).
         """
         self._advance()
-        last, self._current = self._current, Interval()
+        last, self._current = self._current, Elapsed()
         self.last = last
-        self._before += Interval(seconds=last.seconds, examples=last.examples)
+        self._before += Elapsed(seconds=last.seconds, examples=last.examples)
         return self.totals() | {
             "examples_per_second": _share(last.examples, last.seconds),
             "data_wait": _share(last.waiting, last.seconds),
@@ -107,7 +107,7 @@ class Clock:
         }
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps; plain numbers."""
+        """The state that a checkpoint keeps; plain numbers."""
         return self.totals()
 
     def _advance(self) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shnet_jax.observe.hardware import GIB
+from shnet_jax.observe.table import Table
 from shnet_jax.observe.work import COLLECTIVES
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """What `make_plan` found, as text; figures of one device."""
+    """The report of `make_plan` as text; figures of one device."""
     programs, limit, devices = list(report["programs"].values()), report["memory_limit"], report["devices"]
     rows = [["on each device", *report["programs"]], ["rows of a batch", *(f"{p['rows']:,}" for p in programs)]]
 
@@ -43,7 +44,7 @@ def table(report: Mapping[str, Any]) -> str:
         else "memory of a device: not known, so nobody knows what fits",
         *([] if report["chip"] else [f"peaks of {report['device_kind']}: not known, so there are no bounds of time"]),
         "",
-        *_aligned(rows),
+        Table("Plan", rows[0], rows[1:]).plain(),
         "",
     ]
     if once := sum(p["work"]["loops_once"] for p in programs if p["work"]):
@@ -84,8 +85,3 @@ def _amount(value: float, units: Mapping[str, float]) -> str:
     """In the largest unit of which there is one, else in the smallest."""
     unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
     return f"{value / units[unit]:,.2f} {unit}"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]

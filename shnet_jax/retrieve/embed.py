@@ -1,8 +1,8 @@
-"""Embeddings of a whole split, written part by part, so that a killed run goes on where it was.
+"""Embeds a split part by part, so that a killed run goes on where it was.
 
-Each batch becomes a file of its own, and all of them, in the end, one file for the images and one for the captions.
-Neither step holds more than a batch. A batch has the same rows and shapes whenever it is encoded, so the result is byte
-for byte the one of a run that was never killed.
+Each batch becomes a file; in the end all of them become one file for the images and one for the captions. Neither step
+holds more than a batch. A batch has the same rows and shapes whenever it is encoded, so a resumed run ends with the
+same bytes as one that was never killed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.evaluate.encode import host_fields
@@ -27,15 +27,7 @@ from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.files import disk_faults, sole_writer, whole, write_json
 from shnet_jax.observe.progress import Progress
 from shnet_jax.retrieve import tensors
-from shnet_jax.retrieve.folder import (
-    FORMAT,
-    IDS,
-    SOURCE,
-    Embeddings,
-    make_ids,
-    open_embeddings,
-    read_source,
-)
+from shnet_jax.retrieve.embeddings import FORMAT, IDS, SOURCE, Embeddings, make_ids, open_embeddings, read_source
 from shnet_jax.types import Embedding
 
 PARTS = "parts"
@@ -49,7 +41,7 @@ def embed(
     Args:
       variables: {"params", "batch_stats"}.
       mesh: devices that share each batch of config.eval.batch_size rows a device.
-      source: what made them (`search_modes.provenance`), kept in embeddings.json; JSON values.
+      source: their origin (`modes.embed.provenance`), kept in embeddings.json; JSON values.
 
     Raises:
       ValueError: the folder holds embeddings of another source, or parts of them.
@@ -60,8 +52,8 @@ def embed(
     if rows < 1:
         raise ValueError(f"config.eval.batch_size is {experiment.config.eval.batch_size}; it must be at least 1")
     source = {"format": FORMAT} | source | {"batch_rows": rows}
-    if (made := read_source(folder)) is not None:
-        check_source(folder / SOURCE, made, source)
+    if (stored := read_source(folder)) is not None:
+        check_source(folder / SOURCE, stored, source)
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # of a run that was killed just before it removed them
         return open_embeddings(folder)
     with sole_writer(folder), disk_faults(folder, SafetensorError):
@@ -75,8 +67,8 @@ def _write(
     rows = source["batch_rows"]
     gallery = open_gallery(experiment.config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
     parts = folder / PARTS
-    begun = read_source(parts)
-    if begun is None:
+    stored = read_source(parts)
+    if stored is None:
         parts.mkdir(parents=True, exist_ok=True)
         if others := sorted(path.name for path in parts.iterdir() if path.name != f"{SOURCE}.tmp"):
             raise ValueError(
@@ -85,7 +77,7 @@ def _write(
             )
         write_json(parts / SOURCE, source)
     else:
-        check_source(parts / SOURCE, begun, source)
+        check_source(parts / SOURCE, stored, source)
     image, text = make_towers(experiment, mesh, mesh)(variables)
     for side, tower, count, batches in (
         ("images", image, gallery.images, gallery.image_batches),
@@ -99,12 +91,12 @@ def _write(
     shutil.rmtree(parts)
 
 
-def check_source(path: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises ValueError, naming what differs, unless both are the same."""
+def check_source(path: Path, stored: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises ValueError, naming the fields that differ, unless both origins are the same."""
     lines = [
-        f"{key}: {made.get(key)!r} there, {wanted.get(key)!r} here"
-        for key in sorted(made.keys() | wanted.keys())
-        if made.get(key) != wanted.get(key)
+        f"{key}: {stored.get(key)!r} there, {ours.get(key)!r} here"
+        for key in sorted(stored.keys() | ours.keys())
+        if stored.get(key) != ours.get(key)
     ]
     if lines:
         raise ValueError(
@@ -120,18 +112,18 @@ def _part(parts: Path, side: str, number: int) -> Path:
 def _encode(
     parts: Path, side: str, tower: Tower, count: int, rows: int, batches: Callable[[int, int], Iterator[Part]]
 ) -> None:
-    """Writes the parts that are not yet there, each under its name only when it is whole."""
+    """Writes the missing parts, each under its name only when it is complete."""
     total = -(-count // rows)
     first = next((i for i in range(total) if not _part(parts, side, i).exists()), total)
-    progress, clock = Progress(total, what=f"{side}: batch"), Clock()
+    progress, clock = Progress(total, what=f"{side}: batch", unit=side), Clock()
 
     def dispatched() -> Iterator[tuple[int, Part, Embedding]]:
         for number, part in enumerate(batches(rows, first), start=first):
             yield number, part, tower.apply(tower.put(part.batch))
 
     with clock:
-        for number, part, found in one_behind(dispatched()):
-            arrays = host_fields(found, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}
+        for number, part, embedding in one_behind(dispatched()):
+            arrays = host_fields(embedding, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}
             path = _part(parts, side, number)
             with whole(path) as temporary:
                 save_file(arrays, temporary)
@@ -146,20 +138,21 @@ def assemble(parts: Path, side: str, count: int, path: Path) -> None:
     Where parts differ in their number of elements (captions of several lengths), shorter ones get zeros that the mask
     excludes. Raises ValueError for a row in no part or in two.
     """
-    found = sorted(parts.glob(f"{side}-*.safetensors"))
+    files = sorted(parts.glob(f"{side}-*.safetensors"))
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    for part in found:  # only the headers
-        for name, (shape, dtype) in _peek(part).items():
-            longest = np.maximum(shapes[name][0][1:], shape[1:]) if name in shapes else shape[1:]
-            shapes[name] = ((count, *map(int, longest)), dtype)
+    for path_of_part in files:
+        for name, values in tensors.open_mapped(path_of_part).items():
+            if name != "rows":
+                longest = np.maximum(shapes[name][0][1:], values.shape[1:]) if name in shapes else values.shape[1:]
+                shapes[name] = ((count, *map(int, longest)), values.dtype)
     with whole(path) as temporary:
         arrays, times = tensors.create(temporary, shapes), np.zeros(count, np.int8)
-        for part in found:
-            values = load_file(part)
-            rows = values.pop("rows")
-            for name, given in values.items():
-                at: Any = (rows, *map(slice, given.shape[1:]))
-                arrays[name][at] = given
+        for path_of_part in files:
+            part = tensors.open_mapped(path_of_part)
+            rows = np.array(part.pop("rows"))
+            for name, values in part.items():
+                at: Any = (rows, *map(slice, values.shape[1:]))
+                arrays[name][at] = values
             np.add.at(times, rows, 1)
         wrong = np.flatnonzero(times != 1)
         if wrong.size:
@@ -167,10 +160,3 @@ def assemble(parts: Path, side: str, count: int, path: Path) -> None:
         for array in arrays.values():
             if isinstance(array, np.memmap):
                 array.flush()
-
-
-def _peek(part: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of the embedding's arrays in a part."""
-    with safe_open(part, framework="numpy") as file:
-        slices = {name: file.get_slice(name) for name in file.keys() if name != "rows"}  # noqa: SIM118
-        return {name: (tuple(s.get_shape()), tensors.CODES[s.get_dtype()]) for name, s in slices.items()}

@@ -1,4 +1,4 @@
-"""What a page shows of a gallery: results, evenly spaced queries, the worst ones, what the model looked at."""
+"""Chooses what a page shows of a gallery: numbers, evenly spaced queries, the worst-ranked ones, highlighting."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.extra import NOTHING
-from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k, turned
+from shnet_jax.evaluate.nearest import Found
 from shnet_jax.evaluate.protocols import Subject
+from shnet_jax.evaluate.recall import QueryRanks
 from shnet_jax.evaluate.split import embedded_split, evaluate_embedded, make_rankings
 from shnet_jax.evaluate.tiles import take
-from shnet_jax.evaluate.two_stage import candidates, two_stage_top_k
+from shnet_jax.evaluate.two_stage import candidates
 from shnet_jax.experiment import Experiment
-from shnet_jax.retrieve.folder import Embeddings
+from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.retrieve.highlight import highlights
-from shnet_jax.retrieve.page import Contents, Shown
-from shnet_jax.types import Embedding, Score
+from shnet_jax.retrieve.page import Contents, Example
+from shnet_jax.retrieve.searcher import Searcher
 
 
 def collect(
@@ -32,75 +33,50 @@ def collect(
 ) -> Contents:
     """Ranks the gallery and chooses what is shown of it, by config.page; the same whenever it is asked for.
 
-    In two stages where config.eval.exact is False.
-
-    Raises ValueError for a number of config.page below 0 (page.results: below 1).
+    In two stages where config.eval.exact is False. Raises ValueError for a number of config.page below 0 (page.results:
+    below 1).
     """
-    shown, tile = config.page, config.eval.tile
-    for name in ("queries", "failures", "highlights"):
-        if shown[name] < 0:
-            raise ValueError(f"config.page.{name} is {shown[name]}; it must be at least 0")
-    if shown.results < 1:
-        raise ValueError(f"config.page.results is {shown.results}; it must be at least 1")
-    images, texts, ids = embeddings.images, embeddings.texts, embeddings.ids
-    owner = np.asarray(ids.caption_image, np.int64)
+    counts = config.page
+    for name, least in (("queries", 0), ("failures", 0), ("highlights", 0), ("results", 1)):
+        if counts[name] < least:
+            raise ValueError(f"config.page.{name} is {counts[name]}; it must be at least {least}")
     rankings = make_rankings(experiment, mesh)
-    gallery = embedded_split(experiment, subject.split, variables, images, texts, subject, rankings)
+    gallery = embedded_split(
+        experiment, subject.split, variables, embeddings.images, embeddings.texts, subject, rankings
+    )
     if not config.eval.exact:
         gallery = dataclasses.replace(gallery, method=rankings.rerank(variables))
-    score, protocol = gallery.score, config.eval.protocols[0]
     # The examples are of the whole gallery, whatever the numbers are of.
-    protocols = tuple(dict.fromkeys((protocol, "whole")))
-    evaluation = ConfigDict(config.eval.to_dict() | {"protocols": protocols})
+    protocol = config.eval.protocols[0]
+    evaluation = ConfigDict(config.eval.to_dict() | {"protocols": tuple(dict.fromkeys((protocol, "whole")))})
     by_protocol = evaluate_embedded(gallery, NOTHING, evaluation, mesh, intervals=False)
-    found = by_protocol["whole"].queries
-    assert found is not None  # `evaluate_embedded` gives them
+    ranks = by_protocol["whole"].queries
+    assert ranks is not None  # `evaluate_embedded` gives them
 
-    captions_first = score if is_dot_product(score) else turned(score)
-
-    count = 0 if is_dot_product(score) else candidates(config.eval)
-
-    def search(queries: Embedding, items: Embedding, score: Score) -> Found:
-        if count:
-            return two_stage_top_k(queries, items, shown.results, count, score, tile, mesh)
-        return top_k(queries, items, shown.results, score, tile, mesh)
-
-    def by_caption(rows: np.ndarray) -> list[Shown]:
-        return _shown(rows, found.t2i, owner[rows], search(take(texts, rows), images, score))
-
-    def by_image(rows: np.ndarray) -> list[Shown]:
-        best = search(take(images, rows), texts, captions_first)
-        return _shown(rows, found.i2t, np.array([own_best(int(row)) for row in rows], np.int64), best)
-
-    def own_best(row: int) -> int:
-        own = np.arange(ids.first[row], ids.first[row + 1])
-        return int(
-            own[top_k(take(images, np.array([row])), take(texts, own), 1, captions_first, tile, mesh).index[0, 0]]
-        )
-
-    n = len(ids.image_ids)
-    some = spaced(n, shown.queries)
-    captions = ids.first[some] + np.arange(len(some)) % np.diff(ids.first)[some]  # not the first caption of each
-    looked = [int(row) for row in spaced(n, shown.highlights)]
+    searcher, k = Searcher(embeddings, gallery.score, config.eval.tile, mesh, candidates(config.eval)), counts.results
+    ids, n = embeddings.ids, len(embeddings.ids.image_ids)
+    rows = spaced(n, counts.queries)
+    captions = ids.first[rows] + np.arange(len(rows)) % np.diff(ids.first)[rows]  # not the first caption of each
+    highlighted = [int(row) for row in spaced(n, counts.highlights)]
+    looks = highlights(experiment, variables, subject.split, highlighted)
     return Contents(
         title=str(config.name),
         results=by_protocol[protocol],
-        ranks=found,
+        ranks=ranks,
         ids=ids,
         persons=gallery.image_person,
-        captions=by_caption(captions),
-        images=by_image(spaced(n, shown.queries, offset=0.75)),
-        caption_failures=by_caption(worst(found.t2i, shown.failures)),
-        image_failures=by_image(worst(found.i2t, shown.failures)),
-        highlights=list(zip(looked, highlights(experiment, variables, subject.split, looked), strict=True)),
-        history=(),
+        captions=_by_caption(searcher, captions, ranks, k),
+        images=_by_image(searcher, spaced(n, counts.queries, offset=0.75), ranks, k),
+        caption_failures=_by_caption(searcher, worst(ranks.t2i, counts.failures), ranks, k),
+        image_failures=_by_image(searcher, worst(ranks.i2t, counts.failures), ranks, k),
+        highlights=list(zip(highlighted, looks, strict=True)),
     )
 
 
 def spaced(count: int, most: int, offset: float = 0.5) -> np.ndarray:
     """Up to `most` different rows of `count`, evenly spaced, that begin `offset` of a gap behind the first."""
-    wanted = min(count, most)
-    return np.floor((np.arange(wanted) + offset) * count / max(wanted, 1)).astype(np.int64)
+    size = min(count, most)
+    return np.floor((np.arange(size) + offset) * count / max(size, 1)).astype(np.int64)
 
 
 def worst(ranks: np.ndarray, most: int) -> np.ndarray:
@@ -109,9 +85,23 @@ def worst(ranks: np.ndarray, most: int) -> np.ndarray:
     return order[ranks[order] > 0]
 
 
-def _shown(rows: np.ndarray, ranks: np.ndarray, matches: np.ndarray, best: Found) -> list[Shown]:
-    found = zip(rows.tolist(), matches.tolist(), best.index.tolist(), best.score.tolist(), strict=True)
+def _by_caption(searcher: Searcher, rows: np.ndarray, ranks: QueryRanks, k: int) -> list[Example]:
+    """The k images that each caption finds."""
+    embeddings = searcher.embeddings
+    owners = np.asarray(embeddings.ids.caption_image, np.int64)[rows]
+    return _examples(rows, ranks.t2i, owners, searcher.best_images(take(embeddings.texts, rows), k))
+
+
+def _by_image(searcher: Searcher, rows: np.ndarray, ranks: QueryRanks, k: int) -> list[Example]:
+    """The k captions that each image finds."""
+    best = searcher.best_captions(take(searcher.embeddings.images, rows), k)
+    own = np.array([searcher.best_own_caption(row) for row in rows.tolist()], np.int64)
+    return _examples(rows, ranks.i2t, own, best)
+
+
+def _examples(rows: np.ndarray, ranks: np.ndarray, matches: np.ndarray, best: Found) -> list[Example]:
+    lines = zip(rows.tolist(), matches.tolist(), best.index.tolist(), best.score.tolist(), strict=True)
     return [
-        Shown(row, int(ranks[row]) + 1, match, list(zip(index, scores, strict=True)))
-        for row, match, index, scores in found
+        Example(row, int(ranks[row]) + 1, match, list(zip(index, scores, strict=True)))
+        for row, match, index, scores in lines
     ]

@@ -1,4 +1,4 @@
-"""What a model looked at: gates, attention and pooling weights that it sows while it encodes, by their names.
+"""Collects what a model looked at: gates, attention and pooling weights that it sows while it encodes.
 
 A model shows these by sowing into the collection "intermediates" (flax `Module.sow`) under the names below; one that
 sows none of them has nothing to show. Encoding is not changed by looking.
@@ -23,7 +23,7 @@ UNITS = ("regions", "grid")  # in the order in which a model joins them
 
 @dataclasses.dataclass(frozen=True)
 class Highlight:
-    """Of one image; None for what the model does not show.
+    """The gates, attention and pooling weights of one image; None for what the model does not show.
 
     units: number of units of each kind, in the order of the rows below. valid: [N] bool.
     gate: [N] float32, how much of each unit passes, 0..1. attention: [N, P] float32, over the label map row by row.
@@ -44,23 +44,17 @@ def highlights(experiment: Experiment, variables: dict[str, Any], split: str, ro
     dataset = experiment.dataset
     records = dataset.open_split(split, stored_fields(dataset, experiment.fields))
     batch: dict[str, Any] = {"image_index": np.asarray(rows, np.int32), **stack_images(records, rows)}
-    _, seen, full = jax.tree.map(np.asarray, look(experiment.model, variables, batch))
+    _, sown, full = jax.tree.map(np.asarray, look(experiment.model, variables, batch))
     units = {name: full[name].shape[1] for name in UNITS if name in full}
     masks = [full[f"{'region' if name == 'regions' else name}_mask"] for name in units]
     valid = np.concatenate(masks, axis=1) if masks else np.zeros((len(rows), 0), bool)
-    found = []
+    looks = []
     for i in range(len(rows)):
-        weights = seen[WEIGHTS][i] if WEIGHTS in seen else None
-        found.append(
-            Highlight(
-                units,
-                valid[i],
-                seen[GATE][i] if GATE in seen else None,
-                seen[ATTENTION][i] if ATTENTION in seen else None,
-                None if weights is None else weights[: int(np.flatnonzero(weights).max(initial=0)) + 1],
-            )
-        )
-    return found
+        gate, attention, weights = (sown[name][i] if name in sown else None for name in (GATE, ATTENTION, WEIGHTS))
+        if weights is not None:
+            weights = weights[: int(np.flatnonzero(weights).max(initial=0)) + 1]
+        looks.append(Highlight(units, valid[i], gate, attention, weights))
+    return looks
 
 
 def look(
@@ -75,14 +69,14 @@ def look(
 
     def encode(variables: Any, batch: Batch) -> tuple[Embedding, Any, Batch]:
         full = gather({}, batch)
-        found, state = model.apply(variables, full, train=False, method="encode_image", mutable=["intermediates"])
+        embedding, state = model.apply(variables, full, train=False, method="encode_image", mutable=["intermediates"])
         leaves = jax.tree_util.tree_leaves_with_path(cast(dict, state).get("intermediates", {}))
-        seen = {}
+        sown = {}
         for path, leaf in leaves:
             names = tuple(str(part.key) for part in path if hasattr(part, "key"))
             if names[-2:] in (GATE, ATTENTION, WEIGHTS):
-                seen[names[-2:]] = leaf
+                sown[names[-2:]] = leaf
         units = {name: values for name, values in full.items() if name in UNITS or name.endswith("_mask")}
-        return cast(Embedding, found), seen, units
+        return cast(Embedding, embedding), sown, units
 
     return jax.jit(encode)(variables, batch)

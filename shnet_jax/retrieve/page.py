@@ -6,29 +6,32 @@ Everything it shows is handed to it; it needs no network, no script and no other
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.recall import QueryRanks
-from shnet_jax.evaluate.report import COLUMNS, PERSON, heading
-from shnet_jax.retrieve import charts
-from shnet_jax.retrieve.folder import Ids
+from shnet_jax.evaluate.recall import CUTS, QueryRanks
+from shnet_jax.evaluate.report import HEADINGS, PERSON
+from shnet_jax.observe import html
+from shnet_jax.observe.charts import DIRECTIONS, chart, shares
+from shnet_jax.observe.curves import plot_loss, plot_recall
+from shnet_jax.observe.html import Child, Markup, tag
+from shnet_jax.retrieve.embeddings import Ids
 from shnet_jax.retrieve.highlight import Highlight
-from shnet_jax.retrieve.highlight_view import pooling_section, view
-from shnet_jax.retrieve.html import Child, Markup, table, tag
-from shnet_jax.retrieve.page_style import document
-from shnet_jax.retrieve.scene import Album
+from shnet_jax.retrieve.highlight_view import panels, pooling_section
+from shnet_jax.retrieve.scene import Album, Scene
 
-BANDS = ((1, "first"), (5, "2 to 5"), (10, "6 to 10"), (50, "11 to 50"))
+RANK_BANDS = ((0, 1, "first"), (1, 5, "2 to 5"), (5, 10, "6 to 10"), (10, 50, "11 to 50"), (50, np.inf, "beyond 50"))
+LEGEND = 8  # classes in the legend of a query's pictures, at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """A query and the best it finds. query: row of a caption or an image. rank: of its match, from 1.
+class Example:
+    """A query and the best results it finds.
 
+    query: row of a caption or an image. rank: of its match, from 1.
     match: row of the other side, of images their best-ranked own caption. best: [(row, score)] of the other side.
     """
 
@@ -40,10 +43,11 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a page shows.
+    """Everything that a page shows.
 
+    title: name of the configuration. run: name of the run, "": not shown.
     results: by the first of config.eval.protocols. ranks: of the whole gallery.
-    persons: [n] the person in each image, all of whose images are right; None: none but a caption's own is.
+    persons: [n] the person in each image, all of whose images are right; None: only a caption's own image is.
     captions, images: queries of each kind; failures of each kind: those ranked worst.
     highlights: (row of an image, what the model looked at).
     history: lines of metrics.jsonl.
@@ -54,182 +58,184 @@ class Contents:
     ranks: QueryRanks
     ids: Ids
     persons: np.ndarray | None
-    captions: Sequence[Shown]
-    images: Sequence[Shown]
-    caption_failures: Sequence[Shown]
-    image_failures: Sequence[Shown]
+    captions: Sequence[Example]
+    images: Sequence[Example]
+    caption_failures: Sequence[Example]
+    image_failures: Sequence[Example]
     highlights: Sequence[tuple[int, Highlight]]
-    history: Sequence[Mapping[str, Any]]
+    history: Sequence[Mapping[str, Any]] = ()
+    run: str = ""
 
     def right(self, image: int, other: int) -> bool:
-        """Whether what belongs to one image answers a query of the other."""
+        """Whether an image, or a caption of it, answers a query that belongs to the image `other`."""
         return image == other or (self.persons is not None and self.persons[image] == self.persons[other])
 
 
-def page(contents: Contents, album: Album) -> str:
+def render_page(contents: Contents, album: Album) -> str:
     """The page as HTML."""
     card = contents.results.card
     sections = [
         ("numbers", "How well it retrieves", _numbers(contents)),
         ("curves", "How it learned", _curves(contents.history)),
-        ("captions", "Words to images", _by_caption(contents, contents.captions, album)),
-        ("images", "An image to words", _by_image(contents, contents.images, album)),
+        ("captions", "Text to image", _by_caption(contents, contents.captions, album)),
+        ("images", "Image to text", _by_image(contents, contents.images, album)),
         ("failures", "Failures worth seeing", _failures(contents, album)),
         ("highlights", "What it looks at", _highlights(contents, album)),
     ]
     sections = [section for section in sections if section[2]]
     about = [
+        ["Run ", tag("bdi", contents.run), ". "] if contents.run else None,
         f"{card['dataset']}, {card['split']} split: {card['images']} images, {card['captions']} captions. ",
         f"Checkpoint of step {card['checkpoint_step']}. ",
     ]
     if not album.photographs:
-        about.append(
-            "There are no photographs here: a picture is the image's label map, its colours are classes, and the "
-            "frames are regions of the detector."
-        )
-    return document(
-        f"{contents.title}: {card['dataset']} {card['split']}",
-        album.style(),
+        about.append("There are no photographs here: a picture is the image's label map, its colours are classes.")
+    run = f", {contents.run}" if contents.run else ""
+    return html.document(
+        f"{contents.title}{run}: {card['dataset']} {card['split']}",
         tag("h1", contents.title),
         tag("p", about, class_="muted"),
         tag("nav", [tag("a", title, href=f"#{name}") for name, title, _ in sections], aria_label="Sections"),
         [tag("section", tag("h2", title), parts, id=name) for name, title, parts in sections],
+        style=album.style(),
     )
 
 
 def _numbers(contents: Contents) -> Child:
-    found, card = contents.results, contents.results.card
-    m = found.metrics
+    metrics, card, ranks = contents.results.metrics, contents.results.card, contents.ranks
     tiles = [
-        ("rSum, of 600", m["rsum"]),
-        ("words → image, R@1 in %", m["t2i_r1"]),
-        ("image → words, R@1 in %", m["i2t_r1"]),
+        ("rSum, of 600", metrics["rsum"]),
+        ("image to text, R@1 in %", metrics["i2t_r1"]),
+        ("text to image, R@1 in %", metrics["t2i_r1"]),
     ]
-    if "person_map" in m:
-        tiles += [("words → person, R@1 in %", m["person_r1"]), ("words → person, mAP in %", m["person_map"])]
-    columns = [*COLUMNS, *(name for name in PERSON if name in m)]
-    rows = [("this model", m), ("guessing", found.chance)]
-    ranks = contents.ranks
+    if "person_map" in metrics:
+        tiles += [
+            ("text to person, R@1 in %", metrics["person_r1"]),
+            ("text to person, mAP in %", metrics["person_map"]),
+        ]
+    bands = "Rank of the {} among all {}"
     return [
         tag("div", [tag("div", tag("b", f"{value:.1f}"), tag("span", name)) for name, value in tiles], class_="tiles"),
-        table(
-            ["", *map(heading, columns)],
-            [[name, *(f"{metrics[column]:.1f}" for column in columns)] for name, metrics in rows],
-        ),
+        _metrics_table(contents.results),
         tag(
             "div",
-            charts.shares(_bands(ranks.t2i), "Rank of the right image among all images, over all captions"),
-            charts.shares(_bands(ranks.i2t), "Rank of the best right caption among all captions, over all images"),
+            shares(_bands(ranks.i2t), bands.format("best right caption", "captions, over all images")),
+            shares(_bands(ranks.t2i), bands.format("right image", "images, over all captions")),
             class_="pair",
         ),
         tag(
             "details",
             tag("summary", "How this was measured"),
-            table(["", ""], [[key.replace("_", " "), str(card[key])] for key in card], class_="words"),
+            html.table(["", ""], [[key.replace("_", " "), str(card[key])] for key in card], words=True),
         ),
     ]
 
 
+def _metrics_table(results: Results) -> Child:
+    """Few columns, so that a telephone shows all of them."""
+    names = (*(f"r{cut}" for cut in CUTS), "medr", "meanr")
+
+    def row(title: str, metrics: Mapping[str, float], columns: Sequence[str]) -> list[str]:
+        return [title, *(f"{metrics[column]:.1f}" if column in metrics else "" for column in columns)]
+
+    rows = []
+    for key, direction in DIRECTIONS.items():
+        columns = [f"{key}_{name}" for name in names]
+        rows += [row(direction, results.metrics, columns), row("chance", results.chance, columns)]
+    tables = [html.table(["", *(HEADINGS[name] for name in names)], rows)]
+    if persons := [name for name in PERSON if name in results.metrics]:
+        rows = [row("text to person", results.metrics, persons), row("chance", results.chance, persons)]
+        tables.append(html.table(["", *(PERSON[name].removeprefix("person ") for name in persons)], rows))
+    return tables
+
+
 def _bands(ranks: np.ndarray) -> list[tuple[str, float]]:
     """Shares of the 0-based ranks by band."""
-    edges = [0, *(edge for edge, _ in BANDS), np.inf]
-    names = [*(name for _, name in BANDS), "beyond 50"]
-    return [
-        (name, float(np.mean((ranks >= low) & (ranks < high))))
-        for name, low, high in zip(names, edges[:-1], edges[1:], strict=True)
-    ]
+    return [(name, float(np.mean((ranks >= low) & (ranks < high)))) for low, high, name in RANK_BANDS]
 
 
 def _curves(history: Sequence[Mapping[str, Any]]) -> Child:
     if not history:
         return None
-
-    def points(kind: str, key: str) -> list[tuple[float, float]]:
-        return [(line["step"], float(line[key])) for line in history if line.get("kind") == kind and key in line]
-
-    names = {"t2i": "words → image", "i2t": "image → words"}
-    recalls = {f"{names[d]}, R@{k}": points("eval", f"{d}_r{k}") for d in names for k in (1, 5, 10)}
     return tag(
         "div",
-        charts.lines(recalls, "step", "Validation recall in per cent"),
-        charts.lines({"loss": points("train", "loss")}, "step", "Training loss"),
+        chart("Validation recall in per cent", lambda axes, dark: plot_recall(axes, history, dark)),
+        chart("Training loss", lambda axes, dark: plot_loss(axes, history, dark)),
         class_="pair",
     )
 
 
-def _by_caption(contents: Contents, shown: Sequence[Shown], album: Album) -> Child:
-    if not shown:
+def _by_caption(contents: Contents, examples: Sequence[Example], album: Album) -> Child:
+    if not examples:
         return None
+    right = "the image that it was written for." if contents.persons is None else "the images of its person."
     return [
-        tag(
-            "p",
-            "A caption and the images that fit it best. A green frame marks ",
-            "the image that it was written for." if contents.persons is None else "the images of its person.",
-        ),
-        [_caption_query(contents, one, album) for one in shown],
+        tag("p", "A caption and the images that fit it best, with their scores. A green frame marks ", right),
+        [_caption_query(contents, example, album) for example in examples],
     ]
 
 
-def _caption_query(contents: Contents, shown: Shown, album: Album) -> Markup:
-    ids = contents.ids
-
-    def card(place: str, row: int) -> Markup:
-        good = contents.right(row, shown.match)
-        mark = tag("span", "✓ right" if good else "✗", class_="mark")
-        words = None if good else tag("div", tag("bdi", ids.captions_of(row)[0]), class_="sub")
-        text = tag("div", tag("div", tag("span", place), mark, class_="head"), words, class_="text")
-        return tag("div", album.scene(row).picture(), text, class_="card good" if good else "card bad")
-
-    found = [card(f"{rank}.  {score:.3f}", row) for rank, (row, score) in enumerate(shown.best, start=1)]
-    if shown.match not in [row for row, _ in shown.best]:
-        found.append(card(f"rank {shown.rank}", shown.match))
-    say = tag("p", "“", tag("bdi", ids.captions[shown.query]), "”", class_="say")
-    return tag("div", say, tag("div", found, class_="cards"), class_="query")
+def _caption_query(contents: Contents, example: Example, album: Album) -> Markup:
+    ids, best_rows = contents.ids, [row for row, _ in example.best]
+    cards = [
+        _image_card(contents, example, album.scene(row), row, f"{rank}.  {score:.3f}")
+        for rank, (row, score) in enumerate(example.best, start=1)
+    ]
+    if example.match not in best_rows:
+        cards.append(_image_card(contents, example, album.scene(example.match), example.match, f"rank {example.rank}"))
+        best_rows.append(example.match)
+    say = tag("p", "“", tag("bdi", ids.captions[example.query]), "”", class_="say")
+    return tag("div", say, tag("div", cards, class_="cards"), _legend(map(album.scene, best_rows)), class_="query")
 
 
-def _by_image(contents: Contents, shown: Sequence[Shown], album: Album) -> Child:
-    if not shown:
+def _image_card(contents: Contents, example: Example, scene: Scene, row: int, place: str) -> Markup:
+    """An image that a caption finds, with its first caption."""
+    right = contents.right(row, example.match)
+    head = tag("div", tag("span", place), tag("span", "✓ right" if right else "✗", class_="mark"), class_="head")
+    text = tag("div", head, tag("div", tag("bdi", contents.ids.captions_of(row)[0]), class_="sub"), class_="text")
+    return tag("div", scene.picture(), text, class_="card good" if right else "card bad")
+
+
+def _legend(scenes: Iterable[Scene]) -> Markup | None:
+    """The colours of the largest classes of the label maps, taken together."""
+    sums: dict[tuple[str, str], float] = {}
+    for scene in scenes:
+        for name, colour, share in scene.classes(LEGEND):
+            sums[colour, name] = sums.get((colour, name), 0.0) + share
+    largest = sorted(sums, key=lambda entry: -sums[entry])[:LEGEND]
+    return html.keys(largest) if largest else None
+
+
+def _by_image(contents: Contents, examples: Sequence[Example], album: Album) -> Child:
+    if not examples:
         return None
+    right = "its own are green." if contents.persons is None else "those of its person are green."
     return [
-        tag(
-            "p",
-            "An image and the captions that fit it best; ",
-            "its own are green." if contents.persons is None else "those of its person are green.",
-        ),
-        [_image_query(contents, one, album) for one in shown],
+        tag("p", "An image and the captions that fit it best, with their scores; ", right),
+        [_image_query(contents, example, album) for example in examples],
     ]
 
 
-def _image_query(contents: Contents, shown: Shown, album: Album) -> Markup:
-    ids = contents.ids
-
-    def line(row: int, number: str) -> Markup:
-        good = contents.right(ids.caption_image[row], shown.query)
-        mark = tag("span", "✓" if good else "✗", class_="mark")
-        return tag(
-            "li", mark, tag("span", number, class_="num"), tag("span", tag("bdi", ids.captions[row])),
-            class_="good" if good else "bad",
-        )  # fmt: skip
-
-    lines = [line(row, f"{score:.3f}") for row, score in shown.best]
-    if shown.match not in [row for row, _ in shown.best]:
-        lines.append(line(shown.match, f"rank {shown.rank}"))
-    scene = album.scene(shown.query)
-    picture = tag("div", scene.picture(), tag("div", _keys(scene.classes()), class_="text"), class_="card")
+def _image_query(contents: Contents, example: Example, album: Album) -> Markup:
+    lines = [_caption_line(contents, example, row, f"{score:.3f}") for row, score in example.best]
+    if example.match not in [row for row, _ in example.best]:
+        lines.append(_caption_line(contents, example, example.match, f"rank {example.rank}"))
+    scene = album.scene(example.query)
+    picture = tag("div", scene.picture(), tag("div", scene.legend(3), class_="text"), class_="card")
     return tag("div", tag("div", picture, tag("ol", lines), class_="side"), class_="query")
 
 
-def _keys(classes: Sequence[tuple[str, str, float]]) -> Markup:
-    spans = [
-        tag("span", tag("i", style=f"background:{colour}"), tag("bdi", name), f" {share:.0%}")
-        for name, colour, share in classes
-    ]
-    return tag("div", spans, class_="keys sub")
+def _caption_line(contents: Contents, example: Example, row: int, place: str) -> Markup:
+    """A caption that an image finds."""
+    right = contents.right(contents.ids.caption_image[row], example.query)
+    mark = tag("span", "✓" if right else "✗", class_="mark")
+    words = tag("span", tag("bdi", contents.ids.captions[row]))
+    return tag("li", mark, tag("span", place, class_="num"), words, class_="good" if right else "bad")
 
 
 def _failures(contents: Contents, album: Album) -> Child:
-    captions = [_caption_query(contents, one, album) for one in contents.caption_failures]
-    images = [_image_query(contents, one, album) for one in contents.image_failures]
+    captions = [_caption_query(contents, example, album) for example in contents.caption_failures]
+    images = [_image_query(contents, example, album) for example in contents.image_failures]
     if not captions and not images:
         return None
     return [
@@ -240,16 +246,16 @@ def _failures(contents: Contents, album: Album) -> Child:
 
 
 def _highlights(contents: Contents, album: Album) -> Child:
-    views = [view(album.scene(row), found, contents.ids.captions_of(row)) for row, found in contents.highlights]
-    shown = [one for one in views if one]
-    pooling = pooling_section([found.weights for _, found in contents.highlights])
+    drawn = [panels(album.scene(row), look, contents.ids.captions_of(row)) for row, look in contents.highlights]
+    shown = [one for one in drawn if one]
+    pooling = pooling_section([look.weights for _, look in contents.highlights])
     if not shown:
         return pooling
     return [
         tag(
             "p",
-            "3SHNet lets the segmentation highlight the regions: the semantic gate passes each of them by how well it "
-            "fits the scene as a whole, and the spatial attention of each looks up where, and among what, it lies.",
+            "3SHNet lets the segmentation highlight the regions. The semantic gate passes each region by how well it "
+            "fits the scene as a whole; the spatial attention of each looks up where, and among what, it lies.",
         ),
         shown,
         pooling,

@@ -1,4 +1,4 @@
-"""Pictures for a page, as data URIs: photographs made small, label maps in colours, heat over a map."""
+"""Makes the pictures of a page as data URIs: small photographs, label maps in colours, heat."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from shnet_jax import foreign
 
 SUFFIXES = ("", ".jpg", ".jpeg", ".png", ".webp")
 SIDE = 320  # longest side of a photograph on the page, in pixels
-HEAT = (214, 40, 90)  # colour of what is looked at; how much is its opacity
+HEAT = (214, 40, 90)  # colour of attention and gates; the opacity is their value
 
-# What most people expect of common classes; the first word found in a class's name decides. Others: see `colour`.
+# Colours that most people expect of common classes; the first of these words in a class's name decides.
 _EXPECTED = {
     "person": "#e07a5f",
     "sky": "#a9d0ee",
@@ -59,7 +59,7 @@ def _hue(number: int) -> str:
     return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
 
 
-def uri(data: bytes, kind: str) -> str:
+def _uri(data: bytes, kind: str) -> str:
     """The bytes of a picture as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -67,7 +67,7 @@ def uri(data: bytes, kind: str) -> str:
 def _png(picture: Image.Image) -> str:
     out = io.BytesIO()
     picture.save(out, "PNG", optimize=True)
-    return uri(out.getvalue(), "png")
+    return _uri(out.getvalue(), "png")
 
 
 def photograph(folder: Path, image_id: str) -> tuple[str, float] | None:
@@ -82,11 +82,15 @@ def photograph(folder: Path, image_id: str) -> tuple[str, float] | None:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
-    picture = foreign.read_picture(path)
+    return small(foreign.read_picture(path))
+
+
+def small(picture: Image.Image) -> tuple[str, float]:
+    """A picture made small as a data URI, and its width / height."""
+    aspect, out = picture.width / picture.height, io.BytesIO()
     picture.thumbnail((SIDE, SIDE))
-    out = io.BytesIO()
     picture.save(out, "JPEG", quality=82)
-    return uri(out.getvalue(), "jpeg"), picture.width / picture.height
+    return _uri(out.getvalue(), "jpeg"), aspect
 
 
 def label_map(seg_map: np.ndarray, names: Sequence[str]) -> str:

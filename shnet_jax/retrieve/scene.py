@@ -1,4 +1,4 @@
-"""How an image is shown on a page: its photograph, or else its label map with the boxes of its regions.
+"""The images of a page: the photograph of each, or else its label map, or else the boxes of its regions.
 
 A photograph is a file of a folder, or the pixels that the record itself has.
 """
@@ -6,7 +6,6 @@ A photograph is a file of a folder, or the pixels that the record itself has.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from shnet_jax.data.records import DataSet
-from shnet_jax.retrieve.html import Markup, tag
-from shnet_jax.retrieve.pictures import SIDE, class_name, inside, label_map, photograph, shares, uri
+from shnet_jax.observe.html import Markup, keys, tag
+from shnet_jax.retrieve.pictures import class_name, inside, label_map, photograph, shares, small
 
-OUTLINES = 12  # boxes drawn on an image without photograph
+OUTLINES = 12  # boxes drawn of an image that has neither photograph nor label map
 
 
 @dataclasses.dataclass
@@ -42,7 +41,7 @@ class Album:
             record = self.dataset.open_split(self.split, ["image_id", *fields])[row]
             photo = photograph(self.pictures, record["image_id"]) if self.pictures else None
             if photo is None and "image" in record:
-                photo = thumbnail(record["image"])
+                photo = small(Image.fromarray(record["image"]))
             self.photographs += photo is not None
             self._shown[row] = Scene(f"p{len(self._shown)}", record, photo, self.names)
         return self._shown[row]
@@ -63,7 +62,7 @@ class Scene:
 
     @property
     def image_id(self) -> str:
-        """Its id."""
+        """Id of the image."""
         return self.record["image_id"]
 
     @property
@@ -74,7 +73,7 @@ class Scene:
         return boxes if mask is None or len(mask) != len(boxes) else boxes[mask]
 
     def rule(self) -> str:
-        """Its picture as a rule of CSS; data URIs and numbers only."""
+        """The picture as a rule of CSS; data URIs and numbers only."""
         if self.photo is not None:
             source, aspect = self.photo
         elif "seg_map" in self.record:
@@ -82,16 +81,20 @@ class Scene:
         else:
             return ""
         pixels = "" if self.photo else "image-rendering:pixelated;"
-        return (
-            f".{self.name}>.base{{background-image:url({source});{pixels}}}.{self.name}{{aspect-ratio:{aspect:.4f}}}\n"
-        )
+        shape = f"aspect-ratio:{aspect:.4f};width:{100 * min(aspect, 1):.2f}%"
+        return f".{self.name}>.base{{background-image:url({source});{pixels}}}.{self.name}{{{shape}}}\n"
 
     def classes(self, most: int = 3) -> list[tuple[str, str, float]]:
-        """Its largest classes: (name, colour, share)."""
+        """The largest classes: (name, colour, share)."""
         return shares(self.record["seg_map"], self.names, most) if "seg_map" in self.record else []
 
+    def legend(self, most: int) -> Markup | None:
+        """The colours and shares of the largest classes; None without a label map."""
+        classes = self.classes(most)
+        return keys((colour, f"{name} {share:.0%}") for name, colour, share in classes) if classes else None
+
     def inside(self, box: np.ndarray) -> str:
-        """What the label map mostly says within a box."""
+        """The largest class within a box."""
         return shares(inside(self.record["seg_map"], box), self.names, 1)[0][0] if "seg_map" in self.record else ""
 
     def class_name(self, number: int) -> str:
@@ -99,24 +102,17 @@ class Scene:
         return class_name(number, self.names)
 
     def picture(self, *above: Markup, dim: bool = False) -> Markup:
-        """The picture with layers above it. dim: the picture steps back behind them."""
+        """The picture in a square frame, with layers above it. dim: the picture steps back behind them."""
         outlines = None
-        if self.photo is None and not above and len(self.boxes):
+        if self.photo is None and "seg_map" not in self.record and not above:
             outlines = self.overlay(tag("rect", **rectangle(box), class_="outline") for box in self.boxes[:OUTLINES])
         base = tag("div", class_="base dim" if dim else "base")
-        return tag("div", base, above, outlines, class_=f"pic {self.name}", role="img", aria_label=self.image_id)
+        layers = tag("div", base, above, outlines, class_=f"pic {self.name}", role="img", aria_label=self.image_id)
+        return tag("div", layers, class_="frame")
 
     def overlay(self, marks: Iterable[Markup]) -> Markup:
         """Marks in per cent of width and height, over the picture."""
         return tag("svg", marks, viewBox="0 0 100 100", preserveAspectRatio="none", class_="over", aria_hidden="true")
-
-
-def thumbnail(pixels: np.ndarray) -> tuple[str, float]:
-    """A picture [H, W, 3] uint8 made small as a data URI, and its width / height."""
-    picture, out = Image.fromarray(pixels), io.BytesIO()
-    picture.thumbnail((SIDE, SIDE))
-    picture.save(out, "JPEG", quality=82)
-    return uri(out.getvalue(), "jpeg"), pixels.shape[1] / pixels.shape[0]
 
 
 def rectangle(box: np.ndarray) -> dict[str, float]:

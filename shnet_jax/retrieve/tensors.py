@@ -1,4 +1,4 @@
-"""Safetensors files larger than memory: written and read through a memory map.
+"""Reads and writes safetensors files larger than memory, through a memory map.
 
 The library's own writer takes whole arrays; here a file is laid out first and filled row by row. Any safetensors reader
 opens the result. Layout: 8 bytes with the length of the header, the header (JSON, padded with spaces to 8 bytes), the
@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-CODES = {"F32": np.dtype("<f4"), "BOOL": np.dtype(bool)}  # what embeddings are made of
+CODES = {"F32": np.dtype("<f4"), "BOOL": np.dtype(bool), "I64": np.dtype("<i8")}  # I64: rows of a part
 _NAMES = {dtype: code for code, dtype in CODES.items()}
 _LENGTH = 8
 
@@ -56,7 +56,7 @@ def _map(path: Path, mode: Literal["r", "r+"]) -> dict[str, np.ndarray]:
     if not isinstance(header, dict):
         raise ValueError(f"{path}: no safetensors file, its header is no JSON object")
     header.pop("__metadata__", None)
-    found = {}
+    arrays = {}
     for name, entry in header.items():
         match entry:
             case {"dtype": str(code), "shape": list(sides), "data_offsets": [int(start), int(end)]} if all(
@@ -70,5 +70,5 @@ def _map(path: Path, mode: Literal["r", "r+"]) -> dict[str, np.ndarray]:
         at = _LENGTH + length + start
         if end - start != math.prod(shape) * dtype.itemsize or _LENGTH + length + end > size:
             raise ValueError(f"{path}: {name!r} of shape {shape} does not fit into the file; was it copied whole?")
-        found[name] = np.memmap(path, dtype, mode, at, shape) if end > start else np.zeros(shape, dtype)
-    return found
+        arrays[name] = np.memmap(path, dtype, mode, at, shape) if end > start else np.zeros(shape, dtype)
+    return arrays

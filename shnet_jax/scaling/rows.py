@@ -16,7 +16,7 @@ PARTS = ("input", "encode", "loss", "collectives", "optimiser", "rest")
 """The parts of the time of a step, in the order in which they are drawn."""
 
 Row = dict[str, Any]
-"""One point by the columns of scaling.csv (docs/train-and-scale.md), in bytes and seconds; None where a figure is not known."""
+"""One point by the columns of scaling.csv, in bytes and seconds; None where a figure is not known."""
 
 
 class Line(NamedTuple):

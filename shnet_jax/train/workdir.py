@@ -138,11 +138,14 @@ def claim(workdir: Path, experiment: Experiment) -> None:
         differs = []
         for copy in workdir.glob("vocabulary.*"):
             if copy.suffix != suffix or copy.read_bytes().strip() != vocabulary.strip():
-                differs.append((vocabulary_file(experiment.config), copy))
+                hint = f"; to go on with that, --config.tokenizer.path={copy}"
+                differs.append((vocabulary_file(experiment.config), copy, hint))
         copy = workdir / CHECKSUMS
         if copy.exists() and checksums.exists() and copy.read_bytes() != checksums.read_bytes():
-            differs.append((checksums, copy))
-        found += [f"{original} differs from what the run began with, {copy.name}" for original, copy in differs]
+            differs.append((checksums, copy, ""))
+        found += [
+            f"{original} differs from what the run began with, {copy.name}{hint}" for original, copy, hint in differs
+        ]
         if found:
             raise WorkdirError(
                 f"{workdir} holds a run of another configuration; choose another --workdir or go back to:\n  "

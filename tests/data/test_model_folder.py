@@ -13,9 +13,9 @@ import tokenizers
 from tokenizers import AddedToken, BertWordPieceTokenizer, Tokenizer, models, processors
 
 from configs import base
-from shnet_jax.data import tokenise, wordpiece
+from shnet_jax.data import clip_bpe, tokenise, wordpiece
 from shnet_jax.data.clip_bpe import BEGIN, END
-from shnet_jax.interop import minilm
+from shnet_jax.interop import bert_weights, clip_weights, minilm
 from tests.interop.test_clip_weights import GOLDEN
 
 CASED = [*tokenise.SPECIAL, "The", "the", "play", "##er", "Player", "jersey", "caf", "##é", "cafe", "犬", "5", ".", "#"]
@@ -133,6 +133,7 @@ def test_a_run_of_old_keeps_its_tokens(tmp_path):
         ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side is 'left'; expected \"right\""),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.py", None]}}, "auto_map is"),
         ("tokenizer_config.json", {"wordpieces_prefix": "@@"}, "wordpieces_prefix is '@@'"),
+        ("tokenizer_config.json", {"word_tokenizer_type": "mecab"}, "word_tokenizer_type is 'mecab'"),
         (
             "tokenizer_config.json",
             {"tokenizer_class": "RobertaTokenizer"},
@@ -184,6 +185,29 @@ def test_sentence_transformers_lower_case_on_their_own(folder):
     put(folder, "sentence_bert_config.json", {"do_lower_case": True, "max_seq_length": 128})
     with pytest.raises(ValueError, match=r"sentence_bert_config\.json: do_lower_case is true, in .* false"):
         tokenise.wordpiece(folder / "vocab.txt")
+
+
+def test_sentence_transformers_lower_case_for_a_cased_tokenizer_json(folder):
+    put_tokenizer(folder, lowercase=False, strip_accents=False)
+    put(folder, "sentence_bert_config.json", {"do_lower_case": True})
+    with pytest.raises(ValueError, match=r"do_lower_case amounts to true, tokenizer\.json beside it does the opposite"):
+        wordpiece.find_vocabulary(folder)
+    (folder / "tokenizer.json").unlink()
+    assert ids(folder / "vocab.txt") == reference()
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_the_model_lies_in_a_folder_of_this_one(kind, tmp_path):
+    put(tmp_path, "modules.json", [{"idx": 0, "path": "0_Transformer"}])
+    (tmp_path / "0_Transformer").mkdir()
+    put(tmp_path / "0_Transformer", "config.json", {})
+    find, sizes = {
+        "bert": (wordpiece.find_vocabulary, bert_weights.sizes),
+        "clip": (clip_bpe.find_vocabulary, clip_weights.sizes),
+    }[kind]
+    for read in (find, sizes):
+        with pytest.raises(FileNotFoundError, match=r"give the folder of the model in it, .*0_Transformer"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("json_only", [False, True])
@@ -361,8 +385,25 @@ def test_longer_captions_than_the_model_takes(folder):
 def test_a_vocabulary_with_a_byte_order_mark_and_windows_lines(folder):
     put(folder, "tokenizer_config.json", {"do_lower_case": False})
     expected = ids(folder / "vocab.txt")
-    (folder / "vocab.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(CASED).encode())
+    (folder / "vocab.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*CASED, "", ""]).encode())
     assert ids(folder / "vocab.txt") == expected
+    put_tokenizer(folder, lowercase=False)
+    assert wordpiece.find_vocabulary(folder).name == "tokenizer.json"  # lines without a piece are no other vocabulary
+
+
+@pytest.mark.parametrize("header", [b"", b'"bpe_simple_vocab_16e6.txt#version: 0.2\n', b"\xef\xbb\xbf#version: 0.2\n"])
+def test_merges_with_another_first_line_or_none(header, tmp_path):
+    expected = tokenise.clip(GOLDEN / "merges.txt").vocabulary.pieces(TEXTS)
+    merges = (GOLDEN / "merges.txt").read_bytes().partition(b"\n")[2]
+    (tmp_path / "merges.txt").write_bytes(header + merges + b"\n\n")
+    assert tokenise.clip(tmp_path / "merges.txt").vocabulary.pieces(TEXTS) == expected
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "merges.txt"])
+def test_a_pointer_in_place_of_a_vocabulary(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=rf"{name}: found a git-LFS pointer"):
+        (tokenise.wordpiece if name == "vocab.txt" else tokenise.clip)(tmp_path / name)
 
 
 @pytest.mark.parametrize(

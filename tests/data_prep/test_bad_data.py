@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import bad_records, from_bottom_up, from_npy, from_person_search, from_scan, progress, relations, verify
+from data_prep import bad_records, from_bottom_up, from_npy, from_person_search, from_scan, relations, verify
 from data_prep.builder import write_dataset
 from data_prep.schema import DataError
 from shnet_jax.data.records import find_dataset, open_dataset
+from shnet_jax.observe import progress
 from tests.data_prep.example import record
 from tests.patience import PATIENCE
 
@@ -180,7 +181,7 @@ def test_a_bad_file_is_refused_with_or_without_skipping(spoil, message, src, tmp
 
 
 def test_bad_records_are_left_out_and_listed(good, src, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     for fault in RECORDS.values():
         fault.spoil(src)
     assert from_scan.main(_flags(src, tmp_path / "out", "--on_bad_record=skip")) == 0
@@ -191,7 +192,7 @@ def test_bad_records_are_left_out_and_listed(good, src, tmp_path, capsys, monkey
         "stored 39 images with 78 captions (dev 16 with 32, train 23 with 46); "
         f"left out 9: 9 bad records; the bad ones are listed in {path / 'skipped.json'}"
     )
-    assert "toy: 3/48 records (6%), 2 of them left out, " in error
+    assert re.search(r"toy: 3/48 \(6%\)  \S+ records/s  2 left out  ETA", error)
     assert "toy: 48 records, 9 of them left out in 0:00:0" in error
 
     expected = {(f.split, f.row, f.field, f.file) for f in RECORDS.values()}

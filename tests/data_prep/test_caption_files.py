@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_prep import captions, from_grid_feats, from_scan
+from data_prep import caption_files, captions, from_grid_feats, from_scan
 from data_prep.schema import DataError
 from shnet_jax.data.records import open_dataset
 from tests.interop import torch_writer
@@ -136,6 +136,15 @@ TEXT = st.text(
     min_size=1,
     max_size=12,
 ).filter(str.strip)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_list_that_was_stored_as_text(name, tmp_path):
+    """The common CSV of Flickr30k, as pandas turns it into other formats."""
+    row = {"raw": '["Two dogs", "[ a cat ]"]', "sentids": "[5, 6]", "filename": "1.jpg"}
+    content = json.dumps(row) if name == "a.jsonl" else _parquet({key: [value] for key, value in row.items()})
+    found = list(caption_files.read_captions(_write(tmp_path / name, content)))
+    assert [(line.caption, line.number) for line in found] == [("Two dogs", 5), ("[ a cat ]", 6)]
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -6,7 +6,10 @@ from safetensors.numpy import save_file
 
 from data_prep import from_embeddings, from_scan
 from shnet_jax.data.records import open_dataset
-from shnet_jax.retrieve.folder import open_embeddings
+from shnet_jax.modes.embed import embed
+from shnet_jax.retrieve.embeddings import open_embeddings
+from tests.retrieve import gallery
+from tests.train import tiny
 
 RNG = np.random.default_rng(0)
 
@@ -71,6 +74,43 @@ def test_splits_in_folders_of_their_own(tmp_path):
     _check(_records(tmp_path, "test")[0], test)
     made = [found["checkpoint"] for found in open_dataset(tmp_path / "out").metadata["embeddings"]]
     assert made == ["test", "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("known", [True, False])
+def test_what_mode_embed_writes(known, tmp_path):
+    """From a run to a set of its vectors: by the numbers of captions in another order, else by their order."""
+    with tiny.quick():
+        run = gallery.toy_run()
+        embed(gallery.toy(search__embeddings=str(tmp_path / "e")), run)
+    made = open_embeddings(tmp_path / "e")
+    images, ids = {}, {}
+    source = open_dataset(tiny.dataset())
+    for record in source.open_split("test", list(source.features)):
+        texts = list(record["captions"])[:: -1 if known else 1]
+        images[record["image_id"]] = [f" {text} " for text in texts]
+        ids[record["image_id"]] = record["caption_ids"].tolist()[:: -1 if known else 1]
+    sentences = {
+        name: [
+            {"raw": text} | ({"sentid": n} if known else {}) for text, n in zip(images[name], ids[name], strict=True)
+        ]
+        for name in images
+    }
+    entries = [{"filename": name, "split": "test", "sentences": found} for name, found in sentences.items()]
+    (tmp_path / "c.json").write_text(json.dumps({"images": entries[::-1]}))
+    flags = [f"--captions={tmp_path / 'c.json'}", f"--embeddings={tmp_path / 'e'}", "--name=toy"]
+    assert from_embeddings.main([*flags, f"--out={tmp_path / 'out'}"]) == 0
+    found = {record["image_id"]: record for record in _records(tmp_path, "test")}
+    assert len(found) == tiny.SPLITS["test"]
+    for row, name in enumerate(made.ids.image_ids):
+        first, last = made.ids.first[row], made.ids.first[row + 1]
+        np.testing.assert_array_equal(found[name]["image_embedding"], made.images.vector[row])
+        expected = made.texts.vector[first:last][:: -1 if known else 1]
+        np.testing.assert_array_equal(found[name]["caption_embeddings"], expected)
+    for entry in entries:  # captions of another file of this name
+        entry["sentences"][0]["raw"] += " once more"
+    (tmp_path / "c.json").write_text(json.dumps({"images": entries}))
+    assert from_embeddings.main([*flags, f"--out={tmp_path / 'other'}"]) == 1
 
 
 def test_captions_are_found_by_their_numbers(tmp_path):

@@ -151,6 +151,14 @@ def test_upsnet_label_maps(tmp_path, flags, kind):
         _check_segmentation(record, labels)
 
 
+def test_a_coloured_picture_is_no_label_map(tmp_path, flags, capsys):
+    (tmp_path / "ssegs").mkdir()
+    for number in NUMBERS:
+        Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "ssegs" / f"{int(number):012}.png")
+    assert from_upsnet.main([*flags, f"--upsnet={tmp_path / 'ssegs'}"]) == 1
+    assert ".png: expected grey, or class, instance and 0 as in pan_2ch, found colours" in capsys.readouterr().err
+
+
 def test_three_parts_of_one_record(tmp_path, flags):
     arrays = _write_tsv(tmp_path / "a.tsv")
     path, maps = _write_panoptic(tmp_path / "panoptic_val")

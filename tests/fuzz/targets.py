@@ -52,7 +52,7 @@ from shnet_jax.interop import bert_weights, clip_weights, weights_file
 from shnet_jax.interop.torch_file import TorchFile, open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
 from shnet_jax.retrieve import pictures, tensors
-from shnet_jax.retrieve.folder import read_ids
+from shnet_jax.retrieve.embeddings import read_ids
 from shnet_jax.train.workdir import WorkdirError, trained_config
 from tests.fuzz.mutate import mutate, with_true_checksums
 from tests.interop import torch_writer

@@ -28,6 +28,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "clip"
 def config(**changes):
     c = esa_people.get_config()
     c.text.vocab_size, c.text.width, c.model.dim, c.data.token_buckets = 20, 16, 16, (8,)
+    c.model.dtype = c.text.dtype = "float32"  # "auto" is settled by experiment.assemble
     c.update_from_flattened_dict(changes)
     return c
 

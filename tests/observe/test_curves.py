@@ -40,6 +40,7 @@ def test_curves(tmp_path, drawn):
     assert found["text to image, R@5"] == [[3, 50.0]]
     assert [len(axes.lines) for axes in (loss, rate, recall)] == [3, 1, 6]
     assert "320.0" in recall.get_title()
+    assert drawn[0].get_suptitle() == curves.run_name(tmp_path) == f"{tmp_path.parent.name}/{tmp_path.name}"
 
 
 def test_run_without_evaluation_yet(tmp_path, drawn):

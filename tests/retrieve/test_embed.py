@@ -6,18 +6,18 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from shnet_jax.commands import load
 from shnet_jax.data.gallery import open_gallery
 from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluate.towers import make_encoder
 from shnet_jax.experiment import assemble, init_variables
+from shnet_jax.modes.embed import embed, split_embeddings
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import embed as writing
 from shnet_jax.retrieve import tensors
-from shnet_jax.retrieve.folder import make_ids, open_embeddings
-from shnet_jax.search_modes import embed, embeddings_of
+from shnet_jax.retrieve.embeddings import make_ids, open_embeddings
 from tests.retrieve import gallery
 from tests.train import tiny
 
@@ -142,6 +142,8 @@ def test_damaged_folders(whole, tmp_path):
         (images[:-4], "does not fit into the file; was it copied whole"),
         (b"\xff" * 100, "no safetensors file"),
         ((whole / "texts.safetensors").read_bytes(), "expected a vector for each of 10 images"),
+        (save({"vector": np.zeros((10, 4), np.int64)}), r"found {'vector': \('int64', \(10, 4\)\)}"),
+        (save({"vector": np.zeros((), np.float32)}), "expected a vector for each of 10 images"),
     ):
         (tmp_path / "images.safetensors").write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
@@ -164,5 +166,5 @@ def test_an_empty_array_has_a_file_too(tmp_path):
 
 def test_the_default_folder_is_named_after_data_set_split_and_step():
     c = gallery.toy(search__split="val")
-    found = embeddings_of(load(gallery.toy_run(), c), c, gallery.toy_run(), make_mesh(1))
+    found = split_embeddings(load(gallery.toy_run(), c), c, gallery.toy_run(), make_mesh(1))
     assert found.folder == gallery.toy_run() / "embeddings" / "tiny_val_2"

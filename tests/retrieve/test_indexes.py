@@ -10,8 +10,8 @@ from configs import base
 from shnet_jax.evaluate.nearest import top_k
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
-from shnet_jax.retrieve import backends, indexes
-from shnet_jax.retrieve.folder import Embeddings, Ids
+from shnet_jax.retrieve import approximate, vector_index
+from shnet_jax.retrieve.embeddings import Embeddings, Ids
 from shnet_jax.types import Embedding
 
 MESH = data_mesh(jax.devices()[:1])
@@ -37,11 +37,11 @@ def section(**changes):
 
 def check(search, embeddings, at_least):
     for side, other in (("images", embeddings.texts), ("texts", embeddings.images)):
-        index, known = indexes.open_index(search, embeddings, side, 64, MESH)
+        index, known = approximate.open_index(search, embeddings, side, 64, MESH)
         gallery = getattr(embeddings, side)
         exact = top_k(other, gallery, 10, RetrievalModel.score, 64)
-        found = indexes.rescored(index.search(np.asarray(other.vector), 10), other.vector, gallery.vector)
-        assert indexes.overlap(found.index, exact.index) >= at_least
+        found = approximate.rescored(index.search(np.asarray(other.vector), 10), other.vector, gallery.vector)
+        assert approximate.overlap(found.index, exact.index) >= at_least
         assert known["recall"] >= at_least and known["queries"] == 256
         same = found.index == exact.index
         np.testing.assert_allclose(found.score[same], exact.score[same], atol=1e-5)
@@ -49,33 +49,33 @@ def check(search, embeddings, at_least):
 
 
 @pytest.mark.parametrize(
-    ("factory", "effort", "at_least"), [("Flat", 64, 1.0), ("HNSW16", 64, 0.95), ("PCA8,IVF10,Flat", 10, 0.3)]
+    ("factory", "visited", "at_least"), [("Flat", 64, 1.0), ("HNSW16", 64, 0.95), ("PCA8,IVF10,Flat", 10, 0.3)]
 )
-def test_faiss(factory, effort, at_least, embeddings):
+def test_faiss(factory, visited, at_least, embeddings):
     pytest.importorskip("faiss")
-    check(section(index="faiss", faiss=factory, effort=effort), embeddings, at_least)
+    check(section(index="faiss", faiss=factory, nprobe=visited, ef_search=visited), embeddings, at_least)
 
 
 def test_a_faiss_file_is_used_again_and_made_again_for_other_settings(embeddings, monkeypatch):
     pytest.importorskip("faiss")
     first = section(index="faiss", faiss="Flat")
-    indexes.open_index(first, embeddings, "images", 64, MESH)
+    approximate.open_index(first, embeddings, "images", 64, MESH)
     with monkeypatch.context() as patch:
-        patch.setattr(indexes.FaissIndex, "make", None)  # called, it would fail
-        indexes.open_index(first, embeddings, "images", 64, MESH)
+        patch.setattr(vector_index.FaissIndex, "make", None)  # called, it would fail
+        approximate.open_index(first, embeddings, "images", 64, MESH)
         with pytest.raises(TypeError):
-            indexes.open_index(section(index="faiss", faiss="HNSW8"), embeddings, "images", 64, MESH)
+            approximate.open_index(section(index="faiss", faiss="HNSW8"), embeddings, "images", 64, MESH)
     with pytest.raises(ValueError, match=r"config.search.faiss is 'Nonsense' for 300 images of 16 numbers; FAISS says"):
-        indexes.open_index(section(index="faiss", faiss="Nonsense"), embeddings, "images", 64, MESH)
+        approximate.open_index(section(index="faiss", faiss="Nonsense"), embeddings, "images", 64, MESH)
 
 
-def test_another_effort_is_measured_again_without_a_new_index(embeddings, monkeypatch):
+def test_another_nprobe_is_measured_again_without_a_new_index(embeddings, monkeypatch):
     pytest.importorskip("faiss")
     recalls = []
-    for effort in (1, 64):
-        search = section(index="faiss", faiss="IVF64,Flat", effort=effort)
-        recalls.append(indexes.open_index(search, embeddings, "texts", 64, MESH)[1]["recall"])
-        monkeypatch.setattr(indexes.FaissIndex, "make", None)
+    for nprobe in (1, 64):
+        search = section(index="faiss", faiss="IVF64,Flat", nprobe=nprobe)
+        recalls.append(approximate.open_index(search, embeddings, "texts", 64, MESH)[1]["recall"])
+        monkeypatch.setattr(vector_index.FaissIndex, "make", None)
     assert recalls[0] < 0.95 and recalls[1] == 1.0, recalls
 
 
@@ -84,8 +84,8 @@ def test_milvus_in_a_file(embeddings, monkeypatch):
     pytest.importorskip("milvus_lite")
     search = section(index="milvus", milvus="FLAT")
     check(search, embeddings, 0.999)
-    monkeypatch.setattr(indexes.MilvusIndex, "make", None)
-    index, known = indexes.open_index(search, embeddings, "texts", 64, MESH)
+    monkeypatch.setattr(vector_index.MilvusIndex, "make", None)
+    index, known = approximate.open_index(search, embeddings, "texts", 64, MESH)
     assert known["vectors"] == 600 and index.search(np.asarray(embeddings.texts.vector[5:6]), 1).index[0, 0] == 5
 
 
@@ -94,21 +94,23 @@ def test_a_missing_package_is_named_with_its_command(kind, monkeypatch):
     def absent(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(backends.importlib, "import_module", absent)
+    monkeypatch.setattr(vector_index.importlib, "import_module", absent)
     with pytest.raises(
-        ValueError, match=rf"pip install {backends.PACKAGES[kind][1]} \(or pip install -e '.\[{kind}\]'"
+        ValueError, match=rf"pip install {vector_index.PACKAGES[kind][1]} \(or pip install -e '.\[{kind}\]'"
     ):
-        backends.require(kind)
+        vector_index.require(kind)
 
 
 def test_an_index_of_dot_products_for_no_other_score():
-    indexes.check_index("exact", lambda images, texts: images)
-    indexes.check_index("faiss", RetrievalModel.score)
+    approximate.check_index("exact", lambda images, texts: images)
+    approximate.check_index("faiss", RetrievalModel.score)
     with pytest.raises(ValueError, match="scores pairs in a way of its own"):
-        indexes.check_index("faiss", lambda images, texts: images)
+        approximate.check_index("faiss", lambda images, texts: images)
     with pytest.raises(ValueError, match="'annoy'; choose from exact, faiss, milvus"):
-        indexes.check_index("annoy", RetrievalModel.score)
+        approximate.check_index("annoy", RetrievalModel.score)
 
 
 def test_overlap_is_the_share_of_the_exact_results():
-    assert indexes.overlap(np.array([[1, 2, 9], [4, -1, 3]]), np.array([[1, 2, 3], [3, 4, 5]])) == pytest.approx(4 / 6)
+    assert approximate.overlap(np.array([[1, 2, 9], [4, -1, 3]]), np.array([[1, 2, 3], [3, 4, 5]])) == pytest.approx(
+        4 / 6
+    )

@@ -17,12 +17,13 @@ from shnet_jax.data.batches import stack_images, stored_fields
 from shnet_jax.evaluate.split import subject
 from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.parallel.mapping import make_mesh
-from shnet_jax.retrieve import charts, html, pictures
+from shnet_jax.retrieve import pictures
 from shnet_jax.retrieve.embed import embed
+from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.retrieve.examples import collect, spaced, worst
-from shnet_jax.retrieve.folder import Embeddings
 from shnet_jax.retrieve.highlight import highlights, look
-from shnet_jax.retrieve.page import page as render
+from shnet_jax.retrieve.highlight_view import LABEL, place_labels
+from shnet_jax.retrieve.page import render_page
 from shnet_jax.retrieve.scene import Album
 from tests.browser import HOSTILE, look_at, needs_browser
 from tests.train import tiny
@@ -74,7 +75,7 @@ def made(tmp_path_factory):
         Image.new("RGB", (4, 4)).save(photographs / f"{image_id}.png")
     album = Album(experiment.dataset, "test", photographs, CLASSES)
     path = folder / "page.html"
-    path.write_text(render(dataclasses.replace(contents, history=history), album), "utf-8")
+    path.write_text(render_page(dataclasses.replace(contents, history=history, run=f"run {EVIL}"), album), "utf-8")
     return Made(path, experiment, variables, embeddings, album)
 
 
@@ -108,13 +109,13 @@ def test_everything_is_there_and_nothing_comes_from_elsewhere(made):
     page = Tags(text)
     words = "".join(page.words)
     for wanted in (
-        "How well it retrieves", "rSum", "guessing", "How it learned", "Words to images", "An image to words",
+        "How well it retrieves", "rSum", "chance", "How it learned", "Text to image", "Image to text", f"run {EVIL}",
         "Failures worth seeing", "Semantic gate of the regions", "Spatial attention, mean", "How the set is pooled",
     ):  # fmt: skip
         assert wanted in words, wanted
     assert not {"script", "link", "iframe", "object"} & {*page.seen}
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    links = [value for name, value in page.attributes if name in ("src", "href")]
+    links = [value for name, value in page.attributes if name in ("src", "srcset", "href")]
     assert links and all(re.match(r"#|data:image/(png|jpeg);base64,", value) for value in links)
     (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
     bare = text.replace("url(http://192.0.2.1/x)", "")  # of HOSTILE
@@ -128,7 +129,7 @@ def test_a_browser_shows_it_without_a_word_of_complaint(made):
     seen = look_at(made.path, tiny.folder() / "browser")
     assert not seen.console  # no script ran, nothing was looked for elsewhere
     assert seen.title.startswith(f"name {EVIL}") and not {"script", "a:b", "textarea"} & {*seen.tags}
-    assert made.album.photographs and {"svg", "img"} <= {*seen.tags}  # those of the page
+    assert made.album.photographs and {"svg", "img", "picture"} <= {*seen.tags}  # those of the page
     for text in HOSTILE:
         assert " ".join(text.replace("\0", "\ufffd").split()) in " ".join(seen.text.split()), text
     shown = [name for name in CLASSES if pictures.class_name(0, [name]).replace("\0", "\ufffd") in seen.text]
@@ -193,23 +194,15 @@ def test_pictures_show_what_is_in_the_arrays():
     assert not decoded(pictures.heat(np.zeros((2, 2))))[..., 3].any()
 
 
-def test_html_escapes_text_and_attributes():
-    found = html.tag("p", "<b>&", html.tag("i", "x"), None, title='"><', class_="a", data_n=0.5, hidden=True, lang=None)
-    assert found == '<p title="&quot;&gt;&lt;" class="a" data-n="0.5" hidden>&lt;b&gt;&amp;<i>x</i></p>'
-    assert html.render(["a", ["<", None]]) == "a&lt;"
-
-
-def test_charts():
-    text = charts.lines({"a": [(0, 1.0), (10, 3.0)], "gone": [], "b": [(5, float("nan"))]}, "step", "t")
-    assert re.findall(r'points="([^"]*)"', text) == ["46.0,132.7 550.0,10.0"]  # 1 and 3 on an axis from 0 to 3
-    assert "gone" not in text and ">b<" not in text
-    assert "Nothing recorded" in charts.lines({}, "step", "t")
-    assert charts.ticks(0, 97.0) == [0, 20, 40, 60, 80, 100]
-    assert charts.ticks(3.0, 3.0)[0] <= 3 <= charts.ticks(3, 3)[-1] and len(charts.ticks(0, 0.004)) <= 7
-    bar = charts.shares([("x", 0.95), ("y", 0.05), ("z", 0.0)], "t")
-    assert "95%" in bar and "y 5.0%" in bar and bar.count("flex-grow") == 2
-
-
 def test_the_choice_of_examples():
     assert spaced(10, 2).tolist() == [2, 7] and spaced(3, 8).tolist() == [0, 1, 2] and not len(spaced(0, 4))
     assert worst(np.array([0, 5, 0, 9, 5]), 3).tolist() == [3, 1, 4] and not len(worst(np.zeros(3, int), 2))
+
+
+def test_labels_do_not_lie_on_each_other():
+    boxes = np.array([[0.1, 0.1, 0.9, 0.9]] * 4 + [[0.95, 0.95, 1.0, 1.0], [0.0, 0.0, 0.02, 0.02]] * 2)
+    places = np.array(place_labels(boxes))
+    assert (places >= 0).all() and (places + LABEL <= 1).all()
+    apart = np.abs(places[:, None] - places) >= np.array(LABEL) - 1e-9
+    assert (apart.any(-1) | np.eye(len(places), dtype=bool)).all()
+    assert places[0].tolist() == [0.1, 0.1]

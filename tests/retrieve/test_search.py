@@ -17,10 +17,12 @@ import shnet_jax
 from shnet_jax.api import Retriever
 from shnet_jax.data.records import open_dataset
 from shnet_jax.experiment import assemble, init_variables
+from shnet_jax.modes.embed import split_embeddings
+from shnet_jax.modes.page import page
+from shnet_jax.modes.search import read_queries, search
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.embed import embed
-from shnet_jax.retrieve.query import Searcher, read_queries
-from shnet_jax.search_modes import embeddings_of, page, search
+from shnet_jax.retrieve.searcher import Searcher
 from tests.patience import PATIENCE
 from tests.retrieve import gallery
 from tests.train import tiny
@@ -76,6 +78,8 @@ def test_vectors_do_not_depend_on_how_they_are_asked_for(model):
     np.testing.assert_array_equal(model.encode_texts("a dog").vector, model.encode_texts(["a dog"]).vector)
     with pytest.raises(ValueError, match="query 2 of 2: expected text, found 3"):
         model.encode_texts(["a dog", 3])
+    with pytest.raises(ValueError, match=r"query 1 of 1: expected text in UTF-8, found 'caf\\udce9'"):
+        model.encode_texts("caf\udce9")
 
 
 def test_a_checkpoint_by_its_folder():
@@ -85,8 +89,8 @@ def test_a_checkpoint_by_its_folder():
 
 
 def test_embeddings_of_another_run_are_refused(model):
-    """Of the same configuration and step, so that only the weights tell them apart."""
-    made = embeddings_of(model.loaded, gallery.toy(), gallery.toy_run(), make_mesh(1))
+    """The configuration and step are the same: only the weights tell them apart."""
+    made = split_embeddings(model.loaded, gallery.toy(), gallery.toy_run(), make_mesh(1))
     model.open(made.folder)
     variables = jax.tree.map(lambda leaf: leaf + 1, model.loaded.variables)
     other = Retriever(dataclasses.replace(model.loaded, variables=variables), model.config)
@@ -137,13 +141,13 @@ def test_a_model_with_a_score_of_its_own(tmp_path):
     experiment = assemble(c)
     found = embed(experiment, init_variables(experiment, 0), "test", make_mesh(1), tmp_path, {})
     scores = np.asarray(experiment.model.score(found.images, found.texts))
-    searcher = Searcher(found, experiment.model.score, c.search, 3, make_mesh(2))
+    searcher = Searcher(found, experiment.model.score, 3, make_mesh(2), search=c.search)
     (answer,) = searcher.by_image([found.ids.image_ids[4]], 6)  # no images: they are compared with captions only
     best = np.argsort(-scores[4], kind="stable")[:6]
     assert [hit.caption_id for hit in answer.hits] == [found.ids.caption_ids[i] for i in best]
     c.search.index = "faiss"
     with pytest.raises(ValueError, match="this model scores pairs in a way of its own"):
-        Searcher(found, experiment.model.score, c.search, 3, make_mesh(2))
+        Searcher(found, experiment.model.score, 3, make_mesh(2), search=c.search)
 
 
 def test_a_run_of_a_model_that_shows_nothing_and_photographs(tmp_path, capsys):

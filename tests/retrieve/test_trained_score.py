@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
-from shnet_jax import search_modes
 from shnet_jax.api import Retriever
 from shnet_jax.commands import Loaded
 from shnet_jax.evaluate.split import subject
 from shnet_jax.experiment import assemble, init_variables
+from shnet_jax.modes import search as search_mode
+from shnet_jax.modes.embed import split_embeddings
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.examples import collect
 from tests.train import tiny
@@ -45,12 +46,16 @@ def loaded(config):
 def scores(loaded, config):
     """[10, 50] in float64; the dot product would put other items first."""
     model = Retriever(loaded, config)
-    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    captions = captions_of(model)
     images = model.encode_images("test").vector.astype(np.float64)
     texts = model.encode_texts(captions).vector.astype(np.float64)
     found = (images * FACTORS) @ texts.T
     assert (found.argmax(0) != (images @ texts.T).argmax(0)).mean() > 0.5
     return found
+
+
+def captions_of(model):
+    return [caption for own in model.dataset.captions("test") for caption in own]
 
 
 def best(scores, k):
@@ -60,7 +65,7 @@ def best(scores, k):
 def test_from_python(loaded, config, scores):
     model = Retriever(loaded, config)
     ids = model.dataset.image_ids("test")
-    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    captions = captions_of(model)
     found = model.search(captions[:4], top_k=3)
     assert [[hit.image_id for hit in answer.hits] for answer in found] == ids[best(scores[:, :4].T, 3)].tolist()
     np.testing.assert_allclose(found[1].hits[0].score, scores[:, 1].max(), atol=1e-5)
@@ -82,7 +87,7 @@ def test_two_stages(loaded, config, scores):
     few.eval.two_stage = 4
     exact, everything, model = (Retriever(loaded, c) for c in (config, whole, few))
     ids = model.dataset.image_ids("test")
-    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    captions = captions_of(model)
     for one, other in zip(everything.search(captions[:5], top_k=7), exact.search(captions[:5], top_k=7), strict=True):
         assert [hit.image_id for hit in one.hits] == [hit.image_id for hit in other.hits]
     (one,), (other,) = (m.search_by_image(ids[2]) for m in (everything, exact))
@@ -107,12 +112,12 @@ def test_candidates_of_an_index(loaded, scores, tmp_path, monkeypatch):
     few = tiny.config(model__name="tests.train.test_score_params", eval__tile=4, eval__two_stage=4, eval__exact=False)
     model = Retriever(loaded, few)
     ids = model.dataset.image_ids("test")
-    captions = [caption for own in model.dataset.captions("test") for caption in own]
+    captions = captions_of(model)
     products = model.encode_images("test").vector @ model.encode_texts(captions).vector.T
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(search_modes, "load", lambda workdir, config: loaded)
+    monkeypatch.setattr(search_mode, "load", lambda workdir, config: loaded)
     few.search.index, few.search.faiss = "faiss", "Flat"
-    search_modes.search(few, tmp_path, captions[3], top_k=3)
+    search_mode.search(few, tmp_path, captions[3], top_k=3)
     written = json.loads((tmp_path / "search.json").read_text("utf-8"))
     assert [hit["image_id"] for hit in written["results"][0]["hits"]] == ids[
         staged(scores.T, products.T, 4, 3)[3]
@@ -122,14 +127,14 @@ def test_candidates_of_an_index(loaded, scores, tmp_path, monkeypatch):
 
 def test_by_the_command(loaded, config, scores, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(search_modes, "load", lambda workdir, config: loaded)
+    monkeypatch.setattr(search_mode, "load", lambda workdir, config: loaded)
     ids = loaded.experiment.dataset.image_ids("test")
-    search_modes.search(config, tmp_path, image_id=str(ids[2]), top_k=4)
+    search_mode.search(config, tmp_path, image_id=str(ids[2]), top_k=4)
     (answer,) = json.loads((tmp_path / "search.json").read_text("utf-8"))["results"]
     np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], np.sort(scores[2])[:-5:-1], atol=1e-5)
     config.search.index = "faiss"
     with pytest.raises(ValueError, match=r"this model scores pairs in a way of its own \(Weighted\.score\)"):
-        search_modes.search(config, tmp_path, "words")
+        search_mode.search(config, tmp_path, "words")
     config.search.index = "exact"
 
 
@@ -137,7 +142,7 @@ def test_by_the_command(loaded, config, scores, tmp_path, monkeypatch, capsys):
 def test_on_the_page(loaded, config, scores, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     mesh = make_mesh(1)
-    embeddings = search_modes.embeddings_of(loaded, config, tmp_path, mesh)
+    embeddings = split_embeddings(loaded, config, tmp_path, mesh)
     about = subject(loaded.experiment, "test", 3, "none", 1)
     config.eval.protocols = ("folds2",)
     found = collect(loaded.experiment, loaded.variables, embeddings, config, about, mesh)

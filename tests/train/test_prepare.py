@@ -70,8 +70,11 @@ def test_a_run_keeps_the_settings_of_its_vocabulary(tmp_path):
     loaded = load(run, config).experiment.tokenizer
     assert loaded.vocabulary.pieces(["Red red star"]) == [[5, 6, 7]]
     settings.write_text('{"do_lower_case": true}')
-    with pytest.raises(WorkdirError, match=r"vocab\.txt differs from what the run began with, vocabulary\.json"):
+    differs = r"vocab\.txt differs from what the run began with, vocabulary\.json; .*--config\.tokenizer\.path=(.*)"
+    with pytest.raises(WorkdirError, match=differs) as refused:
         claim(run, assemble(config))
+    named = re.search(differs, str(refused.value))[1]
+    claim(run, assemble(tiny.config(tokenizer__kind="wordpiece", tokenizer__path=named, **changes)))
     settings.unlink()
     path.unlink()
     assert load(run, config).experiment.tokenizer.vocabulary.pieces(["Red red star"]) == [[5, 6, 7]]

@@ -206,7 +206,11 @@ def _cut(path, at):
         (lambda path: _cut(path, 0), "cut off, or damaged there"),  # tarfile itself stops there without a word
         (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "a git-LFS pointer"),
         (lambda path: path.write_bytes(b""), "empty file"),
-        (lambda path: _tar(path, {"a.png": _picture(1)}).rename(path) and _gzip(path), "not compressed"),
+        (lambda path: _tar(path, {"a.png": _picture(1)}).rename(path) and _gzip(path), "found a gzip archive"),
+        (lambda path: path.write_bytes(_tar(path, {"a.png": b"1"}).read_bytes() * 2), "behind the end of the tar"),
+        (lambda path: _tar(path, {"a.png": b"", "a.PNG": b""}), "a.png: expected one member of this name, found a.PNG"),
+        (lambda path: _tar(path, {"a.png": b"", "a.TXT": b"x", "a.txt": b"y"}), "a.TXT: expected one member of this"),
+        (lambda path: _tar(path, {"caf\udce9.png": b""}, errors="surrogateescape"), "is no name of a file"),
         (lambda path: _tar(path, {"a.png": b"", "a.jpg": b""}), "expected one picture of this name, found a.jpg too"),
         (lambda path: _tar(path, {"a.png": b"1", "a.txt": b"\xff"}), "a.txt: expected UTF-8"),
         (lambda path: _tar(path, {"a.png": b"1", "a.json": b"[" * 5000}), "a.json: expected JSON"),
@@ -225,6 +229,42 @@ def _gzip(path):
     import gzip
 
     path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def test_a_caption_that_cannot_be_read_may_be_left_out(tmp_path, extract, capsys):
+    names = {f"{n}.{end}": _picture(n) if end == "png" else b"a dog" for n in range(4) for end in ("png", "txt")}
+    path = _tar(tmp_path / "train.tar", names | {"1.txt": b"caf\xe9", "2.json": b"[]"})
+    assert extract(path)[0] == 1
+    assert "1.txt: expected UTF-8 text" in (err := capsys.readouterr().err) and "--on_bad_record=skip" in err
+    assert extract(path, "--on_bad_record=skip")[0] == 0
+    assert _colours(_records(tmp_path)) == [0, 3]
+    assert "left out 2: 2 bad records" in capsys.readouterr().err
+
+
+def test_only_a_line_feed_ends_a_caption(tmp_path, extract):
+    text = "one\rdog\u2028here\x0bnow\r\ntwo\n"
+    noted = json.dumps({"caption": "caf\u00e9"}).encode("utf-16")
+    _tar(tmp_path / "train.tar", {"a.png": _picture(1), "a.txt": text.encode(), "b.png": _picture(2), "b.json": noted})
+    assert extract(tmp_path / "train.tar")[0] == 0
+    assert [r["captions"] for r in _records(tmp_path)] == [["one dog here now", "two"], ["caf\u00e9"]]
+
+
+def test_folders_whose_files_would_be_passed_over(tmp_path, extract, capsys):
+    folder = tmp_path / "in"
+    path = _tar(folder / "A.TAR", {"a.png": _picture(1), "a.txt": b"x"})
+    assert extract(folder, "--split=train")[0] == 0
+    pq.write_table(_hub(), folder / "b.parquet")
+    assert extract(folder, "--overwrite")[0] == 1
+    assert "expected tars or Parquet files, found A.TAR and b.parquet; name one" in capsys.readouterr().err
+    (folder / "b.parquet").rename(folder / "B.Parquet")
+    path.rename(folder / "a.tar.gz")
+    assert extract(folder, "--overwrite")[0] == 1
+    assert "a.tar.gz: expected tars that are not compressed" in capsys.readouterr().err
+    (folder / "a.tar.gz").unlink()
+    assert extract(folder, "--overwrite")[0] == 0
+    (folder / "B.Parquet").rename(folder / "b.tgz")
+    assert extract(folder, "--overwrite")[0] == 1
+    assert "b.tgz: expected tars that are not compressed" in capsys.readouterr().err
 
 
 def test_a_member_that_comes_twice(tmp_path):
@@ -358,6 +398,36 @@ def test_images_without_a_name_have_that_of_their_row(tmp_path):
     assert np.asarray(Tables([tmp_path / "a.parquet"], tmp_path).load("a-1"))[0, 0, 0] == 5
 
 
+def test_files_of_one_name_in_two_folders(tmp_path, extract):
+    for folder, first in (("one", 0), ("two", 2)):
+        pictures = pa.array([{"bytes": _picture(n), "path": None} for n in (first, first + 1)])
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        table = pa.table({"image": pictures, "caption": [f"a dog {first}", f"a dog {first + 1}"]})
+        pq.write_table(table, tmp_path / "in" / folder / "0000.parquet")
+    assert extract(tmp_path / "in", "--split=train")[0] == 0
+    assert [r["image_id"] for r in _records(tmp_path)] == [f"{f}/0000-{n}" for f in ("one", "two") for n in (0, 1)]
+    assert _colours(_records(tmp_path)) == [0, 1, 2, 3]
+
+
+def test_two_pictures_of_one_name(tmp_path, extract, capsys):
+    pictures = pa.array([{"bytes": _picture(n), "path": "image.png"} for n in (1, 1, 2)])
+    pq.write_table(pa.table({"image": pictures, "caption": ["one", "two", "three"]}), tmp_path / "train.parquet")
+    assert extract(tmp_path / "train.parquet")[0] == 1
+    assert "train.parquet row 2: 'image.bytes': expected the picture of" in capsys.readouterr().err
+    pq.write_table(pq.read_table(tmp_path / "train.parquet").slice(0, 2), tmp_path / "train.parquet")
+    assert extract(tmp_path / "train.parquet")[0] == 0
+    assert _records(tmp_path)[0]["captions"] == ["one", "two"]
+
+
+@pytest.mark.parametrize("cell", ['["a dog", "two"]', "['a dog', 'two']", "['a dog'\n 'two']"])
+def test_a_list_that_was_stored_as_text(tmp_path, extract, cell):
+    table = _hub(1, caption=[cell], sentids=["[8, 9]"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert extract(tmp_path / "a.parquet")[0] == 0
+    (record,) = _records(tmp_path)
+    assert (record["captions"], record["caption_ids"].tolist()) == (["a dog", "two"], [8, 9])
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
@@ -366,6 +436,7 @@ def test_images_without_a_name_have_that_of_their_row(tmp_path):
         ({"sentids": [["1"]] * 7}, "row 0: 'sentids': expected one for each of 2 captions, found 1"),
         ({"sentids": [["x", "y"]] * 7}, "row 0: 'sentids': expected a whole number"),
         ({"caption": list(range(7))}, "row 0: 'caption': expected text"),
+        ({"caption": [{"en": "a dog"}] * 7}, "row 0: 'caption': expected text"),
         ({"filename": ["a.jpg"] * 7}, "image 'a.jpg': expected it in one split, found train and test"),
         ({"split": None}, "expected a split; give --split=NAME"),
     ],

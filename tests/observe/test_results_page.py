@@ -9,9 +9,10 @@ import pytest
 
 from shnet_jax.evaluate.bootstrap import recall_intervals
 from shnet_jax.evaluate.protocols import Subject, evaluate
-from shnet_jax.evaluate.report import Table, card_table, interval_table, table
+from shnet_jax.evaluate.report import card_table, interval_table, table
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.retrieve.results_page import results_page
+from shnet_jax.observe.results_page import results_page
+from shnet_jax.observe.table import Table
 from shnet_jax.types import Embedding
 from tests.browser import HOSTILE, look_at, needs_browser
 
@@ -40,6 +41,7 @@ def test_everything_is_there_and_escaped(path):
     for wanted in ("Recall in per cent", "i→t R@1", "chance (20 images, 40 captions)", "95 % intervals", "<bdi>ties<"):
         assert wanted in text, wanted
     assert re.findall(r"<details( open)?><summary><bdi>Protocol card of", text) == [" open", ""]
+    assert text.count('<th scope="row"><bdi>rSum') == 2  # few names and many numbers: a line for each number
     assert len(re.findall(r"\d\.\d \[\d+\.\d, \d+\.\d\]", text)) == 2 * 7
 
 
@@ -56,3 +58,5 @@ def test_a_browser_shows_it_without_a_word_of_complaint(path, tmp_path):
 def test_a_table_as_text_keeps_its_columns():
     lines = str(Table("t", ["", "n|m"], [["a | b", "1"], ["c", "10"]])).splitlines()
     assert lines == ["|        | n\\|m |", "| ------ | ---: |", "| a \\| b |    1 |", "| c      |   10 |"]
+    plain = Table("t", ["", "n"], [["a | b", "1"], ["c", "10"]]).plain()
+    assert plain.splitlines() == ["        n", "a | b   1", "c      10"]

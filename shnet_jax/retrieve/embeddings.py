@@ -3,7 +3,7 @@
 images.safetensors, texts.safetensors   vector [n, d] float32; of models that score sets also elements [n, m, d]
                                         float32 and mask [n, m] bool
 ids.json                                image_ids, caption_ids, captions, caption_image (row of each caption's image)
-embeddings.json                         checkpoint and data set that they come from; written last: it is whole
+embeddings.json                         checkpoint and data set that they come from; written last
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMAT = 1  # raised when a file or key changes its name or meaning
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-    """Who the rows are.
+    """Ids and captions of the rows.
 
     image_ids: n names. caption_ids: t names. captions: t sentences. caption_image: [t] row of each caption's image.
     """
@@ -81,20 +81,20 @@ def make_ids(dataset: DataSet, split: str) -> Ids:
 
 
 def read_source(folder: Path) -> dict[str, Any] | None:
-    """What made the embeddings of a folder; None when it holds none, or none that are complete."""
+    """The contents of embeddings.json; None for a folder without complete embeddings."""
     path = folder / SOURCE
     return read_object(path) if path.is_file() else None
 
 
 def read_ids(path: Path) -> Ids:
     """The ids of a folder. Raises ValueError for a file whose lists do not fit together, FileNotFoundError."""
-    found = read_object(path)
+    lists = read_object(path)
     kinds = {"image_ids": str, "caption_ids": str, "captions": str, "caption_image": int}
     for name, kind in kinds.items():
-        values = found.get(name)
+        values = lists.get(name)
         if not isinstance(values, list) or not all(type(value) is kind for value in values):
             raise ValueError(f"{path}: {name}: expected a list of {kind.__name__}, found {values!r:.80}")
-    ids = Ids(**{name: found[name] for name in kinds})
+    ids = Ids(**{name: lists[name] for name in kinds})
     rows, n, t = np.array(ids.caption_image, object), len(ids.image_ids), len(ids.captions)
     if (
         len(ids.caption_ids) != t
@@ -119,7 +119,11 @@ def open_embeddings(folder: str | Path) -> Embeddings:
     for side, count in zip(SIDES, (len(ids.image_ids), len(ids.captions)), strict=True):
         path = folder / f"{side}.safetensors"
         arrays = tensors.open_mapped(path)
-        wrong = {name: array.shape for name, array in arrays.items() if len(array) != count}
+        wrong = {
+            name: (array.dtype.name, array.shape)
+            for name, array in arrays.items()
+            if array.shape[:1] != (count,) or array.dtype == np.int64
+        }
         if "vector" not in arrays or wrong:
             raise ValueError(f"{path}: expected a vector for each of {count} {side} of {IDS}, found {wrong or 'none'}")
         sides[side] = Embedding(**arrays)  # type: ignore[arg-type]  # files may outgrow the device

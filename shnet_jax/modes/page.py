@@ -1,0 +1,43 @@
+"""--mode=page: one HTML file that shows how good a model is, what it finds, where it fails, and what it looks at."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from shnet_jax.commands import load
+from shnet_jax.evaluate.split import subject
+from shnet_jax.modes.embed import one_process_mesh, split_embeddings
+from shnet_jax.observe.curves import run_name
+from shnet_jax.observe.files import write_text
+from shnet_jax.observe.writer import FILE as METRICS
+from shnet_jax.observe.writer import read_metrics
+from shnet_jax.retrieve.examples import collect
+from shnet_jax.retrieve.page import render_page
+from shnet_jax.retrieve.scene import Album
+
+
+def page(config: ConfigDict, workdir: str | Path) -> None:
+    """Writes WORKDIR/page_DATASET_SPLIT.html about config.search.split: numbers, curves, examples, highlighting."""
+    workdir, mesh = Path(workdir), one_process_mesh(config)
+    pictures = Path(config.page.pictures) if config.page.pictures else None
+    if pictures is not None and not pictures.is_dir():
+        raise ValueError(f"config.page.pictures is {str(pictures)!r}: no such folder")
+    loaded = load(workdir, config)
+    split, dataset = config.search.split, loaded.experiment.dataset
+    embeddings = split_embeddings(loaded, config, workdir, mesh)
+    about = subject(loaded.experiment, split, loaded.step, loaded.selected_on, mesh.size)
+    contents = collect(loaded.experiment, loaded.variables, embeddings, config, about, mesh)
+    history = list(read_metrics(workdir / METRICS)) if (workdir / METRICS).is_file() else []
+    contents = dataclasses.replace(contents, run=run_name(workdir), history=history)
+    album = Album(dataset, split, pictures, dataset.metadata.get("class_names", ()))
+    text = render_page(contents, album)
+    path = workdir / f"page_{dataset.path.parent.name}_{split}.html"
+    write_text(path, text)
+    if pictures is not None and not album.photographs:
+        print(
+            f"no photograph in {pictures} is named after an image of the page; boxes and label maps are drawn instead"
+        )
+    print(f"{path} ({len(text) / 1e6:.1f} MB)")

@@ -1,0 +1,100 @@
+"""Approximate search: opens or builds a vector index and measures its recall against the exact search.
+
+An index stands in for the default score, the dot product of unit vectors. For any other score it finds the candidates
+that the score re-ranks. The measured recall is kept beside the index.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k
+from shnet_jax.foreign import read_object
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.observe.files import disk_faults, sole_writer, write_json
+from shnet_jax.retrieve.embeddings import Embeddings
+from shnet_jax.retrieve.vector_index import BUILDERS, VectorIndex, source_hash
+from shnet_jax.types import Embedding, Score
+
+KINDS = ("exact", *BUILDERS)
+SAMPLE, DEPTH = 256, 10  # queries whose first DEPTH results are compared with the exact ones
+
+
+def check_index(kind: str, score: Score, candidates: int = 0) -> None:
+    """Raises ValueError for an unknown kind, or an approximate one for a score that is no dot product.
+
+    candidates: items that the score re-ranks, which any index may find; 0: the results of the index are final.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"config.search.index is {kind!r}; choose from {', '.join(KINDS)}")
+    if kind != "exact" and not candidates and not is_dot_product(score):
+        name = getattr(score, "__qualname__", repr(score))
+        raise ValueError(
+            f"config.search.index is {kind!r}, an index of dot products; this model scores pairs in a way of its own "
+            f"({name}): set it to 'exact', or let it find candidates that the score re-ranks, "
+            "--config.eval.two_stage=128 --config.eval.exact=False"
+        )
+
+
+def open_index(
+    search: ConfigDict, embeddings: Embeddings, side: str, tile: int, mesh: Mesh
+) -> tuple[VectorIndex, dict]:
+    """The index config.search.index of a side ("images", "texts"), built unless a stored one fits.
+
+    Returns:
+      The index, and a report: kind, settings, vectors, nprobe, ef_search, recall (share of the exact first `depth`
+      that the index finds), queries (number of those that measured it).
+
+    Raises:
+      FolderInUse: another process writes to the folder of the embeddings.
+    """
+    builder = BUILDERS[search.index]
+    path = embeddings.folder / f"index_{search.index}_{side}.json"
+    identity = {
+        "kind": search.index,
+        "settings": builder.settings(search),
+        "vectors": len(getattr(embeddings, side).vector),
+        "source": source_hash(embeddings),
+    }
+    effort = {"nprobe": search.nprobe, "ef_search": search.ef_search}
+    report = read_object(path) if path.is_file() else {}
+    index = builder.open(search, embeddings, side) if identity.items() <= report.items() else None
+    if index is not None and effort.items() <= report.items():
+        return index, report
+    with sole_writer(embeddings.folder), disk_faults(embeddings.folder, RuntimeError):  # of FAISS
+        if index is None:
+            path.unlink(missing_ok=True)  # an interrupted build leaves an index without a report, which is built again
+            index = builder.make(search, embeddings, side)
+        report = identity | effort | _measured(index, embeddings, side, tile, mesh)
+        write_json(path, report)
+    return index, report
+
+
+def _measured(index: VectorIndex, embeddings: Embeddings, side: str, tile: int, mesh: Mesh) -> dict[str, float]:
+    """Recall of an index against the exact search: {"recall", "depth", "queries"}."""
+    other = embeddings.texts if side == "images" else embeddings.images
+    sample = np.linspace(0, len(other.vector) - 1, min(SAMPLE, len(other.vector))).astype(np.int64)
+    queries = np.asarray(other.vector[sample])
+    gallery = Embedding(getattr(embeddings, side).vector)
+    exact = top_k(Embedding(queries), gallery, DEPTH, RetrievalModel.score, tile, mesh)  # type: ignore[arg-type]
+    approximate = index.search(queries, exact.index.shape[1])
+    return {"recall": overlap(approximate.index, exact.index), "depth": DEPTH, "queries": len(sample)}
+
+
+def overlap(approximate: np.ndarray, exact: np.ndarray) -> float:
+    """Recall of an approximate search: the share of the exact results [q, k] among its own [q, k]."""
+    return float(np.mean([np.isin(e, a).mean() for a, e in zip(approximate, exact, strict=True)]))
+
+
+def rescored(results: Found, queries: np.ndarray, vectors: np.ndarray) -> Found:
+    """The results of an index with the scores of the stored vectors instead of those of its compressed ones.
+
+    In the order of the exact search; places without a result come last, with index -1 and score -inf.
+    """
+    score = np.full(results.index.shape, -np.inf, np.float32)
+    for row, index in enumerate(results.index):
+        score[row, index >= 0] = np.asarray(vectors[index[index >= 0]]) @ queries[row]
+    order = np.lexsort((results.index, -score), axis=1)
+    return Found(np.take_along_axis(results.index, order, 1), np.take_along_axis(score, order, 1))

@@ -1,0 +1,183 @@
+"""Searches a gallery by sentences or by an image, exactly or with a vector index."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from shnet_jax.data.gallery import text_batches
+from shnet_jax.data.tokenise import tokenise_captions
+from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k, turned
+from shnet_jax.evaluate.tiles import take
+from shnet_jax.evaluate.towers import Tower, encode_parts
+from shnet_jax.evaluate.two_stage import best_candidates, two_stage_top_k
+from shnet_jax.experiment import Experiment
+from shnet_jax.retrieve.approximate import check_index, open_index, rescored
+from shnet_jax.retrieve.embeddings import Embeddings
+from shnet_jax.retrieve.vector_index import VectorIndex
+from shnet_jax.types import Embedding, Score
+
+CAPTIONS, IMAGES = "captions", "images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """One result. rank: 1 is the best. caption_id, caption: of a caption; captions: those of an image."""
+
+    rank: int
+    score: float
+    image_id: str
+    caption_id: str | None = None
+    caption: str | None = None
+    captions: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The results of a query (words, or an image id) among the images or the captions ("target")."""
+
+    query: str
+    kind: str  # "text" | "image"
+    target: str  # "images" | "captions"
+    hits: tuple[Hit, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _OpenIndex:
+    """A vector index with its report, see `open_index`."""
+
+    index: VectorIndex
+    report: dict[str, Any]
+
+
+class Searcher:
+    """A gallery that is searched exactly, or by the index of config.search.index.
+
+    Args:
+      embeddings: of the gallery.
+      score: of the model.
+      tile: config.eval.tile.
+      mesh: devices.
+      candidates: items of each query that the vectors find and a score other than their product re-ranks; 0: the score
+        sees the whole gallery.
+      search: config.search; None: exact search.
+    """
+
+    def __init__(
+        self,
+        embeddings: Embeddings,
+        score: Score,
+        tile: int,
+        mesh: Mesh,
+        candidates: int = 0,
+        search: ConfigDict | None = None,
+    ):
+        self._kind = search.index if search else "exact"
+        check_index(self._kind, score, candidates)
+        self._dot_product = is_dot_product(score)
+        self._candidates = 0 if self._dot_product else candidates
+        self.embeddings, self._search, self._options = embeddings, search, (tile, mesh)
+        self._score, self._captions_first = score, score if self._dot_product else turned(score)
+        self.indexes: dict[str, _OpenIndex] = {}  # the indexes used so far, by side
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The ranking method as JSON values. candidates: items that the score re-ranks; 0: no second stage."""
+        reports = {side: index.report for side, index in self.indexes.items()}
+        return {"kind": self._kind, "sides": reports, "candidates": self._candidates}
+
+    def images_by_text(self, queries: Sequence[str], texts: Embedding, k: int) -> list[Answer]:
+        """The k best images of each sentence. texts: the sentences, encoded."""
+        best = self.best_images(texts, k)
+        return [Answer(query, "text", IMAGES, self._hits(IMAGES, best, i, k)) for i, query in enumerate(queries)]
+
+    def by_image(self, image_ids: Sequence[str], k: int) -> list[Answer]:
+        """The k best captions of each image of the gallery, and the k images most like it but itself.
+
+        A model whose score is no dot product compares images with captions only: there are no images in its answers.
+        Raises ValueError for an id that the gallery does not have.
+        """
+        rows = np.array([self._row(name) for name in image_ids], np.int64)
+        queries = take(self.embeddings.images, rows)
+        captions = self.best_captions(queries, k)
+        images = self.best_images(queries, k + 1) if self._dot_product else None
+        answers = []
+        for i, name in enumerate(image_ids):
+            answers.append(Answer(name, "image", CAPTIONS, self._hits(CAPTIONS, captions, i, k)))
+            if images is not None:
+                answers.append(Answer(name, "image", IMAGES, self._hits(IMAGES, images, i, k, without=int(rows[i]))))
+        return answers
+
+    def best_images(self, texts: Embedding, k: int) -> Found:
+        """Rows and scores of the k best images for each of t captions."""
+        return self._find("images", texts, k, self._score)
+
+    def best_captions(self, images: Embedding, k: int) -> Found:
+        """Rows and scores of the k best captions for each of n images."""
+        return self._find("texts", images, k, self._captions_first)
+
+    def best_own_caption(self, image: int) -> int:
+        """Row of the caption that fits its image, a row of the gallery, best."""
+        first = self.embeddings.ids.first
+        own = np.arange(first[image], first[image + 1])
+        query, captions = take(self.embeddings.images, np.array([image])), take(self.embeddings.texts, own)
+        return int(own[top_k(query, captions, 1, self._captions_first, *self._options).index[0, 0]])
+
+    def _row(self, name: str) -> int:
+        rows = self.embeddings.ids.rows
+        if name not in rows:
+            near = difflib.get_close_matches(name, rows, n=3)
+            hint = f"near it: {', '.join(near)}" if near else f"the first is {next(iter(rows))!r}"
+            raise ValueError(f"{self.embeddings.folder}: no image {name!r} among {len(rows)}; {hint}")
+        return rows[name]
+
+    def _find(self, side: str, queries: Embedding, k: int, score: Score) -> Found:
+        gallery = getattr(self.embeddings, side)
+        if self._search is None or self._kind == "exact":
+            if self._candidates:
+                return two_stage_top_k(queries, gallery, k, self._candidates, score, *self._options)
+            return top_k(queries, gallery, k, score, *self._options)
+        if side not in self.indexes:
+            self.indexes[side] = _OpenIndex(*open_index(self._search, self.embeddings, side, *self._options))
+        vectors = np.asarray(queries.vector, np.float32)
+        nearest = self.indexes[side].index.search(vectors, min(max(k, self._candidates), len(gallery.vector)))
+        if self._candidates:
+            return best_candidates(queries, gallery, nearest.index, k, score, *self._options)
+        return rescored(nearest, vectors, gallery.vector)
+
+    def _hits(self, target: str, best: Found, query: int, k: int, without: int = -1) -> tuple[Hit, ...]:
+        """The first k results of a query, but the row `without`; places without a result have a negative row."""
+        pairs = zip(best.index[query], best.score[query], strict=True)
+        kept = [(int(row), float(score)) for row, score in pairs if row >= 0 and row != without][:k]
+        ids, hits = self.embeddings.ids, []
+        for rank, (row, score) in enumerate(kept, start=1):
+            if target == IMAGES:
+                hits.append(Hit(rank, score, ids.image_ids[row], captions=tuple(ids.captions_of(row))))
+            else:
+                image_id = ids.image_ids[ids.caption_image[row]]
+                hits.append(Hit(rank, score, image_id, ids.caption_ids[row], ids.captions[row]))
+        return tuple(hits)
+
+
+def encode_texts(experiment: Experiment, tower: Tower, texts: Sequence[str]) -> Embedding:
+    """Sentences of any kind -> their embeddings on the host. Raises ValueError for one without words."""
+    texts = list(texts)
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise ValueError(f"query {number} of {len(texts)}: expected text, found {text!r:.80}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # what a terminal of another encoding sent
+            raise ValueError(f"query {number} of {len(texts)}: expected text in UTF-8, found {text!r:.80}")
+    blank = [number for number, text in enumerate(texts) if not text.strip()]
+    if blank:
+        raise ValueError(f"query {blank[0] + 1} of {len(texts)} has no words")
+    if not texts:
+        raise ValueError("no query: nothing to encode")
+    captions = tokenise_captions([texts], experiment.tokenizer)
+    rows = experiment.config.eval.batch_size * tower.mesh.size
+    return encode_parts(tower, text_batches(captions, experiment.tokenizer, experiment.config.data, rows), len(texts))
