@@ -64,9 +64,6 @@ class Results:
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
 
 
-Subject = Provenance  # old name
-
-
 def find_protocol(name: str) -> Protocol:
     """The protocol of that name: "whole", or "folds<k>" such as "folds5" (COCO 1K)."""
     if name == "whole":

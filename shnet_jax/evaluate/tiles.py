@@ -214,9 +214,6 @@ def prefetch_one(dispatched: Iterable[T]) -> Iterator[T]:
     yield from pending
 
 
-one_behind = prefetch_one  # old name
-
-
 def check_no_nan(nans: int, n: int, t: int) -> None:
     """Raises ValueError where scores of n items with t others are NaN: they have no order."""
     if nans:

@@ -15,8 +15,8 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from shnet_jax.evaluate.encode import check
 from shnet_jax.evaluate.pipelined import schedule_text
-from shnet_jax.evaluate.towers import check
 from shnet_jax.experiment import settle_dtypes
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.observe.files import write_json

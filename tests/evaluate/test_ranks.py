@@ -265,7 +265,7 @@ def test_the_counts_of_parts_add_up():
     np.testing.assert_array_equal(sum(part.t2i for part in parts), t2i)
 
 
-def test_results_are_asked_for_one_behind():
+def test_results_are_read_after_the_next_dispatch():
     events = []
 
     def dispatched():
