@@ -2,6 +2,7 @@
 
 import difflib
 import logging as python_logging
+import os
 import re
 import runpy
 import sys
@@ -78,6 +79,8 @@ def _with_paths(argument: str) -> str:
     flag = name.lstrip("-")
     if flag in PATH_FLAGS:
         value = expand(value)
+        if flag == "config" and ":" in value and os.path.isfile(value):  # ml_collections takes it for an argument
+            _fail(f"--config={value}: expected a path without ':'; copy the file, or call it by a relative path", 2)
     elif flag in PATH_LISTS and value and value[0] not in "([\"'":
         value = repr(tuple(map(str, to_paths(value))))
     return f"{name}{equals}{value}"

@@ -15,7 +15,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
-from data_prep import schema, vocabulary
+from data_prep import notes, schema, vocabulary
 from data_prep.bad_records import FIRST, SKIPPED, Bad, BadRecords, Policy
 from data_prep.counts import Found, Stored, summary
 from data_prep.schema import DataError, Record
@@ -86,6 +86,7 @@ def write_dataset(
         bad.write(folder)
         write_checksums(folder)
     listed = f"; the bad ones are listed in {target / SKIPPED}" if bad else ""
+    notes.report()
     print(f"{name}: {summary(found, writer.stored)}{listed}", file=sys.stderr)
     return target
 

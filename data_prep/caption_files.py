@@ -1,25 +1,23 @@
-"""Reads the lines of caption files of any format, each with its image and the split that the file puts it into.
+"""Reads the rows of caption files of any format, each with its image, its captions and the split that it names.
 
 Karpathy JSON (dataset_coco.json, dataset_flickr30k.json): images with `sentences` and `split`.
 COCO captions JSON (captions_val2017.json): `images` and `annotations`.
 JSON list of objects (BLIP, ALBEF, LAVIS), or JSONL: `image`, `caption` (text or a list of texts), perhaps `split`.
+JSON or a .pt of torch.save (Oscar's and VinVL's SPLIT_captions.pt): image -> list of captions, or JSON of one.
 Parquet (Hugging Face): the same as columns; the pictures themselves are not read.
-A .pt of torch.save (Oscar's and VinVL's SPLIT_captions.pt): image -> list of captions, or JSON of one.
 Flickr token file (results_20130124.token, Flickr8k.token.txt): lines NAME.jpg#0<tab>sentence.
 CSV, TSV, Flickr's results.csv (|), Kaggle's captions.txt: a header with an image column, one or more of captions, and
-perhaps `split`. TSV and | are read as they are, without quoting, unless their header is quoted.
+perhaps `split`. TSV and | are read as they are, without quoting, unless their header is quoted or every quotation mark
+stands where a writer of CSV (pandas) puts it.
 """
 
 from __future__ import annotations
 
-import ast
 import csv
 import io
-import math
 import re
 import sys
-import tokenize
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,45 +27,29 @@ from data_prep.files import data_errors, read_json, text_lines
 from data_prep.names import EXTENSIONS
 from data_prep.parquet import open_parquet
 from data_prep.places import ends, first_object, has_keys
+from data_prep.rows import Columns, Row, columns, is_list, needed, parse
 from data_prep.schema import DataError
 from shnet_jax import foreign
 
-IMAGE_COLUMNS = (
-    *("image", "image_id", "image_name", "filename", "file_name", "file"),
-    *("image_path", "img_path", "filepath", "file_path", "path", "img", "img_name", "img_id"),
-)
-CAPTION_COLUMNS = ("caption", "comment", "sentence", "raw")
-"""Also in the plural, and numbered: caption_1, caption_2, ..."""
-ID_COLUMNS = ("sentids", "sentid")
 _DELIMITERS = ",\t;|"
-_NUMBERS = range(-(2**63), 2**63)  # of captions; they are stored as int64
 _PARQUET_ROWS = 1024  # read at once
 _TOKEN = re.compile(r"([^\t]+)#[0-9]+ *\t(.*)")  # the first tab counts: sentences have numbers and tabs too
 _SPACED_TOKEN = re.compile(r"([^\t]+?)#[0-9]+ +(.*)")
+_SEPARATOR = re.compile(r'"?sep=(.)"?')  # Excel's line above the header
 
 
-class Line(NamedTuple):
-    """One caption as a file has it.
+def read_captions(path: Path) -> Iterator[Row]:
+    """Rows of a file of any format.
 
-    row: where: of a text file the line, of a list in JSON the place from 0. caption: None for an image without any.
-    split: None where the file does not say. fault: of a row that is torn, so that its caption is not known.
+    Raises DataError, naming file and row, for a file of which it is not clear what it holds, and for a row of which it
+    is not clear which image it belongs to.
     """
-
-    row: int
-    file: str
-    caption: str | None
-    split: str | None = None
-    number: int | None = None
-    fault: str = ""
-
-
-def read_captions(path: Path) -> Iterator[Line]:
-    """Captions of a file of any format; in each, runs of white space are one space.
-
-    Raises DataError, naming file and row, for a file or a row of which it is not clear what it holds.
-    """
-    for line in _reader(path)(path):
-        yield _checked(line, path)
+    for row in _reader(path)(path):
+        if not _is_below(row.file):
+            raise DataError(
+                f"{row.where}: expected the name of an image below the folder of photographs, found {row.file!r:.200}"
+            )
+        yield row
 
 
 class Kind(NamedTuple):
@@ -77,6 +59,7 @@ class Kind(NamedTuple):
     says_split: bool
 
 
+_FIRST_KEY = re.compile(r'\ufeff?\s*\{\s*"([^"]+)"\s*:\s*(?:\[\s*)?"')  # of text, or a list of it
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".pt", ".csv", ".tsv", ".txt", ".token")
 
 
@@ -98,62 +81,38 @@ def recognise(path: Path) -> Kind | None:
             return Kind("captions in Karpathy's JSON", True)
         if has_keys(text, "images", "image_id", "caption"):
             return Kind("captions in COCO's JSON", False)
-        try:
-            columns = _columns(tuple(first_object(text)), path)
-        except DataError:
-            return None
-        return Kind("captions in a JSON list", columns.split is not None)
+        known = columns(tuple(first_object(text)))
+        if known.image is not None and known.captions:
+            return Kind("captions in a JSON list", known.split is not None)
+        match = _FIRST_KEY.match(text)
+        by_image = match and Path(match[1]).suffix.lower() in EXTENSIONS
+        return Kind("captions by image in JSON", False) if by_image else None
     try:
-        line = next(read_captions(path), None)
+        row = next(read_captions(path), None)
     except DataError:
         return None
-    return line and Kind(f"captions in {suffix[1:].upper()}", line.split is not None)
+    return row and Kind(f"captions in {suffix[1:].upper()}", row.split is not None)
 
 
-def split_name(text: str) -> str:
-    """The split that a file means: without blanks around, in lower case; restval (Karpathy) is train."""
-    name = text.strip().lower()
-    return "train" if name == "restval" else name
-
-
-def _reader(path: Path) -> Callable[[Path], Iterator[Line]]:
-    known: dict[str, Callable[[Path], Iterator[Line]]] = {
-        ".json": _json,
-        ".jsonl": _json_lines,
-        ".ndjson": _json_lines,
-        ".parquet": _parquet,
-        ".pt": _torch,
-    }
+def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
+    known: dict[str, Callable[[Path], Iterator[Row]]] = {".json": _json, ".parquet": _parquet, ".pt": _torch}
     known |= {".csv": _table, ".tsv": _table}
     if (suffix := path.suffix.lower()) in known:
         return known[suffix]
-    first = next((line for line in text_lines(path) if line.strip()), "")
-    if first.lstrip().startswith(("{", "[")):
+    first = _first_line(path)
+    if suffix in (".jsonl", ".ndjson") and not first.startswith("["):
+        return _json_lines
+    if first.startswith(("{", "[")):
         return _json
     try:
-        _columns(tuple(_header(first)[1]), path)
+        needed(tuple(_header(first)[1]), path)
     except DataError:
         return _tokens
     return _table
 
 
-def _checked(line: Line, path: Path) -> Line:
-    file, caption, split, number = line.file, line.caption, line.split, line.number
-    where = f"{path} row {line.row}"
-    if not isinstance(file, str) or not _is_below(file):
-        raise DataError(
-            f"{path}: expected the name of an image below the folder of photographs, found {file!r:.200} in row "
-            f"{line.row}"
-        )
-    if not isinstance(caption, str | None) or not isinstance(split, str | None):
-        raise DataError(
-            f"{where}: image {file!r}: expected text as caption and split, found {caption!r:.80}, {split!r:.80}"
-        )
-    if number is not None and (type(number) is not int or number not in _NUMBERS):
-        raise DataError(
-            f"{where}: image {file!r}: expected a whole number of 64 bits as caption id, found {number!r:.80}"
-        )
-    return line if caption is None else line._replace(caption=" ".join(caption.split()))
+def _first_line(path: Path) -> str:
+    return next((line.strip() for line in text_lines(path) if line.strip()), "")
 
 
 @lru_cache(maxsize=64)  # captions of an image stand side by side
@@ -162,107 +121,46 @@ def _is_below(file: str) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
-# ----------------------------------------------------------------------------------------------------- rows and columns
-
-
-class _Columns(NamedTuple):
-    """Places of the columns that count in a row, or of the keys in an object."""
-
-    image: int
-    captions: tuple[int, ...]
-    ids: int | None
-    split: int | None
-
-
-@lru_cache(maxsize=64)
-def _columns(names: tuple[str, ...], where: object) -> _Columns:
-    """Raises DataError when the column of images or of captions is missing."""
-    known = [name.strip().lower() for name in names]
-    image = next((known.index(name) for name in IMAGE_COLUMNS if name in known), None)
-    captions: tuple[int, ...] = ()
-    for kind in CAPTION_COLUMNS:
-        captions = captions or tuple(i for i, name in enumerate(known) if re.fullmatch(rf"{kind}s?[ _-]?[0-9]*", name))
-    if image is None or not captions:
-        wanted = " or ".join(IMAGE_COLUMNS if image is None else CAPTION_COLUMNS)
-        raise DataError(f"{where}: expected a column named {wanted}, found {', '.join(names):.200}")
-    ids = next((known.index(name) for name in ID_COLUMNS if name in known), None)
-    return _Columns(image, captions, ids, known.index("split") if "split" in known else None)
-
-
-def _lines(values: Sequence[Any], columns: _Columns, row: int, path: Path) -> Iterator[Line]:
-    """The captions of a row; a cell may be a text, a list of texts, or missing."""
-    file, split = _name(values[columns.image]), None if columns.split is None else values[columns.split]
-    captions = [text for place in columns.captions for text in _listed(values[place])]
-    if len(columns.captions) > 1:  # an image with fewer leaves cells empty
-        captions = [text for text in captions if text != "" and not (isinstance(text, str) and text.isspace())]
-    if columns.ids is None:
-        ids = [None] * len(captions)
-    else:
-        given = values[columns.ids]
-        ids = [_number(n) for n in (listed_numbers(given) if isinstance(given, str) else _listed(given))]
-    if len(ids) != len(captions):
-        raise DataError(f"{path} row {row}: image {file!r}: expected {len(captions)} caption ids, found {len(ids)}")
-    if not captions:
-        yield Line(row, file, None, split)
-    for text, number in zip(captions, ids, strict=True):
-        yield Line(row, file, text, split, number)
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return []
-    if isinstance(value, str):
-        value = listed_texts(value) or value
-    return value if isinstance(value, list) else [value]
-
-
-def _name(value: Any) -> Any:
-    """The name of an image; numbers may stand for it."""
-    if isinstance(value, float) and value.is_integer():  # as of a column that lacks values in other rows
-        return str(int(value))
-    return str(value) if type(value) is int else value
-
-
-def _number(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value.strip()) else value
-
-
 # ----------------------------------------------------------------------------------------------------------------- JSON
 
 
-def _json(path: Path) -> Iterator[Line]:
+def _json(path: Path) -> Iterator[Row]:
     try:
         content = read_json(path)
     except DataError:
-        first = next((line for line in text_lines(path) if line.strip()), "")
+        first = _first_line(path)
         try:
             foreign.parse_json(first, path)
         except ValueError:
             first = ""
-        if not first.lstrip().startswith("{"):
+        if not first.startswith("{"):
             raise
         yield from _json_lines(path)  # by another name
         return
-    if isinstance(content, dict) and "images" not in content:  # JSONL of one line
-        content = [content]
-    if isinstance(content, list) and content:
-        yield from _objects(enumerate(content), path)
-        return
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list):
+    if isinstance(content, dict) and "images" not in content:
+        texts = [text for value in content.values() for text in (value if isinstance(value, list) else [value])]
+        if texts and not columns(tuple(content)).image and all(isinstance(text, str) for text in texts):
+            yield from _by_image(content, path)
+            return
+        content = [content]  # JSONL of one line
+    images = content.get("images") if isinstance(content, dict) else content
+    if not isinstance(images, list) or not images:
         raise DataError(
             f"{path}: expected an object with a list `images` (Karpathy's or COCO's format) or a list of objects, "
             "found neither"
         )
+    if not isinstance(content, dict) or "annotations" not in content:
+        yield from _objects(enumerate(images), path)
+        return
     try:
-        yield from _coco(content, path) if "annotations" in content else _karpathy(images)
+        yield from _coco(images, content["annotations"], path)
     except KeyError as error:
         raise DataError(f"{path}: expected the key {error.args[0]!r} in every entry, found one without") from error
     except (TypeError, AttributeError) as error:  # a list or a number where an object or text should be
-        raise DataError(f"{path}: expected entries as Karpathy's or COCO's files have them: {error}") from error
+        raise DataError(f"{path}: expected entries as COCO's files have them: {error}") from error
 
 
-def _json_lines(path: Path) -> Iterator[Line]:
+def _json_lines(path: Path) -> Iterator[Row]:
     with data_errors():
         rows = (
             (number, foreign.parse_json(line, f"{path} row {number}"))
@@ -272,176 +170,187 @@ def _json_lines(path: Path) -> Iterator[Line]:
         yield from _objects(rows, path)
 
 
-def _objects(entries: Iterable[tuple[int, Any]], path: Path) -> Iterator[Line]:
+def _objects(entries: Iterable[tuple[int, Any]], path: Path) -> Iterator[Row]:
     for row, entry in entries:
+        where = f"{path} row {row}"
         if not isinstance(entry, dict):
-            raise DataError(f"{path} row {row}: expected an object, found {type(entry).__name__}")
-        try:
-            columns = _columns(tuple(entry), path)
-        except DataError as error:
-            raise DataError(f"{error}, in row {row}") from None
-        yield from _lines(list(entry.values()), columns, row, path)
+            raise DataError(f"{where}: expected an object, found {type(entry).__name__}")
+        needed(tuple(entry), where)
+        yield parse(entry, where, blanks=True)
 
 
-def _karpathy(images: Iterable[dict[str, Any]]) -> Iterator[Line]:
-    for row, image in enumerate(images):
-        split = image["split"]
-        file = "/".join(part for part in (image.get("filepath", ""), image["filename"]) if part)
-        if not image["sentences"]:
-            yield Line(row, file, None, split)
-        for sentence in image["sentences"]:
-            yield Line(row, file, sentence["raw"], split, sentence.get("sentid"))
-
-
-def _coco(content: dict[str, Any], path: Path) -> Iterator[Line]:
-    files = {image["id"]: image["file_name"] for image in content["images"]}
+def _coco(images: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Row]:
+    files: dict[str, str] = {}
+    for image in images:
+        file = image["file_name"]
+        if files.setdefault(str(image["id"]), file) != file:
+            raise DataError(
+                f"{path}: `images` gives id {image['id']!r:.80} to {files[str(image['id'])]!r} and {file!r}"
+            )
     silent = dict.fromkeys(files)
-    for row, annotation in enumerate(content["annotations"]):
-        image = annotation["image_id"]
-        if image not in files:
-            raise DataError(f"{path}: annotation of image {image!r:.80}, which `images` does not list")
-        silent.pop(image, None)
-        yield Line(row, files[image], annotation["caption"], None, annotation.get("id"))
-    for image in silent:
-        yield Line(-1, files[image], None)
+    for row, annotation in enumerate(annotations):
+        image_id = str(annotation["image_id"])
+        if image_id not in files:
+            raise DataError(
+                f"{path} row {row}: annotation of image {annotation['image_id']!r:.80}, which `images` does not list"
+            )
+        silent.pop(image_id, None)
+        values = {"image": files[image_id], "caption": annotation["caption"], "sentid": annotation.get("id")}
+        yield parse(values, f"{path} row {row}", blanks=True)
+    for image_id in silent:
+        yield Row(files[image_id], (), where=f"{path}: `images`")
+
+
+def _by_image(content: Mapping[Any, Any], path: Path) -> Iterator[Row]:
+    for row, (image, sentences) in enumerate(content.items()):
+        yield parse({"image": image, "caption": sentences}, f"{path} row {row}", blanks=True)
+
+
+def _torch(path: Path) -> Iterator[Row]:
+    yield from _by_image(torch_files.open_by_image(path)[1], path)
 
 
 # -------------------------------------------------------------------------------------------------------------- Parquet
 
 
-def _parquet(path: Path) -> Iterator[Line]:
+def _parquet(path: Path) -> Iterator[Row]:
     with open_parquet(path) as file:
         yield from _batches(file, path)
 
 
-def _torch(path: Path) -> Iterator[Line]:
-    for row, file, caption in torch_files.read_captions(path):
-        yield Line(row, file, caption)
-
-
-def _batches(file: Any, path: Path) -> Iterator[Line]:
+def _batches(file: Any, path: Path) -> Iterator[Row]:
     schema = file.schema_arrow
     # Hugging Face's `image` holds the pictures, {bytes, path}: its path counts where no other column names the image.
-    pictures = {name for name in schema.names if str(schema.field(name).type).startswith(("struct", "binary"))}
-    try:
-        columns = _columns(tuple("" if name in pictures else name for name in schema.names), path)
-    except DataError:
-        columns = _columns(tuple(schema.names), path)
-    image = schema.names[columns.image]
+    pictures = {n for n in schema.names if re.match(r"(large_)?binary|struct<.*\bbytes:", str(schema.field(n).type))}
+    known = columns(tuple(name for name in schema.names if name not in pictures))
+    if not (known.image and known.captions):
+        known = needed(tuple(schema.names), path)
+    image = str(known.image)
     if image in pictures and "path:" not in str(schema.field(image).type):
         raise DataError(f"{path}: expected a column that names the image, found pictures alone")
-    wanted = [schema.names[place] for place in {*columns.captions, columns.ids, columns.split} - {None}]
-    row = 0
-    for batch in file.iter_batches(_PARQUET_ROWS, columns=[*wanted, f"{image}.path" if image in pictures else image]):
-        for record in batch.to_pylist():
-            if image in pictures:
-                record[image] = (record[image] or {}).get("path")
-            yield from _lines([record.get(name) for name in schema.names], columns, row, path)
-            row += 1
+    wanted = [name for name in (*known.captions, known.numbers, known.split, known.folder) if name not in (None, image)]
+    batches = file.iter_batches(_PARQUET_ROWS, columns=[*wanted, f"{image}.path" if image in pictures else image])
+    for row, values in enumerate(values for batch in batches for values in batch.to_pylist()):
+        if image in pictures:
+            values[image] = (values[image] or {}).get("path")
+        yield parse(values, f"{path} row {row}", blanks=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _tokens(path: Path) -> Iterator[Line]:
-    for row, text in enumerate(text_lines(path), 1):
+def _tokens(path: Path) -> Iterator[Row]:
+    for number, text in enumerate(text_lines(path), 1):
         if not text.strip():
             continue
         match = _TOKEN.fullmatch(text) or _SPACED_TOKEN.fullmatch(text)
         if match is None:
             raise DataError(
-                f"{path} line {row}: expected NAME.jpg#NUMBER<tab>sentence, or a header above, found {text[:80]!r}"
+                f"{path} line {number}: expected NAME.jpg#NUMBER<tab>sentence, or a header above, found {text[:80]!r}"
             )
-        yield Line(row, match[1].strip(), match[2])
+        yield parse({"image": match[1], "caption": match[2]}, f"{path} row {number}", blanks=True)
 
 
-def _header(line: str) -> tuple[str, list[str], bool]:
-    """Delimiter, column names, and whether cells may be quoted."""
-    delimiter = max(_DELIMITERS, key=line.count)
+def _header(line: str, delimiter: str = "") -> tuple[str, list[str], bool]:
+    """Delimiter, column names, each of them once, and whether cells may be quoted."""
+    delimiter = delimiter or max(_DELIMITERS, key=line.count)
     quoted = delimiter in ",;" or line.lstrip().startswith('"')
     names = (
         next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), []) if quoted else line.split(delimiter)
     )
-    return delimiter, names, quoted
+    return delimiter, [f"{name} {i}" if name in names[:i] else name for i, name in enumerate(names)], quoted
 
 
-def _table(path: Path) -> Iterator[Line]:
-    lines = text_lines(path)
-    first = next(lines, "")
-    delimiter, names, quoted = _header(first)
-    columns = _columns(tuple(names), path)
+def _table(path: Path) -> Iterator[Row]:
+    lines = ((number, line) for number, line in enumerate(text_lines(path), 1) if line.strip())
+    _, first = next(lines, (1, ""))
+    above = _SEPARATOR.fullmatch(first)
+    if above:
+        _, first = next(lines, (2, ""))
+    delimiter, names, quoted = _header(first, above[1] if above else "")
+    known = needed(tuple(names), path)
+    quoted = quoted or _as_csv_writes(text_lines(path), delimiter)
     # A row of a wrong number of cells is the image's own fault where the image stands before what may be torn apart.
-    image_first = columns.image < min(columns.captions)
+    image = names.index(str(known.image))
+    image_first = image < min(map(names.index, known.captions))
     counted = next((place for place, name in enumerate(names) if name.strip() == "comment_number"), None)
-    lists: bool | None = None  # whether captions are lists of sentences; the first row decides
-    for row, cells in _quoted_rows(lines, delimiter, names, path) if quoted else _plain_rows(lines, delimiter):
+    for number, cells in _quoted_rows(lines, delimiter, names, path) if quoted else _plain_rows(lines, delimiter):
+        where = f"{path} row {number}"
         if len(cells) != len(names):
-            cells = _mended(cells, names, columns, delimiter, f"{path} row {row}") or cells
+            cells = _mended(cells, names, known, delimiter, where) or cells
         if len(cells) != len(names):
             fault = f"expected {len(names)} columns as in the header, found {len(cells)}"
         elif counted is not None and not cells[counted].strip().isdecimal():
             fault = f"expected a whole number as {names[counted].strip()}, found {cells[counted]!r:.80}"
         else:
-            fault = ""
-        if fault:
-            alone = len(cells) <= columns.image + 1
-            name = (cells[0].split() or [""])[0] if alone else cells[columns.image].strip()
-            if not image_first or (alone and Path(name).suffix.lower() not in EXTENSIONS):
-                raise DataError(f"{path} row {row}: {fault}")
-            yield Line(row, name, "", fault=fault)  # and no telling which cell is the split
+            yield parse(dict(zip(names, cells, strict=True)), where, blanks=True)
             continue
-        values: list[Any] = list(cells)
-        values[columns.image] = cells[columns.image].strip()
-        for place in columns.captions:
-            found_list = listed_texts(cells[place])
-            if lists is None and cells[place].strip():
-                lists = bool(found_list)
-            if lists and (found_list is not None or not cells[place].strip()):
-                values[place] = found_list or []
-            elif lists or found_list:
-                one, other = ("a list of sentences", "a sentence")[:: 1 if lists else -1]
-                raise DataError(f"{path} row {row}: expected {one} as in the rows before, found {other}")
-        yield from _lines(values, columns, row, path)
+        alone = len(cells) <= image + 1
+        name = (cells[0].split() or [""])[0] if alone else cells[image].strip()
+        if not image_first or (alone and Path(name).suffix.lower() not in EXTENSIONS):
+            raise DataError(f"{where}: {fault}")
+        yield Row(name, (), where=where, fault=fault)  # and no telling which cell is the split
 
 
-def _plain_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _as_csv_writes(lines: Iterable[str], delimiter: str) -> bool:
+    """Whether quotation marks are there, and all of them as Python's csv, and so pandas, quote cells that need it."""
+    marked = [line for line in lines if '"' in line]
+    text = io.StringIO()
+    try:
+        csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(
+            csv.reader(marked, delimiter=delimiter, strict=True)
+        )
+    except csv.Error:
+        return False
+    return bool(marked) and text.getvalue().split("\n")[:-1] == marked
+
+
+def _plain_rows(lines: Iterable[tuple[int, str]], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of the rows below the header; quotation marks are text."""
-    for number, line in enumerate(lines, 2):
+    for number, line in lines:
         if line.replace(delimiter, "").strip():
             yield number, line.split(delimiter)
 
 
 def _quoted_rows(
-    lines: Iterable[str], delimiter: str, names: Sequence[str], path: Path
+    lines: Iterable[tuple[int, str]], delimiter: str, names: Sequence[str], path: Path
 ) -> Iterator[tuple[int, list[str]]]:
     """The same of a table with quoted cells. Raises DataError where a quotation mark spans lines or is left open."""
     mend = 'a quotation mark inside of a quoted cell is written twice ("")'
-    rows = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, skipinitialspace=True, strict=True)
+    begun: list[int] = []  # numbers of the lines of a row
+
+    def ended() -> Iterator[str]:
+        for number, line in lines:
+            begun.append(number)
+            yield f"{line}\n"
+
+    rows = csv.reader(ended(), delimiter=delimiter, skipinitialspace=True, strict=True)
     while True:
-        number = rows.line_num + 2  # of the line that the row begins in
+        begun.clear()
         try:
             cells = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
             raise DataError(
-                f"{path} row {number}: expected cells that end where their quotes do: {error}; {mend}"
+                f"{path} row {begun[0]}: expected cells that end where their quotes do: {error}; {mend}"
             ) from None
-        broken = [place for place, cell in enumerate(cells) if "\n" in cell and listed_texts(cell) is None]
+        broken = [place for place, cell in enumerate(cells) if "\n" in cell and not is_list(cell)]
         if broken:
             name = names[broken[0]] if broken[0] < len(names) else broken[0]
             raise DataError(
-                f"{path} row {number}: column {name!r}: expected text of one line, found a quoted cell that ends "
-                f"{rows.line_num + 1 - number} lines on; {mend}, and a line break of a caption becomes a space"
+                f"{path} row {begun[0]}: column {name!r}: expected text of one line, found a quoted cell that ends "
+                f"{begun[-1] - begun[0]} lines on; {mend}, and a line break of a caption becomes a space"
             )
         if any(cell.strip() for cell in cells):
-            yield number, cells
+            yield begun[0], cells
 
 
-def _mended(cells: list[str], names: Sequence[str], columns: _Columns, delimiter: str, where: str) -> list[str] | None:
+def _mended(cells: list[str], names: Sequence[str], known: Columns, delimiter: str, where: str) -> list[str] | None:
     """A row of Flickr's results.csv that lacks its second | (`1.jpg| 4   A dog .`), with it; None for any other."""
     last = len(names) - 1
-    if delimiter != "|" or len(cells) != last or columns.captions != (last,) or columns.image >= last - 1:
+    image_last = names.index(str(known.image)) >= last - 1
+    if delimiter != "|" or len(cells) != last or known.captions != (names[-1],) or image_last:
         return None
     match = re.fullmatch(r"\s*([0-9]+)\s+(\S.*)", cells[-1])
     if match is None:
@@ -452,34 +361,3 @@ def _mended(cells: list[str], names: Sequence[str], columns: _Columns, delimiter
         file=sys.stderr,
     )
     return [*cells[:-1], match[1], match[2]]
-
-
-def listed_texts(cell: str) -> list[str] | None:
-    """The texts of a cell that is a list, in JSON or as Python or NumPy prints it; None for any other."""
-    cell = cell.strip()
-    if not (cell.startswith("[") and cell.endswith("]")):
-        return None
-    try:
-        found = foreign.parse_json(cell, "")
-    except ValueError:
-        found = _printed(cell)
-    return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else None
-
-
-def _printed(cell: str) -> list[str] | None:
-    """The texts that Python's repr wrote; NumPy leaves commas out, which Python would read as one text."""
-    texts = []
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(cell).readline):
-            if token.type == tokenize.STRING:
-                texts.append(ast.literal_eval(token.string))
-            elif token.string.strip() not in ("", "[", "]", ","):
-                return None
-    except (SyntaxError, ValueError, tokenize.TokenError, MemoryError, RecursionError):
-        return None
-    return texts
-
-
-def listed_numbers(cell: str) -> list[Any]:
-    """Whole numbers of a cell: one, or a list of them."""
-    return [part for part in re.split(r"[\s,]+", cell.strip().strip("[]()").replace("'", "").replace('"', "")) if part]

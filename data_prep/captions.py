@@ -6,18 +6,21 @@ The split is what the file says, what --captions=SPLIT=FILE says, or what --spli
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from data_prep import caption_files
 from data_prep.bad_records import Bad
-from data_prep.caption_files import Line, read_captions, split_name
 from data_prep.counts import Found
 from data_prep.files import read_lines
+from data_prep.names import Names
 from data_prep.names import keys as keys
+from data_prep.rows import Row, split_name
 from data_prep.schema import DataError, Record, is_text
 from shnet_jax.paths import named_paths
 
@@ -55,10 +58,11 @@ class Splits(dict[str, list[Captioned]]):
 
 @dataclass
 class _Group:
-    """What was read of a photograph; split None until a line says."""
+    """What was read of a photograph; split None until a row says, and "" in no split list."""
 
     split: str | None = None
-    lines: list[Line] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     fault: str = ""
 
 
@@ -82,101 +86,139 @@ def read(captions: str, split_lists: str | None = None, *, strict: bool = True) 
     Without `strict` a row that is no caption (an empty one, a wrong number of cells) spoils the record of its
     photograph alone.
 
-    Raises DataError naming file and row when a file is of no known format, says nothing of splits, has a row that is no
-    caption, puts an image into two splits or names one outside of the folder of photographs; FileNotFoundError when
-    there is none.
+    Raises DataError naming file and row when a file is of no known format, says nothing of splits or another split than
+    the flag, has a row that is no caption, puts an image into two splits or names one outside of the folder of
+    photographs; FileNotFoundError when there is none.
     """
-    lists = read_split_lists(split_lists) if split_lists else None
-    groups: dict[str, _Group] = {}
-    rows = 0
-    for named, path in named_paths(captions):
+    return gather(
+        _rows(captions, split_lists is not None), split_lists, captions, strict=strict, flag="--captions=SPLIT=FILE"
+    )
+
+
+def _rows(captions: str, listed: bool) -> Iterator[Row]:
+    """The rows of all files of --captions; `listed` says that split lists count, not what the rows say."""
+    for split, path in named_paths(captions):
         _check_file(path)
-        row = None
-        for line in read_captions(path):
-            rows += line.row not in (row, -1)
-            row = line.row
-            if strict:
-                _check(line, path)
-            _add(groups.setdefault(line.file, _Group()), line, named, lists, path, captions)
-    splits = _grouped(groups, captions)
+        for row in caption_files.read_captions(path):
+            if split and row.split and not listed and split_name(row.split) != split:
+                raise DataError(
+                    f"{row.where}: image {row.file!r}: expected split {split}, as --captions={split}=... says, found "
+                    f"{row.split!r}; --captions={path} takes the splits from the file"
+                )
+            yield row._replace(split=split) if split else row
+
+
+def gather(
+    rows: Iterable[Row], split_lists: str | None, what: object, *, strict: bool = True, flag: str = "--split=NAME"
+) -> Splits:
+    """The images of all rows by split, in their order; rows of one image become its captions.
+
+    split_lists: the flag of `add_arguments`; images in none of the lists are left out, and so are those without
+    captions; `found` of the result says both. what: the flag or folder, and flag: the one that would say the split, for
+    messages. strict: see `read`.
+
+    Raises DataError as `read`.
+    """
+    lists = _SplitLists(split_lists) if split_lists else None
+    groups: dict[str, _Group] = {}
+    count = 0
+    for row in rows:
+        count += 1
+        if strict:
+            _check(row)
+        if row.file not in groups:
+            groups[row.file] = _Group(None if lists is None else lists.split(row.file))
+        _add(groups[row.file], row, None if lists else flag)
+    kept = {file: group for file, group in groups.items() if (group.captions or group.fault) and group.split != ""}
     outside = [file for file, group in groups.items() if group.split == ""]
-    without = [file for file, group in groups.items() if group.split != "" and not group.lines]
+    without = [file for file, group in groups.items() if group.split != "" and file not in kept]
     left_out = {reason: names for reason, names in ((WITHOUT, without), (OUTSIDE, outside)) if names}
-    splits.found = Found(rows, len(groups), sum(len(group.lines) for group in groups.values()), left_out)
-    if not splits:
+    if not kept:
         why = "".join(f"; {len(names)} images {reason}" for reason, names in left_out.items())
-        raise DataError(f"{captions}: expected captions, found none in {rows} rows{why}")
+        raise DataError(f"{what}: expected captions, found none in {count} rows{why}")
     if lists is not None:
-        _note_unused(lists, groups)
-    return splits
-
-
-def _add(group: _Group, line: Line, named: str, lists: Mapping[str, str] | None, path: Path, captions: str) -> None:
-    """Put a line into the group of its photograph."""
-    if lists is not None:
-        name = Path(line.file)
-        split: str | None = lists.get(name.name, lists.get(name.stem, ""))
-    else:
-        split = named or (None if line.split is None else split_name(line.split))
-    if not split and lists is None and not line.fault:
-        raise DataError(f"{path}: image {line.file!r}: expected a split; give --captions=SPLIT=FILE or --split_lists")
-    if split is not None and group.split not in (None, split):
-        raise DataError(f"{captions}: image {line.file!r}: expected it in one split, found {group.split} and {split}")
-    group.split = group.split if split is None else split
-    if line.caption is not None:
-        group.lines.append(line)
-    if line.fault and not group.fault:
-        group.fault = f"{path} row {line.row}: {line.fault}"
-
-
-def _grouped(groups: Mapping[str, _Group], captions: str) -> Splits:
+        lists.note_unused()
     splits = Splits()
-    kept = {file: group for file, group in groups.items() if group.lines and group.split != ""}
+    splits.found = Found(count, len(groups), sum(len(group.captions) for group in groups.values()), left_out)
     # COCO's folders say nothing, but a/1.jpg and b/1.jpg need them
     names_differ = len({Path(file).name for file in kept}) == len(kept)
     for file, group in kept.items():
         if group.split is None:
-            raise DataError(f"{captions}: image {file!r}: expected a row that says its split; {group.fault}")
+            raise DataError(f"{what}: image {file!r}: expected a row that says its split; {group.fault}")
         image_id = Path(file).name if names_differ else file
-        texts, numbers = (tuple(line.caption or "" for line in group.lines), [line.number for line in group.lines])
-        ids = tuple(number for number in numbers if number is not None)
-        splits.setdefault(group.split, []).append(Captioned(image_id, file, texts, ids, group.fault))
+        item = Captioned(image_id, file, tuple(group.captions), tuple(group.numbers), group.fault)
+        splits.setdefault(group.split, []).append(item)
     return splits
 
 
-def _check(line: Line, path: Path) -> None:
+def _add(group: _Group, row: Row, flag: str | None) -> None:
+    """Put a row into the group of its photograph; flag: that says splits, None where split lists do."""
+    split = split_name(row.split or "") or None
+    if flag is not None:
+        if split is None and row.captions:
+            raise DataError(f"{row.where}: image {row.file!r}: expected a split; give {flag} or --split_lists")
+        if split is not None and group.split not in (None, split):
+            raise DataError(
+                f"{row.where}: image {row.file!r}: expected it in one split, found {group.split} and {split}"
+            )
+        group.split = split or group.split
+    fault = row.fault
+    if group.captions and row.captions and bool(group.numbers) != bool(row.numbers):
+        fault = "expected caption ids of all captions of an image, or of none"
+    group.captions += row.captions
+    group.numbers += row.numbers
+    if fault and not group.fault:
+        group.fault = f"{row.where}: {fault}"
+
+
+def _check(row: Row) -> None:
     """Raises DataError for what spoils the record of its image."""
     hint = "--on_bad_record=skip leaves such images out"
-    if line.fault:
-        raise DataError(f"{path} row {line.row}: {line.fault} (image {line.file!r}); {hint}")
-    if line.caption is not None and not is_text(line.caption):
-        what = f"text in UTF-8, found {line.caption!r:.80}" if line.caption else "a caption, found an empty one"
-        raise DataError(f"{path} row {line.row}: image {line.file!r}: expected {what}; {hint}")
+    if row.fault:
+        raise DataError(f"{row.where}: image {row.file!r}: {row.fault}; {hint}")
+    for caption in row.captions:
+        if not is_text(caption):
+            what = f"visible text in UTF-8, found {caption!r:.80}" if caption else "a caption, found an empty one"
+            raise DataError(f"{row.where}: image {row.file!r}: expected {what}; {hint}")
 
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a file, found none")
+        raise FileNotFoundError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'none'}")
 
 
-def read_split_lists(text: str) -> dict[str, str]:
-    """The split of each name in the files of --split_lists. Raises DataError for a name in two splits."""
-    lists: dict[str, str] = {}
-    for split, path in named_paths(text):
-        _check_file(path)
-        if not split:
-            raise DataError(f"--split_lists: expected SPLIT=FILE, found {path}")
-        for name in read_lines(path):
-            if lists.setdefault(name, split) != split:
-                raise DataError(f"{path}: image {name!r}: expected it in one split, found it in {lists[name]} too")
-    return lists
+class _SplitLists:
+    """The files of --split_lists. An image may have its extension, or COCO's number, in one place alone."""
 
+    def __init__(self, text: str):
+        """Raises DataError for a name in two splits."""
+        splits: dict[str, str] = {}
+        self._names: Names[tuple[str, str]] = Names("--split_lists")
+        for split, path in named_paths(text):
+            _check_file(path)
+            if not split:
+                raise DataError(f"--split_lists: expected SPLIT=FILE, found {path}")
+            for line in read_lines(path):
+                name = re.sub(r"#[0-9]+$", "", line)  # of a caption, as in files of tokens
+                if name in splits and splits[name] != split:
+                    raise DataError(f"{path}: image {name!r}: expected it in one split, found it in {splits[name]} too")
+                if name not in splits:
+                    splits[name] = split
+                    self._names.add(name, (name, split))
+        self._unused = dict.fromkeys(splits)
+        self._total = len(splits)
 
-def _note_unused(lists: Mapping[str, str], groups: Mapping[str, _Group]) -> None:
-    known = {name for file in groups for name in (Path(file).name, Path(file).stem)}
-    unused = [name for name in lists if name not in known]
-    if unused:
-        print(
-            f"note: --split_lists: {len(unused)} of {len(lists)} names have no captions, such as {unused[0]!r}",
-            file=sys.stderr,
-        )
+    def split(self, file: str) -> str:
+        """The split of an image, "" without one. Raises DataError where two entries fit equally well."""
+        name, split = self._names.find(file) or self._names.find(Path(file).name) or ("", "")
+        self._unused.pop(name, None)
+        return split
+
+    def note_unused(self) -> None:
+        """Say which names no image has."""
+        if self._unused:
+            print(
+                f"note: --split_lists: {len(self._unused)} of {self._total} names have no captions, such as "
+                f"{next(iter(self._unused))!r}",
+                file=sys.stderr,
+            )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 
+from data_prep import notes
 from data_prep.bad_records import POLICIES, SKIPPED
 from data_prep.schema import DataError
 from shnet_jax.observe.files import FolderInUse, describe
@@ -52,6 +53,7 @@ def reports_errors(main: Main) -> Callable[..., int]:
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         make_output_safe()
+        notes.clear()
         try:
             return main(argv)
         except (DataError, FileExistsError, FileNotFoundError, FolderInUse) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,11 +44,20 @@ def inside(folder: Path, name: str) -> Path:
         return foreign.inside(folder, name)
 
 
+def check_file(path: Path) -> None:
+    """Raises DataError, which says what lies there, unless this is a file, and one that is no stand-in for another."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file{', it is a folder' if path.is_dir() else ''}")
+    with data_errors():
+        foreign.check_kind(path)
+
+
 def check_folder(folder: Path, *suffixes: str) -> None:
     """Raises DataError, which says what lies there, unless a file of one of these endings is in or below a folder."""
     wanted = " or ".join(f"ID{suffix}" for suffix in suffixes)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected one with {wanted} of each image")
+        what = "no such folder, it is a file" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {what}; expected one with {wanted} of each image")
     if not any(path.suffix in suffixes for path in folder.rglob("*")):
         kinds = Counter("folder" if path.is_dir() else path.suffix or "no ending" for path in folder.iterdir())
         listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(4)) or "nothing"
@@ -67,7 +77,7 @@ def read_label_map(path: Path, mode: str | None = None) -> np.ndarray:
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file in UTF-8, or in UTF-16 with its mark, without their ends: LF or CR LF.
+    """The lines of a text file in UTF-8, UTF-16 or UTF-32, with or without a mark, and without their ends: LF or CR LF.
 
     A CR elsewhere becomes a space; other separators (U+2028, U+0085, FF) are text. What is not UTF-8 becomes half of a
     surrogate pair, which text never has. Raises DataError for what is no text.
@@ -81,15 +91,16 @@ def text_lines(path: Path) -> Iterator[str]:
     for magic, kind in ((b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a zip archive"), (b"PAR1", "a Parquet file")):
         if start.startswith(magic):
             raise DataError(f"{path}: expected text, found {kind}")
-    encoding = "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    encoding = json.detect_encoding(start).replace("utf-8-sig", "utf-8")  # its mark is removed below
     try:
         with path.open(encoding=encoding, errors="surrogateescape", newline="\n") as file:
             for number, line in enumerate(file):
                 if number == 0 and not line.endswith("\n") and "\r" in line.rstrip("\r"):
                     raise DataError(f"{path}: expected lines that end in LF or CR LF, found a file with CR alone")
-                yield line.removesuffix("\n").removesuffix("\r").replace("\r", " ")
+                # Files put together by cat have marks inside.
+                yield line.removesuffix("\n").removesuffix("\r").lstrip("\ufeff").replace("\r", " ")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-16, as its mark says (cut off?): {error}") from None
+        raise DataError(f"{path}: expected {encoding.upper()}, as it begins (cut off?): {error}") from None
 
 
 def read_lines(path: Path, *, strict: bool = True) -> list[str]:
@@ -98,11 +109,11 @@ def read_lines(path: Path, *, strict: bool = True) -> list[str]:
     Without `strict` such lines are kept: no record may have them, so each spoils its own alone.
     """
     lines = [line.strip() for line in text_lines(path)]
-    if lines and lines[-1] == "":
+    while lines and lines[-1] == "":
         lines.pop()
     for number, line in enumerate(lines if strict else (), 1):
         if not line:
             raise DataError(f"{path} line {number}: expected text, found an empty line")
         if not line.isprintable() and not is_text(line):
-            raise DataError(f"{path} line {number}: expected UTF-8 text, found {line[:80]!r}")
+            raise DataError(f"{path} line {number}: expected visible UTF-8 text, found {line[:80]!r}")
     return lines

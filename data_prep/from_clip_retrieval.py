@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import command, join, parquet, parts, rows, schema
+from data_prep import captions, command, join, parquet, parts, rows, schema
 from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.captions import Captioned
 from data_prep.files import open_array
@@ -58,20 +58,17 @@ class Shards:
         """
         for shard, start in zip(self.files, self.starts, strict=False):
             with parquet.open_parquet(shard.metadata) as file:
-                names = file.schema_arrow.names
-            name, caption = rows.column(names, rows.FILES), rows.column(names, rows.CAPTIONS)
-            if name is None or caption is None:
-                wanted = rows.FILES if name is None else rows.CAPTIONS
-                raise DataError(f"{shard.metadata}: expected a column {' or '.join(wanted)}, found {', '.join(names)}")
-            chosen = [name, caption, *([rows.SPLIT] if rows.SPLIT in names else [])]
-            for number, values in enumerate(parquet.rows(shard.metadata, chosen)):
-                where, file = f"{shard.metadata} row {number}", values.pop(name)
+                known = rows.needed(tuple(file.schema_arrow.names), shard.metadata, rows.KEYS)
+            image = str(known.image)
+            chosen = dict.fromkeys(name for name in (image, *known.captions[:1], known.split) if name)
+            for number, values in enumerate(parquet.rows(shard.metadata, list(chosen))):
+                where, file = f"{shard.metadata} row {number}", values.pop(image)
                 file = str(file) if type(file) is int else file
                 if not is_text(file):
-                    raise DataError(f"{where}: {name!r}: expected the name of an image, found {file!r:.200}")
-                row = rows.parse(values, file, where)
+                    raise DataError(f"{where}: {image!r}: expected the name of an image, found {file!r:.200}")
+                row = rows.parse(values, where, file)
                 if len(row.captions) > 1:
-                    raise DataError(f"{where}: {caption!r}: expected one caption, found {len(row.captions)}")
+                    raise DataError(f"{where}: {known.captions[0]!r}: expected one caption, found {len(row.captions)}")
                 yield row._replace(numbers=(start + number,) * len(row.captions), split=row.split or split)
 
     def vector(self, kind: str, row: int) -> np.ndarray:
@@ -192,7 +189,7 @@ def import_clip_retrieval(
 ) -> Path:
     """Import a folder and return the version folder of the data set; see `--help` for the arguments."""
     shards = open_shards(src)
-    gathered = rows.gather(shards.rows(split), split_lists, src)
+    gathered = captions.gather(shards.rows(split), split_lists, src)
     splits = {split: Images(items, shards) for split, items in gathered.items()}
     places = {"image_embedding": str(src / IMAGES), "caption_embeddings": str(src / TEXTS)}
     return join.write_joined(

@@ -20,10 +20,10 @@ from PIL import Image
 from data_prep import command
 from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.builder import write_dataset
-from data_prep.caption_files import split_name
 from data_prep.counts import Found
 from data_prep.files import inside, read_json
 from data_prep.places import Place, Recognised, ends, first_object
+from data_prep.rows import split_name
 from data_prep.schema import DataError, Record
 from shnet_jax import foreign
 from shnet_jax.paths import to_path

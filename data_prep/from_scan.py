@@ -373,7 +373,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """The shared flags as keyword arguments of an importer."""
     return {
-        "splits": args.splits.split(",") if args.splits else None,
+        "splits": [name.strip() for name in args.splits.split(",")] if args.splits else None,
         "captions_per_image": args.captions_per_image,
         "layout": args.layout,
         "feature_dtype": None if args.feature_dtype == "keep" else args.feature_dtype,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -16,6 +17,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif",
 
 # 000000391895, COCO_val2014_000000391895 and, in UNITER's files, coco_val2014_000000391895 are image 391895
 _NUMBERED = re.compile(r"(?:(?:COCO_[a-z]+[0-9]*|coco_[a-z]+[0-9]*|flickr30k|vg|gqa)_)?([0-9]+)")
+
+_ANY = "*"  # stands for a folder that the image's id does not name
 
 T = TypeVar("T")
 
@@ -44,11 +47,22 @@ def _number(stem: str) -> str | None:
     return (match[1].lstrip("0") or "0") if match else None
 
 
+def _keys(stem: str, folder: str) -> Iterator[str]:
+    """What a name may be found by: itself or its number, and both below `folder` where the name itself has none."""
+    parent, _, last = stem.rpartition("/")
+    for key in dict.fromkeys((last, _number(last) or last)):
+        yield f"{parent}/{key}" if parent else key
+    if folder:
+        for key in dict.fromkeys((last, _number(last) or last)):
+            yield f"{_ANY}/{key}"
+
+
 class Names(Generic[T]):
     """The entries of a joined file, each found by the id of its image.
 
     An image belongs to the entry of its own name, with or without the extension of pictures; else to the only one
-    with the same number (see `keys`). where: of the entries, for errors.
+    with the same number (see `keys`); else, where its id has no folder, to the only one of that name or number in any
+    folder (val2014/42). where: of the entries, for errors.
     """
 
     def __init__(self, where: object):
@@ -67,10 +81,17 @@ class Names(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return iter(self._entries.values())
 
+    @property
+    def none_found(self) -> str:
+        """The end of an error about an image without an entry: what there is instead."""
+        return (
+            f"none among {len(self)} others, such as {next(iter(self._entries))!r:.80}" if len(self) else "none at all"
+        )
+
     def add(self, name: str, entry: T) -> None:
         """Note an entry, in the place of one of exactly that name. One object may be added under several names."""
         self._entries[name] = entry
-        for key in {stem := _stem(name), _number(stem) or stem}:
+        for key in _keys(_stem(name), name.rpartition("/")[0]):
             first = self._names.setdefault(key, name)
             if self._entries[first] is not entry:
                 self._shared[key] = name
@@ -83,7 +104,7 @@ class Names(Generic[T]):
         stem = _stem(image_id)
         name = next((key for key in (image_id, stem) if key in self._entries), None)
         if name is None:
-            key = next((key for key in (stem, _number(stem)) if key in self._names), None)
+            key = next((key for key in _keys(stem, "" if "/" in stem else _ANY) if key in self._names), None)
             if key is None:
                 return None
             name = self._names[key]
@@ -103,30 +124,32 @@ class Names(Generic[T]):
 
 
 class FileNames:
-    """The files of a folder, `ID` and one of `suffixes`, of which an earlier one counts before a later one."""
+    """The files in and below a folder, `ID` and one of `suffixes`; of these an earlier one counts before a later."""
 
     def __init__(self, folder: Path, suffixes: Sequence[str]):
         self._folder, self._suffixes = folder, suffixes
-        self._listed: dict[Path, Names[str]] = {}  # folder below it -> its files
 
     def find(self, image_id: str) -> Path | None:
         """The file of an image, None without one.
 
         Raises Ambiguous as `Names.find`, DataError for an id that leads out of the folder.
         """
-        parent, last = Path(image_id).parent, Path(image_id).name
-        if parent not in self._listed:
-            self._listed[parent] = self._list(inside(self._folder, str(parent)) if parent.parts else self._folder)
-        file = self._listed[parent].find(last)
-        return None if file is None else inside(self._folder, str(parent / file))
+        file = self.names.find(image_id)
+        if file is None and "/" in image_id:
+            inside(self._folder, image_id)
+        return None if file is None else inside(self._folder, file)
 
-    def _list(self, folder: Path) -> Names[str]:
-        names: Names[str] = Names(folder)
-        if folder.is_dir():
-            with os.scandir(folder) as entries:
-                files = sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
-            for suffix in self._suffixes:
-                for file in files:
-                    if file.endswith(suffix) and (name := file.removesuffix(suffix)) not in names:
-                        names.add(name, file)
+    @cached_property
+    def names(self) -> Names[str]:
+        """The files' paths below the folder, by these without their endings. Folders that are links are not listed."""
+        files = sorted(
+            os.path.relpath(os.path.join(folder, file), self._folder)
+            for folder, _, inner in os.walk(self._folder)
+            for file in inner
+        )
+        names: Names[str] = Names(self._folder)
+        for suffix in self._suffixes:
+            for file in files:
+                if file.endswith(suffix) and (name := file.removesuffix(suffix)) not in names:
+                    names.add(name, file)
         return names

@@ -1,101 +1,240 @@
-"""What rows of tables, and JSON objects of web data sets, say of images: names, captions, their numbers, splits."""
+"""What rows of tables and objects of JSON say of images, whatever file they come from: names, captions, ids, splits."""
 
 from __future__ import annotations
 
+import ast
+import io
+import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+import tokenize
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.caption_files import listed_numbers, listed_texts, split_name
-from data_prep.captions import OUTSIDE, WITHOUT, Captioned, Splits, read_split_lists
-from data_prep.counts import Found
-from data_prep.schema import DataError, is_text
+from data_prep.schema import DataError
+from shnet_jax import foreign
 
-# Names of columns on the Hugging Face Hub, in img2dataset and clip-retrieval; an earlier one counts before a later one.
-FILES = ("filename", "file_name", "image_path", "key", "image_id", "img_id", "id")
-CAPTIONS = ("caption", "captions", "sentences", "raw", "text", "txt")
+IMAGES = (
+    *("image", "filename", "file_name", "image_name", "file", "image_path", "img_path", "filepath", "file_path"),
+    *("path", "img", "img_name", "image_id", "img_id"),
+)
+"""Columns that name images; an earlier one counts before a later one."""
+KEYS = (*IMAGES[:-2], "key", *IMAGES[-2:], "id")
+"""The same of web data sets, img2dataset's and clip-retrieval's."""
+CAPTIONS = ("caption", "comment", "sentence", "raw", "text", "txt")
+"""Also in the plural, and numbered: caption_1, caption_2, ..."""
 NUMBERS = ("sentids", "sentid", "caption_ids", "caption_id")
-SPLIT = "split"
+SPLIT, FOLDER = "split", "filepath"
 
 _SPLITS = re.compile(r"(train|restval|val|valid|validation|dev|test)(?:[-_.0-9].*)?", re.IGNORECASE)
+_INT64 = range(-(2**63), 2**63)
+_IN_LISTS = {
+    "[",
+    "]",
+    "(",
+    ")",
+    "{",
+    "}",
+    ",",
+    "array",
+    "dtype",
+    "=",
+    "object",
+    "<",
+    "list",
+    "",
+}  # as NumPy prints them
 
 
 class Row(NamedTuple):
-    """A row: the image's file, its captions with their numbers or (), the split or None, and its place for errors.
+    """A row of a file.
 
-    fault: what spoils the record of the image, or "".
+    file: the image. captions: with blank ones as "". numbers: of the captions, or (). split: None where the row does
+    not say. where: file and row, for errors. fault: why the captions are not known, or "".
     """
 
     file: str
     captions: tuple[str, ...]
-    numbers: tuple[int, ...]
-    split: str | None
-    where: str
+    numbers: tuple[int, ...] = ()
+    split: str | None = None
+    where: str = ""
     fault: str = ""
 
 
-def column(names: Collection[str], wanted: Iterable[str]) -> str | None:
-    """The first of the wanted columns that is there."""
-    return next((name for name in wanted if name in names), None)
+class Columns(NamedTuple):
+    """The names of the columns that count, None or () where there are none."""
+
+    image: str | None
+    captions: tuple[str, ...]
+    numbers: str | None
+    split: str | None
+    folder: str | None
 
 
-def parse(values: Mapping[str, Any], file: str, where: str) -> Row:
-    """The row that the columns `values` make.
+@lru_cache(maxsize=64)
+def columns(names: tuple[str, ...], images: tuple[str, ...] = IMAGES) -> Columns:
+    """The columns among `names`, in any case and with blanks around or in place of _."""
+    known: dict[str, str] = {}
+    for name in names:
+        known.setdefault(re.sub(r"[ _-]+", "_", name.strip().lower()), name)
 
-    Captions are text, a list of texts (also as JSON or Python prints it), or (lists of) objects with `raw` and perhaps
-    `sentid`, as Karpathy's. Raises DataError naming `where` and the column.
+    def first(wanted: Iterable[str]) -> str | None:
+        return next((known[name] for name in wanted if name in known), None)
+
+    numbered = ([own for name, own in known.items() if re.fullmatch(rf"{kind}s?_?[0-9]*", name)] for kind in CAPTIONS)
+    captions = tuple(next(filter(None, numbered), ()))
+    return Columns(first(images), captions, first(NUMBERS), first([SPLIT]), first([FOLDER]))
+
+
+def needed(names: tuple[str, ...], where: object, images: tuple[str, ...] = IMAGES) -> Columns:
+    """The same. Raises DataError when the column of images or of captions is missing."""
+    found = columns(names, images)
+    if found.image is None or not found.captions:
+        wanted = " or ".join(CAPTIONS if found.image else images)
+        raise DataError(f"{where}: expected a column named {wanted}, found {', '.join(names):.200}")
+    return found
+
+
+def parse(values: Mapping[str, Any], where: str, file: str | None = None, *, blanks: bool = False) -> Row:
+    """The row that the columns `values` make; `file` is its image where no column names it.
+
+    Captions are text, lists of it, or objects with `raw` and perhaps `sentid`, as Karpathy's; in text, too, as JSON,
+    Python, NumPy and pandas print lists. Runs of white space become one space. What else is found is the row's `fault`.
+    blanks: keep captions without text, which spoil their image; else they are as good as none.
+
+    Raises DataError for an image that is not named by text or a number.
     """
-    name, split = column(values, CAPTIONS), values.get(SPLIT)
-    captions, numbers = _texts(values[name], f"{where}: {name!r}") if name else ([], [])
-    numbers_name = column(values, NUMBERS)
-    if not numbers and numbers_name and values[numbers_name] is not None:
-        given = values[numbers_name]
-        given = listed_numbers(given) if isinstance(given, str) else given if isinstance(given, list) else [given]
-        numbers = [_number(n, f"{where}: {numbers_name!r}") for n in given]
-        if len(numbers) != len(captions):
-            raise DataError(
-                f"{where}: {numbers_name!r}: expected one for each of {len(captions)} captions, found {len(numbers)}"
-            )
-    if split is not None and not is_text(split):
-        raise DataError(f"{where}: {SPLIT!r}: expected text, found {split!r:.80}")
-    return Row(file, tuple(captions), tuple(numbers), split, where)
-
-
-def row_or_fault(file: str, where: str, split: Any, make: Callable[..., Row], *args: Any) -> Row:
-    """The row that `make` returns; its DataError becomes the fault of a row without captions, of `split` if a text."""
+    known = columns(tuple(values))
+    name = _image(values, known, where) if file is None else file
+    split = values[known.split] if known.split and not missing(values[known.split]) else None
+    found: list[tuple[str, int | None]] = []
+    column = str(known.split)
     try:
-        return make(*args)
-    except DataError as error:
-        return Row(file, (), (), split if is_text(split) else None, where, str(error))
+        if not isinstance(split, str | None):
+            raise ValueError(f"expected text, found {split!r:.80}")
+        for column in known.captions:
+            found += _sentences(values[column])
+        numbers = [number for _, number in found if number is not None]
+        if not numbers and found and known.numbers:
+            column = known.numbers
+            numbers = _numbers(values[column])
+        if numbers and len(numbers) != len(found):
+            raise ValueError(f"expected a caption id for each of {len(found)} captions, found {len(numbers)}")
+    except (ValueError, RecursionError) as error:
+        nested = "expected sentences, found lists that are nested too deeply"
+        fault = f"{column!r}: {nested if isinstance(error, RecursionError) else error}"
+        return Row(name, (), (), split if isinstance(split, str) else None, where, fault)
+    keep = [place for place, (text, _) in enumerate(found) if text or (blanks and len(known.captions) == 1)]
+    captions = tuple(found[place][0] for place in keep)
+    return Row(name, captions, tuple(numbers[place] for place in keep if numbers), split, where)
 
 
-def _texts(value: Any, where: str) -> tuple[list[str], list[int]]:
-    captions: list[str] = []
-    numbers: list[int] = []
-    if isinstance(value, str):
-        value = listed_texts(value) or value
-    for item in value if isinstance(value, list) else [value]:
-        text = item["raw"] if isinstance(item, dict) and "raw" in item else item
-        if text is None or text == "":
+def _image(values: Mapping[str, Any], known: Columns, where: str) -> str:
+    """The name of an image; a number may stand for it. Karpathy's `filepath` is the folder of `filename`."""
+    value = values[known.image] if known.image else None
+    if isinstance(value, float) and value.is_integer():  # as of a column that lacks values in other rows
+        value = int(value)
+    if type(value) is not int and not isinstance(value, str):
+        raise DataError(f"{where}: expected the name of an image, found {value!r:.80}")
+    name = str(value).strip().replace("\\", "/")  # of Windows
+    if name.endswith(".0") and name[:-2].isdecimal():  # of pandas
+        name = name[:-2]
+    folder = values[known.folder] if known.folder and "filename" in str(known.image).lower() else None
+    if not isinstance(folder, str) or not folder or Path(folder).is_absolute():
+        return name
+    return folder if Path(folder).name == name else f"{folder}/{name}"
+
+
+def missing(value: Any) -> bool:
+    """Whether a cell is empty: null, or NaN as pandas and its JSON have it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _sentences(value: Any) -> Iterator[tuple[str, int | None]]:
+    """The captions in a cell, each with its id. Raises ValueError for a cell that holds other things."""
+    if missing(value):
+        return
+    listed = _listed(value) if isinstance(value, str) else value
+    if isinstance(listed, dict) and (names := columns(tuple(map(str, listed))).captions):
+        number = listed.get("sentid")
+        for text, own in _sentences(listed[names[0]]):
+            yield text, own if number is None else _number(number)
+    elif isinstance(listed, list):
+        for item in listed:
+            yield from _sentences("" if missing(item) else item)
+    elif isinstance(value, str):
+        yield " ".join(value.split()), None
+    else:
+        raise ValueError(f"expected text, a list of texts or of objects with `raw`, found {value!r:.80}")
+
+
+def is_list(text: str) -> bool:
+    """Whether a text is a list in print."""
+    try:
+        return isinstance(_listed(text), list)
+    except ValueError:
+        return False
+
+
+def _listed(text: str) -> Any:
+    """The list or object that a text is in print; None for any other. Raises ValueError for half of one."""
+    text = text.strip()
+    if not text.startswith(("[", "{", "(", "array(")):
+        return None
+    for read in (lambda: foreign.parse_json(text, ""), lambda: _printed(text), lambda: ast.literal_eval(text)):
+        try:
+            if isinstance(found := read(), list | dict):
+                return found
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        if not isinstance(text, str) or not (text.isspace() or is_text(text)):
-            raise DataError(f"{where}: expected text, a list of texts or of objects with `raw`, found {item!r:.80}")
-        if caption := " ".join(text.split()):
-            captions.append(caption)
-            if isinstance(item, dict) and item.get("sentid") is not None:
-                numbers.append(_number(item["sentid"], where))
-    if numbers and len(numbers) != len(captions):
-        raise DataError(f"{where}: expected a `sentid` for each of {len(captions)} captions, found {len(numbers)}")
-    return captions, numbers
+    if re.match(r"\[\s*[bfru]?[\"'\[{(]", text):
+        raise ValueError(f"expected a list of sentences that is whole, found {text!r:.80}")
+    return None
 
 
-def _number(value: Any, where: str) -> int:
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
-        return int(value)
-    if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise DataError(f"{where}: expected a whole number of 64 bits, found {value!r:.80}")
-    return value
+def _printed(text: str) -> list[str] | None:
+    """The texts that Python's repr wrote; NumPy leaves commas out, which Python would read as one text."""
+    texts = []
+    try:
+        tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string.strip()]
+        for token in tokens:
+            if token.string == "dtype":  # of NumPy, behind the texts
+                break
+            if token.type == tokenize.STRING:
+                texts.append(ast.literal_eval(token.string))
+            elif token.string in ("None", "nan"):
+                texts.append("")
+            elif token.string not in _IN_LISTS:
+                return None
+    except tokenize.TokenError:
+        return None
+    whole = all(isinstance(item, str) for item in texts) and tokens[-1].string in "])}"
+    return texts if whole and (text[0] != "(" or "," in (token.string for token in tokens)) else None
+
+
+def _numbers(value: Any) -> list[int]:
+    """The whole numbers of a cell: one, or a list of them. Raises ValueError for a cell that holds other things."""
+    if missing(value):
+        return []
+    if isinstance(value, str):
+        value = [part for part in re.split(r"[\s,]+", re.sub(r"[\[\]()'\"]", "", value)) if part]
+    return [_number(number) for number in (value if isinstance(value, list) else [value])]
+
+
+def _number(value: Any) -> int:
+    if type(value) is int and value in _INT64:
+        return value
+    match = re.fullmatch(r"(-?[0-9]{1,19})(?:\.0)?", str(value).strip())
+    if isinstance(value, bool) or match is None or int(match[1]) not in _INT64:
+        raise ValueError(f"expected a whole number of 64 bits as caption id, found {value!r:.80}")
+    return int(match[1])
+
+
+def split_name(text: str) -> str:
+    """The split that a file means: without blanks around, in lower case; restval (Karpathy) is train."""
+    name = text.strip().lower()
+    return "train" if name == "restval" else name
 
 
 def split_of_name(path: Path, root: Path) -> str | None:
@@ -103,57 +242,3 @@ def split_of_name(path: Path, root: Path) -> str | None:
     parts = path.relative_to(root).parts if path != root else (path.name,)
     match = next((match for part in reversed(parts) if (match := _SPLITS.fullmatch(part))), None)
     return match[1].lower() if match else None
-
-
-def gather(rows: Iterable[Row], split_lists: str | None, what: object, *, strict: bool = True) -> Splits:
-    """The images of all rows by split, in their order; rows of one file become the captions of one image.
-
-    split_lists: the flag of `captions.add_arguments`; images in none of the lists are left out, and so are those
-    without captions; `found` of the result says both. what: the flag or folder, for messages.
-    strict: a row with a fault is an error; else the fault is that of its image alone.
-
-    Raises DataError for a row without a split, an image in two, and an image with and without numbers.
-    """
-    lists = read_split_lists(split_lists) if split_lists else None
-    found: dict[str, tuple[str, Row]] = {}
-    left_out: dict[str, str] = {}  # file -> why
-    count = captions = 0
-    for row in rows:
-        count, captions = count + 1, captions + len(row.captions)
-        name = Path(row.file)
-        split = row.split if lists is None else lists.get(name.name, lists.get(name.stem))
-        said = row.captions or row.fault
-        if not said or (split is None and lists is not None):
-            left_out.setdefault(row.file, OUTSIDE if said else WITHOUT)
-            continue
-        if row.fault and (strict or split is None):
-            raise DataError(f"{row.fault}; --on_bad_record=skip leaves such records out" if strict else row.fault)
-        if split is None:
-            raise DataError(f"{row.where}: image {row.file!r}: expected a split; give --split=NAME or --split_lists")
-        split = split_name(split)
-        before, first = found.get(row.file, (split, None))
-        if before != split:
-            raise DataError(f"{row.where}: image {row.file!r}: expected it in one split, found {before} and {split}")
-        if first is not None:
-            fault = first.fault or row.fault
-            if not fault and bool(first.numbers) != bool(row.numbers):
-                raise DataError(f"{row.where}: image {row.file!r}: expected numbers of all captions, found some")
-            row = first._replace(
-                captions=first.captions + row.captions, numbers=first.numbers + row.numbers, fault=fault
-            )
-        found[row.file] = (split, row)
-    if not found:
-        raise DataError(f"{what}: expected images with captions, found none in {count} rows")
-    reasons = {
-        why: names
-        for why in (WITHOUT, OUTSIDE)
-        if (names := [file for file, reason in left_out.items() if reason == why and file not in found])
-    }
-    # Folders in names say nothing, but a/1.jpg and b/1.jpg need them.
-    names_differ = len({Path(file).name for file in found}) == len(found)
-    splits = Splits()
-    for file, (split, row) in found.items():
-        image_id = Path(file).name if names_differ else file
-        splits.setdefault(split, []).append(Captioned(image_id, file, row.captions, row.numbers, row.fault))
-    splits.found = Found(count, len(found) + sum(map(len, reasons.values())), captions, reasons)
-    return splits

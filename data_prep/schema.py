@@ -6,6 +6,7 @@ Required are `image_id`, `captions` and one of VISUAL_FIELDS; everything else is
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 
+from data_prep.notes import note
 from shnet_jax.data.errors import DataError
 from shnet_jax.data.fields import MAP_VOID
 
@@ -22,6 +24,8 @@ Signature = dict[str, tuple[tuple[int, ...], str]]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FEATURE_DTYPES = ("float16", "bfloat16", "float32")
 BOX_OVERSHOOT = 1e-3  # float16 rounding of a box that touches the border
+
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories of characters: controls, zero width, white space
 
 
 class Field(NamedTuple):
@@ -82,16 +86,23 @@ def as_field(name: str, value: Any, *, where: str, file: str | None = None, dtyp
         as_given = array.dtype.name if array.dtype.name in FEATURE_DTYPES else "float32"
         wanted = dtype or as_given
     target = BFLOAT16 if wanted == "bfloat16" else np.dtype(wanted)
-    if array.dtype == target:
-        return array
     with np.errstate(over="ignore", invalid="ignore"):
-        cast = array.astype(target)
-    if target.kind in "iub":
+        cast = array.astype(target, copy=False)
+    if target == array.dtype:
+        pass
+    elif target.kind in "iub":
         if not np.array_equal(cast, array):
             found = f"{array.min()}..{array.max()} {array.dtype}"
             raise _error(where, files, name, f"whole values that fit {wanted}", found)
     elif not _finite(cast) and _finite(array):
-        raise _error(where, files, name, f"values that fit {wanted}", f"magnitudes up to {np.abs(array).max():.6g}")
+        found = f"magnitudes up to {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
+        raise _error(where, files, name, f"values that fit {wanted}", found)
+    if name in ("regions", "grid"):
+        if array.any() and not cast.any():
+            found = f"magnitudes below {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
+            raise _error(where, files, name, f"values that fit {wanted}", found)
+        if array.dtype.kind in "iu" and array.dtype.itemsize == 1:
+            note(f"{name} are {array.dtype}: stored as they are, without the scale that quantised numbers have", where)
     return cast
 
 
@@ -166,8 +177,10 @@ def _check_text(record: Mapping[str, Any], where: str, files: Mapping[str, str])
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a string that is not blank and has a UTF-8 form (half of a surrogate pair has none)."""
-    if not isinstance(value, str) or not value.strip():
+    """Whether a value is a string with a visible character and a UTF-8 form (half of a surrogate pair has none)."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return False
+    if not value.isprintable() and all(unicodedata.category(c) in _INVISIBLE for c in value):
         return False
     try:
         value.encode()
@@ -314,7 +327,9 @@ def check_like(record: Mapping[str, Any], first: Signature, where: str, files: M
         if found[name] != first[name]:
             (shape, dtype), (other, other_dtype) = first[name], found[name]
             expected = f"{dtype} {list(shape)} as in the first record"
-            raise _error(where, files, name, expected, f"{other_dtype} {list(other)}")
+            pads = name in ("regions", "grid") and shape[1:] == other[1:]  # only the number of units differs
+            hint = "; --max_regions, --max_cells or --max_units pads them" if pads else ""
+            raise _error(where, files, name, expected, f"{other_dtype} {list(other)}{hint}")
 
 
 def features(example: Mapping[str, Any]) -> tfds.features.FeaturesDict:

@@ -129,6 +129,7 @@ def parse_npz(
         *(EOFError, OverflowError, ValueError, struct.error),
     ) as error:
         what = "" if start.startswith(b"PK") else kind_of(start)
+        what = f"{what} (cut off?)" if isinstance(error, zipfile.BadZipFile) and start.startswith(b"PK") else what
         raise ValueError(f"{where}: expected arrays as np.savez writes them{what}: {error}") from None
 
 
@@ -194,7 +195,8 @@ def open_npy(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except NPY_FAULTS as error:
-        raise ValueError(f"{path}: expected a .npy array of numbers: {error}") from None
+        what = " (cut off?)" if "mmap length" in str(error) else ""
+        raise ValueError(f"{path}: expected a .npy array of numbers{what}: {error}") from None
 
 
 def parse_npy(data: bytes, name: str) -> np.ndarray:
@@ -228,7 +230,7 @@ def inside(folder: Path, name: str) -> Path:
     the Hugging Face hub into the blobs of the same repository.
     """
     parts = Path(name).parts
-    if not name or Path(name).is_absolute() or ".." in parts or "\0" in name:
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         raise ValueError(f"{folder}: {name!r:.200} is no name of a file in this folder")
     try:
         longest = max(len(os.fsencode(part)) for part in parts)

@@ -44,9 +44,10 @@ def _split(entry: str) -> tuple[str, str]:
 
 
 def _entries(text: str, exists: Callable[[str], bool]) -> Iterator[str]:
-    """The parts of `text` between commas, joined again where a longer part is there and has commas in its name."""
+    """The parts between commas, but no empty ones, joined again where a longer part is there that has commas."""
     parts = text.split(",")
     while parts:
         longest = next((n for n in range(len(parts), 1, -1) if exists(",".join(parts[:n]))), 1)
-        yield ",".join(parts[:longest])
+        if any(parts[:longest]):
+            yield ",".join(parts[:longest])
         del parts[:longest]

@@ -64,6 +64,16 @@ def test_missing_flags(flags, message):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_colon_in_the_path_of_a_configuration(tmp_path):
+    path = tmp_path / "a:b.py"
+    path.write_text("")
+    done = main(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        "a:b.py: expected a path without ':'; copy the file, or call it by a relative path"
+    )
+
+
 def test_a_file_that_is_no_configuration(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("x = 1\n")

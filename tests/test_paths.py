@@ -41,6 +41,7 @@ def test_lists_of_paths(home, tmp_path):
     assert named_paths("test=train=y.csv,a,b=c.csv") == [("test", Path("train=y.csv")), ("", Path("a,b=c.csv"))]
     assert named_paths("train=~/h,1") == [("train", home / "h,1")]
     assert named_paths("/data/x=1/none.csv") == [("", Path("/data/x=1/none.csv"))]  # no split has a slash
+    assert named_paths("x.csv, ,".replace(" ", "")) == [("", Path("x.csv"))] and to_paths("") == named_paths(",") == []
     assert named_paths("val=none=1.csv") == [("val", Path("none=1.csv"))]
 
 
@@ -58,7 +59,7 @@ def test_every_flag_of_an_import(home):
 
 def test_several_tables(home, capsys):
     for name in ("a,b.tsv", "c.tsv"):
-        (home / name).write_text("")
+        (home / name).write_text("7\t9\t9\t1\tAA==\tAA==\n")
     (home / "c.csv").write_text("image,caption\n1.jpg,a dog\n")
     flags = ["--captions=train=~/c.csv", "--name=toy", "--out=~/out"]
     assert from_bottom_up.main([*flags, "--bottom_up=~/a,b.tsv,~/c.tsv"]) == 1

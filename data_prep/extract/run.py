@@ -127,8 +127,9 @@ def recognise(place: Place) -> Iterator[Recognised]:
             what = f"{len(files)} tars with {', '.join(endings)}"
             yield Recognised(what, "extract", flags, captions=not captioned, extra=extra)
     elif (files := place.of(".parquet")) and not missing("parquet") and (texts := tables.holds(files[0])) is not None:
-        captioned = rows.column(texts, rows.CAPTIONS) is not None
-        told = rows.SPLIT in texts or all(rows.split_of_name(file, place.path) for file in files)
+        known = rows.columns(texts)
+        captioned = bool(known.captions)
+        told = known.split is not None or all(rows.split_of_name(file, place.path) for file in files)
         flags |= {"split": split_of(place.path) or "train"} if captioned and not told else {}
         what = f"{len(files)} Parquet files with pictures{' and captions' if captioned else ''}"
         yield Recognised(what, "extract", flags, captions=not captioned, extra=extra)
@@ -148,14 +149,14 @@ def prepare(args: argparse.Namespace) -> Work:
         raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
     chosen = settings.from_arguments(args)
     folder = args.out / f".{args.name}.extract"
+    strict = args.on_bad_record == "fail"
     photographs = open_photographs(chosen.images, args.caption_from)
     if args.captions:
         if given := [f"--{name}" for name in ("split", "caption_from") if getattr(args, name)]:
             raise DataError(f"{' and '.join(given)}: belongs to captions inside of --images, not to --captions")
-        splits = captions.read(args.captions, args.split_lists, strict=args.on_bad_record == "fail")
+        splits = captions.read(args.captions, args.split_lists, strict=strict)
     else:
-        found = photographs.rows(args.split)
-        splits = rows.gather(found, args.split_lists, chosen.images, strict=args.on_bad_record == "fail")
+        splits = captions.gather(photographs.rows(args.split), args.split_lists, chosen.images, strict=strict)
     return Work(chosen, photographs, folder, blocks.plan(folder, chosen, splits), splits.found)
 
 

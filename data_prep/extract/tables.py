@@ -112,21 +112,20 @@ class Tables:
                         raise DataError(
                             f"{path} row {row}: {column!r}: expected the picture of {self._paths[first[0]]} row "
                             f"{first[1]}, as both have one name, found another; give each picture a name in a column "
-                            f"{' or '.join(rows.FILES[:3])}"
+                            f"{' or '.join(rows.KEYS[1:4])}"
                         )
 
     def rows(self, split: str | None) -> Iterator[Row]:
         """See `images.Photographs`. Raises DataError too where rows of one name have different pictures."""
         for number, (path, known) in enumerate(zip(self._paths, self._columns, strict=True)):
-            if rows.column(known.texts, rows.CAPTIONS) is None:
+            if not rows.columns(known.texts).captions:
                 with parquet.open_parquet(path) as file:
                     names = ", ".join(file.schema_arrow.names)
                 wanted = " or ".join(rows.CAPTIONS)
                 raise DataError(f"{path}: expected a column {wanted}, found {names}; give --captions")
             other = split or rows.split_of_name(path, self._root)
             for count, (image, values) in enumerate(self._named(number, known.texts)):
-                where = f"{path} row {count}"
-                row = rows.row_or_fault(image, where, values.get(rows.SPLIT), rows.parse, values, image, where)
+                row = rows.parse(values, f"{path} row {count}", image)
                 yield row if row.split else row._replace(split=other)
         self._check_repeated()  # last, as it may take long
 
@@ -149,17 +148,17 @@ def _columns(path: Path) -> _Columns:
         kinds = {field.name: field.type for field in file.schema_arrow}
         found = {name: _bytes_of(name, kind) for name, kind in kinds.items()}
     pictures = [name for name, data in found.items() if data]
-    picture = rows.column(pictures, PICTURES) or (pictures[0] if len(pictures) == 1 else None)
+    picture = next((name for name in PICTURES if name in pictures), pictures[0] if len(pictures) == 1 else None)
     if picture is None:
         raise DataError(f"{path}: expected a column of pictures (image, jpg, ...), found {', '.join(kinds)}")
     data = found[picture]
     has_path = data != picture and any(field.name == "path" for field in kinds[picture])
-    texts = (rows.column(kinds, rows.CAPTIONS), rows.column(kinds, rows.NUMBERS), rows.column(kinds, [rows.SPLIT]))
+    known = rows.columns(tuple(name for name in kinds if name not in pictures), rows.KEYS)
     return _Columns(
         data,
         f"{picture}.path" if has_path else None,
-        rows.column(kinds, rows.FILES),
-        tuple(name for name in texts if name),
+        known.image,
+        tuple(name for name in (*known.captions, known.numbers, known.split) if name),
     )
 
 

@@ -112,7 +112,11 @@ class Tars:
     def rows(self, split: str | None) -> Iterator[Row]:
         """See `images.Photographs`."""
         for file, member in self._pictures.items():
-            row = rows.row_or_fault(file, str(member), None, self._row, file, member)
+            try:
+                row = self._row(file, member)
+            except DataError as error:  # begins with the member that spoils the record of its photograph
+                place = next(m for m in (*self._texts[member].values(), member) if str(error).startswith(f"{m}: "))
+                row = Row(file, (), where=str(place), fault=str(error).removeprefix(f"{place}: "))
             yield row if row.split else row._replace(split=split or rows.split_of_name(member.tar, self._root))
 
     def _row(self, file: str, member: Member) -> Row:
@@ -123,7 +127,7 @@ class Tars:
                 values = foreign.parse_json(texts[".json"].read(MAX_TEXT_BYTES), texts[".json"])
             if not isinstance(values, dict):
                 raise DataError(f"{texts['.json']}: expected a JSON object, found {type(values).__name__}")
-        row = rows.parse(values, file, str(texts.get(".json", member)))
+        row = rows.parse(values, str(texts.get(".json", member)), file)
         if ".txt" not in texts or (row.captions and self._caption_from == "json"):
             return row
         text = _text(texts[".txt"])

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from data_prep import schema
 from data_prep.bad_records import Bad
 from data_prep.names import Ambiguous
@@ -95,6 +97,9 @@ class Joined:
                 if name in out:
                     found = f"{where}, {file}: field {name!r}: expected it from one source, found it in two"
                     raise DataError(found, file=file, field=name)
+                if name in ("regions", "grid") and np.size(value) and not np.any(value):
+                    found = f"{where}, {file}: field {name!r}: expected features, found zeros alone (never written?)"
+                    raise DataError(found, file=file, field=name)
                 out[name] = schema.as_field(name, value, where=where, file=file, dtype=self.feature_dtype)
         return out
 
@@ -109,3 +114,6 @@ def _read(source: Source, record: Record, where: str) -> Record:
     except DataError as error:
         file = error.file or ", ".join(dict.fromkeys(source.files.values()))
         raise DataError(f"{where}, {error}", file=file, field=error.field) from error
+    except OSError as error:  # a link to nothing, no permission, a folder in place of the file
+        file = str(error.filename or ", ".join(dict.fromkeys(source.files.values())))
+        raise DataError(f"{where}, {file}: cannot be read: {error.strerror or error}", file=file) from error

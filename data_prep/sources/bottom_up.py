@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.files import data_errors
+from data_prep.files import check_file
 from data_prep.names import Names
 from data_prep.places import SAMPLE, Place, Recognised, listed
 from data_prep.schema import DataError, Record
 from data_prep.sources import boxes as box_units
 from data_prep.sources.base import Absent
 from data_prep.sources.units import padded
-from shnet_jax.foreign import check_kind, kind_of
+from shnet_jax.foreign import kind_of
 
 # Columns of github.com/peteanderson80/bottom-up-attention (tools/generate_tsv.py) and github.com/airsplay/lxmert.
 COLUMNS = (
@@ -33,6 +33,8 @@ COLUMNS = (
 )
 _IDS, _WIDTHS, _HEIGHTS = ("image_id", "img_id"), ("image_w", "img_w"), ("image_h", "img_h")
 _NAMES = frozenset((*COLUMNS[0], *COLUMNS[1]))
+BOM = b"\xef\xbb\xbf"
+_DIGITS = 12  # more than the number of boxes has
 _LONG = 2000  # bytes that no header has; the lines of images have some hundred thousand
 _NEEDED = (_IDS, _WIDTHS, _HEIGHTS, ("num_boxes",), ("boxes",), ("features",))
 
@@ -90,7 +92,9 @@ class BottomUp:
         """regions [K, D] float32, boxes [K, 4] in 0..1, ..."""
         lines = self._places.find(image_id)
         if lines is None:
-            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its line, found none")
+            raise Absent(
+                f"{self.files['regions']}: image {image_id!r}: expected its line, found {self._places.none_found}"
+            )
         faults: list[DataError] = []
         for path, offset, columns in lines:
             where = f"{path}, byte {offset}"
@@ -113,18 +117,13 @@ class BottomUp:
 
 def _lines(path: Path) -> Iterator[tuple[str, _Line]]:
     """The image of each line of a file and where it is. Raises DataError for a file or header of another kind."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    with data_errors():
-        check_kind(path)
+    check_lines(path)
     columns, offset = None, 0
     with path.open("rb") as file:
         for line in file:
             start, offset = offset, offset + len(line)
             if not start:
-                if b"\0" in line[:200] or (b"\t" not in line and kind_of(line[:200])):
-                    raise DataError(f"{path}: expected lines of text with tabs{kind_of(line[:200]) or ', found bytes'}")
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(BOM)
             if len(line) < _LONG and (names := _words(line)):
                 if _NAMES & set(names) or (not start and len(names) > 1 and not any(map(str.isdecimal, names))):
                     columns = _header(names, f"{path}, byte {start}")
@@ -135,6 +134,15 @@ def _lines(path: Path) -> Iterator[tuple[str, _Line]]:
             cells = line.split(b"\t", before + 1) if before else [line[:200].partition(b"\t")[0]]
             if before < len(cells):
                 yield cells[before][:200].decode("utf-8", "replace").strip(), _Line(path, start, columns)
+
+
+def check_lines(path: Path) -> None:
+    """Raises DataError, which says what it is, unless a file begins with a line of text with tabs."""
+    check_file(path)
+    with path.open("rb") as file:
+        start = file.read(_LONG)
+    if b"\0" in start[:200] or b"\t" not in start:
+        raise DataError(f"{path}: expected lines of text with tabs{kind_of(start[:200]) or f', found {start[:40]!r}'}")
 
 
 def _words(line: bytes) -> tuple[str, ...]:
@@ -165,19 +173,18 @@ def parse(
     divided by the image's size and not looked at.
     Raises DataError naming `where` and the column.
     """
-    cells = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").split(b"\t")
+    cells = line.removeprefix(BOM).rstrip(b"\r\n").split(b"\t")
     names = columns or next((names for names in COLUMNS if len(names) == len(cells)), None)
     if names is None or len(names) != len(cells):
         expected = len(columns) if columns else " or ".join(str(len(names)) for names in COLUMNS)
         raise DataError(f"{where}: expected {expected} columns, found {len(cells)}")
     row = dict(zip(names, cells, strict=True))
-    try:
-        width, height = (int(next(row[name] for name in names if name in row)) for names in (_WIDTHS, _HEIGHTS))
-        count = int(row["num_boxes"])
-    except ValueError as error:
-        raise DataError(f"{where}: expected whole numbers as width, height and num_boxes: {error}") from error
-    if min(width, height, count) < 1 or max(width, height) > _MAX_SIDE:
-        raise DataError(f"{where}: expected an image and boxes, found {width} x {height} with {count}")
+    wide, high = (next(row[name] for name in names if name in row) for names in (_WIDTHS, _HEIGHTS))
+    width, height = box_units.size(wide, high, where)
+    number = row["num_boxes"].strip()[:_DIGITS].decode("utf-8", "replace")
+    count = int(number) if number.isdecimal() and len(number) < _DIGITS else 0
+    if count < 1:
+        raise DataError(f"{where}: expected an image and boxes, found {width} x {height} with {number}")
     corners = _floats(row["boxes"], count, where, "boxes")
     if corners.shape[1] != 4:
         raise DataError(f"{where}: column 'boxes': expected 4 numbers a box, found {corners.shape[1]}")
@@ -190,9 +197,6 @@ def parse(
         record["box_classes"] = decode(row["objects_id"], np.int64, count, where, "objects_id")[:, 0]
         record["box_scores"] = decode(row["objects_conf"], np.float32, count, where, "objects_conf")[:, 0]
     return record
-
-
-_MAX_SIDE = box_units.MAX_SIDE
 
 
 def _floats(cell: bytes, count: int, where: str, column: str) -> np.ndarray:
@@ -210,7 +214,32 @@ def decode(cell: bytes, dtype: type, count: int, where: str, column: str) -> np.
     if not data or len(data) % (count * np.dtype(dtype).itemsize):
         expected = f"a multiple of {count} {np.dtype(dtype).name} (one a box)"
         raise DataError(f"{where}: column {column!r}: expected {expected}, found {len(data)} bytes")
-    return np.frombuffer(data, dtype).reshape(count, -1)
+    array: np.ndarray = np.frombuffer(data, dtype).reshape(count, -1)
+    if dtype is np.float32 and (other := _other_floats(array)):
+        found = f"what looks like {other}; write it as float32"
+        raise DataError(f"{where}: column {column!r}: expected float32, found {found}")
+    return array
+
+
+_ENOUGH = 1024  # numbers that tell of which floats they are
+_LARGE = 1e10  # no feature is as large; a word of a float64 often is
+
+
+def _other_floats(array: np.ndarray) -> str:
+    """Which floats an array was written as, if they are not float32: nothing but the width says it, twice or half.
+
+    The low halves of float64 are any float32, also huge ones, or all zero where their numbers were float16. The low
+    halves of float32 are any float16, NaN among a thousand; those of numbers that were float16 once have 8 values.
+    """
+    if array.shape[1] % 2 == 0 and array.size >= 64:
+        low, wide = array[:, ::2], array.view(np.float64)
+        odd = not (np.abs(low) < _LARGE).mean() > 0.9 or (not low.any() and array.any())
+        if odd and (np.abs(wide) < _LARGE).all():
+            return "float64"
+    low = array.view(np.float16)[:, ::2]
+    if low.size >= _ENOUGH and np.isfinite(low).all() and len(np.unique(low)) > 32:
+        return "float16"
+    return ""
 
 
 def recognise(place: Place) -> Iterator[Recognised]:

@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from data_prep.caption_files import IMAGE_COLUMNS
-from data_prep.files import data_errors, read_json
+from data_prep.files import check_file, data_errors, read_json, text_lines
 from data_prep.names import Names
+from data_prep.notes import note
+from data_prep.rows import IMAGES
 from data_prep.schema import DataError
 from shnet_jax.foreign import parse_json
 
@@ -59,6 +60,8 @@ def shares(boxes: np.ndarray, size: Size | None, form: Form, where: str) -> np.n
         boxes = boxes / np.tile(size, 2)
         slack = 1 / min(size) + 1e-3
     _check(boxes, slack, form, size, where)
+    if boxes.min(initial=0) < -1e-3 or boxes.max(initial=1) > 1 + 1e-3:
+        note("boxes that end up to a pixel outside of their image are moved to its border", where)
     return np.clip(boxes, 0, 1).astype(np.float32)
 
 
@@ -76,6 +79,8 @@ def _check(boxes: np.ndarray, slack: float, form: Form, size: Size | None, where
         row = int(np.argmax(outside))
         found = (boxes[row] * (np.tile(size, 2) if size else 1)).round(3).tolist()
         hint = "; --boxes=pixels says that they are in pixels" if size is None else ""
+        if size and (boxes * np.tile(size, 2) <= np.tile(size[::-1], 2) + 1).all():
+            hint = "; are width and height exchanged?"
         raise DataError(
             f"{where}: expected boxes in {unit} of {image}, found {found} as box {row}{hint}", field="boxes"
         )
@@ -103,8 +108,7 @@ class Sizes:
     """
 
     def __init__(self, path: Path):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
+        check_file(path)
         self._path = path
         self._sizes: Names[Size] = Names(path)
         entries = self._json() if path.suffix.lower() == ".json" else self._table()
@@ -160,19 +164,18 @@ class Sizes:
             yield [name.strip()], *self._pair(entries[0])
 
     def _table(self) -> Iterator[tuple[list[str], Any, Any]]:
+        first = next(text_lines(self._path), "")
+        delimiter = "\t" if "\t" in first else ","
+        if first.partition("\t")[2].lstrip().startswith("[{"):
+            yield from self._benchmark(text_lines(self._path))
+            return
+        rows = csv.DictReader(text_lines(self._path), delimiter=delimiter, strict=True, skipinitialspace=True)
         try:
-            with self._path.open(encoding="utf-8-sig", newline="") as file:
-                first = file.readline()
-                delimiter = "\t" if "\t" in first else ","
-                file.seek(0)
-                if first.partition("\t")[2].lstrip().startswith("[{"):
-                    yield from self._benchmark(file)
-                    return
-                for row in csv.DictReader(file, delimiter=delimiter, strict=True, skipinitialspace=True):
-                    entry = {str(key).strip().lower(): value for key, value in row.items()}
-                    name = next((entry[key] for key in (*IMAGE_COLUMNS, "img_id", "id") if entry.get(key)), None)
-                    if name is None:
-                        raise DataError(f"{self._path}: expected a column image or id, found {', '.join(entry):.200}")
-                    yield [name.strip()], *self._pair(entry)
-        except (csv.Error, UnicodeDecodeError) as error:
+            for row in rows:
+                entry = {str(key).strip().lower(): value for key, value in row.items()}
+                name = next((entry[key] for key in (*IMAGES, "id") if entry.get(key)), None)
+                if name is None:
+                    raise DataError(f"{self._path}: expected a column image or id, found {', '.join(entry):.200}")
+                yield [name.strip()], *self._pair(entry)
+        except csv.Error as error:
             raise DataError(f"{self._path}: expected a table in UTF-8 with a header: {error}") from None

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from data_prep.notes import note
 from data_prep.schema import DataError, Record
 from data_prep.sources.boxes import HEIGHTS, WIDTHS, Form, Size, Sizes, shares, size
 from data_prep.sources.units import Layout, as_units, padded
 
-FEATURES = ("x", "feat", "features", "image_features", "feats")
+FEATURES = ("x", "feat", "feature", "features", "image_features", "feats")
 BOXES = ("bbox", "boxes", "image_bb")
 SHARES = ("norm_bb", "spatial_features")
 COUNTS = ("num_bbox", "num_boxes")
@@ -22,7 +23,8 @@ PROBABILITIES = "cls_prob"
 GRIDS = "grids"
 PAIR = "size"
 NAMES = (*FEATURES, *BOXES, *SHARES, *COUNTS, *CLASSES, *SCORES, *WIDTHS, *HEIGHTS, PROBABILITIES, GRIDS, PAIR)
-"""What is read of an image; other arrays of a file, such as attributes and masks, are left alone."""
+"""What is read of an image; other arrays of a file, such as attributes and masks, are left alone, which is said."""
+_PLAIN = ("image_id", "img_id", "id", "feature_path", "keys", "__keys__")  # their loss is none
 FIELDS = ("regions", "region_mask", "boxes", "box_classes", "box_scores", "grid", "grid_mask")
 _VISUAL_GENOME = 1601  # classes of bottom-up attention with the background, which is the first
 
@@ -51,7 +53,7 @@ class Reading:
         out: Record = {}
         if GRIDS in arrays:
             out |= self._grid(arrays[GRIDS], f"{where}: {GRIDS}")
-        name = _first(arrays, FEATURES)
+        name = the_one(arrays, FEATURES, where)
         if name is None:
             return out
         features = arrays[name]
@@ -62,7 +64,7 @@ class Reading:
             return self._grid(features, f"{where}: {name}")
         regions: Record = {"regions": as_units(features, f"{where}: {name}", None, self.layout)}
         there = len(regions["regions"])
-        count = _count(arrays, there, where)
+        count = _count(arrays, regions["regions"], where)
         regions |= self._boxes(image_id, arrays, there, count, where) | _labels(arrays, where)
         for part, value in regions.items():
             if len(value) not in (there, count):
@@ -107,6 +109,20 @@ def _first(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> str | None
     return next((name for name in names if name in arrays), None)
 
 
+def the_one(names: Collection[str], wanted: Sequence[str], where: str) -> str | None:
+    """The one of the wanted names that is there, None without any. Raises DataError for two."""
+    found = [name for name in wanted if name in names]
+    if len(found) > 1:
+        raise DataError(f"{where}: expected features under one name, found {' and '.join(found)}; rename the others")
+    return found[0] if found else None
+
+
+def note_unread(names: Iterable[str], known: Collection[str], where: object) -> None:
+    """Note what a file has of an image that is not read."""
+    if unread := sorted({*map(str, names)} - {*known, *_PLAIN}):
+        note(f"not read: {described(unread)}", where)
+
+
 def _is_map(array: np.ndarray) -> bool:
     """Whether an array has more than one axis of cells: [D, h, w] or [1, h, w, D], not [1, K, D] or [K, D, 1, 1]."""
     shape = list(array.shape)
@@ -117,14 +133,21 @@ def _is_map(array: np.ndarray) -> bool:
     return len(shape) > 2
 
 
-def _count(arrays: Mapping[str, np.ndarray], regions: int, where: str) -> int:
-    """How many of the regions are there; those behind are padding."""
+def _count(arrays: Mapping[str, np.ndarray], regions: np.ndarray, where: str) -> int:
+    """How many of the regions [K, D] are there; those behind are padding, as are zeros where there is no number."""
     name = _first(arrays, COUNTS)
     if name is None:
-        return regions
+        used = np.flatnonzero(regions.any(1))
+        count = int(used[-1]) + 1 if len(used) else len(regions)
+        if count < len(regions):
+            note("regions of zeros behind the others are taken as padding", where)
+        return count
     count = int(np.asarray(arrays[name]).reshape(-1)[0]) if np.size(arrays[name]) == 1 else 0
-    if not 1 <= count <= regions:
-        raise DataError(f"{where}: {name}: expected 1..{regions}, the number of regions, found {arrays[name]!r:.80}")
+    if not 1 <= count <= len(regions):
+        expected = f"1..{len(regions)}, the number of regions"
+        raise DataError(f"{where}: {name}: expected {expected}, found {arrays[name]!r:.80}")
+    if regions[count:].any():
+        note(f"regions behind the number in {name} are left out", where)
     return count
 
 
@@ -132,12 +155,18 @@ def _labels(arrays: Mapping[str, np.ndarray], where: str) -> Record:
     """box_classes [K] and box_scores [K] from classes and scores, or from the probabilities of Visual Genome."""
     out: Record = {}
     for field, names in (("box_classes", CLASSES), ("box_scores", SCORES)):
-        if (name := _first(arrays, names)) is not None and arrays[name].ndim == 1:
-            out[field] = arrays[name]
+        name = _first(arrays, names)
+        if name is None:
+            continue
+        if max(shape := np.shape(arrays[name]), default=1) == np.size(arrays[name]):  # [K], [K, 1], [1, K]
+            out[field] = np.reshape(arrays[name], -1)
+        else:
+            note(f"not read: {name} {list(shape)[1:]} of each region, expected one number", where)
     if not out and PROBABILITIES in arrays:
         found = arrays[PROBABILITIES]
         if found.ndim == 2 and found.shape[1] == _VISUAL_GENOME:
-            out = {"box_classes": found[:, 1:].argmax(1), "box_scores": found[:, 1:].max(1)}
+            return {"box_classes": found[:, 1:].argmax(1), "box_scores": found[:, 1:].max(1)}
+        note(f"not read: {PROBABILITIES} {list(np.shape(found))[1:]} of each region, expected {_VISUAL_GENOME}", where)
     return out
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickletools
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import islice
@@ -14,14 +17,14 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from data_prep.files import data_errors, read_json, read_lines
+from data_prep.files import check_file, open_array, read_json, read_lines
 from data_prep.names import Names
 from data_prep.places import SAMPLE, Place, Recognised, listed, look, split_of
 from data_prep.schema import DataError, Record
 from data_prep.sources import detections
 from data_prep.sources.base import Absent
-from data_prep.sources.detections import BOXES, FEATURES, FIELDS, GRIDS, NAMES, PAIR, SHARES, Reading, described
-from shnet_jax.foreign import MAX_IMAGE_BYTES, check_kind, kind_of
+from data_prep.sources.detections import FEATURES, FIELDS, GRIDS, NAMES, PAIR, Reading, described
+from shnet_jax.foreign import MAX_IMAGE_BYTES, kind_of
 
 IDS = ("image_id", "image_ids", "img_ids", "img_id", "ids")
 ENDS = "pos_boxes"
@@ -59,12 +62,12 @@ class Hdf5Features:
     aimagelab/meshed-memory-transformer, luo3300612/image-captioning-DLCT and zhangxuying1004/RSTNet (data sets by id),
     batra-mlp-lab/visdial-challenge-starter-pytorch (ids as rows), j-min/VL-T5 (groups by id).
 
-    ids: files of the ids of the rows, one for each file that needs one: JSON or text, a list in the order of the rows
-    or an object id: row, or such an object as a pickle of text and whole numbers, of which nothing is run. Default:
+    ids: files of the ids of the rows, one for each file that needs one: JSON, text or .npy, a list in the order of the
+    rows, or an object id: row as JSON or as a pickle of text and whole numbers, of which nothing is run. Default:
     NAME_imgid2idx.json or .pkl beside NAME.hdf5.
 
-    Files stay open. No link, reference, virtual or external data set is followed, no data of variable length is read,
-    and nothing that would take more memory than the features of an image may.
+    Files stay open. No link, reference, virtual or external data set is followed, of data of variable length only ids
+    are read (`_texts`), and nothing that would take more memory than the features of an image may.
     """
 
     paths: Sequence[Path]
@@ -112,11 +115,6 @@ class Hdf5Features:
                 entries.add(image_id, _Entry(number, place))
         return entries
 
-    @property
-    def _example(self) -> str:
-        """The place of the first image."""
-        return str(next(iter(self._entries)).place)
-
     def _rows(self, number: int) -> dict[str, int]:
         """Image name -> row of a file."""
         file = self._files[number]
@@ -157,8 +155,8 @@ class Hdf5Features:
         """regions [K, D] and boxes [K, 4] in 0..1, or grid [G, D], or both."""
         entry = self._entries.find(image_id)
         if entry is None:
-            others = f"{len(self._entries)} others, such as {self._example!r:.80}"
-            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its features, found {others}")
+            there = self._entries.none_found
+            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its features, found {there}")
         return self._record(image_id, entry)
 
     def first(self, count: int) -> Iterator[Record]:
@@ -181,10 +179,7 @@ class _File:
 
     def __init__(self, path: Path):
         self.path = path
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        with data_errors():
-            check_kind(path)
+        check_file(path)
         with path.open("rb") as file:
             start = file.read(256)
         try:
@@ -193,12 +188,13 @@ class _File:
         except _FAULTS as error:
             what = "" if start.startswith(b"\x89HDF") else kind_of(start)
             raise DataError(f"{path}: expected an HDF5 file{what} (cut off?): {error}") from None
-        self._features = next((name for name in FEATURES if name in names), "")
+        self._features = detections.the_one(names, FEATURES, str(path)) or ""
         self.has_rows = bool(self._features)
         self._names = names if self.has_rows else frozenset()
         self.prefixes = {} if self.has_rows else dict(self._prefixes(sorted(names)))
         if not self.has_rows and not self.prefixes:
             raise DataError(f"{path}: expected {LAYOUTS}; found {described(names)}")
+        detections.note_unread(self._names or self._first_members(names), (*NAMES, *IDS, ENDS), path)
 
     def __str__(self) -> str:
         """Its layout, the same for all files that are read as one."""
@@ -220,13 +216,15 @@ class _File:
     def _lengths(self) -> tuple[int, int]:
         """Rows of what there is once an image, and of what there is once a region or again an image."""
         features = self._set(self._features).shape[0]
-        return (self._set(ENDS).shape[0] if ENDS in self._names else features), features
+        return (len(self._ends) if ENDS in self._names else features), features
 
     def ids(self) -> list[str] | None:
         """The names of the rows, None when the file has none."""
         name = next((name for name in IDS if name in self._names), None)
         if name is None:
             return None
+        if self._set(name, texts=True).dtype.kind == "O":
+            return _texts(self.path, name)
         found = self._read(name, texts=True).reshape(-1)
         if found.dtype.kind not in "iuS":
             raise DataError(f"{self.path}: {name}: expected texts or whole numbers, found {found.dtype}")
@@ -244,7 +242,7 @@ class _File:
         """Whether the ids of its rows have to be given."""
         try:
             return self.has_rows and self.ids() is None and self.sidecar() is None
-        except DataError:  # texts that are not read
+        except DataError:  # texts that are damaged
             return True
 
     def row(self, row: int) -> dict[str, np.ndarray]:
@@ -264,7 +262,7 @@ class _File:
                 once = name in _ONCE
                 if self._set(name).shape[:1] == (images if once else regions,):
                     found[name] = self._read(name, row if once else place)
-                elif name in (*BOXES, *SHARES):
+                else:
                     expected, shape = images if once else regions, list(self._set(name).shape)
                     raise DataError(f"{self.path}: {name}: expected {expected} rows as of the features, found {shape}")
         return found
@@ -274,6 +272,18 @@ class _File:
         found = self._read(ENDS)
         if found.ndim != 2 or found.shape[1] != 2 or found.dtype.kind not in "iu":
             raise DataError(f"{self.path}: {ENDS}: expected whole numbers [N, 2], found {found.dtype} {found.shape}")
+        order = np.argsort(found[:, 0], kind="stable")
+        gaps = found[order[1:], 0].astype(np.int64) - found[order[:-1], 1].astype(np.int64)
+        if gaps.size and (gaps == 1).all():
+            raise DataError(
+                f"{self.path}: {ENDS}: expected the end behind the last region, found the last; add 1 to ends"
+            )
+        if len(order) and found[order[0], 0] == 1:
+            raise DataError(f"{self.path}: {ENDS}: expected the first region to be number 0, found none before 1")
+        if (gaps < 0).any():
+            first = np.argmax(gaps < 0)
+            pair = [f"row {row} with {found[row].tolist()}" for row in order[first : first + 2]]
+            raise DataError(f"{self.path}: {ENDS}: expected start and end of each image, found {' and '.join(pair)}")
         return found
 
     # ------------------------------------------------------------------------------------------ data sets of one image
@@ -291,6 +301,16 @@ class _File:
                     yield name, name
                 elif any(self._kind(f"{name}/{inner}") == "dataset" for inner in (*FEATURES, GRIDS)):
                     yield f"{name}/", name
+
+    def _first_members(self, names: Collection[str]) -> list[str]:
+        """The names of all that the first image has."""
+        prefix = next(iter(self.prefixes))
+        if not prefix.endswith("/"):  # of data sets that are called ID, none belongs to another
+            return [name.removeprefix(prefix) for name in names if prefix[-1] == "_" and name.startswith(prefix)]
+        try:
+            return [name for name in self._file[prefix] if isinstance(name, str)]
+        except _FAULTS as error:
+            raise DataError(f"{self.path}: {prefix}: cannot be read (damaged?): {error}") from None
 
     def members(self, prefix: str, only: Sequence[str] = NAMES) -> dict[str, np.ndarray]:
         """The arrays of an image whose names begin with `prefix`, by the rest of these."""
@@ -333,12 +353,8 @@ class _File:
             raise DataError(f"{where}: cannot be read (damaged?): {error}") from None
         if elsewhere:
             raise DataError(f"{where}: expected its numbers in this file, found a virtual or external data set")
-        if texts and h5py.check_string_dtype(dtype) is not None and dtype.kind == "O":
-            # HDF5 2.0 never comes back from some damaged heaps of such texts.
-            raise DataError(
-                f"{where}: texts of variable length are not read; --hdf5_ids=FILE gives the ids of the rows"
-            )
-        if dtype.kind not in ("fiubS" if texts else "fiub"):
+        variable = texts and dtype.kind == "O" and h5py.check_string_dtype(dtype) is not None
+        if not variable and dtype.kind not in ("fiubS" if texts else "fiub"):
             raise DataError(f"{where}: expected numbers{' or texts' if texts else ''}, found {dtype}")
         if shape is None or not 0 <= len(shape) <= 5:
             raise DataError(f"{where}: expected an array, found {'nothing' if shape is None else list(shape)}")
@@ -379,12 +395,57 @@ class _File:
             ) from None
 
 
+_PATIENCE = 300  # seconds; those of COCO take one
+_READ_TEXTS = """
+import json, sys
+import h5py
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, resource.getrlimit(resource.RLIMIT_AS)[1]))
+except (ImportError, OSError, ValueError):  # not on every system
+    pass
+path, name, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
+texts, size = [], 0
+with h5py.File(path, "r") as file:
+    for start in range(0, len(file[name]), 256):
+        part = [text.decode("utf-8", "replace") for text in file[name][start : start + 256].reshape(-1)]
+        texts += part
+        size += sum(map(len, part))
+        if size > most:
+            sys.exit(f"more than {most} letters")
+print(json.dumps(texts))
+"""
+
+
+def _texts(path: Path, name: str) -> list[str]:
+    """The texts of variable length in a data set, which is h5py's form of lists of str.
+
+    HDF5 never comes back from some damaged heaps of such texts, and may take any memory for others: a process of its
+    own reads them, which can be ended.
+    """
+    command = [sys.executable, "-P", "-c", _READ_TEXTS, str(path), name, str(_MAX_SIDECAR)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=True)
+        return list(json.loads(done.stdout))
+    except subprocess.SubprocessError as error:
+        lines = (getattr(error, "stderr", None) or b"").decode("utf-8", "replace").split("\n")
+        reason = next((line for line in reversed(lines) if line), f"no answer in {_PATIENCE} seconds")
+        raise DataError(
+            f"{path}: {name}: expected texts, cannot read them (damaged?): {reason:.200}; --hdf5_ids=FILE gives the ids"
+        ) from None
+
+
 def read_index(path: Path, rows: int) -> dict[str, int]:
     """Image name -> row of 0..rows-1, from JSON, text or a pickle; see `Hdf5Features`. Raises DataError."""
     if path.suffix.lower() == ".json":
         found = read_json(path)
     elif path.suffix.lower() in (".pkl", ".pickle"):
         found = _pickled(path)
+    elif path.suffix.lower() == ".npy":
+        array = open_array(path)
+        if array.dtype.kind not in "iuS":
+            raise DataError(f"{path}: expected ids as whole numbers or bytes, found {array.dtype}; write them as JSON")
+        found = [n.decode("utf-8", "replace") if isinstance(n, bytes) else n for n in array.reshape(-1).tolist()]
     else:
         found = read_lines(path)
     if isinstance(found, list):
@@ -479,7 +540,9 @@ def recognise(place: Place) -> Iterator[Recognised]:
 
 def _ids_beside(file: _File) -> Path | None:
     """The file in its folder that holds as many ids as there are rows, first one of the same split."""
-    files = [path for path in look(file.path.parent).of(".json", ".txt", ".pkl", ".pickle") if "id" in path.stem]
+    files = [
+        path for path in look(file.path.parent).of(".json", ".txt", ".npy", ".pkl", ".pickle") if "id" in path.stem
+    ]
     for path in sorted(files, key=lambda path: split_of(path) != split_of(file.path)):
         if path.stat().st_size <= _MAX_SIDECAR:
             try:

@@ -25,7 +25,7 @@ from data_prep.places import SAMPLE, Place, Recognised, missing
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.sources.bottom_up import decode
-from data_prep.sources.detections import FIELDS, Reading, described
+from data_prep.sources.detections import COUNTS, FIELDS, Reading, described, note_unread
 from shnet_jax.foreign import MAX_IMAGE_BYTES, check_kind, parse_npz
 from shnet_jax.interop import torch_pickle
 
@@ -86,25 +86,18 @@ class Lmdb:
 
     @cached_property
     def _keys(self) -> Names[bytes]:
-        """The key of each image, found by its name without .npz and, where that is unique, without folders."""
+        """The key of each image, found by its name without .npz."""
         cursor = self._transaction.cursor()
         import lmdb
 
         names: Names[bytes] = Names(self.path)
-        last_names: dict[str, bytes | None] = {}
         try:
             for key in cursor.iternext(keys=True, values=False):
                 if key in _LISTS:
                     continue
-                name = key.decode("utf-8", "replace").removesuffix(".npz")
-                names.add(name, key)
-                last = name.rpartition("/")[2]
-                last_names[last] = None if last in last_names else key  # a/1 and b/1 need their folders
+                names.add(key.decode("utf-8", "replace").removesuffix(".npz"), key)
         except lmdb.Error as error:
             raise DataError(f"{self.path}: expected a whole LMDB file: {error}") from None
-        for last, key in last_names.items():
-            if key is not None and last not in names:
-                names.add(last, key)
         return names
 
     @cached_property
@@ -123,7 +116,7 @@ class Lmdb:
         """regions [K, D], boxes [K, 4] in 0..1, box_scores [K], box_classes [K]."""
         key = self._keys.find(image_id)
         if key is None:
-            raise Absent(f"{self.path}: image {image_id!r}: expected its record, found none")
+            raise Absent(f"{self.path}: image {image_id!r}: expected its record, found {self._keys.none_found}")
         return self._record(image_id, key)
 
     def first(self, count: int) -> Iterator[Record]:
@@ -230,31 +223,33 @@ def parse_value(value: bytes, where: str) -> Mapping[str, Any]:
         elif value[:1] and (0x80 < value[0] < 0x90 or value[0] in (0xDE, 0xDF)):
             found = _msgpack(value, where)
         else:
-            kinds = {b"\x04\x22\x4d\x18": "LZ4 (UNITER's texts?)", b"\xff\xd8": "a JPEG", b"\x89PNG": "a PNG"}
+            kinds = {b"(": "a pickle of protocol 0", b"}": "a pickle of protocol 1", b"\x93NUMPY": "a .npy array"}
+            kinds |= {b"\x04\x22\x4d\x18": "LZ4 (UNITER's texts?)", b"\xff\xd8": "a JPEG", b"\x89PNG": "a PNG"}
             what = next((kind for magic, kind in kinds.items() if value.startswith(magic)), f"{value[:8]!r}")
-            raise DataError(f"{where}: expected a value of npz, msgpack or pickle, found {what}")
+            raise DataError(f"{where}: expected a value of npz, msgpack or pickle (protocol 2 to 5), found {what}")
     if not isinstance(found, dict):
         raise DataError(f"{where}: expected a dictionary, found {type(found).__name__}")
-    return {key: v.value if isinstance(v, torch_pickle.Array) else v for key, v in found.items()}
+    return {_text(key): v.value if isinstance(v, torch_pickle.Array) else v for key, v in found.items()}
 
 
 def _msgpack(value: bytes, where: str) -> Any:
     try:
-        return msgpack.unpackb(value, object_hook=_of_numpy, raw=False)
+        return msgpack.unpackb(value, object_hook=_of_numpy, raw=True)  # old ones write arrays as texts
     except (ValueError, TypeError, RecursionError) as error:  # msgpack's own are ValueErrors
         raise DataError(f"{where}: expected msgpack with arrays of numbers: {error}") from None
 
 
 def _of_numpy(found: dict[Any, Any]) -> Any:
     """An array or number as msgpack-numpy writes it; its own decoder loads pickles."""
-    entry = {key.decode("latin-1") if isinstance(key, bytes) else key: v for key, v in found.items()}
+    entry = {_text(key): value for key, value in found.items()}
     if "nd" not in entry:
         return found
-    code = entry.get("type")
-    array = torch_pickle.array_of(
-        code.decode("latin-1") if isinstance(code, bytes) else code, entry.get("shape", ()), entry.get("data")
-    )
+    array = torch_pickle.array_of(_text(entry.get("type")), entry.get("shape", ()), entry.get("data"))
     return array if entry["nd"] else array.item()
+
+
+def _text(value: Any) -> Any:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 def arrays_of(found: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
@@ -264,6 +259,7 @@ def arrays_of(found: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
     """
     if found.get("features") is None:
         raise DataError(f"{where}: expected the key 'features', found {described(found)}")
+    note_unread(found, (*(name for _, name in (*_ARRAYS, *_SIZES)), *COUNTS), where)
     arrays = {ours: _array(found, name, where) for ours, name in _ARRAYS if found.get(name) is not None} | {
         ours: np.asarray(found[name]) for ours, name in _SIZES if found.get(name) is not None
     }

@@ -14,7 +14,7 @@ from data_prep.names import FileNames
 from data_prep.places import SAMPLE, Place, Recognised
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
-from data_prep.sources.detections import DEFAULT, FEATURES, FIELDS, NAMES, Reading, described
+from data_prep.sources.detections import DEFAULT, FEATURES, FIELDS, NAMES, Reading, described, note_unread
 from shnet_jax.foreign import MAX_IMAGE_BYTES, read_npz
 
 
@@ -58,17 +58,20 @@ class NpzFiles:
         """regions [K, D] and boxes [K, 4] in 0..1, or grid [G, D]."""
         path = self._arrays.find(image_id)
         if path is None:
-            raise Absent(f"{self.folder}: image {image_id!r}: expected a file {image_id}.npz, found none")
+            raise Absent(
+                f"{self.folder}: image {image_id!r}: expected a file ID.npz, found {self._arrays.names.none_found}"
+            )
         return self.record(image_id, path)
 
     def record(self, image_id: str, path: Path) -> Record:
         """The same of its file."""
         with data_errors():
             arrays = read_npz(path, NAMES, MAX_IMAGE_BYTES)
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
         if not set(FEATURES) & set(arrays):
-            with zipfile.ZipFile(path) as archive:
-                found = described(name.removesuffix(".npy") for name in archive.namelist())
-            raise DataError(f"{path}: expected an array named {' or '.join(FEATURES)}, found {found}")
+            raise DataError(f"{path}: expected an array named {' or '.join(FEATURES)}, found {described(names)}")
+        note_unread(names, NAMES, path)
         if self._boxes is not None and self.reading.form != "none":
             beside = self._boxes.find(image_id)
             if beside is None:

@@ -52,7 +52,9 @@ class Panoptic:
             for entry in content["annotations"]:
                 categories = {segment["id"]: segment["category_id"] for segment in entry["segments_info"]}
                 number, found = entry["image_id"], (entry["file_name"], categories)
-                for name in (str(number), names.get(number, entry["file_name"])):
+                for name in dict.fromkeys((str(number), names.get(number, entry["file_name"]))):
+                    if name in entries:
+                        raise DataError(f"{self.annotations}: image {name!r}: expected one annotation, found two")
                     entries.add(name, found)
         except KeyError as error:
             raise DataError(

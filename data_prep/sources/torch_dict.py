@@ -64,7 +64,9 @@ class TorchDict:
         """regions [K, D] and boxes [K, 4] in 0..1."""
         found = self._tensors.find(image_id)
         if found is None:
-            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its tensor, found none")
+            raise Absent(
+                f"{self.files['regions']}: image {image_id!r}: expected its tensor, found {self._tensors.none_found}"
+            )
         return self._record(image_id, *found)
 
     def first(self, count: int) -> Iterator[Record]:

@@ -68,7 +68,9 @@ class UnitFiles:
         """The features [units, D] and, with max_units, their mask."""
         path = self._features.find(image_id)
         if path is None:
-            raise Absent(f"{self.folder}: image {image_id!r}: expected a file {image_id}.npy, found none")
+            raise Absent(
+                f"{self.folder}: image {image_id!r}: expected a file ID.npy, found {self._features.names.none_found}"
+            )
         return padded({self.field: as_units(open_units(path), path, self.pool, self.layout)}, self.max_units, path)
 
 
@@ -123,7 +125,7 @@ def _read_pth(path: Path) -> np.ndarray:
         file = open_torch_file(path)
         if not isinstance(file.content, Tensor):
             raise DataError(f"{path}: expected a tensor saved by PyTorch, found {type(file.content).__name__}")
-        return np.asarray(file.array(file.content), np.float32)
+        return file.array(file.content)
     except ValueError as error:
         raise DataError(str(error)) from error
 
@@ -173,6 +175,8 @@ def refusal(shape: Sequence[int]) -> str:
             return f"expected [units, D], this may be [D, units]; {flags}"
         return ""
     channels, height, width = shape
+    if height >= _WIDTH and height > max(channels, width) and height % _STEP == 0:
+        return "expected a map [D, h, w] or [h, w, D], this has its longest axis between the others; move it"
     if channels > max(height, width) and (channels % _STEP == 0 or width % _STEP):
         return ""
     stands_out = width >= 2 * max(channels, height) or channels == height < width

@@ -21,9 +21,9 @@ from data_prep.names import Names
 from data_prep.places import SAMPLE, Place, Recognised, listed
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
-from data_prep.sources.bottom_up import decode
+from data_prep.sources.bottom_up import BOM, check_lines, decode
 from data_prep.sources.detections import FIELDS, Reading, described
-from shnet_jax.foreign import MAX_IMAGE_BYTES, check_kind, parse_json, read_object
+from shnet_jax.foreign import MAX_IMAGE_BYTES, parse_json, read_object
 
 Geometry = Literal["drop", "keep"]
 GEOMETRIES: tuple[Geometry, ...] = get_args(Geometry)
@@ -84,6 +84,11 @@ class Rows:
             shown = f"{len(repeated)} images have more than one line, such as {repeated[0]!r:.80}"
             print(f"{', '.join(map(str, paths))}: {shown}; the first whole one of each is taken", file=sys.stderr)
 
+    @property
+    def none_found(self) -> str:
+        """The end of an error about an image without a line."""
+        return self._places.none_found
+
     def find(self, image_id: str) -> Iterator[tuple[list[bytes], str]]:
         """Cells of each line of an image, and where it is. Raises DataError for a line of another image."""
         for path, offset, name in self._places.find(image_id) or ():
@@ -91,7 +96,7 @@ class Rows:
             with path.open("rb") as file:
                 file.seek(offset)
                 cells = file.readline().rstrip(b"\r\n").split(b"\t")
-            if cells[0].strip() != name.encode("utf-8", "replace"):
+            if cells[0].removeprefix(BOM).strip() != name.encode("utf-8", "replace"):
                 raise DataError(
                     f"{where}: expected the line of {name!r}, found that of {cells[0][:80]!r}; the .lineidx or "
                     "imageid2idx.json beside it is of another file, remove it"
@@ -101,10 +106,7 @@ class Rows:
 
 def _offsets(path: Path) -> Iterator[tuple[str, int]]:
     """Image and first byte of each line."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    with data_errors():
-        check_kind(path)
+    check_lines(path)
     index, ids = path.with_suffix(".lineidx"), path.with_name("imageid2idx.json")
     with path.open("rb") as file:
         if not index.is_file():
@@ -134,7 +136,7 @@ _NAME = 300  # bytes of a line in which the image's name ends
 
 
 def _name(line: bytes) -> str:
-    return line.partition(b"\t")[0].decode("utf-8", "replace").strip()
+    return line.partition(b"\t")[0].removeprefix(BOM).decode("utf-8", "replace").strip()
 
 
 def _line_index(index: Path, path: Path) -> list[int]:
@@ -150,6 +152,15 @@ def _line_index(index: Path, path: Path) -> list[int]:
             f"{index}: expected places below {size}, the bytes of {path.name}, found {found}: one is cut off, or they "
             "do not belong together"
         )
+    with path.open("rb") as file:
+        for offset in filter(None, offsets):
+            file.seek(offset - 1)
+            if file.read(1) != b"\n":
+                raise DataError(f"{index}: expected the first byte of a line of {path.name}, found {offset}; remove it")
+        file.seek(max(offsets))
+        file.readline()
+        if file.readline().strip():
+            raise DataError(f"{index}: expected all lines of {path.name}, found the last at {max(offsets)}; remove it")
     return offsets
 
 
@@ -219,7 +230,7 @@ class Vinvl:
             return record
         if faults:
             raise faults[0]
-        raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its line, found none")
+        raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its line, found {self._rows.none_found}")
 
     def _labels(self, image_id: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Pixel boxes, scores and classes of an image's regions, whose place the features say too."""
@@ -227,13 +238,17 @@ class Vinvl:
             return {}
         cells, where = next(self._objects.find(image_id), (None, ""))
         if cells is None:
-            raise DataError(f"{self.labels}: image {image_id!r}: expected its line, found none")
+            raise DataError(f"{self.labels}: image {image_id!r}: expected its line, found {self._objects.none_found}")
         content = _json_cell(cells, where)
         entries = _objects(content, where)
         found = _of_objects(content, where)
-        if {"boxes", "image_w", "image_h"} <= found.keys() and "norm_bb" in arrays:
-            place = found["boxes"] / np.array([found["image_w"], found["image_h"]] * 2)
-            if place.shape == arrays["norm_bb"].shape and not (np.abs(place - arrays["norm_bb"]) < 0.02).all():
+        place = arrays.get("norm_bb")
+        if place is not None and "boxes" in found and found["boxes"].shape == place.shape:
+            ends = found["boxes"][:, 2:].max(0) / place[:, 2:].max(
+                0
+            )  # the image's size, where the file does not say it
+            sides = [found.get(side, end) for side, end in zip(("image_w", "image_h"), ends, strict=True)]
+            if not (np.abs(found["boxes"] / np.array(sides * 2) - place) < 0.02).all():
                 raise DataError(f"{where}: expected the objects of the features' regions, found boxes elsewhere")
         return found | {"objects_id": np.array([self._classes[_class(entry, where)] for entry in entries])}
 
@@ -254,8 +269,10 @@ def parse(cells: Sequence[bytes], where: str, geometry: Geometry | None) -> dict
     content = _json_cell(cells, where)
     if isinstance(content, dict) and "features" in content:
         cell, boxes = content["features"], content.get("num_boxes")
+        boxes = int(boxes) if isinstance(boxes, str) and boxes.isdecimal() and len(boxes) < 10 else boxes
         if not isinstance(cell, str) or type(boxes) is not int:
-            raise DataError(f"{where}: expected num_boxes and features in base64, found {described(content)}")
+            found = {name: type(value).__name__ for name, value in content.items()}
+            raise DataError(f"{where}: expected num_boxes and features in base64, found {found!r:.200}")
         return split_geometry(_features(cell.encode("utf-8", "replace"), boxes, where), geometry, where)
     entries = _objects(content, where)
     rows = [row for entry in entries if isinstance(row := entry.get("feature"), str)]
@@ -355,4 +372,4 @@ def _first(path: Path, count: int) -> Iterator[list[bytes]]:
     """The cells of the first lines."""
     with path.open("rb") as file:
         for line in islice(iter(lambda: file.readline(MAX_IMAGE_BYTES), b""), count):
-            yield line.rstrip(b"\r\n").split(b"\t")
+            yield line.removeprefix(BOM).rstrip(b"\r\n").split(b"\t")

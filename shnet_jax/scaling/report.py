@@ -12,8 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from shnet_jax.observe.files import write_text
-from shnet_jax.retrieve.html import Markup, table, tag
-from shnet_jax.retrieve.page_style import document
+from shnet_jax.observe.html import Markup, document, table, tag
 from shnet_jax.scaling.charts import charts, render
 from shnet_jax.scaling.rows import PARTS, Row, has_all_parts, point_text, scaling_lines, write_csv
 from shnet_jax.scaling.sweep import count

@@ -45,7 +45,7 @@ def test_coco_annotations_in_any_order(tmp_path):
     assert _flat(captions.read(f"val={path}")) == {
         "val": [("000000000004.jpg", ("four", "vier"), (11, 13)), ("000000000003.jpg", ("three",), (12,))]
     }
-    with pytest.raises(DataError, match=r"captions_val2017\.json: .*expected a split; give"):
+    with pytest.raises(DataError, match=r"captions_val2017\.json row 0: .*expected a split; give"):
         captions.read(str(path))
     content["annotations"].append({"id": 14, "image_id": 5, "caption": "five"})
     with pytest.raises(DataError, match="image 5, which `images` does not list"):
@@ -86,8 +86,8 @@ def test_equal_names_in_two_folders_stay_apart(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.csv", "image,text\na,b\n", "expected a column named caption or .*, found image, text"),
-        ("x.csv", "image,caption,split\na,b,val\na,b,c,val\n", "row 3: expected 3 columns"),
+        ("x.csv", "image,title\na,b\n", "expected a column named caption or .*, found image, title"),
+        ("x.csv", "image,caption,split\na,b,val\na,b,c,val\n", "row 3: image 'a': expected 3 columns"),
         (
             "x.csv",
             "image,caption,split\na.jpg,b,train\na.jpg,c,val\n",
@@ -97,7 +97,7 @@ def test_equal_names_in_two_folders_stay_apart(tmp_path):
         ("x.csv", "image,caption,split\n", "expected captions, found none"),
         ("x.json", "{", "expected JSON"),
         ("x.json", "[]", "expected an object with a list `images`"),
-        ("x.json", '{"images": [{"split": "train"}]}', "expected the key 'filename'"),
+        ("x.json", '{"images": [{"split": "train"}]}', "row 0: expected a column named image or filename"),
     ],
 )
 def test_errors_name_the_place(tmp_path, name, text, message):

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from data_prep import from_npy, progress
+from data_prep import from_npy
 from data_prep.schema import DataError
 from data_prep.sources import units
 from shnet_jax.data.records import open_dataset
+from shnet_jax.observe import progress
 
 IDS = ["391895.jpg", "522418.jpg"]
 
@@ -125,11 +126,11 @@ def test_the_same_field_twice_is_an_error(src, tmp_path):
 
 
 def test_command_line(src, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     features = _features(tmp_path, np.ones((1, 3, 2, 4)), np.ones((1, 3, 3, 3)))
     flags = [f"--src={src}", f"--features={features}", "--as=grid", "--name=toy", f"--out={tmp_path / 'out'}"]
     assert from_npy.main(flags) == 1
     assert "error: " in capsys.readouterr().err
     assert from_npy.main([*flags, "--max_units=10"]) == 0
-    assert "toy: 2/2 records (100%), " in capsys.readouterr().err
+    assert "toy: 2/2 (100%)  " in capsys.readouterr().err
     assert open_dataset(tmp_path / "out").features["grid"] == ((10, 3), np.float16)

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import from_scan, progress
+from data_prep import from_scan
 from data_prep.schema import DataError
 from shnet_jax.data.records import find_dataset, open_dataset
+from shnet_jax.observe import progress
 
 IMAGES, PER = 5, 5
 
@@ -251,6 +252,15 @@ def test_files_without_a_row(rows, src, tmp_path):
         from_scan.import_scan(src, "toy", tmp_path / "out", splits=["dev"])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-be", "utf-32"])
+def test_text_files_as_programs_end_and_encode_them(encoding, src, tmp_path):
+    for name in ("dev_caps.txt", "dev_ids.txt"):
+        text = (src / name).read_text(encoding="utf-8")
+        (src / name).write_bytes((text.replace("\n", "\r\n") + "\n \n\n").encode(encoding))
+    dataset = _first(src, tmp_path / "out", splits=["dev"])
+    assert dataset.splits == {"dev": IMAGES} and "\0" not in next(dataset.captions("dev"))[0]
+
+
 def test_the_mark_that_windows_writes_is_no_part_of_a_caption(src, tmp_path):
     for name in ("dev_caps.txt", "dev_ids.txt"):
         (src / name).write_bytes(b"\xef\xbb\xbf" + (src / name).read_bytes())
@@ -276,7 +286,7 @@ def test_missing_files_are_named(src, tmp_path):
 
 
 def test_command_line(src, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     flags = [
         f"--src={src}",
         "--name=toy",
@@ -287,7 +297,7 @@ def test_command_line(src, tmp_path, capsys, monkeypatch):
     assert from_scan.main(flags) == 0
     printed = capsys.readouterr()
     assert printed.out.strip() == str(find_dataset(tmp_path / "out"))
-    assert printed.err.startswith("toy: 1/10 records (10%), ") and "toy: 10/10 records (100%), " in printed.err
+    assert printed.err.startswith("toy: 1/10 (10%)  ") and "toy: 10/10 (100%)  " in printed.err
     assert from_scan.main(flags) == 1
     assert "exists" in capsys.readouterr().err
     assert from_scan.main([*flags, "--overwrite", "--source=by hand"]) == 0

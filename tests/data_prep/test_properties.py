@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from data_prep import from_scan
 from data_prep.builder import write_dataset
 from data_prep.sources import bottom_up
+from data_prep.sources.boxes import MAX_SIDE
 from shnet_jax.data.records import open_dataset
 
 SENTENCE = st.text(max_size=30).filter(lambda text: text.strip() and "\0" not in text)
@@ -103,7 +104,7 @@ def test_a_line_of_bottom_up_attention_comes_back(seed, count, dim, side, long):
     ids, sure = rng.integers(-(2**63), 2**63, count), floats(rng, (count,), np.float32)
     cells = [base64.b64encode(array.tobytes()).decode() for array in (ids, sure, ids, sure)] if long else []
     sizes = [str(2 * side), str(side)] if not long else [str(side), str(2 * side)]
-    if 2 * side > bottom_up._MAX_SIDE:
+    if 2 * side > MAX_SIDE:
         return
     ends = [str(count), *(base64.b64encode(array.tobytes()).decode() for array in (boxes, features))]
     record = bottom_up.parse("\t".join(["7", *sizes, *cells, *ends]).encode() + b"\r\n", "here")

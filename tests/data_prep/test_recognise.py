@@ -1,5 +1,6 @@
 """`python -m data_prep FOLDER`: each layout is recognised, and the command that is printed imports it."""
 
+import codecs
 import csv
 import json
 import os
@@ -75,6 +76,12 @@ def bottom_up_with_header(folder):
     (folder / "val_36.tsv").write_text("\n".join(["image_id\timage_w\timage_h\tnum_boxes\tboxes\tfeatures", *lines]))
     captions(folder)
     return "from_bottom_up", {"bottom_up": "val_36.tsv"}
+
+
+def bottom_up_with_bom(folder):
+    module, flags = bottom_up(folder)
+    (folder / "val_36.tsv").write_bytes(codecs.BOM_UTF8 + (folder / "val_36.tsv").read_bytes())
+    return module, flags
 
 
 def grids(folder):
@@ -156,6 +163,18 @@ def hdf5_with_ids(folder):
     hdf5(folder)
     (folder / "val_ids.txt").write_text("42\n139\n")
     return "from_hdf5", {"hdf5": "val36.hdf5", "hdf5_ids": "val_ids.txt"}
+
+
+def hdf5_with_ids_of_numpy(folder):
+    hdf5(folder)
+    np.save(folder / "val_ids.npy", np.array([42, 139]))
+    return "from_hdf5", {"hdf5": "val36.hdf5", "hdf5_ids": "val_ids.npy"}
+
+
+def hdf5_with_texts(folder):
+    """Ids of variable length in the file."""
+    hdf5(folder, image_ids=list(NUMBERS))
+    return "from_hdf5", {"hdf5": "val36.hdf5"}
 
 
 def hdf5_by_id(folder):
@@ -299,8 +318,9 @@ def pictures_in_parquet(folder):
 
 
 COMPLETE = (
-    *(bottom_up, bottom_up_with_header, grids, grids_of_torch, transposed, npz, make_bu_data, boxes_in_shares),
-    *(boxes_without_sizes, hdf5_rows, hdf5_with_ids, hdf5_by_id, lmdb, vinvl, vinvl_with_labels, torch, panoptic),
+    *(bottom_up, bottom_up_with_header, bottom_up_with_bom, grids, grids_of_torch, transposed, npz, make_bu_data),
+    *(boxes_in_shares, boxes_without_sizes, hdf5_rows, hdf5_with_ids, hdf5_with_ids_of_numpy, hdf5_with_texts),
+    *(hdf5_by_id, lmdb, vinvl, vinvl_with_labels, torch, panoptic),
     *(upsnet, embeddings, clip_retrieval, person_search, scan, scan_with_channels_last, npy, photographs),
     *(coco_photographs, tars, tars_that_say_their_split, pictures_in_parquet),
 )
@@ -404,17 +424,18 @@ def test_captions_alone(says, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "kind"),
     [
-        ("a.json", json.dumps([{"image": "a.jpg", "caption": ["a dog"], "image_id": 3}]), "a JSON list"),
-        ("a.token", "a.jpg#0\ta dog\n", "TOKEN"),
-        ("a.txt", "image,caption\na.jpg,a dog\n", "TXT"),
-        ("results.csv", "image_name| comment_number| comment\na.jpg| 0| a dog\n", "CSV"),
-        ("a.tsv", "image\tcaption\na.jpg\ta dog\n", "TSV"),
+        ("a.json", json.dumps([{"image": "a.jpg", "caption": ["a dog"], "image_id": 3}]), "in a JSON list"),
+        ("a.json", json.dumps({"a.jpg": ["a dog"], "b.jpg": ["a cat"]}), "by image in JSON"),
+        ("a.token", "a.jpg#0\ta dog\n", "in TOKEN"),
+        ("a.txt", "image,caption\na.jpg,a dog\n", "in TXT"),
+        ("results.csv", "image_name| comment_number| comment\na.jpg| 0| a dog\n", "in CSV"),
+        ("a.tsv", "image\tcaption\na.jpg\ta dog\n", "in TSV"),
     ],
 )
 def test_kinds_of_captions(name, content, kind, tmp_path):
     (tmp_path / name).write_text(content)
-    needs(tmp_path, f"{name}: captions in {kind}, without splits")
-    needs(tmp_path / name, f"{name}: captions in {kind}, without splits")
+    needs(tmp_path, f"{name}: captions {kind}, without splits")
+    needs(tmp_path / name, f"{name}: captions {kind}, without splits")
 
 
 def test_captions_of_each_split_and_others(tmp_path):

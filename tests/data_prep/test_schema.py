@@ -31,6 +31,8 @@ def test_one_visual_field_is_enough(visual):
         ({"captions": [], "caption_ids": None}, "captions", "at least 1", "[]"),
         ({"captions": ["a", " "]}, "captions", "text", "caption 1 of 2"),
         ({"captions": ["a", "half \ud83d"]}, "captions", "text", r"'half \ud83d' as caption 1 of 2"),
+        ({"captions": ["a", "\u200b\ufeff"]}, "captions", "text", r"'\u200b\ufeff' as caption 1 of 2"),
+        ({"captions": ["a", "b\0"]}, "captions", "text", r"'b\x00' as caption 1 of 2"),
         ({"caption_ids": np.arange(3)}, "caption_ids", "int64 [2]", "int64 [3]"),
         ({"regions": np.zeros((4, 6))}, "regions", "float16 | bfloat16 | float32 [K, D]", "float64 [4, 6]"),
         ({"regions": [[1.0]]}, "regions", "float16", "list"),

@@ -87,8 +87,12 @@ def test_adaptive_bottom_up_with_classes(tmp_path, flags):
         ("42\t200\t100\t3\t!!\t" + _cell(np.zeros((3, 4), np.float32)), "column 'boxes': expected base64"),
         ("42\t200\t100\t3\t" + "\t".join([_cell(np.zeros((3, 4), np.float32))] * 1 + ["AAAA"]), "column 'features'"),
         ("42\t200\t100\t3", "expected 6 or 10 columns, found 4"),
-        ("42\t200\tx\t3\ta\tb", "expected whole numbers"),
-        ("41\t1\t1\t1\ta\tb", "image 'COCO_val2014_000000000042.jpg': expected its line, found none; --absent=skip"),
+        ("42\t200\tx\t3\ta\tb", "expected whole pixels"),
+        ("42\t200\t100\t" + "9" * 5000 + "\ta\tb", "expected an image and boxes, found 200 x 100 with 9"),
+        (
+            "41\t1\t1\t1\ta\tb",
+            "expected its line, found none among 1 others, such as '41'; --absent=skip",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, flags, line, message, capsys):
@@ -214,6 +218,11 @@ def test_damaged_panoptic_files_are_named(tmp_path, flags, capsys):
     (tmp_path / "panoptic_val" / "000000000139.png").write_bytes(b"no PNG")
     assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 1
     assert "000000000139.png: expected a picture" in capsys.readouterr().err
+    entry = {"image_id": 139, "file_name": "x.png", "segments_info": []}
+    for again in (entry, entry | {"image_id": 7, "file_name": "139"}):  # the name of one is the id of the other
+        path.write_text(json.dumps({"annotations": [entry, again]}))
+        assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 1
+        assert "panoptic_val.json: image '139': expected one annotation, found two" in capsys.readouterr().err
     path.write_text('{"annotations": [{"image_id": 1}]}')
     assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 1
     assert "panoptic_val.json: expected the key 'segments_info'" in capsys.readouterr().err

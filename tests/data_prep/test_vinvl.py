@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data_prep import from_grid_feats, from_torch, from_vinvl, torch_files
+from data_prep import caption_files, captions, from_grid_feats, from_torch, from_vinvl, torch_files
 from data_prep.schema import DataError
 from data_prep.sources.detections import Reading
 from data_prep.sources.torch_dict import TorchDict
@@ -189,7 +189,9 @@ def test_indices_of_another_file(tmp_path, flags, capsys):
     index.write_text("")
     refused("features.lineidx: expected places below")
     index.write_text("0\n5\n")
-    refused("image 'COCO_val2014_000000000139.jpg'")
+    refused("features.lineidx: expected the first byte of a line of features.tsv, found 5; remove it")
+    index.write_text("0\n")
+    refused("features.lineidx: expected all lines of features.tsv, found the last at 0; remove it")
     path.unlink()
     refused("features.tsv: no such file")
     path.write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -305,16 +307,18 @@ def test_one_record_is_in_memory_at_a_time(kind, tmp_path):
 def test_captions_by_image(tmp_path):
     content = {42: ["a dog", "a cat #2 \t x"], "139": json.dumps(["ä"]), 7: []}
     path = torch_writer.save(tmp_path / "val_captions.pt", content)
-    assert list(torch_files.read_captions(path)) == [
-        (0, "42", "a dog"),
-        (0, "42", "a cat #2 \t x"),
-        (1, "139", "ä"),
-        (2, "7", None),
+    assert [(row.file, row.captions) for row in caption_files.read_captions(path)] == [
+        ("42", ("a dog", "a cat #2 x")),
+        ("139", ("ä",)),
+        ("7", ()),
     ]
-    for wrong in ("[1]", "no JSON", '"a"', None, [1], {"a": 1}):
-        torch_writer.save(path, {42: wrong})
-        with pytest.raises(DataError, match=r"val_captions\.pt, image '42': expected"):
-            list(torch_files.read_captions(path))
+    for wrong in ("[1]", '["a"', [1], {"a": 1}):
+        torch_writer.save(path, {42: wrong, 43: "a dog"})
+        with pytest.raises(
+            DataError, match=r"val_captions\.pt row 0: image '42': 'caption': expected .*--on_bad_record=skip"
+        ):
+            captions.read(f"val={path}")
+        assert captions.read(f"val={path}", strict=False)["val"][0].fault
 
 
 def test_the_captions_of_coco_are_within_the_bounds(tmp_path, monkeypatch):
@@ -322,7 +326,7 @@ def test_the_captions_of_coco_are_within_the_bounds(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_pickle, "MAX_OPCODES", 10_000)
     content = {number: ["a"] * 5 for number in range(1200)}
     path = torch_writer.save(tmp_path / "train_captions.pt", content)
-    assert sum(1 for _ in torch_files.read_captions(path)) == 6000
+    assert sum(len(row.captions) for row in caption_files.read_captions(path)) == 6000
     with pytest.raises(ValueError, match="more than 10000 opcodes"):
         torch_files.open_torch_file(path)
 

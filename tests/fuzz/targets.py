@@ -27,7 +27,7 @@ from pyarrow import parquet
 from safetensors.numpy import save
 
 from configs import base
-from data_prep import captions, scene_graphs, torch_files, vocabulary
+from data_prep import caption_files, captions, scene_graphs, vocabulary
 from data_prep.extract.images import BrokenImage, Photographs
 from data_prep.extract.tables import Tables
 from data_prep.extract.tars import Tars
@@ -648,7 +648,7 @@ def _torch_dict_seeds() -> list[bytes]:
 def _torch_dict(folder: Path, data: bytes) -> None:
     readers = (
         lambda path: TorchDict([path], Reading()).read("42"),
-        lambda path: list(torch_files.read_captions(path)),
+        lambda path: list(caption_files.read_captions(path)),
     )
     _read_all(folder, data, readers, (DataError,))
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from shnet_jax.retrieve.html import tag
+from shnet_jax.observe.html import tag
 from shnet_jax.scaling.charts import charts
 from shnet_jax.scaling.report import page, sentences, write_report
 from shnet_jax.scaling.rows import make_rows

@@ -142,7 +142,7 @@ def test_numbers_of_captions_are_kept(tmp_path, extract):
 def test_two_captions_that_differ(tmp_path, extract, capsys):
     path = _tar(tmp_path / "a.tar", {"a.png": _picture(1), "a.txt": b"new", "a.json": b'{"caption": "old"}'})
     assert extract(path, "--split=train")[0] == 1
-    assert f"{path}/a.txt: expected the caption of a.json, 'old', found 'new'" in capsys.readouterr().err
+    assert f"{path}/a.txt: image 'a.png': expected the caption of a.json, 'old', found 'new'" in capsys.readouterr().err
     for choice, expected in (("txt", "new"), ("json", "old")):
         assert extract(path, "--split=train", f"--caption_from={choice}", "--overwrite")[0] == 0
         assert _records(tmp_path)[0]["captions"] == [expected]
@@ -212,9 +212,12 @@ def _cut(path, at):
         (lambda path: _tar(path, {"a.png": b"", "a.TXT": b"x", "a.txt": b"y"}), "a.TXT: expected one member of this"),
         (lambda path: _tar(path, {"caf\udce9.png": b""}, errors="surrogateescape"), "is no name of a file"),
         (lambda path: _tar(path, {"a.png": b"", "a.jpg": b""}), "expected one picture of this name, found a.jpg too"),
-        (lambda path: _tar(path, {"a.png": b"1", "a.txt": b"\xff"}), "a.txt: expected UTF-8"),
-        (lambda path: _tar(path, {"a.png": b"1", "a.json": b"[" * 5000}), "a.json: expected JSON"),
-        (lambda path: _tar(path, {"a.png": b"1", "a.txt": b" " * (2**20 + 1)}), "a.txt: 1048577 bytes, more than"),
+        (lambda path: _tar(path, {"a.png": b"1", "a.txt": b"\xff"}), "a.txt: image 'a.png': expected UTF-8"),
+        (lambda path: _tar(path, {"a.png": b"1", "a.json": b"[" * 5000}), "a.json: image 'a.png': expected JSON"),
+        (
+            lambda path: _tar(path, {"a.png": b"1", "a.txt": b" " * (2**20 + 1)}),
+            "a.txt: image 'a.png': 1048577 bytes, more",
+        ),
         (lambda path: _tar(path, {"a.png": b"1", "a.json": b'{"caption": 3}'}), "'caption': expected text"),
     ],
 )
@@ -235,7 +238,10 @@ def test_a_caption_that_cannot_be_read_may_be_left_out(tmp_path, extract, capsys
     names = {f"{n}.{end}": _picture(n) if end == "png" else b"a dog" for n in range(4) for end in ("png", "txt")}
     path = _tar(tmp_path / "train.tar", names | {"1.txt": b"caf\xe9", "2.json": b"[]"})
     assert extract(path)[0] == 1
-    assert "1.txt: expected UTF-8 text" in (err := capsys.readouterr().err) and "--on_bad_record=skip" in err
+    assert (
+        "1.txt: image '1.png': expected UTF-8 text" in (err := capsys.readouterr().err)
+        and "--on_bad_record=skip" in err
+    )
     assert extract(path, "--on_bad_record=skip")[0] == 0
     assert _colours(_records(tmp_path)) == [0, 3]
     assert "left out 2: 2 bad records" in capsys.readouterr().err
@@ -433,10 +439,13 @@ def test_a_list_that_was_stored_as_text(tmp_path, extract, cell):
     [
         ({"image": None}, "expected a column of pictures (image, jpg, ...), found caption, sentids, split"),
         ({"caption": None}, "expected a column caption or"),
-        ({"sentids": [["1"]] * 7}, "row 0: 'sentids': expected one for each of 2 captions, found 1"),
-        ({"sentids": [["x", "y"]] * 7}, "row 0: 'sentids': expected a whole number"),
-        ({"caption": list(range(7))}, "row 0: 'caption': expected text"),
-        ({"caption": [{"en": "a dog"}] * 7}, "row 0: 'caption': expected text"),
+        (
+            {"sentids": [["1"]] * 7},
+            "row 0: image '100.jpg': 'sentids': expected a caption id for each of 2 captions, found 1",
+        ),
+        ({"sentids": [["x", "y"]] * 7}, "row 0: image '100.jpg': 'sentids': expected a whole number"),
+        ({"caption": list(range(7))}, "row 0: image '100.jpg': 'caption': expected text"),
+        ({"caption": [{"en": "a dog"}] * 7}, "row 0: image '100.jpg': 'caption': expected text"),
         ({"filename": ["a.jpg"] * 7}, "image 'a.jpg': expected it in one split, found train and test"),
         ({"split": None}, "expected a split; give --split=NAME"),
     ],
