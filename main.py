@@ -138,10 +138,10 @@ def main(argv: list[str]) -> None:
         sys.unraisablehook = _unraisable
     python_logging.getLogger("shnet_jax").setLevel(python_logging.INFO)
     # Late, so that --help and mistakes in flags are quick.
-    from shnet_jax import commands
     from shnet_jax.convert import convert
-    from shnet_jax.cross import cross
+    from shnet_jax.modes.cross import cross
     from shnet_jax.modes.embed import embed
+    from shnet_jax.modes.evaluate import evaluate
     from shnet_jax.modes.page import page
     from shnet_jax.modes.plan import plan
     from shnet_jax.modes.scale import scale
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
     from shnet_jax.train.loop import NonFiniteLoss
     from shnet_jax.train.workdir import WorkdirError
 
-    modes = {"train": train, "eval": commands.evaluate, "cross": cross, "study": study, "scale": scale}
+    modes = {"train": train, "eval": evaluate, "cross": cross, "study": study, "scale": scale}
     modes |= {"convert": convert, "embed": embed, "page": page}
     look = partial(search, query=QUERY.value, query_file=QUERY_FILE.value, image_id=IMAGE_ID.value, top_k=TOP_K.value)
     run = (modes | {"plan": partial(plan, target=TARGET.value), "search": look})[MODE.value]

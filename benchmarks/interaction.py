@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarks.rows import Row, compare
 from benchmarks.timing import interleave
-from shnet_jax.evaluate.blocks import make_programs, pair_scorer, ranks_of, score_matrix
-from shnet_jax.evaluate.two_stage import two_stage_ranks
+from shnet_jax.evaluate.pair_scores import make_programs, pair_scorer, ranks_of, score_matrix
+from shnet_jax.evaluate.rerank import rerank
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.ops.interaction import Interaction, interaction_scores
 from shnet_jax.parallel.mapping import data_mesh
@@ -79,9 +79,9 @@ def contenders(sizes: Sizes) -> tuple[dict[str, Callable[[], Any]], dict[str, in
 
     calls: dict[str, Callable[[], Any]] = {name: partial(waited, run) for name, run in both.items()}
     calls["exact"] = lambda: ranks_of(score_matrix(images, texts, scorer), owner, 512, mesh)
-    calls["two stages"] = lambda: two_stage_ranks(images, texts, owner, sizes.candidates, scorer)
+    calls["two stages"] = lambda: rerank(images, texts, owner, sizes.candidates, scorer)
     everything = sizes.images * sizes.captions
-    listed = two_stage_ranks(images, texts, owner, sizes.candidates, scorer).pairs
+    listed = rerank(images, texts, owner, sizes.candidates, scorer).pairs
     return calls, {name: listed if name == "two stages" else everything for name in calls}
 
 

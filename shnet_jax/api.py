@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from shnet_jax import commands
 from shnet_jax.data.fields import checked_fields
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.data.records import DataSet
-from shnet_jax.evaluate.blocks import digest
-from shnet_jax.evaluate.towers import encode_parts, make_towers
-from shnet_jax.evaluate.two_stage import candidates
+from shnet_jax.evaluate.encode import Towers, encode_parts
+from shnet_jax.evaluate.pair_scores import digest
+from shnet_jax.evaluate.rerank import candidates
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.paths import to_path
 from shnet_jax.retrieve.embeddings import SOURCE, Embeddings, make_ids, open_embeddings
 from shnet_jax.retrieve.searcher import Answer, Searcher, encode_texts
+from shnet_jax.train.load import Loaded
+from shnet_jax.train.load import load as load_trained
 from shnet_jax.train.workdir import trained_config
 from shnet_jax.types import Embedding
 
@@ -46,7 +47,7 @@ def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None 
     config = ConfigDict((trained_config(workdir) if config is None else config).to_dict())
     config.data.dir = str(data_dir) or config.data.dir
     try:
-        return Retriever(commands.load(workdir, config, step), config)
+        return Retriever(load_trained(workdir, config, step), config)
     except AttributeError as error:
         if not from_run or "ConfigDict" not in type(error.obj).__name__:
             raise
@@ -59,7 +60,7 @@ def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None 
 class Retriever:
     """A trained model with its data set: encodes images and sentences, searches one with the other."""
 
-    def __init__(self, loaded: commands.Loaded, config: ConfigDict):
+    def __init__(self, loaded: Loaded, config: ConfigDict):
         self.loaded, self.config = loaded, config
         self._mesh, self._candidates = make_mesh(config.parallel.devices), candidates(config.eval)
         self._galleries: dict[str, Embeddings] = {}
@@ -71,7 +72,7 @@ class Retriever:
 
     @cached_property
     def _towers(self) -> Any:
-        return make_towers(self.loaded.experiment, self._mesh, self._mesh)(self.loaded.variables)
+        return Towers(self.loaded.experiment, self._mesh, self._mesh).place(self.loaded.variables)
 
     def encode_texts(self, texts: str | Sequence[str]) -> Embedding:
         """Sentences, or one, -> their t embeddings, NumPy: `.vector` [t, d] float32, of unit length."""

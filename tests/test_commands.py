@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from shnet_jax.commands import evaluate, evaluate_checkpoint, load
+from shnet_jax.modes.evaluate import evaluate, evaluate_checkpoint
 from shnet_jax.modes.train import train
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.train.load import load
 from shnet_jax.train.workdir import WorkdirError
 from tests.train import tiny
 

@@ -15,7 +15,6 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from configs import base, user_coco
-from shnet_jax.commands import evaluate_checkpoint, load
 from shnet_jax.convert import convert, load_folder, load_published, load_run
 from shnet_jax.interop.published import open_published, text_encoder_slots
 from shnet_jax.interop.torch_weights import (
@@ -25,9 +24,11 @@ from shnet_jax.interop.torch_weights import (
     vse_encoder_slots,
 )
 from shnet_jax.models.bert import EPSILON
+from shnet_jax.modes.evaluate import evaluate_checkpoint
 from shnet_jax.modes.train import train
 from shnet_jax.plan import planned_run
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.train.load import load
 from shnet_jax.train.workdir import WorkdirError
 from tests.interop.torch_writer import attributes, of_numpy, save
 from tests.models import image_oracle, text_oracle

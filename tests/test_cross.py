@@ -8,10 +8,10 @@ import zlib
 import numpy as np
 import pytest
 
-from shnet_jax.commands import evaluate, evaluate_checkpoint
-from shnet_jax.cross import cross
 from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluate.zero_shot import zero_shot
+from shnet_jax.modes.cross import cross
+from shnet_jax.modes.evaluate import evaluate, evaluate_checkpoint
 from shnet_jax.modes.train import train
 from tests.train import tiny
 

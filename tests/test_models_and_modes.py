@@ -18,11 +18,11 @@ import shnet_jax
 from configs import cmsei_scenes, demo, esa_people, user_demo
 from data_prep import people
 from data_prep.builder import write_dataset
-from shnet_jax.commands import evaluate
 from shnet_jax.convert import convert
-from shnet_jax.cross import cross
 from shnet_jax.modes import plan as plan_mode
+from shnet_jax.modes.cross import cross
 from shnet_jax.modes.embed import embed
+from shnet_jax.modes.evaluate import evaluate
 from shnet_jax.modes.page import page
 from shnet_jax.modes.search import search
 from shnet_jax.modes.train import train

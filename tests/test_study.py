@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from shnet_jax import study as module
 from shnet_jax.evaluate.bootstrap import NAMES, Interval
+from shnet_jax.evaluate.metrics import QueryRanks
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.recall import QueryRanks
 from shnet_jax.study import Run, arm_config, differences, study, table
 from tests.train import tiny
 

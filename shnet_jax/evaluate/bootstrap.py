@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shnet_jax.evaluate.person import NAMES as PERSON_NAMES
-from shnet_jax.evaluate.rank import check_captions
-from shnet_jax.evaluate.recall import CUTS, DIRECTIONS, QueryRanks
+from shnet_jax.evaluate.metrics import CUTS, DIRECTIONS, PERSON_METRICS, QueryRanks
+from shnet_jax.evaluate.ranks import check_captions
 from shnet_jax.foreign import read_npz
 from shnet_jax.observe.files import whole
 
@@ -23,7 +22,7 @@ LEVEL = 0.95
 DRAWS = 2000
 NAMES = (*(f"{d}_r{k}" for d in DIRECTIONS for k in CUTS), "rsum")
 RANKS, PERSONS = ("i2t", "t2i", "caption_image"), ("image_person", "found")
-"""Fields of QueryRanks, and those that only a person search has."""
+"""Arrays of a file of queries, in the order of QueryRanks, and those that only a person search has."""
 _CHUNK = 1 << 19  # weights drawn at once: 4 MiB
 
 
@@ -41,7 +40,7 @@ def recall_intervals(
 ) -> dict[str, Interval]:
     """Intervals of NAMES: the recalls of `runs` or, with a baseline, by how much they exceed its recalls.
 
-    Where all runs searched persons, of the numbers `person.NAMES` too.
+    Where all runs searched persons, those of `metrics.PERSON_METRICS` too.
     Runs of several seeds are averaged query by query first, and then compared with the average of the baseline's runs.
     Raises ValueError when two runs are not of the same gallery.
     """
@@ -56,11 +55,11 @@ def recall_intervals(
                 f"{len(run.t2i)} captions, or their captions belong to other images, or these to other persons; "
                 "expected the same split"
             )
-    names = NAMES if people is None else (*NAMES, *PERSON_NAMES)
+    names = NAMES if people is None else (*NAMES, *PERSON_METRICS)
     captions = np.bincount(both[0].caption_image, minlength=len(both[0].i2t))
-    ours = np.mean([_found(run, people is not None) for run in runs], axis=0)
+    ours = np.mean([_hits(run, people is not None) for run in runs], axis=0)
     if baseline:
-        ours = ours - np.mean([_found(run, people is not None) for run in baseline], axis=0)
+        ours = ours - np.mean([_hits(run, people is not None) for run in baseline], axis=0)
     each = np.concatenate([np.ones_like(captions)[:, None], captions[:, None], ours], axis=1).astype(np.float64)
     if people is not None:
         _, person = np.unique(people, return_inverse=True)
@@ -75,47 +74,50 @@ def recall_intervals(
     return {name: Interval(*map(float, row)) for name, *row in zip(names, drawn[0], low, high, strict=True)}
 
 
-def _found(run: QueryRanks, persons: bool) -> np.ndarray:
-    """[n, 6] whether the image found a caption among the first k, and how many of its captions found the image.
+def _hits(run: QueryRanks, persons: bool) -> np.ndarray:
+    """[n, 6] hits of each image and of its captions: whether its rank is below k, and how many of theirs are.
 
-    persons: [n, 11], and what its captions give to each number of a person search.
+    persons: [n, 11], with the sums of its captions' person scores.
     """
-    columns = [run.t2i < k for k in CUTS] + (list(run.found.T) if persons and run.found is not None else [])
-    own = [np.bincount(run.caption_image, column, minlength=len(run.i2t)) for column in columns]
-    return np.stack([*(run.i2t < k for k in CUTS), *own], axis=1)
+    columns = [run.t2i < k for k in CUTS] + (
+        list(run.person_scores.T) if persons and run.person_scores is not None else []
+    )
+    by_caption = [np.bincount(run.caption_image, column, minlength=len(run.i2t)) for column in columns]
+    return np.stack([*(run.i2t < k for k in CUTS), *by_caption], axis=1)
 
 
 def _recalls(sums: np.ndarray) -> np.ndarray:
-    """[draws, 8 or 13] sums of images, captions and what was found -> [draws, 7 or 12] the numbers, in percent."""
+    """[draws, 8 or 13] sums of images, captions and hits -> [draws, 7 or 12] metrics in percent."""
     both = 2 * len(CUTS)
-    images, captions, found = sums[:, :1], sums[:, 1:2], sums[:, 2:]
-    recalls = 100.0 * np.concatenate([found[:, : len(CUTS)] / images, found[:, len(CUTS) : both] / captions], axis=1)
-    return np.concatenate([recalls, recalls.sum(axis=1, keepdims=True), 100.0 * found[:, both:] / captions], axis=1)
+    images, captions, hits = sums[:, :1], sums[:, 1:2], sums[:, 2:]
+    recalls = 100.0 * np.concatenate([hits[:, : len(CUTS)] / images, hits[:, len(CUTS) : both] / captions], axis=1)
+    return np.concatenate([recalls, recalls.sum(axis=1, keepdims=True), 100.0 * hits[:, both:] / captions], axis=1)
 
 
 def save_queries(path: Path, queries: QueryRanks) -> None:
     """Writes the ranks of a run's queries, whole or not at all."""
     with whole(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **{name: array for name, array in dataclasses.asdict(queries).items() if array is not None})
+        arrays = zip((*RANKS, *PERSONS), dataclasses.astuple(queries), strict=True)
+        np.savez(file, **{name: array for name, array in arrays if array is not None})
 
 
 def load_queries(path: Path) -> QueryRanks:
-    """What `save_queries` wrote. Raises FileNotFoundError, or ValueError for another kind of file."""
+    """Reads a file of `save_queries`. Raises FileNotFoundError, or ValueError for another kind of file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the ranks of a run's queries, as --mode=eval writes them")
     try:
         arrays = read_npz(path)
-        found = QueryRanks(*(arrays[name] for name in RANKS), *(arrays.get(name) for name in PERSONS))
-        for name, ranks in (("i2t", found.i2t), ("t2i", found.t2i)):
+        queries = QueryRanks(*(arrays[name] for name in RANKS), *(arrays.get(name) for name in PERSONS))
+        for name, ranks in (("i2t", queries.i2t), ("t2i", queries.t2i)):
             if ranks.ndim != 1 or ranks.dtype.kind not in "iu":
                 raise ValueError(f"{name} is {ranks.dtype} {list(ranks.shape)}, expected whole numbers [n]")
-        check_captions(found.caption_image, len(found.i2t), len(found.t2i))
-        shapes = [None if array is None else array.shape for array in (found.image_person, found.found)]
-        if shapes not in ([None, None], [(len(found.i2t),), (len(found.t2i), len(PERSON_NAMES))]):
+        check_captions(queries.caption_image, len(queries.i2t), len(queries.t2i))
+        shapes = [None if array is None else array.shape for array in (queries.image_person, queries.person_scores)]
+        if shapes not in ([None, None], [(len(queries.i2t),), (len(queries.t2i), len(PERSON_METRICS))]):
             raise ValueError(
                 f"{' and '.join(PERSONS)} are {shapes[0]} and {shapes[1]}, expected [n] and [t, 5], or neither"
             )
-        return found
+        return queries
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{path}: expected the ranks of a run's queries, as --mode=eval writes them: {error}"

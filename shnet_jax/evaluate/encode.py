@@ -1,14 +1,181 @@
-"""Embeddings of a whole gallery, each item encoded once, gathered on the host in the order of the data."""
+"""Encodes galleries: settings that fit, variables on the devices, every item encoded once, gathered on the host.
+
+encoder = Encoder(experiment, mesh)  # compiles once for all variables
+images, texts = encoder.encode(gallery, variables)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from shnet_jax.types import Array, Embedding
+from shnet_jax.data.batches import gather
+from shnet_jax.data.gallery import Gallery, Part
+from shnet_jax.evaluate.bf16_screening import check_score_dtype
+from shnet_jax.evaluate.overlap import Overlap
+from shnet_jax.evaluate.pipelined import (
+    check_pipeline,
+    make_pipelined_text_encoder,
+    place_variables,
+    schedule_text,
+    stage_mesh,
+)
+from shnet_jax.evaluate.rerank import candidates
+from shnet_jax.evaluate.tiles import prefetch_one
+from shnet_jax.experiment import Experiment
+from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.parallel.hosts import own_rows
+from shnet_jax.parallel.mapping import data_mesh, map_encode, put_batch, replicate
+from shnet_jax.types import Array, Batch, Embedding
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD = 2  # batches on the devices that wait for their tower where towers overlap: one to go on with, one arriving
+
+
+def check(model: RetrievalModel, config: ConfigDict | FrozenConfigDict, mesh: Mesh) -> None:
+    """Static checks, before I/O or compilation: ValueError for settings that do not fit model or devices."""
+    evaluation = config.eval
+    check_score_dtype(model.score, evaluation.score_dtype)
+    if evaluation.batch_size < 1:
+        raise ValueError(f"config.eval.batch_size is {evaluation.batch_size}; it must be at least 1")
+    candidates(evaluation)
+    if evaluation.overlap and jax.process_count() > 1:
+        raise ValueError("config.eval.overlap needs both towers' devices in one process; switch it off for several")
+    if jax.process_count() > 1 and config.parallel.mapping == "pmap":
+        raise ValueError("several processes evaluate under config.parallel.mapping=shard_map only")
+    if evaluation.stages != 1:
+        text_mesh = halves(mesh)[1] if evaluation.overlap else mesh
+        check_pipeline(model, stage_mesh(text_mesh, evaluation.stages), evaluation.microbatches, evaluation.batch_size)
+
+
+class Encoder:
+    """Encodes galleries with both towers of a model; compiled once for all variables.
+
+    config.eval.overlap changes when and where a batch is encoded, and no bit of its embedding: each device gets the
+    same rows, padded to the same length. Raises ValueError for settings that do not fit devices or model.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh):
+        self._evaluation = experiment.config.eval
+        check(experiment.model, experiment.config, mesh)
+        self._rows = self._evaluation.batch_size * mesh.size
+        self._towers = Towers(experiment, *(halves(mesh) if self._evaluation.overlap else (mesh, mesh)))
+
+    def encode(self, gallery: Gallery, variables: dict[str, Any]) -> tuple[Embedding, Embedding]:
+        """Embeddings of the images and captions of a gallery with variables {"params", "batch_stats"}."""
+        sides = zip(
+            self._towers.place(variables),
+            (gallery.image_batches(self._rows), gallery.text_batches(self._rows)),
+            (gallery.images, len(gallery.captions)),
+            strict=True,
+        )
+        if not self._evaluation.overlap:
+            images, texts = (encode_parts(tower, parts, count) for tower, parts, count in sides)
+            return images, texts
+        with Overlap() as overlap:
+            encoding = [overlap.start(partial(self._encode_ahead, overlap, *side)) for side in sides]
+            images, texts = (side.result() for side in encoding)
+        return images, texts
+
+    def _encode_ahead(self, overlap: Overlap, tower: Tower, parts: Iterable[Part], count: int) -> Embedding:
+        batches = pieces(parts, self._evaluation.batch_size * tower.mesh.size)
+        placed = ((tower.put(part.batch), part.valid, part.numbers) for part in batches)
+        return encode(tower.apply, overlap.ahead(placed, READ_AHEAD), count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """A tower with its variables. apply: a batch that `put` placed on the devices of `mesh` -> its embeddings."""
+
+    mesh: Mesh
+    put: Callable[[Any], Batch]
+    apply: Callable[[Batch], Embedding]
+
+
+class Towers:
+    """The compiled towers of a model, images and captions each on their own devices or together on all."""
+
+    def __init__(self, experiment: Experiment, image_mesh: Mesh, text_mesh: Mesh):
+        evaluation, self._model = experiment.config.eval, experiment.model
+        self._image_mesh, self._text_mesh = image_mesh, text_mesh
+        self._mapping = self._text_mapping = experiment.config.parallel.mapping
+        self._stage_mesh: Mesh | None = None
+        self._encode_image = map_encode(partial(image_tower, self._model), image_mesh, self._mapping)
+        if evaluation.stages == 1:
+            self._encode_text = map_encode(partial(text_tower, self._model), text_mesh, self._mapping)
+        else:
+            self._text_mapping = "shard_map"
+            self._stage_mesh = stage_mesh(text_mesh, evaluation.stages)
+            self._encode_text = make_pipelined_text_encoder(self._model, self._stage_mesh, evaluation.microbatches)
+            log.info("%s", schedule_text(evaluation.stages, evaluation.microbatches))
+
+    def place(self, variables: dict[str, Any]) -> tuple[Tower, Tower]:
+        """The towers of images and of captions with variables {"params", "batch_stats"} on their devices."""
+        for_text: Any
+        if self._stage_mesh is None:
+            for_text = shared = replicate(variables, self._text_mesh)
+        else:
+            for_text = place_variables(self._model, variables, self._stage_mesh)
+            shared = for_text.shared  # without the layers of the text tower, which may be more than a device holds
+        if self._image_mesh is self._text_mesh:
+            for_image = shared
+        else:
+            for_image = replicate(variables if self._stage_mesh is None else shared, self._image_mesh)
+        return (
+            self._tower(self._image_mesh, self._mapping, partial(self._encode_image, for_image)),
+            self._tower(self._text_mesh, self._text_mapping, partial(self._encode_text, for_text)),
+        )
+
+    def _tower(self, mesh: Mesh, mapping: str, apply: Callable[[Batch], Embedding]) -> Tower:
+        return Tower(mesh, lambda batch: put_batch(own_rows(batch), mesh, mapping), apply)
+
+
+def image_tower(model: RetrievalModel, variables: Any, batch: Batch) -> Embedding:
+    """Encodes the images of one device's batch of `data.gallery`."""
+    return cast(Embedding, model.apply(variables, gather({}, batch), train=False, method="encode_image"))
+
+
+def text_tower(model: RetrievalModel, variables: Any, batch: Batch) -> Embedding:
+    """Encodes the captions of one device's batch of `data.gallery`."""
+    return cast(Embedding, model.apply(variables, batch, train=False, method="encode_text"))
+
+
+def halves(mesh: Mesh) -> tuple[Mesh, Mesh]:
+    """Devices for the images and devices for the captions; both on the only one, if there is only one."""
+    devices = list(mesh.devices.flat)
+    if len(devices) == 1:
+        return mesh, mesh
+    middle = -(-len(devices) // 2)
+    return data_mesh(devices[:middle]), data_mesh(devices[middle:])
+
+
+def pieces(parts: Iterable[Part], rows: int) -> Iterator[Part]:
+    """Cuts parts into batches of `rows` rows, without batches of padding alone.
+
+    On a part of the devices, each device gets the rows that it would have got of all devices, some of them later.
+    """
+    for part in parts:
+        size = len(next(iter(part.batch.values())))
+        for start in range(0, part.valid, rows):
+            index = np.minimum(np.arange(start, start + rows), size - 1)
+            batch = {field: values[index] for field, values in part.batch.items()}
+            yield Part(batch, min(rows, part.valid - start), part.numbers[start : start + rows])
+
+
+def encode_parts(tower: Tower, parts: Iterable[Part], count: int) -> Embedding:
+    """Encodes the `count` items of batches of `data.gallery`, onto the host."""
+    return encode(lambda batch: tower.apply(tower.put(batch)), parts, count)
+
 
 Portion = tuple[Any, int, np.ndarray]
 """A batch of static shape, how many of its first rows are real, and the gallery rows of at least these."""
@@ -35,22 +202,18 @@ def encode(
     Raises:
       ValueError: an item in no batch or in two, a row outside the gallery, a batch with too few rows.
     """
-    gallery = _Gallery(count)
-    done, ahead = 0, None
-    for batch, valid, rows in batches:
-        dispatched = fn(batch), _real(rows, valid, count)
-        if ahead is not None:  # copied to the host while the device computes the batch just dispatched
-            gallery.put(*ahead)
-        ahead, done = dispatched, done + valid
+    gallery, done = _Gallery(count), 0
+    # Copied to the host while the device computes the batch just dispatched.
+    for embedded, rows in prefetch_one((fn(batch), _real(rows, valid, count)) for batch, valid, rows in batches):
+        gallery.put(embedded, rows)
+        done += len(rows)
         if progress is not None:
             progress(done)
-    if ahead is not None:
-        gallery.put(*ahead)
     return gallery.result()
 
 
 class _Gallery:
-    """The rows of all batches at their places, as they arrive."""
+    """Collects the rows of all batches at their places."""
 
     def __init__(self, count: int):
         self.times = np.zeros(count, np.int64)  # that each row was put

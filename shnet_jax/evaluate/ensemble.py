@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shnet_jax.evaluate.compare import Way
-from shnet_jax.evaluate.protocols import Subject
+from shnet_jax.evaluate.protocols import Provenance
+from shnet_jax.evaluate.ranking_methods import RankingMethod
 from shnet_jax.evaluate.tiles import Items, ItemScore
 from shnet_jax.types import Array
 
@@ -22,7 +22,7 @@ class Embedded:
     caption_image: [t] int, image of each caption.
     image_ids: unicode [n]. captions: the t sentences.
     image_person: [n] int, person in each image, for a person search; None for none.
-    way: how they are ranked; None: by `rank.ranks` with the score.
+    method: how they are ranked; None: by `ranks.ranks` with the score.
     """
 
     name: str
@@ -32,9 +32,9 @@ class Embedded:
     caption_image: np.ndarray
     image_ids: np.ndarray
     captions: tuple[str, ...]
-    subject: Subject
+    provenance: Provenance
     image_person: np.ndarray | None = None
-    way: Way | None = None
+    method: RankingMethod | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +88,15 @@ def combine(name: str, members: Sequence[Embedded], weights: Sequence[float] = (
         images=tuple(m.images for m in members),
         texts=tuple(m.texts for m in members),
         score=score,
-        way=None,
-        subject=_joint_subject([m.subject for m in members], f"mean of the scores of {len(members)} models: {parts}"),
+        method=None,
+        provenance=_joint_provenance(
+            [m.provenance for m in members], f"mean of the scores of {len(members)} models: {parts}"
+        ),
     )
 
 
 def _check_same_gallery(first: Embedded, other: Embedded) -> None:
-    where = f"{first.name} ({first.subject.dataset}, {first.subject.split}) and {other.name} ({other.subject.dataset}, "
-    where += f"{other.subject.split})"
+    where = " and ".join(f"{e.name} ({e.provenance.dataset}, {e.provenance.split})" for e in (first, other))
     for kind, ours, theirs in (
         ("images", first.image_ids.tolist(), other.image_ids.tolist()),
         ("captions", first.captions, other.captions),
@@ -110,10 +111,10 @@ def _check_same_gallery(first: Embedded, other: Embedded) -> None:
                 )
 
 
-def _joint_subject(subjects: Sequence[Subject], ensemble: str) -> Subject:
-    """What is the same in all, and the different values of the rest in the order of the members."""
+def _joint_provenance(members: Sequence[Provenance], ensemble: str) -> Provenance:
+    """The fields equal in all members, and the different values of the rest in the order of the members."""
     joint = {}
-    for field in dataclasses.fields(Subject):
-        values = [getattr(subject, field.name) for subject in subjects]
+    for field in dataclasses.fields(Provenance):
+        values = [getattr(member, field.name) for member in members]
         joint[field.name] = values[0] if len(set(values)) == 1 else ", ".join(map(str, values))
-    return Subject(**joint | {"ensemble": ensemble})
+    return Provenance(**joint | {"ensemble": ensemble})

@@ -40,7 +40,7 @@ class Placed(NamedTuple):
     """Variables on a mesh.
 
     shared: all but the layers of the text tower, on every device; enough for `encode_image`.
-    layers: those layers stacked, each leaf [stages * places, ...]; a device holds those of its stage.
+    layers: the layers stacked, each leaf [stages * places, ...]; a device holds those of its stage.
     """
 
     shared: Any
@@ -87,7 +87,7 @@ def _apart(model: RetrievalModel, variables: Mapping[str, Any]) -> tuple[Any, li
 
 
 def check_pipeline(model: RetrievalModel, mesh: Mesh, microbatches: int, rows: int) -> None:
-    """What can be said before anything is read or compiled. rows: captions of a batch on each device.
+    """Static checks, before I/O or compilation. rows: captions of a batch on each device.
 
     Raises ValueError for a text tower without layers or with fewer than stages, or for captions of a pipeline that do
     not divide into microbatches.
@@ -97,7 +97,7 @@ def check_pipeline(model: RetrievalModel, mesh: Mesh, microbatches: int, rows: i
 
 
 def schedule_text(stages: int, microbatches: int) -> str:
-    """What a pipeline costs, in a line for a log or a table."""
+    """The cost of a pipeline, in a line for a log or a table."""
     idle = f"{100 * bubble_share(microbatches, stages):.1f} %"
     return f"text tower in {stages} stages, microbatches: {microbatches}; a stage is idle for {idle} of the ticks"
 
@@ -139,8 +139,8 @@ def make_pipelined_text_encoder(model: RetrievalModel, mesh: Mesh, microbatches:
             return run(*args, **kwargs)
 
         with nn.intercept_methods(instead):
-            found = cast(Embedding, model.apply(placed.shared, batch, train=False, method="encode_text"))
-        return all_gather(all_gather(found, STAGE), DATA) if everywhere else found
+            embedding = cast(Embedding, model.apply(placed.shared, batch, train=False, method="encode_text"))
+        return all_gather(all_gather(embedding, STAGE), DATA) if everywhere else embedding
 
     everywhere = jax.process_count() > 1
     rows = P((DATA, STAGE))
@@ -150,10 +150,10 @@ def make_pipelined_text_encoder(model: RetrievalModel, mesh: Mesh, microbatches:
 def _tower(model: RetrievalModel) -> LayeredTower:
     tower = getattr(getattr(model, "text", None), "tower", None)
     if not isinstance(tower, LayeredTower):
-        found = "no text.tower" if tower is None else f"the text tower {type(tower).__name__}, which has no layers"
+        actual = "no text.tower" if tower is None else f"the text tower {type(tower).__name__}, which has no layers"
         raise ValueError(
             f"config.eval.stages spreads the layers of the text tower over devices, but {type(model).__name__} has "
-            f"{found}; set it to 1, or config.text.tower to bert, transformer or clip"
+            f"{actual}; set it to 1, or config.text.tower to bert, transformer or clip"
         )
     return tower
 

@@ -1,20 +1,21 @@
-"""Named evaluation protocols: what is ranked against what, and a card that says so beside the numbers."""
+"""Named evaluation protocols: which gallery is ranked, and the protocol card that documents it beside the metrics."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from shnet_jax.evaluate.bootstrap import Interval
-from shnet_jax.evaluate.rank import Ranks, check_captions, ranks
-from shnet_jax.evaluate.recall import Metrics, QueryRanks, chance, mean, recalls
+from shnet_jax.evaluate.metrics import Metrics, QueryRanks, chance, mean, person_chance, person_metrics, recalls
+from shnet_jax.evaluate.person_search import search_persons
+from shnet_jax.evaluate.ranking_methods import Ranked, RankingMethod
+from shnet_jax.evaluate.ranks import check_captions, ranks
 from shnet_jax.evaluate.tiles import Items, ItemScore, size, take
 
 TIE_RULE = "rank = items that score strictly higher + items that score the same and have a smaller index"
@@ -30,8 +31,8 @@ class Protocol:
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """What was evaluated, as far as the caller knows; part of the protocol card."""
+class Provenance:
+    """The data, checkpoint and settings behind embeddings, as far as the caller knows; part of the protocol card."""
 
     dataset: str = UNKNOWN
     split: str = UNKNOWN
@@ -46,11 +47,11 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a gallery gave.
+    """Metrics of a gallery.
 
-    metrics: see `recall.Metrics`; those of each fold, those of guessing, and the protocol card beside them.
-    queries: the rank that each query got; None where only the numbers are known.
-    extra: further numbers of the whole gallery by name, see `extra.extra_metrics`.
+    metrics: see `metrics.Metrics`; those of each fold, those of chance, and the protocol card beside them.
+    queries: the rank of each query; None where only the metrics are known.
+    extra: further metrics of the whole gallery by name, see `extra_metrics.extra_metrics`.
     intervals: of each recall, see `bootstrap.recall_intervals`.
     """
 
@@ -61,10 +62,6 @@ class Results:
     queries: QueryRanks | None = None
     extra: Metrics = dataclasses.field(default_factory=dict)
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
-
-
-Ranker = Callable[[Any, Any, np.ndarray, int], Ranks]
-"""(images, captions, image of each caption, number of the fold) -> ranks."""
 
 
 def find_protocol(name: str) -> Protocol:
@@ -82,38 +79,73 @@ def evaluate(
     caption_image: np.ndarray,
     score: ItemScore,
     protocol: str = "whole",
-    subject: Subject | None = None,
+    provenance: Provenance | None = None,
     tile: int = 512,
     mesh: Mesh | None = None,
     score_dtype: str = "float32",
-    ranker: Ranker | None = None,
+    method: RankingMethod | None = None,
+    image_person: np.ndarray | None = None,
 ) -> Results:
     """Ranks a gallery by a named protocol (see `find_protocol`).
 
-    Several processes call it together, each with a mesh of its own devices, and share the work of `rank.ranks`.
-    ranker: ranks instead of `rank.ranks`, whose arguments and errors the others are; ValueError too when the folds are
-    unequal.
+    Several processes call it together, each with a mesh of its own devices, and share the work of `ranks.ranks`.
+
+    Args:
+      images, texts, caption_image, score, tile, mesh, score_dtype: as for `ranks.ranks`.
+      method: ranks the gallery instead of `ranks.ranks`.
+      image_person: [n] integers, persons for the metrics of a person search in the whole gallery; None: no search.
+
+    Raises:
+      ValueError: as `ranks.ranks`, and folds of unequal size.
     """
     plan = find_protocol(protocol)
     n, t = size(images), size(texts)
     owner = check_captions(caption_image, n, t)
     if n % plan.folds:
         raise ValueError(f"protocol {plan.name}: {n} images do not divide into {plan.folds} folds of equal size")
-    found, guessed = [], []
+    folds, of_chance = [], []
     queries = QueryRanks(np.empty(n, np.int64), np.empty(t, np.int64), owner)
+    ranked: list[Ranked] = []
     for fold, (rows, captions) in enumerate(_folds(owner, n, plan.folds)):
-        whole = plan.folds == 1  # then no copy of what may be gigabytes
         fold_owner = owner[captions] - rows[0]
-        sides = (images, texts) if whole else (take(images, rows), take(texts, captions))
-        if ranker is None:
-            ranked = ranks(*sides, fold_owner, score, tile, mesh, score_dtype, shared=True)
+        # The whole gallery is not copied: it may be gigabytes.
+        sides = (images, texts) if plan.folds == 1 else (take(images, rows), take(texts, captions))
+        if method is None:
+            ranked += [Ranked(ranks(*sides, fold_owner, score, tile, mesh, score_dtype, shared=True), 0)]
         else:
-            ranked = ranker(*sides, fold_owner, fold)
-        queries.i2t[rows], queries.t2i[captions] = ranked.i2t, ranked.t2i
-        found.append(recalls(ranked))
-        guessed.append(chance(np.bincount(fold_owner)))
-    card = _card(plan, subject or Subject(), n, t, jax.tree.leaves(images)[0].dtype)
-    return Results(mean(found), tuple(found), mean(guessed), card, queries)
+            ranked += [method.rank(*sides, fold_owner, fold)]
+        queries.i2t[rows], queries.t2i[captions] = ranked[-1].ranks.i2t, ranked[-1].ranks.t2i
+        folds.append(recalls(ranked[-1].ranks))
+        of_chance.append(chance(np.bincount(fold_owner)))
+    card = _card(plan, provenance or Provenance(), n, t, jax.tree.leaves(images)[0].dtype)
+    if method is not None:
+        card |= {"pairs_scored": sum(r.pairs for r in ranked)}
+        card |= {"ranking_seconds": round(sum(r.seconds for r in ranked), 1)}  # type: ignore[dict-item]
+        card |= {"ranking": method.description} if method.description else {}
+    results = Results(mean(folds), tuple(folds), mean(of_chance), card, queries)
+    if image_person is None:
+        return results
+    persons = image_person, image_person[owner]
+    if method is not None and method.persons is not None:
+        candidates = ranked[0].candidates if plan.folds == 1 else None
+        scores = method.persons(images, texts, *persons, candidates)
+    else:
+        scores = search_persons(images, texts, *persons, score, tile, mesh)
+    return _with_persons(results, queries, *persons, scores)
+
+
+def _with_persons(
+    results: Results, queries: QueryRanks, image_person: np.ndarray, caption_person: np.ndarray, scores: np.ndarray
+) -> Results:
+    """Results with the metrics of a person search. scores: [t, 5], see `person_search.search_persons`."""
+    people = f"{len(np.unique(image_person))}; any image of the caption's person is relevant"
+    return dataclasses.replace(
+        results,
+        metrics=results.metrics | person_metrics(scores),
+        queries=dataclasses.replace(queries, image_person=image_person, person_scores=scores),
+        chance=results.chance | person_chance(image_person, caption_person),
+        card=results.card | {"persons": people},
+    )
 
 
 def _folds(owner: np.ndarray, n: int, folds: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -122,7 +154,7 @@ def _folds(owner: np.ndarray, n: int, folds: int) -> Iterator[tuple[np.ndarray, 
         yield rows, np.flatnonzero((owner >= rows[0]) & (owner <= rows[-1]))
 
 
-def _card(plan: Protocol, subject: Subject, n: int, t: int, dtype: np.dtype) -> dict[str, str | int]:
+def _card(plan: Protocol, provenance: Provenance, n: int, t: int, dtype: np.dtype) -> dict[str, str | int]:
     size = n // plan.folds
     gallery = (
         f"all {n} images and {t} captions together"
@@ -132,7 +164,7 @@ def _card(plan: Protocol, subject: Subject, n: int, t: int, dtype: np.dtype) -> 
     device = jax.devices()[0]
     return {
         "protocol": plan.name,
-        **dataclasses.asdict(subject),
+        **dataclasses.asdict(provenance),
         "images": n,
         "captions": t,
         "folds": plan.folds,

@@ -1,4 +1,4 @@
-"""Results as JSON for programs and as tables, in Markdown once they are text, for people."""
+"""Results as JSON for programs, and as tables (Markdown as text) for people."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from shnet_jax.evaluate.bootstrap import NAMES, Interval
+from shnet_jax.evaluate.metrics import CUTS, DIRECTIONS, Metrics
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.recall import CUTS, DIRECTIONS, Metrics
 from shnet_jax.observe.table import Table
 
 FORMAT = 1  # raised when a key of the JSON changes its name or meaning
@@ -22,20 +22,20 @@ PERSON = {
     "person_map": "mAP",
     "person_minp": "mINP",
 }
-"""Metrics of a person search (`person.NAMES`), where there are any, and their headings."""
+"""Headings of `metrics.PERSON_METRICS`."""
 COLUMNS = [*(f"{d}_{m}" for d in DIRECTIONS for m in (*(f"r{k}" for k in CUTS), "medr", "meanr")), "rsum"]
 
 
 def as_dict(results: Results) -> dict[str, Any]:
     """All numbers and the card; not the ranks of single queries, which `bootstrap.save_queries` keeps."""
-    found = dataclasses.asdict(dataclasses.replace(results, queries=None))
-    return {name: value for name, value in found.items() if name != "queries"}
+    fields = dataclasses.asdict(dataclasses.replace(results, queries=None))
+    return {name: value for name, value in fields.items() if name != "queries"}
 
 
 def to_json(arms: Mapping[str, Results], differences: Mapping[str, Mapping[str, Interval]] | None = None) -> str:
     """All numbers and cards: {"format": 1, "arms": {name: {"metrics", "folds", "chance", "card", ...}}}.
 
-    differences: what was compared -> recall -> its interval, under "differences".
+    differences: comparison -> recall -> its interval, under "differences".
     """
     document: dict[str, Any] = {"format": FORMAT, "arms": {name: as_dict(arm) for name, arm in arms.items()}}
     if differences:
@@ -44,30 +44,46 @@ def to_json(arms: Mapping[str, Results], differences: Mapping[str, Mapping[str, 
 
 
 def intervals_as_dict(differences: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[str, dict[str, float]]]:
-    """What was compared -> recall -> its interval, as JSON has it."""
+    """Intervals by comparison and recall, as JSON has them."""
     return {
-        name: {recall: dataclasses.asdict(interval) for recall, interval in found.items()}
-        for name, found in differences.items()
+        name: {recall: dataclasses.asdict(interval) for recall, interval in intervals.items()}
+        for name, intervals in differences.items()
     }
 
 
 def table(arms: Mapping[str, Results]) -> Table:
-    """A row for each arm, one for guessing on each gallery; recalls are in percent."""
-    guesses: list[tuple[str, Metrics]] = []
+    """A row for each arm, one for chance on each gallery; recalls are in percent."""
+    of_chance: list[tuple[str, Metrics]] = []
     for arm in arms.values():
         card = arm.card
         folds = f", {card['folds']} folds" if card["folds"] != 1 else ""
         name = f"chance ({card['images']} images, {card['captions']} captions{folds})"
         # Of one gallery not every arm has the numbers of a person search.
-        known = (g for n, g in guesses if n == name and all(g.get(m, v) == v for m, v in arm.chance.items()))
+        known = (g for n, g in of_chance if n == name and all(g.get(m, v) == v for m, v in arm.chance.items()))
         if (same := next(known, None)) is None:
-            guesses.append((name, dict(arm.chance)))
+            of_chance.append((name, dict(arm.chance)))
         else:
             same.update(arm.chance)
-    rows = [*((name, arm.metrics) for name, arm in arms.items()), *guesses]
+    rows = [*((name, arm.metrics) for name, arm in arms.items()), *of_chance]
     columns = [*COLUMNS, *(name for name in PERSON if any(name in metrics for _, metrics in rows))]
     cells = [[name, *(f"{metrics[c]:.1f}" if c in metrics else "" for c in columns)] for name, metrics in rows]
     return Table("Recall in per cent, and ranks", ["", *map(heading, columns)], cells)
+
+
+def comparison_table(arms: Mapping[str, Results]) -> Table:
+    """Recalls of each ranking method, pairs scored, seconds; speed-up against the last one."""
+    arms = {name: arm for name, arm in arms.items() if "pairs_scored" in arm.card}
+    columns = [*NAMES]
+    columns += [name for name in PERSON if all(name in arm.metrics for arm in arms.values())]
+    last = [*arms.values()][-1].card
+    rows = []
+    for name, arm in arms.items():
+        pairs, seconds = int(arm.card["pairs_scored"]), float(arm.card["ranking_seconds"])
+        speed = f"{float(last['ranking_seconds']) / seconds:.1f}" if seconds else ""
+        recalls = [f"{arm.metrics[c]:.1f}" for c in columns]
+        rows.append([name, *recalls, f"{pairs:,}", f"{seconds:.1f}", speed])
+    headings = ["ranking", *map(heading, columns), "pairs scored", "seconds", "speed-up"]
+    return Table("Exact ranking and ranking in two stages", headings, rows)
 
 
 def extra_table(arms: Mapping[str, Results]) -> Table | None:
@@ -80,13 +96,13 @@ def extra_table(arms: Mapping[str, Results]) -> Table | None:
 
 def interval_table(arms: Mapping[str, Mapping[str, Interval]]) -> Table:
     """Recalls, or differences of recalls, with the bounds of their 95 % intervals."""
-    columns = [*NAMES, *(name for name in PERSON if any(name in found for found in arms.values()))]
+    columns = [*NAMES, *(name for name in PERSON if any(name in intervals for intervals in arms.values()))]
 
     def cell(interval: Interval | None) -> str:
         return "" if interval is None else f"{interval.estimate:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
 
-    rows = [[name, *(cell(found.get(column)) for column in columns)] for name, found in arms.items()]
-    return Table("Where the recalls lie", ["95 % intervals", *map(heading, columns)], rows)
+    rows = [[name, *(cell(intervals.get(column)) for column in columns)] for name, intervals in arms.items()]
+    return Table("95 % confidence intervals", ["95 % intervals", *map(heading, columns)], rows)
 
 
 def one_line(results: Results) -> str:
@@ -100,7 +116,7 @@ def one_line(results: Results) -> str:
 
 
 def card_table(card: Mapping[str, str | int], name: str = "") -> Table:
-    """The protocol card, of whatever has that name, in two columns."""
+    """The protocol card, with its name in the title, in two columns."""
     rows = [[key.replace("_", " "), str(card[key])] for key in card]
     return Table(f"Protocol card of {name}" if name else "Protocol card", ["protocol card", ""], rows, words=True)
 

@@ -1,10 +1,9 @@
-"""Tiles of the score matrix on the devices of a mesh: what travels to them and what each of them computes.
+"""Tiles of the score matrix: how a gallery is cut, what travels to the devices, and the one walk over all tiles.
 
 A tile is `rows` images by `columns` captions. In a round every device scores its own tile of images with the same tile
-of captions. The embeddings stay where they are (on the host, or in a file: `np.memmap`), only tiles travel, and the
-shapes of a tile depend on nothing but its settings: so a device needs the same memory for a gallery of any size.
-Tile k of the images is the same rows, computed by the same program, on any number of devices: every score, and so every
-rank, is bitwise the same.
+of captions. The embeddings stay on the host (or in a file: `np.memmap`) and only tiles travel. The shape of a tile
+depends on the settings alone, so a device needs the same memory for a gallery of any size. Tile k of the images has the
+same rows, computed by the same program, on any number of devices: every score, and so every rank, is bitwise the same.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +39,9 @@ Tree = TypeVar("Tree")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """One side of a tile: what each of its items, as a query, looks for on the other side.
+    """One side of a tile: each item, as a query, with the match that it looks for on the other side.
 
-    index: [m] number of the item;  real: [m] bool, not padding
+    index: [m] number of the item;  real: [m] bool, False for padding
     match: [m] number of the matching item;  score: [m] its score
     """
 
@@ -50,6 +49,31 @@ class Queries:
     real: np.ndarray
     match: np.ndarray
     score: np.ndarray
+
+
+class Side(NamedTuple):
+    """Items on one side of a tile. items: [m] their numbers; real: [m] bool, False for padding (at the end)."""
+
+    items: np.ndarray
+    real: np.ndarray
+
+
+class Tile(NamedTuple):
+    """A round of the walk over all pairs: one tile of captions with one tile of images on every device.
+
+    number, round: which tile of captions and which round of images.
+    captions: [columns], images: [devices * rows] on the host.
+    placed_captions: embeddings of the captions, whole on every device. placed_images: split over the devices.
+    extra: what the walk placed beside the captions, see `Tiling.walk`.
+    """
+
+    number: int
+    round: int
+    captions: Side
+    images: Side
+    placed_captions: Items
+    placed_images: Items
+    extra: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,36 +104,78 @@ class Tiling:
         """Tiles that hold all captions."""
         return -(-len(self.order) // self.columns)
 
-    def image_rows(self, round_: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images of a round, [devices * rows], and which are real; padding repeats the last one."""
+    def image_rows(self, round_: int) -> Side:
+        """Images of a round, [devices * rows]; padding repeats the last one."""
         return _block(size(self.images), self.rows * self.mesh.size, round_)
 
-    def captions(self, tile: int) -> tuple[np.ndarray, np.ndarray]:
-        """Captions of a tile, [columns], and which are real; padding repeats the last one."""
+    def captions(self, tile: int) -> Side:
+        """Captions of a tile, [columns]; padding repeats the last one."""
         positions, real = _block(len(self.order), self.columns, tile)
-        return self.order[positions], real
+        return Side(self.order[positions], real)
+
+    def walk(
+        self,
+        tiles: Iterable[int] | None = None,
+        *,
+        include: Callable[[Side, int, int], bool] | None = None,
+        place_captions: Callable[[np.ndarray], Items] | None = None,
+        place_extra: Callable[[Side], Any] | None = None,
+    ) -> Iterator[Tile]:
+        """All pairs, caption tile by caption tile; captions travel once for all rounds of their tile.
+
+        Nothing is computed here: callers dispatch a program for each tile, usually through `prefetch_one`.
+
+        Args:
+          tiles: numbers of caption tiles; None: all.
+          include: (captions, tile, round) -> whether the round is visited; None: always.
+          place_captions: rows -> embeddings on the devices; None: `put_texts`.
+          place_extra: gives `Tile.extra` of a tile of captions, placed on the devices by the caller.
+        """
+        for number in range(self.caption_tiles) if tiles is None else tiles:
+            captions = self.captions(number)
+            placed: tuple[Items, Any] | None = None
+            for round_ in range(self.rounds):
+                if include is not None and not include(captions, number, round_):
+                    continue
+                if placed is None:
+                    extra = None if place_extra is None else place_extra(captions)
+                    placed = (place_captions or self.put_texts)(captions.items), extra
+                images = self.image_rows(round_)
+                yield Tile(number, round_, captions, images, placed[0], self.put_images(images.items), placed[1])
 
     def put_images(self, rows: np.ndarray) -> Items:
-        """Those images, split over the devices."""
+        """Embeddings of images, split over the devices."""
         return self.put_split(_on_host(self.images, rows))
 
     def put_texts(self, index: np.ndarray) -> Items:
-        """Those captions, whole on every device."""
+        """Embeddings of captions, whole on every device."""
         return self.put_whole(_on_host(self.texts, index))
 
     def put_split(self, tree: Tree) -> Tree:
-        """Leaves [devices * rows, ...], split over the devices."""
+        """Places leaves [devices * rows, ...], split over the devices."""
         return jax.device_put(tree, NamedSharding(self.mesh, P(DATA)))
 
     def put_whole(self, tree: Tree) -> Tree:
-        """A copy on every device."""
+        """Places a copy on every device."""
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
 
-def make_tiling(images: Items, texts: Items, owner: np.ndarray, order: np.ndarray, tile: int, mesh: Mesh) -> Tiling:
-    """A Tiling of tiles with `tile` images; a smaller gallery has smaller ones, whatever the number of devices."""
-    rows, columns = tile_shape(size(images), size(texts), tile)
-    return Tiling(images, texts, owner, order, rows, columns, mesh)
+def make_tiling(
+    images: Items,
+    texts: Items,
+    tile: int,
+    mesh: Mesh,
+    owner: np.ndarray | None = None,
+    order: np.ndarray | None = None,
+) -> Tiling:
+    """A Tiling of tiles with `tile` images; a smaller gallery has smaller tiles, whatever the number of devices.
+
+    owner, order: see `Tiling`; zeros and the order of the data unless given.
+    """
+    t = size(texts)
+    rows, columns = tile_shape(size(images), t, tile)
+    owner = np.zeros(t, np.int64) if owner is None else owner
+    return Tiling(images, texts, owner, np.arange(t) if order is None else order, rows, columns, mesh)
 
 
 def tile_shape(n: int, t: int, tile: int) -> tuple[int, int]:
@@ -120,13 +186,18 @@ def tile_shape(n: int, t: int, tile: int) -> tuple[int, int]:
 
 
 def size(items: Items) -> int:
-    """How many items there are."""
+    """Number of items on a gallery side."""
     return len(jax.tree.leaves(items)[0])
 
 
-def needed(score: ItemScore, items: Items) -> Items:
-    """What the score looks at: of the default one the vectors alone, so that no set members travel for nothing."""
-    return Embedding(items.vector) if score is RetrievalModel.score else items
+def score_inputs(score: ItemScore, items: Items) -> Items:
+    """The part of the embeddings that a score reads: for the default one the vectors alone, no set members."""
+    return vectors_of(items) if score is RetrievalModel.score else items
+
+
+def vectors_of(items: Embedding) -> Embedding:
+    """The global vectors of embeddings, without their set members."""
+    return Embedding(items.vector)
 
 
 def take(items: Tree, rows: np.ndarray) -> Tree:
@@ -134,22 +205,31 @@ def take(items: Tree, rows: np.ndarray) -> Tree:
     return jax.tree.map(lambda a: a[rows], items)
 
 
-def one_behind(dispatched: Iterable[T]) -> Iterator[T]:
-    """Each item after the next one was asked for: its results are waited for while the devices compute the next."""
-    before: list[T] = []
+def prefetch_one(dispatched: Iterable[T]) -> Iterator[T]:
+    """Yields each item after the next one was asked for: results are read while the devices compute the next."""
+    pending: list[T] = []
     for item in dispatched:
-        yield from before
-        before = [item]
-    yield from before
+        yield from pending
+        pending = [item]
+    yield from pending
+
+
+def check_no_nan(nans: int, n: int, t: int) -> None:
+    """Raises ValueError where scores of n items with t others are NaN: they have no order."""
+    if nans:
+        raise ValueError(
+            f"{nans} of {n * t} scores are NaN ({n} x {t} items), so nothing can be ranked; "
+            "look for NaN in the embeddings"
+        )
 
 
 def _on_host(items: Items, rows: np.ndarray) -> Items:
     return jax.tree.map(np.asarray, take(items, rows))
 
 
-def _block(count: int, size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+def _block(count: int, size: int, number: int) -> Side:
     rows = np.arange(number * size, (number + 1) * size)
-    return np.minimum(rows, count - 1), rows < count
+    return Side(np.minimum(rows, count - 1), rows < count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +254,10 @@ def programs(score: ItemScore, mesh: Mesh) -> Programs:
     """The programs for a score function; JAX compiles each for the shapes it meets."""
 
     def scores(images: Items, texts: Items) -> Array:
-        found, shape = score(images, texts), (size(images), size(texts))
-        if found.shape != shape:
-            raise ValueError(f"score gave shape {found.shape} for {shape[0]} images and {shape[1]} captions")
-        return found
+        values, shape = score(images, texts), (size(images), size(texts))
+        if values.shape != shape:
+            raise ValueError(f"score gave shape {values.shape} for {shape[0]} images and {shape[1]} captions")
+        return values
 
     return Programs(
         map_specs(scores, mesh, (P(DATA), P()), P(DATA)),
@@ -187,10 +267,10 @@ def programs(score: ItemScore, mesh: Mesh) -> Programs:
 
 
 def _at(scores: Array, rows: Array) -> Array:
-    here = rows - axis.axis_index(DATA) * scores.shape[0]
-    inside = (here >= 0) & (here < scores.shape[0])
-    found = scores[jnp.where(inside, here, 0), jnp.arange(scores.shape[1])]
-    return axis.psum(jnp.where(inside, found, 0), DATA)  # one device's number and zeros: exact
+    local = rows - axis.axis_index(DATA) * scores.shape[0]
+    inside = (local >= 0) & (local < scores.shape[0])
+    values = scores[jnp.where(inside, local, 0), jnp.arange(scores.shape[1])]
+    return axis.psum(jnp.where(inside, values, 0), DATA)  # one device's number and zeros: exact
 
 
 def _count(scores: Array, rows: Queries, columns: Queries) -> tuple[Array, Array, Array]:

@@ -1,4 +1,4 @@
-"""The pretrained dual encoder whose vectors a data set carries, evaluated on the same path as a trained model."""
+"""Zero-shot evaluation of the pretrained dual encoder whose vectors a data set carries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from shnet_jax.data.records import DataSet
 from shnet_jax.evaluate.ensemble import Embedded
-from shnet_jax.evaluate.protocols import Subject
+from shnet_jax.evaluate.protocols import Provenance
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
 
@@ -37,8 +37,8 @@ def zero_shot(dataset: DataSet, split: str) -> Embedded | None:
         score=RetrievalModel.score,
         caption_image=np.repeat(np.arange(len(images)), [len(c) for c in captions]),
         image_ids=dataset.image_ids(split),
-        captions=tuple(caption for own in dataset.captions(split) for caption in own),
-        subject=Subject(
+        captions=tuple(caption for of_image in dataset.captions(split) for caption in of_image),
+        provenance=Provenance(
             dataset=dataset.path.parent.name,
             split=split,
             checkpoint_step=0,

@@ -8,14 +8,14 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shnet_jax.commands import Loaded, load
 from shnet_jax.data.checksums import CHECKSUMS, sha256
-from shnet_jax.evaluate.blocks import digest
-from shnet_jax.evaluate.split import subject
+from shnet_jax.evaluate.evaluator import provenance
+from shnet_jax.evaluate.pair_scores import digest
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import embed as writer
 from shnet_jax.retrieve.embeddings import Embeddings
+from shnet_jax.train.load import Loaded, load
 from shnet_jax.train.workdir import CONFIG
 
 
@@ -32,13 +32,13 @@ def split_embeddings(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Me
     split = config.search.split
     name = f"{loaded.experiment.dataset.path.parent.name}_{split}_{loaded.step}"
     folder = Path(config.search.embeddings or workdir / "embeddings" / name)
-    source = provenance(loaded, workdir, split, mesh.size)
+    source = origin(loaded, workdir, split, mesh.size)
     return writer.embed(loaded.experiment, loaded.variables, split, mesh, folder, source)
 
 
-def provenance(loaded: Loaded, workdir: Path, split: str, devices: int) -> dict[str, Any]:
+def origin(loaded: Loaded, workdir: Path, split: str, devices: int) -> dict[str, Any]:
     """The origin of embeddings: data set, split, checkpoint step, hashes of configuration, weights and data set."""
-    about = subject(loaded.experiment, split, loaded.step, loaded.selected_on, devices)
+    about = provenance(loaded.experiment, split, loaded.step, loaded.selected_on, devices)
     checksums = loaded.experiment.dataset.path / CHECKSUMS  # sets of other tools have none
     return {
         "dataset": about.dataset,

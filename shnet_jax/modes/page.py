@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from shnet_jax.commands import load
-from shnet_jax.evaluate.split import subject
+from shnet_jax.evaluate.evaluator import provenance
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.curves import run_name
 from shnet_jax.observe.files import write_text
@@ -17,6 +16,7 @@ from shnet_jax.observe.writer import read_metrics
 from shnet_jax.retrieve.examples import collect
 from shnet_jax.retrieve.page import render_page
 from shnet_jax.retrieve.scene import Album
+from shnet_jax.train.load import load
 
 
 def page(config: ConfigDict, workdir: str | Path) -> None:
@@ -28,7 +28,7 @@ def page(config: ConfigDict, workdir: str | Path) -> None:
     loaded = load(workdir, config)
     split, dataset = config.search.split, loaded.experiment.dataset
     embeddings = split_embeddings(loaded, config, workdir, mesh)
-    about = subject(loaded.experiment, split, loaded.step, loaded.selected_on, mesh.size)
+    about = provenance(loaded.experiment, split, loaded.step, loaded.selected_on, mesh.size)
     contents = collect(loaded.experiment, loaded.variables, embeddings, config, about, mesh)
     history = list(read_metrics(workdir / METRICS)) if (workdir / METRICS).is_file() else []
     contents = dataclasses.replace(contents, run=run_name(workdir), history=history)

@@ -16,18 +16,18 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.block_plan import PairCost, measure_pairs, plan_blocks, plan_two_stage
+from shnet_jax.evaluate.encode import check
 from shnet_jax.evaluate.pipelined import schedule_text
-from shnet_jax.evaluate.rank_plan import RankPlan, measure_round, plan_ranking
-from shnet_jax.evaluate.towers import check
 from shnet_jax.experiment import settle_dtypes
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.hardware import GIB, Chip, chip, memory_limit, target_devices
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.parallel.pipeline import bubble_share
+from shnet_jax.plan.block_plan import PairCost, measure_pairs, plan_blocks, plan_two_stage
 from shnet_jax.plan.planned_run import PlannedRun, describe, embedding_shapes, gallery_size, variable_shapes
 from shnet_jax.plan.programs import Program, bounds, compile_program, lower_encode, lower_train, stays_while_evaluating
+from shnet_jax.plan.rank_plan import RankPlan, measure_round, plan_ranking
 from shnet_jax.plan.search import advice, fitting_microbatch, largest_batch
 from shnet_jax.plan.table import table
 from shnet_jax.train.setup import pairs_per_device

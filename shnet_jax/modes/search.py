@@ -10,15 +10,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from shnet_jax.commands import load
-from shnet_jax.evaluate.towers import make_towers
-from shnet_jax.evaluate.two_stage import candidates
+from shnet_jax.evaluate.encode import Towers
+from shnet_jax.evaluate.rerank import candidates
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.table import Table
 from shnet_jax.retrieve.approximate import check_index
 from shnet_jax.retrieve.searcher import CAPTIONS, Answer, Searcher, encode_texts
 from shnet_jax.retrieve.vector_index import PACKAGES, require
+from shnet_jax.train.load import load
 
 RESULTS = "search.json"
 FORMAT = 1  # of RESULTS
@@ -46,7 +46,7 @@ def search(
     searcher = Searcher(embeddings, loaded.score, config.eval.tile, mesh, count, config.search)
     answers = []
     if queries:
-        _, text_tower = make_towers(loaded.experiment, mesh, mesh)(loaded.variables)
+        _, text_tower = Towers(loaded.experiment, mesh, mesh).place(loaded.variables)
         answers += searcher.images_by_text(queries, encode_texts(loaded.experiment, text_tower, queries), top_k)
     if image_id:
         answers += searcher.by_image([image_id], top_k)

@@ -16,7 +16,7 @@ from shnet_jax.data.batches import gather, stored_fields, token_buckets
 from shnet_jax.data.pictures import VIEW
 from shnet_jax.data.records import DataSet, Feature
 from shnet_jax.data.tokenise import load_tokenizer
-from shnet_jax.evaluate.towers import image_tower, text_tower
+from shnet_jax.evaluate.encode import image_tower, text_tower
 from shnet_jax.experiment import assemble, fit_weights, optional_fields, settle_dtypes
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding

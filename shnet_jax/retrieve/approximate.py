@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k
+from shnet_jax.evaluate.top_k import TopK, is_dot_product, top_k
 from shnet_jax.foreign import read_object
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.files import disk_faults, sole_writer, write_json
@@ -88,7 +88,7 @@ def overlap(approximate: np.ndarray, exact: np.ndarray) -> float:
     return float(np.mean([np.isin(e, a).mean() for a, e in zip(approximate, exact, strict=True)]))
 
 
-def rescored(results: Found, queries: np.ndarray, vectors: np.ndarray) -> Found:
+def rescored(results: TopK, queries: np.ndarray, vectors: np.ndarray) -> TopK:
     """The results of an index with the scores of the stored vectors instead of those of its compressed ones.
 
     In the order of the exact search; places without a result come last, with index -1 and score -inf.
@@ -97,4 +97,4 @@ def rescored(results: Found, queries: np.ndarray, vectors: np.ndarray) -> Found:
     for row, index in enumerate(results.index):
         score[row, index >= 0] = np.asarray(vectors[index[index >= 0]]) @ queries[row]
     order = np.lexsort((results.index, -score), axis=1)
-    return Found(np.take_along_axis(results.index, order, 1), np.take_along_axis(score, order, 1))
+    return TopK(np.take_along_axis(results.index, order, 1), np.take_along_axis(score, order, 1))

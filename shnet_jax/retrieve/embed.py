@@ -19,9 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from shnet_jax.data.gallery import Part, open_gallery
-from shnet_jax.evaluate.encode import host_fields
-from shnet_jax.evaluate.tiles import one_behind
-from shnet_jax.evaluate.towers import Tower, make_towers
+from shnet_jax.evaluate.encode import Tower, Towers, host_fields
+from shnet_jax.evaluate.tiles import prefetch_one
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.files import disk_faults, sole_writer, whole, write_json
@@ -41,7 +40,7 @@ def embed(
     Args:
       variables: {"params", "batch_stats"}.
       mesh: devices that share each batch of config.eval.batch_size rows a device.
-      source: their origin (`modes.embed.provenance`), kept in embeddings.json; JSON values.
+      source: their origin (`modes.embed.origin`), kept in embeddings.json; JSON values.
 
     Raises:
       ValueError: the folder holds embeddings of another source, or parts of them.
@@ -78,7 +77,7 @@ def _write(
         write_json(parts / SOURCE, source)
     else:
         check_source(parts / SOURCE, stored, source)
-    image, text = make_towers(experiment, mesh, mesh)(variables)
+    image, text = Towers(experiment, mesh, mesh).place(variables)
     for side, tower, count, batches in (
         ("images", image, gallery.images, gallery.image_batches),
         ("texts", text, len(gallery.captions), gallery.text_batches),
@@ -122,7 +121,7 @@ def _encode(
             yield number, part, tower.apply(tower.put(part.batch))
 
     with clock:
-        for number, part, embedding in one_behind(dispatched()):
+        for number, part, embedding in prefetch_one(dispatched()):
             arrays = host_fields(embedding, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}
             path = _part(parts, side, number)
             with whole(path) as temporary:

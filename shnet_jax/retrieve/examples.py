@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.extra import NOTHING
-from shnet_jax.evaluate.nearest import Found
-from shnet_jax.evaluate.protocols import Subject
-from shnet_jax.evaluate.recall import QueryRanks
-from shnet_jax.evaluate.split import embedded_split, evaluate_embedded, make_rankings
+from shnet_jax.evaluate.evaluator import embedded_split, evaluate_embedded, make_ranking_methods
+from shnet_jax.evaluate.extra_metrics import NO_EXTRA_METRICS
+from shnet_jax.evaluate.metrics import QueryRanks
+from shnet_jax.evaluate.protocols import Provenance
+from shnet_jax.evaluate.rerank import candidates
 from shnet_jax.evaluate.tiles import take
-from shnet_jax.evaluate.two_stage import candidates
+from shnet_jax.evaluate.top_k import TopK
 from shnet_jax.experiment import Experiment
 from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.retrieve.highlight import highlights
@@ -28,7 +28,7 @@ def collect(
     variables: dict[str, Any],
     embeddings: Embeddings,
     config: ConfigDict,
-    subject: Subject,
+    provenance: Provenance,
     mesh: Mesh,
 ) -> Contents:
     """Ranks the gallery and chooses what is shown of it, by config.page; the same whenever it is asked for.
@@ -40,16 +40,16 @@ def collect(
     for name, least in (("queries", 0), ("failures", 0), ("highlights", 0), ("results", 1)):
         if counts[name] < least:
             raise ValueError(f"config.page.{name} is {counts[name]}; it must be at least {least}")
-    rankings = make_rankings(experiment, mesh)
+    methods = make_ranking_methods(experiment, mesh)
     gallery = embedded_split(
-        experiment, subject.split, variables, embeddings.images, embeddings.texts, subject, rankings
+        experiment, provenance.split, variables, embeddings.images, embeddings.texts, provenance, methods
     )
     if not config.eval.exact:
-        gallery = dataclasses.replace(gallery, way=rankings.two_stage(variables))
+        gallery = dataclasses.replace(gallery, method=methods.rerank(variables))
     # The examples are of the whole gallery, whatever the numbers are of.
     protocol = config.eval.protocols[0]
     evaluation = ConfigDict(config.eval.to_dict() | {"protocols": tuple(dict.fromkeys((protocol, "whole")))})
-    by_protocol = evaluate_embedded(gallery, NOTHING, evaluation, mesh, intervals=False)
+    by_protocol = evaluate_embedded(gallery, NO_EXTRA_METRICS, evaluation, mesh, intervals=False)
     ranks = by_protocol["whole"].queries
     assert ranks is not None  # `evaluate_embedded` gives them
 
@@ -58,7 +58,7 @@ def collect(
     rows = spaced(n, counts.queries)
     captions = ids.first[rows] + np.arange(len(rows)) % np.diff(ids.first)[rows]  # not the first caption of each
     highlighted = [int(row) for row in spaced(n, counts.highlights)]
-    looks = highlights(experiment, variables, subject.split, highlighted)
+    looks = highlights(experiment, variables, provenance.split, highlighted)
     return Contents(
         title=str(config.name),
         results=by_protocol[protocol],
@@ -99,7 +99,7 @@ def _by_image(searcher: Searcher, rows: np.ndarray, ranks: QueryRanks, k: int) -
     return _examples(rows, ranks.i2t, own, best)
 
 
-def _examples(rows: np.ndarray, ranks: np.ndarray, matches: np.ndarray, best: Found) -> list[Example]:
+def _examples(rows: np.ndarray, ranks: np.ndarray, matches: np.ndarray, best: TopK) -> list[Example]:
     lines = zip(rows.tolist(), matches.tolist(), best.index.tolist(), best.score.tolist(), strict=True)
     return [
         Example(row, int(ranks[row]) + 1, match, list(zip(index, scores, strict=True)))

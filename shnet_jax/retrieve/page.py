@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from shnet_jax.evaluate.metrics import CUTS, QueryRanks
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.recall import CUTS, QueryRanks
 from shnet_jax.evaluate.report import HEADINGS, PERSON
 from shnet_jax.observe import html
 from shnet_jax.observe.charts import DIRECTIONS, chart, shares

@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 
 from shnet_jax.data.gallery import text_batches
 from shnet_jax.data.tokenise import tokenise_captions
-from shnet_jax.evaluate.nearest import Found, is_dot_product, top_k, turned
+from shnet_jax.evaluate.encode import Tower, encode_parts
+from shnet_jax.evaluate.rerank import best_candidates, rerank_top_k
 from shnet_jax.evaluate.tiles import take
-from shnet_jax.evaluate.towers import Tower, encode_parts
-from shnet_jax.evaluate.two_stage import best_candidates, two_stage_top_k
+from shnet_jax.evaluate.top_k import TopK, is_dot_product, top_k, transpose_score
 from shnet_jax.experiment import Experiment
 from shnet_jax.retrieve.approximate import check_index, open_index, rescored
 from shnet_jax.retrieve.embeddings import Embeddings
@@ -83,7 +83,7 @@ class Searcher:
         self._dot_product = is_dot_product(score)
         self._candidates = 0 if self._dot_product else candidates
         self.embeddings, self._search, self._options = embeddings, search, (tile, mesh)
-        self._score, self._captions_first = score, score if self._dot_product else turned(score)
+        self._score, self._captions_first = score, score if self._dot_product else transpose_score(score)
         self.indexes: dict[str, _OpenIndex] = {}  # the indexes used so far, by side
 
     @property
@@ -114,11 +114,11 @@ class Searcher:
                 answers.append(Answer(name, "image", IMAGES, self._hits(IMAGES, images, i, k, without=int(rows[i]))))
         return answers
 
-    def best_images(self, texts: Embedding, k: int) -> Found:
+    def best_images(self, texts: Embedding, k: int) -> TopK:
         """Rows and scores of the k best images for each of t captions."""
         return self._find("images", texts, k, self._score)
 
-    def best_captions(self, images: Embedding, k: int) -> Found:
+    def best_captions(self, images: Embedding, k: int) -> TopK:
         """Rows and scores of the k best captions for each of n images."""
         return self._find("texts", images, k, self._captions_first)
 
@@ -137,11 +137,11 @@ class Searcher:
             raise ValueError(f"{self.embeddings.folder}: no image {name!r} among {len(rows)}; {hint}")
         return rows[name]
 
-    def _find(self, side: str, queries: Embedding, k: int, score: Score) -> Found:
+    def _find(self, side: str, queries: Embedding, k: int, score: Score) -> TopK:
         gallery = getattr(self.embeddings, side)
         if self._search is None or self._kind == "exact":
             if self._candidates:
-                return two_stage_top_k(queries, gallery, k, self._candidates, score, *self._options)
+                return rerank_top_k(queries, gallery, k, self._candidates, score, *self._options)
             return top_k(queries, gallery, k, score, *self._options)
         if side not in self.indexes:
             self.indexes[side] = _OpenIndex(*open_index(self._search, self.embeddings, side, *self._options))
@@ -151,7 +151,7 @@ class Searcher:
             return best_candidates(queries, gallery, nearest.index, k, score, *self._options)
         return rescored(nearest, vectors, gallery.vector)
 
-    def _hits(self, target: str, best: Found, query: int, k: int, without: int = -1) -> tuple[Hit, ...]:
+    def _hits(self, target: str, best: TopK, query: int, k: int, without: int = -1) -> tuple[Hit, ...]:
         """The first k results of a query, but the row `without`; places without a result have a negative row."""
         pairs = zip(best.index[query], best.score[query], strict=True)
         kept = [(int(row), float(score)) for row, score in pairs if row >= 0 and row != without][:k]

@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.nearest import Found
+from shnet_jax.evaluate.top_k import TopK
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.files import whole
 from shnet_jax.observe.progress import Progress
@@ -48,7 +48,7 @@ class VectorIndex(Protocol):
         """Builds and stores the index. Raises ValueError for settings that the library refuses."""
         ...
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
+    def search(self, queries: np.ndarray, k: int) -> TopK:
         """The k nearest vectors of queries [q, d] by dot product; places without a result have index -1."""
         ...
 
@@ -101,10 +101,10 @@ class FaissIndex:
             faiss.write_index(index, str(temporary))
         return cls(index, search)
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
+    def search(self, queries: np.ndarray, k: int) -> TopK:
         """See `VectorIndex`."""
         score, index = self._index.search(np.ascontiguousarray(queries, np.float32), min(k, self._index.ntotal))
-        return Found(index.astype(np.int64), score)
+        return TopK(index.astype(np.int64), score)
 
 
 class MilvusIndex:
@@ -164,7 +164,7 @@ class MilvusIndex:
         client.load_collection(name)
         return index
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
+    def search(self, queries: np.ndarray, k: int) -> TopK:
         """See `VectorIndex`."""
         index, score = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
         params = {"params": {"ef": max(self._ef_search, k), "nprobe": self._nprobe}}
@@ -174,7 +174,7 @@ class MilvusIndex:
             for row, hits in enumerate(answers, start=start):
                 for place, hit in enumerate(hits):
                     index[row, place], score[row, place] = hit["row"], hit["distance"]
-        return Found(index, score)
+        return TopK(index, score)
 
 
 BUILDERS: dict[str, type[VectorIndex]] = {"faiss": FaissIndex, "milvus": MilvusIndex}

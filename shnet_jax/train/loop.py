@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from shnet_jax.evaluate.evaluator import Evaluator
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import one_line
-from shnet_jax.evaluate.split import make_evaluator, subject
 from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.observe import cost
 from shnet_jax.observe.clock import Clock
@@ -67,7 +67,7 @@ class Training:
         self.experiment, self.config, self.workdir = experiment, config, workdir
         self.setup = setup_training(experiment)
         self.iterator, self.table = training_data(experiment, self.setup.mesh)
-        self._evaluate = make_evaluator(experiment, config.data.val_split, self.setup.mesh)
+        self.evaluator = Evaluator(experiment, config.data.val_split, self.setup.mesh)
         self.checkpoints = Checkpoints(workdir, config.train.keep)
         self.first = self.checkpoints.step("last") or 0
         self.state, notes = self._restored() if self.first else (self._initial(), {})
@@ -187,8 +187,7 @@ class Training:
 
     def evaluate(self, step: int) -> Results:
         """The validation result of the state, which is that after `step`."""
-        split = self.config.data.val_split
-        return self._evaluate(self.state.variables, subject(self.experiment, split, step, "none", self.setup.mesh.size))
+        return self.evaluator.run(self.state.variables, step)
 
     def evaluate_and_save(self, step: int) -> Results:
         """Evaluates; writes the result to log and curves and saves a checkpoint with it."""

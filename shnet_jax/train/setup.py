@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, train_batches
 from shnet_jax.data.tokenise import NO_UNKNOWN, Captions, Tokenizer, tokenise_split
-from shnet_jax.evaluate.split import check as check_evaluation
+from shnet_jax.evaluate.encode import check as check_evaluation
 from shnet_jax.experiment import Experiment, abstract_variables
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel

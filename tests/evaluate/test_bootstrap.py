@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shnet_jax.evaluate.bootstrap import NAMES, load_queries, recall_intervals, save_queries
-from shnet_jax.evaluate.recall import QueryRanks
+from shnet_jax.evaluate.metrics import QueryRanks
 
 N = 400
 
@@ -59,7 +59,7 @@ def test_persons_are_drawn_with_all_their_images(tmp_path):
     """Also the numbers of a person search; a file of them gives the same."""
     one, rng = run(3, n=12, captions=2), np.random.default_rng(0)
     found = rng.random((24, 5))
-    one = dataclasses.replace(one, image_person=np.array([7, 7, 3, 3, 3, 9, 1, 1, 9, 4, 4, 4]), found=found)
+    one = dataclasses.replace(one, image_person=np.array([7, 7, 3, 3, 3, 9, 1, 1, 9, 4, 4, 4]), person_scores=found)
     draws = []
     for times in np.random.default_rng(0).multinomial(5, np.full(5, 1 / 5), size=500):
         people = np.repeat([1, 3, 4, 7, 9], times)
@@ -72,9 +72,9 @@ def test_persons_are_drawn_with_all_their_images(tmp_path):
         expected = np.quantile(drawn, [0.025, 0.975])
         assert (intervals[name].low, intervals[name].high) == pytest.approx(tuple(expected)), name
     assert intervals["person_map"].estimate == pytest.approx(100 * found[:, 3].mean())
-    gap = recall_intervals([one], [dataclasses.replace(one, found=found - 0.25)])
+    gap = recall_intervals([one], [dataclasses.replace(one, person_scores=found - 0.25)])
     assert gap["person_r1"].estimate == pytest.approx(25) and gap["rsum"].high == 0
-    assert "person_r1" not in recall_intervals([one], [dataclasses.replace(one, found=None, image_person=None)])
+    assert "person_r1" not in recall_intervals([one], [dataclasses.replace(one, person_scores=None, image_person=None)])
     with pytest.raises(ValueError, match="or these to other persons"):
         recall_intervals([one], [dataclasses.replace(one, image_person=np.arange(12))])
 

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from shnet_jax.evaluate.bf16_screening import check_score_dtype
 from shnet_jax.evaluate.ensemble import Embedded, combine, mean_score
-from shnet_jax.evaluate.protocols import Subject, evaluate
-from shnet_jax.evaluate.screen import check_score_dtype
+from shnet_jax.evaluate.protocols import Provenance, evaluate
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
-from tests.evaluate.test_rank import oracle, recorded
+from tests.evaluate.test_ranks import oracle, recorded
 
 N, CAPTIONS = 20, 3
 OWNER = np.repeat(np.arange(N), CAPTIONS)
@@ -22,7 +22,7 @@ def member(seed, score=RetrievalModel.score, dim=8, **changes):
     rng = np.random.default_rng(seed)
     images = rng.standard_normal((N, dim)).astype(np.float32)
     texts = images[OWNER] + rng.standard_normal((len(OWNER), dim)).astype(np.float32)
-    subject = Subject(dataset="set", split="test", checkpoint_step=seed, parameters="trained")
+    subject = Provenance(dataset="set", split="test", checkpoint_step=seed, parameters="trained")
     ids, captions = np.array([f"i{k}" for k in range(N)]), tuple(f"c{k}" for k in range(len(OWNER)))
     found = Embedded(f"m{seed}", Embedding(images), Embedding(texts), score, OWNER, ids, captions, subject)
     return dataclasses.replace(found, **changes)
@@ -48,7 +48,7 @@ def test_ranks_are_those_of_the_mean_matrix(devices, weights):
         both.score,
         tile=3,
         mesh=data_mesh(jax.devices()[:devices]),
-        subject=both.subject,
+        provenance=both.provenance,
     )
     mean = np.average([matrix(m) for m in members], axis=0, weights=weights or None)
     i2t, t2i = oracle(mean, OWNER)
@@ -79,10 +79,10 @@ def test_recorded_matrices_average_as_published():
 
 
 def test_the_card_says_so():
-    subject = combine("both", [member(0), member(1)], (1, 3)).subject
-    assert subject.ensemble == "mean of the scores of 2 models: m0 (0.25), m1 (0.75)"
-    assert (subject.checkpoint_step, subject.parameters, subject.dataset) == ("0, 1", "trained", "set")
-    assert member(0).subject.ensemble == "no, a single model"
+    card = combine("both", [member(0), member(1)], (1, 3)).provenance
+    assert card.ensemble == "mean of the scores of 2 models: m0 (0.25), m1 (0.75)"
+    assert (card.checkpoint_step, card.parameters, card.dataset) == ("0, 1", "trained", "set")
+    assert member(0).provenance.ensemble == "no, a single model"
 
 
 SWAPPED = np.array(["i1", "i0", *(f"i{k}" for k in range(2, N))])

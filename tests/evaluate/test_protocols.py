@@ -4,9 +4,9 @@ import json
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.protocols import Subject, evaluate, find_protocol
-from shnet_jax.evaluate.rank import ranks
-from shnet_jax.evaluate.recall import recalls
+from shnet_jax.evaluate.metrics import recalls
+from shnet_jax.evaluate.protocols import Provenance, evaluate, find_protocol
+from shnet_jax.evaluate.ranks import ranks
 from shnet_jax.evaluate.report import PERSON, card_table, table, to_json
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
@@ -65,7 +65,7 @@ def test_unknown_protocols_are_an_error(name):
 
 
 def test_the_card_says_what_was_computed_on_what():
-    subject = Subject("synthetic", "test", 1200, "trained", "bfloat16", "val", 4)
+    subject = Provenance("synthetic", "test", 1200, "trained", "bfloat16", "val", 4)
     card = evaluate(*gallery(), SCORE, "folds5", subject).card
     expected = {
         "protocol": "folds5",

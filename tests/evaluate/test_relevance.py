@@ -6,10 +6,10 @@ import warnings
 import numpy as np
 import pytest
 
+from shnet_jax.evaluate.metrics import hits, hubness, precision_at_r, recall_at, relevant
 from shnet_jax.evaluate.protocols import evaluate
-from shnet_jax.evaluate.relevance import hits, hubness, precision_at_r, recall_at, relevant
 from shnet_jax.types import Embedding
-from tests.evaluate.test_rank import recorded
+from tests.evaluate.test_ranks import recorded
 
 IMAGES, CAPTIONS = np.arange(40) * 7 + 3, np.arange(200) * 11 + 5  # numbers as of COCO: neither rows nor dense
 

@@ -46,7 +46,7 @@ from data_prep.sources.vinvl import Vinvl
 from shnet_jax.data import tokenise
 from shnet_jax.data.index import IndexBuilder, read_index, write_index
 from shnet_jax.evaluate.bootstrap import load_queries, save_queries
-from shnet_jax.evaluate.recall import QueryRanks
+from shnet_jax.evaluate.metrics import QueryRanks
 from shnet_jax.foreign import MAX_IMAGE_BYTES, MAX_PIXELS
 from shnet_jax.interop import bert_weights, clip_weights, weights_file
 from shnet_jax.interop.torch_file import TorchFile, open_torch_file

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shnet_jax.evaluate.bootstrap import recall_intervals
-from shnet_jax.evaluate.protocols import Subject, evaluate
+from shnet_jax.evaluate.protocols import Provenance, evaluate
 from shnet_jax.evaluate.report import card_table, interval_table, table
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.results_page import results_page
@@ -24,7 +24,9 @@ def path(tmp_path_factory):
     """Two rows, one of which has a name that would be a program if it were not escaped."""
     rng = np.random.default_rng(0)
     sides = [Embedding(rng.normal(size=(n, 4)).astype(np.float32)) for n in (20, 40)]
-    found = evaluate(*sides, np.arange(40) // 2, RetrievalModel.score, subject=Subject(dataset=EVIL, split="test"))
+    found = evaluate(
+        *sides, np.arange(40) // 2, RetrievalModel.score, provenance=Provenance(dataset=EVIL, split="test")
+    )
     arms = {f"two-stage 50, {EVIL}": found, " ".join(HOSTILE): found}
     assert found.queries is not None
     intervals = interval_table({name: recall_intervals([found.queries]) for name in arms})

@@ -7,14 +7,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from shnet_jax.evaluate.coco import CXC_POSITIVE
 from shnet_jax.evaluate.ensemble import mean_score
-from shnet_jax.evaluate.extra import sibling_captions, top_within
+from shnet_jax.evaluate.extra_metrics import sibling_captions, top_within
+from shnet_jax.evaluate.judgements import CXC_POSITIVE
+from shnet_jax.evaluate.metrics import CUTS, DIRECTIONS, Metrics, hits, recall_at, recalls, relevant
 from shnet_jax.evaluate.protocols import evaluate
-from shnet_jax.evaluate.rank import Ranks, ranks
-from shnet_jax.evaluate.recall import CUTS, DIRECTIONS, Metrics, recalls
-from shnet_jax.evaluate.relevance import hits, recall_at, relevant
-from shnet_jax.evaluate.topk import top_items
+from shnet_jax.evaluate.ranks import Ranks, ranks
+from shnet_jax.evaluate.top_k import top_k_both
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.types import Array, Embedding
@@ -80,12 +79,12 @@ def _recalls(fixture: Fixture, case: str, sims: np.ndarray) -> list[Row]:
 
 def _ranks(fixture: Fixture, case: str, sims: np.ndarray) -> list[Row]:
     images, texts, _ = _gallery(sims)
-    found, best = _ranked(sims), top_items(images, texts, recorded, k=1, tile=16)
+    found, best = _ranked(sims), top_k_both(images, texts, recorded, k=1, tile=16)
     rows = []
     for direction in DIRECTIONS:
         name, top = f"{case}.out.{direction}_ranks", f"{case}.out.{direction}_top1"
         rows.append(compare(GROUP, name, getattr(found, direction), fixture[name], 0.0))
-        rows.append(compare(GROUP, top, getattr(best, direction)[:, 0], fixture[top], 0.0))
+        rows.append(compare(GROUP, top, getattr(best, direction).index[:, 0], fixture[top], 0.0))
     return rows
 
 
@@ -108,8 +107,8 @@ def _crisscrossed(fixture: Fixture) -> list[Row]:
     siblings = np.stack(sibling_captions(np.arange(len(texts.vector)) // 5), axis=1)
     pairs["t2t"] = np.concatenate([pairs["t2t"], siblings])
     score, k, mesh = RetrievalModel.score, CUTS[-1], make_mesh(1)
-    between = top_items(images, texts, score, k, 16, mesh)
-    lists = {"i2t": between.i2t, "t2i": between.t2i}
+    between = top_k_both(images, texts, score, k, 16, mesh)
+    lists = {"i2t": between.i2t.index, "t2i": between.t2i.index}
     lists |= {d: top_within(side, score, k, 16, mesh) for d, side in (("i2i", images), ("t2t", texts))}
     rows = []
     for direction, wanted in pairs.items():

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
-from shnet_jax.commands import load
 from shnet_jax.data.gallery import open_gallery
 from shnet_jax.data.records import open_dataset
-from shnet_jax.evaluate.towers import make_encoder
+from shnet_jax.evaluate.encode import Encoder
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.modes.embed import embed, split_embeddings
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import embed as writing
 from shnet_jax.retrieve import tensors
 from shnet_jax.retrieve.embeddings import make_ids, open_embeddings
+from shnet_jax.train.load import load
 from tests.retrieve import gallery
 from tests.train import tiny
 
@@ -48,7 +48,7 @@ def test_vectors_ids_and_what_made_them(whole):
     loaded = load(gallery.toy_run(), config(whole))
     experiment = loaded.experiment
     opened = open_gallery(experiment.config, experiment.dataset, "test", experiment.tokenizer, experiment.fields)
-    images, texts = make_encoder(experiment, opened, make_mesh(1))(loaded.variables)
+    images, texts = Encoder(experiment, make_mesh(1)).encode(opened, loaded.variables)
     found = open_embeddings(whole)
     np.testing.assert_array_equal(found.images.vector, images.vector)
     np.testing.assert_array_equal(found.texts.vector, texts.vector)
@@ -105,7 +105,7 @@ def test_killed_and_begun_again_it_ends_with_the_same_bytes(after, whole, tmp_pa
     embed(config(folder), gallery.toy_run())
     assert contents(folder) == contents(whole)
     assert len(made) == 16 and before in (1, 8, 16)  # no part was encoded twice
-    monkeypatch.setattr(writing, "make_towers", None)  # called, it would fail
+    monkeypatch.setattr(writing, "Towers", None)  # called, it would fail
     embed(config(folder), gallery.toy_run())
 
 
@@ -125,7 +125,7 @@ def test_sets_of_several_lengths(tmp_path):
     variables, mesh = init_variables(experiment, 0), make_mesh(2)
     found = writing.embed(experiment, variables, "test", mesh, tmp_path, {})
     opened = open_gallery(experiment.config, experiment.dataset, "test", experiment.tokenizer, experiment.fields)
-    images, texts = make_encoder(experiment, opened, mesh)(variables)
+    images, texts = Encoder(experiment, mesh).encode(opened, variables)
     for ours, theirs in ((found.images, images), (found.texts, texts)):
         for name in ("vector", "elements", "mask"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from shnet_jax.data.batches import stack_images, stored_fields
-from shnet_jax.evaluate.split import subject
+from shnet_jax.evaluate.evaluator import provenance
 from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import pictures
@@ -66,7 +66,7 @@ def made(tmp_path_factory):
     folder, experiment, mesh = tmp_path_factory.mktemp("page"), assemble(c), make_mesh(1)
     variables = init_variables(experiment, 0)
     embeddings = embed(experiment, variables, "test", mesh, folder / "embeddings", {})
-    about = subject(experiment, "test", 1, "none", 1)
+    about = provenance(experiment, "test", 1, "none", 1)
     contents = collect(experiment, variables, embeddings, c, about, mesh)
     history = [{"kind": "eval", "step": s, "i2t_r1": 5.0 * s} for s in (1, 2)]
     photographs = folder / "photographs"

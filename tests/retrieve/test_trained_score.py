@@ -11,13 +11,13 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from shnet_jax.api import Retriever
-from shnet_jax.commands import Loaded
-from shnet_jax.evaluate.split import subject
+from shnet_jax.evaluate.evaluator import provenance
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.modes import search as search_mode
 from shnet_jax.modes.embed import split_embeddings
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.examples import collect
+from shnet_jax.train.load import Loaded
 from tests.train import tiny
 
 FACTORS = np.linspace(-3.0, 2.0, 16).astype(np.float32)
@@ -143,7 +143,7 @@ def test_on_the_page(loaded, config, scores, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     mesh = make_mesh(1)
     embeddings = split_embeddings(loaded, config, tmp_path, mesh)
-    about = subject(loaded.experiment, "test", 3, "none", 1)
+    about = provenance(loaded.experiment, "test", 3, "none", 1)
     config.eval.protocols = ("folds2",)
     found = collect(loaded.experiment, loaded.variables, embeddings, config, about, mesh)
     config.eval.protocols = ("whole",)

@@ -21,10 +21,10 @@ from safetensors.numpy import save_file
 from configs import scaling as small
 from data_prep.scenes.write import main as importer
 from shnet_jax import api, scaling
-from shnet_jax.commands import EVALUATION_LOCK, evaluate
 from shnet_jax.convert import load_run, write_run
-from shnet_jax.cross import cross
 from shnet_jax.experiment import assemble
+from shnet_jax.modes.cross import cross
+from shnet_jax.modes.evaluate import EVALUATION_LOCK, evaluate
 from shnet_jax.observe.files import FolderInUse, describe, disk_faults, sole_writer
 from shnet_jax.observe.writer import MetricWriter
 from shnet_jax.retrieve import tensors

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from shnet_jax import experiment
-from shnet_jax.commands import load
 from shnet_jax.modes import plan as plan_mode
 from shnet_jax.train import workdir as workdirs
+from shnet_jax.train.load import load
 from shnet_jax.train.loop import train_and_evaluate
 from tests.train import tiny
 

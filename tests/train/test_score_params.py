@@ -11,10 +11,9 @@ import pytest
 from flax import linen as nn
 
 from shnet_jax.data.batches import gather
-from shnet_jax.evaluate.compare import comparison_table
-from shnet_jax.evaluate.extra import read_wanted
-from shnet_jax.evaluate.protocols import Subject
-from shnet_jax.evaluate.split import embed_split, evaluate_embedded, make_evaluator, subject, ways_to_rank
+from shnet_jax.evaluate.evaluator import Evaluator, choose_ranking_methods, evaluate_embedded, provenance
+from shnet_jax.evaluate.extra_metrics import read_extra_metrics
+from shnet_jax.evaluate.report import comparison_table
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.losses import total
 from shnet_jax.parallel.mapping import data_mesh, map_step, put_batch, replicate
@@ -74,15 +73,15 @@ def test_the_score_takes_part_in_the_step(experiment):
 
 def test_evaluation_scores_with_the_variables_given(experiment, tmp_path):
     variables = init_variables(experiment, 0)
-    mesh, what = data_mesh(jax.devices()[:2]), Subject(split="test")
+    mesh = data_mesh(jax.devices()[:2])
 
     def compare(variables):
-        embedded = embed_split(experiment, variables, "test", mesh, what)
-        wanted = read_wanted(experiment.dataset, "test", experiment.config.eval)
-        ways = ways_to_rank(experiment, variables, mesh, what, tmp_path / "scores")
-        rows = {way.name: dataclasses.replace(embedded, way=way) for way in ways}
+        embedded = Evaluator(experiment, "test", mesh).embed(variables, 0)
+        extra = read_extra_metrics(experiment.dataset, "test", experiment.config.eval)
+        methods = choose_ranking_methods(experiment, variables, mesh, embedded.provenance, tmp_path / "scores")
+        rows = {method.name: dataclasses.replace(embedded, method=method) for method in methods}
         return {
-            name: evaluate_embedded(row, wanted, experiment.config.eval, mesh)["whole"] for name, row in rows.items()
+            name: evaluate_embedded(row, extra, experiment.config.eval, mesh)["whole"] for name, row in rows.items()
         }
 
     found = compare(variables)
@@ -97,7 +96,7 @@ def test_evaluation_scores_with_the_variables_given(experiment, tmp_path):
     turned = compare(variables)
     assert turned["exact"].metrics != found["exact"].metrics
     assert turned["global vectors"].metrics == found["global vectors"].metrics
-    trained = make_evaluator(experiment, "test", mesh)(variables, what)
+    trained = Evaluator(experiment, "test", mesh).run(variables, 0)
     assert trained.metrics == turned["exact"].metrics
 
 
@@ -116,6 +115,6 @@ def test_fields_that_a_data_set_lacks_are_said(caplog):
         bare = assemble(without("relations"))
     assert bare.fields == ("regions", "boxes")
     said = "no relation_scores or relations: the semantic graph is the identity"
-    assert said in caplog.text and subject(bare, "val", 0, "none", 1).notes == said
+    assert said in caplog.text and provenance(bare, "val", 0, "none", 1).notes == said
     with pytest.raises(ValueError, match="no boxes"):
         assemble(without("relations", "boxes"))

@@ -7,11 +7,11 @@ import re
 import pytest
 from tokenizers import BertWordPieceTokenizer
 
-from shnet_jax.commands import load
 from shnet_jax.data import tokenise
 from shnet_jax.data.records import open_dataset
 from shnet_jax.experiment import assemble
 from shnet_jax.parallel.mapping import make_mesh
+from shnet_jax.train.load import load
 from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.setup import training_data
 from shnet_jax.train.workdir import WorkdirError, claim

@@ -1,6 +1,6 @@
 """Relevance judgements for COCO's test images beyond the five captions of each: ECCV Caption and Crisscrossed Captions.
 
-They are read from where the user has them; images are known by their COCO number, captions by their annotation number.
+The user has the files. Images are known by their COCO number, captions by their annotation number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from shnet_jax.evaluate.relevance import Relevant, relevant
+from shnet_jax.data.records import DataSet
+from shnet_jax.evaluate.metrics import Relevant, relevant
 from shnet_jax.foreign import read_object
 
 PACKAGE = "eccv_caption"
@@ -38,8 +39,22 @@ def judgements_folder(where: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / "data"
 
 
+class CocoRows:
+    """Rows of a split by COCO's numbers. Raises ValueError for a data set without caption_ids."""
+
+    def __init__(self, dataset: DataSet, split: str):
+        if "caption_ids" not in dataset.features:
+            raise ValueError(
+                f"{dataset.path}: no field caption_ids, by which these judgements know the captions; import the split "
+                f"with a file {split}_capids.txt"
+            )
+        ids = dataset.open_split(split, ("caption_ids",))
+        self.images = rows_of(np.array([coco_number(i) for i in dataset.image_ids(split)]), "image")
+        self.captions = rows_of(np.concatenate([record["caption_ids"] for record in ids]), "caption")
+
+
 def read_judgements(folder: Path, name: str, image_rows: Mapping[int, int], caption_rows: Mapping[int, int]) -> Any:
-    """(image to caption, caption to image) of {name}_image_to_caption.json and {name}_caption_to_image.json.
+    """Reads (image to caption, caption to image) from {name}_image_to_caption.json and {name}_caption_to_image.json.
 
     Args:
       name: "eccv" or "cxc", as the package names its files: {query number: [numbers of relevant items]}.
@@ -69,8 +84,8 @@ def _read(path: Path, query_rows: Mapping[int, int], item_rows: Mapping[int, int
             ) from None
         row = _row(path, query_rows, number)
         for item in judged:
-            found = item_rows.get(item)
-            pairs.append((row, len(item_rows) + absent.setdefault(item, len(absent)) if found is None else found))
+            known = item_rows.get(item)
+            pairs.append((row, len(item_rows) + absent.setdefault(item, len(absent)) if known is None else known))
     if not pairs:
         raise ValueError(f"{path}: expected judgements of all queries, found none")
     return relevant(*np.array(pairs, np.int64).reshape(-1, 2).T)
@@ -87,10 +102,10 @@ def _row(path: Path, rows: Mapping[int, int], number: int) -> int:
 
 def coco_number(name: str) -> int:
     """COCO's number: 391895 for "391895" and "COCO_val2014_000000391895.jpg", 5142 for "COCO_val2014:sentid:5142"."""
-    found = re.search(r"(\d+)(\.\w+)?$", name[-255:])  # longer than a file name, and the search takes for ever
-    if found is None:
+    number = re.search(r"(\d+)(\.\w+)?$", name[-255:])  # longer than a file name, and the search takes for ever
+    if number is None:
         raise ValueError(f"id {name!r}: expected COCO's number, alone or at the end of the name")
-    return int(found[1])
+    return int(number[1])
 
 
 def rows_of(numbers: np.ndarray, what: str) -> dict[int, int]:
@@ -108,12 +123,12 @@ def read_ratings(path: Path, kind: str, rows: Mapping[int, int]) -> tuple[np.nda
     Columns image1, image2 (or caption1, caption2), agg_score, sampling_method; a rating of at least CXC_POSITIVE[kind]
     is a match. Raises ValueError naming file and line.
     """
-    wanted = [f"{kind}1", f"{kind}2", "agg_score"]
+    columns = [f"{kind}1", f"{kind}2", "agg_score"]
     query, item = [], []
     for number, line in _table(path):
         if number == 1:
-            if line[:3] != wanted:
-                raise ValueError(f"{path} line 1: expected columns {', '.join(wanted)}, found {', '.join(line)}")
+            if line[:3] != columns:
+                raise ValueError(f"{path} line 1: expected columns {', '.join(columns)}, found {', '.join(line)}")
             continue
         try:
             first, second = (coco_number(cell) for cell in line[:2])

@@ -1,4 +1,4 @@
-"""Every run on every data set, without training: how far a model carries to data that it has not seen."""
+"""--mode=cross: every run on every data set, without training, to test models on data that they have not seen."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from shnet_jax.commands import evaluate_loaded, evaluate_zero_shot, load_any
 from shnet_jax.data.records import find_dataset
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import card_table, table, to_json
 from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
+from shnet_jax.modes.evaluate import evaluate_loaded, evaluate_zero_shot
 from shnet_jax.observe.files import LOCK, write_text
 from shnet_jax.observe.results_page import results_page
 from shnet_jax.observe.table import Table
+from shnet_jax.train.load import load_any
 from shnet_jax.train.workdir import sole_job, trained_config
 
 Matrix = dict[str, dict[str, Results]]
@@ -27,7 +28,7 @@ def cross(config: ConfigDict, workdir: str | Path) -> Matrix:
     In two stages where config.eval.exact is False. A run keeps its vocabulary and its checkpoint, which its own
     validation split chose: nothing is tuned to the other data sets. Prints the tables and writes them to cross.md and,
     with all cards, to cross.html and cross.json in `workdir`, after each evaluation. Raises ValueError when there is
-    nothing to do or two rows or columns have the same name, and what `commands.load_any` raises for a run or a data set
+    nothing to do or two rows or columns have the same name, and what `load.load_any` raises for a run or a data set
     that does not fit it.
     """
     workdir = Path(workdir)
@@ -58,21 +59,21 @@ def _cross(config: ConfigDict, workdir: Path, rows: Mapping[str, str], columns: 
 
 
 def _on(config: ConfigDict, folder: str) -> ConfigDict:
-    own = ConfigDict(config.to_dict())
-    own.data.dir = folder
-    return own
+    moved = ConfigDict(config.to_dict())
+    moved.data.dir = folder
+    return moved
 
 
-def _row(run: Path, own: ConfigDict) -> str:
+def _row(run: Path, given: ConfigDict) -> str:
     """Name of a run, and the data set that it was trained on."""
-    config = trained_config(run, own)
+    config = trained_config(run, given)
     folder = Path(config.data.dir)
     trained_on = folder.parent.name if (folder / "dataset_info.json").is_file() else folder.name
     return f"{config.name}, seed {config.seed}, trained on {trained_on}"
 
 
 def _write(matrix: Matrix, workdir: Path) -> str:
-    arms = {f"{row} → {column}": results for row, found in matrix.items() for column, results in found.items()}
+    arms = {f"{row} → {column}": results for row, by_column in matrix.items() for column, results in by_column.items()}
     tables = [rsums(matrix), table(arms)]
     text = "\n".join(map(str, tables))
     write_text(workdir / "cross.json", to_json(arms))
@@ -84,9 +85,9 @@ def _write(matrix: Matrix, workdir: Path) -> str:
 
 def rsums(matrix: Mapping[str, Mapping[str, Results]]) -> Table:
     """rSum, a row for each run and a column for each data set."""
-    columns = list(dict.fromkeys(column for found in matrix.values() for column in found))
+    columns = list(dict.fromkeys(column for by_column in matrix.values() for column in by_column))
     cells = [
-        [row, *(f"{found[c].metrics['rsum']:.1f}" if c in found else "" for c in columns)]
-        for row, found in matrix.items()
+        [row, *(f"{by_column[c].metrics['rsum']:.1f}" if c in by_column else "" for c in columns)]
+        for row, by_column in matrix.items()
     ]
     return Table("rSum, of 600", ["rSum", *columns], cells)

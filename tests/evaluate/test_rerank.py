@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate import blocks, lists
-from shnet_jax.evaluate.blocks import (
+from shnet_jax.evaluate import pair_scores
+from shnet_jax.evaluate.metrics import person_metrics
+from shnet_jax.evaluate.pair_scores import (
+    listed_scores,
     make_programs,
     open_folder,
     pair_scorer,
@@ -17,14 +19,13 @@ from shnet_jax.evaluate.blocks import (
     remove_folder,
     score_matrix,
 )
-from shnet_jax.evaluate.lists import listed_scores
-from shnet_jax.evaluate.person import person_metrics, search_persons
-from shnet_jax.evaluate.rank import ranks
-from shnet_jax.evaluate.two_stage import caption_candidates, two_stage_ranks
+from shnet_jax.evaluate.person_search import search_persons
+from shnet_jax.evaluate.ranks import ranks
+from shnet_jax.evaluate.rerank import caption_candidates, rerank
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
-from tests.evaluate.test_person import brute_force
+from tests.evaluate.test_person_search import brute_force
 
 N, T, K, L, D = 21, 50, 3, 6, 4
 
@@ -98,11 +99,11 @@ def test_the_time_left_is_that_of_the_parts_left(monkeypatch):
     """What progress counts is what the clock ticks for; else the time left is that of something else."""
     seen = []
 
-    class Shown(lists.Progress):
+    class Shown(pair_scores.Progress):
         def update(self, step, clock, **_):
             seen.append((step, self._steps, clock._current.steps))
 
-    monkeypatch.setattr(lists, "Progress", Shown)
+    monkeypatch.setattr(pair_scores, "Progress", Shown)
     images, texts, _ = gallery()
     pairs = np.arange(N * T)
     listed_scores(images, texts, pairs // T, pairs % T, made())
@@ -118,7 +119,7 @@ def exact():
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_two_stages_with_the_whole_gallery_are_exact(devices):
-    staged = two_stage_ranks(*gallery(), max(N, T), made(devices))
+    staged = rerank(*gallery(), max(N, T), made(devices))
     found, pairs = staged.ranks, staged.pairs
     np.testing.assert_array_equal(found.i2t, exact().i2t)
     np.testing.assert_array_equal(found.t2i, exact().t2i)
@@ -128,7 +129,7 @@ def test_two_stages_with_the_whole_gallery_are_exact(devices):
 def test_two_stages_rerank_the_candidates_and_leave_the_others():
     images, texts, owner = gallery()
     k = 4
-    staged = two_stage_ranks(images, texts, owner, k, made())
+    staged = rerank(images, texts, owner, k, made())
     found, pairs = staged.ranks, staged.pairs
     vectors, scores = images.vector @ texts.vector.T, oracle()
 
@@ -149,18 +150,18 @@ def test_two_stages_rerank_the_candidates_and_leave_the_others():
     places = np.empty((N, T))  # of each image in the ranking, best the largest
     for j in range(T):
         places[ordered(vectors[:, j], scores[:, j]), j] = -np.arange(N)
-    ours = person_metrics(search_persons(*sides, RetrievalModel.score, 4, first=staged.first))
+    ours = person_metrics(search_persons(*sides, RetrievalModel.score, 4, candidates=staged.candidates))
     assert ours == pytest.approx(brute_force(places, people, people[owner]), abs=1e-4)
     assert ours != person_metrics(search_persons(*sides, RetrievalModel.score, 4))
     again = caption_candidates(images, texts, k, made())
-    np.testing.assert_array_equal(again.index, staged.first.index)
-    np.testing.assert_allclose(again.score, staged.first.score, rtol=1e-5)
+    np.testing.assert_array_equal(again.index, staged.candidates.index)
+    np.testing.assert_allclose(again.score, staged.candidates.score, rtol=1e-5)
 
 
 def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
     images, texts, _ = gallery()
     folder = open_folder(tmp_path / "scores", {"step": 1})
-    keep, kept = blocks.keep, []
+    keep, kept = pair_scores.keep, []
 
     def stopped(path, block):
         keep(path, block)
@@ -168,7 +169,7 @@ def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
         if len(kept) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(blocks, "keep", stopped)
+    monkeypatch.setattr(pair_scores, "keep", stopped)
     with pytest.raises(KeyboardInterrupt):
         score_matrix(images, texts, made(), folder)
     assert len(list(folder.glob("block_*.npy"))) == 5
@@ -182,23 +183,24 @@ def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
 
 def test_a_stopped_list_goes_on_with_its_pairs(tmp_path, monkeypatch):
     images, texts, owner = gallery()
-    folder, kept = open_folder(tmp_path / "scores", {"step": 1}), []
+    folder = open_folder(tmp_path / "scores", {"step": 1})
+    keep, kept = pair_scores.keep, []
 
     def stopped(path, block):
-        blocks.keep(path, block)
+        keep(path, block)
         kept.append(path)
         if len(kept) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(lists, "keep", stopped)
+    monkeypatch.setattr(pair_scores, "keep", stopped)
     with pytest.raises(KeyboardInterrupt):
-        two_stage_ranks(images, texts, owner, 4, made(), folder)
+        rerank(images, texts, owner, 4, made(), folder)
     assert sorted(folder.glob("block_*.npy")) == sorted(kept) and len(kept) == 5
-    staged, whole = (two_stage_ranks(images, texts, owner, 4, made(), f) for f in (folder, None))
+    staged, whole = (rerank(images, texts, owner, 4, made(), f) for f in (folder, None))
     assert len(kept) == 21 == len(set(kept))  # 3 x 7 blocks, each once
-    np.testing.assert_array_equal(staged.first.score, whole.first.score)
+    np.testing.assert_array_equal(staged.candidates.score, whole.candidates.score)
     np.testing.assert_array_equal(staged.ranks.i2t, whole.ranks.i2t)
-    two_stage_ranks(images, texts, owner, 5, made(), folder)
+    rerank(images, texts, owner, 5, made(), folder)
     assert len(kept) > 35  # other pairs, other files
     assert not remove_folder(folder) and not folder.exists()
 
@@ -227,6 +229,6 @@ def test_nan_and_no_candidates_are_errors():
     images, texts, owner = gallery()
     broken = Embedding(images.vector, np.where(np.arange(N)[:, None, None] == 2, np.nan, images.elements), images.mask)
     with pytest.raises(ValueError, match="scores of candidates are NaN"):
-        two_stage_ranks(broken, texts, owner, T, made())
+        rerank(broken, texts, owner, T, made())
     with pytest.raises(ValueError, match="two_stage is 0"):
-        two_stage_ranks(images, texts, owner, 0, made())
+        rerank(images, texts, owner, 0, made())

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from shnet_jax.evaluate.stages import Stages
+from shnet_jax.evaluate.overlap import Overlap
 from tests.patience import PATIENCE
 
 OTHERS: set[threading.Thread] = set()
@@ -46,7 +46,7 @@ def running():
 
 @pytest.mark.parametrize("maxsize", [1, 2, 5])
 def test_items_keep_their_order_through_a_chain(maxsize):
-    with Stages() as stages:
+    with Overlap() as stages:
         doubled = (2 * x for x in stages.ahead(range(50), maxsize))
         result = stages.start(lambda: list(stages.ahead((x + 1 for x in stages.ahead(doubled, 1)), maxsize)))
         assert list(stages.ahead([], maxsize)) == []
@@ -57,7 +57,7 @@ def test_items_keep_their_order_through_a_chain(maxsize):
 @pytest.mark.parametrize("maxsize", [1, 2, 5])
 def test_a_slow_consumer_holds_the_producer_back(maxsize):
     read = []
-    with Stages() as stages:
+    with Overlap() as stages:
         items = stages.ahead(endless(read), maxsize)
         for taken in range(1, 4):
             assert next(items) == taken - 1
@@ -68,7 +68,7 @@ def test_a_slow_consumer_holds_the_producer_back(maxsize):
 
 def test_stages_run_at_the_same_time():
     meet = threading.Barrier(3, timeout=PATIENCE)
-    with Stages() as stages:
+    with Overlap() as stages:
         results = [stages.start(meet.wait) for _ in range(3)]
         assert sorted(r.result() for r in results) == [0, 1, 2]
 
@@ -86,7 +86,7 @@ def test_a_failing_stage_stops_the_others_and_raises_its_own_error(where):
             if where == "work" and item == 2:
                 raise Broken("work")
 
-    with pytest.raises(Broken, match=where), Stages() as stages:
+    with pytest.raises(Broken, match=where), Overlap() as stages:
         other = stages.start(lambda: [None for _ in stages.ahead(endless([]), 2)])
         stages.start(lambda: work(stages.ahead(source(), 2)))
         if where == "main":
@@ -100,22 +100,22 @@ def test_an_error_in_the_reader_of_the_block_itself_is_raised():
         yield 0
         raise Broken("source")
 
-    with pytest.raises(Broken), Stages() as stages:
+    with pytest.raises(Broken), Overlap() as stages:
         assert list(stages.ahead(source(), 1)) == []
     assert not running()
 
 
 def test_a_stage_nobody_asks_still_raises():
-    with pytest.raises(ZeroDivisionError), Stages() as stages:
+    with pytest.raises(ZeroDivisionError), Overlap() as stages:
         stages.start(lambda: 1 // 0)
 
 
 def test_a_reader_whose_items_are_not_all_taken_ends():
-    with Stages() as stages:
+    with Overlap() as stages:
         assert stages.start(lambda: next(stages.ahead(endless([]), 2))).result() == 0
     assert not running()
 
 
 def test_a_queue_of_nothing_is_named():
-    with pytest.raises(ValueError, match="at least 1 item, got 0"), Stages() as stages:
+    with pytest.raises(ValueError, match="at least 1 item, got 0"), Overlap() as stages:
         stages.ahead([], 0)

@@ -1,4 +1,4 @@
-"""What config.eval asks for beyond recalls: hubness, ECCV Caption, Crisscrossed Captions. All of the whole gallery."""
+"""Metrics beyond recall, on the whole gallery: hubness, ECCV Caption, Crisscrossed Captions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.data.records import DataSet
-from shnet_jax.evaluate.coco import coco_number, judgements_folder, read_judgements, read_ratings, rows_of
 from shnet_jax.evaluate.ensemble import Embedded, MeanScore
-from shnet_jax.evaluate.recall import CUTS, Metrics
-from shnet_jax.evaluate.relevance import Relevant, hits, hubness, precision_at_r, recall_at, relevant
+from shnet_jax.evaluate.judgements import CocoRows, judgements_folder, read_judgements, read_ratings
+from shnet_jax.evaluate.metrics import (
+    CUTS,
+    Metrics,
+    Relevant,
+    hits,
+    hubness,
+    precision_at_r,
+    recall_at,
+    relevant,
+)
 from shnet_jax.evaluate.tiles import Items, ItemScore, size
-from shnet_jax.evaluate.topk import Top, top_items
+from shnet_jax.evaluate.top_k import BothTopK, top_k_both
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Array, Embedding
 
@@ -27,23 +35,9 @@ WITHIN = "images with images, captions with captions: by the product of global v
 OCCURRENCE = 10  # k of the k-occurrence
 
 
-class CocoRows:
-    """Rows of a split by COCO's numbers. Raises ValueError for a data set without caption_ids."""
-
-    def __init__(self, dataset: DataSet, split: str):
-        if "caption_ids" not in dataset.features:
-            raise ValueError(
-                f"{dataset.path}: no field caption_ids, by which these judgements know the captions; import the split "
-                f"with a file {split}_capids.txt"
-            )
-        ids = dataset.open_split(split, ("caption_ids",))
-        self.images = rows_of(np.array([coco_number(i) for i in dataset.image_ids(split)]), "image")
-        self.captions = rows_of(np.concatenate([record["caption_ids"] for record in ids]), "caption")
-
-
 @dataclasses.dataclass(frozen=True)
-class Wanted:
-    """What config.eval asks for, with the judgements read.
+class ExtraMetrics:
+    """Metrics that config.eval asks for beyond recall, with the judgements read.
 
     between: name -> relevant captions of images, relevant images of captions. within: "i2i" and "t2t" -> the same of
     images to images and of captions to captions; both empty without.
@@ -54,11 +48,11 @@ class Wanted:
     within: Mapping[str, Relevant]
 
 
-NOTHING = Wanted(hubness=False, between={}, within={})
-"""Recalls alone."""
+NO_EXTRA_METRICS = ExtraMetrics(hubness=False, between={}, within={})
+"""Recall alone."""
 
 
-def read_wanted(dataset: DataSet, split: str, evaluation: ConfigDict) -> Wanted:
+def read_extra_metrics(dataset: DataSet, split: str, evaluation: ConfigDict) -> ExtraMetrics:
     """Reads the judgements that config.eval names, before anything is encoded.
 
     Raises ValueError or FileNotFoundError when a file is missing or does not fit the split.
@@ -79,42 +73,42 @@ def read_wanted(dataset: DataSet, split: str, evaluation: ConfigDict) -> Wanted:
                 "i2i": relevant(*read_ratings(ratings / f"sis_{name}.csv", "image", rows.images)),
                 "t2t": relevant(np.append(query, siblings[0]), np.append(item, siblings[1])),
             }
-    return Wanted(evaluation.hubness, between, within)
+    return ExtraMetrics(evaluation.hubness, between, within)
 
 
-def extra_metrics(embedded: Embedded, wanted: Wanted, tile: int, mesh: Mesh) -> Metrics:
-    """Numbers by name, {} when nothing is wanted.
+def extra_metrics(embedded: Embedded, extra: ExtraMetrics, tile: int, mesh: Mesh) -> Metrics:
+    """Values by name, {} when nothing is asked for.
 
     hubness_i2t, hubness_t2i: skewness of how often captions (images) are among the first 10 of an image (caption).
     eccv_i2t_map_at_r, _rprecision, _r1 and the same for t2i: ECCV Caption, percent.
     cxc_i2t_r1, _r5, _r10, the same for t2i: Crisscrossed Captions, percent; for i2i and t2t where ratings are given,
       by the product of global vectors (`WITHIN`).
     """
-    found: Metrics = {}
-    if wanted.between or wanted.hubness:
-        most = max([OCCURRENCE, CUTS[-1], *(side.most for sides in wanted.between.values() for side in sides)])
-        top = top_items(embedded.images, embedded.texts, embedded.score, most, tile, mesh)
-        if wanted.hubness:
-            found |= {
-                "hubness_i2t": hubness(top.i2t[:, :OCCURRENCE], size(embedded.texts)),
-                "hubness_t2i": hubness(top.t2i[:, :OCCURRENCE], size(embedded.images)),
+    metrics: Metrics = {}
+    if extra.between or extra.hubness:
+        most = max([OCCURRENCE, CUTS[-1], *(side.most for sides in extra.between.values() for side in sides)])
+        top = top_k_both(embedded.images, embedded.texts, embedded.score, most, tile, mesh)
+        if extra.hubness:
+            metrics |= {
+                "hubness_i2t": hubness(top.i2t.index[:, :OCCURRENCE], size(embedded.texts)),
+                "hubness_t2i": hubness(top.t2i.index[:, :OCCURRENCE], size(embedded.images)),
             }
-        for name, sides in wanted.between.items():
-            found |= _judged(name, top, sides)
-    for direction, pairs in wanted.within.items():
+        for name, sides in extra.between.items():
+            metrics |= _judged(name, top, sides)
+    for direction, pairs in extra.within.items():
         items = embedded.images if direction == "i2i" else embedded.texts
-        numbers = recall_at(hits(top_within(items, embedded.score, CUTS[-1], tile, mesh), pairs))
-        found |= {f"cxc_{direction}_{number}": value for number, value in numbers.items()}
-    return found
+        values = recall_at(hits(top_within(items, embedded.score, CUTS[-1], tile, mesh), pairs))
+        metrics |= {f"cxc_{direction}_{name}": value for name, value in values.items()}
+    return metrics
 
 
-def _judged(name: str, top: Top, sides: tuple[Relevant, Relevant]) -> Metrics:
-    found: Metrics = {}
-    for direction, lists, pairs in (("i2t", top.i2t, sides[0]), ("t2i", top.t2i, sides[1])):
-        hit = hits(lists, pairs)
-        numbers = precision_at_r(hit, pairs.counts) if name == "eccv" else recall_at(hit)
-        found |= {f"{name}_{direction}_{number}": value for number, value in numbers.items()}
-    return found
+def _judged(judgements: str, top: BothTopK, sides: tuple[Relevant, Relevant]) -> Metrics:
+    metrics: Metrics = {}
+    for direction, lists, pairs in zip(("i2t", "t2i"), top, sides, strict=True):
+        hit = hits(lists.index, pairs)
+        values = precision_at_r(hit, pairs.counts) if judgements == "eccv" else recall_at(hit)
+        metrics |= {f"{judgements}_{direction}_{name}": value for name, value in values.items()}
+    return metrics
 
 
 def sibling_captions(caption_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +132,7 @@ def top_within(items: Items, score: ItemScore, k: int, tile: int, mesh: Mesh) ->
     if isinstance(score, MeanScore):
         product = dataclasses.replace(score, scores=(RetrievalModel.score,) * len(score.scores))
     numbered = (vectors, np.arange(size(vectors), dtype=np.int32))
-    return top_items(numbered, numbered, _Others(product), k, tile, mesh).i2t
+    return top_k_both(numbered, numbered, _Others(product), k, tile, mesh).i2t.index
 
 
 @dataclasses.dataclass(frozen=True)

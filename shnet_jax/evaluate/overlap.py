@@ -1,11 +1,11 @@
-"""Stages of an evaluation that run at the same time in threads, joined by queues that hold the faster one back.
+"""Tasks of an evaluation that run at the same time in threads, joined by queues that hold the faster one back.
 
-    with Stages() as stages:
-        images = stages.start(lambda: encode(image_tower, stages.ahead(image_batches, 2), n))
-        texts = stages.start(lambda: encode(text_tower, stages.ahead(text_batches, 2), t))
+    with Overlap() as overlap:
+        images = overlap.start(lambda: encode(image_tower, overlap.ahead(image_batches, 2), n))
+        texts = overlap.start(lambda: encode(text_tower, overlap.ahead(text_batches, 2), t))
         rank(images.result(), texts.result())
 
-A stage that fails stops the others, and the block raises its error.
+A task that fails stops the others, and the block raises its error.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_POLL = 0.05  # seconds after which a stage that waits looks whether all was stopped
+_POLL = 0.05  # seconds after which a task that waits looks whether all was stopped
 
 
-class Stages:
-    """A block whose stages have all ended when it ends, well or not."""
+class Overlap:
+    """A block whose tasks have all ended when it ends, well or not."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
         self._started: list[Future[Any]] = []
         self._readers: list[Future[Any]] = []
 
-    def __enter__(self) -> Stages:
+    def __enter__(self) -> Overlap:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -40,8 +40,8 @@ class Stages:
         finally:  # also when it is interrupted: threads that go on would keep the process alive
             self._stop.set()
         wait(self._started + self._readers)
-        found = (future.exception() for future in self._started + self._readers)
-        first = next((e for e in found if e is not None and not isinstance(e, _Stopped)), None)
+        errors = (future.exception() for future in self._started + self._readers)
+        first = next((e for e in errors if e is not None and not isinstance(e, _Stopped)), None)
         if first is not None and (error is None or isinstance(error, _Stopped)):
             raise first from None
 
@@ -55,7 +55,7 @@ class Stages:
         At most `maxsize` of them are read and not yet taken; until one is taken, nothing more is read.
         """
         if maxsize < 1:
-            raise ValueError(f"a queue between stages holds at least 1 item, got {maxsize}")
+            raise ValueError(f"a queue between tasks holds at least 1 item, got {maxsize}")
         return self._taken(items, maxsize)
 
     def _taken(self, items: Iterable[T], maxsize: int) -> Iterator[T]:
@@ -77,9 +77,9 @@ class Stages:
             read.put(None)
 
         self._run(reader, self._readers)
-        while (found := self._get(read)) is not None:
+        while (item := self._get(read)) is not None:
             slots.release()
-            yield found[0]
+            yield item[0]
 
     def _run(self, work: Callable[[], T], futures: list[Future[Any]]) -> Future[T]:
         def guarded() -> T:
@@ -92,7 +92,7 @@ class Stages:
                     self._stop.set()
             return value
 
-        pool = ThreadPoolExecutor(1)  # one thread for each: no stage waits for another one to get its thread
+        pool = ThreadPoolExecutor(1)  # one thread for each: no task waits for another one to get its thread
         future = pool.submit(guarded)
         futures.append(future)
         pool.shutdown(wait=False)
@@ -108,8 +108,8 @@ class Stages:
 
     def _check(self) -> None:
         if self._stop.is_set():
-            raise _Stopped("another stage failed")
+            raise _Stopped("another task failed")
 
 
 class _Stopped(Exception):
-    """Ends a stage because another one failed, or because the block ended."""
+    """Ends a task because another one failed, or because the block ended."""

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate import block_plan
-from shnet_jax.evaluate.block_plan import PairCost, measure_pairs, plan_blocks, plan_two_stage
-from shnet_jax.evaluate.blocks import make_programs, pair_scorer, score_matrix
-from shnet_jax.evaluate.two_stage import two_stage_ranks
+from shnet_jax.evaluate.pair_scores import make_programs, pair_scorer, score_matrix
+from shnet_jax.evaluate.rerank import rerank
 from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.plan import block_plan
+from shnet_jax.plan.block_plan import PairCost, measure_pairs, plan_blocks, plan_two_stage
 from shnet_jax.types import Embedding
 from tests.train import toy
 from tests.train.test_score_params import Factor, Weighted
@@ -56,7 +56,7 @@ def test_the_blocks_are_those_that_are_scored(cost, devices):
     assert f"{plan.pairs:,} pairs scored, about" in str(plan)
 
     owner = np.arange(T) // 2
-    pairs = two_stage_ranks(images, texts, owner, 3, scorer).pairs
+    pairs = rerank(images, texts, owner, 3, scorer).pairs
     staged = plan_two_stage(N, T, 3, cost, mesh, TILE)
     assert 0.5 * staged.pairs < pairs <= staged.pairs == 3 * (N + T)
     assert plan_two_stage(N, T, 1000, cost, mesh, TILE).pairs == N * T

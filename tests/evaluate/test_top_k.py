@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.nearest import is_dot_product, top_k, turned
+from shnet_jax.evaluate.top_k import is_dot_product, top_k, top_k_both, transpose_score
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
-from tests.evaluate.test_rank import recorded
+from tests.evaluate.test_ranks import recorded
 
 DOT = RetrievalModel.score
 
@@ -53,10 +53,10 @@ def test_a_score_of_sets_and_its_turned_form():
     )
     table = (images.elements[:, None, :, None] * texts.elements[None, :, None, :]).sum(-1).max((2, 3))
     by_text = top_k(texts, images, 3, score, 2, data_mesh(jax.devices()[:2]))
-    by_image = top_k(images, texts, 3, turned(score), 2, data_mesh(jax.devices()[:2]))
+    by_image = top_k(images, texts, 3, transpose_score(score), 2, data_mesh(jax.devices()[:2]))
     np.testing.assert_array_equal(by_text.index, np.argsort(-table.T, axis=1, kind="stable")[:, :3])
     np.testing.assert_array_equal(by_image.index, np.argsort(-table, axis=1, kind="stable")[:, :3])
-    assert is_dot_product(DOT) and not is_dot_product(score) and turned(score) is turned(score)
+    assert is_dot_product(DOT) and not is_dot_product(score) and transpose_score(score) is transpose_score(score)
 
 
 @pytest.mark.parametrize("tile", [3, 512])
@@ -82,6 +82,54 @@ def test_what_cannot_be_searched():
         top_k(good, good, 0, DOT)
     with pytest.raises(ValueError, match="gallery is empty"):
         top_k(good, empty, 1, DOT)
-    with pytest.raises(ValueError, match="3 scores are not finite"):
+    with pytest.raises(ValueError, match="3 of 3 scores are NaN"):
         top_k(Embedding(np.full((1, 2), np.nan, np.float32)), good, 1, DOT)
     assert top_k(empty, good, 2, DOT).index.shape == (0, 2)
+
+
+def both(scores, k, tile, devices=1):
+    columns = np.arange(scores.shape[1])[:, None]
+    mesh = data_mesh(jax.devices()[:devices])
+    return top_k_both(Embedding(scores), Embedding(columns), recorded, k, tile, mesh)
+
+
+@pytest.mark.parametrize(
+    ("n", "t", "k", "tile", "devices"), [(13, 31, 4, 1, 1), (13, 31, 10, 2, 3), (40, 200, 7, 4, 8), (5, 9, 50, 100, 8)]
+)
+@pytest.mark.parametrize("levels", [3, 10**6])
+def test_both_directions_equal_a_stable_sort(n, t, k, tile, devices, levels):
+    scores = np.random.default_rng(n + k).integers(-levels, levels, (n, t)).astype(np.float32)
+    top = both(scores, k, tile, devices)
+    np.testing.assert_array_equal(top.i2t.index, np.argsort(-scores, axis=1, kind="stable")[:, :k])
+    np.testing.assert_array_equal(top.t2i.index, np.argsort(-scores, axis=0, kind="stable").T[:, :k])
+
+
+@pytest.mark.parametrize("tile", [1, 100])
+def test_zeros_of_either_sign_are_a_tie_in_both_directions(tile):
+    scores = np.where(np.random.default_rng(0).random((6, 40)) < 0.5, -0.0, 0.0).astype(np.float32)
+    top = both(scores, 4, tile, devices=2)
+    np.testing.assert_array_equal(top.i2t.index, np.tile(np.arange(4), (6, 1)))
+    np.testing.assert_array_equal(top.t2i.index, np.tile(np.arange(4), (40, 1)))
+
+
+def test_scores_of_minus_infinity_come_last_and_are_no_padding():
+    scores = np.full((5, 9), -np.inf, np.float32)
+    scores[:, 6] = 1.0
+    np.testing.assert_array_equal(both(scores, 3, 1, 2).i2t.index, np.tile([6, 0, 1], (5, 1)))
+
+
+def test_scores_of_minus_infinity_tie_in_a_search_too():
+    scores = np.full((9, 2), -np.inf, np.float32)
+    scores[6, 0] = 1.0
+    best = top_k(Embedding(np.arange(2)[:, None]), Embedding(scores), 3, recorded, 1, data_mesh(jax.devices()[:2]))
+    np.testing.assert_array_equal(best.index, [[6, 0, 1], [0, 1, 2]])
+    np.testing.assert_array_equal(best.score, [[1.0, -np.inf, -np.inf], [-np.inf] * 3])
+
+
+def test_nan_and_a_list_of_nothing_are_errors():
+    scores = np.zeros((3, 9), np.float32)
+    with pytest.raises(ValueError, match="first 0 items"):
+        both(scores, 0, 2)
+    scores[2, 8] = np.nan
+    with pytest.raises(ValueError, match="1 of 27 scores are NaN"):
+        both(scores, 2, 2)

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate import rank
-from shnet_jax.evaluate.rank_plan import measure_round, plan_ranking
+from shnet_jax.evaluate import ranks
 from shnet_jax.evaluate.tiles import Programs, make_tiling, programs
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.plan.rank_plan import measure_round, plan_ranking
 from shnet_jax.types import Embedding
 
 FLOAT = 4
@@ -75,10 +75,10 @@ def test_memory_does_not_grow_with_the_devices():
 @pytest.mark.parametrize(("n", "t", "tile"), [(30, 90, 4), (7, 7, 100), (64, 640, 8)])
 def test_the_rounds_are_those_that_ranking_makes(monkeypatch, devices, n, t, tile):
     dispatched = Dispatches()
-    monkeypatch.setattr(rank, "programs", dispatched)
+    monkeypatch.setattr(ranks, "programs", dispatched)
     rng = np.random.default_rng(0)
     images, texts = (Embedding(rng.standard_normal((m, 4)).astype(np.float32)) for m in (n, t))
-    rank.ranks(images, texts, rng.permutation(np.arange(t) % n), RetrievalModel.score, tile, mesh(devices))
+    ranks.ranks(images, texts, rng.permutation(np.arange(t) % n), RetrievalModel.score, tile, mesh(devices))
     plan = planned(n, t, 4, mesh(devices), tile)
     down = -(-n // (min(tile, n) * devices))
     assert plan.rounds - down < dispatched.rounds <= plan.rounds
@@ -121,14 +121,14 @@ def test_a_slice_of_the_largest_gallery_stays_within_the_stated_memory(tmp_path,
         file.flush()
         files.append(Embedding(np.load(tmp_path / name, mmap_mode="r")))
     owner = np.minimum(np.arange(t) // 5, n - 1)
-    tiling = make_tiling(*files, owner, np.arange(t), tile, mesh(devices))
+    tiling = make_tiling(*files, tile, mesh(devices), owner)
     # Any numbers will do as scores of the matches that lie outside the slice: this is about memory, and these captions.
     positive = np.einsum("td,td->t", files[0].vector[owner], files[1].vector).astype(np.float64)
     dispatched = Dispatches()
-    monkeypatch.setattr(rank, "programs", dispatched)
-    best = rank.best_captions(positive, owner)
+    monkeypatch.setattr(ranks, "programs", dispatched)
+    best = ranks.best_captions(positive, owner)
     tiles = (3, tiling.caption_tiles - 1)
-    counts = rank.count(tiling, RetrievalModel.score, positive, best, tiles)
+    counts = ranks.count(tiling, RetrievalModel.score, positive, best, tiles)
     assert dispatched.rounds == 2 * tiling.rounds
     stated = planned(n, t, dim, mesh(devices), tile).bytes_per_device * devices
     assert tile * tile * 8 * FLOAT * devices < dispatched.most <= stated

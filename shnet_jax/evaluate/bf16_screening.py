@@ -71,7 +71,7 @@ def check_score_dtype(score: ItemScore, score_dtype: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of m vectors of dimension `dim`: norm [m], and norm [m] of what is lost by rounding them to bfloat16."""
+    """Norms [m] of m vectors of dimension `dim`, and norms [m] of their losses by rounding to bfloat16."""
 
     norm: Array
     lost: Array
@@ -139,10 +139,10 @@ def _settle(
     from_column = scores - columns.score.astype(jnp.float32)[None, :]
     certain = (jnp.abs(from_row) > bound) & (jnp.abs(from_column) > bound)  # never where anything is NaN
     # A caption and its own image: no other of its captions comes before the best one, and an item never before itself.
-    own = (rows.index[:, None] == columns.match[None, :]) & jnp.isfinite(bound)
-    doubtful = real & ~certain & ~own
+    matched = (rows.index[:, None] == columns.match[None, :]) & jnp.isfinite(bound)
+    doubtful = real & ~certain & ~matched
     aside = axis.psum(jnp.any(doubtful, axis=0).astype(jnp.int32), DATA) > 0
-    settled = real & ~own & ~aside[None, :]
+    settled = real & ~matched & ~aside[None, :]
     return (
         jnp.sum((from_row > bound) & settled, axis=1, dtype=jnp.int32),
         axis.psum(jnp.sum((from_column > bound) & settled, axis=0, dtype=jnp.int32), DATA),

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from shnet_jax.evaluate.screen import Rechecked, check_score_dtype, screen_programs
+from shnet_jax.evaluate.bf16_screening import Rechecked, check_score_dtype, screen_programs
 from shnet_jax.evaluate.tiles import (
     Items,
     ItemScore,
     Queries,
+    Side,
+    Tile,
     Tiling,
+    check_no_nan,
     make_tiling,
-    needed,
-    one_behind,
+    prefetch_one,
     programs,
+    score_inputs,
     size,
 )
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.types import Array
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +68,8 @@ def ranks(
       score: (some images, some texts) -> scores of all their pairs; it is jitted.
       tile: images of a tile; it has `tiles.CAPTIONS_PER_ROW` times as many captions. A device holds a few at once.
       mesh: devices that share the work (`mapping.data_mesh`); None: the first one. The ranks are the same.
-      score_dtype: "float32", or "bfloat16": scored in bfloat16, and in float32 where the order is in doubt (`screen`);
-        the ranks are the same. For the default score only.
+      score_dtype: "float32", or "bfloat16": scored in bfloat16, and in float32 where the order is in doubt (see
+        `bf16_screening`); the ranks are the same. For the default score only.
       shared: several processes call this together, with the same gallery, each with a mesh of its own devices, and
         share the tiles of captions; all of them get all ranks.
 
@@ -74,11 +78,11 @@ def ranks(
         that does not exist or does not fit the score.
     """
     check_score_dtype(score, score_dtype)
-    images, texts = needed(score, images), needed(score, texts)
+    images, texts = score_inputs(score, images), score_inputs(score, texts)
     n, t = size(images), size(texts)
     owner = check_captions(caption_image, n, t)
     order = np.argsort(owner, kind="stable")  # captions of an image side by side: few tiles hold all matches
-    tiling = make_tiling(images, texts, owner, order, tile, mesh or data_mesh(jax.devices()[:1]))
+    tiling = make_tiling(images, texts, tile, mesh or data_mesh(jax.devices()[:1]), owner, order)
     positive = match_scores(tiling, score)
     best = best_captions(positive, owner)
     tiles = hosts.own_part(tiling.caption_tiles) if shared else range(tiling.caption_tiles)
@@ -91,11 +95,7 @@ def ranks(
     if shared:
         i2t, t2i, nans = hosts.add_up((counts.i2t, counts.t2i, np.array([counts.nans])))
         counts = Counts(i2t, t2i, int(nans[0]))
-    if counts.nans:
-        raise ValueError(
-            f"{counts.nans} of {n * t} scores are NaN ({n} images x {t} captions), so nothing can be ranked; "
-            "look for NaN in the embeddings"
-        )
+    check_no_nan(counts.nans, n, t)
     return Ranks(counts.i2t, counts.t2i)
 
 
@@ -126,19 +126,18 @@ def match_scores(tiling: Tiling, score: ItemScore) -> np.ndarray:
     run = programs(score, tiling.mesh)
     positive = np.empty(len(tiling.owner), np.float64)
 
-    def dispatched() -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
-        for tile in range(tiling.caption_tiles):
-            index, _ = tiling.captions(tile)
-            texts = tiling.put_texts(index)  # once, for all rounds
-            for round_ in range(tiling.rounds):
-                rows, _ = tiling.image_rows(round_)
-                inside = (tiling.owner[index] >= rows[0]) & (tiling.owner[index] <= rows[-1])
-                if inside.any():
-                    scores = run.scores(tiling.put_images(rows), texts)
-                    yield index, inside, run.at(scores, tiling.put_whole(tiling.owner[index] - rows[0]))
+    def inside(captions: Side, round_: int) -> np.ndarray:
+        rows = tiling.image_rows(round_).items
+        return (tiling.owner[captions.items] >= rows[0]) & (tiling.owner[captions.items] <= rows[-1])
 
-    for index, inside, found in one_behind(dispatched()):
-        positive[index[inside]] = np.asarray(found)[inside]
+    def at_matches(tile: Tile) -> Array:
+        local = tiling.put_whole(tiling.owner[tile.captions.items] - tile.images.items[0])
+        return cast(Array, run.at(run.scores(tile.placed_images, tile.placed_captions), local))
+
+    tiles = tiling.walk(include=lambda captions, _, round_: bool(inside(captions, round_).any()))
+    for tile, values in prefetch_one((tile, at_matches(tile)) for tile in tiles):
+        matched = inside(tile.captions, tile.round)
+        positive[tile.captions.items[matched]] = np.asarray(values)[matched]
     return positive
 
 
@@ -178,16 +177,15 @@ def count(
     run = programs(score, tiling.mesh)
     counts = _no_counts(tiling)
 
-    def dispatched() -> Iterator[tuple[Any, ...]]:
-        for tile in range(tiling.caption_tiles) if tiles is None else tiles:
-            columns, texts, queries = _caption_side(tiling, positive, *tiling.captions(tile))
-            for round_ in range(tiling.rounds):
-                rows = _image_side(tiling, positive, best, round_)
-                scores = run.scores(tiling.put_images(rows.index), texts)
-                yield rows, columns, *run.count(scores, tiling.put_split(rows), queries)
+    def compare(tile: Tile) -> tuple[Queries, Queries, Any]:
+        """The queries of both sides and, on the devices, how many items come before their matches."""
+        rows, columns = _image_side(positive, best, tile.images), _caption_side(tiling, positive, tile.captions)
+        scores = run.scores(tile.placed_images, tile.placed_captions)
+        return rows, columns, run.count(scores, tiling.put_split(rows), tile.extra)
 
-    for found in one_behind(dispatched()):
-        counts.add(*found)
+    walk = tiling.walk(tiles, place_extra=lambda side: tiling.put_whole(_caption_side(tiling, positive, side)))
+    for rows, columns, counted in prefetch_one(map(compare, walk)):
+        counts.add(rows, columns, *counted)
     return counts
 
 
@@ -197,34 +195,33 @@ def count_screened(
     """`count` with bfloat16 scores where they settle the order, and float32 scores for the other captions."""
     run, screen = programs(score, tiling.mesh), screen_programs(tiling.mesh)
     counts = _no_counts(tiling)
-    rechecked = Rechecked(pairs=sum(int(tiling.captions(tile)[1].sum()) for tile in tiles) * len(best))
-    aside = [np.empty(0, np.int64) for _ in range(tiling.rounds)]  # captions in doubt with the images of each round
+    rechecked = Rechecked(pairs=sum(int(tiling.captions(tile).real.sum()) for tile in tiles) * len(best))
+    doubtful = [np.empty(0, np.int64) for _ in range(tiling.rounds)]  # captions in doubt with each round's images
 
-    def dispatched() -> Iterator[tuple[Any, ...]]:
-        for tile in tiles:
-            columns, texts, queries = _caption_side(tiling, positive, *tiling.captions(tile))
-            for round_ in range(tiling.rounds):
-                rows = _image_side(tiling, positive, best, round_)
-                scored = screen.scores(tiling.put_images(rows.index), texts)
-                yield round_, rows, columns, *screen.settle(*scored, tiling.put_split(rows), queries)
+    def settle(tile: Tile) -> tuple[Tile, Queries, Queries, Any]:
+        rows, columns = _image_side(positive, best, tile.images), _caption_side(tiling, positive, tile.captions)
+        scored = screen.scores(tile.placed_images, tile.placed_captions)
+        return tile, rows, columns, screen.settle(*scored, tiling.put_split(rows), tile.extra)
 
     def recheck(round_: int, captions: np.ndarray) -> None:
         real = np.arange(tiling.columns) < len(captions)
         padded = np.pad(captions, (0, tiling.columns - len(captions)), mode="edge")
-        columns, texts, queries = _caption_side(tiling, positive, padded, real)
-        rows = _image_side(tiling, positive, best, round_)
-        scores = run.scores(tiling.put_images(rows.index), texts)
-        counts.add(rows, columns, *run.count(scores, tiling.put_split(rows), queries))
+        columns = _caption_side(tiling, positive, Side(padded, real))
+        rows = _image_side(positive, best, tiling.image_rows(round_))
+        scores = run.scores(tiling.put_images(rows.index), tiling.put_texts(padded))
+        counts.add(rows, columns, *run.count(scores, tiling.put_split(rows), tiling.put_whole(columns)))
         rechecked.rescored += len(captions) * int(rows.real.sum())
 
-    for round_, rows, columns, by_row, by_column, doubtful, pairs in one_behind(dispatched()):
+    walk = tiling.walk(tiles, place_extra=lambda side: tiling.put_whole(_caption_side(tiling, positive, side)))
+    for tile, rows, columns, (by_row, by_column, aside, pairs) in prefetch_one(map(settle, walk)):
         counts.add(rows, columns, by_row, by_column)
         rechecked.doubtful += int(pairs)
-        aside[round_] = np.append(aside[round_], columns.index[columns.real & np.asarray(doubtful)])
-        if len(aside[round_]) >= tiling.columns:
-            recheck(round_, aside[round_][: tiling.columns])
-            aside[round_] = aside[round_][tiling.columns :]
-    for round_, captions in enumerate(aside):
+        waiting = np.append(doubtful[tile.round], columns.index[columns.real & np.asarray(aside)])
+        if len(waiting) >= tiling.columns:
+            recheck(tile.round, waiting[: tiling.columns])
+            waiting = waiting[tiling.columns :]
+        doubtful[tile.round] = waiting
+    for round_, captions in enumerate(doubtful):
         if len(captions):
             recheck(round_, captions)
     return counts, rechecked
@@ -234,14 +231,11 @@ def _no_counts(tiling: Tiling) -> Counts:
     return Counts(np.zeros(size(tiling.images), np.int64), np.zeros(len(tiling.owner), np.int64))
 
 
-def _image_side(tiling: Tiling, positive: np.ndarray, best: np.ndarray, round_: int) -> Queries:
-    rows, real = tiling.image_rows(round_)
-    return Queries(rows, real, best[rows], positive[best[rows]])
+def _image_side(positive: np.ndarray, best: np.ndarray, side: Side) -> Queries:
+    """Images as queries, each with the best-ranked of its own captions."""
+    return Queries(*side, best[side.items], positive[best[side.items]])
 
 
-def _caption_side(
-    tiling: Tiling, positive: np.ndarray, index: np.ndarray, real: np.ndarray
-) -> tuple[Queries, Items, Queries]:
-    """A tile of captions as queries on the host, its embeddings and the queries on every device."""
-    columns = Queries(index, real, tiling.owner[index], positive[index])
-    return columns, tiling.put_texts(index), tiling.put_whole(columns)
+def _caption_side(tiling: Tiling, positive: np.ndarray, side: Side) -> Queries:
+    """Captions as queries, each with its image."""
+    return Queries(*side, tiling.owner[side.items], positive[side.items])

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from shnet_jax.evaluate.ensemble import MeanScore
-from shnet_jax.evaluate.nearest import Found
-from shnet_jax.evaluate.person import NAMES, _order, person_chance, person_metrics, search_persons
+from shnet_jax.evaluate.metrics import PERSON_METRICS, person_chance, person_metrics
+from shnet_jax.evaluate.person_search import _order, search_persons
+from shnet_jax.evaluate.top_k import TopK
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.esa import SetScore
 from shnet_jax.parallel.mapping import data_mesh
@@ -26,7 +27,7 @@ def brute_force(scores, image_person, caption_person):
         ranks = [place for place, i in enumerate(order, 1) if image_person[i] == person]
         precision = [number / rank for number, rank in enumerate(ranks, 1)]
         rows.append([*(float(ranks[0] <= k) for k in (1, 5, 10)), np.mean(precision), len(ranks) / ranks[-1]])
-    return dict(zip(NAMES, 100 * np.mean(rows, axis=0), strict=True))
+    return dict(zip(PERSON_METRICS, 100 * np.mean(rows, axis=0), strict=True))
 
 
 def embeddings(ties):
@@ -77,16 +78,16 @@ def test_a_constant_score_gives_no_more_than_the_order_of_the_images():
 def test_images_that_come_first_are_in_the_order_of_their_second_score_alone():
     """Two stages: equal second scores rank by the smaller index, whatever the first ones say."""
     scores = np.float32([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6], [0.4, 0.5]])
-    first = Found(np.array([[3, 0, 1], [4, 2, 1]]), np.float32([[-2.0, -1.0, -1.0], [5.0, 5.0, 6.0]]))
-    np.testing.assert_array_equal(_order(scores, first).T, [[0, 1, 3, 4, 2], [1, 2, 4, 0, 3]])
-    np.testing.assert_array_equal(_order(scores, None).T, [[3, 4, 2, 1, 0], [0, 1, 2, 3, 4]])
+    first = TopK(np.array([[3, 0, 1], [4, 2, 1]]), np.float32([[-2.0, -1.0, -1.0], [5.0, 5.0, 6.0]]))
+    np.testing.assert_array_equal(_order(scores.T, first), [[0, 1, 3, 4, 2], [1, 2, 4, 0, 3]])
+    np.testing.assert_array_equal(_order(scores.T, None), [[3, 4, 2, 1, 0], [0, 1, 2, 3, 4]])
 
 
 def test_chance():
     rng = np.random.default_rng(0)
     drawn = [brute_force(rng.random((len(PERSONS), len(CAPTIONS))), PERSONS, CAPTIONS) for _ in range(400)]
     expected = person_chance(PERSONS, CAPTIONS)
-    for name in NAMES:
+    for name in PERSON_METRICS:
         assert expected[name] == pytest.approx(np.mean([d[name] for d in drawn]), abs=2.0), name
 
 

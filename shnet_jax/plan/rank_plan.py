@@ -1,4 +1,4 @@
-"""What ranking a gallery will take, before it is encoded: tiles, operations, memory and traffic of a device, time."""
+"""Cost of ranking a gallery, before it is encoded: tiles, operations, memory and traffic of a device, time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.evaluate.tiles import Queries, Tiling, needed, programs, tile_shape
+from shnet_jax.evaluate.tiles import Queries, Tiling, programs, score_inputs, tile_shape
 from shnet_jax.observe.compiled import Memory, memory
 from shnet_jax.observe.work import Work, work
 from shnet_jax.types import DATA, Embedding, Score
 
-IN_FLIGHT = 2  # rounds whose arrays a device may hold at once: see `tiles.one_behind`
+IN_FLIGHT = 2  # rounds whose arrays a device may hold at once: see `tiles.prefetch_one`
 
 Items = tuple[Embedding, Embedding]
 """An image and a caption as the towers give them: arrays or shapes [1, ...]."""
@@ -71,7 +71,7 @@ class RankPlan:
 def plan_ranking(
     n: int, t: int, items: Items, mesh: Mesh, tile: int, score: Score, round_seconds: float | None = None
 ) -> RankPlan:
-    """Plans `rank.ranks` of n images and t captions; compiles its programs, computes nothing.
+    """Plans `ranks.ranks` of n images and t captions; compiles its programs, computes nothing.
 
     round_seconds: time of a round on this mesh, as `measure_round` gives it.
     """
@@ -81,7 +81,7 @@ def plan_ranking(
     staircase = across + down - 1
     rounds = across * down + staircase
     scored, counted = _compile_round(rows, columns, items, mesh, score)
-    image, text = (item_bytes(needed(score, item)) for item in items)
+    image, text = (item_bytes(score_inputs(score, item)) for item in items)
     return RankPlan(
         images=n,
         captions=t,
@@ -97,14 +97,14 @@ def plan_ranking(
 
 
 def _held(scored: Memory, counted: Memory) -> int:
-    """Of both programs, for IN_FLIGHT rounds; the scores are the first one's result and the second one's argument."""
+    """Bytes held in IN_FLIGHT rounds; the scores are the first program's result and the second one's argument."""
     return IN_FLIGHT * (
         scored.arguments + scored.temporaries + counted.arguments + counted.temporaries + counted.outputs
     )
 
 
 def item_bytes(item: Embedding) -> int:
-    """Of one item on a device: floats in float32, as `encode` keeps them."""
+    """Bytes of one item on a device: floats in float32, as `encode` keeps them."""
     return sum(math.prod(leaf.shape) * (1 if leaf.dtype == bool else 4) for leaf in jax.tree.leaves(item))
 
 
@@ -119,7 +119,7 @@ def _compile_round(
             dtype = leaf.dtype if leaf.dtype == bool else jnp.float32
             return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), dtype, sharding=sharding)
 
-        return jax.tree.map(shape, needed(score, item))
+        return jax.tree.map(shape, score_inputs(score, item))
 
     def queries(count: int, sharding: NamedSharding) -> Queries:
         def field(dtype: Any) -> Any:
@@ -147,7 +147,7 @@ def measure_round(items: Items, mesh: Mesh, tile: int, score: Score, repeats: in
             shape = count, *leaf.shape[1:]
             return np.ones(shape, bool) if leaf.dtype == bool else rng.standard_normal(shape, np.float32)
 
-        return jax.tree.map(values, needed(score, item))
+        return jax.tree.map(values, score_inputs(score, item))
 
     images, texts = random(items[0], rows * mesh.size), random(items[1], columns)
     n, every = rows * mesh.size, np.arange(columns)
@@ -162,8 +162,8 @@ def measure_round(items: Items, mesh: Mesh, tile: int, score: Score, repeats: in
     queries = tiling.put_whole(side(columns, n))
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        found = tiling.put_images(np.arange(n))
-        counts = run.count(run.scores(found, captions), tiling.put_split(side(n, columns)), queries)
+        images_placed = tiling.put_images(np.arange(n))
+        counts = run.count(run.scores(images_placed, captions), tiling.put_split(side(n, columns)), queries)
         jax.block_until_ready(counts)
         took.append(time.perf_counter() - start)
     return min(took[1:])

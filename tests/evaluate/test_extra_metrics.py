@@ -9,12 +9,12 @@ import pytest
 from configs import base
 from data_prep.builder import write_dataset
 from shnet_jax.data.records import open_dataset
-from shnet_jax.evaluate.coco import coco_number, judgements_folder, read_judgements, read_ratings
 from shnet_jax.evaluate.ensemble import Embedded, combine
-from shnet_jax.evaluate.extra import WITHIN, extra_metrics, read_wanted, sibling_captions
-from shnet_jax.evaluate.protocols import Subject
-from shnet_jax.evaluate.relevance import hits
-from shnet_jax.evaluate.split import evaluate_embedded
+from shnet_jax.evaluate.evaluator import evaluate_embedded
+from shnet_jax.evaluate.extra_metrics import WITHIN, extra_metrics, read_extra_metrics, sibling_captions
+from shnet_jax.evaluate.judgements import coco_number, judgements_folder, read_judgements, read_ratings
+from shnet_jax.evaluate.metrics import hits
+from shnet_jax.evaluate.protocols import Provenance
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.types import Embedding
@@ -60,14 +60,14 @@ def gallery(seed=0):
     images = rng.standard_normal((N, 6)).astype(np.float32)
     texts = images[OWNER] + rng.standard_normal((N * OWN, 6)).astype(np.float32)
     names = np.array([record(i)["image_id"] for i in range(N)])
-    score, subject = RetrievalModel.score, Subject("coco", "test")
+    score, subject = RetrievalModel.score, Provenance("coco", "test")
     return Embedded("m", Embedding(images), Embedding(texts), score, OWNER, names, ("",) * len(OWNER), subject)
 
 
 def found(one, dataset, **fields):
     evaluation = base.get_config().eval
     evaluation.update(fields)
-    return extra_metrics(one, read_wanted(dataset, "test", evaluation), tile=2, mesh=make_mesh(3))
+    return extra_metrics(one, read_extra_metrics(dataset, "test", evaluation), tile=2, mesh=make_mesh(3))
 
 
 def recall(lists, positives, k):
@@ -135,7 +135,7 @@ def test_within_a_modality_a_score_of_pairs_has_no_say(coco):
     assert found(odd, dataset, cxc=str(folder)) == got and "cxc_i2i_r1" in got
     evaluation = base.get_config().eval
     evaluation.cxc = str(folder)
-    wanted = read_wanted(dataset, "test", evaluation)
+    wanted = read_extra_metrics(dataset, "test", evaluation)
     results = evaluate_embedded(plain, wanted, evaluation, make_mesh(1), intervals=False)["whole"]
     assert results.card["within"] == WITHIN and results.extra == got
 

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from shnet_jax.data.gallery import Part, open_gallery
-from shnet_jax.evaluate import split
-from shnet_jax.evaluate.protocols import Subject
-from shnet_jax.evaluate.split import make_evaluator
-from shnet_jax.evaluate.towers import make_encoder, pieces
+from shnet_jax.evaluate import evaluator
+from shnet_jax.evaluate.encode import Encoder, pieces
+from shnet_jax.evaluate.evaluator import Evaluator
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.models.text import TextEncoder, build_tower
 from shnet_jax.parallel.mapping import data_mesh
@@ -45,7 +44,7 @@ def experiment(**changes):
 
 def encoded(parts, devices, name="val"):
     gallery = open_gallery(parts.config, parts.dataset, name, parts.tokenizer, parts.fields)
-    return make_encoder(parts, gallery, data_mesh(jax.devices()[:devices]))(variables(parts.config.model.name))
+    return Encoder(parts, data_mesh(jax.devices()[:devices])).encode(gallery, variables(parts.config.model.name))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,7 @@ def test_overlapping_gives_the_same_metrics(devices):
     results = []
     for changes in ({}, {"eval__overlap": True, "eval__score_dtype": "bfloat16"}):
         parts = experiment(**changes)
-        results.append(make_evaluator(parts, "test", mesh)(variables(parts.config.model.name), Subject()))
+        results.append(Evaluator(parts, "test", mesh).run(variables(parts.config.model.name), 0))
     assert results[0].metrics == results[1].metrics
     assert results[0].card == results[1].card
 
@@ -82,7 +81,7 @@ def test_what_fails_while_reading_is_raised_as_it_is(monkeypatch, field):
 
     monkeypatch.setattr(type(gallery), field, broken)
     with pytest.raises(OSError, match="disk on fire"):
-        make_encoder(parts, gallery, data_mesh(jax.devices()[:2]))(variables(parts.config.model.name))
+        Encoder(parts, data_mesh(jax.devices()[:2])).encode(gallery, variables(parts.config.model.name))
 
 
 @pytest.mark.slow
@@ -112,15 +111,15 @@ def test_a_text_tower_in_stages_gives_the_same_up_to_rounding(mapping, overlap, 
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_read(changes, message, monkeypatch):
-    monkeypatch.setattr(split, "open_gallery", lambda *args: pytest.fail("read the gallery"))
+    monkeypatch.setattr(evaluator, "open_gallery", lambda *args: pytest.fail("read the gallery"))
     with pytest.raises(ValueError, match=message):
-        make_evaluator(experiment(**changes), "val", data_mesh(jax.devices()[:4]))
+        Evaluator(experiment(**changes), "val", data_mesh(jax.devices()[:4]))
 
 
 def test_stages_that_do_not_divide_the_devices_are_named():
     parts = experiment(eval__stages=3)
     with pytest.raises(ValueError, match=r"config\.eval\.stages is 3"):
-        make_encoder(parts, None, data_mesh(jax.devices()[:4]))
+        Encoder(parts, data_mesh(jax.devices()[:4]))
 
 
 def test_pieces_hold_every_real_row_once_and_no_padding_alone():

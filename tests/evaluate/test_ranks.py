@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shnet_jax.evaluate.rank import best_captions, count, match_scores, ranks
-from shnet_jax.evaluate.tiles import Tiling, make_tiling, one_behind
+from shnet_jax.evaluate.ranks import best_captions, count, match_scores, ranks
+from shnet_jax.evaluate.tiles import Tiling, make_tiling, prefetch_one
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
@@ -226,7 +226,7 @@ def test_any_number_of_devices_gives_bitwise_the_same(devices, n, tile):
     np.testing.assert_array_equal(many.t2i, one.t2i)
     order = np.argsort(owner, kind="stable")
     one, many = (
-        match_scores(make_tiling(images, texts, owner, order, tile, mesh), RetrievalModel.score) for mesh in meshes
+        match_scores(make_tiling(images, texts, tile, mesh, owner, order), RetrievalModel.score) for mesh in meshes
     )
     np.testing.assert_array_equal(many, one)
 
@@ -254,7 +254,7 @@ def test_the_counts_of_parts_add_up():
     scores = np.random.default_rng(4).integers(0, 5, (9, 27)).astype(np.float32)
     owner, columns = np.arange(27) % 9, np.arange(27)[:, None]
     tiling = make_tiling(
-        Embedding(scores), Embedding(columns), owner, np.argsort(owner), 1, data_mesh(jax.devices()[:2])
+        Embedding(scores), Embedding(columns), 1, data_mesh(jax.devices()[:2]), owner, np.argsort(owner)
     )
     positive = match_scores(tiling, recorded)
     best = best_captions(positive, owner)
@@ -265,7 +265,7 @@ def test_the_counts_of_parts_add_up():
     np.testing.assert_array_equal(sum(part.t2i for part in parts), t2i)
 
 
-def test_results_are_asked_for_one_behind():
+def test_results_are_read_after_the_next_dispatch():
     events = []
 
     def dispatched():
@@ -273,7 +273,7 @@ def test_results_are_asked_for_one_behind():
             events.append(f"dispatch {i}")
             yield i
 
-    for i in one_behind(dispatched()):
+    for i in prefetch_one(dispatched()):
         events.append(f"collect {i}")
     assert events == ["dispatch 0", "dispatch 1", "collect 0", "dispatch 2", "collect 1", "collect 2"]
 

@@ -1,6 +1,6 @@
-"""What ranking by a costly score will take, before anything is encoded: all pairs in blocks, or in two stages.
+"""Cost of ranking by a costly score, before anything is encoded: all pairs in blocks, or by re-ranking.
 
-The companion of `rank_plan` for `blocks` and `two_stage`: the programs are those, compiled from shapes alone.
+The companion of `rank_plan` for `pair_scores` and `rerank`: the programs are those, compiled from shapes alone.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.evaluate.blocks import GROUP, LISTED_AT_ONCE, make_programs
-from shnet_jax.evaluate.rank_plan import IN_FLIGHT, Items, RankPlan, item_bytes, plan_ranking
+from shnet_jax.evaluate.pair_scores import GROUP, LISTED_AT_ONCE, make_programs
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.compiled import memory
 from shnet_jax.observe.work import work
 from shnet_jax.parallel.mapping import replicate
+from shnet_jax.plan.rank_plan import IN_FLIGHT, Items, RankPlan, item_bytes, plan_ranking
 from shnet_jax.types import DATA, Embedding
 
 SAMPLE = 16
@@ -43,13 +43,13 @@ class PairCost:
     pair_seconds: float | None = None
 
     @property
-    def own(self) -> dict[str, Any]:
-        """Of the parameters those that the score reads."""
+    def score_params(self) -> dict[str, Any]:
+        """The parameters that the score reads."""
         return {name: self.params[name] for name in self.model.score_params}
 
 
 def plan_blocks(n: int, t: int, cost: PairCost, mesh: Mesh, tile: int) -> RankPlan:
-    """Plans `blocks.score_matrix` of n images and t captions: every pair once, in blocks of `tile` by `tile`."""
+    """Plans `pair_scores.score_matrix` of n images and t captions: every pair once, in blocks of `tile` by `tile`."""
     rows, columns = min(tile, n), min(tile, t)
     rounds = -(-n // (rows * mesh.size)) * -(-t // columns)
     compiled = make_programs(cost.model, mesh)[0].lower(*_sides(cost, rows, columns, mesh)).compile()
@@ -57,9 +57,9 @@ def plan_blocks(n: int, t: int, cost: PairCost, mesh: Mesh, tile: int) -> RankPl
 
 
 def plan_two_stage(n: int, t: int, k: int, cost: PairCost, mesh: Mesh, tile: int) -> RankPlan:
-    """Plans `two_stage.two_stage_ranks` with k candidates, as if no pair were a candidate in both directions.
+    """Plans `rerank.rerank` with k candidates, as if no pair were a candidate in both directions.
 
-    Of the global vectors the whole ranking is counted, and not once more the products by which candidates are found.
+    The ranking by global vectors is counted once; the products that find the candidates are not counted again.
     """
     rows, columns = min(tile, n), min(tile, t)
     rounds = -(-n // (rows * mesh.size)) * -(-t // columns)
@@ -69,14 +69,14 @@ def plan_two_stage(n: int, t: int, k: int, cost: PairCost, mesh: Mesh, tile: int
     split = NamedSharding(mesh, P(DATA))
     listed = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for shape in ((size,), (size, GROUP))]
     compiled = make_programs(cost.model, mesh)[1].lower(*_sides(cost, rows, columns, mesh), *listed).compile()
-    found = _plan(cost, n, t, mesh, (rows, columns), rounds, compiled, pairs)
+    reranking = _plan(cost, n, t, mesh, (rows, columns), rounds, compiled, pairs)
     vectors = [Embedding(item.vector) for item in cost.items]
     first = plan_ranking(n, t, (vectors[0], vectors[1]), mesh, tile, RetrievalModel.score)
     return dataclasses.replace(
-        found,
-        work=found.work + first.work,
-        bytes_per_device=max(found.bytes_per_device, first.bytes_per_device),
-        sent_per_device=found.sent_per_device + first.sent_per_device,
+        reranking,
+        work=reranking.work + first.work,
+        bytes_per_device=max(reranking.bytes_per_device, first.bytes_per_device),
+        sent_per_device=reranking.sent_per_device + first.sent_per_device,
         host_bytes=pairs * 4,
     )
 
@@ -89,8 +89,8 @@ def measure_pairs(cost: PairCost, mesh: Mesh) -> float:
         return np.ones(leaf.shape, bool) if leaf.dtype == bool else rng.standard_normal(leaf.shape, np.float32)
 
     block = make_programs(cost.model, mesh)[0]
-    own, images, texts = jax.tree.map(random, _sides(cost, SAMPLE, SAMPLE, mesh))
-    placed = replicate(own, mesh), jax.device_put(images, NamedSharding(mesh, P(DATA))), replicate(texts, mesh)
+    params, images, texts = jax.tree.map(random, _sides(cost, SAMPLE, SAMPLE, mesh))
+    placed = replicate(params, mesh), jax.device_put(images, NamedSharding(mesh, P(DATA))), replicate(texts, mesh)
     jax.block_until_ready(block(*placed))
     start = time.perf_counter()
     jax.block_until_ready(block(*placed))
@@ -109,7 +109,7 @@ def _sides(cost: PairCost, rows: int, columns: int, mesh: Mesh) -> tuple[Any, An
         return jax.tree.map(shape, tree)
 
     return (
-        shapes(cost.own, None, P()),
+        shapes(cost.score_params, None, P()),
         shapes(cost.items[0], rows * mesh.size, P(DATA)),
         shapes(cost.items[1], columns, P()),
     )
@@ -128,7 +128,7 @@ def _plan(
     held = memory(compiled)
     image, text = map(item_bytes, cost.items)
     seconds = None if cost.pair_seconds is None else cost.pair_seconds * pairs / mesh.size
-    parameters = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cost.own))
+    parameters = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cost.score_params))
     return RankPlan(
         images=n,
         captions=t,

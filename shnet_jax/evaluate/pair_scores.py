@@ -1,0 +1,366 @@
+"""Scores that cost far more than a dot product: each pair is scored once, and finished blocks are kept.
+
+`score_matrix` scores every pair of a gallery, `listed_scores` a list of pairs, such as the candidates of re-ranking.
+The gallery is cut into blocks of `tile` images by `tile` captions; in a round each device scores its own images with
+the same captions. The host keeps float32 scores, 4 bytes a pair (COCO 5K: 0.5 GB). Where a folder is given, each
+finished block is also a file: an evaluation that is stopped goes on with the same command. Captions of equal length lie
+in one block and are cut to the first token bucket that holds them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from shnet_jax.evaluate.ranks import Ranks, ranks
+from shnet_jax.evaluate.tiles import Side, Tile, Tiling, make_tiling, prefetch_one
+from shnet_jax.models.contract import RetrievalModel, scorer
+from shnet_jax.observe.clock import Clock
+from shnet_jax.observe.files import whole, write_text
+from shnet_jax.observe.progress import Progress
+from shnet_jax.parallel.mapping import Mapped, map_specs, replicate
+from shnet_jax.types import DATA, Array, Embedding
+
+IDENTITY = "identity.json"
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairScorer:
+    """The score of a model with its variables, on the devices of a mesh.
+
+    params: parameters that the score reads, on every device.
+    block: (params, images split over the devices, captions) -> scores [devices * rows, columns].
+    listed: (params, images split, captions, rows, columns split) -> scores [devices * groups, GROUP] of each device's
+      images rows[i] with captions columns[i]; rows [devices * groups], columns [devices * groups, GROUP].
+    tile: images, and captions, of a block. buckets: lengths that captions are cut to, ascending; (): none.
+    """
+
+    params: Any
+    block: Mapped
+    listed: Mapped
+    mesh: Mesh
+    tile: int
+    buckets: tuple[int, ...] = ()
+
+    def tiling(self, images: Embedding, texts: Embedding) -> Tiling:
+        """The blocks of a gallery; captions in the order of their length."""
+        t = len(texts.vector)
+        lengths = np.zeros(t) if texts.mask is None else np.asarray(texts.mask).sum(axis=1)
+        order = np.argsort(lengths, kind="stable")
+        tiling = make_tiling(images, texts, self.tile, self.mesh, order=order)
+        return dataclasses.replace(tiling, columns=min(self.tile, t))
+
+    def put_texts(self, tiling: Tiling, index: np.ndarray) -> Embedding:
+        """Captions, whole on every device, cut to their bucket."""
+        texts = jax.tree.map(lambda a: np.asarray(a[index]), tiling.texts)
+        if texts.mask is not None and self.buckets:
+            longest = int(texts.mask.sum(axis=1).max())
+            length = next((b for b in self.buckets if b >= longest), texts.mask.shape[1])
+            texts = dataclasses.replace(texts, elements=texts.elements[:, :length], mask=texts.mask[:, :length])
+        return tiling.put_whole(texts)
+
+
+GROUP = 8
+"""Captions of a list that an image meets at a time; more make larger products and more padding.
+
+Alone, a pair has arrays with axes of 1, whose sums are slow on a CPU."""
+
+LISTED_AT_ONCE = 4
+"""Groups that a device scores at once."""
+
+
+def make_programs(model: RetrievalModel, mesh: Mesh) -> tuple[Mapped, Mapped]:
+    """The programs `PairScorer.block` and `listed`; compiled for the shapes they meet, once for all variables."""
+
+    def block(params: Any, images: Embedding, texts: Embedding) -> Array:
+        return scorer(model, params)(images, texts)
+
+    def listed(params: Any, images: Embedding, texts: Embedding, rows: Array, columns: Array) -> Array:
+        score = scorer(model, params)
+
+        def one(group: tuple[Array, Array]) -> Array:
+            image, texts_of = (
+                jax.tree.map(lambda a, i=i: a[i], items)
+                for items, i in zip((images, texts), (group[0][None], group[1]), strict=True)
+            )
+            return score(image, texts_of)[0]
+
+        return jax.lax.map(one, (rows, columns), batch_size=min(LISTED_AT_ONCE, rows.shape[0]))
+
+    split, whole = P(DATA), P()
+    return (
+        map_specs(block, mesh, (whole, split, whole), split),
+        map_specs(listed, mesh, (whole, split, whole, split, split), split),
+    )
+
+
+def pair_scorer(
+    model: RetrievalModel,
+    programs: tuple[Mapped, Mapped],
+    params: Mapping[str, Any],
+    mesh: Mesh,
+    tile: int,
+    buckets: Sequence[int] = (),
+) -> PairScorer:
+    """The scorer of a model with its "params"; programs: of `make_programs` on the same mesh."""
+    score_params = replicate({name: params[name] for name in model.score_params}, mesh)
+    return PairScorer(score_params, *programs, mesh, tile, tuple(buckets))
+
+
+def score_matrix(images: Embedding, texts: Embedding, scorer: PairScorer, folder: Path | None = None) -> np.ndarray:
+    """Scores [n, t] float32 of every image with every caption.
+
+    folder: of `open_folder`; finished blocks are read from it and written to it. Shows progress and time left.
+    """
+    tiling = scorer.tiling(images, texts)
+    scores = np.empty((len(images.vector), len(texts.vector)), np.float32)
+    blocks = [(tile, round_) for tile in range(tiling.caption_tiles) for round_ in range(tiling.rounds)]
+    files = {} if folder is None else {block: folder / f"block_{block[0]}_{block[1]}.npy" for block in blocks}
+    finished = {block for block, path in files.items() if path.exists()}
+    for tile, round_ in finished:
+        block = np.load(files[tile, round_], allow_pickle=False)
+        _place(scores, tiling.image_rows(round_), tiling.captions(tile), block)
+    if finished:
+        log.info("%s: %d of %d blocks of scores are there", folder, len(finished), len(blocks))
+    walk = tiling.walk(
+        include=lambda _, tile, round_: (tile, round_) not in finished,
+        place_captions=lambda index: scorer.put_texts(tiling, index),
+    )
+    dispatched = ((at, scorer.block(scorer.params, at.placed_images, at.placed_captions)) for at in walk)
+    progress = Progress(len(blocks) - len(finished), what="block of scores", unit="pairs")
+    with (clock := Clock()):
+        for done, (at, values) in enumerate(prefetch_one(dispatched), 1):
+            block = np.asarray(values, np.float32)
+            _place(scores, at.images, at.captions, block)
+            if files:
+                keep(files[at.number, at.round], block)
+            clock.tick(block.size)
+            progress.update(done, clock)
+    progress.close()
+    return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Pairs of a list in groups with one image each; the groups of a block lie side by side, in it those of one device.
+
+    An image meets its captions in groups of GROUP; its last group is filled up with captions that nobody asked for.
+
+    pairs: [g, GROUP] number of each pair in the list, -1 for padding.
+    starts: [blocks * devices + 1] first group of each device in each block; block tile * rounds + round.
+    """
+
+    pairs: np.ndarray
+    starts: np.ndarray
+
+    def of(self, block: int, devices: int) -> np.ndarray:
+        """Numbers of the pairs of a block."""
+        pairs = self.pairs[self.starts[block * devices] : self.starts[(block + 1) * devices]]
+        return pairs[pairs >= 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedPairs:
+    """A list of pairs laid out over the blocks of a tiling.
+
+    rows: [p] image of each pair. place: [p] position of each pair's caption in the order of the tiling.
+    groups: of these pairs. counts: [blocks, devices] groups of each. chunk: groups that a device takes at once.
+    """
+
+    tiling: Tiling
+    rows: np.ndarray
+    place: np.ndarray
+    groups: Groups
+    counts: np.ndarray
+    chunk: int
+
+    def pairs(self, block: int) -> np.ndarray:
+        """Numbers of the pairs of a block."""
+        return self.groups.of(block, self.tiling.mesh.size)
+
+    def parts(self, block: int) -> int:
+        """Dispatches that a block takes."""
+        return -(-int(self.counts[block].max()) // self.chunk)
+
+    def chunks(self, block: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Numbers of pairs [devices * chunk, GROUP], -1 for padding; their images and captions within the tile."""
+        groups, devices = self.groups, self.tiling.mesh.size
+        first, last = (groups.starts[block * devices + i : (block + 1) * devices + i, None] for i in (0, 1))
+        for part in range(self.parts(block)):
+            index = first + part * self.chunk + np.arange(self.chunk)
+            pairs = np.where((index < last)[..., None], groups.pairs[np.minimum(index, len(groups.pairs) - 1)], -1)
+            pairs = pairs.reshape(-1, GROUP)
+            row = np.where(pairs[:, 0] >= 0, self.rows[pairs[:, 0]] % self.tiling.rows, 0)
+            column = np.where(pairs >= 0, self.place[pairs] % self.tiling.columns, 0)
+            yield pairs, row.astype(np.int32), column.astype(np.int32)
+
+
+def listed_scores(
+    images: Embedding,
+    texts: Embedding,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    scorer: PairScorer,
+    folder: Path | None = None,
+) -> np.ndarray:
+    """Scores [p] float32 of the pairs (image rows[i], caption columns[i]), block by block.
+
+    folder: of `open_folder`; the pairs of finished blocks are read from it and written to it.
+    """
+    tiling = scorer.tiling(images, texts)
+    listed = _lay_out(tiling, rows, columns)
+    scores = np.empty(len(rows), np.float32)
+    missing = {int(block): listed.pairs(int(block)) for block in np.flatnonzero(listed.counts.max(axis=1))}
+    files: dict[int, Path] = {}
+    if folder is not None:
+        files = {block: _pairs_file(folder, block, rows[pairs], columns[pairs]) for block, pairs in missing.items()}
+        finished = [block for block, path in files.items() if path.exists()]
+        for block in finished:
+            scores[missing.pop(block)] = np.load(files[block], allow_pickle=False)
+        if finished:
+            log.info("%s: the pairs of %d of %d blocks are there", folder, len(finished), len(files))
+
+    def dispatch(tile: Tile) -> Iterator[tuple[int, bool, np.ndarray, Any]]:
+        """(block, whether it ends here, numbers of pairs, their scores on the devices)."""
+        block = tile.number * tiling.rounds + tile.round
+        for part, (pairs, *lists) in enumerate(listed.chunks(block), 1):
+            placed = tile.placed_images, tile.placed_captions, *tiling.put_split(tuple(lists))
+            yield block, part == listed.parts(block), pairs, scorer.listed(scorer.params, *placed)
+
+    walk = tiling.walk(
+        include=lambda _, tile, round_: tile * tiling.rounds + round_ in missing,
+        place_captions=lambda index: scorer.put_texts(tiling, index),
+    )
+    dispatched = (part for tile in walk for part in dispatch(tile))
+    progress = Progress(sum(map(listed.parts, missing)), what="part of the candidates", unit="pairs")
+    with (clock := Clock()):
+        for done, (block, ended, pairs, values) in enumerate(prefetch_one(dispatched), start=1):
+            real = pairs >= 0
+            scores[pairs[real]] = np.asarray(values, np.float32)[real]
+            if ended and files:
+                keep(files[block], scores[missing[block]])
+            clock.tick(int(real.sum()))
+            progress.update(done, clock)
+    progress.close()
+    return scores
+
+
+def _lay_out(tiling: Tiling, rows: np.ndarray, columns: np.ndarray) -> ListedPairs:
+    position = np.empty(len(tiling.order), np.int64)
+    position[tiling.order] = np.arange(len(tiling.order))
+    place = position[columns]
+    groups = _grouped(tiling, rows, place // tiling.columns)
+    counts = np.diff(groups.starts).reshape(-1, tiling.mesh.size)
+    return ListedPairs(tiling, rows, place, groups, counts, _chunk(counts))
+
+
+def _grouped(tiling: Tiling, rows: np.ndarray, tiles: np.ndarray) -> Groups:
+    """Groups of a list of pairs. rows, tiles: [p] image and tile of captions of each pair."""
+    devices = tiling.mesh.size
+    round_, within = np.divmod(rows, tiling.rows * devices)
+    owner = (tiles * tiling.rounds + round_) * devices + within // tiling.rows
+    image = owner * tiling.rows + rows % tiling.rows  # in the order of the owners
+    order = np.argsort(image, kind="stable")
+    image = image[order]
+    position = np.arange(len(order)) - np.searchsorted(image, image)  # of a pair among those of its image
+    opens = position % GROUP == 0
+    pairs = np.full((int(opens.sum()), GROUP), -1)
+    pairs[np.cumsum(opens) - 1, position % GROUP] = order
+    every = np.arange(tiling.caption_tiles * tiling.rounds * devices + 1)
+    return Groups(pairs, np.searchsorted(image[opens] // tiling.rows, every))
+
+
+def _pairs_file(folder: Path, block: int, rows: np.ndarray, columns: np.ndarray) -> Path:
+    """File with the scores of a block's pairs; other pairs have another name."""
+    name = hashlib.sha256(rows.astype("<i8").tobytes() + columns.astype("<i8").tobytes()).hexdigest()
+    return folder / f"block_pairs_{block}_{name[:16]}.npy"
+
+
+def _chunk(counts: np.ndarray) -> int:
+    """Groups of a list: enough for most blocks at once, a multiple of what a device scores at once."""
+    typical = int(np.median(counts[counts > 0])) if counts.any() else 1
+    return -(-max(typical, 1) // LISTED_AT_ONCE) * LISTED_AT_ONCE
+
+
+def ranks_of(scores: np.ndarray, owner: np.ndarray, tile: int, mesh: Mesh) -> Ranks:
+    """Ranks of recorded scores [n, t], by the rule and the code of `ranks.ranks`."""
+    columns = np.arange(scores.shape[1], dtype=np.int32)[:, None]
+    return ranks(Embedding(scores), Embedding(columns), owner, _recorded, tile, mesh)  # type: ignore[arg-type]
+
+
+def _recorded(images: Embedding, texts: Embedding) -> Array:
+    return images.vector[:, texts.vector[:, 0]]
+
+
+def open_folder(folder: Path, identity: Mapping[str, Any]) -> Path:
+    """The folder of finished blocks of this evaluation; blocks of another one are removed, nothing else is.
+
+    identity: JSON values that say which scores these are. Raises ValueError for a folder that holds other files.
+    """
+    path, text = folder / IDENTITY, json.dumps(identity, sort_keys=True, indent=1)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return folder
+    if path.exists():
+        log.info("%s: blocks of another evaluation are removed", folder)
+    if others := remove_folder(folder):
+        raise ValueError(
+            f"{folder} is where finished blocks of scores are kept, and holds {', '.join(others[:3])}, which no "
+            "evaluation wrote: move it, or choose another --workdir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return folder
+
+
+def remove_folder(folder: Path) -> list[str]:
+    """Deletes the blocks in a folder of `open_folder` and, if nothing else is in it, the folder; -> what is left.
+
+    Only of a folder with the file IDENTITY, by which we know it as ours, blocks are deleted.
+    """
+    if not folder.is_dir():
+        return [folder.name] if folder.exists() else []
+    if (folder / IDENTITY).is_file():
+        for pattern in ("block_*.npy", "block_*.tmp"):
+            for path in (*folder.glob(pattern), *folder.glob(f"*_images_*/{pattern}")):
+                path.unlink()
+        for fold in folder.glob("*_images_*"):  # see ranking_methods.py
+            if fold.is_dir() and not any(fold.iterdir()):
+                fold.rmdir()
+        (folder / IDENTITY).unlink()  # the last to go: a killed removal can go on
+    (folder / f"{IDENTITY}.tmp").unlink(missing_ok=True)
+    left = sorted(path.name for path in folder.iterdir())
+    if not left and not folder.is_symlink():
+        folder.rmdir()
+    return left
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of all arrays of a tree, with their places."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        sha.update(jax.tree_util.keystr(path).encode())
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def keep(path: Path, block: np.ndarray) -> None:
+    """Writes scores, whole or not at all."""
+    with whole(path) as temporary, temporary.open("wb") as file:
+        np.save(file, block, allow_pickle=False)
+
+
+def _place(scores: np.ndarray, images: Side, captions: Side, block: np.ndarray) -> None:
+    rows_columns = np.ix_(images.items[images.real], captions.items[captions.real])
+    scores[rows_columns] = block[np.ix_(images.real, captions.real)]
