@@ -135,11 +135,11 @@ def test_tests_need_neither_torch_nor_tensorflow():
         ("shnet_jax/data/a.py", "from shnet_jax.train import loop"),
         ("shnet_jax/observe/a.py", "from shnet_jax.train import loop"),
         ("shnet_jax/evaluate/a.py", "from shnet_jax.retrieve.index import Index"),
-        ("shnet_jax/train/a.py", "from shnet_jax.commands import train"),
+        ("shnet_jax/train/a.py", "from shnet_jax.modes.train import train"),
         ("shnet_jax/types.py", "from shnet_jax.ops import norms"),
         ("shnet_jax/data/a.py", "from data_prep.schema import Record"),
         ("shnet_jax/train/a.py", "import importlib\nimportlib.import_module('configs.base')"),
-        ("shnet_jax/commands.py", "import tests.parity"),
+        ("shnet_jax/api.py", "import tests.parity"),
         ("data_prep/a.py", "from shnet_jax.models import text"),
         ("shnet_jax/data/a.py", "import tensorflow as tf"),
         ("shnet_jax/interop/a.py", "from tensorflow import io"),
@@ -166,7 +166,7 @@ def test_a_breach_is_found(path, source):
         ("shnet_jax/parallel/mapping.py", "import jax\njax.shard_map, jax.pmap"),
         ("shnet_jax/train/a.py", "from shnet_jax.evaluate import rank\nMAPPING = 'pmap'"),
         ("data_prep/a.py", "from shnet_jax.data.records import open_dataset\nfrom data_prep import schema"),
-        ("main.py", "from shnet_jax.commands import run\nfrom configs import base"),
+        ("main.py", "from shnet_jax.modes.train import train\nfrom configs import base"),
     ],
 )
 def test_what_the_plan_allows_is_no_breach(path, source):

@@ -20,11 +20,12 @@ from safetensors.numpy import save_file
 
 from configs import scaling as small
 from data_prep.scenes.write import main as importer
-from shnet_jax import api, scaling
+from shnet_jax import api
 from shnet_jax.convert import load_run, write_run
 from shnet_jax.experiment import assemble
 from shnet_jax.modes.cross import cross
 from shnet_jax.modes.evaluate import EVALUATION_LOCK, evaluate
+from shnet_jax.modes.scale import scale
 from shnet_jax.observe.files import FolderInUse, describe, disk_faults, sole_writer
 from shnet_jax.observe.writer import MetricWriter
 from shnet_jax.retrieve import tensors
@@ -304,7 +305,7 @@ def test_importers_and_conversion_wait_for_nobody(tmp_path, capsys):
         with pytest.raises(FolderInUse):
             write_run(tmp_path / "scenes", None)
     with held(tmp_path), pytest.raises(FolderInUse):
-        scaling.scale(small.get_config(), tmp_path)
+        scale(small.get_config(), tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
 
 
