@@ -101,7 +101,7 @@ def test_the_time_left_is_that_of_the_parts_left(monkeypatch):
 
     class Shown(pair_scores.Progress):
         def update(self, step, clock, **_):
-            seen.append((step, self._steps, clock._current.steps))
+            seen.append((step, self._total, clock._current.steps))
 
     monkeypatch.setattr(pair_scores, "Progress", Shown)
     images, texts, _ = gallery()
