@@ -98,7 +98,7 @@ def _expand_paths(config: ConfigDict) -> None:
 
 
 def _unknown_field(argv: list[str]) -> str | None:
-    """What is wrong with the first --config.a.b that names no field; None when all of them do."""
+    """Error message for the first --config.a.b that names no field; None when all of them do."""
     text = "\n".join(argv)
     files = re.findall(r"(?m)^--?config[=\n](.*)$", text)
     found = runpy.run_path(files[-1]) if files else {"get_config": ConfigDict}

@@ -64,7 +64,7 @@ def gallery(sizes: Sizes) -> tuple[Embedding, Embedding, np.ndarray]:
 
 
 def contenders(sizes: Sizes) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
-    """What is timed, and the pairs that each scores."""
+    """Timed calls by name, and the number of image-text pairs that each scores."""
     images, texts, owner = gallery(sizes)
     mesh = data_mesh(jax.devices()[:1])
     scorer = pair_scorer(Scored(), make_programs(Scored(), mesh), {}, mesh, tile=512)

@@ -55,7 +55,7 @@ QUICK = Sizes(pairs=(1024, 4096), rounds=1)
 
 
 def dense_infonce(images: Array, texts: Array) -> tuple[Array, Array]:
-    """(loss, accuracy) from the whole score matrix of pairs whose images are all different."""
+    """Reference InfoNCE (loss, accuracy) from the whole score matrix of pairs whose images are all different."""
     scores = jnp.matmul(images, texts.T, precision=lax.Precision.HIGHEST)  # as the library's score
     own = jnp.diagonal(scores) / TEMPERATURE
     logits = scores / TEMPERATURE
@@ -66,7 +66,7 @@ def dense_infonce(images: Array, texts: Array) -> tuple[Array, Array]:
 
 
 def dense_triplet(images: Array, texts: Array) -> tuple[Array, Array]:
-    """(loss, share of violated margins) from the whole score matrix, as `dense_infonce`."""
+    """Reference triplet (loss, share of violated margins) from the whole score matrix, as `dense_infonce`."""
     scores = jnp.matmul(images, texts.T, precision=lax.Precision.HIGHEST)
     own = jnp.diagonal(scores)
     others = jnp.where(jnp.eye(len(images), dtype=bool), -jnp.inf, scores)

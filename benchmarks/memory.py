@@ -1,4 +1,4 @@
-"""How the memory of import, training, evaluation and embedding grows with the data set: fresh processes of main.py.
+"""Memory growth of import, training, evaluation and embedding with the data set, in fresh processes of main.py.
 
 Training reads as a stream (config.data.resident is off), so that the features of the set are nowhere whole.
 """

@@ -1,4 +1,4 @@
-"""What momentum encoders and their queues cost: USER's training step with them against the same step without."""
+"""Cost of momentum encoders and their queues: USER's training step with them against the same step without."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ QUICK = Sizes(sets=4, rounds=3)
 
 
 def sorted_pool(features: Array, mask: Array, weights: Array) -> Array:
-    """What `set_pool` computes, as one would write it first."""
+    """Reference implementation of `set_pool`: sorts every set with `jnp.sort`, then weights the ranks."""
     lowest = jnp.finfo(features.dtype).min
     ordered = -jnp.sort(-jnp.where(mask[..., None], features, lowest), axis=1)
     valid = jnp.arange(mask.shape[1]) < mask.sum(axis=1, keepdims=True)
@@ -41,7 +41,7 @@ def sorted_pool(features: Array, mask: Array, weights: Array) -> Array:
 
 
 def numpy_pool(features: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The same for sets without padding, in NumPy."""
+    """Reference implementation in NumPy, for sets without padding."""
     return np.einsum("bk,bkd->bd", weights, np.sort(features, axis=1)[:, ::-1])
 
 

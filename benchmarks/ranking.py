@@ -55,7 +55,7 @@ def contenders(sizes: Sizes) -> dict[str, Callable[[], Any]]:
 
 
 def owners(sizes: Sizes) -> np.ndarray:
-    """[captions] the image of each caption."""
+    """Image of each caption, [captions]."""
     return np.arange(sizes.captions) % sizes.images
 
 

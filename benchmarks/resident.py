@@ -16,7 +16,7 @@ INTERVAL = 0.05
 """Seconds between two looks."""
 
 Curve = list[tuple[float, int]]
-"""(seconds since the start, bytes)."""
+"""Memory curve: (seconds since the start, bytes)."""
 
 
 def bytes_of(process: int | str = "self", entry: str = "VmRSS") -> int:

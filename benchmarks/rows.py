@@ -1,4 +1,4 @@
-"""What a benchmark gives: rows, each a ratio of two speeds measured in the same run; as JSON and as a table."""
+"""Results of benchmarks: rows, each a ratio of two speeds measured in the same run; as JSON and as a table."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ BENCHMARKS = ("step", "momentum", "pool", "ranking", "losses", "input", "text", 
 """Files of this package: each has `run(sizes) -> list[Row]` and the sizes FULL and QUICK."""
 
 FAULTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, OSError, SubprocessError)
-"""What a benchmark may end with: JAX's errors are RuntimeErrors; a child process may fail."""
+"""Exceptions that a failed benchmark may raise: JAX's errors are RuntimeErrors; a child process may fail."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,7 +36,7 @@ QUICK = Sizes(images=16, texts=32, pairs=16, dim=16, rounds=3)
 
 
 def at_once(images: Embedding, texts: Embedding, sharpness: float = 16.0) -> Array:
-    """What `SetScore("smooth_chamfer", ...)` computes, as one would write it first: [n, t, M, M] cosines."""
+    """Reference implementation of `SetScore("smooth_chamfer", ...)`, which holds all cosines [n, t, M, M] at once."""
     assert images.elements is not None and texts.elements is not None
     cosines = sharpness * jnp.einsum("nad,tbd->ntab", images.elements, texts.elements)
     both = sum(jax.nn.logsumexp(cosines, axis=axis).mean(-1) for axis in (2, 3))

@@ -101,7 +101,7 @@ def image_gradient(model: RetrievalModel, variables: Any, batch: dict[str, np.nd
 
 
 def run(sizes: Sizes) -> list[Row]:
-    """Of each dtype against the best product of that dtype; of bfloat16 against float32."""
+    """Measures each dtype against the fastest matrix product of that dtype, and bfloat16 against float32."""
     configs = {dtype: configuration(dtype, sizes.layers) for dtype in DTYPES}
     models = {dtype: registry.model(config.model.name).build(config) for dtype, config in configs.items()}
     host = host_batch(configs["float32"], sizes.pairs, sizes.tokens)

@@ -45,7 +45,7 @@ def caption_lengths(images: int) -> np.ndarray:
 
 
 def batches(lengths: np.ndarray, size: int, buckets: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, mask) of whole batches of captions of these lengths, random ids, each padded to a bucket."""
+    """Batches (tokens, mask) of captions of these lengths, random ids, each padded to a bucket."""
     rng = np.random.default_rng(0)
     ids = [rng.integers(1, VOCABULARY, length).astype(np.int32) for length in lengths]
     whole = len(ids) // size * size

@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Nothing to download; arms: set or merge head, global vectors alone, fixed margin. See docs/models.md."""
+    """ESA without downloads; arms: set or merge head, global vectors alone, fixed margin. See docs/models.md."""
     c = base.get_config()
     c.name = "ESA-style, rendered people"
     c.data.dir = "data_sets/people"

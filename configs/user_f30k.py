@@ -6,7 +6,7 @@ from configs import user_coco
 
 
 def get_config() -> ConfigDict:
-    """See user_coco.py; queues of 2,048, the in-batch part of the loss times 20, 20 epochs."""
+    """USER on Flickr30K: user_coco.py with queues of 2,048, the in-batch part of the loss times 20, 20 epochs."""
     c = user_coco.get_config()
     c.name = "USER (SGE), Flickr30K"
     c.loss.uto.batch_weight = 20.0

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Bad(NamedTuple):
-    """What an importer yields in the place of a record that it could not make; no fault if `asked`, as by --absent."""
+    """Stand-in that an importer yields for a record that it could not make; no fault if `asked`, as by --absent."""
 
     image_id: str
     error: DataError
@@ -28,7 +28,7 @@ class Bad(NamedTuple):
 
 
 def record_or_bad(image_id: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Bad:
-    """What `make` returns; its DataError becomes a value, for a generator that raises has ended."""
+    """Calls `make` and returns its result, or a `Bad` for its DataError: a generator that raises could not go on."""
     try:
         return make(*args, **kwargs)
     except DataError as error:
@@ -51,7 +51,7 @@ class BadRecords:
         return len(self._found)
 
     def add(self, error: DataError, split: str, row: int, image_id: str | None) -> None:
-        """A record of the import is bad. Raises DataError unless it may be left out."""
+        """Adds a bad record of the import. Raises DataError unless it may be left out."""
         if self._policy == "fail":
             hint = "--on_bad_record=skip leaves such records out"
             raise DataError(f"{error}; {hint}", file=error.file, field=error.field) from error

@@ -141,7 +141,7 @@ def _whole_or_nothing(target: Path) -> Iterator[Path]:
 
 
 class _Writer:
-    """The first record decides features and shard size; the rest must be like it."""
+    """Writer of splits: the first record decides features and shard size; the rest must be like it."""
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ def read_captions(path: Path) -> Iterator[Row]:
 
 
 class Kind(NamedTuple):
-    """What a caption file is, and whether it says the splits."""
+    """Format of a caption file, and whether the file assigns images to splits."""
 
     what: str
     says_split: bool
@@ -315,7 +315,7 @@ def _plain_rows(lines: Iterable[tuple[int, str]], delimiter: str) -> Iterator[tu
 def _quoted_rows(
     lines: Iterable[tuple[int, str]], delimiter: str, names: Sequence[str], path: Path
 ) -> Iterator[tuple[int, list[str]]]:
-    """The same of a table with quoted cells. Raises DataError where a quotation mark spans lines or is left open."""
+    """Rows of a table with quoted cells. Raises DataError where a quotation mark spans lines or is left open."""
     mend = 'a quotation mark inside of a quoted cell is written twice ("")'
     begun: list[int] = []  # numbers of the lines of a row
 

@@ -1,4 +1,4 @@
-"""Which sentences belong to which photograph, and in which split, from caption files of any format (`caption_files`).
+"""Captions and split of each photograph, from caption files of any format (`caption_files`).
 
 The split is what the file says, what --captions=SPLIT=FILE says, or what --split_lists say.
 """
@@ -58,7 +58,7 @@ class Splits(dict[str, list[Captioned]]):
 
 @dataclass
 class _Group:
-    """What was read of a photograph; split None until a row says, and "" in no split list."""
+    """Rows read for one photograph; `split` is None until a row names one, "" if no split list does."""
 
     split: str | None = None
     captions: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the command lines of this folder share."""
+"""Helpers shared by the command lines of this folder."""
 
 from __future__ import annotations
 

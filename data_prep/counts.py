@@ -1,4 +1,4 @@
-"""What became of everything that an importer read: one line that adds up."""
+"""Counts of an import: images and captions read, stored and left out, in one line that adds up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Found:
-    """What the files of an import hold.
+    """Totals of the files that an import reads.
 
     rows: lines of a table or entries of a list. left_out: reason -> images that no record was made for.
     """
@@ -26,7 +26,7 @@ class Found:
 
 
 class Stored(NamedTuple):
-    """What was written of a split, and how many images were left out: bad ones, and those that a source lacks."""
+    """Images and captions written to a split, and images left out: bad records, and those absent from a source."""
 
     images: int
     captions: int

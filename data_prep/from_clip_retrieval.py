@@ -52,9 +52,9 @@ class Shards:
     starts: Sequence[int]
 
     def rows(self, split: str | None) -> Iterator[Row]:
-        """What the metadata say; the number of a row serves as the number of its caption.
+        """Rows of the metadata; the number of a row serves as the number of its caption.
 
-        split: of rows that name none. Raises DataError for a row without a name or with other than one caption.
+        split: that of rows that name none. Raises DataError for a row without a name or with other than one caption.
         """
         for shard, start in zip(self.files, self.starts, strict=False):
             with parquet.open_parquet(shard.metadata) as file:

@@ -43,7 +43,7 @@ class Annotation:
 
 
 Annotations = dict[str, list[Annotation | Bad]]
-"""Of each split, with a Bad for each row that has faults."""
+"""Annotations of each split, with a Bad for each row that has faults."""
 
 
 def read_annotations(path: Path, *, strict: bool = True) -> Annotations:

@@ -217,7 +217,7 @@ def _captions_per_image(
 
 
 def _repeats(path: Path, rows: int) -> int:
-    """How often each row of an array comes: the common divisor of its first runs of equal rows, and of the last.
+    """Number of times that each row is repeated: the common divisor of the first runs of equal rows, and of the last.
 
     Raises DataError when no run is as short as that, it does not divide `rows`, or there is no end of a run.
     """
@@ -303,7 +303,7 @@ def class_metadata(src: Path, splits: Iterable[ScanSplit]) -> dict[str, list[str
 
 
 def found(splits: Iterable[ScanSplit]) -> Found:
-    """What the text files of the splits hold."""
+    """Totals of the text files of the splits."""
     counts = [(len(split.captions), len(split)) for split in splits]
     captions, images = (sum(column) for column in zip(*counts, strict=True))
     return Found(captions, images, captions)

@@ -1,4 +1,4 @@
-"""What a segmentation gives to a record: pooled classes, a small label map, the classes present.
+"""Record fields made from a segmentation: pooled classes, a small label map, the classes present.
 
 NumPy only; every importer and the extraction from photographs come through here, so that their fields mean the same.
 """
@@ -43,7 +43,7 @@ def shrink(labels: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 
 def present(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Which classes [classes] bool have at least one pixel."""
+    """Mask [classes] bool of the classes that have at least one pixel."""
     return np.bincount(labels.ravel(), minlength=256)[:classes] > 0
 
 

@@ -13,7 +13,7 @@ from data_prep.files import inside
 from data_prep.schema import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2", ".ppm")
-"""Of pictures. Other endings, as in v1.5, are part of a name."""
+"""File extensions of pictures. Other endings, as in v1.5, are part of a name."""
 
 # 000000391895, COCO_val2014_000000391895 and, in UNITER's files, coco_val2014_000000391895 are image 391895
 _NUMBERED = re.compile(r"(?:(?:COCO_[a-z]+[0-9]*|coco_[a-z]+[0-9]*|flickr30k|vg|gqa)_)?([0-9]+)")
@@ -48,7 +48,7 @@ def _number(stem: str) -> str | None:
 
 
 def _keys(stem: str, folder: str) -> Iterator[str]:
-    """What a name may be found by: itself or its number, and both below `folder` where the name itself has none."""
+    """Lookup keys of a name: itself or its number, and both below `folder` where the name itself has none."""
     parent, _, last = stem.rpartition("/")
     for key in dict.fromkeys((last, _number(last) or last)):
         yield f"{parent}/{key}" if parent else key

@@ -41,11 +41,11 @@ class Place:
     more: bool = False
 
     def of(self, *suffixes: str) -> list[Path]:
-        """Its files with one of these endings, in any case."""
+        """Files of the place with one of these endings, in any case."""
         return [file for file in self.files if file.name.lower().endswith(suffixes)]
 
     def kinds(self) -> str:
-        """How many entries of each kind there are."""
+        """Number of entries of each kind, in words."""
         kinds = Counter(file.suffix.lower() or "no ending" for file in self.files)
         listed = [f"{count} {kind}" for kind, count in kinds.most_common(6)]
         folders = ", ".join(folder.name for folder in self.folders[:4]) + (", ..." if len(self.folders) > 4 else "")

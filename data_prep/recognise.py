@@ -44,7 +44,7 @@ _NOT_TAKEN = {
 
 @dataclass
 class Report:
-    """What was found in a folder, and captions, lists of splits and sizes in it or beside it; notes: faults."""
+    """Sources found in a folder, and captions, split lists and sizes in it or beside it; notes: faults."""
 
     place: Place
     found: list[Recognised] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Report:
 
 
 def recognise(path: Path) -> tuple[str, bool]:
-    """What lies at a path, with the commands that import it, and whether anything is known.
+    """Describes the files at a path and the commands that import them; also returns whether anything was recognised.
 
     Read are names, headers and some records; of folders with very many entries the first (`places.MOST`).
     """
@@ -231,7 +231,7 @@ def _records(found: Recognised, options: Mapping[str, str]) -> tuple[list[Record
 
 
 class _AnySize:
-    """In place of a file of sizes, which may be large: every box lies inside."""
+    """Substitute for a file of sizes, which may be large: every box lies inside."""
 
     def find(self, image_id: str) -> tuple[int, int]:
         return MAX_SIDE, MAX_SIDE
@@ -266,7 +266,7 @@ def _named(splits: Mapping[str, Path]) -> str:
 
 
 def _data_set(path: Path) -> str:
-    """What to do with a data set of this project."""
+    """Commands that check a data set of this project and train on it."""
     fields = {feature.name for feature in path.glob("features.json") if has_keys(ends(feature), "seg_semantic")}
     name = path.resolve().parent.name
     train = ["main.py", "--mode=train", f"--config=configs/{'base' if fields else 'vse_coco'}.py"]
@@ -280,7 +280,7 @@ def _data_set(path: Path) -> str:
 
 
 def _alone(report: Report) -> list[str]:
-    """What is missing where no importer takes anything."""
+    """Describes the files that are missing where no importer can read anything."""
     lines = [f"{path}: {kind.what}{'' if kind.says_split else ', without splits'}" for path, kind in report.captions]
     there = {file.suffix.lower() for file in report.place.files}
     lines += [

@@ -75,7 +75,7 @@ def add_relations(
 
 
 def stand_in(record: Record, *, least_score: float, rows: int) -> np.ndarray:
-    """See `geometric.geometric_relations`; boxes without scores all count as certain."""
+    """Geometric relations, see `geometric.geometric_relations`; boxes without scores all count as certain."""
     boxes = record["boxes"]
     scores = record.get("box_scores", np.ones(len(boxes), np.float32))
     return geometric.geometric_relations(
@@ -92,7 +92,7 @@ def from_graphs(
     least_score: float,
     rows: int,
 ) -> np.ndarray:
-    """See `scene_graphs.region_relations`; an image without a graph has no relations."""
+    """Scene-graph relations, see `scene_graphs.region_relations`; an image without a graph has no relations."""
     graph = graphs.find(record["image_id"])
     if graph is None:
         return np.full((rows, 3), -1, np.int32)

@@ -1,4 +1,4 @@
-"""What rows of tables and objects of JSON say of images, whatever file they come from: names, captions, ids, splits."""
+"""Names, captions, ids and splits of images, parsed from rows of tables or JSON objects of any file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ IMAGES = (
 )
 """Columns that name images; an earlier one counts before a later one."""
 KEYS = (*IMAGES[:-2], "key", *IMAGES[-2:], "id")
-"""The same of web data sets, img2dataset's and clip-retrieval's."""
+"""Columns that name images in web data sets, as of img2dataset and clip-retrieval."""
 CAPTIONS = ("caption", "comment", "sentence", "raw", "text", "txt")
-"""Also in the plural, and numbered: caption_1, caption_2, ..."""
+"""Columns of captions, also in the plural, and numbered: caption_1, caption_2, ..."""
 NUMBERS = ("sentids", "sentid", "caption_ids", "caption_id")
 SPLIT, FOLDER = "split", "filepath"
 
@@ -74,7 +74,7 @@ class Columns(NamedTuple):
 
 @lru_cache(maxsize=64)
 def columns(names: tuple[str, ...], images: tuple[str, ...] = IMAGES) -> Columns:
-    """The columns among `names`, in any case and with blanks around or in place of _."""
+    """Recognised columns among `names`, in any case and with blanks around or in place of _."""
     known: dict[str, str] = {}
     for name in names:
         known.setdefault(re.sub(r"[ _-]+", "_", name.strip().lower()), name)
@@ -88,7 +88,7 @@ def columns(names: tuple[str, ...], images: tuple[str, ...] = IMAGES) -> Columns
 
 
 def needed(names: tuple[str, ...], where: object, images: tuple[str, ...] = IMAGES) -> Columns:
-    """The same. Raises DataError when the column of images or of captions is missing."""
+    """Recognised columns, as `columns`. Raises DataError when that of images or of captions is missing."""
     found = columns(names, images)
     if found.image is None or not found.captions:
         wanted = " or ".join(CAPTIONS if found.image else images)

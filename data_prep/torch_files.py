@@ -31,7 +31,7 @@ _SILENT = frozenset(["PROTO", "FRAME", "MARK", "PUT", "BINPUT", "LONG_BINPUT", "
 
 
 def peek(path: Path) -> str:
-    """What a file of torch.save holds, from the first opcodes of its pickle, of which none is carried out.
+    """Kind of contents of a torch.save file, told from the first opcodes of its pickle without executing any.
 
     "tensor"; "tensors" or "captions" by image; "" for anything else.
     """
@@ -65,7 +65,7 @@ def peek(path: Path) -> str:
 
 
 def described(value: Any) -> str:
-    """What a value in a file is, for an error."""
+    """Short description of a value in a file, for an error message."""
     if not isinstance(value, dict) or not value:
         return f"an empty {type(value).__name__}" if value in ({}, [], ()) else type(value).__name__
     names = [str(key)[:40] for key in list(value)[:6]]

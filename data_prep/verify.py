@@ -72,7 +72,7 @@ class Values:
 
 @dataclass
 class Report:
-    """What was found. problems make a set unusable, notes do not."""
+    """Findings about a data set. problems make a set unusable, notes do not."""
 
     dataset: DataSet
     read: dict[str, int] = field(default_factory=dict)

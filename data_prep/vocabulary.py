@@ -60,7 +60,7 @@ def train(captions: Iterable[str], model_file: Path) -> None:
 
 
 def _count(captions: Iterable[str]) -> Counter[str]:
-    """How often each word occurs; when there are too many, the rarer half is forgotten, of equally rare ones any."""
+    """Count of each word; when there are too many, the rarer half is dropped, of equally rare ones any."""
     counts: Counter[str] = Counter()
     for caption in captions:
         for word in caption.split():

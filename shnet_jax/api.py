@@ -75,11 +75,11 @@ class Retriever:
         return Towers(self.loaded.experiment, self._mesh, self._mesh).place(self.loaded.variables)
 
     def encode_texts(self, texts: str | Sequence[str]) -> Embedding:
-        """Sentences, or one, -> their t embeddings, NumPy: `.vector` [t, d] float32, of unit length."""
+        """Encodes one or more sentences: t embeddings in NumPy, `.vector` [t, d] float32, of unit length."""
         return encode_texts(self.loaded.experiment, self._towers[1], [texts] if isinstance(texts, str) else texts)
 
     def encode_images(self, images: str | Mapping[str, np.ndarray]) -> Embedding:
-        """Images -> their n embeddings, NumPy: `.vector` [n, d] float32, of unit length.
+        """Encodes images: n embeddings in NumPy, `.vector` [n, d] float32, of unit length.
 
         images: a split of the data set; or the record fields that the model reads ({"regions": [n, K, D], ...}, see
           docs/data.md), with the masks of padded units.
@@ -133,7 +133,7 @@ class Retriever:
 
 
 def _parts(fields: Mapping[str, np.ndarray], count: int, rows: int) -> Any:
-    """Batches of full size; the last one repeats its first row."""
+    """Splits items into batches of full size; the last one repeats its first row."""
     for start in range(0, count, rows):
         numbers = np.arange(start, min(start + rows, count))
         padded = np.pad(numbers, (0, rows - len(numbers)), constant_values=start)

@@ -136,7 +136,7 @@ def load_folder(folder: str | Path, own: ConfigDict | None = None) -> Model:
 
 
 def write_run(workdir: Path, model: Model) -> None:
-    """A work folder that --mode=eval takes.
+    """Writes a work folder that --mode=eval takes.
 
     Raises WorkdirError for one that has checkpoints, FolderInUse for one that another process writes to.
     """
@@ -148,7 +148,7 @@ def write_run(workdir: Path, model: Model) -> None:
 
 
 def write_folder(folder: Path, model: Model) -> None:
-    """model.safetensors, config.json and the vocabulary in a new folder, whole or not at all."""
+    """Writes model.safetensors, config.json and the vocabulary to a new folder atomically."""
     temporary = folder.with_name(f".{folder.name}.incomplete")  # hidden, as nobody else's
     with sole_writer(folder.parent, f".{folder.name}.lock"), disk_faults(folder, SafetensorError):
         if folder.exists():

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: what they say of sizes and places is checked before it is believed.
+"""Readers of untrusted files: the sizes and places that they state are checked before use.
 
 Whatever the bytes are, only the errors named here come out, and no more memory is taken than the file has bytes, times
 a small constant.
@@ -24,21 +24,21 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
-"""Pixels of a picture that is decoded: a PNG of some kB may say that it has a thousand times as many."""
+"""Most pixels of a picture that is decoded: a PNG of some kB may claim a thousand times as many."""
 MAX_PICTURE_BYTES = 2**28
-"""Of the file of a picture."""
+"""Largest size of the file of a picture."""
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Of pictures. Pillow knows more, and runs another program (Ghostscript) to read some of them."""
+"""Formats of pictures that are read. Pillow knows more, and runs another program (Ghostscript) for some of them."""
 MAX_ARRAYS = 1000
-"""Arrays of an .npz."""
+"""Most arrays in an .npz file."""
 MAX_IMAGE_BYTES = 2**26
-"""Bytes of the arrays of one image. A feature map of 2048 x 38 x 50 float64 numbers, the largest in use, has 31 MB."""
+"""Most bytes in the arrays of one image. The largest feature map in use, 2048 x 38 x 50 float64, has 31 MB."""
 
 NPY_FAULTS = (
     *(ValueError, SyntaxError, tokenize.TokenError, TypeError, LookupError),
     *(OverflowError, RecursionError, MemoryError),
 )
-"""What NumPy's readers of .npy headers, which are a piece of Python, raise for those that are none."""
+"""Exceptions that NumPy's readers raise for an invalid .npy header, which is a Python literal."""
 
 _GREY, _COLOUR, _PALETTE = 0, 2, 3  # colour types of a PNG
 _SAMPLE_FORMAT = 339  # the tag of a TIFF
@@ -61,7 +61,7 @@ def _check_start(start: bytes, path: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file in UTF-8, UTF-16 or UTF-32 holds, with or without a byte order mark.
+    """Parsed contents of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
     Raises ValueError naming the file, FileNotFoundError without one.
     """
@@ -70,7 +70,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(data: bytes | str, path: object) -> Any:
-    """What JSON text says. Raises ValueError naming `path`, the place it comes from."""
+    """Parsed JSON text. Raises ValueError naming `path`, the place it comes from."""
     try:
         return json.loads(data)
     except json.JSONDecodeError as error:
@@ -92,7 +92,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_npz(path: Path, names: Collection[str] | None = None, most: int | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a file of `np.savez`, by name; read-only.
+    """Arrays of an .npz file, by name; read-only.
 
     names: read only these of them; what else the file has, such as pickled objects, is not looked at.
     most: take compressed arrays too (`np.savez_compressed`) where all that are read have at most this many bytes
@@ -109,7 +109,7 @@ def read_npz(path: Path, names: Collection[str] | None = None, most: int | None 
 def parse_npz(
     file: BinaryIO, where: object, names: Collection[str] | None = None, most: int | None = None
 ) -> dict[str, np.ndarray]:
-    """The same of an open file; where: it is, for errors."""
+    """Arrays of an open .npz file, by name; where: its place, for errors."""
     start = file.read(_START)
     size = file.seek(0, io.SEEK_END)
     try:
@@ -171,7 +171,7 @@ _KINDS = (
 
 
 def kind_of(start: bytes) -> str:
-    """The end of an error, ", found ...", from the first bytes of a file that is of another kind than expected."""
+    """End of an error message, ", found ...", from the first bytes of a file of another kind than expected."""
     if not start.strip(b"\0"):
         return ", found zeros" if start else ", found an empty file"
     if start[4:8] == b"ftyp":
@@ -269,16 +269,16 @@ PICTURE_FAULTS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError),
     *(struct.error, Image.DecompressionBombError),
 )
-"""What Pillow's decoders raise for damaged files of the many formats that it knows."""
+"""Exceptions that Pillow's decoders raise for damaged files of the many formats that it knows."""
 
 
 def read_picture(path: Path) -> Image.Image:
-    """`parse_picture` of a file. Raises FileNotFoundError too."""
+    """Reads a picture file, as `parse_picture`. Raises FileNotFoundError too."""
     return parse_picture(_picture_bytes(path), str(path))
 
 
 def parse_picture(data: bytes, name: str) -> Image.Image:
-    """The photograph in the bytes of a file called `name`, as people see it: RGB of 8 bits, upright.
+    """Decodes the photograph in the bytes of a file called `name`: RGB of 8 bits, upright.
 
     It is turned as its EXIF says. 16 bits are scaled to 8, transparent parts lie on white, and CMYK becomes RGB by
     Pillow's conversion. Of an animation or a file of several pages the first picture counts. Label maps are read by
@@ -294,7 +294,7 @@ def parse_picture(data: bytes, name: str) -> Image.Image:
 
 
 def read_label_map(path: Path, mode: str | None = None) -> Image.Image:
-    """A PNG whose pixels are numbers, pixel for pixel as stored: not turned, scaled or laid on white.
+    """Reads a PNG label map pixel for pixel as stored: not turned, scaled or laid on white.
 
     mode: "RGB" for labels that are colours; None keeps the mode of the file, so that a palette's pixels are indices.
     Raises as `read_picture`, and ValueError for another number of bits than 8, which Pillow scales.
@@ -331,7 +331,7 @@ def _opened(data: bytes, name: str, formats: tuple[str, ...]) -> Iterator[Image.
 
 
 def _mend(picture: Image.Image, data: bytes) -> None:
-    """Pillow gives other pixels than the file has for a few rare kinds: mended, or ValueError."""
+    """Corrects the few rare kinds whose pixels Pillow decodes wrongly, or raises ValueError."""
     tags = getattr(picture, "tag_v2", {})
     bits = tags.get(ExifTags.Base.BitsPerSample, (8,))
     unpacked = tags.get(ExifTags.Base.Compression, 1) == 1
@@ -375,7 +375,7 @@ def _rgba(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
 
 
 def _grey_16(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
-    """Pillow's own conversion of 16 bits makes everything above 255 white."""
+    """Converts 16-bit grey to 8 bits; Pillow's own conversion makes everything above 255 white."""
     values = np.array(picture.crop(box), np.uint32)
     tags = getattr(picture, "tag_v2", {})  # of a TIFF, whose numbers may have 12 bits, or 0 for white
     white = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1

@@ -21,7 +21,7 @@ def to_path(text: str | Path) -> Path:
 
 
 def to_paths(text: str) -> list[Path]:
-    """The paths of a list by commas."""
+    """Paths of a comma-separated list."""
     return [to_path(entry) for entry in _entries(text, _exists)]
 
 

@@ -1,4 +1,4 @@
-"""Names to modules. A model or loss is found by the name of its file; importing this has no side effect.
+"""Registry of models and losses, which are found by the names of their files; importing it has no side effect.
 
 `registry.model("shnet")` is `shnet_jax.models.shnet`; a dotted name (`my_package.my_model`) is taken as it is, so a
 model outside this package needs no edit here. The configuration in somebody's folder is not asked for such names: see

@@ -26,7 +26,7 @@ from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.setup import setup_training
 
 DIFFERENCE = " - "
-"""Between the names of a pair of config.study.compare."""
+"""Separator between the names of a pair of config.study.compare."""
 HEADINGS = ("i→t R@1", "R@5", "R@10", "t→i R@1", "R@5", "R@10", "rSum")
 
 
@@ -128,7 +128,7 @@ def _as_dict(run: Run) -> dict[str, Any]:
 
 
 def differences(runs: Mapping[str, list[Run]], pairs: Sequence[str]) -> dict[str, dict[str, Interval]]:
-    """By how much ARM exceeds OTHER, for each "ARM - OTHER": paired bootstrap over images, seeds averaged.
+    """Differences of ARM and OTHER for each "ARM - OTHER": paired bootstrap over images, seeds averaged.
 
     Of the seeds that both arms have: an unfinished study compares like with like. Pairs without any are left out.
     """

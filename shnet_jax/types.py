@@ -22,7 +22,7 @@ WARM_UP = "warm_up"
 `observe.work` knows, in the compiled program, which branch is that of all the steps after them."""
 
 PAIR_STRATEGIES = ("local", "gathered", "streamed", "ring")
-"""How a loss meets the pairs of other devices; see losses/pairs.py."""
+"""Strategies by which a loss reaches the pairs of other devices; see losses/pairs.py."""
 
 Batch = Mapping[str, Array]
 """One device's examples. Image arrays have n rows and text arrays t = n * captions_per_image rows,
@@ -52,7 +52,7 @@ text fields:
 
 @struct.dataclass
 class Embedding:
-    """What a tower gives for each item.
+    """Embeddings of n items, the output of a tower.
 
     vector:   [n, d] global vector of each item, of unit length for the models whose score is a dot product.
     elements: [n, m, d] set members, regions or words, for models whose score looks inside the item; else None.
@@ -69,12 +69,12 @@ class Embedding:
 
 
 Score = Callable[[Embedding, Embedding], Array]
-"""(images of n items, texts of t items) -> scores [n, t]."""
+"""Score function (images of n items, texts of t items) -> scores [n, t]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """How a loss meets the pairs of a global batch: `config.loss.pairs`.
+    """Strategy by which a loss reaches all pairs of a global batch: `config.loss.pairs`.
 
     strategy: one of PAIR_STRATEGIES. tile: candidates scored at once by "streamed".
     """
@@ -104,13 +104,13 @@ class Queue:
 
     @property
     def items(self) -> Embedding:
-        """What is in the slots, as embeddings."""
+        """Contents of the slots, as embeddings."""
         return Embedding(self.vectors)
 
 
 @struct.dataclass
 class SetQueue(Queue):
-    """Of a model whose embeddings are sets of a fixed size. elements: [K, m, d] float32.
+    """Queue of a model whose embeddings are sets of a fixed size. elements: [K, m, d] float32.
 
     A class of its own, as a field that is None would be part of every checkpoint.
     """
@@ -119,19 +119,19 @@ class SetQueue(Queue):
 
     @property
     def items(self) -> Embedding:
-        """What is in the slots, as embeddings."""
+        """Contents of the slots, as embeddings."""
         return Embedding(self.vectors, self.elements)
 
 
 NO_IMAGE = -1
-"""In place of an image id: a slot of a queue that still holds its random first vector, a negative of everything."""
+"""Image id of a queue slot that still holds its random initial vector, a negative of every query."""
 
 
 @struct.dataclass
 class Keys:
-    """What momentum encoders give a loss; a step makes them outside of what it differentiates.
+    """Momentum encoders' outputs for a loss; a step computes them outside of the differentiated function.
 
-    images, texts: [b, d] embeddings of this device's own b pairs. image_queue, text_queue: of past batches.
+    images, texts: [b, d] key embeddings of this device's own b pairs. image_queue, text_queue: keys of past batches.
     active: [] bool, whether the queues take part in this step.
     """
 
@@ -144,14 +144,14 @@ class Keys:
 
 @struct.dataclass
 class Context:
-    """What a loss may know beside the embeddings.
+    """Inputs of a loss other than the embeddings.
 
     step:   [] int32, batches done before this one.
     params: learnable parameters of this loss (a temperature, ...), {} when it has none.
     score:  the model's score function.
     axis:   name of the mapped device axis, None when unmapped.
-    pairs:  how pairs of other devices are met.
-    keys:   of the momentum encoders, whose queues hold negatives of past batches; None without them.
+    pairs:  how the loss reaches the pairs of other devices.
+    keys:   outputs of the momentum encoders, whose queues hold negatives of past batches; None without them.
     """
 
     step: Array

@@ -47,7 +47,7 @@ class Backbone:
         self._options = {"interpolate_pos_encoding": True} if fit else {}
 
     def __call__(self, images: Sequence[Image.Image]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each image its tokens [h, w, D] and its global vector [E], both float32.
+        """Computes the tokens [h, w, D] and the global vector [E] of each image, both float32.
 
         The tokens are the last hidden state; projected ones went through the norm and the matrix that CLIP has for its
         class token (as in IRRA, Jiang and Ye, CVPR 2023), and D is E.

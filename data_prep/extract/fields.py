@@ -1,4 +1,4 @@
-"""From a batch of photographs to the fields of their records."""
+"""Extraction of record fields from a batch of photographs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photographs where they lie: files of a folder, members of tars, cells of a Parquet file."""
+"""Sources of photographs: files of a folder, members of tars, cells of a Parquet file."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class BrokenImage(Exception):
 
 
 class Photographs(Protocol):
-    """What an extraction reads. `file` is the name that the captions give a photograph (`Captioned.file`)."""
+    """Photographs that an extraction reads. `file` is the name of one in the captions (`Captioned.file`)."""
 
     def place(self, file: str) -> str:
-        """Where it lies, for messages. Raises DataError for a name that leads out, or that two have."""
+        """Location of a photograph, for messages. Raises DataError for a name that leads out, or that two have."""
 
     def load(self, file: str) -> Image.Image:
         """The photograph, see `foreign.parse_picture`. Raises BrokenImage, DataError as `place`."""
 
     def rows(self, split: str | None) -> Iterator[Row]:
-        """What lies beside the photographs: captions, perhaps splits; `split` is that of rows that name none.
+        """Captions, perhaps with splits, stored beside the photographs; `split` is that of rows that name none.
 
         Raises DataError where there is nothing.
         """
@@ -80,11 +80,11 @@ class Folder:
         return path if path.is_file() else inside(self._folder, Path(file).name)
 
     def place(self, file: str) -> str:
-        """See `Photographs`."""
+        """Location of a photograph; see `Photographs`."""
         return str(self.find(file))
 
     def load(self, file: str) -> Image.Image:
-        """See `Photographs`."""
+        """Decoded photograph; see `Photographs`."""
         path = self.find(file)
         try:
             return foreign.read_picture(path)
@@ -94,5 +94,5 @@ class Folder:
             raise BrokenImage(str(error)) from error
 
     def rows(self, split: str | None) -> Iterator[Row]:
-        """See `Photographs`."""
+        """Captions beside the photographs; see `Photographs`."""
         raise DataError(f"{self._folder}: a folder of photographs has no captions; give --captions=FILE")

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_photographs(path: Path, caption_from: str | None = None) -> Photographs:
-    """What --images names: a folder of photographs, or a tar, a Parquet file or a folder of them.
+    """Opens the photographs that --images names: a folder of them, or a tar, a Parquet file or a folder of such files.
 
     Raises DataError where there is no such thing; a folder counts as one of tars, then of Parquet files, when it has
     any, and no photographs beside them. Of Parquet files beside tars only those of img2dataset, 00000.parquet of
@@ -98,7 +98,7 @@ _PACKED = (".tgz", ".gz", ".bz2", ".xz", ".zst")
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:
-    """2.tar before 10.tar."""
+    """Sort key by the numbers in names: 2.tar before 10.tar."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]
 
 
@@ -106,7 +106,7 @@ MODELS = {
     "segmenter": "facebook/mask2former-swin-large-coco-panoptic",
     "backbone": "openai/clip-vit-large-patch14-336",
 }
-"""Of docs/extract.md; smaller ones, or folders, will do."""
+"""Models that docs/extract.md uses; smaller ones, or folders, will do."""
 
 
 def recognise(place: Place) -> Iterator[Recognised]:
@@ -161,7 +161,7 @@ def prepare(args: argparse.Namespace) -> Work:
 
 
 def on_broken(policy: str) -> Callable[[str], None]:
-    """What to do with the name and reason of a photograph that cannot be read."""
+    """Handler for photographs that cannot be read: called with name and reason, it raises or warns by `policy`."""
 
     def report(text: str) -> None:
         if policy == "fail":

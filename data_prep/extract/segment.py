@@ -34,7 +34,7 @@ class Segmenter:
         self._classes = classes_of_labels(config.id2label, name)
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Record]:
-        """Of each image seg_semantic, seg_map, categories, and boxes, box_classes, box_scores [n] of its n regions."""
+        """Segments images into seg_semantic, seg_map, categories, and boxes, box_classes, box_scores of each region."""
         pixels = [self._pixels(image) for image in images]
         groups: dict[tuple[int, ...], list[int]] = {}
         for place, array in enumerate(pixels):

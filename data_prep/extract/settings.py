@@ -1,4 +1,4 @@
-"""What an extraction depends on, and its flags."""
+"""Settings that determine the result of an extraction, and their flags."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Settings:
             raise DataError("expected --segmenter, --backbone or both, found neither")
 
     def as_json(self) -> dict[str, Any]:
-        """What a later run must have too, to go on with the blocks of an earlier one."""
+        """Settings as JSON; a later run must have equal ones to resume the blocks of an earlier run."""
         return dataclasses.asdict(self) | {"images": str(self.images.resolve())}
 
 

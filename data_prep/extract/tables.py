@@ -65,12 +65,12 @@ class Tables:
             yield file, values
 
     def place(self, file: str) -> str:
-        """See `images.Photographs`."""
+        """Location of a photograph; see `images.Photographs`."""
         found = self._places.find(file)
         return f"{self._root}/{file}" if found is None else f"{self._paths[found[0]]} row {found[1]}/{file}"
 
     def load(self, file: str) -> Image.Image:
-        """See `images.Photographs`."""
+        """Decoded photograph; see `images.Photographs`."""
         found, place = self._places.find(file), self.place(file)
         if found is None:
             raise BrokenImage(f"{place}: no such row")
@@ -116,7 +116,7 @@ class Tables:
                         )
 
     def rows(self, split: str | None) -> Iterator[Row]:
-        """See `images.Photographs`. Raises DataError too where rows of one name have different pictures."""
+        """Captions beside the photographs. Raises DataError also where rows of one name have different pictures."""
         for number, (path, known) in enumerate(zip(self._paths, self._columns, strict=True)):
             if not rows.columns(known.texts).captions:
                 with parquet.open_parquet(path) as file:

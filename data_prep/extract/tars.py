@@ -26,7 +26,7 @@ from shnet_jax import foreign
 
 TEXTS = (".txt", ".json")
 MAX_TEXT_BYTES = 2**20
-"""Of a .txt or .json member."""
+"""Largest size of a .txt or .json member."""
 
 _TAR_FAULTS = (tarfile.TarError, OSError, EOFError, ValueError, LookupError, OverflowError)
 
@@ -43,7 +43,7 @@ class Member(NamedTuple):
         return f"{self.tar}/{self.name}"
 
     def read(self, most: int) -> bytes:
-        """Its bytes. Raises ValueError naming it when there are more than `most`, or the tar has become shorter."""
+        """Bytes of the member. Raises ValueError when there are more than `most`, or the tar has become shorter."""
         if self.size > most:
             raise ValueError(f"{self}: {self.size} bytes, more than {most}")
         with self.tar.open("rb") as file:
@@ -96,11 +96,11 @@ class Tars:
             print(f"{root}: {len(others)} members of no photograph, such as {others[0]}", file=sys.stderr)
 
     def place(self, file: str) -> str:
-        """See `images.Photographs`."""
+        """Location of a photograph; see `images.Photographs`."""
         return str(self._pictures.find(file) or f"{self._root}/{file}")
 
     def load(self, file: str) -> Image.Image:
-        """See `images.Photographs`."""
+        """Decoded photograph; see `images.Photographs`."""
         member = self._pictures.find(file)
         if member is None:
             raise BrokenImage(f"{self._root}/{file}: no such member of the tars")
@@ -110,7 +110,7 @@ class Tars:
             raise BrokenImage(str(error)) from error
 
     def rows(self, split: str | None) -> Iterator[Row]:
-        """See `images.Photographs`."""
+        """Captions beside the photographs; see `images.Photographs`."""
         for file, member in self._pictures.items():
             try:
                 row = self._row(file, member)
@@ -214,7 +214,7 @@ def _walk(path: Path) -> Iterator[Member]:
 
 
 def _compare_stats(path: Path, found: int) -> None:
-    """With the number of photographs that img2dataset noted beside the tar."""
+    """Compares a tar with the number of photographs that img2dataset noted beside it."""
     stats = path.with_name(f"{path.stem}_stats.json")
     if stats.is_file():
         noted = read_json(stats)

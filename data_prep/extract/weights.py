@@ -1,4 +1,4 @@
-"""Whether the weights that transformers loads are the ones that were meant: their SHA-256."""
+"""Check of the SHA-256 of the weights that transformers loads."""
 
 from __future__ import annotations
 
@@ -47,6 +47,6 @@ def _line(name: str, shard: str) -> str:
 
 
 def _found(name: str, file: str) -> Path | None:
-    """Of a hub name a copy on this disk, downloaded where there was none."""
+    """Local copy of a file of a model on the hub, downloaded if needed; None if the model has no such file."""
     path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path)

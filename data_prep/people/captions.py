@@ -16,7 +16,7 @@ def _article(noun: str) -> str:
 
 
 def parts(person: Person) -> dict[str, str]:
-    """What can be told of a person, by the name of what it is about."""
+    """Phrases that describe a person, by the part that they are about: "top", "hair", "bag", ..."""
     pattern = "" if person.pattern == "plain" else f"{person.pattern} "
     found = {
         "top": _article(f"{pattern}{person.top_colour} {person.top}"),

@@ -58,7 +58,7 @@ class Canvas:
             self.pixels[inner & second] = 0.4 * colour + 0.6 * (255.0 if colour.mean() < 140 else 30.0)
 
     def pattern(self, name: str) -> Mask | None:
-        """Where the second tone of a pattern is."""
+        """Mask of the second tone of a pattern."""
         u, v = self.x * 22, self.y * 22
         match name:
             case "striped":

@@ -1,4 +1,4 @@
-"""What a figure looks like: hair, garments, their colours and patterns, a bag, a hat."""
+"""Appearance of a figure: hair, garments, their colours and patterns, a bag, a hat."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Mention:
 
 @dataclass
 class Facts:
-    """What a caption states.
+    """Facts that a caption states.
 
     mentions: of different things.  relations: (mention, predicate, mention), the mentions by their number.
     stuff: (class id, predicate, class id) of regions of stuff.
@@ -168,7 +168,7 @@ def _place(stuff: int) -> str:
 
 
 def _related(speaker: _Speaker, place: float) -> tuple[str, str, str, int]:
-    """(subject, wording, object) of a random relation, and the thing that is the object."""
+    """Random relation (subject, wording, object), and the thing that is the object."""
     relation = speaker.relation(speaker.tellable())
     first, other = (relation[0], relation[2]) if speaker.rng.random() < 0.6 else (relation[2], relation[0])
     subject, target = speaker.name(first, place=place), speaker.name(other, place=place)

@@ -1,4 +1,4 @@
-"""What a detector and a segmentation network would hand over, computed from the pixels and the label map.
+"""Substitute for the outputs of a detector and a segmentation network, computed from the pixels and the label map.
 
 A region is described by a histogram of oriented gradients, soft colour histograms and histograms of uniform
 local binary patterns of its own crop: nothing in it tells where the crop came from.
@@ -94,7 +94,7 @@ def _scaled(part: np.ndarray, name: str, grid: bool) -> np.ndarray:
 
 
 def planes(image: np.ndarray) -> dict[str, np.ndarray]:
-    """What `describe` reads of a picture uint8 [H, W, 3]: grey, hue, chroma, value, lbp, each [H, W]."""
+    """Planes of a picture uint8 [H, W, 3] that `describe` reads: grey, hue, chroma, value, lbp, each [H, W]."""
     # A contiguous plane a channel: 0.2 ms, where skimage.color.rgb2hsv, which reduces over the last axis, takes 2.7 ms.
     red, green, blue = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32) / 255
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -150,7 +150,7 @@ def noisy_map(label_map: np.ndarray, rate: float, rng: np.random.Generator) -> n
 
 @functools.cache
 def _overlap() -> np.ndarray:
-    """[GRID, MAP] float32: the share of each grid row that each map row makes up (64 is no multiple of 7)."""
+    """Overlap [GRID, MAP] float32: the share of each grid row that each map row makes up (64 is no multiple of 7)."""
     edges, rows = np.arange(GRID + 1) * MAP / GRID, np.arange(MAP)
     covered = np.minimum(edges[1:, None], rows + 1) - np.maximum(edges[:-1, None], rows)
     return (np.maximum(covered, 0) * GRID / MAP).astype(np.float32)

@@ -41,7 +41,7 @@ PERIOD = 7.0  # pixels of a stripe and its gap
 
 @functools.cache
 def _patterns() -> np.ndarray:
-    """[classes, SIDE, SIDE] float32: how much brighter or darker (of 255) each pixel of a stuff class is."""
+    """Brightness offsets [classes, SIDE, SIDE] float32, of 255, of each pixel of a stuff class."""
     y, x = np.indices((SIDE, SIDE), np.float32)
     rng = np.random.default_rng(0)
     grain = rng.normal(size=(SIDE, SIDE)).astype(np.float32)
@@ -63,7 +63,7 @@ def _patterns() -> np.ndarray:
 
 
 def _texture(texture: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Where the second tone of a texture is, at pixel offsets u, v from the thing's centre -> bool."""
+    """Mask of the second tone of a texture at pixel offsets u, v from the thing's centre."""
     match TEXTURES[texture]:
         case "striped":
             return (u + v) % PERIOD < PERIOD * 0.45

@@ -1,4 +1,4 @@
-"""What is in a scene and where: things (shapes with attributes) on regions of stuff, and what holds.
+"""Contents and layout of a scene: things (shapes with attributes) on regions of stuff, and their relations.
 
 Everything is a function of (seed, index). Indices 2i and 2i+1 form a pair, and many pairs are twins,
 so that no single source of information tells the images of a set apart:
@@ -156,7 +156,7 @@ def _place(rng: np.random.Generator, radius: float, angle: float, placed: list[S
 
 
 def _hidden(covers: list[Cover]) -> tuple[np.ndarray, np.ndarray]:
-    """([n, n] share of thing i that thing j > i covers, owner map [SIDE, SIDE] int8 with -1 for none)."""
+    """Occlusion ([n, n] share of thing i that thing j > i covers, owner map [SIDE, SIDE] int8 with -1 for none)."""
     n = len(covers)
     masks = np.zeros((n, SIDE, SIDE), bool)
     owner = np.full((SIDE, SIDE), -1, np.int8)
@@ -250,7 +250,7 @@ def _arrange(rng: np.random.Generator, looks: list[Look], upper: int, lower: lis
 
 
 def pair_kind(seed: int, index: int) -> str:
-    """How index is related to its neighbour index ^ 1: one of PAIR_KINDS."""
+    """Relation of an index to its neighbour index ^ 1: one of PAIR_KINDS."""
     return PAIR_KINDS[int(np.random.default_rng([seed, PAIR, index // 2]).choice(3, p=PAIR_SHARES))]
 
 

@@ -36,7 +36,7 @@ class Source(Protocol):
     def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
 
     def read(self, image_id: str) -> Record:
-        """Its fields; which entry is an image's, `names.Names` decides.
+        """Fields of an image; `names.Names` decides which entry is the image's.
 
         Raises Absent when there is no such image, Ambiguous when it is not clear which is, DataError naming the file
         when it is damaged.
@@ -48,7 +48,7 @@ class CaptionSource(Source, Protocol):
     """A source that has fields of the captions too."""
 
     def read_captions(self, record: Record) -> Record:
-        """These fields in the order of `record["captions"]`; raises as `read`, DataError for other captions."""
+        """Caption fields in the order of `record["captions"]`; raises as `read`, DataError for other captions."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Joined:
 
 
 def _read(source: Source, record: Record, where: str) -> Record:
-    """What the source has, its faults with the place of the record before them."""
+    """Fields that the source has for a record; error messages begin with the place of the record."""
     try:
         found = source.read(record["image_id"])
         return found | source.read_captions(record) if isinstance(source, CaptionSource) else found

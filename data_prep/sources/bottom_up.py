@@ -40,7 +40,7 @@ _NEEDED = (_IDS, _WIDTHS, _HEIGHTS, ("num_boxes",), ("boxes",), ("features",))
 
 
 class _Line(NamedTuple):
-    """Where a line begins; columns: those of the header above it, None without a header."""
+    """Position of a line; columns: those of the header above it, None without a header."""
 
     path: Path
     offset: int
@@ -63,13 +63,13 @@ class BottomUp:
 
     @property
     def files(self) -> Mapping[str, str]:
-        """Where its fields come from."""
+        """Files that each field comes from."""
         names = ("regions", "region_mask", "boxes", "box_classes", "box_scores")
         return dict.fromkeys(names, ", ".join(map(str, self.paths)))
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Nothing: the detector's 1600 classes of Visual Genome have no names in the file."""
+        """Empty metadata: the detector's 1600 classes of Visual Genome have no names in the file."""
         return {}
 
     @cached_property
@@ -226,7 +226,7 @@ _LARGE = 1e10  # no feature is as large; a word of a float64 often is
 
 
 def _other_floats(array: np.ndarray) -> str:
-    """Which floats an array was written as, if they are not float32: nothing but the width says it, twice or half.
+    """Float type of an array that is not float32: only the width tells it, twice or half.
 
     The low halves of float64 are any float32, also huge ones, or all zero where their numbers were float16. The low
     halves of float32 are any float16, NaN among a thousand; those of numbers that were float16 once have 8 values.

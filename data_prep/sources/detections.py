@@ -23,7 +23,7 @@ PROBABILITIES = "cls_prob"
 GRIDS = "grids"
 PAIR = "size"
 NAMES = (*FEATURES, *BOXES, *SHARES, *COUNTS, *CLASSES, *SCORES, *WIDTHS, *HEIGHTS, PROBABILITIES, GRIDS, PAIR)
-"""What is read of an image; other arrays of a file, such as attributes and masks, are left alone, which is said."""
+"""Names of the arrays read for an image. Others, such as attributes and masks, are ignored, with a note."""
 _PLAIN = ("image_id", "img_id", "id", "feature_path", "keys", "__keys__")  # their loss is none
 FIELDS = ("regions", "region_mask", "boxes", "box_classes", "box_scores", "grid", "grid_mask")
 _VISUAL_GENOME = 1601  # classes of bottom-up attention with the background, which is the first
@@ -31,7 +31,7 @@ _VISUAL_GENOME = 1601  # classes of bottom-up attention with the background, whi
 
 @dataclass(frozen=True)
 class Reading:
-    """How arrays of an image are read.
+    """Options for reading the arrays of an image.
 
     field: "regions" or "grid", what `features` are; None: regions, or a grid where they are a map.
     layout, pool: see `units.as_units`. form: what boxes without a unit in their name are.
@@ -134,7 +134,7 @@ def _is_map(array: np.ndarray) -> bool:
 
 
 def _count(arrays: Mapping[str, np.ndarray], regions: np.ndarray, where: str) -> int:
-    """How many of the regions [K, D] are there; those behind are padding, as are zeros where there is no number."""
+    """Number of real regions among [K, D]; those behind are padding, as are zeros where no number is given."""
     name = _first(arrays, COUNTS)
     if name is None:
         used = np.flatnonzero(regions.any(1))

@@ -41,12 +41,12 @@ class Embeddings:
 
     @property
     def files(self) -> Mapping[str, str]:
-        """Where its fields come from."""
+        """Files that each field comes from."""
         return dict.fromkeys(FIELDS, ", ".join(map(str, self.folders)))
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What made the vectors: embeddings.json of each folder."""
+        """Description of the models that made the vectors: embeddings.json of each folder."""
         return {"embeddings": [embeddings.read_source(folder) for folder in self.folders]}
 
     @cached_property

@@ -44,7 +44,7 @@ _FAULTS = (
     *(OSError, RuntimeError, ValueError, TypeError, LookupError, MemoryError, OverflowError),
     *(EOFError, AttributeError, SystemError),
 )
-"""What h5py and pickletools raise for files that are damaged."""
+"""Exceptions that h5py and pickletools raise for damaged files."""
 
 
 class _Entry(NamedTuple):
@@ -86,12 +86,12 @@ class Hdf5Features:
 
     @property
     def files(self) -> Mapping[str, str]:
-        """Where its fields come from."""
+        """Files that each field comes from."""
         return dict.fromkeys(FIELDS, ", ".join(map(str, self.paths)))
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Nothing."""
+        """Empty metadata: the files hold none."""
         return {}
 
     @cached_property
@@ -197,7 +197,7 @@ class _File:
         detections.note_unread(self._names or self._first_members(names), (*NAMES, *IDS, ENDS), path)
 
     def __str__(self) -> str:
-        """Its layout, the same for all files that are read as one."""
+        """Layout of the file in words, the same for all files that are read as one."""
         if self.has_rows:
             return described(sorted(self._names))
         endings = {prefix[-1] for prefix in self.prefixes}
@@ -321,7 +321,7 @@ class _File:
     # ------------------------------------------------------------------------------------------------- what is believed
 
     def _kind(self, name: str) -> str:
-        """What a name stands for: "dataset", "group", or "" for nothing. Raises DataError for a link."""
+        """Kind of object under a name: "dataset", "group", or "" for nothing. Raises DataError for a link."""
         found: Any = self._file
         try:
             for part in name.split("/"):

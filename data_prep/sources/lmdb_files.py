@@ -60,12 +60,12 @@ class Lmdb:
 
     @property
     def files(self) -> Mapping[str, str]:
-        """Where its fields come from."""
+        """Files that each field comes from."""
         return dict.fromkeys(FIELDS, str(self.path))
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Nothing: the classes of the detector have no names in the file."""
+        """Empty metadata: the classes of the detector have no names in the file."""
         return {}
 
     @cached_property
@@ -102,7 +102,7 @@ class Lmdb:
 
     @cached_property
     def _counts(self) -> Mapping[str, int]:
-        """How many regions of each image UNITER reads, from the file beside the folder of that name; else nothing."""
+        """Number of regions that UNITER reads of each image, from nbb_*.json beside the folder; {} without it."""
         match = _NBB.fullmatch(self.path.name)
         path = self.path.parent / f"nbb_{match[1]}.json" if match else None
         if path is None or not path.is_file():
@@ -124,7 +124,7 @@ class Lmdb:
         return (self._record("", key) for key in islice(self._keys, count))
 
     def holds(self) -> str:
-        """What its first record has. Raises DataError for a record of another kind."""
+        """Names of the fields in the first record. Raises DataError for a record of another kind."""
         return ", ".join(self._arrays(next(iter(self._keys)))[0])
 
     def _record(self, image_id: str, key: bytes) -> Record:

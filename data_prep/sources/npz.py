@@ -35,12 +35,12 @@ class NpzFiles:
 
     @property
     def files(self) -> Mapping[str, str]:
-        """Where its fields come from."""
+        """Files that each field comes from."""
         return dict.fromkeys(FIELDS, f"{self.folder}/ID.npz")
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Nothing."""
+        """Empty metadata: the files hold none."""
         return {}
 
     @cached_property
@@ -64,7 +64,7 @@ class NpzFiles:
         return self.record(image_id, path)
 
     def record(self, image_id: str, path: Path) -> Record:
-        """The same of its file."""
+        """Record of the image in a file, as `read` returns it."""
         with data_errors():
             arrays = read_npz(path, NAMES, MAX_IMAGE_BYTES)
         with zipfile.ZipFile(path) as archive:

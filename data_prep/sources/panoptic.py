@@ -39,12 +39,12 @@ class Panoptic:
 
     @property
     def files(self) -> Mapping[str, str]:
-        """Where its fields come from."""
+        """Files that each field comes from."""
         return dict.fromkeys(FIELDS, str(self.annotations))
 
     @cached_property
     def _entries(self) -> Names[tuple[str, dict[int, int]]]:
-        """(PNG, segment -> category) of each image, by the number and the name that the JSON gives it."""
+        """Entries (PNG, segment -> category) of images, by the number and the name that the JSON gives each."""
         content = read_json(self.annotations)
         try:
             names = {image["id"]: image["file_name"] for image in content.get("images", [])}
@@ -95,7 +95,7 @@ class Upsnet:
 
     @property
     def files(self) -> Mapping[str, str]:
-        """Where its fields come from."""
+        """Files that each field comes from."""
         return dict.fromkeys(FIELDS, f"{self.folder}/ID.png")
 
     def read(self, image_id: str) -> Record:

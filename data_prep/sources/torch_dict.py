@@ -40,12 +40,12 @@ class TorchDict:
 
     @property
     def files(self) -> Mapping[str, str]:
-        """Where its fields come from."""
+        """Files that each field comes from."""
         return dict.fromkeys(FIELDS, ", ".join(map(str, self.paths)))
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Nothing."""
+        """Empty metadata: the files hold none."""
         return {}
 
     @cached_property

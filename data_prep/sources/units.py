@@ -25,7 +25,7 @@ MASK = {"grid": "grid_mask", "regions": "region_mask"}
 
 Layout = Literal["hwc", "chw"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-"""Where the channels are: last, as Keras and JAX have them, or first, as PyTorch has them."""
+"""Positions of the channels: last, as in Keras and JAX, or first, as in PyTorch."""
 _SUFFIXES = (".npy", ".pth", ".pt")
 _WIDTH, _STEP = 64, 16  # the least width of published features, and of what widths are multiples; see `refusal`
 
@@ -52,12 +52,12 @@ class UnitFiles:
 
     @property
     def files(self) -> Mapping[str, str]:
-        """Where its fields come from."""
+        """Files that each field comes from."""
         return dict.fromkeys((self.field, MASK[self.field]), f"{self.folder}/ID.npy")
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Nothing."""
+        """Empty metadata: the files hold none."""
         return {}
 
     @cached_property

@@ -58,7 +58,7 @@ def split_geometry(features: np.ndarray, geometry: Geometry | None, where: str) 
 
 
 class _Place(NamedTuple):
-    """Where the line of an image begins; name: the image's, as the index has it."""
+    """Position of the line of an image; name: the image's, as the index has it."""
 
     path: Path
     offset: int
@@ -184,7 +184,7 @@ class Vinvl:
 
     @property
     def files(self) -> Mapping[str, str]:
-        """Where its fields come from."""
+        """Files that each field comes from."""
         features = dict.fromkeys(FIELDS, ", ".join(map(str, self.paths)))
         return features | (dict.fromkeys(("box_classes", "box_scores"), str(self.labels)) if self.labels else {})
 
@@ -294,7 +294,7 @@ def _features(cell: bytes, count: int, where: str) -> np.ndarray:
 
 
 def _json_cell(cells: Sequence[bytes], where: str) -> Any:
-    """What the second cell of a line says."""
+    """Parsed JSON of the second cell of a line."""
     if len(cells) != 2:
         raise DataError(f"{where}: expected id and JSON, found {len(cells)} columns")
     with data_errors():

@@ -21,7 +21,7 @@ class Augmentation(NamedTuple):
 
     @classmethod
     def from_config(cls, data: ConfigDict) -> Augmentation:
-        """Raises ValueError for a rate outside 0..1 or shares of the altered words above 1 in all."""
+        """Reads the rates. Raises ValueError for a rate outside 0..1 or shares of the altered words above 1 in all."""
         rates = cls(*(data[name] for name in cls._fields))
         for name, rate in rates._asdict().items():
             if not 0 <= rate <= 1:
@@ -68,7 +68,7 @@ def alter_words(
 
 
 def keep_regions(regions: int, rates: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    """[regions] bool: each stays with probability 1 - `region_drop` (3SHNet, released code).
+    """Mask [regions] bool of kept regions: each stays with probability 1 - `region_drop` (3SHNet, released code).
 
     All may be dropped; `batches.gather`, which also knows the valid regions, then keeps all of them.
     """
@@ -76,7 +76,7 @@ def keep_regions(regions: int, rates: Augmentation, rng: np.random.Generator) ->
 
 
 def keep_grid(cells: int, rates: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    """[cells] bool: which grid cells stay (VSE-infinity, grid encoder of the released code).
+    """Mask [cells] bool of kept grid cells (VSE-infinity, grid encoder of the released code).
 
     One uniform draw u per image: above 1 - `grid_drop_image` each cell is dropped with probability
     `grid_drop` * u, else all stay. One u for both is the code's choice: where it acts, u lies in 0.2..1.

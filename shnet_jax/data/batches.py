@@ -1,4 +1,4 @@
-"""The training stream: what step s sees is a function of (seed, s), on any number of hosts.
+"""Training batches: the batch of step s is a function of (seed, s), on any number of hosts.
 
 A host's stream is a grain dataset of batches. The random choices are made per example before the examples are
 dealt to hosts, so that k hosts together see in step s exactly the examples that one host would see.
@@ -118,7 +118,7 @@ def train_batches(
 
 
 def read_options(data: ConfigDict) -> grain.ReadOptions:
-    """Threads, not processes: worker processes would each hold the captions and need absl's flags parsed."""
+    """Grain's options: threads, as worker processes would each hold the captions and need absl's flags parsed."""
     return grain.ReadOptions(num_threads=min(data.read_threads, data.prefetch), prefetch_buffer_size=data.prefetch)
 
 
@@ -136,7 +136,7 @@ def token_buckets(data: ConfigDict) -> tuple[int, ...]:
 
 
 def pad_tokens(ids: Sequence[np.ndarray], buckets: Sequence[int]) -> HostBatch:
-    """Ids of t captions -> `tokens` [t, L] int32, `token_mask` [t, L] bool; L is the first bucket to fit."""
+    """Pads the ids of t captions: `tokens` [t, L] int32, `token_mask` [t, L] bool; L is the first bucket to fit."""
     lengths = np.array([len(i) for i in ids])
     width = next(bucket for bucket in buckets if bucket >= lengths.max())
     mask = np.arange(width) < lengths[:, None]
@@ -146,7 +146,7 @@ def pad_tokens(ids: Sequence[np.ndarray], buckets: Sequence[int]) -> HostBatch:
 
 
 def stored_fields(dataset: DataSet, fields: Sequence[str]) -> tuple[str, ...]:
-    """`fields` and the masks of their units where the data set has any (all units are valid without)."""
+    """Names of `fields` and of the masks of their units where the data set has any (all units are valid without)."""
     masks = [_UNITS[unit][0] for unit in _UNITS if unit in fields]
     wanted = [field for field in fields if field not in masks]
     return (*wanted, *(mask for mask in masks if mask in dataset.features))
@@ -169,7 +169,7 @@ def resident_table(dataset: DataSet, split: str, fields: Sequence[str]) -> HostB
 
 
 def gather(table: Mapping[str, Array] | None, batch: Batch) -> Batch:
-    """What the model sees, from a batch of `train_batches` or a gallery; pure, part of the compiled step.
+    """Model inputs made from a batch of `train_batches` or a gallery; pure, part of the compiled step.
 
     Image fields come from `table` [N, ...] by image_index, or without one from the batch itself. Masks are
     narrowed to the units that augmentation keeps; an image that would lose all its units keeps all, as an
@@ -215,7 +215,7 @@ def _draw(
     units: Mapping[str, int],
     views: Views | None,
 ) -> dict[str, Any]:
-    """One example: its image, the token ids of its captions, the units it keeps, the view of its picture."""
+    """Draws one training example: image, token ids of its captions, kept units, view of its picture."""
     if per_image == 1:
         image, chosen = captions.image[number], [number]
     else:

@@ -34,7 +34,7 @@ class ClipBPE:
     max_length: int | None
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens."""
+        """Token ids of each text, without special tokens."""
         return [found.ids for found in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 

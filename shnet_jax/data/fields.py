@@ -1,4 +1,4 @@
-"""Checks the fields of images that somebody hands to a model, as an import checks those of a data set."""
+"""Checks of image fields that a user passes to a model, as an import checks those of a data set."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from shnet_jax.data.records import DataSet
 
 OF_UNITS = ("region", "grid", "box", "relation")
-"""Beginnings of the names of fields whose first axis is as long as it has to be, here and in the data set."""
+"""Name prefixes of fields whose first axis may have any length, here and in the data set."""
 MAP_VOID = 255  # unlabelled pixel in COCO's label maps; stored as class number C, so that ids stay contiguous
 
 
 def checked_fields(given: Mapping[str, np.ndarray], wanted: Sequence[str], dataset: DataSet) -> dict[str, np.ndarray]:
-    """The fields `wanted`, n images each, as the model that was trained on `dataset` reads them.
+    """Checked fields `wanted`, n images each, as the model that was trained on `dataset` reads them.
 
     Masks may be missing where all units are real. 255 in a `seg_map` becomes the number of classes, void.
     Raises ValueError naming field, image, what was expected and what was found.

@@ -24,7 +24,7 @@ from shnet_jax.data.tokenise import Captions, Tokenizer, tokenise_split
 
 
 class Part(NamedTuple):
-    """A batch of full size; its first `valid` rows are the images or captions `numbers` [valid] of the split.
+    """Batch of full size; its first `valid` rows are the images or captions `numbers` [valid] of the split.
 
     The rows after those repeat the first one: a compiled function meets one shape, and no row is empty.
     """
@@ -45,12 +45,12 @@ class Gallery:
 
     @property
     def images(self) -> int:
-        """N."""
+        """Number of images, N."""
         return len(self.records)
 
     @property
     def caption_image(self) -> np.ndarray:
-        """[T] int32, image that each caption belongs to."""
+        """Image [T] int32 that each caption belongs to."""
         return self.captions.image
 
     def image_batches(self, batch_size: int, first: int = 0) -> Iterator[Part]:

@@ -1,4 +1,4 @@
-"""The sidecar index_SPLIT.npz: ids and captions of a split, which else cost a pass over all its records.
+"""Sidecar file index_SPLIT.npz: ids and captions of a split, which otherwise take a pass over all its records.
 
 Its arrays are `image_ids` unicode [N], `caption_counts` int32 [N], `caption_text` uint8 [B], the UTF-8 of all captions
 one after the other, and `caption_ends` int64 [T], where each caption ends in it; `identities` int64 [N] where the
@@ -46,7 +46,7 @@ class Index:
 
     @cached_property
     def _first(self) -> np.ndarray:
-        """[N + 1], first caption of each image."""
+        """First caption of each image, [N + 1]."""
         return np.concatenate([[0], np.cumsum(self.caption_counts)])
 
     def captions(self, row: int) -> list[str]:
@@ -65,7 +65,7 @@ class IndexBuilder:
     """Collects an index image by image, once; holds ids, 8 bytes a caption, and the text unless a folder is given."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """folder: where the text is put meanwhile, into a file without a name; None: it stays in memory."""
+        """Starts an empty index. folder: holds the text meanwhile, in an unnamed file; None: it stays in memory."""
         self._ids: list[str] = []
         self._text = tempfile.TemporaryFile(dir=folder) if folder else io.BytesIO()  # noqa: SIM115  # as long as we live
         self._counts, self._ends, self._size = array("i"), array("q"), 0

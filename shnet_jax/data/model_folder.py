@@ -1,4 +1,4 @@
-"""What the files beside a vocabulary say of it, in a folder as Hugging Face's `transformers` saves models.
+"""Tokenizer settings beside a vocabulary, in a folder as Hugging Face's `transformers` saves models.
 
 Read are tokenizer_config.json, special_tokens_map.json, added_tokens.json and the little that config.json and
 sentence_bert_config.json say of tokens. A setting that is not followed is refused by its name.
@@ -19,7 +19,7 @@ from shnet_jax.foreign import check_kind, read_object
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 MAX_ID = 10**6
-"""No vocabulary has so many tokens; an array of that size is made before anything else is known."""
+"""Upper bound on token ids: an array of that size is allocated before anything else is checked."""
 GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
 """Classes of `transformers` of which everything is in the tokenizer.json."""
 
@@ -44,14 +44,14 @@ class Settings:
     cased: str
 
     def flag(self, name: str) -> bool | None:
-        """A setting that is true or false; None where it is neither said nor null. Raises ValueError for another."""
+        """Boolean setting; None where it is absent or null. Raises ValueError for any other value."""
         value = self.values.get(name)
         if value is not None and type(value) is not bool:
             raise ValueError(f"{self.folder / CONFIG}: {name} is {value!r:.80}, expected true or false")
         return value
 
     def max_length(self) -> int | None:
-        """Tokens that the model takes at most, by its own account."""
+        """Longest input of the model in tokens, as its files state."""
         for name in ("model_max_length", "max_len"):
             value = self.values.get(name)
             if value is not None:
@@ -102,7 +102,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _content(path: Path, found: Mapping[str, Any], role: str) -> str:
-    """A token, written as a text or as an object with its flags; "" for none."""
+    """Content of a token that is written as a text or as an object with its flags; "" for none."""
     value = found.get(role)
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
@@ -125,7 +125,7 @@ def _list(path: Path, found: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _added(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The tokens beside the vocabulary. Those that are only listed as special have no id of their own: None."""
+    """Tokens added to the vocabulary. Those that are only listed as special have no id of their own: None."""
     entries = {text: {"id": number, "normalized": True} for text, number in _optional(folder / ADDED).items()}
     path = folder / CONFIG
     for number, entry in _object(path, values, "added_tokens_decoder").items():
@@ -181,7 +181,7 @@ def read_lines(path: Path, what: str) -> list[str]:
 
 @contextmanager
 def vocabulary_faults(path: Path, what: str) -> Iterator[None]:
-    """What `tokenizers` says of a vocabulary as ValueError; it raises Exception itself, and nothing narrower."""
+    """Context that turns errors of `tokenizers` about a vocabulary, which are plain Exceptions, into ValueErrors."""
     try:
         yield
     except Exception as error:

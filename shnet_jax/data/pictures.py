@@ -18,17 +18,17 @@ from ml_collections import ConfigDict
 from shnet_jax.types import Array
 
 FILL = (123, 117, 104)
-"""Erased pixels: the mean colour of CLIP's training pictures, which its normalisation makes zero (within rounding)."""
+"""Colour of erased pixels: the mean of CLIP's training pictures, which normalisation maps to zero (within rounding)."""
 
 VIEW = 7
-"""Numbers that `Views.draw` gives for a picture."""
+"""Length of the vector that `Views.draw` gives for a picture."""
 
 _TRIES = 10  # at a rectangle that fits (torchvision's RandomErasing)
 _ASPECT = 0.3  # least height / width of the rectangle, whose inverse is the largest
 
 
 class Views(NamedTuple):
-    """The rates of `config.data` (see configs/base.py), checked, for pictures of `height` x `width`."""
+    """Augmentation rates of `config.data` (see configs/base.py), checked, for pictures of `height` x `width`."""
 
     flip: float
     pad: int
@@ -53,7 +53,7 @@ class Views(NamedTuple):
         return cls(data.image_flip, data.image_pad, data.image_erase, (least, most), *shape)
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """[7] int32: flip (0 or 1); top and left of the crop less the padding; top, left, height, width erased."""
+        """View [7] int32: flip (0 or 1); top, left of the crop minus padding; erased top, left, height, width."""
         flip = rng.random() < self.flip
         top, left = rng.integers(-self.pad, self.pad + 1, 2)
         erased = self._rectangle(rng) if rng.random() < self.erase else (0, 0, 0, 0)

@@ -159,7 +159,7 @@ def open_dataset(directory: str | Path) -> DataSet:
 
 
 def _check_names(path: Path) -> None:
-    """TFDS imports the modules that features.json names and reads the files that dataset_info.json names.
+    """Checks the names in a data set's description: TFDS imports modules and reads files that they name.
 
     Raises ValueError for modules outside TFDS, and files outside the folder: the set may be somebody else's.
     """

@@ -26,7 +26,7 @@ from shnet_jax.data.model_folder import CONFIG
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, find_dataset
 
 SPECIAL = tuple(bert.ROLES.values())
-"""What WordPiece has unless a folder says otherwise; data_prep/vocabulary.py trains SentencePiece with them."""
+"""Default special tokens of WordPiece; data_prep/vocabulary.py trains SentencePiece with them."""
 KINDS = ("wordpiece", "sentencepiece", "clip")
 NO_MASK = -1
 """mask_id of a vocabulary without a mask token."""
@@ -36,10 +36,10 @@ _CHUNK = 8192  # captions handed to a tokenizer at once: large enough for its th
 
 
 class _Vocabulary(Protocol):
-    """What differs between the kinds."""
+    """Interface of a vocabulary: the part of a tokenizer that depends on its kind."""
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens."""
+        """Token ids of each text, without special tokens."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Tokenizer:
         return len(self.marks_word)
 
     def begins_word(self, pieces: np.ndarray) -> np.ndarray:
-        """[p] bool, which of the pieces [p] of texts one after the other begin a word."""
+        """Mask [p] bool of the pieces [p] of concatenated texts that begin a word."""
         marked = self.marks_word[pieces]
         return np.append(True, marked[:-1])[: len(pieces)] if self.marks_ends else marked
 
     def enclose(self, pieces: Sequence[int] | np.ndarray, max_tokens: int) -> np.ndarray:
-        """Ids [m] int32 of a caption: its pieces between begin and end token, cut so that m <= max_tokens."""
+        """Token ids [m] int32 of a caption: its pieces between begin and end token, cut so that m <= max_tokens."""
         kept = pieces[: max_tokens - 2]
         ids = np.empty(len(kept) + 2, np.int32)
         ids[0], ids[1:-1], ids[-1] = self.begin_id, kept, self.end_id
@@ -100,12 +100,12 @@ class Captions:
 
     @property
     def images(self) -> int:
-        """N, the images of the split."""
+        """Number of images in the split, N."""
         return len(self.first) - 1
 
     @cached_property
     def image(self) -> np.ndarray:
-        """[T] int32, image of each caption."""
+        """Image of each caption, [T] int32."""
         return np.repeat(np.arange(self.images, dtype=np.int32), np.diff(self.first))
 
     def caption(self, t: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,11 +114,11 @@ class Captions:
         return self.pieces[edges[0] : edges[-1]], np.diff(edges)
 
     def lengths(self) -> np.ndarray:
-        """[T] int32, pieces of each caption."""
+        """Number of pieces of each caption, [T] int32."""
         return np.diff(self.words[self.offsets])
 
     def unknown_share(self, tokenizer: Tokenizer) -> float:
-        """Share of the pieces, 0..1, that say no more than that something is not in the vocabulary."""
+        """Fraction of pieces that are the unknown token, 0..1."""
         return float(np.mean(self.pieces == tokenizer.unknown_id)) if len(self.pieces) else 0.0
 
 
@@ -144,7 +144,7 @@ def tokenise_split(dataset: DataSet, split: str, tokenizer: Tokenizer) -> Captio
 
 
 def _flatten(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pieces [p], pieces of each word [w], words of each text [t], all int32."""
+    """Tokenises texts: pieces [p], number of pieces of each word [w], number of words of each text [t], all int32."""
     lists = tokenizer.vocabulary.pieces(texts)
     lengths = np.fromiter(map(len, lists), np.int32, len(lists))
     ends = np.cumsum(lengths)
@@ -183,7 +183,7 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
 
 
 def kept_vocabulary(config: ConfigDict | FrozenConfigDict) -> tuple[str, bytes]:
-    """Suffix and contents of the file that a run keeps, from which alone the same tokens come again."""
+    """Suffix and contents of the vocabulary file that a run keeps; it alone reproduces the same tokens."""
     path = vocabulary_file(config)
     return bert.read(path).kept() if config.tokenizer.kind == "wordpiece" else (path.suffix, path.read_bytes())
 
@@ -254,7 +254,7 @@ def _tokenizer(vocabulary: _Vocabulary, starts_word: np.ndarray, special: Sequen
 
 
 def _special(path: Path, pieces: Sequence[str]) -> list[int]:
-    """Ids of SPECIAL."""
+    """Ids of the special tokens SPECIAL."""
     missing = [name for name in SPECIAL if name not in pieces]
     if missing:
         raise ValueError(f"{path}: {len(pieces)} pieces but no {', '.join(missing)} (needed: {', '.join(SPECIAL)})")

@@ -63,7 +63,7 @@ class WordPiece:
     max_length: int | None
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens."""
+        """Token ids of each text, without special tokens."""
         return [found.ids for found in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def kept(self) -> tuple[str, bytes]:
@@ -148,7 +148,7 @@ def _describe(
     roles: Mapping[str, str] = ROLES,
     added: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The description of a tokenizer that is BERT's but for these."""
+    """Description (tokenizer.json) of BERT's tokenizer with these settings."""
     return {
         "normalizer": normalizer,
         "pre_tokenizer": {"type": "BertPreTokenizer"},
@@ -232,7 +232,7 @@ def _of_json(path: Path, settings: Settings) -> dict[str, Any]:
 
 
 def _roles(path: Path, found: tokenizers.Tokenizer, settings: Settings) -> dict[str, str]:
-    """The special tokens: what the tokenizer does, else what the settings say, else BERT's own."""
+    """Special tokens by role: those of the tokenizer, else those of the settings, else BERT's own."""
     found.no_truncation()
     found.no_padding()
     does = {"unk_token": found.model.unk_token}

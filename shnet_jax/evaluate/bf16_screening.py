@@ -1,4 +1,4 @@
-"""Scores in bfloat16 that know how wrong they may be: they settle the order of most pairs, and name the rest.
+"""Screening in bfloat16 with an error bound: it settles the order of most pairs, and lists the rest.
 
 The float32 ranks are wanted, exactly. Of a pair, s16 is the score from operands in bfloat16 and s32 that of the float32
 program. With |s16 - s32| <= E, and p the float32 score of a match, s16 - p > E says s32 > p, and s16 - p < -E says
@@ -57,7 +57,7 @@ class Rechecked:
 
 
 def check_score_dtype(score: ItemScore, score_dtype: str) -> None:
-    """Raises ValueError for a name that is none, or bfloat16 with another score than the default dot product."""
+    """Raises ValueError for an unknown dtype, or bfloat16 with another score than the default dot product."""
     if score_dtype not in SCORE_DTYPES:
         raise ValueError(f"config.eval.score_dtype is {score_dtype!r}; choose from {', '.join(SCORE_DTYPES)}")
     if score_dtype == "bfloat16" and score is not RetrievalModel.score:

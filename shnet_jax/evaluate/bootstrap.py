@@ -1,4 +1,4 @@
-"""Paired bootstrap over the images of a gallery: how far recalls, and differences of two runs, may be chance.
+"""Paired bootstrap over the images of a gallery: confidence intervals of recalls and of differences of two runs.
 
 An image is drawn together with its captions, as these are no independent queries, and in a person search a person with
 all images; the gallery that they are ranked in stays whole. The draws are the same for all numbers and, of a
@@ -75,7 +75,7 @@ def recall_intervals(
 
 
 def _hits(run: QueryRanks, persons: bool) -> np.ndarray:
-    """[n, 6] hits of each image and of its captions: whether its rank is below k, and how many of theirs are.
+    """Hits [n, 6] of each image and its captions: whether its rank is below k, and how many of theirs are.
 
     persons: [n, 11], with the sums of its captions' person scores.
     """
@@ -87,7 +87,7 @@ def _hits(run: QueryRanks, persons: bool) -> np.ndarray:
 
 
 def _recalls(sums: np.ndarray) -> np.ndarray:
-    """[draws, 8 or 13] sums of images, captions and hits -> [draws, 7 or 12] metrics in percent."""
+    """Metrics in percent [draws, 7 or 12] from sums of images, captions and hits [draws, 8 or 13]."""
     both = 2 * len(CUTS)
     images, captions, hits = sums[:, :1], sums[:, 1:2], sums[:, 2:]
     recalls = 100.0 * np.concatenate([hits[:, : len(CUTS)] / images, hits[:, len(CUTS) : both] / captions], axis=1)

@@ -265,7 +265,7 @@ def host_fields(portion: Embedding, valid: int) -> dict[str, np.ndarray]:
 
 
 def _lengthen(fields: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """Zeros (False in the mask) behind the elements of each item, up to `length` of them."""
+    """Pads the elements of each item with zeros (False in the mask) to `length`."""
     missing = length - fields["elements"].shape[1]
     if not missing:
         return fields

@@ -1,4 +1,4 @@
-"""A gallery as one model sees it, and as several see it together: the weighted mean of their scores, tile by tile."""
+"""Encoded galleries, and ensembles of models: the weighted mean of their scores, tile by tile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shnet_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """n images and t captions of a split, encoded.
+    """Encoded images and captions of a split.
 
     images, texts: one embedding of each, or for an ensemble a tuple with one of each member.
     score: (some images, some texts) -> scores of their pairs.
@@ -39,7 +39,7 @@ class Embedded:
 
 @dataclasses.dataclass(frozen=True)
 class MeanScore:
-    """sum of weight * score over the members of an ensemble; the weights add up to 1.
+    """Score of an ensemble: the sum of weight * score over its members; the weights add up to 1.
 
     Called with one embedding of each member on either side. Equal ones are equal, so they share compiled programs.
     """

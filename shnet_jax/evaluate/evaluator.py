@@ -200,7 +200,7 @@ def _evaluate_by(embedded: Embedded, protocol: str, evaluation: ConfigDict | Fro
 
 
 def _image_persons(experiment: Experiment, split: str) -> np.ndarray | None:
-    """[n] the person in each image, where config.eval.person asks for it."""
+    """Person [n] in each image, where config.eval.person asks for it."""
     if not experiment.config.eval.person:
         return None
     persons = experiment.dataset.identities(split)

@@ -49,7 +49,7 @@ class ExtraMetrics:
 
 
 NO_EXTRA_METRICS = ExtraMetrics(hubness=False, between={}, within={})
-"""Recall alone."""
+"""No metrics beyond recall."""
 
 
 def read_extra_metrics(dataset: DataSet, split: str, evaluation: ConfigDict) -> ExtraMetrics:
@@ -121,7 +121,7 @@ def sibling_captions(caption_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def top_within(items: Items, score: ItemScore, k: int, tile: int, mesh: Mesh) -> np.ndarray:
-    """[m, k] the first k of the m items for each of them, by the product of their global vectors.
+    """Top-k [m, k] of m items for each of them, by the dot product of their global vectors.
 
     A score of sets, or of regions and words, is of an image and a caption; of an ensemble the mean is over its members'
     products, weighted as its scores are. An item scores 0 with itself, as in the code of VSE-infinity, so it is not the

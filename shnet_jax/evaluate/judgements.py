@@ -101,7 +101,7 @@ def _row(path: Path, rows: Mapping[int, int], number: int) -> int:
 
 
 def coco_number(name: str) -> int:
-    """COCO's number: 391895 for "391895" and "COCO_val2014_000000391895.jpg", 5142 for "COCO_val2014:sentid:5142"."""
+    """Number in a COCO id: 391895 for "COCO_val2014_000000391895.jpg", 5142 for "COCO_val2014:sentid:5142"."""
     number = re.search(r"(\d+)(\.\w+)?$", name[-255:])  # longer than a file name, and the search takes for ever
     if number is None:
         raise ValueError(f"id {name!r}: expected COCO's number, alone or at the end of the name")
@@ -109,7 +109,7 @@ def coco_number(name: str) -> int:
 
 
 def rows_of(numbers: np.ndarray, what: str) -> dict[int, int]:
-    """Number -> row. Raises ValueError for a number that occurs twice."""
+    """Maps numbers to rows. Raises ValueError for a number that occurs twice."""
     rows = {int(number): row for row, number in enumerate(numbers)}
     if len(rows) < len(numbers):
         values, counts = np.unique(numbers, return_counts=True)

@@ -16,7 +16,7 @@ CUTS = (1, 5, 10)
 DIRECTIONS = ("i2t", "t2i")
 PERSON_METRICS = ("person_r1", "person_r5", "person_r10", "person_map", "person_minp")
 Metrics = dict[str, float]
-"""i2t_r1, i2t_r5, i2t_r10 (percent), i2t_medr, i2t_meanr (best is 1), the same for t2i, and rsum (of 600)."""
+"""Metrics by name: i2t_r1, i2t_r5, i2t_r10 (percent), i2t_medr, i2t_meanr (best is 1), also for t2i; rsum (of 600)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def chance(caption_counts: np.ndarray) -> Metrics:
 
 
 def _survival(size: int, relevant: int) -> np.ndarray:
-    """[size + 1] chance that none of `relevant` items is among the first m = 0 ... size of a random order."""
+    """Probability [size + 1] that none of `relevant` items is among the first m = 0 ... size of a random order."""
     m = np.arange(size)
     return np.concatenate([[1.0], np.cumprod(np.maximum(size - m - relevant, 0) / (size - m))])
 
@@ -102,7 +102,7 @@ class Relevant:
 
     @property
     def most(self) -> int:
-        """The largest R."""
+        """Largest number of items that are relevant to one query, R."""
         return int(self.counts.max())
 
 
@@ -116,7 +116,7 @@ def relevant(query: np.ndarray, item: np.ndarray) -> Relevant:
 
 
 def hits(top: np.ndarray, judged: Relevant) -> np.ndarray:
-    """[q, k] bool: whether the item at each place of a query's list, a row of `top` [n, k], is relevant to it."""
+    """Mask [q, k] bool: whether the item at each place of a query's list, a row of `top` [n, k], is relevant to it."""
     items = top[judged.queries]
     width = max(int(items.max()), int(judged.item.max())) + 1
     pairs = judged.query * width + judged.item
@@ -129,7 +129,7 @@ def recall_at(hit: np.ndarray) -> Metrics:
 
 
 def average_precision(hit: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[q] sum of precision@r over the relevant places r of each list, divided by the number of relevant items.
+    """Average precision [q]: sum of precision@r over the relevant places r of a list, divided by the relevant items.
 
     hit: [q, k] bool, whether the item at each place is relevant. counts: [q] relevant items of each query.
     """
@@ -168,7 +168,7 @@ def hubness(top: np.ndarray, items: int) -> float:
 
 
 def person_scores(relevant: np.ndarray) -> np.ndarray:
-    """[c, 5] values 0..1 of PERSON_METRICS for each caption.
+    """Values [c, 5] in 0..1 of PERSON_METRICS for each caption.
 
     relevant: [c, n] bool, whether the image at each place of a caption's ranking shows its person; at least one does.
     """

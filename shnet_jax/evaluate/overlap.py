@@ -1,4 +1,4 @@
-"""Tasks of an evaluation that run at the same time in threads, joined by queues that hold the faster one back.
+"""Concurrent tasks of an evaluation in threads, joined by bounded queues.
 
     with Overlap() as overlap:
         images = overlap.start(lambda: encode(image_tower, overlap.ahead(image_batches, 2), n))
@@ -50,7 +50,7 @@ class Overlap:
         return self._run(work, self._started)
 
     def ahead(self, items: Iterable[T], maxsize: int) -> Iterator[T]:
-        """The same items, read in a thread of their own while the last one is being used.
+        """Prefetches items: reads them in a thread of their own while the last one is being used.
 
         At most `maxsize` of them are read and not yet taken; until one is taken, nothing more is read.
         """

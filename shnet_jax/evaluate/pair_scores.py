@@ -1,4 +1,4 @@
-"""Scores that cost far more than a dot product: each pair is scored once, and finished blocks are kept.
+"""Pair scores that cost far more than a dot product: each pair is scored once, and finished blocks are kept.
 
 `score_matrix` scores every pair of a gallery, `listed_scores` a list of pairs, such as the candidates of re-ranking.
 The gallery is cut into blocks of `tile` images by `tile` captions; in a round each device scores its own images with
@@ -73,7 +73,7 @@ class PairScorer:
 
 
 GROUP = 8
-"""Captions of a list that an image meets at a time; more make larger products and more padding.
+"""Captions of a list that are scored with an image at a time; more make larger products and more padding.
 
 Alone, a pair has arrays with axes of 1, whose sums are slow on a CPU."""
 
@@ -233,7 +233,7 @@ def listed_scores(
             log.info("%s: the pairs of %d of %d blocks are there", folder, len(finished), len(files))
 
     def dispatch(tile: Tile) -> Iterator[tuple[int, bool, np.ndarray, Any]]:
-        """(block, whether it ends here, numbers of pairs, their scores on the devices)."""
+        """Yields (block, whether it ends here, numbers of pairs, their scores on the devices)."""
         block = tile.number * tiling.rounds + tile.round
         for part, (pairs, *lists) in enumerate(listed.chunks(block), 1):
             placed = tile.placed_images, tile.placed_captions, *tiling.put_split(tuple(lists))
@@ -356,7 +356,7 @@ def digest(tree: Any) -> str:
 
 
 def keep(path: Path, block: np.ndarray) -> None:
-    """Writes scores, whole or not at all."""
+    """Writes scores atomically."""
     with whole(path) as temporary, temporary.open("wb") as file:
         np.save(file, block, allow_pickle=False)
 

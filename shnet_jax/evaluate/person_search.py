@@ -31,7 +31,7 @@ def search_persons(
     mesh: Mesh | None = None,
     candidates: TopK | None = None,
 ) -> np.ndarray:
-    """[t, 5] float64 values 0..1 of PERSON_METRICS for each caption; a metric is their mean over all captions.
+    """Values [t, 5] float64 in 0..1 of PERSON_METRICS for each caption; a metric is their mean over all captions.
 
     With the ranks r_1 < ... < r_R (best 1) of the R images of a caption's person:
 
@@ -90,7 +90,7 @@ def _columns_of_scores(
 
 
 def _order(scores: np.ndarray, first: TopK | None) -> np.ndarray:
-    """[c, n] image at each place of the rankings of c captions.
+    """Rankings [c, n] of n images for c captions.
 
     scores: [c, n]. first: [c, k] images that come before all others, by their own scores.
     """

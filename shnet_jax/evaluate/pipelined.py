@@ -37,7 +37,7 @@ class LayeredTower(Protocol):
 
 
 class Placed(NamedTuple):
-    """Variables on a mesh.
+    """Variables placed on a mesh.
 
     shared: all but the layers of the text tower, on every device; enough for `encode_image`.
     layers: the layers stacked, each leaf [stages * places, ...]; a device holds those of its stage.

@@ -24,7 +24,7 @@ UNKNOWN = "not stated"
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a gallery is ranked: as a whole (1 fold) or in consecutive blocks of images of equal size."""
+    """Evaluation protocol: a gallery ranked as a whole (1 fold) or in consecutive blocks of images of equal size."""
 
     name: str
     folds: int

@@ -38,8 +38,8 @@ class Ranked:
 
 
 PersonSearch = Callable[[Embedding, Embedding, np.ndarray, np.ndarray, TopK | None], np.ndarray]
-"""(images, captions, person in each image, person of each caption, `Ranked.candidates` of this gallery or None) ->
-what `person_search.search_persons` gives."""
+"""Function of (images, captions, person in each image, person of each caption, `Ranked.candidates` or None)
+-> the result of `person_search.search_persons`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class RankingMethods:
         self._programs = make_programs(model, mesh)
 
     def exact(self, variables: Mapping[str, Any], folder: Path | None = None) -> RankingMethod:
-        """Every query against the whole gallery. folder: `pair_scores.open_folder`, for a score in blocks."""
+        """Exact ranking of every query against the whole gallery. folder: `pair_scores.open_folder`, for blocks."""
         evaluation, scorer = self._config.eval, self._scorer(variables)
 
         def streamed(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranked:
@@ -95,7 +95,7 @@ class RankingMethods:
         return RankingMethod("exact", streamed if has_static_score(self._model) else in_blocks)
 
     def rerank(self, variables: Mapping[str, Any], folder: Path | None = None) -> RankingMethod:
-        """The candidates of the global vectors, re-ranked; see `rerank`. folder: as above."""
+        """Re-ranking of the candidates of the global vectors; see `rerank`. folder: as for `exact`."""
         k, scorer = self._config.eval.two_stage, self._scorer(variables)
 
         def function(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranked:
@@ -117,7 +117,7 @@ class RankingMethods:
         return RankingMethod(f"two-stage {k}", function, text, persons)
 
     def vectors(self) -> RankingMethod:
-        """The global vectors alone."""
+        """Ranking by the global vectors alone."""
 
         def function(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranked:
             vectors = vectors_of(images), vectors_of(texts)

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """0-based ranks; 0 is the top of the list.
+    """Ranks of the matches, 0-based; 0 is the top of the list.
 
     i2t: [n] int64, for each image the rank of its best-ranked own caption among all captions.
     t2i: [t] int64, for each caption the rank of its image among all images.
@@ -122,7 +122,7 @@ def check_captions(caption_image: np.ndarray, n: int, t: int) -> np.ndarray:
 
 
 def match_scores(tiling: Tiling, score: ItemScore) -> np.ndarray:
-    """[t] float64, the score of each caption with its image, from the tiles that hold a match."""
+    """Score [t] float64 of each caption with its image, from the tiles that hold a match."""
     run = programs(score, tiling.mesh)
     positive = np.empty(len(tiling.owner), np.float64)
 
@@ -142,14 +142,14 @@ def match_scores(tiling: Tiling, score: ItemScore) -> np.ndarray:
 
 
 def best_captions(positive: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """[n] the own caption of each image that comes first: highest score, then smallest index."""
+    """Best-ranked own caption [n] of each image: highest score, then smallest index."""
     order = np.lexsort((np.arange(len(owner)), -positive, owner))
     return order[np.unique(owner[order], return_index=True)[1]]
 
 
 @dataclasses.dataclass
 class Counts:
-    """How many items were found before each match so far.
+    """Number of items found before each match so far.
 
     i2t: [n] int64, for the best caption of each image. t2i: [t] int64. nans: scores that are NaN.
     """

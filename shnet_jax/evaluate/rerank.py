@@ -119,7 +119,7 @@ def _scores(
 
 
 def _new_ranks(items: np.ndarray, scores: np.ndarray, match: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-    """[q] rank of the best-ranked match among the candidates `items` [q, k]; `otherwise` where none is a candidate."""
+    """Rank [q] of the best-ranked match among the candidates `items` [q, k]; `otherwise` where none is a candidate."""
     best = np.where(match, scores, -np.inf).max(axis=1, keepdims=True)
     last = np.iinfo(np.int64).max
     first = np.where(match & (scores == best), items, last).min(axis=1, keepdims=True)

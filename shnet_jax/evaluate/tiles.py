@@ -30,7 +30,7 @@ Items = Any
 """A gallery side: an `Embedding`, or any pytree of them (one for each model of an ensemble) whose leaves have a row an
 item; the score function knows which."""
 ItemScore = Callable[[Items, Items], Array]
-"""(n images, t captions) -> scores [n, t]; a `types.Score` is one."""
+"""Function (n images, t captions) -> scores [n, t]; a `types.Score` is one."""
 
 T = TypeVar("T")
 Tree = TypeVar("Tree")
@@ -78,7 +78,7 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How the pairs of n images and t captions are cut into tiles.
+    """Partition of the pairs of n images and t captions into tiles.
 
     images, texts: items on the host (NumPy, np.memmap) or a device.
     owner: [t] int64, image of each caption.
@@ -121,7 +121,7 @@ class Tiling:
         place_captions: Callable[[np.ndarray], Items] | None = None,
         place_extra: Callable[[Side], Any] | None = None,
     ) -> Iterator[Tile]:
-        """All pairs, caption tile by caption tile; captions travel once for all rounds of their tile.
+        """Iterates over all pairs, caption tile by caption tile; captions are sent once for all rounds of their tile.
 
         Nothing is computed here: callers dispatch a program for each tile, usually through `prefetch_one`.
 
@@ -201,7 +201,7 @@ def vectors_of(items: Embedding) -> Embedding:
 
 
 def take(items: Tree, rows: np.ndarray) -> Tree:
-    """The items of those rows, in that order."""
+    """Items of the given rows, in that order."""
     return jax.tree.map(lambda a: a[rows], items)
 
 

@@ -59,7 +59,7 @@ def is_dot_product(score: Score) -> bool:
 
 @lru_cache(maxsize=8)
 def transpose_score(score: Score) -> Score:
-    """The same score with captions first: (captions, images) -> [t, n]. One function for each score."""
+    """Transposed score, captions first: (captions, images) -> [t, n]. Equal scores give the same function."""
 
     def captions_first(texts: Embedding, images: Embedding) -> Array:
         return score(images, texts).T

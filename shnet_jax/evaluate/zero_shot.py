@@ -17,7 +17,7 @@ NAME = "zero-shot"
 
 
 def zero_shot(dataset: DataSet, split: str) -> Embedded | None:
-    """The gallery by cosine of `image_embedding` and `caption_embeddings`; None unless the data set has both.
+    """Gallery ranked by the cosine of `image_embedding` and `caption_embeddings`; None unless the data set has both.
 
     Raises ValueError for a vector of length 0, which has no direction.
     """

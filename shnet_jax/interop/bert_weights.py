@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 IGNORED = ("embeddings.position_ids", "pooler.", "cls.", "classifier.", "qa_outputs.")
 
 MAX_SIZE, MAX_LAYERS = 10**6, 1000
-"""Of what a config.json names: each layer costs time and memory before a tensor is looked at."""
+"""Upper bounds on sizes in a config.json: each layer costs time and memory before any tensor is read."""
 
 _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
@@ -134,7 +134,7 @@ def _torch_shapes(slots: Slots, shape: Mapping[str, Any]) -> dict[str, tuple[int
 
 
 def bert_slots(layers: int, torch: str = "bert.", *path: str) -> Slots:
-    """Hugging Face's `BertModel` of this many layers, names prefixed by `torch`, as our `BERT` at `path`."""
+    """Slots of Hugging Face's `BertModel` of this many layers, names prefixed by `torch`, in our `BERT` at `path`."""
     slots = {
         f"{torch}embeddings.{name}_embeddings.weight": Slot("params", (*path, ours))
         for name, ours in (("word", "words"), ("position", "positions"), ("token_type", "types"))
@@ -223,7 +223,7 @@ def _read_pickled(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check_vocabulary(folder: Path, vocab_size: int) -> None:
-    """Of a vocab.txt, that it has no more pieces than the weights; whether a tokenizer.json fits is told when read."""
+    """Checks that a vocab.txt has no more pieces than the weights; a tokenizer.json is checked when it is read."""
     path = folder / "vocab.txt"
     if not path.is_file():
         if (folder / "tokenizer.json").is_file():

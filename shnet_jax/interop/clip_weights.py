@@ -137,7 +137,7 @@ def _shapes(text: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[tuple[st
 
 
 def _slots(text_layers: int, vision_layers: int) -> Slots:
-    """Hugging Face's `CLIPModel` as {"text": our Text, "vision": our Vision}."""
+    """Slots of Hugging Face's `CLIPModel` in {"text": our Text, "vision": our Vision}."""
     text, vision = "text_model.", "vision_model."
     slots = {
         f"{text}embeddings.token_embedding.weight": Slot("params", ("text", "words")),

@@ -164,7 +164,7 @@ class Published:
         return fields | numbers
 
     def variables(self, like: Mapping[str, Any]) -> dict[str, Any]:
-        """{"params", "batch_stats"} for a model whose arrays are `like`, float32.
+        """Variables {"params", "batch_stats"}, float32, for a model whose arrays are `like`.
 
         Raises ValueError that names each tensor which is missing, unexpected, misshapen or not finite.
         """
@@ -232,7 +232,7 @@ def open_published(path: str | Path) -> Published:
 
 
 def text_encoder_slots(layers: int, *path: str) -> Slots:
-    """The released `EncoderText`, a BERT of this many layers with its head, at `path`."""
+    """Slots of the released `EncoderText`, a BERT of this many layers with its head, at `path`."""
     return bert_slots(layers, "bert.", *path, "tower") | text_head_slots(*path)
 
 

@@ -24,9 +24,9 @@ from shnet_jax.foreign import check_kind
 from shnet_jax.interop.torch_pickle import DTYPES, Storage, Tensor, Unpickler
 
 MAX_PICKLE = 32 * 2**20
-"""Bytes of the pickle, without the arrays; that of a BERT with its optimiser is below 1 MB."""
+"""Largest pickle in bytes, without the arrays; that of a BERT with its optimiser is below 1 MB."""
 MAX_ENTRIES = 300_000
-"""Entries of the archive: one for each array and a few more."""
+"""Most entries of the archive: one for each array and a few more."""
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -42,7 +42,7 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TorchFile:
-    """An opened file: what was saved, with `Tensor` for each tensor, `Array` for each array of NumPy.
+    """Opened file of torch.save: its content, with `Tensor` for each tensor, `Array` for each NumPy array.
 
     argparse's Namespace is a types.SimpleNamespace, EasyDict and its like a dict, a number of NumPy one of Python.
     """
@@ -57,7 +57,7 @@ class TorchFile:
         return np.memmap(self.path, np.uint8, "r")
 
     def array(self, tensor: Tensor) -> np.ndarray:
-        """The numbers of a tensor: read-only, mapped from the file; its checksum is verified at the first use.
+        """Array of a tensor: read-only, memory-mapped; its checksum is verified at the first use.
 
         Raises ValueError when the tensor does not lie in its storage or the bytes are not those that were saved.
         """
@@ -88,7 +88,7 @@ class TorchFile:
 
 
 def open_torch_file(path: str | Path, scale: int = 1) -> TorchFile:
-    """Reads what `torch.save` wrote, but for the tensors. scale: times the usual bounds, for a file of many tensors.
+    """Opens a file of `torch.save`; tensors are read later. scale: factor on the bounds, for a file of many tensors.
 
     Raises FileNotFoundError, and ValueError for a file that is cut off, damaged, of another kind, or that names
     anything that `torch_pickle` does not know.
@@ -156,7 +156,7 @@ def _open_zip(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo], scale:
 
 
 def _data_offset(path: Path, file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: behind its own header, whose size the directory does not tell."""
+    """Offset of an entry's bytes: behind its own header, whose size the directory does not tell."""
     file.seek(max(entry.header_offset, 0))  # negative where the directory is damaged
     header = file.read(30)
     if entry.header_offset < 0 or len(header) < 30 or not header.startswith(b"PK\x03\x04"):
@@ -166,7 +166,7 @@ def _data_offset(path: Path, file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 
 def _open_legacy(path: Path, file: BinaryIO, scale: int) -> TorchFile:
-    """Five pickles (magic number, version, machine, content, keys), then count and numbers of each storage."""
+    """Opens the legacy format: five pickles (magic number, version, machine, content, keys), then the storages."""
     file.seek(0)
     stream = io.BytesIO(file.read(scale * MAX_PICKLE))
     unpickler = Unpickler(path, stream, scale=scale)

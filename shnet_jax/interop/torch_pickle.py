@@ -43,11 +43,11 @@ _WRITTEN = (
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID"
 )
 MAX_OPCODES = 1_000_000
-"""Opcodes of one pickle, some 60 for each tensor; they take a second and less than 0.5 GB."""
+"""Most opcodes of one pickle, some 60 for each tensor; they take a second and less than 0.5 GB."""
 MAX_KEY = 1000
-"""Objects in one key: the hash of a key of a million tuples in one another ends Python without a word."""
+"""Most objects in one key: hashing a key of a million nested tuples crashes Python."""
 MAX_LOOKED = 1_000_000
-"""Objects that are looked at to hash keys or to hand over arguments, and those that are copied. Sixty tuples that each
+"""Most objects visited to hash keys or to pass arguments, and most that are copied. Sixty tuples that each
 hold the one before twice are a key of 2^60, and a list that is written once can be an argument in every other byte."""
 _OPCODES = frozenset(_WRITTEN.split())
 _NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
@@ -55,7 +55,7 @@ _BYTES = "utf-8", "surrogateescape"  # how a BINSTRING becomes a text that can b
 
 
 class Storage(NamedTuple):
-    """Where a tensor's numbers lie: the name of their type in DTYPES, the key in the file and how many they are."""
+    """Storage of a tensor: the name of its type in DTYPES, its key in the file and its number of elements."""
 
     kind: str
     key: str
@@ -72,7 +72,7 @@ class Tensor(NamedTuple):
 
 
 class _Fixed:
-    """What a name stands for. A pickle may set attributes of whatever it has in hand, but not of these."""
+    """Base of the objects that names in a pickle stand for: a pickle cannot set their attributes."""
 
     __slots__ = ()
 
@@ -96,11 +96,11 @@ class _RebuildParameter(_Fixed):
 
 class _StateDict(collections.OrderedDict[str, Any]):
     def __setstate__(self, state: Any) -> None:
-        """Leaves out what torch notes of a state's version."""
+        """Ignores torch's version metadata of a state dict."""
 
 
 class Attributes(dict[str, Any]):
-    """A dictionary whose items were attributes too, as those of EasyDict."""
+    """Dictionary whose items were attributes too, as those of EasyDict."""
 
     def __init__(self, *arguments: Any):
         if arguments:
@@ -108,11 +108,11 @@ class Attributes(dict[str, Any]):
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
-        """Leaves out the attributes, which are the items once more or say how the class works."""
+        """Ignores the attributes, which repeat the items or are internals of the class."""
 
 
 def array_of(code: Any, shape: Any, data: Any, fortran: bool = False) -> np.ndarray:
-    """The array of `shape` in `data`, read-only. code: as `dtype.str` has it, '<f4'.
+    """Read-only array of `shape` in `data`. code: as `dtype.str` has it, '<f4'.
 
     Raises ValueError for all but numbers (no Python objects, records, texts) and bytes that are more or less.
     """
@@ -128,7 +128,7 @@ def array_of(code: Any, shape: Any, data: Any, fortran: bool = False) -> np.ndar
 
 
 class Dtype:
-    """A dtype of NumPy by its code ('f4') and byte order."""
+    """NumPy dtype by its code ('f4') and byte order."""
 
     __slots__ = ("code", "order")
 
@@ -144,7 +144,7 @@ class Dtype:
 
 
 class _Copies:
-    """Counts what is copied into new objects: the same few bytes can ask for it again and again."""
+    """Budget of copies into new objects: the same few bytes can ask for a copy again and again."""
 
     def __init__(self, most: int, what: str) -> None:
         self._left, self._most, self._what = most, most, what
@@ -156,7 +156,7 @@ class _Copies:
 
 
 def _to_bytes(data: bytes | str, copies: _Copies) -> bytes:
-    """Bytes as they are, or those of a BINSTRING."""
+    """Converts to bytes; a text is that of a BINSTRING."""
     if isinstance(data, bytes):
         return data
     copies.spend(len(data))
@@ -164,7 +164,7 @@ def _to_bytes(data: bytes | str, copies: _Copies) -> bytes:
 
 
 class Array:
-    """An array of NumPy; the pickle first makes it and then says what is in it. value: read-only, None before."""
+    """NumPy array that a pickle first creates and then fills. value: read-only; None until filled."""
 
     __slots__ = ("_copies", "value")
 
@@ -200,7 +200,7 @@ class _MakeArray(_Fixed):
 
 
 class _Scalar(_Fixed):
-    """A number or text of NumPy becomes Python's, which has the same value."""
+    """Converts a NumPy scalar, number or text, to the Python value."""
 
     __slots__ = ("_copies",)
 
@@ -218,7 +218,7 @@ class _Scalar(_Fixed):
 
 
 class _Encode(_Fixed):
-    """`codecs.encode` and `bytes`, by which protocol 2 writes bytes: a text in Latin-1."""
+    """Stands for `codecs.encode` and `bytes`, by which protocol 2 writes bytes: a text in Latin-1."""
 
     __slots__ = ("_copies",)
 
@@ -233,7 +233,7 @@ class _Encode(_Fixed):
 
 
 class _FromBuffer(_Fixed):
-    """How protocol 5 writes an array of numbers."""
+    """Builds an array of numbers as protocol 5 writes it."""
 
     __slots__ = ("_copies",)
 
@@ -250,7 +250,7 @@ class _FromBuffer(_Fixed):
 
 
 class _Device(_Fixed):
-    """A device becomes its name: cuda:0."""
+    """Converts a device to its name: cuda:0."""
 
     __slots__ = ()
 
@@ -295,7 +295,7 @@ def _namespace(copies: _Copies) -> type[types.SimpleNamespace]:
 
 
 def _allowed(size: int) -> Mapping[tuple[str, str], Any]:
-    """All that a pickle of `size` bytes may name, and what it gets instead; for one pickle."""
+    """Allow-list for one pickle of `size` bytes: the names that it may use, and the objects that stand for them."""
     copies, in_bytes = _Copies(MAX_LOOKED, "objects"), _Copies(size, "bytes")
     encode = _Encode(in_bytes)
     return {
@@ -334,7 +334,7 @@ class Unpickler:
         self.storages: dict[str, Storage] = {}
 
     def next(self) -> Any:
-        """The next object. Raises ValueError for one that is cut off, or names or does what is not known here."""
+        """Loads the next object. Raises ValueError for one that is cut off, or that uses an unknown name or opcode."""
         start = self._stream.tell()
         try:
             self._look_through()
@@ -371,7 +371,7 @@ class Unpickler:
 
 
 def loads(data: bytes, where: object, what: str) -> Any:
-    """The object in `data`. Raises ValueError as `Unpickler.next`, also for bytes behind it."""
+    """Loads the object in `data`. Raises ValueError as `Unpickler.next`, also for trailing bytes."""
     stream = io.BytesIO(data)
     found = Unpickler(where, stream, what).next()
     if rest := len(data) - stream.tell():
@@ -392,7 +392,7 @@ class _Sizes:
         self._memo: dict[int, int] = {}
 
     def step(self, name: str, value: Any) -> int:
-        """One opcode with its argument; -> the size of what it looks through."""
+        """Applies one opcode with its argument; returns the number of objects that it visits."""
         stack = self._stack
         match name:
             case "PROTO" | "FRAME" | "STOP":
@@ -435,7 +435,7 @@ class _Sizes:
         return 0
 
     def _to_mark(self) -> list[int]:
-        """Takes what lies above the last mark off the stack."""
+        """Pops the objects above the last mark off the stack."""
         start = self._marks.pop()
         above = self._stack[start:]
         del self._stack[start:]

@@ -16,7 +16,7 @@ from flax import traverse_util
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Place of one torch array: collection ("params" or "batch_stats"), path, and torch axes in our order."""
+    """Place of a torch array in our variables: collection ("params" or "batch_stats"), path, axes in our order."""
 
     collection: str
     path: tuple[str, ...]
@@ -24,12 +24,12 @@ class Slot:
     squeeze: bool = False
 
     def ours(self, array: np.ndarray) -> np.ndarray:
-        """A torch array in our layout."""
+        """Converts a torch array to our layout."""
         array = array if self.axes is None else array.transpose(self.axes)
         return array.squeeze(-1) if self.squeeze else array
 
     def theirs(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the torch array whose shape with us is `shape`."""
+        """Shape of the torch array that has `shape` in our layout."""
         shape = (*shape, 1) if self.squeeze else shape
         return shape if self.axes is None else tuple(shape[self.axes.index(i)] for i in range(len(shape)))
 
@@ -38,7 +38,7 @@ Slots = dict[str, Slot]
 
 
 def linear_slots(torch: str, *path: str) -> Slots:
-    """`nn.Linear` as our `Dense` at `path`."""
+    """Slots of `nn.Linear` in our `Dense` at `path`."""
     return {
         f"{torch}.weight": Slot("params", (*path, "kernel"), (1, 0)),
         f"{torch}.bias": Slot("params", (*path, "bias")),
@@ -46,7 +46,7 @@ def linear_slots(torch: str, *path: str) -> Slots:
 
 
 def norm_slots(torch: str, *path: str) -> Slots:
-    """Scale and bias of `nn.LayerNorm` (or a BatchNorm) at `path`."""
+    """Slots of scale and bias of `nn.LayerNorm` (or a BatchNorm) at `path`."""
     return {
         f"{torch}.weight": Slot("params", (*path, "scale")),
         f"{torch}.bias": Slot("params", (*path, "bias")),
@@ -69,7 +69,7 @@ def _mlp(torch: str, *path: str) -> Slots:
 
 
 def gpo_slots(torch: str, *path: str) -> Slots:
-    """GPO (`gpool` in the published encoders) at `path`."""
+    """Slots of GPO (`gpool` in the published encoders) at `path`."""
     slots = {f"{torch}linear.weight": Slot("params", (*path, "score"), (1, 0), squeeze=True)}
     for suffix, direction in (("", "forward"), ("_reverse", "backward")):
         for kind, ours in (("ih", "input"), ("hh", "hidden")):
@@ -79,13 +79,13 @@ def gpo_slots(torch: str, *path: str) -> Slots:
 
 
 def vse_encoder_slots(*path: str) -> Slots:
-    """VSE-infinity's region image encoder (`EncoderImageAggr`) at `path`."""
+    """Slots of VSE-infinity's region image encoder (`EncoderImageAggr`) at `path`."""
     units = linear_slots("fc", *path, "regions_linear") | _mlp("mlp", *path, "regions_mlp")
     return units | gpo_slots("gpool.", *path, "pool")
 
 
 def image_encoder_slots(*path: str) -> Slots:
-    """3SHNet's region image encoder (`EncoderImageAggr` of the released code) at `path`."""
+    """Slots of 3SHNet's region image encoder (`EncoderImageAggr` of the released code) at `path`."""
     sm, sp = "crossmodalfusion_sm", "crossmodalfusion_sp"
     conv = {
         f"{sp}.embedding_Seg.0.weight": Slot("params", (*path, "spatial", "map", "kernel"), (2, 3, 1, 0)),
@@ -113,7 +113,7 @@ def image_encoder_slots(*path: str) -> Slots:
 
 
 def user_guide_slots(torch: str, *path: str) -> Slots:
-    """USER's self-guide (`v_sa` of the released code), with the published norm, at `path`."""
+    """Slots of USER's self-guide (`v_sa` of the released code), with the published norm, at `path`."""
     return (
         linear_slots(f"{torch}embedding_local.0", *path, "local")
         | _batch_norm(f"{torch}embedding_local.1", *path, "local_norm")
@@ -124,7 +124,7 @@ def user_guide_slots(torch: str, *path: str) -> Slots:
 
 
 def user_image_encoder_slots(*path: str) -> Slots:
-    """USER's region image encoder (`EncoderImageAggr` of its released code) at `path`."""
+    """Slots of USER's region image encoder (`EncoderImageAggr` of its released code) at `path`."""
     return (
         user_guide_slots("v_sa.", *path, "regions_sge")
         | linear_slots("fc", *path, "regions_linear")
@@ -134,7 +134,7 @@ def user_image_encoder_slots(*path: str) -> Slots:
 
 
 def text_head_slots(*path: str) -> Slots:
-    """Linear and GPO after the text tower (`EncoderText` of the released code) at `path`."""
+    """Slots of the linear layer and GPO after the text tower (`EncoderText` of the released code) at `path`."""
     return linear_slots("linear", *path, "head") | gpo_slots("gpool.", *path, "pool")
 
 
@@ -148,7 +148,7 @@ def is_unused(name: str) -> bool:
 
 
 def misfits(shapes: Mapping[str, tuple[int, ...]], slots: Slots, like: Mapping[str, Any]) -> list[str]:
-    """What keeps torch arrays of these shapes from filling `slots` of a model whose arrays are `like`; [] if nothing.
+    """Lists why torch arrays of these shapes do not fit the `slots` of a model with arrays `like`; [] if they do.
 
     like: {"params": ..., "batch_stats": ...}, leaves with a shape.
     """
@@ -164,7 +164,7 @@ def misfits(shapes: Mapping[str, tuple[int, ...]], slots: Slots, like: Mapping[s
 
 
 def to_variables(arrays: Mapping[str, np.ndarray], slots: Slots) -> dict:
-    """torch arrays by name -> {"params": ..., "batch_stats": ...}.
+    """Converts torch arrays by name to {"params": ..., "batch_stats": ...}.
 
     Every array must have a slot (or be one of the published code's unused ones) and every slot of a collection that
     occurs must be filled; else ValueError names what is left over or missing.

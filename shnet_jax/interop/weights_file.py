@@ -28,7 +28,7 @@ def write_weights(path: Path, variables: dict[str, Any], step: int) -> None:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], int]:
-    """({"params", "batch_stats"}, step) of a file of `write_weights`.
+    """Reads ({"params", "batch_stats"}, step) from a file of `write_weights`.
 
     Raises FileNotFoundError, and ValueError for a file that is cut off or was written by something else.
     """

@@ -19,7 +19,7 @@ from shnet_jax.types import Array, Context, Embedding
 
 
 def init_params(**_: Any) -> dict[str, Array]:
-    """This loss learns nothing."""
+    """Returns no parameters: this loss has none to learn."""
     return {}
 
 
@@ -34,7 +34,7 @@ def loss(
     scale: float,
     of: str,
 ) -> dict[str, Array]:
-    """With S the scores of B pairs, g their global vectors and y their ids,
+    """Adaptive-margin hinge loss. With S the scores of B pairs, g their global vectors and y their ids,
 
         m_ij = margin (1 + sign scale k_ij),  k_ij = clip((<gv_i, gv_j> + <gt_i, gt_j>) / 2, 0, 1) without gradient
         1/B sum_i [max_j (m_ij + S_ij) - S_ii]+  +  1/B sum_j [max_i (m_ij + S_ij) - S_jj]+
@@ -63,7 +63,7 @@ def loss(
         return margin * (1 + sign * scale * close)
 
     def widened(images: Embedding, texts: Embedding) -> Array:
-        """Score and margin together; an item's vector is its own global one, then both of its pair."""
+        """Score plus margin; the vector of each item is its own global vector, then both vectors of its pair."""
         (own_i, pair_i), (own_t, pair_t) = ((x.vector[:, :dim], x.vector[:, dim:]) for x in (images, texts))
         if of == "set":
             own_i, own_t = jnp.zeros_like(own_i), jnp.zeros_like(own_t)

@@ -1,4 +1,4 @@
-"""The candidates that a query meets, wherever they are: four ways to walk over the pairs of all devices (see pairs.py).
+"""Candidates of a query over all devices: four strategies to iterate over them (see pairs.py).
 
 A walk visits blocks that together are all candidates. Its counterpart for the backward pass brings back to each device
 the gradient of its own candidates.
@@ -23,7 +23,7 @@ Carry = TypeVar("Carry")
 
 @struct.dataclass
 class Block:
-    """t candidates that are scored together: their embeddings, image ids and rows in the batch (-1: padding)."""
+    """Block of t candidates that are scored together: embeddings, image ids and rows in the batch (-1: padding)."""
 
     items: Embedding
     ids: Array
@@ -32,9 +32,9 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """All candidates of one direction.
+    """All candidates of one direction, image to text or text to image.
 
-    items: the b embeddings of this device. ids: [b], their image ids. pairs: how those of other devices are met.
+    items: the b embeddings of this device. ids: [b], their image ids. pairs: strategy for those of other devices.
     axis: name of the mapped device axis, None when unmapped.
     """
 
@@ -44,19 +44,19 @@ class Candidates:
     axis: str | None
 
     def own_block(self) -> Block:
-        """This device's candidates."""
+        """Block of this device's candidates."""
         count = self.ids.shape[0]
         rows = axis.axis_index(self.axis) * count + jnp.arange(count, dtype=jnp.int32)
         return Block(self.items, self.ids, rows)
 
     def in_one_block(self) -> Block | None:
-        """All candidates together, where the strategy scores them at once."""
+        """Block of all candidates if the strategy scores them at once, else None."""
         if self.pairs.strategy == "gathered":
             return axis.all_gather(self.own_block(), self.axis)
         return self.own_block() if self.pairs.strategy == "local" else None
 
     def walk(self, visit: Callable[[Carry, Block], Carry], carry: Carry) -> Carry:
-        """`carry = visit(carry, block)` for every block."""
+        """Folds `visit` over all blocks: `carry = visit(carry, block)` for each; returns the last carry."""
         whole = self.in_one_block()
         if whole is not None:
             return visit(carry, whole)
@@ -68,9 +68,10 @@ class Candidates:
     def walk_back(
         self, visit: Callable[[Carry, Block], tuple[Carry, Embedding]], carry: Carry
     ) -> tuple[Carry, Embedding]:
-        """`carry, gradient = visit(carry, block)` for every block; -> (carry, gradient of this device's items).
+        """Folds `visit` over all blocks in the backward pass; returns (carry, gradient of this device's items).
 
-        Only for the strategies with several blocks. The gradients have no mask.
+        For each block: `carry, gradient = visit(carry, block)`. The gradients have no mask.
+        Only for the strategies with several blocks.
         """
         if self.pairs.strategy == "streamed":
             carry, gradients = lax.scan(visit, carry, self._tiles())
@@ -88,7 +89,7 @@ class Candidates:
         return self._around(add, (carry, zeros))
 
     def take(self, rows: Array) -> Embedding:
-        """The candidates in these rows [b] of the global batch; differentiable."""
+        """Candidates in these rows [b] of the global batch; differentiable."""
         whole = self.in_one_block()
         if self.pairs.strategy == "streamed":
             whole = axis.all_gather(self.own_block(), self.axis)
@@ -108,7 +109,7 @@ class Candidates:
         return self._around(pick, jax.tree.map(jnp.zeros_like, self.items))
 
     def _around(self, visit: Callable[[Carry, Block], Carry], carry: Carry) -> Carry:
-        """`carry = visit(carry, block)` for the block of every device, as they pass by.
+        """Folds `visit` over the blocks of all devices, which travel around the ring.
 
         The last shift brings each block home, where nobody needs it. Leaving it out takes a visit outside the loop,
         whose memory the compiler does not share with the visits inside: 288 MB of temporaries, beyond the bound of
@@ -122,7 +123,7 @@ class Candidates:
         return lax.scan(turn, (carry, self.own_block()), None, length=axis.axis_size(self.axis))[0][0]
 
     def tile_items(self) -> Embedding:
-        """Shapes of the items that are scored together."""
+        """Items of one block, as arrays or as their shapes."""
         if self.pairs.strategy != "streamed":
             return self.items
         return jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], self._tiles().items))
@@ -144,7 +145,7 @@ class Candidates:
 
 
 def merge_best(best: tuple[Array, Array], found: tuple[Array, Array], rank: int) -> tuple[Array, Array]:
-    """The `rank` best of two lists of (scores, rows) [b, k], of equal scores the lowest row.
+    """Merges two lists of (scores, rows) [b, k] into the `rank` best; ties go to the lowest row.
 
     So every strategy and every device names the same, in whatever order blocks were visited. NaN comes first.
     """

@@ -1,4 +1,4 @@
-"""Diversity of embedding sets: elements of a set repel each other, and the sets of both modalities lie alike.
+"""Diversity loss of embedding sets: elements of a set repel each other, and both modalities' sets are aligned.
 
 Source: docs/models.md, after Kim et al., "Improving Cross-Modal Retrieval with Set of Diverse Embeddings"
 (CVPR 2023). A loss sees embeddings, not the parts that the set head adds; the residual of an element is what of it is
@@ -21,14 +21,14 @@ TINY = 1e-12
 
 
 def init_params(**_: Any) -> dict[str, Array]:
-    """This loss learns nothing."""
+    """Returns no parameters: this loss has none to learn."""
     return {}
 
 
 def loss(
     images: Embedding, texts: Embedding, ids: Array, ctx: Context, *, sharpness: float, gamma: float
 ) -> dict[str, Array]:
-    """With r the residuals, divided by their length, of the elements z of B images and texts,
+    """Diversity loss. With r the residuals, divided by their length, of the elements z of B images and texts,
 
         uniformity: mean over items, and over pairs a != b of their elements, of exp(-sharpness |r_a - r_b|^2)
         mmd:        mean k(v, v') - 2 mean k(v, t) + mean k(t, t'),  k(x, y) = exp(-gamma |x - y|^2)
@@ -72,7 +72,7 @@ def _valid(items: Embedding) -> Array:
 
 
 def _repulsion(items: Embedding, sharpness: float) -> Array:
-    """[n], mean over ordered pairs of different valid elements; 0 for an item with fewer than two."""
+    """Repulsion [n], a mean over ordered pairs of different valid elements; 0 for an item with fewer than two."""
     assert items.elements is not None
     across = jnp.einsum("nmd,nd->nm", items.elements, items.vector, precision=lax.Precision.HIGHEST)
     residual = items.elements - across[..., None] * items.vector[:, None, :]
@@ -84,7 +84,7 @@ def _repulsion(items: Embedding, sharpness: float) -> Array:
 
 
 def _mean_kernel(a: Embedding, b: Embedding, gamma: float) -> Array:
-    """[n, t], mean of the kernel over the valid elements of two items; one element of `a` at a time."""
+    """Mean [n, t] of the kernel over the valid elements of two items; one element of `a` at a time."""
     assert a.elements is not None and b.elements is not None
     of_a, of_b = _valid(a), _valid(b)
     squares_b = jnp.sum(jnp.square(b.elements), axis=-1)

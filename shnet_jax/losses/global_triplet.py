@@ -16,7 +16,7 @@ from shnet_jax.types import Array, Context, Embedding
 
 
 def init_params(**_: Any) -> dict[str, Array]:
-    """This loss learns nothing."""
+    """Returns no parameters: this loss has none to learn."""
     return {}
 
 
@@ -33,7 +33,7 @@ def loss(
     rank: int = 1,
     softness: float = 0.0,
 ) -> dict[str, Array]:
-    """`triplet.loss`, whose options these are, with the scores v.w; its values are named global_triplet_*."""
+    """Triplet loss on dot products of global vectors: `triplet.loss` and its options; values are global_triplet_*."""
     found = triplet.loss(
         Embedding(images.vector),  # the elements do not travel
         Embedding(texts.vector),

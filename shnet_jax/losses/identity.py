@@ -11,11 +11,11 @@ from shnet_jax.parallel import axis
 from shnet_jax.types import Array, Context, Embedding
 
 DEVIATION = 0.001
-"""Of the classifier's first weights (IRRA)."""
+"""Standard deviation of the classifier's initial weights (IRRA)."""
 
 
 def init_params(*, classes: int, dim: int, **_: Any) -> dict[str, Array]:
-    """{"kernel": [dim, classes], "bias": [classes]} float32: normal weights, zero bias.
+    """Initial {"kernel": [dim, classes], "bias": [classes]} float32: normal weights, zero bias.
 
     Raises ValueError where a size is not known, as for a data set without the field `identity`.
     """
@@ -29,7 +29,7 @@ def init_params(*, classes: int, dim: int, **_: Any) -> dict[str, Array]:
 
 
 def loss(images: Embedding, texts: Embedding, ids: Array, ctx: Context, *, classes: int, dim: int) -> dict[str, Array]:
-    """With x the global vectors of B pairs, W and b learned, y the identities,
+    """Identity cross-entropy. With x the global vectors of B pairs, W and b learned, y the identities,
 
         1/(2B) sum_i [ -log softmax(W x_i + b) at y_i ]  over images and texts.
 

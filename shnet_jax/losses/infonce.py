@@ -16,11 +16,11 @@ MAX_SCALE = 100.0
 """Largest factor on the scores, 1 / temperature, that is learned (CLIP)."""
 
 TAKES_QUEUES = True
-"""Has a part of its own for the queues of momentum encoders (`ctx.keys`): see losses/total.py."""
+"""Whether this loss has a term for the queues of momentum encoders (`ctx.keys`): see losses/total.py."""
 
 
 def init_params(*, temperature: float, learn_temperature: bool, **_: Any) -> dict[str, Array]:
-    """{"log_scale": [] float32, log(1 / temperature)} when the temperature is learned, else {}.
+    """Initial {"log_scale": [] float32, log(1 / temperature)} when the temperature is learned, else {}.
 
     Raises ValueError for a temperature that is not positive, or that is learned and below 1 / MAX_SCALE.
     """
@@ -41,7 +41,7 @@ def loss(
     learn_temperature: bool,
     mask_same_image: bool,
 ) -> dict[str, Array]:
-    """With S the scores of B pairs and c = 1 / temperature, the mean over the global batch of
+    """Symmetric InfoNCE. With S the scores of B pairs and c = 1 / temperature, the mean over the global batch of
 
         -1/2 [ log softmax_j(c S_ij) at j = i  +  log softmax_j(c S_ji) at j = i ]
 
@@ -80,7 +80,7 @@ def loss(
 
 @jax.custom_vjp
 def _limited(log_scale: Array) -> Array:
-    """At most log MAX_SCALE. Beyond it the gradient may only lead back, as a parameter that is clamped (CLIP) can."""
+    """Log scale clamped to log MAX_SCALE; beyond it the gradient may only lead back, as for CLIP's clamped value."""
     return jnp.minimum(log_scale, math.log(MAX_SCALE))
 
 

@@ -1,4 +1,4 @@
-"""Scores of a batch of image-text pairs that is spread over devices: the ground that every loss stands on.
+"""Scores of a batch of image-text pairs that is spread over devices; every loss is built on this module.
 
 Row i of the images and row i of the texts are a pair (an image with several captions is repeated). b pairs are on this
 device and B in the global batch: b times the devices that `ctx.axis` names, b when it is None. A `Direction` holds this
@@ -44,7 +44,7 @@ from shnet_jax.parallel import axis
 from shnet_jax.types import Array, Context, Embedding, Queue, Score
 
 OfScore = Callable[..., Array]
-"""(scores [b, t], *args) -> [b, t], elementwise; args are [b, 1] or [] arrays. It closes over no traced value."""
+"""Elementwise function (scores [b, t], *args) -> [b, t]; args are [b, 1] or []. It closes over no traced value."""
 
 Kind = Literal["sum", "logsumexp"]
 
@@ -71,27 +71,27 @@ class Direction:
 
     @property
     def size(self) -> int:
-        """B, pairs in the global batch. Not of a direction against a queue."""
+        """Pairs in the global batch, B. Undefined for a direction against a queue."""
         return self.positive.shape[0] * axis.axis_size(self.candidates.axis)
 
     def sum(self, of_score: OfScore, *args: Array) -> Array:
-        """[b], the sum over each query's negatives of `of_score(score, *args)`; 0 where it has none."""
+        """Sum [b] over each query's negatives of `of_score(score, *args)`; 0 where it has none."""
         return _reduce(self, "sum", of_score, args)[0]
 
     def logsumexp(self, of_score: OfScore, *args: Array) -> Array:
-        """[b], log of the sum over each query's negatives of exp(`of_score(score, *args)`); -inf without one."""
+        """Log-sum-exp [b] over each query's negatives of `of_score(score, *args)`; -inf where it has none."""
         return _reduce(self, "logsumexp", of_score, args)[0]
 
     def logsumexp_and_first(self, of_score: OfScore, *args: Array) -> tuple[Array, Array]:
-        """`logsumexp`, and whether each query scores its own partner above every negative, [b] bool.
+        """Returns `logsumexp`, and whether each query scores its own partner above every negative, [b] bool.
 
-        For the metric of a loss that walks over all candidates anyway. Not of a direction against a queue.
+        For the metric of a loss that walks over all candidates anyway. Undefined for a direction against a queue.
         """
         value, (own, highest) = _reduce(self, "logsumexp", of_score, args, ranked=True)
         return value, own > highest
 
     def hardest(self, rank: int = 1) -> Array:
-        """[b], the score of each query's rank-th best-scored negative; -inf where it has fewer.
+        """Score [b] of each query's rank-th hardest negative; -inf where it has fewer.
 
         The search keeps `rank` scores and rows a query; gradients reach these b pairs only.
         """
@@ -103,7 +103,7 @@ class Direction:
 def directions(
     images: Embedding, texts: Embedding, ids: Array, ctx: Context, *, mask_same_image: bool
 ) -> tuple[Direction, Direction]:
-    """The local images against all texts, and the local texts against all images.
+    """Both directions: the local images against all texts, and the local texts against all images.
 
     images, texts: b embeddings each, in pairs.
     ids: [b] int32 image ids.
@@ -134,7 +134,7 @@ def directions(
 
 
 def over_queues(both: tuple[Direction, Direction], ctx: Context, term: Callable[[Direction], Array]) -> Array:
-    """[], this device's sum of `term`, a loss of each query [b], over both directions against the queues.
+    """This device's sum [] of `term`, a loss of each query [b], over both directions against the queues.
 
     0 without momentum encoders, and in steps in which their queues take no part yet. The positive of a query is its
     score with the key of its partner, as in MoCo (He et al. 2020) and USER: with the partner itself the loss could tell
@@ -150,7 +150,7 @@ def over_queues(both: tuple[Direction, Direction], ctx: Context, term: Callable[
 
 
 def _against(queue: Queue, keys: Embedding, direction: Direction) -> Direction:
-    """The queries of a direction against a queue; keys: of their partners."""
+    """Direction of the same queries against a queue; keys: those of their partners."""
     pairs = direction.candidates.pairs
     at_once = pairs.strategy in ("local", "gathered")
     pairs = dataclasses.replace(pairs, strategy="local" if at_once else "streamed")
@@ -160,7 +160,7 @@ def _against(queue: Queue, keys: Embedding, direction: Direction) -> Direction:
 
 
 def _paired(score: Score, queries: Embedding, candidates: Embedding) -> Array:
-    """[b], the score of each query with the candidate of the same row."""
+    """Score [b] of each query with the candidate of the same row."""
 
     def one(query: Embedding, candidate: Embedding) -> Array:
         query, candidate = jax.tree.map(lambda x: x[None], (query, candidate))
@@ -174,7 +174,7 @@ Best = tuple[Array, Array]
 
 
 def _search(direction: Direction, rank: int) -> Best:
-    """The best negatives."""
+    """Scores and rows of each query's `rank` hardest negatives; without gradient."""
     b = direction.positive.shape[0]
     queries, items = lax.stop_gradient((direction.queries, direction.candidates.items))
     search = dataclasses.replace(direction.candidates, items=items)
@@ -193,7 +193,7 @@ def _search(direction: Direction, rank: int) -> Best:
 
 
 def _best(scores: Array, rank: int) -> tuple[Array, Array]:
-    """The `rank` largest of each row and their columns, [b, rank] both; of equal ones the first."""
+    """Values and columns of the `rank` largest scores of each row, [b, rank] both; ties go to the first."""
     if rank > 1:
         return lax.top_k(jnp.where(scores == 0, 0.0, scores), rank)  # for it -0.0 is below 0.0; they are a tie
     column = jnp.argmax(scores, axis=1)[:, None]  # much faster than top_k
@@ -201,7 +201,7 @@ def _best(scores: Array, rank: int) -> tuple[Array, Array]:
 
 
 def _negatives(direction: Direction, block: Block) -> Array:
-    """[b, t] bool, the candidates of the block that count as wrong."""
+    """Mask [b, t] bool of the block's candidates that count as negatives."""
     counted = block.rows >= 0
     if direction.mask_same_image:
         return (direction.ids[:, None] != block.ids) & counted
@@ -212,7 +212,7 @@ def _negatives(direction: Direction, block: Block) -> Array:
 
 @struct.dataclass
 class _Inputs:
-    """All that a reduction is differentiated by, beside the candidates."""
+    """Inputs that a reduction is differentiated with respect to, other than the candidates."""
 
     queries: Embedding
     args: tuple[Array, ...]
@@ -220,14 +220,14 @@ class _Inputs:
 
 
 Found = tuple[Array, tuple[Array, ...]]
-"""The reduction [b] of the blocks so far and, where asked for, the score of each query with its own partner [b] and the
+"""Reduction [b] over the blocks so far and, where asked for, the score of each query with its own partner [b] and the
 highest of its negatives [b], both as the blocks have them: of two equal items neither is above the other."""
 
 
 def _reduce(
     direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], ranked: bool = False
 ) -> Found:
-    """The reduction over the negatives of all blocks, which are scored once more in the backward pass.
+    """Reduction over the negatives of all blocks, which are scored once more in the backward pass.
 
     ranked: the two further scores of `Found` are asked for; they have no gradient.
     """
@@ -292,14 +292,14 @@ def _reduce(
 
 
 def _scores(direction: Direction, block: Block) -> Array:
-    """[b, t], the scores of the queries with one block."""
+    """Scores [b, t] of the queries with one block."""
     return direction.score(direction.queries, block.items) if direction.known is None else direction.known
 
 
 def _of_block(
     direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block, ranked: bool
 ) -> Found:
-    """The reduction over the negatives of one block."""
+    """Reduction over the negatives of one block."""
     scores, negative = _scores(direction, block), _negatives(direction, block)
     values = of_score(scores, *args)
     further: tuple[Array, ...] = ()
@@ -314,7 +314,7 @@ def _of_block(
 def _slope(
     direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block, value: Array
 ) -> Array:
-    """[b], something whose derivative is the block's part of the derivative of the reduction, `value` [b]."""
+    """Surrogate [b] whose derivative is the block's part of the derivative of the reduction, `value` [b]."""
     values = of_score(_scores(direction, block), *args)
     weights = _negatives(direction, block).astype(values.dtype)
     if kind == "logsumexp":

@@ -14,16 +14,16 @@ from shnet_jax.parallel import axis
 from shnet_jax.types import Array, Context, Embedding
 
 EPSILON = 1e-8
-"""Beside the wanted probability inside the logarithm (IRRA)."""
+"""Constant added to the target probability inside the logarithm (IRRA)."""
 
 
 def init_params(**_: Any) -> dict[str, Array]:
-    """This loss learns nothing."""
+    """Returns no parameters: this loss has none to learn."""
     return {}
 
 
 def loss(images: Embedding, texts: Embedding, ids: Array, ctx: Context, *, temperature: float) -> dict[str, Array]:
-    """With c_ij the cosine of global vectors of B pairs, y their ids and n_i how many of the batch have the id y_i,
+    """SDM loss. With c_ij the cosine of global vectors of B pairs, y their ids, n_i how many in the batch have id y_i,
 
         p_ij = softmax_j(c_ij / temperature),  q_ij = [y_i = y_j] / n_i
         1/B sum_i KL(p_i || q_i + EPSILON)  +  the same from text to image

@@ -1,4 +1,4 @@
-"""Sigmoid loss: every pair of the batch is a decision of its own (Zhai et al. 2023, SigLIP)."""
+"""Sigmoid loss: binary classification of every pair of the batch (Zhai et al. 2023, SigLIP)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shnet_jax.types import Array, Context, Embedding
 
 
 def init_params(*, scale: float, bias: float, **_: Any) -> dict[str, Array]:
-    """{"log_scale": [], "bias": []} float32. Raises ValueError for a scale that is not positive."""
+    """Initial {"log_scale": [], "bias": []} float32. Raises ValueError for a scale that is not positive."""
     if not scale > 0:
         raise ValueError(f"loss.sigmoid.scale must be above 0; it is {scale}")
     return {"log_scale": jnp.asarray(math.log(scale), jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
@@ -30,7 +30,7 @@ def loss(
     bias: float,
     mask_same_image: bool,
 ) -> dict[str, Array]:
-    """With S the scores of B pairs, c = exp(log_scale) and b = bias, both learned,
+    """Sigmoid loss. With S the scores of B pairs, c = exp(log_scale) and b = bias, both learned,
 
         1/B sum_ij softplus(-z_ij (c S_ij + b)),  z_ij = 1 for the pairs and -1 for negatives.
 

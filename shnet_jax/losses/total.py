@@ -15,7 +15,7 @@ from shnet_jax import registry
 from shnet_jax.types import Array, Context, Embedding, Pairs
 
 Total = Callable[[Embedding, Embedding, Array, Context], dict[str, Array]]
-"""(images, texts, ids, ctx) -> this device's shares of "loss", the weighted sum, and of all that the losses
+"""Function (images, texts, ids, ctx) -> this device's shares of "loss", the weighted sum, and of all that the losses
 return.
 
 `ctx.params` holds the learnable parameters of every loss by its name: {loss name: its params}.
@@ -25,7 +25,7 @@ return.
 def build(
     loss_config: ConfigDict, steps_per_epoch: float, *, queues: bool = False
 ) -> tuple[dict[str, dict[str, Array]], Total]:
-    """The losses of `loss_config.weights` with their options `loss_config[name]`; those of weight 0 are left
+    """Builds the losses of `loss_config.weights` with their options `loss_config[name]`; those of weight 0 are left
     out. How they meet the pairs of other devices is `loss_config.pairs` (gathered when there is none).
 
     steps_per_epoch: optimiser steps of an epoch; an option `warmup_epochs` reaches its loss as

@@ -14,11 +14,11 @@ from shnet_jax.parallel import axis
 from shnet_jax.types import WARM_UP, Array, Context, Embedding
 
 TAKES_QUEUES = True
-"""Has a part of its own for the queues of momentum encoders (`ctx.keys`): see losses/total.py."""
+"""Whether this loss has a term for the queues of momentum encoders (`ctx.keys`): see losses/total.py."""
 
 
 def init_params(**_: Any) -> dict[str, Array]:
-    """This loss learns nothing."""
+    """Returns no parameters: this loss has none to learn."""
     return {}
 
 
@@ -36,7 +36,7 @@ def loss(
     softness: float = 0.0,
     name: str = "triplet",
 ) -> dict[str, Array]:
-    """With S the scores of B pairs and [x]+ = max(x, 0):
+    """Triplet loss in both directions. With S the scores of B pairs and [x]+ = max(x, 0):
 
         sum_i max_j [margin + S_ij - S_ii]+  +  sum_j max_i [margin + S_ij - S_jj]+
 

@@ -14,11 +14,11 @@ from shnet_jax.losses import pairs
 from shnet_jax.types import Array, Context, Embedding
 
 TAKES_QUEUES = True
-"""Has a part of its own for the queues of momentum encoders (`ctx.keys`): see losses/total.py."""
+"""Whether this loss has a term for the queues of momentum encoders (`ctx.keys`): see losses/total.py."""
 
 
 def init_params(*, scale: float, **_: Any) -> dict[str, Array]:
-    """This loss learns nothing. Raises ValueError for a scale that is not positive."""
+    """Returns no parameters: this loss has none to learn. Raises ValueError for a scale that is not positive."""
     if not scale > 0:
         raise ValueError(f"loss.uto.scale must be above 0; it is {scale}")
     return {}
@@ -35,7 +35,7 @@ def loss(
     batch_weight: float,
     mask_same_image: bool,
 ) -> dict[str, Array]:
-    """With S the scores of B pairs and h(X) = 1/scale log(1 + sum_{x in X} exp(scale (x - offset))),
+    """USER's objective. With S the scores of B pairs and h(X) = 1/scale log(1 + sum_{x in X} exp(scale (x - offset))),
 
         batch_weight * 1/B sum_i [h(S_ij, j != i) + h(S_ji, j != i) - log(1 + [S_ii]+)]
         + 1/B sum_i [h(<v_i, Q_t>) - log(1 + [<v_i, t'_i>]+)]  +  the same of the texts t_i, the queue Q_v and v'_i

@@ -81,7 +81,7 @@ class BERT(nn.Module):
 
 
 def build(text: ConfigDict) -> BERT:
-    """The tower of `config.text`."""
+    """Builds the text tower of `config.text`."""
     if not 0 <= text.frozen_layers <= text.layers:
         raise ValueError(f"config.text.frozen_layers is {text.frozen_layers}, the tower has {text.layers} layers")
     return BERT(

@@ -47,5 +47,5 @@ class BiGRU(nn.Module):
 
 
 def build(text: ConfigDict) -> BiGRU:
-    """The tower of `config.text`."""
+    """Builds the text tower of `config.text`."""
     return BiGRU(vocab_size=text.vocab_size, width=text.width, dropout=text.dropout, dtype=text.dtype)

@@ -23,13 +23,13 @@ EPSILON = 1e-5  # of every LayerNorm
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of the red, green and blue of a picture in 0..1 that CLIP was trained with."""
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Its standard deviation."""
+"""Standard deviation of the red, green and blue of a picture in 0..1 that CLIP was trained with."""
 
 _init = nn.initializers.normal(0.02)
 
 
 def quick_gelu(x: Array) -> Array:
-    """x sigmoid(1.702 x), the activation of the first CLIP models."""
+    """Activation of the first CLIP models, x sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -145,7 +145,7 @@ class Vision(nn.Module):
         return matmul(x, self.param("projection_kernel", _init, (self.width, self.projection)), self.dtype)
 
     def _positions(self, rows: int, columns: int) -> Array:
-        """[1 + rows * columns, width]; bilinear between the learned ones, corners in place (align_corners, IRRA)."""
+        """Positions [1 + rows * columns, width], bilinear between the learned ones (align_corners, IRRA)."""
         learned = self.param("positions", _init, (1 + self.grid[0] * self.grid[1], self.width))
         if (rows, columns) == tuple(self.grid):
             return learned
@@ -174,7 +174,7 @@ def _run_layers(tower: Text | Vision, x: Array, mask: Array, frozen: int, *, tra
 
 
 def build(text: ConfigDict) -> Text:
-    """The text tower of `config.text`."""
+    """Builds the text tower of `config.text`."""
     _check_activation(text.activation, "text")
     if not 0 <= text.frozen_layers <= text.layers:
         raise ValueError(f"config.text.frozen_layers is {text.frozen_layers}, the tower has {text.layers} layers")
@@ -194,7 +194,7 @@ def build(text: ConfigDict) -> Text:
 
 
 def build_vision(clip: ConfigDict, dtype: DType) -> Vision:
-    """The vision tower of `config.model.clip` (configs/esa_people.py)."""
+    """Builds the vision tower of `config.model.clip` (configs/esa_people.py)."""
     _check_activation(clip.activation, "model.clip")
     return Vision(
         grid=tuple(clip.grid),

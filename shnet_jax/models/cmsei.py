@@ -46,7 +46,7 @@ class GraphReasoning(nn.Module):
 
 
 class GeometryHeads(nn.Module):
-    """Weights in 0..1 of the edges of each head, from where the two boxes lie to each other (ours)."""
+    """Edge weights in 0..1 for each head, from the relative position of the two boxes (ours)."""
 
     heads: int
 
@@ -58,9 +58,9 @@ class GeometryHeads(nn.Module):
 
 
 class Gates(nn.Module):
-    """What each element brings to the gates of the refinement, made once for it: [X, B X, A X].
+    """Projections of the elements for the gates of the refinement, computed once per item: [X, B X, A X].
 
-    A: of the gate that refines X. B: of the gate that refines the other side, which sees X through its attention.
+    A: matrix of the gate that refines X. B: matrix of the gate that refines the other side, which attends to X.
     """
 
     dtype: str
@@ -149,7 +149,7 @@ class CMSEI(RetrievalModel):
     dtype: str
 
     def setup(self) -> None:
-        """The gates' matrices, on the image and on the text side."""
+        """Creates the gates' matrices of the image and the text side."""
         if self.how.refine:
             self.image_gates, self.text_gates = Gates(self.dtype), Gates(self.dtype)
 
@@ -171,19 +171,19 @@ class CMSEI(RetrievalModel):
 
 
 def image_fields(config: ConfigDict) -> tuple[str, ...]:
-    """Fields of the record that the model of this configuration needs."""
+    """Image fields that the model of this configuration needs in a record."""
     return ("regions", "boxes") if config.model.cmsei.spatial_graph else ("regions",)
 
 
 def optional_fields(config: ConfigDict) -> dict[str, str]:
-    """Fields that it reads where a data set has them, the first of these only: {field: what happens without any}."""
+    """Fields of which the model reads the first that a data set has: {field: consequence of having none}."""
     if not config.model.cmsei.semantic_graph:
         return {}
     return dict.fromkeys(("relation_scores", "relations"), "the semantic graph is the identity")
 
 
 def build(config: ConfigDict) -> CMSEI | Globals:
-    """The model of a configuration whose `text.vocab_size` is known.
+    """Builds the model of a configuration whose `text.vocab_size` is known.
 
     Raises ValueError for a field of `config.model` or `config.text` that is none of its choices.
     """

@@ -1,4 +1,4 @@
-"""Contract 1: what a model is. Loss, evaluation, embedding and search use only this.
+"""Interface of a model (contract 1). Loss, evaluation, embedding and search use only this.
 
 A model is a `flax.linen.Module` with the three methods below; its file also has
 `build(config) -> RetrievalModel` and `image_fields(config) -> tuple[str, ...]` (the record fields it reads). It may
@@ -30,20 +30,20 @@ class RetrievalModel(nn.Module):
 
     @property
     def norm_depth(self) -> int:
-        """BatchNorms on the longest path through a tower; 0: there is none (see train/microbatch.py)."""
+        """Number of BatchNorms on the longest path through a tower; 0: there is none (see train/microbatch.py)."""
         return 0
 
     @property
     def set_sizes(self) -> tuple[int, int]:
-        """Elements of each image and of each text, where every one has as many, all valid; (0, 0): no such sets."""
+        """Set sizes of images and of texts, where all sets of a side have the same, all valid; (0, 0): no such sets."""
         return 0, 0
 
     def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
-        """Image fields of `batch` [n, ...] -> n embeddings."""
+        """Encodes the image fields of `batch` [n, ...] as n embeddings."""
         raise TypeError(f"{type(self).__name__} does not define encode_image")
 
     def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
-        """Tokens [t, L] of `batch` -> t embeddings."""
+        """Encodes the tokens [t, L] of `batch` as t embeddings."""
         raise TypeError(f"{type(self).__name__} does not define encode_text")
 
     @staticmethod
@@ -65,7 +65,7 @@ class RetrievalModel(nn.Module):
 
 
 def scorer(model: RetrievalModel, params: Mapping[str, Any]) -> Score:
-    """The score function of a model with these of its "params", `score_params` at least.
+    """Score function of a model, given its "params", `score_params` at least.
 
     A static score is that function itself.
     """

@@ -33,7 +33,7 @@ SOURCES = ("units", "picture")
 
 @dataclasses.dataclass(frozen=True)
 class SetScore:
-    """cos(global, global) + eta * set similarity. It has no parameters; equal ones share compiled programs.
+    """Score cos(global, global) + eta * set similarity. It has no parameters; equal ones share compiled programs.
 
     similarity, sharpness: see `ops.set_similarity`. eta: weight of the set term; 0: the dot product alone.
     """
@@ -79,7 +79,7 @@ class UnitEncoder(nn.Module):
 
 
 class GivenTokens(nn.Module):
-    """What a frozen backbone left in the record: `image_embedding` is the global vector, the units are the tokens.
+    """Image features of a frozen backbone, read from the record: global vector `image_embedding`, the units as tokens.
 
     All of them have the width `dim` of the embedding: nothing here projects.
     """
@@ -157,7 +157,7 @@ class ESA(RetrievalModel):
 
     @property
     def score(self) -> Score:  # type: ignore[override]  # chosen by the configuration; the base has a function
-        """See `RetrievalModel.score`, which it is without sets."""
+        """See `RetrievalModel.score`; with set heads, a `SetScore`."""
         return RetrievalModel.score if self.image_set is None else self.set_score
 
     def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
@@ -188,7 +188,7 @@ def image_fields(config: ConfigDict) -> tuple[str, ...]:
 
 
 def build(config: ConfigDict) -> ESA:
-    """The model of a configuration whose `text.vocab_size` is known.
+    """Builds the model of a configuration whose `text.vocab_size` is known.
 
     Raises ValueError for a field of `config.model` or `config.text` that is none of its choices.
     """

@@ -16,14 +16,14 @@ from shnet_jax.types import Array
 Initializer = nn.initializers.Initializer
 
 xavier_uniform: Initializer = nn.initializers.xavier_uniform()
-"""U(±sqrt(6 / (fan_in + fan_out))): first layer of the published image encoders (VSE-infinity)."""
+"""Initializer U(±sqrt(6 / (fan_in + fan_out))) of the first layer of the published image encoders (VSE-infinity)."""
 
 LayerNorm = partial(nn.LayerNorm, use_fast_variance=False)
-"""flax's, with the variance taken around the mean: the fast formula loses digits where the mean is large."""
+"""Flax's LayerNorm with the two-pass variance: the fast formula loses digits where the mean is large."""
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-    """U(±1/sqrt(fan_in)): torch's default for kernels and biases of `nn.Linear`, convolutions and GRUs.
+    """Initializer U(±1/sqrt(fan_in)), torch's default for kernels and biases of `nn.Linear`, convolutions and GRUs.
 
     For a GRU torch takes the hidden size as fan_in, for all of its arrays.
     """
@@ -36,7 +36,7 @@ def torch_uniform(fan_in: int) -> Initializer:
 
 
 def run_layer(layer: nn.Module, x: Array, mask: Array, *, train: bool, remat: bool) -> Array:
-    """layer(x, mask, train=train) in a tower; remat: its insides are made again in the backward pass, not kept."""
+    """Runs layer(x, mask, train=train) of a tower; remat: its activations are recomputed in the backward pass."""
 
     def run(layer: nn.Module, x: Array, mask: Array) -> Array:
         return layer(x, mask, train=train)

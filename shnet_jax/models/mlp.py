@@ -61,7 +61,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def coefficients(self, channels: int, moments: Callable[[], Moments], *, train: bool) -> tuple[Array, Array, Array]:
-        """(mean, factor, bias), each [channels]: the normalised x is (x - mean) * factor + bias.
+        """Coefficients (mean, factor, bias), each [channels]: the normalised x is (x - mean) * factor + bias.
 
         moments: gives those of this batch; asked for in training only.
         """
@@ -93,7 +93,7 @@ class BatchNorm(nn.Module):
 
 
 def merge(parts: Any) -> Any:
-    """Moments of a whole from those of its parts: a tree of Moments whose leaves are [parts, ...]."""
+    """Merges the moments of the parts of a batch, a tree of Moments with leaves [parts, ...]."""
 
     def whole(parts: Moments) -> Moments:
         count = jnp.sum(parts.count)

@@ -25,7 +25,7 @@ UNIT_MASKS = {"regions": "region_mask", "grid": "grid_mask"}
 
 
 def given_unit(batch: Batch, unit: str) -> tuple[Array, Array]:
-    """The features [n, K, D] float32 of one kind of unit and their mask [n, K]; without one, all are valid."""
+    """Features [n, K, D] float32 of one kind of visual unit and their mask [n, K]; without a mask, all are valid."""
     x, mask = batch[unit].astype(jnp.float32), batch.get(UNIT_MASKS[unit])
     return x, jnp.ones(x.shape[:2], bool) if mask is None else mask
 
@@ -166,7 +166,7 @@ def image_fields(config: ConfigDict) -> tuple[str, ...]:
 
 
 def build(config: ConfigDict) -> SHNet:
-    """The model of a configuration whose `text.vocab_size` is known.
+    """Builds the model of a configuration whose `text.vocab_size` is known.
 
     Raises ValueError for a field of `config.model` or `config.text` that is none of its choices.
     """

@@ -77,7 +77,7 @@ class Transformer(nn.Module):
 
 
 def build(text: ConfigDict) -> Transformer:
-    """The tower of `config.text`."""
+    """Builds the text tower of `config.text`."""
     return Transformer(
         vocab_size=text.vocab_size,
         layers=text.layers,

@@ -78,7 +78,7 @@ def masked_softmax(logits: Array, mask: Array) -> Array:
 
 
 def write_back(units: Array, guide: Array, mask: Array, scale: float) -> Array:
-    """What a guide [n, d] adds to the units [n, N, d]: b_i guide, b = l2norm(softmax(scale <guide, unit_i>))."""
+    """Update of units [n, N, d] by a guide [n, d]: b_i guide, b = l2norm(softmax(scale <guide, unit_i>))."""
     share = l2norm(masked_softmax(scale * einsum("nkd,nd->nk", units, guide, "float32"), mask))
     return share[..., None] * guide[:, None, :]
 
@@ -118,7 +118,7 @@ class ImageEncoder(nn.Module):
         return l2norm(pooled)
 
     def _enhanced(self, unit: str, x: Array, mask: Array, batch: Batch, train: bool) -> Array:
-        """The units [n, N, d] of one kind and what each guide adds to them."""
+        """Units [n, N, d] of one kind plus the update by each guide."""
         added = []
         if "sge" in self.guides:
             if self.norm == "slots" and x.shape[1] != SLOTS:
@@ -168,7 +168,7 @@ def image_fields(config: ConfigDict) -> tuple[str, ...]:
 
 
 def build(config: ConfigDict) -> USER:
-    """The model of a configuration whose `text.vocab_size` is known.
+    """Builds the model of a configuration whose `text.vocab_size` is known.
 
     Raises ValueError for a field of `config.model` or `config.text` that is none of its choices, and for the published
     norm where images may have other units than its SLOTS regions.

@@ -19,7 +19,7 @@ from shnet_jax.train.load import load_any
 from shnet_jax.train.workdir import sole_job, trained_config
 
 Matrix = dict[str, dict[str, Results]]
-"""Run -> data set -> results."""
+"""Results by run, then by data set."""
 
 
 def cross(config: ConfigDict, workdir: str | Path) -> Matrix:

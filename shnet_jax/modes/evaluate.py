@@ -53,7 +53,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:
 
 
 def evaluate_loaded(members: Sequence[Loaded], config: ConfigDict, name: str = "ensemble") -> Results:
-    """As `evaluate_checkpoint`; several models together, as an ensemble of that name.
+    """Evaluates loaded models as `evaluate_checkpoint` does; several together form an ensemble of that name.
 
     In two stages where config.eval.exact is False; raises ValueError for an ensemble then.
     """

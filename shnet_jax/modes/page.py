@@ -1,4 +1,4 @@
-"""--mode=page: one HTML file that shows how good a model is, what it finds, where it fails, and what it looks at."""
+"""--mode=page: one HTML file with a model's metrics, its hits, its failures and its highlighting."""
 
 from __future__ import annotations
 

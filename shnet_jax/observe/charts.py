@@ -54,7 +54,7 @@ def theme(dark: bool = False) -> dict[Any, Any]:
 
 
 def png(draw: Callable[[], Figure], dark: bool = False) -> bytes:
-    """The picture of what `draw` draws, as PNG."""
+    """PNG image of the figure that `draw` makes."""
     with matplotlib.rc_context(theme(dark)):
         out = io.BytesIO()
         draw().savefig(out, format="png", dpi=DPI)
@@ -62,7 +62,7 @@ def png(draw: Callable[[], Figure], dark: bool = False) -> bytes:
 
 
 def picture(caption: str, light: bytes, dark: bytes) -> Markup:
-    """A figure of a page from two PNG files, of which it shows the one that fits."""
+    """Page figure from a light and a dark PNG; the browser's colour scheme decides which one is shown."""
     light_uri, dark_uri = (f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in (light, dark))
     source = tag("source", media="(prefers-color-scheme: dark)", srcset=dark_uri)
     shown = tag("picture", source, tag("img", src=light_uri, alt=caption))
@@ -70,7 +70,7 @@ def picture(caption: str, light: bytes, dark: bytes) -> Markup:
 
 
 def chart(caption: str, plot: Callable[[Axes, bool], None], x_label: str = "step") -> Markup:
-    """A figure of a page with one pair of axes, which `plot` (axes, whether the page is dark) fills."""
+    """Page figure with one pair of axes, which `plot` (axes, whether the page is dark) fills."""
 
     def draw(dark: bool) -> Figure:
         figure = Figure(figsize=(WIDTH, 0.62 * WIDTH), layout="constrained")
@@ -84,7 +84,7 @@ def chart(caption: str, plot: Callable[[Axes, bool], None], x_label: str = "step
 
 
 def shares(parts: Sequence[tuple[str, float]], label: str) -> Markup:
-    """One bar that is divided: (name, share of 1) of up to five parts; the legend tells all shares."""
+    """Stacked bar of up to five parts (name, share of 1); the legend lists all shares."""
     pieces = [
         tag("div", f"{share:.0%}" if share >= 0.1 else None, style=f"flex-grow:{share:.4f};background:{colour}")
         for (_, share), colour in zip(parts, BANDS, strict=False)

@@ -1,4 +1,4 @@
-"""The training clock: how long and how fast, over all the pieces that an interrupted run consists of."""
+"""Training clock: time and speed of training, summed over all restarts of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Elapsed:
 
 
 class Clock:
-    """Runs inside `with clock:` except while `paused()`; call `tick` after every step.
+    """Clock that runs inside `with clock:` except while `paused()`; call `tick` after every step.
 
     JAX returns from a step before the device is done, so single steps look too short; over a log interval, at
     whose end the metrics are read from the device, the figures are right.
@@ -54,7 +54,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in this block (evaluation, compilation) is no training time."""
+        """Stops the clock in this block (evaluation, compilation), which is no training time."""
         self._advance()
         self._since = None
         try:
@@ -64,7 +64,7 @@ class Clock:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Time in this block is training time spent waiting for a batch."""
+        """Counts the time in this block as training time spent waiting for a batch."""
         start = self._now()
         try:
             yield
@@ -72,7 +72,7 @@ class Clock:
             self._current.waiting += self._now() - start
 
     def tick(self, examples: int) -> None:
-        """A step with this many examples (image-caption pairs over all devices) was handed to the devices."""
+        """Counts one dispatched step with this many examples (image-caption pairs over all devices)."""
         self._current.steps += 1
         self._current.examples += examples
 
@@ -93,13 +93,13 @@ class Clock:
         }
 
     def speed(self) -> tuple[float, float]:
-        """(examples per second, seconds per step) of the last and the current interval together; first 0."""
+        """Speed (examples per second, seconds per step) over the last and the current interval together; first 0."""
         self._advance()
         recent = self.last + self._current
         return _share(recent.examples, recent.seconds), _share(recent.seconds, recent.steps)
 
     def totals(self) -> dict[str, float]:
-        """seconds of training and examples seen since the run first began."""
+        """Totals since the run first began: seconds of training and examples seen."""
         self._advance()
         return {
             "seconds": self._before.seconds + self._current.seconds,

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process at a time writes to."""
+"""Atomic file writes, and folders that one process at a time writes to."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class FolderInUse(RuntimeError):
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Gives the name, PATH.tmp, of a file to write, which is called `path` once the block has ended without an error.
+    """Yields the temporary name PATH.tmp to write to; it is renamed to `path` when the block ends without an error.
 
-    What is interrupted leaves the file that was there before; its folder must exist.
+    An interrupted block leaves the previous file as it was; the folder must exist.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -43,18 +43,18 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file atomically."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Writes `document` as JSON, indented, whole or not at all."""
+    """Writes `document` as indented JSON atomically."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def free_space(path: str | Path) -> str:
-    """What is free on the disk of a file or folder, or of the nearest folder above it that exists, in words."""
+    """Free disk space, in words, at a file or folder, or at the nearest folder above it that exists."""
     path = Path(path).absolute()
     usage = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists()))
     return f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free"
@@ -91,7 +91,7 @@ def sole_writer(folder: str | Path, name: str = LOCK) -> Iterator[None]:
 
 @contextmanager
 def disk_faults(folder: str | Path, *kinds: type[Exception]) -> Iterator[None]:
-    """A full disk, of which libraries tell by exceptions of these kinds, as the OSError about `folder` that it is."""
+    """Context that turns exceptions of these kinds that report a full disk into an OSError on `folder`."""
     try:
         yield
     except kinds as error:
@@ -102,7 +102,7 @@ def disk_faults(folder: str | Path, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def describe(error: OSError) -> str:
-    """What the system refused, at which file, and what of it can be seen: one line."""
+    """One-line description of an OSError: the file, the reason and, where one is known, the remedy."""
     name = error.filename2 or error.filename
     where = f"{name}: " if name is not None else ""
     text = f"{where}{error.strerror or error}"
@@ -115,7 +115,7 @@ def describe(error: OSError) -> str:
 
 
 def _locked(path: Path) -> Any:
-    """The file, locked. Again when its last holder removed it, or its folder, between opening and locking."""
+    """Opens and locks the file; tries again when its last holder removed it, or its folder, in between."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b", buffering=0)

@@ -12,7 +12,7 @@ from shnet_jax.observe.html_style import CSS
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
 
 Child = str | Markup | Iterable["Child"] | None
@@ -20,7 +20,7 @@ VOID_TAGS = frozenset({"img", "meta", "rect", "source"})
 
 
 def document(title: str, *body: Child, style: str = "") -> str:
-    """A whole page, light and dark, from a phone to a wide screen.
+    """Complete HTML page, light and dark, from a phone to a wide screen.
 
     Args:
       title: of the window; the page's own heading is part of `body`.
@@ -38,7 +38,7 @@ def document(title: str, *body: Child, style: str = "") -> str:
 
 
 def render(children: Child) -> Markup:
-    """HTML of children: strings are escaped, Markup is taken as it is, None is nothing."""
+    """Renders children as HTML: strings are escaped, Markup is kept as it is, None is empty."""
     if children is None:
         return Markup()
     if isinstance(children, Markup):
@@ -49,7 +49,7 @@ def render(children: Child) -> Markup:
 
 
 def tag(name: str, /, *children: Child, **attributes: str | float | bool | None) -> Markup:
-    """An element. Attributes: class_ for class, _ for -; None and False are left out, True has no value."""
+    """HTML element. Attributes: class_ for class, _ for -; None and False are left out, True has no value."""
     given = "".join(
         f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{_escaped(_plain(value))}"')
         for key, value in attributes.items()
@@ -61,7 +61,7 @@ def tag(name: str, /, *children: Child, **attributes: str | float | bool | None)
 
 
 def table(heading: Sequence[Child], rows: Iterable[Sequence[Child]], words: bool = False) -> Markup:
-    """A table whose first column names its rows and stays in sight while the others scroll.
+    """HTML table whose first column names its rows and stays in sight while the others scroll.
 
     words: whether the cells hold words, which wrap, and not numbers.
     """
@@ -72,13 +72,13 @@ def table(heading: Sequence[Child], rows: Iterable[Sequence[Child]], words: bool
 
 
 def keys(entries: Iterable[tuple[str, str]]) -> Markup:
-    """A legend: (colour as CSS has it, text) each."""
+    """Legend of entries (CSS colour, text)."""
     spans = [tag("span", tag("i", style=f"background:{colour}"), tag("bdi", text)) for colour, text in entries]
     return tag("div", spans, class_="keys")
 
 
 def _escaped(text: str) -> str:
-    """Text as HTML; halves of surrogate pairs, which a JSON file may hold, and NUL have no form in it."""
+    """Escapes text for HTML; replaces NUL and lone surrogates, which a JSON file may hold."""
     return html.escape(text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8"))
 
 

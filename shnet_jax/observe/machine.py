@@ -1,4 +1,4 @@
-"""The machine that something was measured on."""
+"""Description of the machine that a measurement ran on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """Devices as JAX sees them, processor, cores, versions: what stays the same from run to run."""
+    """Devices as JAX sees them, processor, cores and versions, all of which stay the same from run to run."""
     devices = jax.devices()
     return {
         "platform": devices[0].platform,

@@ -62,7 +62,7 @@ class Progress:
         self._stream.flush()
 
     def count(self, left_out: bool = False) -> None:
-        """Counts one record, perhaps as left out; shows the state every few seconds, first after the first of these."""
+        """Counts one record, stored or left out; shows the state every few seconds."""
         self._counted += 1
         self._left_out += left_out
         seconds = max(self._now() - self._start, 1e-9)
@@ -90,7 +90,7 @@ class Progress:
         self._stream.flush()
 
     def close(self) -> None:
-        """Leaves the live line as it is; of a loop over records, writes the totals."""
+        """Ends the live line; for a loop over records, writes the totals."""
         if self._width:
             self._width = 0
             self._stream.write("\n")

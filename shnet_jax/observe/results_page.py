@@ -10,7 +10,7 @@ from shnet_jax.observe.table import Table
 
 
 def results_page(title: str, tables: Sequence[Table], cards: Sequence[Table]) -> str:
-    """The page as HTML: each table under its title, then the protocol cards, of which the first is open."""
+    """HTML page with each table under its title, then the protocol cards, of which the first is open."""
     return html.document(
         title,
         tag("h1", title),
@@ -24,7 +24,7 @@ def results_page(title: str, tables: Sequence[Table], cards: Sequence[Table]) ->
 
 
 def _cells(table: Table) -> Markup:
-    """The cells; of more numbers than rows, turned, so that a telephone shows them side by side."""
+    """Table cells, transposed where there are more columns than rows, so that a phone shows them side by side."""
     lines = [table.heading, *table.rows]
     if not table.words and len(table.heading) > len(lines):
         lines = [list(column) for column in zip(*lines, strict=True)]

@@ -1,4 +1,4 @@
-"""Standard output that cannot end a command: not by a character that the terminal lacks, not by a reader that left."""
+"""Safe standard output: neither an unencodable character nor a closed pipe ends a command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ERRORS = "shnet_jax.plain"
 
 
 def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Error handler of codecs: signs of our tables in ASCII, everything else as an escape such as \\u2713."""
+    """Codec error handler: symbols of our tables become ASCII, everything else an escape such as \\u2713."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(_PLAIN)
@@ -20,7 +20,7 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 class _Output(io.TextIOWrapper):
-    """A stream on the buffer of another one, which goes on into nothing once its reader is gone."""
+    """Stream on the buffer of another one; it discards its output once the reader is gone."""
 
     def write(self, text: str) -> int:
         try:
@@ -43,7 +43,7 @@ class _Output(io.TextIOWrapper):
 
 
 def make_output_safe() -> None:
-    """Makes printing never raise for what the terminal is: every command calls this before anything else.
+    """Makes printing safe on any terminal or pipe; every command calls this first.
 
     A character that the encoding of stdout lacks (PYTHONIOENCODING=ascii, a Windows code page) is replaced. When the
     reader of stdout or stderr leaves (`| head`), the command goes on: its results are in files.

@@ -230,7 +230,7 @@ def _collective(computation: Computation, instruction: Instruction) -> Work:
 
 
 def _uncopied(computation: Computation, name: str) -> Instruction:
-    """The instruction behind copies, bitcasts and conversions."""
+    """Instruction behind copies, bitcasts and conversions."""
     instruction = computation.instructions[name]
     while instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
         instruction = computation.instructions[instruction.operands[0]]
@@ -268,7 +268,7 @@ def _step(body: Computation, name: str, position: int, start: Instruction, befor
 
 
 def _done(computation: Computation, start: Instruction) -> Instruction:
-    """The -done of a -start."""
+    """Instruction -done that completes an asynchronous -start."""
     return next((user for user in computation.users[start.name] if user.opcode.endswith("-done")), start)
 
 

@@ -80,7 +80,7 @@ class MetricWriter:
 
 
 class _Board:
-    """TensorBoard's events, written by the thread that calls.
+    """Writer of TensorBoard's events in the calling thread.
 
     tensorboardX's own SummaryWriter has a thread of its own: that dies of a full disk, and the queue to it then fills
     until training waits forever.
@@ -108,13 +108,13 @@ class _Board:
 
 
 class NoWriter:
-    """In place of a MetricWriter in all processes of a job but the first."""
+    """Substitute for a MetricWriter in all processes of a job but the first; it writes nothing."""
 
     def write(self, *_: Any) -> None:
-        """Nothing."""
+        """Discards the metrics."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing, as no file is open."""
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:

@@ -57,7 +57,7 @@ def normalised(graph: Array, mask: Array) -> Array:
 
 
 def pair_geometry(boxes: Array) -> Array:
-    """Where box j lies seen from box i: boxes [n, K, 4] -> [n, K, K, 6].
+    """Position and size of box j relative to box i: boxes [n, K, 4] -> [n, K, K, 6].
 
     Direction (unit vector x, y; 0 at equal centres), distance of the centres in units of the image's side, logarithms
     of the ratios of width and height (j to i), IoU.

@@ -1,4 +1,4 @@
-"""Scores of images and sentences that look at each other: object-word attention, refinement, cross-level attention.
+"""Cross-attention scores of images and sentences: object-word attention, refinement, cross-level attention.
 
 Spec cmsei, section 3 ("CMSEI-style": structure published, formulas reconstructed). With V_i the regions of an image,
 W_j the words of a sentence, v and w their global unit vectors:
@@ -34,7 +34,7 @@ SIDES = ("objects", "words")
 
 @dataclasses.dataclass(frozen=True)
 class Interaction:
-    """What the score consists of; `config.model.cmsei`.
+    """Options of the interaction score; `config.model.cmsei`.
 
     attend: who attends: "objects" to the words, "words" to the objects, or both. refine: the gated refinement (else the
     elements are [n, m, d] alone). sharpness: l1 of objects and of words. cross_sharpness: l2.
@@ -54,8 +54,10 @@ class Interaction:
 
 
 def interaction_scores(images: Embedding, texts: Embedding, how: Interaction) -> Array:
-    """Scores [n, t] of n images with elements [n, K, c] and t sentences with elements [t, L, c], c = 3 d or (without
-    refinement) d; computed block by block, and once more in the backward pass, so that what exists at a time is
+    """Interaction scores [n, t] of n images and t sentences, computed block by block.
+
+    The images have elements [n, K, c], the sentences elements [t, L, c], c = 3 d or (without
+    refinement) d. The blocks are computed once more in the backward pass, so that what exists at a time is
     [block, K, d] and never [n, t, K, d].
     """
     own, others = _items(images), _items(texts)
@@ -72,7 +74,7 @@ def interaction_scores(images: Embedding, texts: Embedding, how: Interaction) ->
 
 @struct.dataclass
 class _Items:
-    """An embedding whose elements and mask are there."""
+    """Embedding that always has elements and a mask."""
 
     vector: Array
     elements: Array
@@ -87,7 +89,7 @@ def _items(given: Embedding) -> _Items:
 
 
 def _cut(items: _Items, size: int) -> _Items:
-    """Leaves [n, ...] -> [blocks, size, ...]; the last block is filled with copies of the last item."""
+    """Splits leaves [n, ...] into [blocks, size, ...]; the last block is filled with copies of the last item."""
     missing = -len(items.vector) % size
 
     def cut(x: Array) -> Array:
@@ -115,7 +117,7 @@ def _block(images: _Items, texts: _Items, how: Interaction) -> Array:
 
 
 def _attend(own: _Items, other: _Items, positive: Array, sharpness: float, how: Interaction) -> Array:
-    """[t, n], what the side `own` [n, K, c] adds to the score when its elements attend to those of `other` [t, L, c].
+    """Score term [t, n] of the side `own` [n, K, c] when its elements attend to those of `other` [t, L, c].
 
     positive: [t, n, K, L], the cosines of their elements, 0 where negative or masked. The other side comes first: then
     the large product is one of contiguous matrices for each of its items.
@@ -145,10 +147,10 @@ def _attend(own: _Items, other: _Items, positive: Array, sharpness: float, how: 
 
 
 def _pairs(x: Array) -> Array:
-    """[t, n, ...] -> [t * n, ...]."""
+    """Merges the first two axes: [t, n, ...] -> [t * n, ...]."""
     return x.reshape(-1, *x.shape[2:])
 
 
 def _shares(logits: Array, mask: Array) -> Array:
-    """Softmax along the last axis over what is valid; finite, whatever it holds, where nothing is."""
+    """Softmax along the last axis over the valid entries; finite, though arbitrary, where none is valid."""
     return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1)

@@ -21,7 +21,7 @@ from shnet_jax.types import Array
 
 
 def attention_weights(query: Array, patches: Array, kernel: Array, position: Array, dtype: DType) -> Array:
-    """softmax over positions of query . key: [n, N, P] float32. Arguments as `map_attention`."""
+    """Attention weights [n, N, P] float32: softmax over positions of query . key. Arguments as `map_attention`."""
     keys = jax.vmap(partial(_keys, dtype=dtype), in_axes=(0, None, None))(patches, kernel, position)
     return jax.nn.softmax(einsum("nkc,npc->nkp", query, keys, dtype), axis=-1)
 
@@ -31,7 +31,7 @@ def _keys(patches: Array, kernel: Array, position: Array, dtype: DType) -> Array
 
 
 def _one(query: Array, patches: Array, kernel: Array, position: Array, dtype: DType) -> Array:
-    """One image: query [N, c], patches [P, i] -> [N, c]."""
+    """Attention for one image: query [N, c], patches [P, i] -> [N, c]."""
     keys = _keys(patches, kernel, position, dtype)
     logits = einsum("kc,pc->kp", query, keys, dtype)
     # Dividing after the second product is one pass over [N, P] less than a softmax before it.
@@ -42,7 +42,7 @@ def _one(query: Array, patches: Array, kernel: Array, position: Array, dtype: DT
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def map_attention(query: Array, patches: Array, kernel: Array, position: Array, dtype: DType) -> Array:
-    """softmax_p(query . key_p) . key_p with key = relu(patches @ kernel + position), for each image.
+    """Attention softmax_p(query . key_p) . key_p with key = relu(patches @ kernel + position), for each image.
 
     Args:
       query: [n, N, c] float32, any scale already applied.

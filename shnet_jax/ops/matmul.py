@@ -19,10 +19,10 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from shnet_jax.types import Array
 
 DType = Any
-"""`jnp.float32`, `jnp.bfloat16` or their names."""
+"""Dtype of operands: `jnp.float32`, `jnp.bfloat16` or their names."""
 
 DTYPES = ("float32", "bfloat16")
-"""The names, as a configuration gives them."""
+"""Names of the dtypes, as a configuration gives them."""
 
 
 def einsum(equation: str, a: Array, b: Array, dtype: DType) -> Array:
@@ -45,7 +45,7 @@ def einsum(equation: str, a: Array, b: Array, dtype: DType) -> Array:
 
 
 def matmul(x: Array, w: Array, dtype: DType) -> Array:
-    """x [..., i] @ w [i, o] -> [..., o] float32."""
+    """Matrix product x [..., i] @ w [i, o] -> [..., o] float32."""
     out = einsum("ri,io->ro", x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w, dtype)
     return out.reshape(*x.shape[:-1], w.shape[-1])
 

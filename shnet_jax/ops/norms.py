@@ -8,7 +8,7 @@ from shnet_jax.types import Array
 
 
 def l2norm(x: Array, axis: int = -1) -> Array:
-    """x / (||x|| + 1e-8) along `axis`, the epsilon after the root as published (VSE-infinity, 3SHNet, USER).
+    """Unit vectors x / (||x|| + 1e-8) along `axis`; epsilon after the root as published (VSE-infinity, 3SHNet, USER).
 
     The gradient at x = 0 is defined as that of x / 1e-8, where the plain formula gives NaN.
     """

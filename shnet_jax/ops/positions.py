@@ -18,11 +18,11 @@ def sinusoid(positions: Array, size: int) -> Array:
 
 
 def map_code_1d(height: int, width: int, size: int) -> Array:
-    """[height*width, size] code of the flattened row-major index, as in the released 3SHNet code."""
+    """Position code [height*width, size] of the flattened row-major index, as in the released 3SHNet code."""
     return sinusoid(jnp.arange(height * width), size)
 
 
 def map_code_2d(height: int, width: int, size: int) -> Array:
-    """[height*width, size]: half of the code from the row, half from the column."""
+    """Position code [height*width, size]: half of the code from the row, half from the column."""
     rows = jnp.repeat(sinusoid(jnp.arange(height), size // 2), width, axis=0)
     return jnp.concatenate([rows, jnp.tile(sinusoid(jnp.arange(width), size // 2), (height, 1))], axis=-1)

@@ -1,4 +1,4 @@
-"""Rank-weighted pooling of a masked set: every channel is sorted by itself and its k-th largest value gets weight k.
+"""Rank-weighted pooling of a masked set: each channel is sorted, and its k-th largest value gets the k-th weight.
 
 This is the pooling step of GPO (Chen et al., "Learning the Best Pooling Strategy for Visual Semantic Embedding",
 CVPR 2021). Because each channel is sorted, the result depends on the set of valid rows and not on their order, which is
@@ -22,7 +22,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 
 
 def _index_dtype(size: int) -> np.dtype:
-    """The smallest signed type that counts `size` rows: what the backward pass keeps is mostly these."""
+    """Smallest signed integer type that counts `size` rows: most of the backward pass's residuals are such indices."""
     return np.dtype("int8" if size <= 127 else "int16" if size <= 32767 else "int32")
 
 
@@ -134,7 +134,7 @@ _weighted_sorted_sum.defvjp(_forward, _backward)
 
 
 def set_pool(features: Array, mask: Array, weights: Array) -> Array:
-    """sum_k weights[:, k] * (k-th largest valid value of each channel).
+    """Pools each set: sum_k weights[:, k] * (k-th largest valid value of each channel).
 
     Args:
       features: [n, m, d] float32; masked rows are ignored whatever they hold.

@@ -71,13 +71,13 @@ def _mean(elements: Array, mask: Array) -> Array:
 
 
 def _shares(mask: Array) -> Array:
-    """[m, k] what each of the m elements weighs in the similarity of its set, of k sets."""
+    """Weight [m, k] of each of the m elements in the similarity of its set, for k sets."""
     valid = mask.astype(jnp.float32)
     return valid / (2 * jnp.maximum(jnp.sum(valid, axis=0), 1.0))
 
 
 def _cosines(element: Array, texts: Array) -> Array:
-    """One element of each image [n, d] with all of the texts [b, t, d] -> [n, b, t]."""
+    """Cosines [n, b, t] of one element of each image [n, d] with all elements of the texts [b, t, d]."""
     return einsum("nd,btd->nbt", element, texts, "float32")
 
 
@@ -88,14 +88,14 @@ def _products(weights: Array, element: Array, texts: Array) -> tuple[Array, Arra
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _smooth(sharpness: float, images: Array, image_mask: Array, texts: Array, text_mask: Array) -> Array:
-    """images [a, n, d], image_mask [a, n], texts [b, t, d], text_mask [b, t] -> [n, t]."""
+    """Smooth Chamfer: images [a, n, d], image_mask [a, n], texts [b, t, d], text_mask [b, t] -> [n, t]."""
     return _smooth_forward(sharpness, images, image_mask, texts, text_mask)[0]
 
 
 def _smooth_forward(
     sharpness: float, images: Array, image_mask: Array, texts: Array, text_mask: Array
 ) -> tuple[Array, tuple]:
-    """The similarities; beside the arguments the sums of exp(s (c - 1)) are kept.
+    """Similarities and residuals: beside the arguments the sums of exp(s (c - 1)) are kept.
 
     rows [a, n, t]: over the text elements. columns [n, b, t]: over the image elements.
     """
@@ -134,18 +134,18 @@ def _smooth_backward(sharpness: float, residuals: tuple, cotangent: Array) -> tu
 
 
 def _both(image_mask: Array, text_mask: Array) -> Array:
-    """[n, t] whether both sets have a valid element."""
+    """Mask [n, t] bool: whether both sets have a valid element."""
     return image_mask.any(axis=0)[:, None] & text_mask.any(axis=0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _hard(kind: str, images: Array, image_mask: Array, texts: Array, text_mask: Array) -> Array:
-    """ "chamfer" and "max"; the arguments are those of `_smooth`."""
+    """Similarity "chamfer" or "max"; the arguments are those of `_smooth`."""
     return _hard_forward(kind, images, image_mask, texts, text_mask)[0]
 
 
 def _hard_forward(kind: str, images: Array, image_mask: Array, texts: Array, text_mask: Array) -> tuple[Array, tuple]:
-    """The similarities; beside the arguments the numbers of the best matches are kept, as int16.
+    """Similarities and residuals: beside the arguments the indices of the best matches are kept, as int16.
 
     rows [a, n, t]: of each image element, the text element. columns: of each text element, the image element
     [n, b, t]; for "max" the image element of the best pair [n, 1, t].

@@ -43,7 +43,7 @@ def sum_scatter(tree: Tree, axis: str | None) -> Tree:
 
 
 def ring_shift(tree: Tree, axis: str | None) -> Tree:
-    """What the previous device holds: after as many shifts as there are devices, everything is back home."""
+    """Passes each leaf to the next device of the ring; as many shifts as there are devices restore the start."""
     size = axis_size(axis)
     if size == 1:
         return tree

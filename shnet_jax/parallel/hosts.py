@@ -1,4 +1,4 @@
-"""Several processes that train one model: jax.distributed and what the processes must agree on.
+"""Multi-process training: jax.distributed, and the collectives and splits of work between processes.
 
 Each process reads its own part of every batch (`data.batches`), computes on its own devices, and sees the same metrics
 as all others. The first one alone writes logs and tables; all of them write checkpoints. In one process everything here
@@ -55,7 +55,7 @@ def connect(coordinator: str, count: int, index: int, heartbeat: int = HEARTBEAT
 
 @contextmanager
 def ending_together(*common: type[Exception]) -> Iterator[None]:
-    """A fault that this process of a job has alone ends it, at once, with status 1; in one process it passes through.
+    """Context that ends this process at once, with status 1, for an error of its own; one process alone re-raises it.
 
     As of a record that cannot be read, of memory, or of a connection to a process that died. An orderly end would wait
     for the others at a barrier, as a checkpoint that is being saved and JAX itself do, while they wait for this one's
@@ -99,7 +99,7 @@ def own_rows(batch: Tree) -> Tree:
 
 
 def own_part(count: int) -> range:
-    """Which of `count` pieces of a work this process does; each piece is done by one of them."""
+    """Indices of the pieces, of `count` in all, that this process does; each piece is done by one process."""
     return range(jax.process_index(), count, jax.process_count())
 
 

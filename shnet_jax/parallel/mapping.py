@@ -35,11 +35,11 @@ class Mapped(Protocol):
     """A mapped function: call it with global arguments, or `lower` it (for `.compile().cost_analysis()`)."""
 
     def __call__(self, *args: Any) -> Any:
-        """Runs it."""
+        """Runs the mapped function."""
         ...
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
-        """The program for arguments of these shapes."""
+        """Lowers the program for arguments of these shapes."""
         ...
 
 

@@ -35,7 +35,7 @@ def bubble_share(microbatches: int, stages: int) -> float:
 def pipeline(
     layer: Callable[[Any, Array, Any], Array], params: Any, x: Array, extra: Any, axis: str | None, layers: int
 ) -> Array:
-    """All layers of all stages on every microbatch; a per-device function.
+    """Runs all layers of all stages on every microbatch; a per-device function.
 
     Args:
       layer: (parameters of one layer, x [rows, ...], extra [rows, ...]) -> x of the same shape and dtype.
@@ -75,7 +75,7 @@ def pipeline(
 
 
 def layer_places(layers: int, mesh: Mesh, axis: str = STAGE) -> int:
-    """Layers that a stage holds at most. Raises ValueError when there are more stages than layers."""
+    """Largest number of layers that a stage holds. Raises ValueError when there are more stages than layers."""
     stages = mesh.shape[axis]
     if stages > layers:
         raise ValueError(f"{stages} stages for {layers} layers: some would have none, use at most {layers}")
@@ -83,7 +83,7 @@ def layer_places(layers: int, mesh: Mesh, axis: str = STAGE) -> int:
 
 
 def place_layers(layers: Sequence[Tree], mesh: Mesh, axis: str = STAGE) -> Tree:
-    """The parameters of all layers, stacked to leaves [stages * places, ...] that lie along the axis.
+    """Stacks the parameters of all layers to leaves [stages * places, ...] that are split along the axis.
 
     Every device is given the layers of its stage only, and no stack of all layers is made anywhere. Where the layers
     do not divide by the stages, the last places are zeros: as the stage with the most layers sets the pace, these

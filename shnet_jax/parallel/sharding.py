@@ -24,11 +24,11 @@ SMALLEST = 2**14
 """Elements below which an array is not worth splitting."""
 
 WHOLE = -1
-"""In place of an axis: the array is not split, every device has all of it."""
+"""Marker in place of an axis: the array is not split, every device has all of it."""
 
 
 def split_axes(tree: Any, devices: int) -> Any:
-    """The axis along which each array is split over the devices: its longest that divides, or WHOLE.
+    """Axis along which each array is split over the devices: the longest divisible one, or WHOLE.
 
     Vectors stay whole: statistics, norms and biases are small, and statistics are averaged over the devices.
     tree: arrays or their shapes, of the whole (not of one device's part).
@@ -44,12 +44,12 @@ def split_axes(tree: Any, devices: int) -> Any:
 
 
 def specs(axes: Any) -> Any:
-    """The partition of each array of which `split_axes` names the axis."""
+    """Partition spec of each array, from its axis by `split_axes`."""
     return jax.tree.map(lambda at: P() if at == WHOLE else P(*[None] * at, DATA), axes)
 
 
 def gather(tree: Any, axes: Any, name: str | None) -> Any:
-    """The whole arrays from this device's parts; differentiable."""
+    """Gathers the whole arrays from the devices' parts; differentiable."""
 
     def whole(part: Array, split: int) -> Array:
         return part if split == WHOLE else lax.all_gather(part, name, axis=split, tiled=True)
@@ -58,7 +58,7 @@ def gather(tree: Any, axes: Any, name: str | None) -> Any:
 
 
 def reduce(gradients: Any, axes: Any, name: str | None) -> Any:
-    """Sums over the devices of the gradients of what is whole; those of parts are summed already."""
+    """Sums the gradients of unsplit arrays over the devices; those of split arrays are summed already."""
     return jax.tree.map(lambda g, split: axis.psum(g, name) if split == WHOLE else g, gradients, axes)
 
 
@@ -75,7 +75,7 @@ def global_norm(tree: Any, axes: Any, name: str | None) -> Array:
 
 
 def remat_gather(fn: Callable[..., Any], axes: Any) -> Callable[..., Any]:
-    """`fn` such that its backward pass gathers split parameters once more instead of keeping them.
+    """Rematerialises `fn` so that its backward pass gathers split parameters once more instead of keeping them.
 
     Products are kept; what lies between them, the gathered and rounded parameters with it, is made again.
     """

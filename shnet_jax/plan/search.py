@@ -43,7 +43,7 @@ def largest_batch(compiled: Callable[[int], Program], first: Program, unit: int,
 def fitting_microbatch(
     compiled: Callable[[int, PlannedRun], Program], run: PlannedRun, pairs: int
 ) -> tuple[int, float] | None:
-    """(microbatch, bytes needed) of the first of pairs / 2, / 4, ... that fits; None if none does."""
+    """First microbatch of pairs / 2, / 4, ... that fits, with the bytes it needs; None if none does."""
     if not takes_microbatches(run.model, variable_shapes(run)):
         return None
     for microbatch in _divisors(pairs, run.config.data.captions_per_image, run.config.train.microbatch or pairs):

@@ -1,4 +1,4 @@
-"""A folder of embeddings: unit vectors of a gallery's images and captions, their ids, and what made them.
+"""Folder of embeddings: unit vectors of a gallery's images and captions, their ids and their origin.
 
 images.safetensors, texts.safetensors   vector [n, d] float32; of models that score sets also elements [n, m, d]
                                         float32 and mask [n, m] bool
@@ -44,7 +44,7 @@ class Ids:
 
     @cached_property
     def first(self) -> np.ndarray:
-        """[n + 1] first caption of each image; captions lie image by image."""
+        """First caption [n + 1] of each image; captions lie image by image."""
         return np.searchsorted(np.asarray(self.caption_image), np.arange(len(self.image_ids) + 1))
 
     def captions_of(self, row: int) -> list[str]:

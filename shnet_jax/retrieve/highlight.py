@@ -1,4 +1,4 @@
-"""Collects what a model looked at: gates, attention and pooling weights that it sows while it encodes.
+"""Collects the gates, attention and pooling weights that a model sows while it encodes.
 
 A model shows these by sowing into the collection "intermediates" (flax `Module.sow`) under the names below; one that
 sows none of them has nothing to show. Encoding is not changed by looking.

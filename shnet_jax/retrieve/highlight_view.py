@@ -1,4 +1,4 @@
-"""Draws what a model looked at over an image: gates as boxes and cells, attention as heat, pooling as curves."""
+"""Draws a model's highlighting over an image: gates as boxes and cells, attention as heat, pooling as curves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A self-contained HTML page of a trained model: how good it is, what it finds, where it fails, what it looks at.
+"""Self-contained HTML page of a trained model: its metrics, hits, failures and highlighting.
 
 Everything it shows is handed to it; it needs no network, no script and no other file.
 """
@@ -132,7 +132,7 @@ def _numbers(contents: Contents) -> Child:
 
 
 def _metrics_table(results: Results) -> Child:
-    """Few columns, so that a telephone shows all of them."""
+    """Metrics in a table of few columns, so that a phone shows all of them."""
     names = (*(f"r{cut}" for cut in CUTS), "medr", "meanr")
 
     def row(title: str, metrics: Mapping[str, float], columns: Sequence[str]) -> list[str]:

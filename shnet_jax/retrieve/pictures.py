@@ -47,7 +47,7 @@ VOID = "#d8d8dc"
 
 
 def colour(number: int, names: Sequence[str]) -> str:
-    """#rrggbb of a class: the expected one, else a hue that differs from those of its neighbours in number."""
+    """Colour #rrggbb of a class: the expected one, else a hue that differs from those of its neighbours in number."""
     if number >= len(names):
         return VOID if names else _hue(number)
     words = names[number].replace("-", " ").split()
@@ -94,7 +94,7 @@ def small(picture: Image.Image) -> tuple[str, float]:
 
 
 def label_map(seg_map: np.ndarray, names: Sequence[str]) -> str:
-    """seg_map [H, W] uint8 in the colours of its classes."""
+    """Picture of a seg_map [H, W] uint8 in the colours of its classes."""
     classes, index = np.unique(seg_map, return_inverse=True)
     picture = Image.fromarray(index.reshape(seg_map.shape).astype(np.uint8), "P")
     picture.putpalette(b"".join(bytes.fromhex(colour(int(c), names)[1:]) for c in classes))
@@ -102,7 +102,7 @@ def label_map(seg_map: np.ndarray, names: Sequence[str]) -> str:
 
 
 def shares(seg_map: np.ndarray, names: Sequence[str], most: int = 4) -> list[tuple[str, str, float]]:
-    """(class, colour, share of the pixels) of the largest classes of a map, or of a part of it."""
+    """Largest classes of a map, or of a part of it, as (class, colour, share of the pixels)."""
     classes, counts = np.unique(seg_map, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:most]
     order = order[counts[order] >= min(0.005 * seg_map.size, int(counts.max()))]
@@ -132,7 +132,7 @@ def _span(first: float, last: float, size: int) -> tuple[int, int]:
 
 
 def heat(values: np.ndarray) -> str:
-    """values [H, W] >= 0 as opacity of one colour: the root of the value over the largest, so that little shows.
+    """Heat map of values [H, W] >= 0 as opacity of one colour: sqrt(value / largest), so that small values show.
 
     Each pixel is the largest of its 3 x 3 neighbourhood on a map as fine as a label map, where one could not be seen.
     """

@@ -67,7 +67,7 @@ class Scene:
 
     @property
     def boxes(self) -> np.ndarray:
-        """[k, 4] of the valid regions, x1 y1 x2 y2 in 0..1."""
+        """Boxes [k, 4] of the valid regions, x1 y1 x2 y2 in 0..1."""
         boxes = self.record.get("boxes", np.zeros((0, 4), np.float32))
         mask = self.record.get("region_mask")
         return boxes if mask is None or len(mask) != len(boxes) else boxes[mask]

@@ -166,7 +166,7 @@ class Searcher:
 
 
 def encode_texts(experiment: Experiment, tower: Tower, texts: Sequence[str]) -> Embedding:
-    """Sentences of any kind -> their embeddings on the host. Raises ValueError for one without words."""
+    """Encodes sentences; embeddings are on the host. Raises ValueError for one without words."""
     texts = list(texts)
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):

@@ -102,7 +102,7 @@ class FaissIndex:
         return cls(index, search)
 
     def search(self, queries: np.ndarray, k: int) -> TopK:
-        """See `VectorIndex`."""
+        """Searches the index; see `VectorIndex`."""
         score, index = self._index.search(np.ascontiguousarray(queries, np.float32), min(k, self._index.ntotal))
         return TopK(index.astype(np.int64), score)
 
@@ -165,7 +165,7 @@ class MilvusIndex:
         return index
 
     def search(self, queries: np.ndarray, k: int) -> TopK:
-        """See `VectorIndex`."""
+        """Searches the index; see `VectorIndex`."""
         index, score = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
         params = {"params": {"ef": max(self._ef_search, k), "nprobe": self._nprobe}}
         for start in range(0, len(queries), QUERIES):
@@ -195,7 +195,7 @@ def require(kind: str) -> ModuleType:
 
 
 def source_hash(embeddings: Embeddings) -> str:
-    """A name of the checkpoint and data set that the embeddings come from."""
+    """Hash of the checkpoint and data set that the embeddings come from."""
     return hashlib.sha256(json.dumps(embeddings.source, sort_keys=True).encode()).hexdigest()
 
 

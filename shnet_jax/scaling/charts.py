@@ -37,7 +37,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def charts(scale: ConfigDict, rows: Sequence[Row]) -> Iterator[tuple[str, str, Draw]]:
-    """(file name without suffix, caption, drawing) of each chart for which the rows have figures."""
+    """Charts for which the rows have figures: (file name without suffix, caption, drawing) each."""
     compiled = [row for row in rows if row["memory"] is not None]
     for name, size, efficiency, ideal, line in scaling_lines(scale, compiled):
         several = [row for row in line if row["devices"] > 1]

@@ -155,7 +155,7 @@ def random_run(config: ConfigDict) -> Run:
 def time_steps(
     run: Run, state: TrainState, batches: Iterable[Any], warmup: int, steps: int
 ) -> tuple[TrainState, float]:
-    """(state afterwards, median seconds between the ends of two steps); as in training, a step is always queued."""
+    """Times steps: (last state, median seconds between the ends of steps); as in training, a step is always queued."""
     ends, pending = [], None
     for batch in itertools.islice(batches, warmup + steps + 2):
         state, metrics = run.step(state, batch, run.table)

@@ -87,7 +87,7 @@ _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit|Me
 
 
 def failure(exit_status: int | None, log: Path, limit: float) -> tuple[str, str]:
-    """(status, message) of a process that failed, from its exit status, None for a timeout, and its output."""
+    """Failure (status, message) of a process, from its exit status, None for a timeout, and its output."""
     output, where = log.read_text(encoding="utf-8", errors="replace"), f" (output: {log})"
     if exit_status is None:
         return FAILED, f"took longer than config.scale.timeout = {limit:g} seconds{where}"

@@ -50,7 +50,7 @@ def load(workdir: str | Path, config: ConfigDict, step: int | None = None) -> Lo
 
 
 def load_any(workdir: str | Path, config: ConfigDict) -> Loaded:
-    """As `load`, whatever model the run is of: config gives the evaluation only."""
+    """Loads a run of any model, as `load`; config gives the evaluation settings only."""
     workdir = Path(workdir)
     return _restore(workdir, complete(trained_config(workdir, config), config), config)
 

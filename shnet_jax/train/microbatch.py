@@ -35,16 +35,16 @@ Embeddings = tuple[Embedding, Embedding]
 
 
 Encode = Callable[[Any, Batch, Array, Any], tuple[Embeddings, Any]]
-"""(params, microbatch, key, moments) -> embeddings and batch moments of the microbatch. It normalises with `moments`,
-or with its own where they are {}."""
+"""Function (params, microbatch, key, moments) -> embeddings and batch moments of the microbatch. It normalises with
+`moments`, or with its own where they are {}."""
 
 LocalLoss = Callable[[Any, Embeddings], tuple[Array, dict[str, Array]]]
-"""(params, embeddings of the device's whole batch) -> this device's share of the loss, and metrics."""
+"""Function (params, embeddings of the device's whole batch) -> this device's share of the loss, and metrics."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Splitting:
-    """How a device cuts its batch: into `count` microbatches, with one of STATISTICS.
+    """Splitting of a device's batch into `count` microbatches, with one of STATISTICS.
 
     norm_depth: BatchNorms on the longest path through a tower; 0: there is none.
     """
@@ -117,7 +117,7 @@ def cached_gradients(
 def embed_in_parts(
     encode: Encode, params: Any, batch_stats: Any, batch: Batch, key: Array, splitting: Splitting
 ) -> tuple[Embeddings, Any]:
-    """(embeddings of this device's whole batch, running averages after it); arguments as in `cached_gradients`."""
+    """Embeddings of this device's whole batch and the running averages after it; arguments as in `cached_gradients`."""
     forward = _forward(encode, params, batch_stats, _cut(batch, key, splitting.count), splitting)
     return _joined(forward.embeddings), forward.batch_stats
 

@@ -31,7 +31,7 @@ from shnet_jax.types import NO_IMAGE, Array, Batch, Embedding, Queue, SetQueue
 STARTS: Mapping[str, Callable[..., Array]] = {"uniform": jax.random.uniform, "gaussian": jax.random.normal}
 
 SEED = 2**31 - 1
-"""Folded into a key where steps or microbatches fold in their number, which stays below."""
+"""Number folded into a random key; steps and microbatches, which fold in their own number, stay below it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ def enqueue(
 
 
 def put(queue: Queue, items: Embedding, ids: Array) -> Queue:
-    """The queue after b embeddings and their ids [b] took the places of its oldest; b is at most its size."""
+    """Queue after b embeddings and their ids [b] replaced the oldest ones; b is at most its size."""
     size, count = queue.ids.shape[0], ids.shape[0]
     slots = (queue.pointer + jnp.arange(count, dtype=jnp.int32)) % size
     given: dict[str, Array | None] = {"vectors": items.vector, "ids": ids}

@@ -1,4 +1,4 @@
-"""From a configuration to the mapped step and the stream of batches, before anything is compiled."""
+"""Setup of training: from a configuration to the mapped step and the batches, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _state_axes(shapes: TrainState, devices: int) -> TrainState:
 
 
 def training_data(experiment: Experiment, mesh: Mesh) -> tuple[grain.DatasetIterator, dict[str, Any]]:
-    """(the endless stream of this process's batches, resident features on the devices, {} in streaming mode).
+    """Data of a run: the endless stream of this process's batches, and resident features ({} in streaming mode).
 
     Warns of captions that are truncated, and of a vocabulary that does not know them.
     """
