@@ -28,6 +28,8 @@ from shnet_jax.retrieve.scene import Album
 from tests.browser import HOSTILE, look_at, needs_browser
 from tests.train import tiny
 
+TEXTS = " ".join(HOSTILE).replace("\0", "")
+"""What a caption of a data set can be: with a NUL it is refused."""
 EVIL = "<script>document.title='owned';console.error('owned')</script>"
 pytestmark = pytest.mark.slow  # every one needs the page, which takes a model's compilation
 
@@ -40,7 +42,7 @@ def quick():
 
 def evil(record):
     """Captions and ids that would be a program if they were not escaped."""
-    captions = [f'{EVIL} "{caption}" & \' {" ".join(HOSTILE)}' for caption in record["captions"]]
+    captions = [f'{EVIL} "{caption}" & \' {TEXTS}' for caption in record["captions"]]
     return record | {"captions": captions, "image_id": f'{record["image_id"]}"><img src=x onerror=alert(1)>'}
 
 
