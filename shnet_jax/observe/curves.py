@@ -39,7 +39,7 @@ def write_curves(workdir: str | Path) -> Path:
             plot(axes, lines)
             axes.set_xlabel("step")
         path = workdir / PICTURE
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=110, bbox_inches="tight")
     return path
 
 
