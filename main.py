@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
         sys.unraisablehook = _unraisable
     python_logging.getLogger("shnet_jax").setLevel(python_logging.INFO)
     # Late, so that --help and mistakes in flags are quick.
-    from shnet_jax.convert import convert
+    from shnet_jax.modes.convert import convert
     from shnet_jax.modes.cross import cross
     from shnet_jax.modes.embed import embed
     from shnet_jax.modes.evaluate import evaluate
@@ -146,10 +146,10 @@ def main(argv: list[str]) -> None:
     from shnet_jax.modes.plan import plan
     from shnet_jax.modes.scale import scale
     from shnet_jax.modes.search import search
+    from shnet_jax.modes.study import study
     from shnet_jax.modes.train import train
     from shnet_jax.observe.files import FolderInUse, describe
     from shnet_jax.parallel import hosts
-    from shnet_jax.study import study
     from shnet_jax.train.checkpoint import CheckpointError
     from shnet_jax.train.loop import NonFiniteLoss
     from shnet_jax.train.workdir import WorkdirError

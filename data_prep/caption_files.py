@@ -29,7 +29,7 @@ from data_prep.parquet import open_parquet
 from data_prep.places import ends, first_object, has_keys
 from data_prep.rows import Columns, Row, columns, is_list, needed, parse
 from data_prep.schema import DataError
-from shnet_jax import foreign
+from shnet_jax import untrusted
 
 _DELIMITERS = ",\t;|"
 _PARQUET_ROWS = 1024  # read at once
@@ -72,7 +72,7 @@ def recognise(path: Path) -> Kind | None:
     if suffix not in SUFFIXES:
         return None
     with data_errors():
-        foreign.check_kind(path)
+        untrusted.check_kind(path)
     if suffix == ".pt":
         return Kind("captions by image of torch.save", False) if torch_files.peek(path) == "captions" else None
     if suffix == ".json":
@@ -130,7 +130,7 @@ def _json(path: Path) -> Iterator[Row]:
     except DataError:
         first = _first_line(path)
         try:
-            foreign.parse_json(first, path)
+            untrusted.parse_json(first, path)
         except ValueError:
             first = ""
         if not first.startswith("{"):
@@ -163,7 +163,7 @@ def _json(path: Path) -> Iterator[Row]:
 def _json_lines(path: Path) -> Iterator[Row]:
     with data_errors():
         rows = (
-            (number, foreign.parse_json(line, f"{path} row {number}"))
+            (number, untrusted.parse_json(line, f"{path} row {number}"))
             for number, line in enumerate(text_lines(path), 1)
             if line.strip()
         )

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from data_prep.schema import DataError, is_text
-from shnet_jax import foreign
+from shnet_jax import untrusted
 
 
 def open_array(path: Path) -> np.ndarray:
     """The array of a .npy file, memory-mapped. Raises DataError for anything else, and one that is cut off."""
     with data_errors():
-        return foreign.open_npy(path)
+        return untrusted.open_npy(path)
 
 
 @contextmanager
 def data_errors() -> Iterator[None]:
-    """Faults of `foreign` as DataError."""
+    """Faults of `untrusted` as DataError."""
     try:
         yield
     except DataError:
@@ -35,13 +35,13 @@ def data_errors() -> Iterator[None]:
 def read_json(path: Path) -> Any:
     """Parsed contents of a JSON file. Raises DataError naming the file."""
     with data_errors():
-        return foreign.read_json(path)
+        return untrusted.read_json(path)
 
 
 def inside(folder: Path, name: str) -> Path:
     """The path of a file that has to lie in `folder`. Raises DataError for a name that leads out of it."""
     with data_errors():
-        return foreign.inside(folder, name)
+        return untrusted.inside(folder, name)
 
 
 def check_file(path: Path) -> None:
@@ -49,7 +49,7 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"{path}: no such file{', it is a folder' if path.is_dir() else ''}")
     with data_errors():
-        foreign.check_kind(path)
+        untrusted.check_kind(path)
 
 
 def check_folder(folder: Path, *suffixes: str) -> None:
@@ -65,13 +65,13 @@ def check_folder(folder: Path, *suffixes: str) -> None:
 
 
 def read_label_map(path: Path, mode: str | None = None) -> np.ndarray:
-    """The pixels of a PNG of labels as they are stored, [H, W] or [H, W, 3]; see `foreign.read_label_map`.
+    """The pixels of a PNG of labels as they are stored, [H, W] or [H, W, 3]; see `untrusted.read_label_map`.
 
     Raises DataError for a file that is none.
     """
     try:
         with data_errors():
-            return np.asarray(foreign.read_label_map(path, mode))
+            return np.asarray(untrusted.read_label_map(path, mode))
     except FileNotFoundError:
         raise DataError(f"{path}: expected a label map as PNG, found no such file") from None
 
@@ -85,7 +85,7 @@ def text_lines(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise DataError(f"{path}: expected this file, found none")
     with data_errors():
-        foreign.check_kind(path)
+        untrusted.check_kind(path)
     with path.open("rb") as binary:
         start = binary.read(4)
     for magic, kind in ((b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a zip archive"), (b"PAR1", "a Parquet file")):

@@ -25,7 +25,7 @@ from data_prep.files import inside, read_json
 from data_prep.places import Place, Recognised, ends, first_object
 from data_prep.rows import split_name
 from data_prep.schema import DataError, Record
-from shnet_jax import foreign
+from shnet_jax import untrusted
 from shnet_jax.paths import to_path
 
 SPLITS = ("train", "val", "test")
@@ -128,7 +128,7 @@ def _good(annotations: Iterable[Annotation | Bad]) -> list[Annotation]:
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     """The picture of a file as uint8 [height, width, 3], resized bilinearly. Raises DataError when it is none."""
     try:
-        picture = foreign.read_picture(path)
+        picture = untrusted.read_picture(path)
     except FileNotFoundError:
         raise DataError(f"{path}: expected a picture, found no such file", file=path.name, field="image") from None
     except ValueError as error:

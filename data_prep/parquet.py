@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.files import data_errors
 from data_prep.schema import DataError
-from shnet_jax import foreign
+from shnet_jax import untrusted
 
 _BATCH = 256  # rows of texts and numbers
 
@@ -25,7 +25,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise DataError(f"{path}: expected a Parquet file, found none")
     with data_errors():
-        foreign.check_kind(path)
+        untrusted.check_kind(path)
     # One name: a reader may still be open when the process ends and the names of this module are gone.
     faults = (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.schema import DataError
-from shnet_jax import foreign
+from shnet_jax import untrusted
 
 IMAGES = (
     *("image", "filename", "file_name", "image_name", "file", "image_path", "img_path", "filepath", "file_path"),
@@ -182,7 +182,7 @@ def _listed(text: str) -> Any:
     text = text.strip()
     if not text.startswith(("[", "{", "(", "array(")):
         return None
-    for read in (lambda: foreign.parse_json(text, ""), lambda: _printed(text), lambda: ast.literal_eval(text)):
+    for read in (lambda: untrusted.parse_json(text, ""), lambda: _printed(text), lambda: ast.literal_eval(text)):
         try:
             if isinstance(found := read(), list | dict):
                 return found

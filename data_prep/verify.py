@@ -24,10 +24,10 @@ from shnet_jax.data.checksums import CHECKSUMS, read_checksums, sha256
 from shnet_jax.data.index import Index, index_file, read_index
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, open_dataset
 from shnet_jax.data.tokenise import sentence_piece
-from shnet_jax.foreign import inside
 from shnet_jax.observe.progress import Progress
 from shnet_jax.observe.table import Table
 from shnet_jax.paths import to_path
+from shnet_jax.untrusted import inside
 
 _SHOWN = 10  # problems of one kind that are printed
 

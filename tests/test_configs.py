@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import configs
 from configs import base, hybrid_flickr8k, shnet_flickr8k
-from shnet_jax.study import arm_config
+from shnet_jax.modes.study import arm_config
 
 # Fields that a configuration may have beyond those of base.py: {file name: {"section.field", ...}}.
 USER = {f"model.user.{name}" for name in ("guides", "attention_scale", "dropout", "norm")}

@@ -15,7 +15,6 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from configs import base, user_coco
-from shnet_jax.convert import convert, load_folder, load_published, load_run
 from shnet_jax.interop.published import open_published, text_encoder_slots
 from shnet_jax.interop.torch_weights import (
     image_encoder_slots,
@@ -24,6 +23,7 @@ from shnet_jax.interop.torch_weights import (
     vse_encoder_slots,
 )
 from shnet_jax.models.bert import EPSILON
+from shnet_jax.modes.convert import convert, load_folder, load_published, load_run
 from shnet_jax.modes.evaluate import evaluate_checkpoint
 from shnet_jax.modes.train import train
 from shnet_jax.plan import planned_run

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "registry": set(),
-    "foreign": set(),
+    "untrusted": set(),
     "paths": set(),
     "ops": set(),
     "models": {"ops"},
@@ -23,21 +23,21 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"parallel"},
     "data": set(),
     "observe": {"parallel"},  # only the type of a mapped step
-    "interop": {"models", "data", "observe"},  # data: what lies in a model folder; observe: whole files
+    "interop": {"models", "data", "observe"},  # data: what lies in a model folder; observe: atomic writes
     "experiment": {"models", "data", "interop", "observe"},  # the parts of a run, put together from its configuration
     "evaluate": {"models", "data", "parallel", "observe", "experiment"},
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluate"},
     "train": {"models", "losses", "data", "parallel", "observe", "experiment", "evaluate"},
 }
-COMMON = {"types", "registry", "foreign", "paths"}
+COMMON = {"types", "registry", "untrusted", "paths"}
 # What a command line calls: may import every part, no part may import it.
-ENTRY = {"api", "convert", "modes", "plan", "scaling", "study"}
+ENTRY = {"api", "modes", "plan", "scaling"}
 
 # What a folder may import of the whole project.
 REACH = {
     "shnet_jax": {"shnet_jax"},
     "data_prep": {
-        *("data_prep", "shnet_jax.data", "shnet_jax.foreign", "shnet_jax.paths"),
+        *("data_prep", "shnet_jax.data", "shnet_jax.untrusted", "shnet_jax.paths"),
         *("shnet_jax.observe.files", "shnet_jax.observe.progress", "shnet_jax.observe.table"),
         *("shnet_jax.retrieve.embeddings", "shnet_jax.retrieve.tensors"),  # what --mode=embed writes, taken as a source
         "shnet_jax.observe.terminal",

@@ -18,8 +18,8 @@ import shnet_jax
 from configs import cmsei_scenes, demo, esa_people, user_demo
 from data_prep import people
 from data_prep.builder import write_dataset
-from shnet_jax.convert import convert
 from shnet_jax.modes import plan as plan_mode
+from shnet_jax.modes.convert import convert
 from shnet_jax.modes.cross import cross
 from shnet_jax.modes.embed import embed
 from shnet_jax.modes.evaluate import evaluate

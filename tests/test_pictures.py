@@ -12,7 +12,7 @@ from data_prep import from_person_search
 from data_prep.extract import images
 from data_prep.files import read_label_map
 from data_prep.schema import DataError
-from shnet_jax import foreign
+from shnet_jax import untrusted
 from shnet_jax.retrieve import pictures
 
 RAMP = np.array([[0, 1, 128, 255, 256, 257, 1000, 32768, 65535]], np.uint16)
@@ -26,7 +26,7 @@ def _bytes(picture, kind="PNG", **options):
 
 
 def _read(data):
-    picture = foreign.parse_picture(data, "a.jpg")
+    picture = untrusted.parse_picture(data, "a.jpg")
     assert picture.mode == "RGB"
     return np.asarray(picture)
 
@@ -131,7 +131,7 @@ def test_what_pillow_misreads_is_refused():
         (clear, "one colour of 16 bits is transparent"),
     ):
         with pytest.raises(ValueError, match=what):
-            foreign.parse_picture(data, "a")
+            untrusted.parse_picture(data, "a")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_what_pillow_misreads_is_refused():
 )
 def test_what_lies_there_in_place_of_a_picture(data, what):
     with pytest.raises(ValueError, match=rf"a\.jpg: expected a picture, found {what}|found a file of the {what}"):
-        foreign.parse_picture(data, "a.jpg")
+        untrusted.parse_picture(data, "a.jpg")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_grey_of_an_unknown_range_is_refused_by_name(array, what, tmp_path):
     path = tmp_path / "a.tif"
     path.write_bytes(_bytes(Image.fromarray(array), "TIFF"))
     with pytest.raises(ValueError, match=rf"a\.tif: expected a picture: its pixels are {what}.*16 bits"):
-        foreign.read_picture(path)
+        untrusted.read_picture(path)
 
 
 def test_transparent_parts_lie_on_white(tmp_path):
@@ -263,4 +263,4 @@ def test_a_file_too_large_to_be_a_picture(tmp_path):
     with (tmp_path / "a.jpg").open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(ValueError, match=r"a\.jpg: expected a picture, found 1099511627776 bytes"):
-        foreign.read_picture(tmp_path / "a.jpg")
+        untrusted.read_picture(tmp_path / "a.jpg")

@@ -11,7 +11,7 @@ from PIL import Image
 from data_prep.files import inside
 from data_prep.rows import Row
 from data_prep.schema import DataError
-from shnet_jax import foreign
+from shnet_jax import untrusted
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class Photographs(Protocol):
         """Location of a photograph, for messages. Raises DataError for a name that leads out, or that two have."""
 
     def load(self, file: str) -> Image.Image:
-        """The photograph, see `foreign.parse_picture`. Raises BrokenImage, DataError as `place`."""
+        """The photograph, see `untrusted.parse_picture`. Raises BrokenImage, DataError as `place`."""
 
     def rows(self, split: str | None) -> Iterator[Row]:
         """Captions, perhaps with splits, stored beside the photographs; `split` is that of rows that name none.
@@ -87,7 +87,7 @@ class Folder:
         """Decoded photograph; see `Photographs`."""
         path = self.find(file)
         try:
-            return foreign.read_picture(path)
+            return untrusted.read_picture(path)
         except FileNotFoundError as error:
             raise BrokenImage(f"{path}: no such file") from error
         except (ValueError, OSError) as error:

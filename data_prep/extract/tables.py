@@ -15,7 +15,7 @@ from data_prep import parquet, rows
 from data_prep.extract.images import BrokenImage, ByName
 from data_prep.rows import Row
 from data_prep.schema import DataError, is_text
-from shnet_jax import foreign
+from shnet_jax import untrusted
 
 PICTURES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 _BATCH = 8  # rows with photographs that are held at once
@@ -78,9 +78,9 @@ class Tables:
         if not data:
             raise BrokenImage(f"{place}: no bytes of a picture, only its path or nothing")
         try:
-            if len(data) > foreign.MAX_PICTURE_BYTES:
-                raise BrokenImage(f"{place}: {len(data)} bytes, more than {foreign.MAX_PICTURE_BYTES}")
-            return foreign.parse_picture(data, place)
+            if len(data) > untrusted.MAX_PICTURE_BYTES:
+                raise BrokenImage(f"{place}: {len(data)} bytes, more than {untrusted.MAX_PICTURE_BYTES}")
+            return untrusted.parse_picture(data, place)
         except ValueError as error:
             raise BrokenImage(str(error)) from error
 

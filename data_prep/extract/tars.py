@@ -22,7 +22,7 @@ from data_prep.files import data_errors, read_json
 from data_prep.names import EXTENSIONS
 from data_prep.rows import Row
 from data_prep.schema import DataError, is_text
-from shnet_jax import foreign
+from shnet_jax import untrusted
 
 TEXTS = (".txt", ".json")
 MAX_TEXT_BYTES = 2**20
@@ -105,7 +105,7 @@ class Tars:
         if member is None:
             raise BrokenImage(f"{self._root}/{file}: no such member of the tars")
         try:
-            return foreign.parse_picture(member.read(foreign.MAX_PICTURE_BYTES), str(member))
+            return untrusted.parse_picture(member.read(untrusted.MAX_PICTURE_BYTES), str(member))
         except (ValueError, OSError) as error:
             raise BrokenImage(str(error)) from error
 
@@ -124,7 +124,7 @@ class Tars:
         values = {}
         if ".json" in texts:
             with data_errors():
-                values = foreign.parse_json(texts[".json"].read(MAX_TEXT_BYTES), texts[".json"])
+                values = untrusted.parse_json(texts[".json"].read(MAX_TEXT_BYTES), texts[".json"])
             if not isinstance(values, dict):
                 raise DataError(f"{texts['.json']}: expected a JSON object, found {type(values).__name__}")
         row = rows.parse(values, str(texts.get(".json", member)), file)
@@ -158,7 +158,7 @@ def holds(path: Path) -> tuple[list[str], str | None]:
     for member in members:
         if split is None and member.name.endswith(".json"):
             with data_errors():
-                found = foreign.parse_json(_text(member), member)
+                found = untrusted.parse_json(_text(member), member)
             split = found.get(rows.SPLIT) if isinstance(found, dict) else None
     return sorted({Path(member.name).suffix.lower() for member in members}), split
 
@@ -166,9 +166,9 @@ def holds(path: Path) -> tuple[list[str], str | None]:
 def _members(path: Path) -> Iterator[Member]:
     """The files of a tar, without hidden ones. Raises DataError as `Tars`."""
     with data_errors():
-        foreign.check_kind(path)
+        untrusted.check_kind(path)
     with path.open("rb") as file:
-        what = foreign.kind_of(file.read(64))
+        what = untrusted.kind_of(file.read(64))
     try:
         yield from _walk(path)
     except DataError:

@@ -21,7 +21,7 @@ from data_prep.schema import DataError, Record
 from data_prep.sources import boxes as box_units
 from data_prep.sources.base import Absent
 from data_prep.sources.units import padded
-from shnet_jax.foreign import kind_of
+from shnet_jax.untrusted import kind_of
 
 # Columns of github.com/peteanderson80/bottom-up-attention (tools/generate_tsv.py) and github.com/airsplay/lxmert.
 COLUMNS = (

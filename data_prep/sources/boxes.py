@@ -14,7 +14,7 @@ from data_prep.names import Names
 from data_prep.notes import note
 from data_prep.rows import IMAGES
 from data_prep.schema import DataError
-from shnet_jax.foreign import parse_json
+from shnet_jax.untrusted import parse_json
 
 Form = Literal["pixels", "pixels_xywh", "shares", "shares_xywh", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)

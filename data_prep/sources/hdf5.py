@@ -24,7 +24,7 @@ from data_prep.schema import DataError, Record
 from data_prep.sources import detections
 from data_prep.sources.base import Absent
 from data_prep.sources.detections import FEATURES, FIELDS, GRIDS, NAMES, PAIR, Reading, described
-from shnet_jax.foreign import MAX_IMAGE_BYTES, kind_of
+from shnet_jax.untrusted import MAX_IMAGE_BYTES, kind_of
 
 IDS = ("image_id", "image_ids", "img_ids", "img_id", "ids")
 ENDS = "pos_boxes"

@@ -26,8 +26,8 @@ from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.sources.bottom_up import decode
 from data_prep.sources.detections import COUNTS, FIELDS, Reading, described, note_unread
-from shnet_jax.foreign import MAX_IMAGE_BYTES, check_kind, parse_npz
 from shnet_jax.interop import torch_pickle
+from shnet_jax.untrusted import MAX_IMAGE_BYTES, check_kind, parse_npz
 
 _LISTS = (b"keys", b"__keys__")  # the key of the list of keys
 _MAGIC = 0xBEEFC0DE

@@ -15,7 +15,7 @@ from data_prep.places import SAMPLE, Place, Recognised
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.sources.detections import DEFAULT, FEATURES, FIELDS, NAMES, Reading, described, note_unread
-from shnet_jax.foreign import MAX_IMAGE_BYTES, read_npz
+from shnet_jax.untrusted import MAX_IMAGE_BYTES, read_npz
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from data_prep.places import SAMPLE, Place, Recognised, split_of
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.torch_files import peek
-from shnet_jax.foreign import MAX_IMAGE_BYTES
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
+from shnet_jax.untrusted import MAX_IMAGE_BYTES
 
 MASK = {"grid": "grid_mask", "regions": "region_mask"}
 

@@ -23,7 +23,7 @@ from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.sources.bottom_up import BOM, check_lines, decode
 from data_prep.sources.detections import FIELDS, Reading, described
-from shnet_jax.foreign import MAX_IMAGE_BYTES, parse_json, read_object
+from shnet_jax.untrusted import MAX_IMAGE_BYTES, parse_json, read_object
 
 Geometry = Literal["drop", "keep"]
 GEOMETRIES: tuple[Geometry, ...] = get_args(Geometry)

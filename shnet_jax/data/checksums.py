@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from shnet_jax.data.errors import DataError
-from shnet_jax.foreign import read_object
+from shnet_jax.untrusted import read_object
 
 CHECKSUMS = "checksums.json"
 ADVICE = (

@@ -13,7 +13,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from shnet_jax.data import model_folder
 from shnet_jax.data.model_folder import GENERIC, added_tokens, below, check_agreement, read_lines, vocabulary_faults
-from shnet_jax.foreign import read_object
+from shnet_jax.untrusted import read_object
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": BEGIN, "eos_token": END}

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from shnet_jax.data.errors import DataError
-from shnet_jax.foreign import read_npz
+from shnet_jax.untrusted import read_npz
 
 REMEDY = "copy the file again, or remove it: its content is then read from the records, each time"
 

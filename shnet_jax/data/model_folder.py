@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from shnet_jax.foreign import check_kind, read_object
+from shnet_jax.untrusted import check_kind, read_object
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 MAX_ID = 10**6

@@ -23,8 +23,8 @@ from google.protobuf.message import DecodeError
 from shnet_jax.data.checksums import check_files
 from shnet_jax.data.errors import DataError
 from shnet_jax.data.index import REMEDY, Index, IndexBuilder, index_file, read_index
-from shnet_jax.foreign import read_object
 from shnet_jax.paths import to_path
+from shnet_jax.untrusted import read_object
 
 SENTENCEPIECE = "sentencepiece.model"
 _INFO, _FEATURES = "dataset_info.json", "features.json"

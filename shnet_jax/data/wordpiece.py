@@ -27,7 +27,7 @@ from shnet_jax.data.model_folder import (
     read_lines,
     vocabulary_faults,
 )
-from shnet_jax.foreign import read_object
+from shnet_jax.untrusted import read_object
 
 ROLES = {
     "pad_token": "[PAD]",

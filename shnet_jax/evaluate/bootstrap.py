@@ -15,8 +15,8 @@ import numpy as np
 
 from shnet_jax.evaluate.metrics import CUTS, DIRECTIONS, PERSON_METRICS, QueryRanks
 from shnet_jax.evaluate.ranks import check_captions
-from shnet_jax.foreign import read_npz
-from shnet_jax.observe.files import whole
+from shnet_jax.observe.files import atomic_path
+from shnet_jax.untrusted import read_npz
 
 LEVEL = 0.95
 DRAWS = 2000
@@ -96,7 +96,7 @@ def _recalls(sums: np.ndarray) -> np.ndarray:
 
 def save_queries(path: Path, queries: QueryRanks) -> None:
     """Writes the ranks of a run's queries, whole or not at all."""
-    with whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         arrays = zip((*RANKS, *PERSONS), dataclasses.astuple(queries), strict=True)
         np.savez(file, **{name: array for name, array in arrays if array is not None})
 

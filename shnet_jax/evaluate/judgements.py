@@ -17,7 +17,7 @@ import numpy as np
 
 from shnet_jax.data.records import DataSet
 from shnet_jax.evaluate.metrics import Relevant, relevant
-from shnet_jax.foreign import read_object
+from shnet_jax.untrusted import read_object
 
 PACKAGE = "eccv_caption"
 CXC_POSITIVE = {"image": 2.5, "caption": 3.0}  # ratings from here on are matches (Parekh et al., EACL 2021)

@@ -26,7 +26,7 @@ from shnet_jax.evaluate.ranks import Ranks, ranks
 from shnet_jax.evaluate.tiles import Side, Tile, Tiling, make_tiling, prefetch_one
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.observe.clock import Clock
-from shnet_jax.observe.files import whole, write_text
+from shnet_jax.observe.files import atomic_path, write_text
 from shnet_jax.observe.progress import Progress
 from shnet_jax.parallel.mapping import Mapped, map_specs, replicate
 from shnet_jax.types import DATA, Array, Embedding
@@ -357,7 +357,7 @@ def digest(tree: Any) -> str:
 
 def keep(path: Path, block: np.ndarray) -> None:
     """Writes scores atomically."""
-    with whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, block, allow_pickle=False)
 
 

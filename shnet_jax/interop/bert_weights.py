@@ -19,12 +19,12 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from shnet_jax.data.model_folder import below, read_lines
-from shnet_jax.foreign import check_kind, read_object
 from shnet_jax.interop import minilm
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
 from shnet_jax.interop.torch_weights import Slot, Slots, linear_slots, norm_slots, to_variables
 from shnet_jax.models.bert import BERT, EPSILON, TYPES
+from shnet_jax.untrusted import check_kind, read_object
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from shnet_jax.foreign import check_kind
 from shnet_jax.interop.torch_pickle import DTYPES, Storage, Tensor, Unpickler
+from shnet_jax.untrusted import check_kind
 
 MAX_PICKLE = 32 * 2**20
 """Largest pickle in bytes, without the arrays; that of a BERT with its optimiser is below 1 MB."""

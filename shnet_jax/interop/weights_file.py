@@ -13,8 +13,8 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from shnet_jax.foreign import check_kind
-from shnet_jax.observe.files import whole
+from shnet_jax.observe.files import atomic_path
+from shnet_jax.untrusted import check_kind
 
 FORMAT = "shnet_jax"
 COLLECTIONS = ("params", "batch_stats")
@@ -23,7 +23,7 @@ COLLECTIONS = ("params", "batch_stats")
 def write_weights(path: Path, variables: dict[str, Any], step: int) -> None:
     """Writes {"params", "batch_stats"} of training step `step`, whole or not at all."""
     flat = traverse_util.flatten_dict({name: variables[name] for name in COLLECTIONS}, sep="/")
-    with whole(path) as temporary:
+    with atomic_path(path) as temporary:
         save_file(flat, temporary, {"format": FORMAT, "step": str(step)})
 
 

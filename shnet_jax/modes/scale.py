@@ -18,12 +18,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from shnet_jax.foreign import read_object
 from shnet_jax.observe.files import sole_writer, write_json
 from shnet_jax.scaling.processes import FAILED, MEASURED, describe_machine, run_point
 from shnet_jax.scaling.report import write_report
 from shnet_jax.scaling.rows import Row, make_rows
 from shnet_jax.scaling.sweep import Point, Record, check_config, check_machine, point_config, settings_digest, sweep
+from shnet_jax.untrusted import read_object
 
 
 def scale(config: ConfigDict, workdir: str | Path) -> list[Row]:

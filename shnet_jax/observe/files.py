@@ -28,7 +28,7 @@ class FolderInUse(RuntimeError):
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yields the temporary name PATH.tmp to write to; it is renamed to `path` when the block ends without an error.
 
     An interrupted block leaves the previous file as it was; the folder must exist.
@@ -44,7 +44,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
-    with whole(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from shnet_jax.observe.files import whole
+from shnet_jax.observe.files import atomic_path
 
 FILE = "metrics.jsonl"
 KINDS = ("train", "eval")
@@ -140,7 +140,7 @@ def _drop_after(path: Path, step: int) -> None:
     """Rewrites the file without later steps and a torn end; at any moment one version is complete."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
-    with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

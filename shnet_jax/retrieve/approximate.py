@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.top_k import TopK, is_dot_product, top_k
-from shnet_jax.foreign import read_object
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.files import disk_faults, sole_writer, write_json
 from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.retrieve.vector_index import BUILDERS, VectorIndex, source_hash
 from shnet_jax.types import Embedding, Score
+from shnet_jax.untrusted import read_object
 
 KINDS = ("exact", *BUILDERS)
 SAMPLE, DEPTH = 256, 10  # queries whose first DEPTH results are compared with the exact ones

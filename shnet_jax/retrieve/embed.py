@@ -23,7 +23,7 @@ from shnet_jax.evaluate.encode import Tower, Towers, host_fields
 from shnet_jax.evaluate.tiles import prefetch_one
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe.clock import Clock
-from shnet_jax.observe.files import disk_faults, sole_writer, whole, write_json
+from shnet_jax.observe.files import atomic_path, disk_faults, sole_writer, write_json
 from shnet_jax.observe.progress import Progress
 from shnet_jax.retrieve import tensors
 from shnet_jax.retrieve.embeddings import FORMAT, IDS, SOURCE, Embeddings, make_ids, open_embeddings, read_source
@@ -124,7 +124,7 @@ def _encode(
         for number, part, embedding in prefetch_one(dispatched()):
             arrays = host_fields(embedding, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}
             path = _part(parts, side, number)
-            with whole(path) as temporary:
+            with atomic_path(path) as temporary:
                 save_file(arrays, temporary)
             clock.tick(part.valid)
             progress.update(number + 1, clock)
@@ -144,7 +144,7 @@ def assemble(parts: Path, side: str, count: int, path: Path) -> None:
             if name != "rows":
                 longest = np.maximum(shapes[name][0][1:], values.shape[1:]) if name in shapes else values.shape[1:]
                 shapes[name] = ((count, *map(int, longest)), values.dtype)
-    with whole(path) as temporary:
+    with atomic_path(path) as temporary:
         arrays, times = tensors.create(temporary, shapes), np.zeros(count, np.int8)
         for path_of_part in files:
             part = tensors.open_mapped(path_of_part)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from shnet_jax.data.records import DataSet
-from shnet_jax.foreign import read_object
 from shnet_jax.retrieve import tensors
 from shnet_jax.types import Embedding
+from shnet_jax.untrusted import read_object
 
 SIDES = ("images", "texts")
 SOURCE, IDS = "embeddings.json", "ids.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shnet_jax import foreign
+from shnet_jax import untrusted
 
 SUFFIXES = ("", ".jpg", ".jpeg", ".png", ".webp")
 SIDE = 320  # longest side of a photograph on the page, in pixels
@@ -76,13 +76,13 @@ def photograph(folder: Path, image_id: str) -> tuple[str, float] | None:
     Raises ValueError for a file that is no picture.
     """
     try:
-        paths = [foreign.inside(folder, f"{image_id}{suffix}") for suffix in SUFFIXES]
+        paths = [untrusted.inside(folder, f"{image_id}{suffix}") for suffix in SUFFIXES]
     except ValueError:  # an id of somebody else's data set must not bring a file from elsewhere into a page
         return None
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
-    return small(foreign.read_picture(path))
+    return small(untrusted.read_picture(path))
 
 
 def small(picture: Image.Image) -> tuple[str, float]:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.top_k import TopK
 from shnet_jax.observe.clock import Clock
-from shnet_jax.observe.files import whole
+from shnet_jax.observe.files import atomic_path
 from shnet_jax.observe.progress import Progress
 from shnet_jax.retrieve.embeddings import Embeddings
 
@@ -97,7 +97,7 @@ class FaissIndex:
             ) from None
         for _, block in _blocks(vectors, f"faiss {side}: block"):
             index.add(block)
-        with whole(path) as temporary:
+        with atomic_path(path) as temporary:
             faiss.write_index(index, str(temporary))
         return cls(index, search)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from shnet_jax import foreign, registry
+from shnet_jax import registry, untrusted
 from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.data.tokenise import kept_vocabulary, vocabulary_file
 from shnet_jax.experiment import Experiment, automatic
@@ -223,7 +223,7 @@ def trained_config(workdir: Path, user_config: ConfigDict | None = None) -> Conf
         raise WorkdirError(f"{workdir}: no vocabulary file; was the folder copied whole?")
     config = load_config(path)
     registry.check_known(_modules(path, config), str(path), [] if user_config is None else _modules(path, user_config))
-    config.tokenizer.path = str(foreign.inside(workdir, vocabulary.name))
+    config.tokenizer.path = str(untrusted.inside(workdir, vocabulary.name))
     return config
 
 
@@ -248,7 +248,7 @@ def save_config(config: ConfigDict | FrozenConfigDict, path: Path) -> None:
 def load_config(path: Path) -> ConfigDict:
     """A configuration saved by `save_config`. Raises WorkdirError for a file that is none."""
     try:
-        return ConfigDict(_tuples(foreign.read_object(path)))
+        return ConfigDict(_tuples(untrusted.read_object(path)))
     except (TypeError, ValueError, AttributeError) as error:  # also of names that a field cannot have
         raise WorkdirError(f"{path}: not the JSON of a configuration ({error})") from None
 

@@ -1,4 +1,4 @@
-"""Where the channels, corners and columns of foreign arrays are: the true value, or one error that names the flag."""
+"""Where the channels, corners and columns of untrusted arrays are: the true value, or one error that names the flag."""
 
 import base64
 

@@ -18,7 +18,7 @@ from data_prep.sources.hdf5 import Hdf5Features, read_index
 from data_prep.sources.npz import NpzFiles
 from data_prep.sources.units import UnitFiles
 from shnet_jax.data.records import open_dataset
-from shnet_jax.foreign import MAX_IMAGE_BYTES
+from shnet_jax.untrusted import MAX_IMAGE_BYTES
 
 FILES = ["COCO_val2014_000000000042.jpg", "000000000139.jpg"]
 NUMBERS = [42, 139]

@@ -1,1 +1,1 @@
-"""Throws damaged and hostile files at every parser of foreign files: `python -m tests.fuzz --help`."""
+"""Throws damaged and hostile files at every parser of untrusted files: `python -m tests.fuzz --help`."""

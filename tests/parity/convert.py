@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from configs import base, user_coco
 from shnet_jax import registry
-from shnet_jax.convert import load_published
 from shnet_jax.data.tokenise import SPECIAL
+from shnet_jax.modes.convert import load_published
 from tests.interop.torch_writer import save
 from tests.parity import shnet
 from tests.parity.compare import Fixture, Row, compare

@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 from configs import scaling as small
 from data_prep.scenes.write import main as importer
 from shnet_jax import api
-from shnet_jax.convert import load_run, write_run
 from shnet_jax.experiment import assemble
+from shnet_jax.modes.convert import load_run, write_run
 from shnet_jax.modes.cross import cross
 from shnet_jax.modes.evaluate import EVALUATION_LOCK, evaluate
 from shnet_jax.modes.scale import scale

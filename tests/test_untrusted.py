@@ -28,12 +28,12 @@ from data_prep.schema import DataError
 from data_prep.sources.bottom_up import BottomUp
 from data_prep.sources.panoptic import Panoptic, Upsnet
 from data_prep.sources.units import UnitFiles
-from shnet_jax import foreign, registry
-from shnet_jax.convert import load_folder
+from shnet_jax import registry, untrusted
 from shnet_jax.data.records import open_dataset
 from shnet_jax.interop import weights_file
 from shnet_jax.interop.bert_weights import read_tensors
 from shnet_jax.interop.torch_file import open_torch_file
+from shnet_jax.modes.convert import load_folder
 from shnet_jax.retrieve import pictures, tensors
 from shnet_jax.train.workdir import WorkdirError, save_config, trained_config
 
@@ -74,7 +74,7 @@ def test_a_pickle_in_an_array_is_not_loaded(read, tmp_path):
     else:
         np.savez(tmp_path / "0.npz", a=bomb)
         with pytest.raises(ValueError, match=r"0\.npz: .*Python objects"):
-            foreign.read_npz(tmp_path / "0.npz")
+            untrusted.read_npz(tmp_path / "0.npz")
     assert not trace.exists()
     pickle.loads(pickle.dumps(Bomb(trace)))
     assert trace.exists()  # it would have
@@ -105,7 +105,7 @@ def test_headers_that_say_what_is_not_so(data, tmp_path):
     assert peak(files.open_array, tmp_path / "0.npy") < 2**23
     with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:
         archive.writestr("a.npy", data)
-    assert peak(foreign.read_npz, tmp_path / "0.npz") < 2**23
+    assert peak(untrusted.read_npz, tmp_path / "0.npz") < 2**23
 
 
 def test_arrays_of_an_npz_are_those_that_were_saved(tmp_path):
@@ -117,7 +117,7 @@ def test_arrays_of_an_npz_are_those_that_were_saved(tmp_path):
         "scalar": np.array(7, ">i4"),
     }
     np.savez(tmp_path / "0.npz", **arrays)
-    found = foreign.read_npz(tmp_path / "0.npz")
+    found = untrusted.read_npz(tmp_path / "0.npz")
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype and not found[name].flags.writeable
@@ -131,24 +131,24 @@ def test_text_that_is_no_unicode(code, order, tmp_path):
     with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:
         archive.writestr("a.npy", header("(2,)", f"{order}U1", codes.tobytes()))
     with pytest.raises(ValueError, match=r"'a\.npy' holds text that is no Unicode"):
-        foreign.read_npz(tmp_path / "0.npz")
+        untrusted.read_npz(tmp_path / "0.npz")
 
 
 def test_compressed_arrays_are_read_up_to_a_bound(tmp_path):
     arrays = {"x": np.arange(600.0).reshape(20, 30), "y": np.zeros(10**6), "z": np.array([{}], object)}
     np.savez_compressed(tmp_path / "0.npz", **arrays)
-    found = foreign.read_npz(tmp_path / "0.npz", ("x", "absent"), 4928)
+    found = untrusted.read_npz(tmp_path / "0.npz", ("x", "absent"), 4928)
     assert found.keys() == {"x"}
     np.testing.assert_array_equal(found["x"], arrays["x"])
     with pytest.raises(ValueError, match="together have 4928 bytes, more than the 4927"):
-        foreign.read_npz(tmp_path / "0.npz", ("x",), 4927)
-    assert peak(foreign.read_npz, tmp_path / "0.npz", ("x", "y"), 10**6) < 10**6
+        untrusted.read_npz(tmp_path / "0.npz", ("x",), 4927)
+    assert peak(untrusted.read_npz, tmp_path / "0.npz", ("x", "y"), 10**6) < 10**6
     with pytest.raises(ValueError, match="is compressed"):
-        foreign.read_npz(tmp_path / "0.npz", ("x",))
+        untrusted.read_npz(tmp_path / "0.npz", ("x",))
     with zipfile.ZipFile(tmp_path / "0.npz", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("x.npy", header("(2,)", data=bytes(16)))
     with pytest.raises(ValueError, match=r"np\.savez_compressed does not use"):
-        foreign.read_npz(tmp_path / "0.npz", ("x",), 10**6)
+        untrusted.read_npz(tmp_path / "0.npz", ("x",), 10**6)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -157,7 +157,7 @@ def test_two_arrays_of_one_name(tmp_path):
         for _ in range(2):
             archive.writestr("x.npy", header("(2,)", data=bytes(16)))
     with pytest.raises(ValueError, match="two arrays of one name"):
-        foreign.read_npz(tmp_path / "0.npz")
+        untrusted.read_npz(tmp_path / "0.npz")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_two_arrays_of_one_name(tmp_path):
     ],
 )
 def test_a_file_of_another_kind_is_named(data, match, tmp_path):
-    for name, read in (("0.npy", foreign.open_npy), ("0.npz", foreign.read_npz)):
+    for name, read in (("0.npy", untrusted.open_npy), ("0.npz", untrusted.read_npz)):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=rf"{name}: expected .*{match}"):
             read(tmp_path / name)
@@ -186,18 +186,18 @@ def test_a_map_without_cells(tmp_path):
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
     np.savez_compressed(tmp_path / "0.npz", a=np.zeros(10**7))
     assert (tmp_path / "0.npz").stat().st_size < 10**5
-    assert peak(foreign.read_npz, tmp_path / "0.npz") < 2**23
+    assert peak(untrusted.read_npz, tmp_path / "0.npz") < 2**23
     with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:  # two entries of the directory for the same bytes
         archive.writestr("a.npy", header("(1000,)", data=bytes(8000)))
         archive.filelist.append(copy.copy(archive.filelist[0]))
         archive.filelist[1].filename = "b.npy"
     with pytest.raises(ValueError, match=r"should be larger than the file|[Oo]verlap"):
-        foreign.read_npz(tmp_path / "0.npz")
+        untrusted.read_npz(tmp_path / "0.npz")
     with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:
-        for number in range(foreign.MAX_ARRAYS + 1):
+        for number in range(untrusted.MAX_ARRAYS + 1):
             archive.writestr(f"{number}.npy", b"")
     with pytest.raises(ValueError, match="1001 arrays, more than 1000"):
-        foreign.read_npz(tmp_path / "0.npz")
+        untrusted.read_npz(tmp_path / "0.npz")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_numbers_of_a_kind_that_is_not_known(code, tmp_path):
 def test_json_that_is_none(text, tmp_path):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1" if "\xff" in text else "utf-8"))
     with pytest.raises(ValueError, match=r"a\.json: expected JSON"):
-        foreign.read_object(tmp_path / "a.json")
+        untrusted.read_object(tmp_path / "a.json")
     with pytest.raises(DataError, match=r"a\.json: expected JSON"):
         captions.read(f"train={tmp_path / 'a.json'}")
 
@@ -243,22 +243,22 @@ def test_json_that_is_none(text, tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le"])
 def test_json_in_every_encoding(encoding, tmp_path):
     (tmp_path / "a.json").write_bytes('{"ä": "犬"}'.encode(encoding))
-    assert foreign.read_object(tmp_path / "a.json") == {"ä": "犬"}
+    assert untrusted.read_object(tmp_path / "a.json") == {"ä": "犬"}
 
 
 @pytest.mark.parametrize(("text", "what"), [('{"a": [1, 2', "a file that is cut off"), ("a: 1", "other text")])
 def test_json_that_is_cut_off_is_told_from_other_text(text, what, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=rf"a\.json: expected JSON, found {what}: "):
-        foreign.read_json(tmp_path / "a.json")
+        untrusted.read_json(tmp_path / "a.json")
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 READERS = {
-    "json": foreign.read_json,
-    "npy": foreign.open_npy,
-    "npz": foreign.read_npz,
-    "picture": foreign.read_picture,
+    "json": untrusted.read_json,
+    "npy": untrusted.open_npy,
+    "npz": untrusted.read_npz,
+    "picture": untrusted.read_picture,
     "torch": open_torch_file,
     "weights": weights_file.read_weights,
     "lines": files.read_lines,
@@ -351,14 +351,14 @@ def folder(tmp_path):
 @pytest.mark.parametrize("name", [*AWAY, "nul\0", "half \ud800", "", ".", "./"])
 def test_names_that_lead_out_of_a_folder(name, folder):
     with pytest.raises(ValueError, match="folder"):
-        foreign.inside(folder, name)
+        untrusted.inside(folder, name)
 
 
 def test_names_that_stay_in_a_folder(folder, tmp_path):
     for name in ("good", "within", "a/b.jpg", "..a", "犬.jpg"):
-        assert foreign.inside(folder, name) == folder / name
+        assert untrusted.inside(folder, name) == folder / name
     (tmp_path / "other").symlink_to(folder)  # a folder that is a link itself
-    assert foreign.inside(tmp_path / "other", "good").is_file()
+    assert untrusted.inside(tmp_path / "other", "good").is_file()
 
 
 @pytest.fixture
@@ -379,9 +379,9 @@ def test_blobs_of_a_hub_cache_are_read_through_its_snapshot(hub, tmp_path):
     _, snapshot = hub
     assert UnitFiles(snapshot, "grid").read("0.jpg")["grid"].shape == (2, 3)
     assert UnitFiles(snapshot / "sub", "grid").read("1")["grid"].shape == (2, 3)
-    assert foreign.inside(snapshot, "sub/1.npy").is_file()
+    assert untrusted.inside(snapshot, "sub/1.npy").is_file()
     (tmp_path / "mine").symlink_to(snapshot)
-    assert foreign.inside(tmp_path / "mine", "0.npy").is_file()
+    assert untrusted.inside(tmp_path / "mine", "0.npy").is_file()
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_links_that_only_look_like_a_hub_cache(change, hub, tmp_path):
             folder, name = repository / "snapshots", "1.npy"
             (folder / name).symlink_to("../blobs/f00d")
     with pytest.raises(ValueError, match="leads out of this folder by a link"):
-        foreign.inside(folder, name)
+        untrusted.inside(folder, name)
 
 
 @pytest.mark.parametrize("name", [name for name in AWAY if name])
