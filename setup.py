@@ -1,5 +1,6 @@
 """Packaging of shnet_jax: metadata, tested version ranges and optional extras."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -55,16 +56,26 @@ EXTRAS = FORMATS | {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # also the compiler of --mode=plan, which needs no TPU
 }
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "shnet_jax" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+# A checkout has configs/ and data_prep/ beside shnet_jax/. An installation has them inside it, as their names are too
+# common for site-packages; shnet_jax/bundled.py finds them in both.
+BUNDLED = {f"shnet_jax._bundled.{name}": name for name in ("configs", "data_prep")}
+PACKAGES = find_packages(include=["shnet_jax", "shnet_jax.*"])
+PACKAGES += [f"shnet_jax._bundled.{name}" for name in find_packages(include=["configs", "data_prep", "data_prep.*"])]
+
 setup(
     name="shnet_jax",
-    version="0.1.0",
+    version=VERSION,
     description="Image-sentence retrieval from precomputed visual features in JAX/Flax",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["shnet_jax", "shnet_jax.*", "configs", "data_prep", "data_prep.*"]),
-    py_modules=["main"],
+    packages=PACKAGES,
+    package_dir=BUNDLED,
+    entry_points={"console_scripts": ["shnet = shnet_jax.cli:run"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

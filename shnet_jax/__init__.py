@@ -12,15 +12,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shnet_jax.api import Retriever, load
+    from shnet_jax.api import Retriever, evaluate, get_config, load, open_dataset, study, train
 
-__all__ = ["Retriever", "load"]
+__version__ = "0.1.0"
+_LAZY = ("Retriever", "evaluate", "get_config", "load", "open_dataset", "study", "train")
+__all__ = ["Retriever", "__version__", "evaluate", "get_config", "load", "open_dataset", "study", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `Retriever`, imported when they are asked for: importing the package alone costs nothing."""
-    if name in __all__:
+    """A name of `shnet_jax.api`, imported when it is asked for: importing the package alone costs nothing."""
+    if name in _LAZY:
         from shnet_jax import api
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""A trained model in a few lines of Python: `shnet_jax.load` and the `Retriever` that it returns."""
+"""The project in a few lines of Python: train, evaluate, study, and `load`, which returns a `Retriever`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,64 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from shnet_jax import bundled
 from shnet_jax.data.fields import checked_fields
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.data.records import DataSet
 from shnet_jax.evaluate.encode import Towers, encode_parts
 from shnet_jax.evaluate.pair_scores import digest
+from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.rerank import candidates
+from shnet_jax.modes.evaluate import evaluate_checkpoint
+from shnet_jax.modes.study import Run
+from shnet_jax.modes.study import study as run_study
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.paths import to_path
 from shnet_jax.retrieve.embeddings import SOURCE, Embeddings, make_ids, open_embeddings
 from shnet_jax.retrieve.searcher import Answer, Searcher, encode_texts
+from shnet_jax.stored_config import get_config as stored_config
 from shnet_jax.train.load import Loaded
 from shnet_jax.train.load import load as load_trained
-from shnet_jax.train.workdir import trained_config
+from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.types import Embedding
+
+
+def get_config(name: str) -> ConfigDict:
+    """The configuration of a bundled name ("demo", "shnet:region,f30k") or of a file, as the flag `--config` takes it.
+
+    Raises ValueError that names near ones when there is none.
+    """
+    return bundled.get_config(name)
+
+
+def train(config: ConfigDict | str, workdir: str | Path) -> Results:
+    """Trains in `workdir`, or continues there; returns the last validation result, whose `.metrics` has the numbers.
+
+    config: a configuration, or what `get_config` takes.
+    Raises what `train.loop.train_and_evaluate` raises.
+    """
+    return train_and_evaluate(get_config(config) if isinstance(config, str) else config, to_path(workdir))
+
+
+def evaluate(workdir: str | Path, config: ConfigDict | None = None, split: str = "") -> Results:
+    """Evaluates a checkpoint of a run; `.metrics` of the result has the numbers, `.card` the protocol.
+
+    Args:
+      workdir: the work folder of the run.
+      config: its sections data, eval and parallel say how; None: the configuration of the run.
+      split: split of the data set; "": config.eval.split.
+
+    Raises:
+      ValueError, WorkdirError, CheckpointError: there is no such run, or it does not fit the data set.
+    """
+    config = ConfigDict((stored_config(str(to_path(workdir))) if config is None else config).to_dict())
+    config.eval.split = split or config.eval.split
+    return evaluate_checkpoint(config, to_path(workdir))
+
+
+def study(config: ConfigDict | str, workdir: str | Path) -> dict[str, list[Run]]:
+    """Trains and compares config.study.arms below `workdir`; returns the runs of each arm, `.results` of each."""
+    return run_study(get_config(config) if isinstance(config, str) else config, to_path(workdir))
 
 
 def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None = None) -> Retriever:
@@ -37,24 +81,14 @@ def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None 
 
     Raises:
       FileNotFoundError, ValueError, WorkdirError, CheckpointError: there is nothing to load, or it does not fit.
-      ValueError: the run is older than fields that are needed now, and config is None.
     """
     path = to_path(path)
     workdir, step = path, None
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         workdir, step = path.parent.parent, int(path.name)
-    from_run = config is None
-    config = ConfigDict((trained_config(workdir) if config is None else config).to_dict())
+    config = ConfigDict((stored_config(str(workdir)) if config is None else config).to_dict())
     config.data.dir = str(data_dir) or config.data.dir
-    try:
-        return Retriever(load_trained(workdir, config, step), config)
-    except AttributeError as error:
-        if not from_run or "ConfigDict" not in type(error.obj).__name__:
-            raise
-        raise ValueError(
-            f"{workdir}: the run is older than the field {error.name!r}; give config=, that of its file in configs/, "
-            "which has the younger fields"
-        ) from None
+    return Retriever(load_trained(workdir, config, step), config)
 
 
 class Retriever:

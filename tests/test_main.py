@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from shnet_jax import bundled, cli, stored_config
+from shnet_jax.train.workdir import CONFIG, save_config
 from tests.patience import PATIENCE
 from tests.train import tiny
 
@@ -37,7 +41,7 @@ def main(*flags):
         (["train"], "unexpected arguments: train"),
         (["--query=snow", "--mode=embed"], "--query belongs to --mode=search, not to --mode=embed"),
         (["--target=gpu"], "--target belongs to --mode=plan, not to --mode=train"),
-        (["--workdir="], "--workdir is empty: give the folder of the run"),
+        (["--workdir="], "--workdir is missing or empty: give the folder of the run"),
     ],
 )
 def test_mistakes_in_flags(flags, message, tmp_path):
@@ -51,10 +55,13 @@ def test_mistakes_in_flags(flags, message, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([DEMO], "Flag --workdir must have a value"),
-        (["--workdir=runs/x"], "Flag --config must have a value"),
-        (["--workdir=runs/x", "--config=configs/dmo.py"], "No such file or directory: 'configs/dmo.py'"),
-        (["--workdir=runs/x", "--config=configs/dmo.py", "--config.seed=1"], "configs/dmo.py"),
+        ([DEMO], "--workdir is missing or empty: give the folder of the run"),
+        (["--workdir=runs/x"], "--config is missing: a bundled name or a file, as in: shnet train --config=demo"),
+        (["--workdir=runs/x", "--config=configs/dmo.py"], "configs/dmo.py: no such file, and no bundled configuration"),
+        (["--workdir", "runs/x", "--config", "dmo", "--config.seed=1"], "did you mean demo?"),
+        (["eval", "--workdir=runs/none"], "runs/none: no config.json; not the work folder of a training run; give"),
+        (["serach"], "serach: no such mode; did you mean search?"),
+        (["zzz"], "zzz: no such mode; modes: train, eval, "),
     ],
 )
 def test_missing_flags(flags, message):
@@ -69,8 +76,8 @@ def test_a_colon_in_the_path_of_a_configuration(tmp_path):
     path.write_text("")
     done = main(f"--config={path}", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith(
-        "a:b.py: expected a path without ':'; copy the file, or call it by a relative path"
+    assert done.stderr == (
+        f"error: --config={path}: expected a path without ':'; copy the file, or call it by a relative path\n"
     )
 
 
@@ -92,8 +99,43 @@ def test_a_fault_in_the_configuration_file_shows_where(tmp_path):
 
 def test_help():
     done = main("--help")
-    assert "--config.train.epochs=4" in done.stdout and "--workdir" in done.stdout and "<train|eval" in done.stdout
-    assert not done.stderr
+    assert all(f"\n  {name:9}" in done.stdout for name in cli.MODES) and not done.stderr
+    of_search = main("search", "--help").stdout
+    assert "--query " in of_search and "--top_k " in of_search and "--target " not in of_search
+
+
+@pytest.mark.parametrize("name", cli.MODES)
+def test_the_example_of_each_mode_is_right(name):
+    """Its flags are known, and it names a configuration where the mode needs one."""
+    mode = cli.MODES[name]
+    given = {flag.partition("=")[0].lstrip("-") for flag in shlex.split(mode.example)}
+    fields = {flag.removeprefix("config.") for flag in given if flag.startswith("config.")}
+    assert {"workdir"} <= given and ("config" in given) == mode.configured
+    assert given - {f"config.{field}" for field in fields} <= {"config", "workdir", *mode.own_flags}
+    base = bundled.get_config("base")
+    assert all(name in base[section] for section, _, name in (field.partition(".") for field in fields))
+
+
+def test_a_run_gives_its_own_configuration(tmp_path):
+    """Younger fields of the model are off, as they were; those of the tools have their defaults; another tower is not
+    taken up unasked."""
+    config = bundled.get_config("demo")
+    del config.search.nprobe, config.optim.ema
+    config.eval.tile = 7
+    save_config(config, tmp_path / CONFIG)
+    (tmp_path / "vocabulary.model").write_bytes(b"x")
+    stored = stored_config.get_config(str(tmp_path))
+    base = bundled.get_config("base")
+    assert stored.eval.tile == 7 and stored.search.nprobe == base.search.nprobe and stored.optim.ema == 0
+    assert stored.tokenizer.path == str(tmp_path / "vocabulary.model")
+    config.text.tower = "somebody.elses"
+    save_config(config, tmp_path / CONFIG)
+    with pytest.raises(ValueError, match="somebody"):
+        stored_config.get_config(str(tmp_path))
+    with pytest.raises(ValueError, match=f"runs below it: {tmp_path / 'a'}$"):
+        shutil.copytree(tmp_path, tmp_path / "a")
+        (tmp_path / CONFIG).unlink()
+        stored_config.get_config(str(tmp_path))
 
 
 @pytest.mark.parametrize("debug", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -104,7 +146,8 @@ def test_faults_of_the_run(debug, tmp_path):
     assert f"{str(tmp_path / 'nothing')!r}: no such folder" in done.stderr
     assert ("Traceback" in done.stderr) == debug
     if not debug:
-        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+        about, error = done.stderr.splitlines()
+        assert " train: 8 x cpu, 1 process, work folder " in about and error.startswith("error: ")
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import main
 from configs import base
 from data_prep import from_bottom_up, from_grid_feats
+from shnet_jax import cli as main
+from shnet_jax.bundled import config_path
 from shnet_jax.data.records import open_dataset
 from shnet_jax.paths import expand, named_paths, to_path, to_paths
 
@@ -79,7 +80,8 @@ def test_lists_of_folders_in_flags(home, flag):
 
 
 def test_home_in_flags_and_fields(home):
-    assert main._with_paths("--config=~/a=1,b.py") == f"--config={home}/a=1,b.py"
+    (home / "a=1,b.py").write_text("")
+    assert config_path("~/a=1,b.py") == f"{home}/a=1,b.py"
     assert main._with_paths("--workdir=~/r") == f"--workdir={home}/r"
     assert main._with_paths("--query=~ about") == "--query=~ about"
     config = base.get_config()
@@ -89,7 +91,7 @@ def test_home_in_flags_and_fields(home):
 
 
 def test_the_command_takes_such_paths(home):
-    root = Path(main.__file__).parent
+    root = Path(main.__file__).parents[1]
     (home / "a=1,b").mkdir()
     (home / "a=1,b" / "c.py").write_text("from configs import demo\n\n\nget_config = demo.get_config\n")
     flags = ["--config=~/a=1,b/c.py", "--workdir=~/run=1,2", "--config.data.dir=~/d=1,2", "--mode=cross"]

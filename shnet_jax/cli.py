@@ -1,0 +1,363 @@
+"""Command line: `shnet MODE FLAGS`, also `python -m shnet_jax MODE FLAGS` and `python main.py --mode=MODE FLAGS`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging as python_logging
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+import shnet_jax
+from shnet_jax import bundled
+from shnet_jax.observe.terminal import make_output_safe
+from shnet_jax.paths import expand, to_paths
+
+log = python_logging.getLogger(__name__)
+
+
+class Mode(NamedTuple):
+    """A mode of the command line.
+
+    target: "module:function", called with the configuration and the work folder.
+    configured: whether it needs `--config`; other modes take the configuration of the run in `--workdir`.
+    own_flags: flags that belong to this mode alone; each is an argument of the function.
+    """
+
+    target: str
+    help: str
+    example: str
+    configured: bool = False
+    own_flags: tuple[str, ...] = ()
+
+
+MODES = {
+    "train": Mode(
+        "shnet_jax.modes.train:train",
+        "train a model, or continue a run",
+        "--config=demo --workdir=runs/one",
+        configured=True,
+    ),
+    "eval": Mode(
+        "shnet_jax.modes.evaluate:evaluate",
+        "evaluate a checkpoint, or an ensemble",
+        "--workdir=runs/one --config.eval.split=test",
+    ),
+    "study": Mode(
+        "shnet_jax.modes.study:study",
+        "train and compare the arms of a configuration",
+        "--config=demo --workdir=runs/demo",
+        configured=True,
+    ),
+    "search": Mode(
+        "shnet_jax.modes.search:search",
+        "find images by words, captions by an image",
+        "--workdir=runs/one --query='a red star above the sea'",
+        own_flags=("query", "query_file", "image_id", "top_k"),
+    ),
+    "page": Mode(
+        "shnet_jax.modes.page:page",
+        "write an HTML page: hits, failures, highlighting",
+        "--workdir=runs/one --config.page.pictures=photos",
+    ),
+    "embed": Mode(
+        "shnet_jax.modes.embed:embed",
+        "write the vectors of a split",
+        "--workdir=runs/one --config.search.split=test",
+    ),
+    "cross": Mode(
+        "shnet_jax.modes.cross:cross",
+        "evaluate every run on every data set",
+        "--workdir=runs/cross --config.cross.runs=runs/a,runs/b --config.cross.data_dirs=sets/a,sets/b",
+    ),
+    "plan": Mode(
+        "shnet_jax.modes.plan:plan",
+        "time and memory of a step, on devices you do not have yet",
+        "--config=base --workdir=runs/plan --target=tpu:v5e:4x4",
+        configured=True,
+        own_flags=("target",),
+    ),
+    "scale": Mode(
+        "shnet_jax.modes.scale:scale",
+        "measure the step over devices, batches, losses, precisions",
+        "--config=scaling --workdir=runs/scaling",
+        configured=True,
+    ),
+    "convert": Mode(
+        "shnet_jax.modes.convert:convert",
+        "import published weights, or export a run",
+        "--workdir=runs/one --config.convert.to=exported",
+    ),
+}
+DATA = ("data", "import features and captions, check a data set", "photos_or_features")
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration: a bundled name or a file. Any field is a flag: --config.train.epochs=4."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
+MODE = flags.DEFINE_enum("mode", "train", [*MODES], "; ".join(f"{name}: {mode.help}" for name, mode in MODES.items()))
+flags.DEFINE_string("target", "", "Devices that plan compiles for: tpu:v5e:4x4, tpu:v4:2x2x2, gpu or cpu:8.")
+flags.DEFINE_string("query", "", "Words that search looks for.")
+flags.DEFINE_string("query_file", "", "File of queries, one a line.")
+flags.DEFINE_string("image_id", "", "Image of the split, to search for its captions and images like it.")
+flags.DEFINE_integer("top_k", 10, "Results of search for each query.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join a job of several processes; on a TPU pod, under Slurm and on Kubernetes the next three are found.",
+)
+COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, the same in all processes.")
+PROCESSES = flags.DEFINE_integer("process_count", 0, "Processes of the job.")
+PROCESS = flags.DEFINE_integer("process_id", -1, "This process, 0 to process_count - 1.")
+HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_seconds", 60, "Seconds without a sign of life after which a process counts as dead and all others end."
+)
+
+PATH_FLAGS = ("workdir", "query_file")
+PATH_LISTS = ("config.eval.ensemble", "config.cross.runs", "config.cross.data_dirs")
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
+"""Device files of TPUs and of NVIDIA's and AMD's GPUs (under WSL: dxg)."""
+
+
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command of `argv` (the process's by default) and exits with its status."""
+    make_output_safe()
+    bundled.make_importable()
+    program, *arguments = sys.argv if argv is None else argv
+    first = arguments[0] if arguments else "--help"
+    if first == "--version":
+        print(f"shnet_jax {shnet_jax.__version__}")
+        sys.exit(0)
+    if first in ("help", "-h", "--help"):
+        print(overview())
+        sys.exit(0)
+    if first == "data":
+        sys.argv = ["shnet data", *arguments[1:]]
+        runpy.run_module("data_prep", run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    if first in MODES:
+        if {"-h", "--help"} & {*arguments}:
+            print(mode_help(first))
+            sys.exit(0)
+        arguments[0] = f"--mode={first}"
+    elif not first.startswith("-"):
+        near = difflib.get_close_matches(first, [*MODES, "data"], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"modes: {', '.join([*MODES, 'data'])}"
+        _fail(f"{first}: no such mode; {hint}", 2)
+    _choose_platform()
+    app.run(main, argv=[program, *arguments], flags_parser=parse_flags)
+    raise AssertionError("app.run exits")
+
+
+def overview() -> str:
+    """The modes with one example each, for `shnet` and `shnet --help`."""
+    modes = [(name, mode.help, mode.example) for name, mode in MODES.items()] + [DATA]
+    lines = [f"  {name:9}{text}\n           shnet {name} {example}" for name, text, example in modes]
+    return "\n".join(
+        [
+            "Image-sentence retrieval from precomputed features.",
+            "",
+            "usage: shnet MODE --workdir=FOLDER [--config=NAME_OR_FILE] [--config.FIELD=VALUE ...]",
+            "",
+            *lines,
+            "",
+            "shnet MODE --help: the flags of a mode. shnet --version. shnet train --helpfull: every flag.",
+            "--config takes a bundled name (demo, base, ...) or a file of yours; eval, search, page, embed and convert",
+            "read the run's own. Every field of a configuration is a flag; configs/base.py documents them.",
+        ]
+    )
+
+
+def mode_help(name: str) -> str:
+    """The flags of a mode, with its example."""
+    mode = MODES[name]
+    shown = ["config", "workdir", *mode.own_flags]
+    if name in ("train", "eval"):
+        shown += ["distributed", "coordinator_address", "process_count", "process_id", "heartbeat_seconds"]
+    lines = [f"  --{flag:21}{flags.FLAGS[flag].help}" for flag in shown]
+    needed = "needed" if mode.configured else "by default the configuration of the run in --workdir"
+    return "\n".join(
+        [
+            f"shnet {name}: {mode.help}",
+            "",
+            f"  shnet {name} {mode.example}",
+            "",
+            *lines,
+            "",
+            f"--config: {needed}. Fields of a configuration: {bundled.CONFIGS / 'base.py'}",
+        ]
+    )
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads the command line; a mistake in it is one line and exit status 2."""
+    try:
+        argv = _with_config([_with_paths(argument) for argument in _joined(argv)])
+        rest = flags.FLAGS(argv)
+        if not WORKDIR.value:
+            _fail("--workdir is missing or empty: give the folder of the run", 2)
+        for name, mode in MODES.items():
+            for flag in mode.own_flags:
+                if flags.FLAGS[flag].present and MODE.value != name:
+                    _fail(f"--{flag} belongs to --mode={name}, not to --mode={MODE.value}", 2)
+        _expand_paths(CONFIG.value)  # ml_collections tells of a file that it could not open when a field is read
+    except (flags.Error, OSError, ValueError) as error:
+        _fail(" ".join(str(error).split()), 2)
+    except (AttributeError, KeyError, TypeError):
+        unknown = _unknown_field(argv)
+        if unknown is None:  # a fault in the configuration file: its author wants to see where
+            raise
+        _fail(unknown, 2)
+    if len(rest) > 1:
+        _fail(f"unexpected arguments: {' '.join(rest[1:])}", 2)
+    return rest
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """The command line with `--config X`, `--workdir X` and `--mode X` as one argument each."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1].lstrip("-") in ("config", "workdir", "mode") and joined[-1].startswith("-"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """The command line with the file of a bundled configuration, or of the run in --workdir where it names none.
+
+    Raises ValueError when there is neither, before any other flag is read.
+    """
+    given = {argument.partition("=")[0].lstrip("-"): argument.partition("=")[2] for argument in argv[1:]}
+    name = given.get("mode", MODE.default)
+    if "config" in given:
+        path = bundled.config_path(given["config"])
+        return [f"--config={path}" if re.match("--?config=", argument) else argument for argument in argv]
+    if not given.get("workdir") or name not in MODES:
+        return argv  # absl, or the caller, says what is missing
+    if MODES[name].configured or given.get("config.convert.source"):
+        raise ValueError(f"--config is missing: a bundled name or a file, as in: shnet {name} {MODES[name].example}")
+    # An evaluation of several runs has a folder of its own for results, and is configured as the first of them.
+    several = given.get("config.eval.ensemble") or given.get("config.cross.runs")
+    workdir = re.findall(r"[^\s,()\[\]'\"]+", several)[0] if several else given["workdir"]
+    from shnet_jax import stored_config
+
+    stored_config.get_config(workdir)  # a folder without a run is told of here, as ml_collections adds its stack
+    return [*argv, f"--config={stored_config.__file__}:{workdir}"]
+
+
+def _with_paths(argument: str) -> str:
+    """The argument with `~` as the home folder, and a list of paths by commas as the tuple that its flag expects."""
+    name, equals, value = argument.partition("=")
+    flag = name.lstrip("-")
+    if flag in PATH_FLAGS:
+        value = expand(value)
+    elif flag in PATH_LISTS and value and value[0] not in "([\"'":
+        value = repr(tuple(map(str, to_paths(value))))
+    return f"{name}{equals}{value}"
+
+
+def _expand_paths(config: ConfigDict) -> None:
+    """`~` as the home folder in every field: no other text begins with it."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _expand_paths(value)
+        elif isinstance(value, str) and value.startswith("~"):
+            config[name] = expand(value)
+        elif isinstance(value, tuple) and any(isinstance(part, str) and part.startswith("~") for part in value):
+            config[name] = tuple(expand(part) if isinstance(part, str) else part for part in value)
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+    """Error message for the first --config.a.b that names no field; None when all of them do."""
+    text = "\n".join(argv)
+    files = re.findall(r"(?m)^--?config=(.*)$", text)
+    try:
+        config = bundled.get_config(files[-1]) if files else ConfigDict()
+    except ValueError as error:
+        return str(error)
+    for path in re.findall(r"(?m)^--?(?:no)?config\.([^=\n]+)", text):
+        node = config
+        for name in path.split("."):
+            if not isinstance(node, ConfigDict):
+                return f"--config.{path}: {name!r} is asked of a value, not of a section"
+            if name not in node:
+                near = difflib.get_close_matches(name, node.keys(), n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(node.keys())}"
+                return f"--config.{path}: no field {name!r}; {hint}"
+            node = node[name]
+    return None
+
+
+def _choose_platform() -> None:
+    """Keeps JAX from looking for accelerators where Linux shows none: libtpu would, for seconds and with 10 lines."""
+    seen = any(Path("/").glob(pattern.lstrip("/")) for pattern in ACCELERATORS)
+    if sys.platform == "linux" and not seen:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _unraisable(fault: Any) -> None:
+    """Without what TensorStore's threads say after a write that failed, which is told once and as an error."""
+    if str(fault.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(fault)
+
+
+class _Plain(python_logging.Formatter):
+    """Log lines as "12:04:31 text"; warnings say that they are."""
+
+    def format(self, record: python_logging.LogRecord) -> str:
+        level = "" if record.levelno < python_logging.WARNING else f"{record.levelname.lower()}: "
+        text = f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the mode; faults that a user can mend are printed as one message, without a traceback (-v=1 shows it)."""
+    del argv
+    debug = logging.get_verbosity() >= logging.DEBUG
+    if not debug:
+        logging.set_verbosity(logging.WARNING)  # orbax and TFDS report every step at INFO
+        logging.get_absl_handler().setFormatter(_Plain())
+        sys.unraisablehook = _unraisable
+    python_logging.getLogger("shnet_jax").setLevel(python_logging.INFO)
+    # Late, so that --help and mistakes in flags are quick.
+    from shnet_jax.observe.banner import banner, unused_accelerator
+    from shnet_jax.observe.files import FolderInUse, describe
+    from shnet_jax.parallel import hosts
+    from shnet_jax.train.checkpoint import CheckpointError
+    from shnet_jax.train.loop import NonFiniteLoss
+    from shnet_jax.train.workdir import WorkdirError
+
+    mode = MODES[MODE.value]
+    module, function = mode.target.split(":")
+    call: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    try:
+        if DISTRIBUTED.value and MODE.value not in ("train", "eval"):
+            raise ValueError(f"--distributed is for the modes train and eval, --mode is {MODE.value}")
+        if not DISTRIBUTED.value and (COORDINATOR.value or PROCESSES.value or PROCESS.value >= 0):
+            raise ValueError("--coordinator_address, --process_count and --process_id belong to --distributed")
+        if DISTRIBUTED.value:
+            hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
+        if hosts.is_first():
+            log.info("%s", banner(MODE.value, WORKDIR.value))
+            if warning := unused_accelerator():
+                log.warning("%s", warning)
+        call(CONFIG.value, str(WORKDIR.value), **{flag: flags.FLAGS[flag].value for flag in mode.own_flags})
+    except (ValueError, OSError, CheckpointError, FolderInUse, NonFiniteLoss, WorkdirError) as error:
+        if debug:
+            raise
+        _fail(f"{describe(error) if isinstance(error, OSError) else error} (-v=1 shows where)", 1)

@@ -1,0 +1,38 @@
+"""Configuration of a run that is there: `--config=shnet_jax/stored_config.py:WORKDIR`, the default of many modes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from shnet_jax.bundled import get_config as bundled_config
+from shnet_jax.train.workdir import CONFIG, WorkdirError, complete, trained_config
+
+TOOLS = ("eval", "search", "page", "cross", "convert", "plan", "scale", "study")
+"""Sections that say what is done with a trained model; the run's own choice, younger fields by their default."""
+
+
+def get_config(workdir: str) -> ConfigDict:
+    """The configuration that trained the run in `workdir`, with the fields that are younger than it.
+
+    Younger fields of the model and of training are off, as they were then. Younger fields of the tools have their
+    defaults. Raises ValueError when there is no run, with what lies there instead.
+    """
+    folder = Path(workdir)
+    try:
+        saved = trained_config(folder)
+    except WorkdirError as error:
+        raise ValueError(f"{error}{_runs_below(folder)}") from None
+    base = bundled_config("base")
+    for section in TOOLS:
+        saved[section] = ConfigDict(base[section].to_dict() | saved.get(section, ConfigDict()).to_dict())
+    return complete(saved, base)
+
+
+def _runs_below(folder: Path) -> str:
+    runs = sorted({path.parent for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/{CONFIG}")})
+    if not runs:
+        return "; give the --workdir of a run, or --config"
+    more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+    return f"; runs below it: {', '.join(map(str, runs[:3]))}{more}"
