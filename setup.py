@@ -36,6 +36,8 @@ FORMATS = {
 }
 ALL_FORMATS = [requirement for reader in FORMATS.values() for requirement in reader]
 
+SERVE = ["starlette>=1,<2", "uvicorn>=0.40,<1"]
+
 EXTRAS = FORMATS | {
     "beam": ["apache-beam>=2.77,<3"],  # data_prep.extract on many machines
     "dev": [
@@ -47,12 +49,14 @@ EXTRAS = FORMATS | {
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",
+        *SERVE,
     ],
     "extract": ["torch>=2.13,<3", "transformers>=5.23,<6"],  # data_prep.extract: features from photographs
     "faiss": ["faiss-cpu>=1.9,<2"],  # config.search.index="faiss"
     "formats": ALL_FORMATS,
     "fuzz": ["atheris>=3,<4"],  # python -m tests.fuzz --engine=atheris; on Linux
     "milvus": ["pymilvus>=2.5,<4", "milvus-lite>=2.5,<4"],  # config.search.index="milvus"
+    "serve": SERVE,  # shnet serve
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # also the compiler of --mode=plan, which needs no TPU
 }
 

@@ -63,6 +63,12 @@ MODES = {
         "--workdir=runs/one --query='a red star above the sea'",
         own_flags=("query", "query_file", "image_id", "top_k"),
     ),
+    "serve": Mode(
+        "shnet_jax.modes.serve:serve",
+        "search in the browser, and as JSON",
+        "--workdir=runs/one --config.page.pictures=photos",
+        own_flags=("host", "port"),
+    ),
     "page": Mode(
         "shnet_jax.modes.page:page",
         "write an HTML page: hits, failures, highlighting",
@@ -109,6 +115,8 @@ flags.DEFINE_string("query", "", "Words that search looks for.")
 flags.DEFINE_string("query_file", "", "File of queries, one a line.")
 flags.DEFINE_string("image_id", "", "Image of the split, to search for its captions and images like it.")
 flags.DEFINE_integer("top_k", 10, "Results of search for each query.")
+flags.DEFINE_string("host", "127.0.0.1", "Address that serve listens at; the default is for this machine alone.")
+flags.DEFINE_integer("port", 8765, "Port of serve; 0: a free one.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,

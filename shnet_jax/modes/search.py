@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.encode import Towers
+from shnet_jax.evaluate.encode import Tower, Towers
 from shnet_jax.evaluate.rerank import candidates
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.files import write_json
@@ -18,7 +18,7 @@ from shnet_jax.observe.table import Table
 from shnet_jax.retrieve.approximate import check_index
 from shnet_jax.retrieve.searcher import CAPTIONS, Answer, Searcher, encode_texts
 from shnet_jax.retrieve.vector_index import PACKAGES, require
-from shnet_jax.train.load import load
+from shnet_jax.train.load import Loaded, load
 
 RESULTS = "search.json"
 FORMAT = 1  # of RESULTS
@@ -37,17 +37,10 @@ def search(
         raise ValueError("--mode=search needs --query, --query_file or --image_id")
     if top_k < 1:
         raise ValueError(f"--top_k is {top_k}; it must be at least 1")
-    mesh, loaded = one_process_mesh(config), load(workdir, config)
-    count = candidates(config.eval)
-    check_index(config.search.index, loaded.score, count)
-    if config.search.index in PACKAGES:
-        require(config.search.index)  # before hours of embedding
-    embeddings = split_embeddings(loaded, config, workdir, mesh)
-    searcher = Searcher(embeddings, loaded.score, config.eval.tile, mesh, count, config.search)
+    loaded, tower, searcher = open_search(config, workdir)
     answers = []
     if queries:
-        _, text_tower = Towers(loaded.experiment, mesh, mesh).place(loaded.variables)
-        answers += searcher.images_by_text(queries, encode_texts(loaded.experiment, text_tower, queries), top_k)
+        answers += searcher.images_by_text(queries, encode_texts(loaded.experiment, tower, queries), top_k)
     if image_id:
         answers += searcher.by_image([image_id], top_k)
     write_json(workdir / RESULTS, document(answers, searcher))
@@ -58,6 +51,21 @@ def search(
             f"{report['kind']} index of {report['vectors']} {side} ({report['settings']}): finds "
             f"{report['recall']:.1%} of the exact first {report['depth']}, measured with {report['queries']} queries"
         )
+
+
+def open_search(config: ConfigDict, workdir: Path) -> tuple[Loaded, Tower, Searcher]:
+    """The run in `workdir`, its text tower on the devices, and the searcher of config.search.split.
+
+    Embeddings that are missing are made. Raises ValueError for an index that does not fit the model, before that.
+    """
+    mesh, loaded = one_process_mesh(config), load(workdir, config)
+    count = candidates(config.eval)
+    check_index(config.search.index, loaded.score, count)
+    if config.search.index in PACKAGES:
+        require(config.search.index)  # before hours of embedding
+    embeddings = split_embeddings(loaded, config, workdir, mesh)
+    _, tower = Towers(loaded.experiment, mesh, mesh).place(loaded.variables)
+    return loaded, tower, Searcher(embeddings, loaded.score, config.eval.tile, mesh, count, config.search)
 
 
 def read_queries(query: str, query_file: str) -> list[str]:

@@ -7,6 +7,8 @@ sows none of them has nothing to show. Encoding is not changed by looking.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -67,6 +69,13 @@ def look(
       the units and masks that it saw.
     """
 
+    return _look_of(model)(variables, batch)
+
+
+@functools.lru_cache(maxsize=4)
+def _look_of(model: RetrievalModel) -> Callable[[Any, Batch], tuple[Embedding, Any, Batch]]:
+    """The program of `look` for a model, compiled once for each shape."""
+
     def encode(variables: Any, batch: Batch) -> tuple[Embedding, Any, Batch]:
         full = gather({}, batch)
         embedding, state = model.apply(variables, full, train=False, method="encode_image", mutable=["intermediates"])
@@ -79,4 +88,4 @@ def look(
         units = {name: values for name, values in full.items() if name in UNITS or name.endswith("_mask")}
         return cast(Embedding, embedding), sown, units
 
-    return jax.jit(encode)(variables, batch)
+    return jax.jit(encode)

@@ -179,5 +179,6 @@ def encode_texts(experiment: Experiment, tower: Tower, texts: Sequence[str]) -> 
     if not texts:
         raise ValueError("no query: nothing to encode")
     captions = tokenise_captions([texts], experiment.tokenizer)
-    rows = experiment.config.eval.batch_size * tower.mesh.size
+    on_each = -(-len(texts) // tower.mesh.size)
+    rows = tower.mesh.size * min(experiment.config.eval.batch_size, 1 << (on_each - 1).bit_length())
     return encode_parts(tower, text_batches(captions, experiment.tokenizer, experiment.config.data, rows), len(texts))

@@ -1,0 +1,48 @@
+"""--mode=serve: a search page of a run in the browser, with a JSON interface."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from shnet_jax.modes.search import open_search
+
+log = logging.getLogger(__name__)
+
+
+def serve(config: ConfigDict, workdir: str | Path, host: str = "127.0.0.1", port: int = 8765) -> None:
+    """Serves config.search.split of the run in `workdir` until it is interrupted.
+
+    Embeddings that are missing are made first. host: address that is listened at; the default is for this machine
+    alone. port: 0 for a free one. Raises ValueError without the packages of the extra `serve`, or for a port in use.
+    """
+    try:
+        import uvicorn
+
+        from shnet_jax.retrieve import server
+    except ImportError as error:
+        raise ValueError(f"serving needs {error.name}: pip install 'shnet_jax[serve]'") from None
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port is {port}; expected 0 to 65535")
+    pictures = Path(config.page.pictures) if config.page.pictures else None
+    if pictures is not None and not pictures.is_dir():
+        raise ValueError(f"config.page.pictures is {str(pictures)!r}: no such folder")
+    loaded, tower, searcher = open_search(config, Path(workdir))
+    engine = server.Engine(loaded.experiment, loaded.variables, tower, searcher, pictures)
+    log.info("compiling the programs of a search")
+    server.warm_up(engine)
+    settings = uvicorn.Config(server.application(engine), host=host, port=port, log_level="warning")
+    listening = settings.bind_socket()  # exits with a message when the port is taken
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        log.warning("--host=%s: every machine that reaches this one can search, without a password", host)
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            name, number = listening.getsockname()[:2]
+            print(f"http://{name}:{number}  searches {engine.images} images; Ctrl-C ends it", flush=True)
+
+    Server(settings).run(sockets=[listening])

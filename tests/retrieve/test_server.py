@@ -1,0 +1,198 @@
+"""The search page and its JSON interface, over real connections."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import uvicorn
+
+from shnet_jax.modes.search import open_search
+from shnet_jax.modes.serve import serve
+from shnet_jax.retrieve import server
+from tests.browser import BROWSER, HOSTILE, needs_browser
+from tests.patience import PATIENCE
+from tests.retrieve import gallery
+from tests.train import tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick():
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine():
+    loaded, tower, searcher = open_search(gallery.toy(), gallery.toy_run())
+    return server.Engine(loaded.experiment, loaded.variables, tower, searcher)
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    """Address of a running server."""
+    settings = uvicorn.Config(server.application(engine), port=0, log_level="warning")
+    listening = settings.bind_socket()
+    running = uvicorn.Server(settings)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    running.should_exit = True
+    thread.join()
+
+
+def get(url, body=None, **query):
+    """(status, text) of a request; body: of a POST."""
+    url += f"?{urllib.parse.urlencode(query)}" if query else ""
+    try:
+        with urllib.request.urlopen(url, body, timeout=PATIENCE) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def get_json(*args, **query):
+    status, text = get(*args, **query)
+    return status, json.loads(text)
+
+
+def test_health(address, engine):
+    assert get_json(f"{address}/health") == (
+        200,
+        {"status": "ok", "images": 10, "captions": 50, "index": "exact"},
+    )
+
+
+def test_the_same_results_as_the_searcher(address, engine):
+    queries = ["a red star", "two squares above the sea", "a red star"]
+    expected = [[(hit.image_id, hit.captions) for hit in answer.hits[:3]] for answer in engine.by_words(queries)]
+    status, document = get_json(f"{address}/search", json.dumps({"queries": queries, "k": 3}).encode())
+    assert status == 200
+    shown = [[(hit["image_id"], tuple(hit["captions"])) for hit in r["hits"]] for r in document["results"]]
+    assert shown == expected and [result["query"] for result in document["results"]] == queries
+    status, one = get_json(f"{address}/search", q=queries[1], k=3)
+    assert (one["kind"], one["target"]) == ("text", "images")
+    assert [hit["image_id"] for hit in one["hits"]] == [image_id for image_id, _ in expected[1]]
+    name = expected[0][0][0]
+    status, both = get_json(f"{address}/search", image=name, k=2)
+    assert [result["target"] for result in both["results"]] == ["captions", "images"]
+    assert all(len(result["hits"]) == 2 for result in both["results"])
+    assert name not in [hit["image_id"] for hit in both["results"][1]["hits"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("search", None, 400, "q: expected words, found ''"),
+        ("search?q=%20", None, 400, "q: expected words"),
+        ("search?q=dog&k=0", None, 400, "k: expected a whole number from 1 to 100, found '0'"),
+        ("search?q=dog&k=1e9", None, 400, "k: expected a whole number from 1 to 100, found '1e9'"),
+        ("search?q=" + "a" * 2001, None, 400, "q: expected at most 2000 letters, found 2001"),
+        ("search?image=none", None, 404, "image: no image 'none' among 10"),
+        ("image/none", None, 404, "image: no image 'none' among 10"),
+        ("image/..%2F..%2Fetc%2Fpasswd", None, 404, "no image '../../etc/passwd'"),
+        ("nowhere", None, 404, "Not Found"),
+        ("health", b"", 405, "Method Not Allowed"),
+        ("search", b"", 400, "the body of the request"),
+        ("search", b"{", 400, "the body of the request"),
+        ("search", b"[1]", 400, 'expected {"queries": [1 to 64 texts], "k": 10}, found [1]'),
+        ("search", b'{"queries": []}', 400, 'expected {"queries": [1 to 64 texts]'),
+        ("search", b'{"queries": ["dog", 3]}', 400, "queries[1]: expected words, found 3"),
+        ("search", b'{"queries": ["dog"], "k": true}', 400, "k: expected a whole number from 1 to 100, found True"),
+        ("search", b'{"queries": ["\\ud800"]}', 400, "expected text in UTF-8"),
+        ("search", b" " * (server.MAX_BODY + 1), 413, "expected at most 1048576 bytes"),
+    ],
+)
+def test_a_bad_request_gets_one_line(path, body, status, message, address):
+    found, document = get_json(f"{address}/{path}", body)
+    assert found == status and message in document["error"] and "\n" not in document["error"]
+    assert get_json(f"{address}/health")[0] == 200
+
+
+def test_a_bad_query_spoils_no_other_one(address):
+    """Requests that wait together are encoded together."""
+    good = {"queries": ["a red star"], "k": 1}
+    bad = {"queries": ["\ud800"], "k": 1}
+    bodies = [json.dumps(bad if i % 4 == 3 else good).encode() for i in range(24)]
+    with ThreadPoolExecutor(12) as pool:
+        statuses = list(pool.map(lambda body: get(f"{address}/search", body)[0], bodies))
+    assert statuses == [400 if i % 4 == 3 else 200 for i in range(24)]
+
+
+def test_the_pages(address, engine):
+    status, page = get(f"{address}/")
+    assert status == 200 and 'name="q"' in page and "10 images." in page
+    status, page = get(f"{address}/", q="a red star")
+    links = re.findall(r'href="(/image/[^"]+)"', page)
+    assert status == 200 and len(links) == 10 and 'value="a red star"' in page
+    status, page = get(address + html.unescape(links[0]))
+    assert status == 200 and "Captions that fit it best" in page and "Images like it" in page
+    known = {*re.findall(r"<(\w+)", page)}
+    for text in HOSTILE:
+        status, page = get(f"{address}/", q=text.replace("\0", ""))
+        assert status == 200 and {*re.findall(r"<(\w+)", page)} <= known and page.count("<title>") == 1
+
+
+@needs_browser
+@pytest.mark.slow
+def test_in_a_browser(address, tmp_path):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    url = f"{address}/?{urllib.parse.urlencode({'q': HOSTILE[0]})}"
+    done = subprocess.run(
+        [str(BROWSER), *flags, "--enable-logging=stderr", url],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert done.stdout.count('class="card"') == 10 and "<title>owned" not in done.stdout
+    assert "CONSOLE" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_of_sixteen_clients(address, engine):
+    """None is lost or answered with somebody else's results."""
+    words = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "circle", "square")]
+    expected = {query: answer.hits[0].image_id for query, answer in zip(words, engine.by_words(words), strict=True)}
+    names = engine.searcher.embeddings.ids.image_ids
+
+    def one(number):
+        start = time.perf_counter()
+        query, kind = words[number % len(words)], number % 10
+        if kind == 0:
+            right = get(f"{address}/image/{names[number % len(names)]}")[0] == 200
+        elif kind == 1:
+            right = get(f"{address}/", q=query)[0] == 200
+        elif kind == 2:
+            right = get(f"{address}/search", q="")[0] == 400
+        elif kind < 6:
+            body = json.dumps({"queries": [query, words[0]], "k": 1}).encode()
+            results = get_json(f"{address}/search", body)[1]["results"]
+            right = [r["hits"][0]["image_id"] for r in results] == [expected[query], expected[words[0]]]
+        else:
+            right = get_json(f"{address}/search", q=query, k=1)[1]["hits"][0]["image_id"] == expected[query]
+        return right, time.perf_counter() - start
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(one, range(1000)))
+    assert all(right for right, _ in answers)
+    seconds = sorted(second for _, second in answers)
+    print(f"p50 {1e3 * seconds[500]:.0f} ms, p99 {1e3 * seconds[990]:.0f} ms")
+
+
+def test_mistakes_are_told_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="--port is 70000; expected 0 to 65535"):
+        serve(gallery.toy(), gallery.toy_run(), port=70000)
+    with pytest.raises(ValueError, match="none': no such folder"):
+        serve(gallery.toy(page__pictures="none"), gallery.toy_run())
