@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "registry": set(),
     "untrusted": set(),
     "paths": set(),
+    "durations": set(),
     "ops": set(),
     "models": {"ops"},
     "parallel": set(),
@@ -29,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluate"},
     "train": {"models", "losses", "data", "parallel", "observe", "experiment", "evaluate"},
 }
-COMMON = {"types", "registry", "untrusted", "paths"}
+COMMON = {"types", "registry", "untrusted", "paths", "durations"}
 # What a command line calls: may import every part, no part may import it.
 ENTRY = {"api", "modes", "plan", "scaling"}
 
