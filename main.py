@@ -1,6 +1,7 @@
 """Flags of shnet_jax: `python main.py --mode=train --config=configs/demo.py --workdir=runs/demo`."""
 
 import difflib
+import inspect
 import logging as python_logging
 import os
 import re
@@ -15,7 +16,9 @@ from ml_collections import ConfigDict, config_flags
 from shnet_jax.observe.terminal import make_output_safe
 from shnet_jax.paths import expand, to_paths
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; any field: --config.train.epochs=4.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, FILE or FILE:VARIANT; any field: --config.train.epochs=4."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
 MODE = flags.DEFINE_enum(
     "mode",
@@ -62,7 +65,7 @@ def parse_flags(argv: list[str]) -> list[str]:
                 _fail(f"--{name} belongs to --mode={mode}, not to --mode={MODE.value}", 2)
         _expand_paths(CONFIG.value)  # ml_collections tells of a file that it could not open when a field is read
     except (flags.Error, OSError) as error:
-        _fail(" ".join(str(error).split()), 2)
+        _fail(_unknown_variant(argv) or " ".join(str(error).split()), 2)
     except (AttributeError, KeyError, TypeError):
         unknown = _unknown_field(argv)
         if unknown is None:  # a fault in the configuration file: its author wants to see where
@@ -79,7 +82,9 @@ def _with_paths(argument: str) -> str:
     flag = name.lstrip("-")
     if flag in PATH_FLAGS:
         value = expand(value)
-        if flag == "config" and ":" in value and os.path.isfile(value):  # ml_collections takes it for an argument
+        parts = value.split(":")
+        with_colon = (":".join(parts[:count]) for count in range(2, len(parts) + 1))
+        if flag == "config" and any(map(os.path.isfile, with_colon)):  # ml_collections takes the rest for a variant
             _fail(f"--config={value}: expected a path without ':'; copy the file, or call it by a relative path", 2)
     elif flag in PATH_LISTS and value and value[0] not in "([\"'":
         value = repr(tuple(map(str, to_paths(value))))
@@ -97,14 +102,36 @@ def _expand_paths(config: ConfigDict) -> None:
             config[name] = tuple(expand(part) if isinstance(part, str) else part for part in value)
 
 
+def _config_file(argv: list[str]) -> tuple[str, list[str]]:
+    """The file of --config and the arguments of its get_config: [] or [VARIANT]; the file is "" without --config."""
+    values = re.findall(r"(?m)^--?config[=\n](.*)$", "\n".join(argv))
+    file, *variant = values[-1].split(":", 1) if values else [""]
+    return file, variant
+
+
+def _unknown_variant(argv: list[str]) -> str | None:
+    """Error message for --config=FILE:VARIANT where FILE does not take that argument; None otherwise."""
+    file, variant = _config_file(argv)
+    if not variant or not os.path.isfile(file):
+        return None
+    get_config = runpy.run_path(file).get("get_config", str)
+    if not inspect.signature(get_config).parameters:
+        return f"--config={file}:{variant[0]}: {file} has no variants; expected --config={file}"
+    try:
+        get_config(*variant)
+    except ValueError as error:
+        return f"--config={file}: {error}"
+    return None
+
+
 def _unknown_field(argv: list[str]) -> str | None:
     """Error message for the first --config.a.b that names no field; None when all of them do."""
     text = "\n".join(argv)
-    files = re.findall(r"(?m)^--?config[=\n](.*)$", text)
-    found = runpy.run_path(files[-1]) if files else {"get_config": ConfigDict}
+    file, variant = _config_file(argv)
+    found = runpy.run_path(file) if file else {"get_config": ConfigDict}
     if "get_config" not in found:
-        return f"{files[-1]}: expected a configuration with a function get_config, found none"
-    config = found["get_config"]()
+        return f"{file}: expected a configuration with a function get_config, found none"
+    config = found["get_config"](*variant)
     for path in re.findall(r"(?m)^--?(?:no)?config\.([^=\n]+)", text):
         node = config
         for name in path.split("."):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import main as command_line
 from tests.patience import PATIENCE
 from tests.train import tiny
 
@@ -55,6 +56,7 @@ def test_mistakes_in_flags(flags, message, tmp_path):
         (["--workdir=runs/x"], "Flag --config must have a value"),
         (["--workdir=runs/x", "--config=configs/dmo.py"], "No such file or directory: 'configs/dmo.py'"),
         (["--workdir=runs/x", "--config=configs/dmo.py", "--config.seed=1"], "configs/dmo.py"),
+        (["--workdir=runs/x", "--config=configs/shnet.py:grid,f31k"], "variant 'grid,f31k': expected one of region, "),
     ],
 )
 def test_missing_flags(flags, message):
@@ -64,13 +66,41 @@ def test_missing_flags(flags, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_colon_in_the_path_of_a_configuration(tmp_path):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "configs/shnet.py:f31k",
+            "--config=configs/shnet.py: variant 'f31k': expected one of region, grid, hybrid and ",
+        ),
+        (
+            "configs/demo.py:x",
+            "--config=configs/demo.py:x: configs/demo.py has no variants; expected --config=configs/d",
+        ),
+        *((value, None) for value in ("configs/shnet.py:grid,f30k", "configs/shnet.py", "configs/none.py:x")),
+    ],
+)
+def test_variants_of_a_configuration(value, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for argv in ([f"--config={value}"], ["--config", value]):
+        error = command_line._unknown_variant(["main.py", *argv])
+        assert error is None if message is None else error.startswith(message)
+
+
+def test_an_unknown_field_of_a_variant(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = ["main.py", "--config=configs/esa.py:frozen", "--config.study.arms.slot={}", "--config.modl.dim=3"]
+    assert command_line._unknown_field(argv) == "--config.modl.dim: no field 'modl'; did you mean 'model'?"
+
+
+@pytest.mark.parametrize("variant", ["", ":grid"])
+def test_a_colon_in_the_path_of_a_configuration(variant, tmp_path, capsys):
     path = tmp_path / "a:b.py"
     path.write_text("")
-    done = main(f"--config={path}", f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith(
-        "a:b.py: expected a path without ':'; copy the file, or call it by a relative path"
+    with pytest.raises(SystemExit, match="2"):
+        command_line._with_paths(f"--config={path}{variant}")
+    assert capsys.readouterr().err == (
+        f"error: --config={path}{variant}: expected a path without ':'; copy the file, or call it by a relative path\n"
     )
 
 
