@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from benchmarks import machine, step
 from benchmarks.rows import Row, compare
 from benchmarks.timing import interleave
-from configs import user_coco
+from configs import user as user_config
 from shnet_jax import registry
 from shnet_jax.data.batches import gather
 from shnet_jax.parallel.mapping import make_mesh, put_batch
@@ -35,7 +35,7 @@ QUICK = Sizes(pairs=4, layers=2, rounds=2)
 
 def configuration(sizes: Sizes, queue: int) -> FrozenConfigDict:
     """The published model on one device, bfloat16 products; queue 0: no momentum encoders."""
-    c: ConfigDict = user_coco.get_config()
+    c: ConfigDict = user_config.get_config()
     c.model.dtype = c.text.dtype = "bfloat16"
     c.text.vocab_size, c.text.layers = step.VOCABULARY, sizes.layers
     c.train.batch_size, c.momentum.queue = sizes.pairs, queue

@@ -2,6 +2,8 @@
 
 `main.py` takes any field as a flag: `--config=configs/demo.py --config.train.batch_size=256`. An unknown field or a
 value of the wrong type is an error. Faithful choices ("published") are those of the released 3SHNet code.
+
+A duration stands in one of `*_steps` (batches), `*_epochs` and `*_percent` (of the training); the others are 0 or ().
 """
 
 from ml_collections import ConfigDict
@@ -12,8 +14,29 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "shnet"  # name of the run, shown in tables
     c.seed = 0  # the one source of randomness: initial weights, order, dropout, augmentation
+    c.data = _data()
+    c.tokenizer = _tokenizer()
+    c.model = _model()
+    c.text = _text()
+    c.loss = _loss()
+    c.momentum = _momentum()
+    c.optim = _optim()
+    c.train = _train()
+    c.parallel = _parallel()
+    c.eval = _eval()
+    c.search = _search()
+    c.page = _page()
+    c.study = _study()
+    c.cross = _cross()
+    c.convert = _convert()
+    c.plan = _plan()
+    c.scale = _scale()
+    return c
 
-    c.data = data = ConfigDict()
+
+def _data() -> ConfigDict:
+    """Data set, and how batches are drawn from it and altered."""
+    data = ConfigDict()
     data.dir = ""  # folder of a data set made by data_prep (the folder of the set or one that holds only this set)
     data.train_split = "train"  # split trained on
     data.val_split = "val"  # split evaluated while training; selects the best checkpoint
@@ -35,12 +58,20 @@ def get_config() -> ConfigDict:
     data.image_erase_area = (0.02, 0.4)  # share of the picture that it takes (IRRA 0.02 to 0.4)
     data.read_threads = 4  # threads that read and decode records ahead
     data.prefetch = 8  # batches read ahead
+    return data
 
-    c.tokenizer = tokenizer = ConfigDict()
+
+def _tokenizer() -> ConfigDict:
+    """Vocabulary of the captions."""
+    tokenizer = ConfigDict()
     tokenizer.kind = "wordpiece"  # wordpiece (BERT's) | sentencepiece (model trained by data_prep) | clip (its BPE)
     tokenizer.path = ""  # the vocabulary, or the folder of it; "": of text.weights, or of data.dir
+    return tokenizer
 
-    c.model = model = ConfigDict()
+
+def _model() -> ConfigDict:
+    """Both encoders; the sections user, esa, clip and cmsei are read by the models of these names alone."""
+    model = ConfigDict()
     model.name = "shnet"  # file in shnet_jax/models, or the dotted path of a module of yours
     model.dim = 1024  # size of the joint embedding (published 1024)
     model.units = ("regions",)  # visual units: "regions", "grid", or both (one joint model over both sets)
@@ -59,7 +90,57 @@ def get_config() -> ConfigDict:
     model.dropout = 0.1  # dropout of the segmentation embeddings (published 0.1)
     model.feature_dropout = 0.0  # dropout on the features of every unit, for small training sets (published 0)
     model.dtype = "float32"  # operands of products: float32 | bfloat16 | auto (bfloat16 where the device is fast at it)
-    model.cmsei = cmsei = ConfigDict()  # model.name "cmsei", see docs/models.md
+    model.user = _user()
+    model.esa = _esa()
+    model.clip = _clip()
+    model.cmsei = _cmsei()
+    return model
+
+
+def _user() -> ConfigDict:
+    """Options of model.name "user", see docs/models.md."""
+    user = ConfigDict()
+    user.guides = ("sge",)  # what enhances the units: "sge" (published), "cge" (image_embedding: ours); (): nothing
+    user.attention_scale = 1.0  # factor on the scores of guide and units (published 1)
+    user.dropout = 0.4  # dropout within the self-guide (published 0.4)
+    user.norm = "slots"  # of the self-guide: "slots", BatchNorm per place of 36 (published) | "layer", any number
+    return user
+
+
+def _esa() -> ConfigDict:
+    """Options of model.name "esa", see docs/models.md."""
+    esa = ConfigDict()
+    esa.source = "units"  # what the image tower reads: "units" of the record | "picture", by CLIP's vision tower
+    esa.head = "learned"  # "learned": linear, MLP and GPO over units and words | "none": tokens as a CLIP gives them
+    esa.size = 4  # elements of an image's set (DivE 4); 0: global vectors alone, the plain model
+    esa.text_size = 4  # elements of a caption's set; may differ; 0 with size 0
+    esa.mode = "slot"  # how tokens become elements: slots that compete for them | "merge", soft clusters
+    esa.depth = 2  # rounds of slot attention, which share their weights (DivE 4)
+    esa.heads = 4  # attention heads of the slots (DivE 4)
+    esa.similarity = "smooth_chamfer"  # of two sets: smooth_chamfer | chamfer | max | mean
+    esa.sharpness = 16.0  # of smooth_chamfer (DivE 16)
+    esa.eta = 1.0  # weight of the set term beside the cosine of the global vectors (ours 1)
+    return esa
+
+
+def _clip() -> ConfigDict:
+    """Vision tower of model.esa.source "picture"; the folder text.weights sets its sizes."""
+    clip = ConfigDict()
+    clip.grid = (14, 14)  # patches that the positions were learned for; other pictures interpolate them
+    clip.patch = 16  # pixels of a side of a patch
+    clip.layers = 12  # transformer layers
+    clip.width = 768  # hidden size
+    clip.heads = 12  # attention heads
+    clip.mlp_dim = 3072  # hidden size of the MLP
+    clip.projection = 512  # size of the joint space
+    clip.activation = "quick_gelu"  # quick_gelu | gelu
+    clip.remat = False  # layers are computed again in the backward pass instead of kept
+    return clip
+
+
+def _cmsei() -> ConfigDict:
+    """Options of model.name "cmsei", see docs/models.md."""
+    cmsei = ConfigDict()
     cmsei.spatial_graph = True  # regions reason over who overlaps whom; needs boxes
     cmsei.semantic_graph = True  # regions reason over the scene graph's relations (without any: the identity)
     cmsei.iou_threshold = 0.4  # IoU above which two regions are neighbours; below 0: all pairs are
@@ -73,8 +154,12 @@ def get_config() -> ConfigDict:
     cmsei.cross_weight = 0.5  # weight of object-sentence and of word-image in the score; 0: no cross-level attention
     cmsei.global_weight = 1.0  # weight of the product of the global vectors in the score
     cmsei.block = 64  # pairs that are computed at once; memory grows with block * (regions + tokens) * dim
+    return cmsei
 
-    c.text = text = ConfigDict()
+
+def _text() -> ConfigDict:
+    """Text tower, the same choice for every model."""
+    text = ConfigDict()
     text.tower = "bert"  # bert | bigru | transformer | clip
     text.weights = ""  # bert, clip: folder as Hugging Face saves it; "minilm": what `make minilm` installs
     text.vocab_size = 0  # tokens of the vocabulary; 0: taken from the tokenizer
@@ -88,9 +173,13 @@ def get_config() -> ConfigDict:
     text.remat = False  # layers are computed again in the backward pass instead of kept (bert, transformer, clip)
     text.projection = 512  # clip: size of its joint space; set by the weights folder
     text.activation = "quick_gelu"  # clip: quick_gelu | gelu; set by the weights folder
-    text.dtype = "float32"  # the same of the text tower
+    text.dtype = "float32"  # operands of products in the text tower, as model.dtype
+    return text
 
-    c.loss = loss = ConfigDict()
+
+def _loss() -> ConfigDict:
+    """Weight of each loss, how pairs meet across devices, and the options of each loss."""
+    loss = ConfigDict()
     loss.weights = weights = ConfigDict()  # weight of each loss term, a file in shnet_jax/losses; 0: not computed
     weights.triplet = 1.0  # triplet loss with hard negatives (published 1)
     weights.global_triplet = 0.0  # the triplet loss on global vectors, beside a score that looks inside (CMSEI-style 1)
@@ -107,6 +196,8 @@ def get_config() -> ConfigDict:
     loss.triplet = triplet = ConfigDict()
     triplet.margin = 0.2  # gap wanted between a match and a negative, in cosine
     triplet.warmup_epochs = 1.0  # sum over all violations this long, then the hardest negative only (published 1)
+    triplet.warmup_steps = 0  # the same in steps
+    triplet.warmup_percent = 0.0  # the same in per cent of the training
     triplet.reduction = "sum"  # over the batch: "sum" (published) | "mean"
     triplet.rank = 1  # k: the k-th hardest negative instead of the hardest (published 1)
     triplet.softness = 0.0  # t > 0: t * logsumexp(scores / t) of the negatives instead of the hardest (published 0)
@@ -116,7 +207,6 @@ def get_config() -> ConfigDict:
     infonce.temperature = 0.07  # initial temperature of the softmax
     infonce.learn_temperature = True  # the temperature is a parameter (as in CLIP)
     infonce.mask_same_image = True  # captions of the same image are no negatives
-
     loss.sigmoid = sigmoid = ConfigDict()
     sigmoid.scale = 10.0  # initial factor on the scores, learned (SigLIP 10)
     sigmoid.bias = -10.0  # initial bias, learned (SigLIP -10)
@@ -126,40 +216,50 @@ def get_config() -> ConfigDict:
     uto.offset = 0.5  # gamma, score from which on a negative counts (USER 0.5)
     uto.batch_weight = 1.0  # lambda, weight of the in-batch part beside that of the queues (USER 1 COCO, 20 Flickr30K)
     uto.mask_same_image = True  # captions of the same image are no negatives, in batch and queues (USER False)
-
-    c.momentum = momentum = ConfigDict()  # momentum encoders, and queues of their embeddings as negatives
-    momentum.queue = 0  # images, and captions, of past batches that are kept as negatives; 0: no momentum encoders
-    momentum.from_epoch = 0.0  # the queues take part in the losses from here on (USER 0)
-    momentum.decay = 0.999  # of the running average of the parameters that the key encoders are (USER 0.999)
-    momentum.warm = False  # min(decay, (1 + step) / (10 + step)), for short runs (USER False)
-    momentum.start = "uniform"  # first queues: "uniform" in 0..1, all alike (USER) | "gaussian", all directions
-    momentum.image_train = True  # key image encoder as in training (USER True) | False: with averaged statistics
-    momentum.text_train = False  # key text encoder as in training (USER False)
-
     loss.sdm = sdm = ConfigDict()
     sdm.temperature = 0.02  # of the softmax over the cosines of a query (IRRA 0.02)
-
     loss.identity = identity = ConfigDict()
     identity.classes = 0  # persons of the training split; 0: taken from the data set
     identity.dim = 0  # size of the embedding; 0: model.dim
-
     loss.asm = asm = ConfigDict()
     asm.margin = 0.2  # of unrelated items, in units of the score; sign 1 makes it up to twice that (ours 0.2)
     asm.sign = -1  # -1: a smaller margin between items that are close in meaning | 1: a larger one (ours -1)
     asm.scale = 1.0  # of the semantic term; 0: the margin is fixed (ours 1)
     asm.of = "set"  # "set": the set term of the score | "score": the whole score (ours "set")
-
     loss.diversity = diversity = ConfigDict()
     diversity.sharpness = 2.0  # of the repulsion between elements of a set (DivE 2)
     diversity.gamma = 0.0  # of the kernel that compares the modalities; 0: 1 / dimension (DivE)
+    return loss
 
-    c.optim = optim = ConfigDict()
+
+def _momentum() -> ConfigDict:
+    """Momentum encoders, and queues of their embeddings as negatives."""
+    momentum = ConfigDict()
+    momentum.queue = 0  # images, and captions, of past batches that are kept as negatives; 0: no momentum encoders
+    momentum.from_epoch = 0.0  # the queues take part in the losses from here on (USER 0)
+    momentum.from_step = 0  # the same in steps
+    momentum.from_percent = 0.0  # the same in per cent of the training
+    momentum.decay = 0.999  # of the running average of the parameters that the key encoders are (USER 0.999)
+    momentum.warm = False  # min(decay, (1 + step) / (10 + step)), for short runs (USER False)
+    momentum.start = "uniform"  # first queues: "uniform" in 0..1, all alike (USER) | "gaussian", all directions
+    momentum.image_train = True  # key image encoder as in training (USER True) | False: with averaged statistics
+    momentum.text_train = False  # key text encoder as in training (USER False)
+    return momentum
+
+
+def _optim() -> ConfigDict:
+    """AdamW and the schedule of its learning rate."""
+    optim = ConfigDict()
     optim.lr = 5e-4  # peak learning rate (published 5e-4)
     optim.text_lr_factor = 0.1  # learning rate of the text tower (not its head) relative to lr (published 0.1)
-    optim.schedule = "step"  # "step": times decay_factor at decay_epochs | "cosine": to 0 at the end | "constant"
+    optim.schedule = "step"  # "step": times decay_factor at each decay | "cosine": to 0 at the end | "constant"
     optim.decay_epochs = (15.0,)  # epochs after which the step schedule decays (published 15)
+    optim.decay_steps = ()  # the same in steps
+    optim.decay_percent = ()  # the same in per cent of the training
     optim.decay_factor = 0.1  # factor of each decay (published 0.1)
     optim.warmup_epochs = 0.0  # linear warm-up of the learning rate (published none)
+    optim.warmup_steps = 0  # the same in steps
+    optim.warmup_percent = 0.0  # the same in per cent of the training
     optim.weight_decay = 1e-4  # decoupled decay per step, times the learning rate (published 1e-4)
     optim.decay_all = True  # decay norms and biases too (published True)
     optim.b1 = 0.9  # AdamW, first moment
@@ -167,25 +267,43 @@ def get_config() -> ConfigDict:
     optim.clip_norm = 2.0  # largest global gradient norm; 0: no clipping (published 2)
     optim.ema = 0.0  # decay per batch of the running average that is evaluated; 0: none
     optim.accumulate = 1  # batches whose gradients are averaged before an update
+    return optim
 
-    c.train = train = ConfigDict()
+
+def _train() -> ConfigDict:
+    """Length and batches of a training, and what happens how often."""
+    train = ConfigDict()
     train.batch_size = 256  # image-caption pairs of a batch over all devices (published 256 on COCO)
     train.microbatch = 0  # pairs that a device encodes at once (cached gradients: same gradient, less memory); 0: all
     train.microbatch_statistics = "exact"  # BatchNorm over microbatches: exact (whole batch) | local | running
     train.epochs = 25.0  # passes over all captions of the training split (published 25)
-    train.steps = 0  # batches; 0: as many as train.epochs need
+    train.steps = 0  # batches, in place of train.epochs; 0: as many as train.epochs need
     train.log_steps = 50  # steps between two log lines; their numbers are means over these steps
-    train.eval_epochs = 1.0  # epochs between two evaluations on val_split; 0: only at the end
+    train.log_epochs = 0.0  # the same in epochs
+    train.log_percent = 0.0  # the same in per cent of the training
+    train.eval_epochs = 1.0  # epochs between two evaluations on val_split; all three 0: only at the end
+    train.eval_steps = 0  # the same in steps
+    train.eval_percent = 0.0  # the same in per cent of the training
     train.checkpoint_steps = 500  # steps between two saved states (each evaluation and the end save too)
+    train.checkpoint_epochs = 0.0  # the same in epochs
+    train.checkpoint_percent = 0.0  # the same in per cent of the training
     train.keep = 2  # newest states kept, beside the best
     train.on_nonfinite = "stop"  # loss or gradient not finite: "stop" (state before it is saved) | "skip" the update
+    return train
 
-    c.parallel = parallel = ConfigDict()
+
+def _parallel() -> ConfigDict:
+    """Devices that train, and how the step is split over them."""
+    parallel = ConfigDict()
     parallel.mapping = "shard_map"  # how the per-device step is mapped: shard_map | pmap
     parallel.devices = 0  # devices used; 0: all
     parallel.shard_params = False  # split parameters and optimiser state over the devices (FSDP; shard_map only)
+    return parallel
 
-    c.eval = evaluate = ConfigDict()
+
+def _eval() -> ConfigDict:
+    """How a model is ranked, and what --mode=eval reports."""
+    evaluate = ConfigDict()
     evaluate.split = "test"  # split of --mode=eval
     evaluate.batch_size = 128  # images, or captions, encoded at once on each device
     evaluate.tile = 512  # images of a score tile; it has 8 times as many captions (a score that is a method: as many)
@@ -204,8 +322,12 @@ def get_config() -> ConfigDict:
     evaluate.compare = ""  # --mode=eval: queries_*.npz of another run, to which differences are given; "": none
     evaluate.ensemble = ()  # --mode=eval: work folders of runs whose scores are averaged; (): evaluate --workdir
     evaluate.ensemble_weights = ()  # weight of each of these runs; (): equal
+    return evaluate
 
-    c.search = search = ConfigDict()  # --mode=embed | search | page
+
+def _search() -> ConfigDict:
+    """Split and index of --mode=embed, search and page."""
+    search = ConfigDict()
     search.split = "test"  # split whose images and captions are embedded and searched
     search.embeddings = ""  # folder of its embeddings; "": WORKDIR/embeddings/DATASET_SPLIT_STEP
     search.index = "exact"  # exact (any score, no package) | faiss (one file) | milvus (a file or a server)
@@ -215,15 +337,23 @@ def get_config() -> ConfigDict:
     search.address = ""  # Milvus: file or http address; "": milvus.db in the folder of the embeddings
     search.nprobe = 64  # inverted lists that a query visits, of an IVF index
     search.ef_search = 64  # candidates that a query keeps while it walks the graph, of an HNSW index
+    return search
 
-    c.page = page = ConfigDict()  # what --mode=page shows of config.search.split
+
+def _page() -> ConfigDict:
+    """What --mode=page shows of config.search.split."""
+    page = ConfigDict()
     page.pictures = ""  # folder with the photographs, ID.jpg, .jpeg, .png or .webp; "": boxes and label map are drawn
     page.queries = 6  # captions, and images, shown with what they find, evenly spaced in the split
     page.failures = 4  # worst-ranked captions, and images, shown
     page.highlights = 4  # images whose highlighting is shown
     page.results = 5  # results shown for a query
+    return page
 
-    c.study = study = ConfigDict()
+
+def _study() -> ConfigDict:
+    """Arms that --mode=study trains and compares."""
+    study = ConfigDict()
     study.seeds = (0,)  # --mode=study trains every arm with each of these seeds
     study.arms = ConfigDict()  # name of an arm -> the fields in which it differs from this configuration
     off = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
@@ -234,16 +364,28 @@ def get_config() -> ConfigDict:
     study.only = ()  # names of the arms to run; (): all
     study.ensembles = ConfigDict()  # name of a row -> arms whose models of the same seed are averaged, as a tuple
     study.compare = ()  # "ARM - OTHER": intervals of the difference; pairs that study.only leaves out are not compared
+    return study
 
-    c.cross = cross = ConfigDict()  # --mode=cross: every run on every data set, without training
+
+def _cross() -> ConfigDict:
+    """Runs that --mode=cross evaluates on every data set, without training."""
+    cross = ConfigDict()
     cross.runs = ()  # work folders of the runs, the rows
     cross.data_dirs = ()  # folders of the data sets, the columns; on each, eval.split is evaluated
+    return cross
 
-    c.convert = convert = ConfigDict()  # --mode=convert: give one of the two (docs/interop.md)
+
+def _convert() -> ConfigDict:
+    """Source or target of --mode=convert; give one of the two (docs/interop.md)."""
+    convert = ConfigDict()
     convert.source = ""  # .pth of the published code, or a folder that config.convert.to made: becomes the --workdir
     convert.to = ""  # folder to be made from the --workdir: model.safetensors, config.json, vocabulary
+    return convert
 
-    c.plan = plan = ConfigDict()  # --mode=plan: sizes of a data set that is not there (config.data.dir is "")
+
+def _plan() -> ConfigDict:
+    """Sizes for --mode=plan of a data set that is not there (config.data.dir is "")."""
+    plan = ConfigDict()
     plan.search = True  # also find the largest batch that fits (a compilation for each size tried)
     plan.effort = 0.0  # the compiler's effort: 0 as for training | down to -1: sooner, shows more memory and traffic
     plan.images = 113287  # images in the training split (COCO, Karpathy split: 113,287)
@@ -256,8 +398,12 @@ def get_config() -> ConfigDict:
     plan.image_embedding = 512  # size of the global vector of a pretrained model
     plan.persons = 11003  # persons in the training split, for a classifier of them (CUHK-PEDES: 11,003)
     plan.picture = (384, 128)  # height and width of a picture (person search)
+    return plan
 
-    c.scale = scale = ConfigDict()  # --mode=scale: the training step over devices, batches, strategies, precisions
+
+def _scale() -> ConfigDict:
+    """Points of --mode=scale: the training step over devices, batches, strategies and precisions."""
+    scale = ConfigDict()
     scale.devices = (1, 2, 4, 8)  # numbers of devices; on a CPU all above 1 are virtual: compiled and not run
     scale.pairs_per_device = (64,)  # weak scaling: pairs of each device, whatever the number of devices; (): none
     scale.batch_sizes = (512,)  # strong scaling: pairs of the batch over all devices; (): none
@@ -266,4 +412,4 @@ def get_config() -> ConfigDict:
     scale.warmup_steps = 3  # steps before those that are timed
     scale.steps = 20  # steps timed; their median counts
     scale.timeout = 1800.0  # seconds after which a point is given up
-    return c
+    return scale

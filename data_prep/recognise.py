@@ -269,7 +269,7 @@ def _data_set(path: Path) -> str:
     """Commands that check a data set of this project and train on it."""
     fields = {feature.name for feature in path.glob("features.json") if has_keys(ends(feature), "seg_semantic")}
     name = path.resolve().parent.name
-    train = ["main.py", "--mode=train", f"--config=configs/{'base' if fields else 'vse_coco'}.py"]
+    train = ["main.py", "--mode=train", f"--config=configs/{'base' if fields else 'vse'}.py"]
     return "\n".join(
         [
             f"{path}: a data set of this project, to be checked and trained on",

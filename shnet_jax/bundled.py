@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def config_path(text: str) -> str:
     """
     name, colon, argument = expand(text).partition(":")
     path = Path(name)
-    if colon and Path(expand(text)).is_file():  # ml_collections takes the rest for an argument
+    parts = expand(text).split(":")
+    if any(Path(":".join(parts[:count])).is_file() for count in range(2, len(parts) + 1)):
+        # ml_collections takes what follows the first colon for an argument.
         raise ValueError(f"--config={text}: expected a path without ':'; copy the file, or call it by a relative path")
     if path.is_file():
         return f"{name}{colon}{argument}"
@@ -60,4 +63,9 @@ def get_config(text: str) -> ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{name}: expected a configuration with a function get_config, found none")
-    return module.get_config(argument) if colon else module.get_config()
+    if colon and not inspect.signature(module.get_config).parameters:
+        raise ValueError(f"--config={text}: expected --config={text.partition(':')[0]}, which has no variants")
+    try:
+        return module.get_config(argument) if colon else module.get_config()
+    except ValueError as error:
+        raise ValueError(f"--config={text}: {error}") from error

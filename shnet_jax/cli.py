@@ -106,7 +106,9 @@ MODES = {
 DATA = ("data", "import features and captions, check a data set", "photos_or_features")
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration: a bundled name or a file. Any field is a flag: --config.train.epochs=4."
+    "config",
+    None,
+    "Configuration: a bundled name or a file, NAME:VARIANT. Any field is a flag: --config.train.epochs=4.",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
 MODE = flags.DEFINE_enum("mode", "train", [*MODES], "; ".join(f"{name}: {mode.help}" for name, mode in MODES.items()))
@@ -249,6 +251,8 @@ def _with_config(argv: list[str]) -> list[str]:
     name = given.get("mode", MODE.default)
     if "config" in given:
         path = bundled.config_path(given["config"])
+        if ":" in path:
+            bundled.get_config(path)  # an unknown variant is told of here, as ml_collections adds its stack
         return [f"--config={path}" if re.match("--?config=", argument) else argument for argument in argv]
     if not given.get("workdir") or name not in MODES:
         return argv  # absl, or the caller, says what is missing

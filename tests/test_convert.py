@@ -14,7 +14,8 @@ import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from configs import base, user_coco
+from configs import base
+from configs import user as user_config
 from shnet_jax.interop.published import open_published, text_encoder_slots
 from shnet_jax.interop.torch_weights import (
     image_encoder_slots,
@@ -177,7 +178,7 @@ def test_a_checkpoint_without_segmentation_is_vse_infinity(tmp_path):
 
 
 def test_user(tmp_path):
-    c = user_coco.get_config()
+    c = user_config.get_config()
     flat = {"tokenizer.path": str(vocabulary()), "text.heads": 2, "parallel.devices": 1}
     c.update_from_flattened_dict(flat | BERT | {"model.dim": 8, "plan.region_dim": 200})
     like = traverse_util.flatten_dict(planned_run.variable_shapes(planned_run.describe(c)))

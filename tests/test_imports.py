@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "untrusted": set(),
     "paths": set(),
     "bundled": set(),
+    "durations": set(),
     "ops": set(),
     "models": {"ops"},
     "parallel": set(),
@@ -30,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluate"},
     "train": {"models", "losses", "data", "parallel", "observe", "experiment", "evaluate"},
 }
-COMMON = {"types", "registry", "untrusted", "paths", "bundled"}
+COMMON = {"types", "registry", "untrusted", "paths", "bundled", "durations"}
 # What a command line calls: may import every part, no part may import it.
 ENTRY = {"__main__", "api", "cli", "modes", "plan", "scaling", "stored_config"}
 

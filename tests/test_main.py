@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -62,6 +63,8 @@ def test_mistakes_in_flags(flags, message, tmp_path):
         (["eval", "--workdir=runs/none"], "runs/none: no config.json; not the work folder of a training run; give"),
         (["serach"], "serach: no such mode; did you mean search?"),
         (["zzz"], "zzz: no such mode; modes: train, eval, "),
+        (["--workdir=runs/x", "--config=configs/shnet.py:grid,f31k"], "variant 'grid,f31k': expected one of region, "),
+        (["--workdir=runs/x", "--config", "demo:x"], "--config=demo:x: "),
     ],
 )
 def test_missing_flags(flags, message):
@@ -71,14 +74,39 @@ def test_missing_flags(flags, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_colon_in_the_path_of_a_configuration(tmp_path):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("shnet:f31k", "--config=shnet:f31k: variant 'f31k': expected one of region, grid, hybrid and one of "),
+        ("configs/demo.py:x", "--config=configs/demo.py:x: expected --config=configs/demo.py, which has no variants"),
+        ("none:x", "--config=none:x: no such file, and no bundled configuration of that name; bundled: base, "),
+        ("shnt", "; did you mean shnet?"),
+    ],
+)
+def test_a_configuration_that_is_not_there(value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bundled.get_config(value)
+
+
+def test_variants_of_a_configuration(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # bundled ones are found from any folder
+    grid = bundled.get_config("configs/shnet.py:grid,f30k")
+    assert grid.model.units == ("grid",) and bundled.get_config("shnet").model.units == ("regions",)
+    assert bundled.config_path("shnet:grid,f30k") == f"{bundled.CONFIGS / 'shnet.py'}:grid,f30k"
+
+
+def test_an_unknown_field_of_a_variant():
+    argv = ["shnet", "--config=esa:frozen", "--config.study.arms.slot={}", "--config.modl.dim=3"]
+    assert cli._unknown_field(argv) == "--config.modl.dim: no field 'modl'; did you mean 'model'?"
+
+
+@pytest.mark.parametrize("variant", ["", ":grid"])
+def test_a_colon_in_the_path_of_a_configuration(variant, tmp_path):
     path = tmp_path / "a:b.py"
     path.write_text("")
-    done = main(f"--config={path}", f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"error: --config={path}: expected a path without ':'; copy the file, or call it by a relative path\n"
-    )
+    message = f"--config={path}{variant}: expected a path without ':'; copy the file, or call it by a relative path"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bundled.config_path(f"{path}{variant}")
 
 
 def test_a_file_that_is_no_configuration(tmp_path):

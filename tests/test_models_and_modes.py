@@ -15,7 +15,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import shnet_jax
-from configs import cmsei_scenes, demo, esa_people, user_demo
+from configs import cmsei as cmsei_config
+from configs import demo, user_study
+from configs import esa as esa_config
 from data_prep import people
 from data_prep.builder import write_dataset
 from shnet_jax.modes import plan as plan_mode
@@ -61,19 +63,19 @@ def shnet() -> ConfigDict:
 
 
 def user() -> ConfigDict:
-    c = user_demo.get_config()
+    c = user_study.get_config("demo")
     changes = {"momentum__queue": 16, "momentum__from_epoch": 0.0, "loss__weights__uto": 1.0}
     return small(c, tiny.dataset(), model__name="user", **changes)
 
 
 def cmsei() -> ConfigDict:
-    return small(cmsei_scenes.get_config(), tiny.dataset(), model__cmsei__geometry_heads=2)
+    return small(cmsei_config.get_config("scenes"), tiny.dataset(), model__cmsei__geometry_heads=2)
 
 
 def esa() -> ConfigDict:
     fixed = {"model__esa__size": 2, "model__esa__text_size": 3, "model__esa__depth": 1, "model__esa__heads": 2}
     fixed |= {"loss__weights__asm": 0.0, "loss__weights__diversity": 0.0}
-    return small(esa_people.get_config(), figures(), **fixed)
+    return small(esa_config.get_config(), figures(), **fixed)
 
 
 def only_traced(*args):

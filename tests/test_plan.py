@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base, demo, esa_cuhk_pedes
+from configs import base, demo
+from configs import esa as esa_config
 from shnet_jax.experiment import abstract_variables, assemble
 from shnet_jax.modes import plan as plan_mode
 from shnet_jax.observe.compiled import Memory, OutOfMemory
@@ -90,7 +91,7 @@ def test_described_sizes():
 
 
 def test_a_person_search_without_data():
-    run = describe(esa_cuhk_pedes.get_config())
+    run = describe(esa_config.get_config("cuhk_pedes"))
     assert run.config.loss.identity.classes == run.config.plan.persons == 11003
     assert shapes(train_batch_shapes(run, 64))["identity"] == ((64,), "int32")
     identity = random_batch(run, 4, 0)["identity"]

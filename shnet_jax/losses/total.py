@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from shnet_jax import registry
+from shnet_jax.durations import UNITS, TrainingLength
 from shnet_jax.types import Array, Context, Embedding, Pairs
 
 Total = Callable[[Embedding, Embedding, Array, Context], dict[str, Array]]
@@ -20,16 +21,17 @@ return.
 
 `ctx.params` holds the learnable parameters of every loss by its name: {loss name: its params}.
 """
+WARMUP = tuple(f"warmup_{unit}" for unit in UNITS)
 
 
 def build(
-    loss_config: ConfigDict, steps_per_epoch: float, *, queues: bool = False
+    loss_config: ConfigDict, steps_per_epoch: float, total_steps: int = 0, *, queues: bool = False
 ) -> tuple[dict[str, dict[str, Array]], Total]:
     """Builds the losses of `loss_config.weights` with their options `loss_config[name]`; those of weight 0 are left
     out. How they meet the pairs of other devices is `loss_config.pairs` (gathered when there is none).
 
-    steps_per_epoch: optimiser steps of an epoch; an option `warmup_epochs` reaches its loss as
-      `warmup_steps`.
+    steps_per_epoch, total_steps: batches of an epoch and of the training (0: unknown), by which an option
+      `warmup_epochs` or `warmup_percent` reaches its loss as `warmup_steps`.
     queues: momentum encoders will give the queues of `ctx.keys`. The module of a loss that has a part for them
       (`pairs.over_queues`) says so by `TAKES_QUEUES = True`; others do not get to see them.
     Returns (initial parameters {loss name: its params}, the total). Raises ValueError for a weight that is
@@ -50,7 +52,7 @@ def build(
             "takes queues: give another one a weight, or set config.momentum.queue to 0"
         )
     options = {
-        name: _options(name, module, loss_config.get(name, ConfigDict()), steps_per_epoch)
+        name: _options(name, module, loss_config.get(name, ConfigDict()), TrainingLength(steps_per_epoch, total_steps))
         for name, module in modules.items()
     }
     params = {name: module.init_params(**options[name]) for name, module in modules.items()}
@@ -76,11 +78,11 @@ def _takes_queues(module: ModuleType) -> bool:
     return getattr(module, "TAKES_QUEUES", False)
 
 
-def _options(name: str, module: ModuleType, config: ConfigDict, steps_per_epoch: float) -> dict[str, Any]:
+def _options(name: str, module: ModuleType, config: ConfigDict, length: TrainingLength) -> dict[str, Any]:
     """The keyword arguments of a loss from its part of the configuration, checked against what it takes."""
     options = dict(config.items())
-    if "warmup_epochs" in options:
-        options["warmup_steps"] = round(options.pop("warmup_epochs") * steps_per_epoch)
+    if warmup := {field: options.pop(field) for field in WARMUP if field in options}:
+        options["warmup_steps"] = length.steps(warmup, "warmup", f"config.loss.{name}")
     parameters = inspect.signature(module.loss).parameters.values()
     takes = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     unknown = sorted(set(options) - set(takes))

@@ -194,7 +194,7 @@ def build(text: ConfigDict) -> Text:
 
 
 def build_vision(clip: ConfigDict, dtype: DType) -> Vision:
-    """Builds the vision tower of `config.model.clip` (configs/esa_people.py)."""
+    """Builds the vision tower of `config.model.clip`."""
     _check_activation(clip.activation, "model.clip")
     return Vision(
         grid=tuple(clip.grid),

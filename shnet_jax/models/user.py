@@ -84,7 +84,7 @@ def write_back(units: Array, guide: Array, mask: Array, scale: float) -> Array:
 
 
 class ImageEncoder(nn.Module):
-    """The visual tower. Attributes are those of `config.model` and `config.model.user` (configs/user_coco.py)."""
+    """The visual tower. Attributes are those of `config.model` and `config.model.user`."""
 
     dim: int
     units: tuple[str, ...]
@@ -163,7 +163,7 @@ class USER(RetrievalModel):
 
 def image_fields(config: ConfigDict) -> tuple[str, ...]:
     """Fields of the record that the model of this configuration reads."""
-    clip = ("image_embedding",) if "cge" in _options(config).guides else ()
+    clip = ("image_embedding",) if "cge" in config.model.user.guides else ()
     return (*config.model.units, *clip)
 
 
@@ -173,14 +173,18 @@ def build(config: ConfigDict) -> USER:
     Raises ValueError for a field of `config.model` or `config.text` that is none of its choices, and for the published
     norm where images may have other units than its SLOTS regions.
     """
-    m, own = config.model, _options(config)
-    for field, values, choices in (("units", m.units, UNIT_MASKS), ("user.guides", own.guides, GUIDES)):
+    m, options = config.model, config.model.user
+    for field, values, choices in (("units", m.units, UNIT_MASKS), ("user.guides", options.guides, GUIDES)):
         if [v for v in values if v not in choices] or (field == "units" and not values):
             raise ValueError(f"config.model.{field} is {tuple(values)}; choose from {', '.join(choices)}")
-    for field, value, choices in (("user.norm", own.norm, NORMS), ("dtype", m.dtype, DTYPES)):
+    for field, value, choices in (("user.norm", options.norm, NORMS), ("dtype", m.dtype, DTYPES)):
         if value not in choices:
             raise ValueError(f"config.model.{field} is {value!r}; choose from {', '.join(choices)}")
-    if own.norm == "slots" and "sge" in own.guides and (tuple(m.units) != ("regions",) or config.data.region_drop):
+    if (
+        options.norm == "slots"
+        and "sge" in options.guides
+        and (tuple(m.units) != ("regions",) or config.data.region_drop)
+    ):
         raise ValueError(
             f"config.model.user.norm is 'slots', one BatchNorm channel for each of {SLOTS} regions; with "
             f"config.model.units = {tuple(m.units)} and config.data.region_drop = {config.data.region_drop} images "
@@ -190,21 +194,13 @@ def build(config: ConfigDict) -> USER:
     image = ImageEncoder(
         dim=m.dim,
         units=tuple(m.units),
-        guides=tuple(own.guides),
-        attention_scale=own.attention_scale,
-        dropout=own.dropout,
-        norm=own.norm,
+        guides=tuple(options.guides),
+        attention_scale=options.attention_scale,
+        dropout=options.dropout,
+        norm=options.norm,
         feature_dropout=m.feature_dropout,
         mlp=partial(MLP, dtype=m.dtype, include_padding=m.bn_include_padding, axis=axis),
         axis=axis,
         dtype=m.dtype,
     )
     return USER(image=image, text=TextEncoder(tower=build_tower(config), dim=m.dim, dtype=config.text.dtype))
-
-
-def _options(config: ConfigDict) -> ConfigDict:
-    if "user" not in config.model:
-        raise ValueError(
-            "config.model.name is 'user' and there is no config.model.user; begin with configs/user_coco.py"
-        )
-    return config.model.user

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from shnet_jax.experiment import AUTO, Experiment, abstract_variables, assemble
 from shnet_jax.models.contract import scorer
 from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.workdir import Difference, complete, differences, trained_config
+from shnet_jax.train.workdir import Difference, complete, differences, trained_config, younger_models
 from shnet_jax.types import Score
 
 
@@ -40,10 +40,8 @@ def load(workdir: str | Path, config: ConfigDict, step: int | None = None) -> Lo
     workdir = Path(workdir)
     saved = trained_config(workdir, config)
     trained = complete(saved, config)
-    younger = [
-        name for name, value in config.model.items() if isinstance(value, ConfigDict) and name not in saved.model
-    ]
-    if wrong := _model_differences(trained, config, {"clip", *younger}):
+    aside = {"clip"} | younger_models(saved, config) | _sections_of_others(trained)
+    if wrong := _model_differences(trained, config, aside):
         lines = "\n  ".join(map(str, wrong))
         raise ValueError(f"{workdir} was trained with another model than --config names:\n  {lines}")
     return _restore(workdir, trained, config, step)
@@ -76,6 +74,14 @@ def _restore(workdir: Path, trained: ConfigDict, config: ConfigDict, step: int |
     chosen = checkpoints.best is not None and (step == checkpoints.best if named else config.eval.checkpoint == "best")
     checkpoints.close()
     return Loaded(experiment, variables, step, trained.data.val_split if chosen else "none")
+
+
+def _sections_of_others(config: ConfigDict) -> set[str]:
+    """Sections of config.model that the model does not read; a model outside this package may read any."""
+    model = config.model
+    if "." in model.name:
+        return set()
+    return {name for name, value in model.items() if isinstance(value, ConfigDict) and name != model.name}
 
 
 def _model_differences(trained: ConfigDict, config: ConfigDict, aside: set[str]) -> list[Difference]:

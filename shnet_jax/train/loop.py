@@ -97,9 +97,7 @@ class Training:
 
     def run(self) -> Results:
         """Trains to the end and returns the last validation result."""
-        train, total = self.config.train, self.setup.total_steps
-        every = train.eval_epochs
-        eval_steps = max(1, round(every * self.setup.steps_per_epoch)) if every else total
+        intervals, total = self.setup.intervals, self.setup.total_steps
         results: Results | None = None
         # However the loop ends, a checkpoint under way is completed, unless one process of several fails alone.
         alone = hosts.ending_together(NonFiniteLoss)
@@ -114,9 +112,9 @@ class Training:
             for step in range(self.first + 1, total + 1):
                 self.start_step(step)
                 stop = _stop_signal(signals, step)
-                logs = step % train.log_steps == 0 or step == total
-                evaluates = step % eval_steps == 0 or step == total
-                saves = step % train.checkpoint_steps == 0 or stop is not None
+                logs = step % intervals.log == 0 or step == total
+                evaluates = step % intervals.evaluate == 0 or step == total
+                saves = step % intervals.save == 0 or stop is not None
                 if logs or evaluates or saves:
                     self.read_metrics()
                 if logs:

@@ -14,7 +14,6 @@ Key encoders and queues are part of the training state, and so of its checkpoint
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ import optax
 from flax import struct
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from shnet_jax.durations import TrainingLength, given
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.parallel import axis
 from shnet_jax.types import NO_IMAGE, Array, Batch, Embedding, Queue, SetQueue
@@ -67,8 +67,12 @@ class MomentumState:
     texts: Queue
 
 
-def options(config: ConfigDict | FrozenConfigDict, model: RetrievalModel, steps_per_epoch: float) -> Momentum | None:
+def options(
+    config: ConfigDict | FrozenConfigDict, model: RetrievalModel, steps_per_epoch: float, total_steps: int = 0
+) -> Momentum | None:
     """The momentum encoders of a configuration; None where `config.momentum.queue` is 0.
+
+    steps_per_epoch, total_steps: batches of an epoch and of the training (0: unknown).
 
     Raises ValueError for settings that do not fit together, and for a model whose score asks for more than queues hold.
     """
@@ -84,8 +88,7 @@ def options(config: ConfigDict | FrozenConfigDict, model: RetrievalModel, steps_
         raise ValueError(f"config.momentum.decay is {m.decay}; it must be at least 0 and below 1")
     if m.start not in STARTS:
         raise ValueError(f"config.momentum.start is {m.start!r}; choose from {', '.join(STARTS)}")
-    if not 0 <= m.from_epoch < math.inf:
-        raise ValueError(f"config.momentum.from_epoch is {m.from_epoch}; it must be a finite number of epochs >= 0")
+    from_step = _from_step(config, steps_per_epoch, total_steps)
     sets = model.set_sizes
     if model.score is not RetrievalModel.score and not (any(sets) and has_static_score(model)):
         raise ValueError(
@@ -94,20 +97,24 @@ def options(config: ConfigDict | FrozenConfigDict, model: RetrievalModel, steps_
             "which is what queues hold: set it to 0"
         )
     fields = {name: m[name] for name in ("queue", "decay", "warm", "start", "image_train", "text_train")}
-    return Momentum(dim=config.model.dim, sets=sets, from_step=_from_step(config, steps_per_epoch), **fields)
+    return Momentum(dim=config.model.dim, sets=sets, from_step=from_step, **fields)
 
 
 def check_start(config: ConfigDict | FrozenConfigDict, steps_per_epoch: float, total_steps: int) -> None:
     """Raises ValueError where the queues of a run of `total_steps` would never take part."""
-    if config.momentum.queue and total_steps <= (first := _from_step(config, steps_per_epoch)):
+    start = given(config.momentum, "from", "config.momentum")
+    if start is None or not config.momentum.queue:
+        return
+    first = _from_step(config, steps_per_epoch, total_steps)
+    if total_steps <= first:
         raise ValueError(
-            f"config.momentum.from_epoch is {config.momentum.from_epoch}, step {first}, and the run has {total_steps} "
-            "steps: its queues would never take part"
+            f"{start.field} is {start.value}, step {first}, and the run has {total_steps} steps: its queues would "
+            "never take part"
         )
 
 
-def _from_step(config: ConfigDict | FrozenConfigDict, steps_per_epoch: float) -> int:
-    return round(config.momentum.from_epoch * steps_per_epoch)
+def _from_step(config: ConfigDict | FrozenConfigDict, steps_per_epoch: float, total_steps: int) -> int:
+    return TrainingLength(steps_per_epoch, total_steps).steps(config.momentum, "from", "config.momentum")
 
 
 def first_state(momentum: Momentum, variables: Mapping[str, Any], seed: int) -> MomentumState:

@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from shnet_jax.durations import TrainingLength
+
 
 def schedule(config: ConfigDict, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-    """Learning rate as a function of the update number, from `config.optim`."""
+    """Learning rate as a function of the update number, from `config.optim`; arguments count updates too."""
     o = config.optim
-    warmup = round(o.warmup_epochs * steps_per_epoch)
+    length = TrainingLength(steps_per_epoch, total_steps, batches=o.accumulate)
+    warmup = length.steps(o, "warmup", "config.optim")
     if o.schedule == "step":
-        after = {round(e * steps_per_epoch) - warmup: o.decay_factor for e in o.decay_epochs}
+        after = {decay - warmup: o.decay_factor for decay in length.moments(o, "decay", "config.optim")}
         main = optax.piecewise_constant_schedule(o.lr, after)
     elif o.schedule == "cosine":
         main = optax.cosine_decay_schedule(o.lr, max(1, total_steps - warmup))

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, train_batches
 from shnet_jax.data.tokenise import NO_UNKNOWN, Captions, Tokenizer, tokenise_split
+from shnet_jax.durations import TrainingLength, count_steps, given
 from shnet_jax.evaluate.encode import check as check_evaluation
 from shnet_jax.experiment import Experiment, abstract_variables
 from shnet_jax.losses import total
@@ -37,6 +38,15 @@ MUCH_UNKNOWN = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
+class StepIntervals:
+    """Steps between two log lines, two evaluations and two saved states of a training."""
+
+    log: int
+    evaluate: int
+    save: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainSetup:
     """The mapped step of a configuration and what belongs to it; nothing of it is read from data or compiled yet.
 
@@ -50,7 +60,7 @@ class TrainSetup:
     create: Callable[[dict[str, Any]], TrainState]
     sharded: bool
     rate: optax.Schedule
-    steps_per_epoch: float
+    intervals: StepIntervals
     total_steps: int
 
     def first_state(self, variables: dict[str, Any]) -> TrainState:
@@ -78,7 +88,7 @@ def setup_training(experiment: Experiment) -> TrainSetup:
     pairs_per_device(config, mesh.size)
     check_evaluation(experiment.model, config, mesh)
     per_epoch = steps_per_epoch(dataset, config.data.train_split, config.train.batch_size)
-    total_steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
+    total_steps = count_steps(config.train, per_epoch)
     shapes = abstract_variables(experiment)
     setup = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
     momentum.check_start(config, per_epoch, total_steps)
@@ -104,8 +114,8 @@ def build_step(
         )
     accumulate, sharded = config.optim.accumulate, config.parallel.shard_params
     rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
-    key_options = momentum.options(config, model, steps_per_epoch)
-    loss_params, total_loss = total.build(config.loss, steps_per_epoch, queues=key_options is not None)
+    key_options = momentum.options(config, model, steps_per_epoch, total_steps)
+    loss_params, total_loss = total.build(config.loss, steps_per_epoch, total_steps, queues=key_options is not None)
     devices = mesh.size if sharded else 1
     axes = split_axes({"model": variables["params"], "loss": loss_params}, devices)
     tx = make_optimiser(config, rate, norm=partial(global_norm, axes=axes, name=DATA))
@@ -133,7 +143,24 @@ def build_step(
 
     like = jax.tree.map(placed, shapes, partition)
     mapped = map_step(step, mesh, config.parallel.mapping, state_specs=partition if sharded else None)
-    return TrainSetup(mesh, mapped, like, create, sharded, rate, steps_per_epoch, total_steps)
+    intervals = step_intervals(config, steps_per_epoch, total_steps)
+    return TrainSetup(mesh, mapped, like, create, sharded, rate, intervals, total_steps)
+
+
+def step_intervals(config: FrozenConfigDict, steps_per_epoch: float, total_steps: int) -> StepIntervals:
+    """The intervals of `config.train`, each at least 1 step; evaluations without one are at the end alone.
+
+    Raises ValueError where none is given for log lines or saved states.
+    """
+    length = TrainingLength(steps_per_epoch, total_steps)
+    steps = {name: length.steps(config.train, name, "config.train") for name in ("log", "eval", "checkpoint")}
+    for name in ("log", "checkpoint"):
+        if given(config.train, name, "config.train") is None:
+            raise ValueError(
+                f"config.train.{name}_steps is 0; it must be at least 1, or set {name}_epochs or {name}_percent"
+            )
+    evaluate = total_steps if given(config.train, "eval", "config.train") is None else steps["eval"]
+    return StepIntervals(log=max(1, steps["log"]), evaluate=max(1, evaluate), save=max(1, steps["checkpoint"]))
 
 
 def _state_axes(shapes: TrainState, devices: int) -> TrainState:
@@ -226,10 +253,7 @@ def takes_microbatches(model: RetrievalModel, variables: Any) -> bool:
     return bool(model.norm_depth or not variables["batch_stats"])
 
 
-AT_LEAST_ONE = (
-    *("train.batch_size", "train.log_steps", "train.checkpoint_steps", "train.keep"),
-    *("data.captions_per_image", "model.dim", "optim.accumulate"),
-)
+AT_LEAST_ONE = (*("train.batch_size", "train.keep", "data.captions_per_image", "model.dim", "optim.accumulate"),)
 
 
 def _check(config: FrozenConfigDict) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +56,10 @@ SELECTING = ("config.eval.person", "config.eval.protocols")
 
 # Fields of these that a run's file does not have, as it is older than they, have to be off: they would change what it
 # learns. Others are options of something that is off, or say what it did anyway, and are taken as they are given.
-SWITCHES = re.compile(r"config\.(loss\.weights\.|optim\.|momentum\.(queue|from_epoch)|model\.\w+$)")
+SWITCHES = re.compile(
+    r"config\.(loss\.weights\.|loss\.\w+\.warmup_(steps|percent)$|optim\.|momentum\.(queue|from_)|model\.\w+$"
+    r"|train\.(log|checkpoint)_(epochs|percent)$|train\.eval_(steps|percent)$)"
+)
 
 
 class WorkdirError(RuntimeError):
@@ -167,8 +170,9 @@ def _changes(config: dict[str, Any], saved: ConfigDict, workdir: Path) -> list[s
     """Fields that keep a run with the configuration `saved` from continuing with `config`, one line each."""
     had = saved.to_dict()
     refused, younger = [], []
+    free = (*FREE_TO_CHANGE, *(f"config.model.{name}." for name in younger_models(saved, config)))
     for change in differences(config, complete(saved, ConfigDict(config)).to_dict()):
-        if change.name.startswith(FREE_TO_CHANGE) and not change.name.startswith(SELECTING):
+        if change.name.startswith(free) and not change.name.startswith(SELECTING):
             continue
         kept = _value(had, change.name)
         if kept is ABSENT and not SWITCHES.match(change.name):
@@ -179,6 +183,12 @@ def _changes(config: dict[str, Any], saved: ConfigDict, workdir: Path) -> list[s
         given = ", ".join(younger)
         log.info("%s: this run is older than some fields, which are taken as --config gives them: %s", workdir, given)
     return refused
+
+
+def younger_models(saved: ConfigDict, config: Mapping[str, Any]) -> set[str]:
+    """Sections of config.model that the configuration of a run does not have: of models that are younger than it."""
+    had = saved.get("model", {})
+    return {name for name, value in config["model"].items() if isinstance(value, dict | ConfigDict) and name not in had}
 
 
 def _value(config: dict[str, Any], name: str) -> Any:

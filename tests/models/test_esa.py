@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import esa_cuhk_pedes, esa_frozen, esa_people
+from configs import esa as esa_config
 from data_prep import people
 from data_prep.builder import write_dataset
 from shnet_jax.experiment import assemble, init_variables
@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "clip"
 
 
 def config(**changes):
-    c = esa_people.get_config()
+    c = esa_config.get_config()
     c.text.vocab_size, c.text.width, c.model.dim, c.data.token_buckets = 20, 16, 16, (8,)
     c.model.dtype = c.text.dtype = "float32"  # "auto" is settled by experiment.assemble
     c.update_from_flattened_dict(changes)
@@ -148,9 +148,9 @@ def figures():
     return write_dataset(tiny.folder(), "figures", splits, {"source": "made by the tests"})
 
 
-def clip_config(folder, module=esa_cuhk_pedes, **more):
+def clip_config(folder, variant="cuhk_pedes", **more):
     """A configuration made tiny, with the recorded CLIP; `more` by dotted name with "__" for the dot."""
-    c = module.get_config()
+    c = esa_config.get_config(variant)
     changes = {
         "data.dir": str(folder),
         "data.max_tokens": 40,
@@ -212,7 +212,7 @@ def test_training_set_heads_on_the_tokens_of_records(tmp_path):
 
     splits = {split: [record(f"{split}{i}") for i in range(8)] for split in ("train", "val", "test")}
     data = write_dataset(tiny.folder(), "tokens", splits, {"source": "made by the tests"})
-    c = clip_config(data, esa_frozen, text__frozen_layers=2, optim__weight_decay=0.1, train__eval_epochs=0.0)
+    c = clip_config(data, "frozen", text__frozen_layers=2, optim__weight_decay=0.1, train__eval_epochs=0.0)
     experiment = assemble(c)
     assert experiment.fields == ("grid", "image_embedding")
     with tiny.quick():

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, cmsei_scenes, esa_people, user_coco
+from configs import base
+from configs import cmsei as cmsei_config
+from configs import esa as esa_config
+from configs import user as user_config
 from shnet_jax import registry
 from shnet_jax.models.contract import scorer
 from tests.models.test_shnet import compiled, random_variables
@@ -23,24 +26,36 @@ N, K, G, L, CLASSES, DIM = 3, 4, 5, 6, 7, 8
 TEXT = {"vocab_size": 20, "layers": 1, "width": 8, "heads": 2, "mlp_dim": 12, "max_positions": L, "dropout": 0.0}
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "3SHNet, BERT": (
-        base,
+        base.get_config,
         {"units": ("regions", "grid"), "num_classes": CLASSES, "map_channels": 4, "bn_include_padding": False},
         {"tower": "bert"},
     ),
     "VSE-infinity, BiGRU": (
-        base,
+        base.get_config,
         {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False},
         {"tower": "bigru"},
     ),
-    "USER, transformer": (user_coco, {"user": {"norm": "layer"}, "units": ("grid",)}, {"tower": "transformer"}),
-    "CMSEI-style, BiGRU": (cmsei_scenes, {"cmsei": {"geometry_heads": 2, "block": 4}}, {"tower": "bigru"}),
-    "ESA-style, CLIP": (esa_people, {"esa": {"size": 2, "text_size": 2, "heads": 2, "depth": 1}}, {"tower": "clip"}),
+    "USER, transformer": (
+        user_config.get_config,
+        {"user": {"norm": "layer"}, "units": ("grid",)},
+        {"tower": "transformer"},
+    ),
+    "CMSEI-style, BiGRU": (
+        functools.partial(cmsei_config.get_config, "scenes"),
+        {"cmsei": {"geometry_heads": 2, "block": 4}},
+        {"tower": "bigru"},
+    ),
+    "ESA-style, CLIP": (
+        esa_config.get_config,
+        {"esa": {"size": 2, "text_size": 2, "heads": 2, "depth": 1}},
+        {"tower": "clip"},
+    ),
 }
 
 
 def config(case: str) -> ConfigDict:
-    module, model, text = CASES[case]
-    c = module.get_config()
+    get_config, model, text = CASES[case]
+    c = get_config()
     c.model.update({"dim": DIM, "dtype": "float32"} | model)
     c.model.dropout = 0.0
     c.text.update(TEXT | {"dtype": "float32", "projection": DIM} | text)

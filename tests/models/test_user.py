@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import user_coco
+from configs import user as user_config
 from shnet_jax import registry
 from shnet_jax.experiment import assemble
 from shnet_jax.models import user
@@ -37,7 +37,7 @@ def few_slots():
 
 
 def config_of(arm: str, **changes: Any):
-    c = user_coco.get_config()
+    c = user_config.get_config()
     c.model.dim, c.text.vocab_size, c.text.tower, c.text.width = DIM, 9, "bigru", 4
     c.model.user.dropout = 0.0
     c.update_from_flattened_dict(ARMS[arm] | {name.replace("__", "."): value for name, value in changes.items()})
@@ -172,11 +172,6 @@ def test_the_published_norm_needs_its_number_of_regions():
     with pytest.raises(ValueError, match="each of 5 regions, and the data set has 4 regions: set"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), few, train=False, method="encode_image"))
     assert SLOTS == 36
-
-
-def test_other_models_fields_are_named():
-    with pytest.raises(ValueError, match=r"there is no config\.model\.user; begin with configs/user_coco\.py"):
-        registry.model("user").image_fields(tiny.config(model__name="user"))
 
 
 def test_a_data_set_without_image_embeddings_is_refused():

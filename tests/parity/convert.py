@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from configs import base, user_coco
+from configs import base
+from configs import user as user_config
 from shnet_jax import registry
 from shnet_jax.data.tokenise import SPECIAL
 from shnet_jax.modes.convert import load_published
@@ -21,7 +22,7 @@ from tests.parity.compare import Fixture, Row, compare
 
 GROUP = "converted checkpoint"
 # Recordings that end with weights and the embeddings of their first batch, and the configurations of their models.
-CASES = {"shnet_train_steps": base, "user_train_steps": user_coco}
+CASES = {"shnet_train_steps": base, "user_train_steps": user_config}
 
 
 def check(folder: Path) -> list[Row]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from configs import user_coco
+from configs import user as user_config
 from shnet_jax.interop.published import text_encoder_slots
 from shnet_jax.interop.torch_weights import Slots, text_head_slots, user_image_encoder_slots
 from shnet_jax.models.bert import BERT
@@ -226,5 +226,5 @@ def test_a_converted_checkpoint_takes_the_attention_scale_of_its_recording(tmp_p
     arrays["out.final_eval_image_embedding"] = oracle_of_images({"regions": regions}, {"regions": mask})
     arrays["out.final_eval_text_embedding"] = texts.apply(of_texts, tokens, tokens > 0, train=False).vector
     np.savez(tmp_path / "user_train_steps.npz", **arrays)
-    rows = convert._check(Fixture(tmp_path / "user_train_steps.npz"), user_coco.get_config())
+    rows = convert._check(Fixture(tmp_path / "user_train_steps.npz"), user_config.get_config())
     assert len(rows) == 2 and all(row.ok for row in rows), rows

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from configs import user_coco
+from configs import user as user_config
 from shnet_jax.interop.torch_weights import to_variables, user_image_encoder_slots
 from shnet_jax.losses import total
 from shnet_jax.models.bert import BERT
@@ -27,7 +27,7 @@ GROUP = "user training"
 
 def published(fixture: Fixture) -> ConfigDict:
     """The published objective and optimiser with the recording's rates."""
-    config = user_coco.get_config()
+    config = user_config.get_config()
     config.optim.lr = float(fixture["meta.learning_rate"])
     config.optim.text_lr_factor = float(fixture["meta.bert_lr_factor"])
     config.optim.weight_decay = float(fixture["meta.weight_decay"])

@@ -13,7 +13,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import user_coco
+from configs import user as user_config
 from shnet_jax.experiment import assemble
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
@@ -250,7 +250,7 @@ def test_keys_that_are_not_finite_are_noticed_before_they_take_part():
 
 
 def configuration(**changes):
-    c = user_coco.get_config()
+    c = user_config.get_config()
     c.update_from_flattened_dict(
         {"model.dim": DIM, "momentum.queue": QUEUE, "train.batch_size": PAIRS, "optim.ema": 0.5, "optim.lr": 0.1}
         | changes

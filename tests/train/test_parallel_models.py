@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs import esa_people, user_coco
+from configs import esa as esa_config
+from configs import user as user_config
 from shnet_jax import registry
 from shnet_jax.data.batches import gather
 from shnet_jax.losses import total
@@ -37,7 +38,7 @@ def few_slots():
 
 
 def configuration(name: str, bn_sync: bool):
-    c = {"user": user_coco.get_config, "esa": esa_people.get_config}[name]()
+    c = {"user": user_config.get_config, "esa": esa_config.get_config}[name]()
     changes = {"model.dim": 8, "model.dropout": 0.0, "model.dtype": "float32", "model.bn_sync": bn_sync}
     changes |= {"text.tower": "bigru", "text.width": 4, "text.vocab_size": whole_model.VOCABULARY, "text.dropout": 0.0}
     changes |= {"text.dtype": "float32", "momentum.queue": QUEUE, "momentum.decay": 0.6, "train.batch_size": PAIRS}

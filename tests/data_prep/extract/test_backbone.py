@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import esa_people
+from configs import esa as esa_config
 from data_prep.schema import DataError
 from shnet_jax.interop import clip_weights
 from shnet_jax.models.clip import build_vision
@@ -50,7 +50,7 @@ def test_projected_tokens_are_those_of_the_vision_tower_that_reads_pictures(made
     images = [Image.open(folder / name) for name in names]
     _, sizes = clip_weights.sizes(Path(models["clip"]))
     _, params = clip_weights.load_clip(Path(models["clip"]))
-    config = esa_people.get_config()
+    config = esa_config.get_config()
     config.model.clip.update(sizes)
     tower = build_vision(config.model.clip, "float32")
     resample = transformers.AutoImageProcessor.from_pretrained(models["clip"], backend="pil").resample

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import shnet_flickr8k
+from configs import shnet
 
 UNITS = {"region": ("regions",), "grid": ("grid",), "joint": ("regions", "grid")}
 
@@ -10,9 +10,9 @@ UNITS = {"region": ("regions",), "grid": ("grid",), "joint": ("regions", "grid")
 def get_config() -> ConfigDict:
     """`--mode=study`: 12 arms, then ensembles of the region and the grid model of the same highlighting and seed.
 
-    The joint arms are those of shnet_flickr8k.py.
+    The joint arms are those of shnet.py:hybrid,flickr8k.
     """
-    c = shnet_flickr8k.get_config()
+    c = shnet.get_config("hybrid,flickr8k")
     c.name = "3SHNet"
     kinds = c.study.arms.to_dict()  # full, semantic, spatial, none
     c.study.arms = ConfigDict(

@@ -1,22 +1,22 @@
-"""SGE of USER, 3SHNet, VSE-infinity, 3SHNet with queues: the recipe that suits flickr8k_mini, shnet_flickr8k.py."""
+"""SGE of USER, 3SHNet, VSE-infinity and 3SHNet with queues under one recipe, `configs/user_study.py:DATA`.
+
+DATA: flickr8k (default), the recipe of shnet.py:hybrid,flickr8k | demo, that of demo.py.
+"""
 
 from ml_collections import ConfigDict
 
-from configs import shnet_flickr8k, user_coco
+from configs import demo, shnet
+from configs.variants import choose
 
 
-def get_config() -> ConfigDict:
-    """`--mode=study` trains the four arms, `--config.study.only` others; needs what shnet_flickr8k.py needs."""
-    return compared(shnet_flickr8k.get_config())
-
-
-def compared(c: ConfigDict) -> ConfigDict:
-    """The arms under any recipe for 3SHNet.
+def get_config(variant: str = "") -> ConfigDict:
+    """`--mode=study` trains the four arms, `--config.study.only` others; needs what the recipe needs.
 
     SGE has the norm for any number of units, as regions are dropped; keys follow within a short run.
     """
-    c.name = "USER and 3SHNet, one recipe"
-    c.model.user = user_coco.get_config().model.user
+    (data,) = choose(variant, ("flickr8k", "demo"))
+    c = demo.get_config() if data == "demo" else shnet.get_config("hybrid,flickr8k")
+    c.name = f"USER and 3SHNet, one recipe, {data}"
     c.model.user.norm = "layer"
     c.momentum.decay = 0.99
     c.momentum.warm = True
@@ -24,6 +24,7 @@ def compared(c: ConfigDict) -> ConfigDict:
     # Earlier, keys age too fast to learn against (docs/results.md).
     c.momentum.from_epoch = 0.4 * c.train.get_ref("epochs")
     off = {"semantic": False, "spatial": False, "scene_tokens": False, "category_token": False}
+    c.study.seeds = (0, 1, 2)
     c.study.arms = ConfigDict()
     c.study.arms.user = ConfigDict({"model": {"name": "user"}})
     c.study.arms.shnet = ConfigDict({})
