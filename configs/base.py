@@ -278,6 +278,8 @@ def _train() -> ConfigDict:
     train.microbatch_statistics = "exact"  # BatchNorm over microbatches: exact (whole batch) | local | running
     train.epochs = 25.0  # passes over all captions of the training split (published 25)
     train.steps = 0  # batches, in place of train.epochs; 0: as many as train.epochs need
+    train.init_from = ""  # warm start: work folder, exported folder or .safetensors of the first parameters; "": none
+    train.init_partial = False  # take those arrays of it that fit, instead of refusing a model of other arrays
     train.log_steps = 50  # steps between two log lines; their numbers are means over these steps
     train.log_epochs = 0.0  # the same in epochs
     train.log_percent = 0.0  # the same in per cent of the training

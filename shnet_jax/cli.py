@@ -252,7 +252,7 @@ def _with_config(argv: list[str]) -> list[str]:
     if "config" in given:
         path = bundled.config_path(given["config"])
         if ":" in path:
-            bundled.get_config(path)  # an unknown variant is told of here, as ml_collections adds its stack
+            bundled.get_config(given["config"])  # an unknown variant is told of here, as ml_collections adds its stack
         return [f"--config={path}" if re.match("--?config=", argument) else argument for argument in argv]
     if not given.get("workdir") or name not in MODES:
         return argv  # absl, or the caller, says what is missing

@@ -30,6 +30,7 @@ from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.train.setup import setup_training, training_data
 from shnet_jax.train.signals import Interrupted, stop_signals
 from shnet_jax.train.state import TrainState
+from shnet_jax.train.warm_start import warm_start
 from shnet_jax.train.workdir import claimed, with_dtypes
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,10 @@ class Training:
         self.utilisation = cost.Utilisation(self.setup.step, self.setup.mesh.size, dtypes)
 
     def _initial(self) -> TrainState:
-        return self.setup.first_state(init_variables(self.experiment, self.config.seed))
+        variables = init_variables(self.experiment, self.config.seed)
+        if self.config.train.init_from:
+            variables = warm_start(variables, self.config)
+        return self.setup.first_state(variables)
 
     def _restored(self) -> tuple[TrainState, dict[str, Any]]:
         """State and notes of the last checkpoint; moves the iterator to its position."""

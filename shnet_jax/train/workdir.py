@@ -21,6 +21,7 @@ from shnet_jax.experiment import Experiment, automatic
 from shnet_jax.observe.files import LOCK, FolderInUse, sole_writer, write_text
 from shnet_jax.observe.machine import fast_dtype
 from shnet_jax.parallel import hosts
+from shnet_jax.train.extend import LENGTH, refused_extension
 from shnet_jax.train.integrity import CheckpointError, set_damaged_aside
 
 CONFIG = "config.json"
@@ -45,6 +46,8 @@ FREE_TO_CHANGE = (
     "config.study.",
     "config.text.weights",
     "config.tokenizer.path",
+    "config.train.init_from",  # of the first step alone
+    "config.train.init_partial",
     "config.train.keep",
     "config.train.on_nonfinite",
 )
@@ -137,7 +140,12 @@ def claim(workdir: Path, experiment: Experiment) -> None:
     if any((workdir / "checkpoints").glob("*")):
         if not path.exists():
             raise WorkdirError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
-        changes = _changes(experiment.config.to_dict(), load_config(path), workdir)
+        saved = load_config(path)
+        changes = _changes(experiment.config.to_dict(), saved, workdir)
+        longer = [change for change in changes if change.startswith(LENGTH)]
+        if longer:
+            changes = [change for change in changes if change not in longer]
+            changes += filter(None, [refused_extension(workdir, experiment, saved)])
         differs = []
         for copy in workdir.glob("vocabulary.*"):
             if copy.suffix != suffix or copy.read_bytes().strip() != vocabulary.strip():
@@ -154,6 +162,11 @@ def claim(workdir: Path, experiment: Experiment) -> None:
                 f"{workdir} holds a run of another configuration; choose another --workdir or go back to:\n  "
                 + "\n  ".join(changes)
             )
+        if longer:
+            for name in LENGTH:
+                field = name.rpartition(".")[2]
+                saved.train[field] = experiment.config.train[field]
+            save_config(saved, path)
         return
     if (workdir / "dataset_info.json").exists() or (path.exists() and "train" not in load_config(path)):
         raise WorkdirError(f"{workdir} holds something else than a run; choose another --workdir")
