@@ -256,7 +256,9 @@ def _with_config(argv: list[str]) -> list[str]:
         return [f"--config={path}" if re.match("--?config=", argument) else argument for argument in argv]
     if not given.get("workdir") or name not in MODES:
         return argv  # absl, or the caller, says what is missing
-    if MODES[name].configured or given.get("config.convert.source"):
+    if given.get("config.convert.source"):  # its file or folder says what the model is
+        return [*argv, f"--config={bundled.config_path('base')}"]
+    if MODES[name].configured:
         raise ValueError(f"--config is missing: a bundled name or a file, as in: shnet {name} {MODES[name].example}")
     # An evaluation of several runs has a folder of its own for results, and is configured as the first of them.
     several = given.get("config.eval.ensemble") or given.get("config.cross.runs")
