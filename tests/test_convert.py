@@ -177,28 +177,24 @@ def test_a_checkpoint_without_segmentation_is_vse_infinity(tmp_path):
     np.testing.assert_array_equal(model.variables["params"]["image"]["regions_linear"]["kernel"], image["fc.weight"].T)
 
 
-def test_user(tmp_path):
-    c = user_config.get_config()
+@pytest.mark.parametrize("own", [user_config, base])
+def test_user(own, tmp_path):
+    c, given = user_config.get_config(), own.get_config()
     flat = {"tokenizer.path": str(vocabulary()), "text.heads": 2, "parallel.devices": 1}
-    c.update_from_flattened_dict(flat | BERT | {"model.dim": 8, "plan.region_dim": 200})
+    for each in (c, given):
+        each.update_from_flattened_dict(flat | BERT | {"model.dim": 8, "plan.region_dim": 200})
     like = traverse_util.flatten_dict(planned_run.variable_shapes(planned_run.describe(c)))
     rng = np.random.default_rng(2)
     image = {
         name: rng.uniform(0.5, 2.0, slot.theirs(like[slot.collection, *slot.path].shape)).astype(np.float32)
         for name, slot in user_image_encoder_slots("image").items()
     }
-    model = load_published(c, write(tmp_path / "user.pth", image, moco_M=1024, attention_lamda=3.0))
+    model = load_published(given, write(tmp_path / "user.pth", image, moco_M=1024, attention_lamda=3.0))
+    assert model.config.model.name == "user" and model.config.data.region_drop == 0
     assert model.config.model.user.guides == ("sge",) and model.config.model.user.attention_scale == 3.0
     assert model.config.momentum.queue == 1024
     kernel = model.variables["params"]["image"]["regions_sge"]["local"]["kernel"]
     np.testing.assert_array_equal(kernel, image["v_sa.embedding_local.0.weight"].T)
-
-
-def test_user_needs_its_own_configuration(tmp_path):
-    image = {name: states()[0][name] for name in vse_encoder_slots()}
-    image = changed(image, v_sa__embedding_local__0__weight=np.ones((2, 2), np.float32))
-    with pytest.raises(ValueError, match=r"needs fields that --config does not have, model\.user\.guides"):
-        load_published(config(), write(tmp_path / "user.pth", image))
 
 
 def test_bfloat16_becomes_float32(tmp_path):

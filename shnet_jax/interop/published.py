@@ -86,6 +86,7 @@ FAMILIES = (
             "model.units": ("regions",),
             "model.user.guides": ("sge",),
             "model.user.norm": "slots",
+            "data.region_drop": 0.0,
             "loss.uto.mask_same_image": False,
         },
         {"dim": ("fc.weight", 0)},
