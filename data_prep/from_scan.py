@@ -27,7 +27,8 @@ from data_prep.places import Place, Recognised, look
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Source
 from data_prep.sources.detections import Reading
-from data_prep.sources.units import MASK, Layout, as_units, first_units, open_units, unit_files
+from data_prep.sources.units import Layout, as_units, first_units, open_units, unit_files
+from shnet_jax.data.schema import MASKS
 from shnet_jax.paths import to_path
 
 ARRAYS = {
@@ -95,7 +96,7 @@ class ScanSplit:
             record["caption_ids"] = np.array(self.caption_ids[of_image], np.int64)
         for field, value in arrays.items():
             file = self.files[field]
-            if field in MASK and value.ndim > 1:
+            if field in MASKS and value.ndim > 1:
                 value = as_units(value, file, None, self.layout)
             record[field] = schema.as_field(field, value, where=where, file=file, dtype=self.feature_dtype)
         return record
@@ -132,7 +133,7 @@ def open_split(
     for field, shape in shapes.items():
         if not shape or not shape[0]:
             raise DataError(f"{arrays[field]}: expected a row for each image, found shape {list(shape)}")
-        if field in MASK and len(shape) > 2:  # of all images, so of no record alone
+        if field in MASKS and len(shape) > 2:  # of all images, so of no record alone
             as_units(open_array(arrays[field])[0], arrays[field], None, layout)
     rows = {field: shape[0] for field, shape in shapes.items()}
     ids_file = src / f"{split}_ids.txt"
@@ -396,7 +397,7 @@ def recognise(place: Place) -> Iterator[Recognised]:
     if fields:
 
         def read(reading: Reading) -> Iterator[Record]:
-            for field in set(MASK) & set(fields):
+            for field in set(MASKS) & set(fields):
                 array = open_array(place.path / f"{splits[0]}{ARRAYS[field]}")
                 if array.ndim > 2:
                     yield {field: as_units(array[0], f"{splits[0]}{ARRAYS[field]}", None, reading.layout)}

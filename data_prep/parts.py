@@ -18,8 +18,9 @@ from data_prep.sources.lmdb_files import Lmdb
 from data_prep.sources.npz import NpzFiles
 from data_prep.sources.panoptic import Panoptic, Upsnet
 from data_prep.sources.torch_dict import TorchDict
-from data_prep.sources.units import LAYOUTS, MASK, UnitFiles
+from data_prep.sources.units import LAYOUTS, UnitFiles
 from data_prep.sources.vinvl import GEOMETRIES, Vinvl
+from shnet_jax.data.schema import MASKS
 from shnet_jax.paths import to_path, to_paths
 
 
@@ -188,7 +189,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "without it a shape that leaves this open is an error",
     },
     "features_as": {
-        "choices": tuple(MASK),
+        "choices": tuple(MASKS),
         "help": "what features are; default: regions, but a grid where they are maps",
     },
     "boxes": {

@@ -19,10 +19,11 @@ import numpy as np
 from data_prep import command, schema
 from data_prep.bad_records import SKIPPED
 from data_prep.schema import DataError
-from data_prep.sources.units import MASK, narrow
+from data_prep.sources.units import narrow
 from shnet_jax.data.checksums import CHECKSUMS, read_checksums, sha256
 from shnet_jax.data.index import Index, index_file, read_index
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, open_dataset
+from shnet_jax.data.schema import MASKS
 from shnet_jax.data.tokenise import sentence_piece
 from shnet_jax.observe.progress import Progress
 from shnet_jax.observe.table import Table
@@ -108,7 +109,7 @@ def _check_fields(report: Report) -> None:
     if not any(name in dataset.features for name in schema.VISUAL_FIELDS):
         missing.append(" or ".join(schema.VISUAL_FIELDS))
     report.problems += [f"missing field: {name}" for name in missing]
-    for name in MASK:
+    for name in MASKS:
         shape = dataset.features[name][0] if name in dataset.features else ()
         units, width = (size or 0 for size in shape) if len(shape) == 2 else (0, 0)
         if narrow(units, width):

@@ -17,11 +17,10 @@ from data_prep.places import SAMPLE, Place, Recognised, split_of
 from data_prep.schema import DataError, Record
 from data_prep.sources.base import Absent
 from data_prep.torch_files import peek
+from shnet_jax.data.schema import MASKS
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
 from shnet_jax.untrusted import MAX_IMAGE_BYTES
-
-MASK = {"grid": "grid_mask", "regions": "region_mask"}
 
 Layout = Literal["hwc", "chw"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -53,7 +52,7 @@ class UnitFiles:
     @property
     def files(self) -> Mapping[str, str]:
         """Files that each field comes from."""
-        return dict.fromkeys((self.field, MASK[self.field]), f"{self.folder}/ID.npy")
+        return dict.fromkeys((self.field, MASKS[self.field]), f"{self.folder}/ID.npy")
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -207,7 +206,7 @@ def padded(record: Record, count: int | None, where: object) -> Record:
     for name, value in record.items():
         rows, mask = pad(value.reshape(len(value), -1), count, where)
         out[name] = rows.reshape(-1, *value.shape[1:])
-        out[MASK.get(name, MASK["regions"])] = mask
+        out[MASKS.get(name, MASKS["regions"])] = mask
     return out
 
 
