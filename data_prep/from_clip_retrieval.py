@@ -10,24 +10,24 @@ It needs: pip install -e '.[parquet]'
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
-from data_prep import captions, command, join, parquet, parts, rows, schema
-from data_prep.bad_records import Bad, Policy, record_or_bad
+from data_prep import captions, command, join, parquet, parts, rows
+from data_prep.bad_records import Bad, record_or_bad
 from data_prep.captions import Captioned
 from data_prep.files import open_array
+from data_prep.join import Writing
 from data_prep.places import Place, Recognised, missing, split_of
 from data_prep.rows import Row
 from data_prep.schema import DataError, Record, is_text
-from data_prep.sources.base import Source
 from shnet_jax.paths import to_path
 
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
@@ -180,30 +180,20 @@ def import_clip_retrieval(
     *,
     split: str | None = None,
     split_lists: str | None = None,
-    source: str = "",
-    overwrite: bool = False,
-    feature_dtype: str | None = "float16",
-    sources: Sequence[Source] = (),
-    skip_absent: bool = False,
-    on_bad_record: Policy = "fail",
+    **writing: Unpack[Writing],
 ) -> Path:
     """Import a folder and return the version folder of the data set; see `--help` for the arguments."""
     shards = open_shards(src)
     gathered = captions.gather(shards.rows(split), split_lists, src)
-    splits = {split: Images(items, shards) for split, items in gathered.items()}
     places = {"image_embedding": str(src / IMAGES), "caption_embeddings": str(src / TEXTS)}
     return join.write_joined(
-        splits,
-        sources,
+        {split: Images(items, shards) for split, items in gathered.items()},
         name,
         out,
-        metadata={"source": source or f"data_prep.from_clip_retrieval of {src.resolve().name}"},
+        origin=f"from_clip_retrieval of {src.resolve().name}",
         found=gathered.found,
-        files=dict.fromkeys(splits, places | {"captions": str(src / METADATA)}),
-        feature_dtype=feature_dtype,
-        skip_absent=skip_absent,
-        overwrite=overwrite,
-        on_bad_record=on_bad_record,
+        files=dict.fromkeys(gathered, places | {"captions": str(src / METADATA)}),
+        **writing,
     )
 
 
@@ -214,29 +204,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--src", type=to_path, required=True, help="folder with img_emb, text_emb and metadata")
     parser.add_argument("--split", help="of rows whose metadata have no column `split`")
     parser.add_argument("--split_lists", help="SPLIT=FILE,...: image names a line that put images into splits")
-    parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
-    parser.add_argument(
-        "--feature_dtype", choices=schema.FEATURE_DTYPES, default="float16", help="dtype of joined features"
-    )
-    parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
-    command.add_writing_arguments(parser)
+    join.add_writing_arguments(parser)
     parts.add_arguments(parser)
-    args: argparse.Namespace = parser.parse_args(argv)
-    path = import_clip_retrieval(
-        args.src,
-        args.name,
-        args.out,
-        split=args.split,
-        split_lists=args.split_lists,
-        source=args.source,
-        overwrite=args.overwrite,
-        feature_dtype=args.feature_dtype,
-        sources=parts.open_sources(args),
-        skip_absent=args.absent == "skip",
-        on_bad_record=args.on_bad_record,
-    )
-    print(path)
+    args = parser.parse_args(argv)
+    chosen = {"split": args.split, "split_lists": args.split_lists}
+    print(import_clip_retrieval(args.src, args.name, args.out, **chosen, **join.writing_options(args)))
     return 0
 
 

@@ -235,8 +235,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser("from_person_search", __doc__)
     parser.add_argument("--annotations", type=to_path, required=True, help="reid_raw.json, ICFG-PEDES.json, ...")
     parser.add_argument("--images", type=to_path, required=True, help="folder that the paths in it begin in")
-    parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument("--size", type=_size, default=SIZE, help="HEIGHTxWIDTH of the pictures, 384x128 unless told")
     parser.add_argument(
         "--hold_out", type=command.at_least(0), default=0, help="training persons that become the split val"

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from data_prep import command, join, parts, schema
-from data_prep.bad_records import Bad, Policy, record_or_bad
+from data_prep.bad_records import Bad, record_or_bad
 from data_prep.counts import Found
 from data_prep.files import open_array, read_lines
+from data_prep.join import Writing
 from data_prep.places import Place, Recognised, look
 from data_prep.schema import DataError, Record
-from data_prep.sources.base import Source
 from data_prep.sources.detections import Reading
 from data_prep.sources.units import Layout, as_units, first_units, open_units, unit_files
 from shnet_jax.data.schema import MASKS
@@ -303,13 +303,6 @@ def class_metadata(src: Path, splits: Iterable[ScanSplit]) -> dict[str, list[str
     return {"class_names": class_names(path, open_array(sized[0]).shape[1])} if sized and path.is_file() else {}
 
 
-def found(splits: Iterable[ScanSplit]) -> Found:
-    """Totals of the text files of the splits."""
-    counts = [(len(split.captions), len(split)) for split in splits]
-    captions, images = (sum(column) for column in zip(*counts, strict=True))
-    return Found(captions, images, captions)
-
-
 def import_scan(
     src: Path,
     name: str,
@@ -318,56 +311,63 @@ def import_scan(
     splits: list[str] | None = None,
     captions_per_image: int | None = None,
     layout: Layout | None = None,
-    feature_dtype: str | None = "float16",
-    source: str = "",
-    overwrite: bool = False,
-    sources: Sequence[Source] = (),
-    skip_absent: bool = False,
-    on_bad_record: Policy = "fail",
+    **writing: Unpack[Writing],
 ) -> Path:
     """Import a folder and return the version folder of the data set; see `--help` for the arguments."""
-    opened = {
+    opened = open_splits(src, splits, captions_per_image=captions_per_image, layout=layout, writing=writing)
+    return write_splits(opened, src, name, out, f"from_scan of {src.resolve().name}", writing)
+
+
+def open_splits(
+    src: Path,
+    splits: list[str] | None,
+    *,
+    captions_per_image: int | None,
+    layout: Layout | None,
+    writing: Writing,
+    need: str = "an array",
+) -> dict[str, ScanSplit]:
+    """The splits to import, all of the folder by default; see `open_split`."""
+    return {
         split: open_split(
             src,
             split,
             captions_per_image=captions_per_image,
-            feature_dtype=feature_dtype,
-            strict=on_bad_record == "fail",
+            feature_dtype=writing.get("feature_dtype", "float16"),
+            need=need,
+            strict=writing.get("on_bad_record", "fail") == "fail",
             layout=layout,
         )
         for split in (splits or split_names(src))
     }
+
+
+def write_splits(
+    splits: Mapping[str, ScanSplit], src: Path, name: str, out: Path, origin: str, writing: Writing
+) -> Path:
+    """Write the data set of splits of a folder; see `join.write_joined`."""
+    captions = sum(len(split.captions) for split in splits.values())
+    images = sum(map(len, splits.values()))
     return join.write_joined(
-        opened,
-        sources,
+        splits,
         name,
         out,
-        metadata={
-            "source": source or f"data_prep.from_scan of {src.resolve().name}",
-            **class_metadata(src, opened.values()),
-        },
-        found=found(opened.values()),
-        files={split: opened[split].files for split in opened},
-        feature_dtype=feature_dtype,
-        skip_absent=skip_absent,
-        overwrite=overwrite,
-        on_bad_record=on_bad_record,
+        origin=origin,
+        metadata=class_metadata(src, splits.values()),
+        found=Found(captions, images, captions),
+        files={split: opened.files for split, opened in splits.items()},
+        **writing,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that importers of this layout share."""
     parser.add_argument("--src", type=to_path, required=True, help="folder with SPLIT_caps.txt and the files beside it")
-    parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument("--splits", help="comma-separated; default: every SPLIT_caps.txt in the folder")
     parser.add_argument(
         "--captions_per_image", type=command.at_least(1), help="default: from the counts of rows, ids and captions"
     )
-    dtypes = ("keep", *schema.FEATURE_DTYPES)
-    parser.add_argument("--feature_dtype", choices=dtypes, default="float16", help="dtype that features are stored in")
-    parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
-    command.add_writing_arguments(parser)
+    join.add_writing_arguments(parser, "keep")
     parts.add_arguments(parser)
 
 
@@ -377,12 +377,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "splits": [name.strip() for name in args.splits.split(",")] if args.splits else None,
         "captions_per_image": args.captions_per_image,
         "layout": args.layout,
-        "feature_dtype": None if args.feature_dtype == "keep" else args.feature_dtype,
-        "source": args.source,
-        "overwrite": args.overwrite,
-        "sources": parts.open_sources(args, own=("layout",)),
-        "skip_absent": args.absent == "skip",
-        "on_bad_record": args.on_bad_record,
+        **join.writing_options(args, own=("layout",)),
     }
 
 

@@ -125,8 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("relations", __doc__)
     parser.add_argument("--data", type=to_path, required=True, help="data set with boxes")
-    parser.add_argument("--name", required=True, help="name of the new data set")
-    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--scene_graphs", type=to_path, help="JSON in the layout of Visual Genome's scene_graphs.json")
     kind.add_argument("--geometric", action="store_true", help="a stand-in from boxes and classes alone")
