@@ -14,26 +14,21 @@ import numpy as np
 
 from data_prep import schema
 from data_prep.bad_records import Bad
-from data_prep.names import Ambiguous
+from data_prep.names import Absent, Ambiguous
 from data_prep.schema import DataError, Record
 
 
-class Absent(DataError):
-    """A source has nothing for an image."""
-
-
 class Source(Protocol):
-    """Fields of an image.
-
-    files: field -> file or folder it comes from, for error messages.
-    metadata: what the data set should know of it, such as `class_names`.
-    """
+    """Fields of an image."""
 
     @property
-    def files(self) -> Mapping[str, str]: ...  # noqa: D102
+    def files(self) -> Mapping[str, str]:
+        """Files or folders that each field comes from, for error messages."""
 
     @property
-    def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
+    def metadata(self) -> Mapping[str, Any]:
+        """What the data set should know of it, such as `class_names`; most files hold nothing of that kind."""
+        return {}
 
     def read(self, image_id: str) -> Record:
         """Fields of an image; `names.Names` decides which entry is the image's.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from data_prep.notes import note
 from data_prep.schema import DataError, Record
+from data_prep.sources.base import Source
 from data_prep.sources.boxes import HEIGHTS, WIDTHS, Form, Size, Sizes, shares, size
 from data_prep.sources.units import Layout, as_units, padded
 
@@ -103,6 +104,19 @@ class Reading:
 
 
 DEFAULT = Reading()
+
+
+class Detections(Source, Protocol):
+    """A source of FIELDS, all of them from the same files."""
+
+    @property
+    def where(self) -> str:
+        """The files, for error messages."""
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Files that each field comes from."""
+        return dict.fromkeys(FIELDS, self.where)
 
 
 def _first(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> str | None:

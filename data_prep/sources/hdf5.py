@@ -22,8 +22,7 @@ from data_prep.names import Names
 from data_prep.places import SAMPLE, Place, Recognised, listed, look, split_of
 from data_prep.schema import DataError, Record
 from data_prep.sources import detections
-from data_prep.sources.base import Absent
-from data_prep.sources.detections import FEATURES, FIELDS, GRIDS, NAMES, PAIR, Reading, described
+from data_prep.sources.detections import FEATURES, GRIDS, NAMES, PAIR, Detections, Reading, described
 from shnet_jax.untrusted import MAX_IMAGE_BYTES, kind_of
 
 IDS = ("image_id", "image_ids", "img_ids", "img_id", "ids")
@@ -55,7 +54,7 @@ class _Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Hdf5Features:
+class Hdf5Features(Detections):
     """Regions and boxes, or a grid, of each image from one or more HDF5 files, in the layouts that are LAYOUTS.
 
     Written by github.com/hengyuan-hu/bottom-up-attention-vqa (rows) and its adaptive form in jnhwkim/ban-vqa, by
@@ -85,14 +84,9 @@ class Hdf5Features:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
-    def files(self) -> Mapping[str, str]:
-        """Files that each field comes from."""
-        return dict.fromkeys(FIELDS, ", ".join(map(str, self.paths)))
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Empty metadata: the files hold none."""
-        return {}
+    def where(self) -> str:
+        """The files, for error messages."""
+        return ", ".join(map(str, self.paths))
 
     @cached_property
     def _files(self) -> list[_File]:
@@ -101,7 +95,7 @@ class Hdf5Features:
     @cached_property
     def _entries(self) -> Names[_Entry]:
         """Image name -> where it is."""
-        entries: Names[_Entry] = Names(", ".join(map(str, self.paths)))
+        entries: Names[_Entry] = Names(self.where)
         for number, file in enumerate(self._files):
             places: Mapping[str, int | str]
             if file.has_rows:
@@ -153,11 +147,7 @@ class Hdf5Features:
 
     def read(self, image_id: str) -> Record:
         """regions [K, D] and boxes [K, 4] in 0..1, or grid [G, D], or both."""
-        entry = self._entries.find(image_id)
-        if entry is None:
-            there = self._entries.none_found
-            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its features, found {there}")
-        return self._record(image_id, entry)
+        return self._record(image_id, self._entries.need(image_id, "its features"))
 
     def first(self, count: int) -> Iterator[Record]:
         """The records of some images."""

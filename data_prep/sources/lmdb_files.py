@@ -23,9 +23,8 @@ from data_prep.files import data_errors, read_json
 from data_prep.names import Names
 from data_prep.places import SAMPLE, Place, Recognised, missing
 from data_prep.schema import DataError, Record
-from data_prep.sources.base import Absent
 from data_prep.sources.bottom_up import decode
-from data_prep.sources.detections import COUNTS, FIELDS, Reading, described, note_unread
+from data_prep.sources.detections import COUNTS, Detections, Reading, described, note_unread
 from shnet_jax.interop import torch_pickle
 from shnet_jax.untrusted import MAX_IMAGE_BYTES, check_kind, parse_npz
 
@@ -41,7 +40,7 @@ _NPZ = ("features", "norm_bb", "conf")  # what is read; soft_labels, which are l
 
 
 @dataclass(frozen=True)
-class Lmdb:
+class Lmdb(Detections):
     """regions, boxes where the records have them, box_scores and box_classes, from one environment of LMDB.
 
     path: the folder with data.mdb, or the file.
@@ -59,14 +58,9 @@ class Lmdb:
             raise DataError(f"{self.path}: expected a record for each image, found none")
 
     @property
-    def files(self) -> Mapping[str, str]:
-        """Files that each field comes from."""
-        return dict.fromkeys(FIELDS, str(self.path))
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Empty metadata: the classes of the detector have no names in the file."""
-        return {}
+    def where(self) -> str:
+        """The files, for error messages."""
+        return str(self.path)
 
     @cached_property
     def _transaction(self) -> Any:
@@ -114,10 +108,7 @@ class Lmdb:
 
     def read(self, image_id: str) -> Record:
         """regions [K, D], boxes [K, 4] in 0..1, box_scores [K], box_classes [K]."""
-        key = self._keys.find(image_id)
-        if key is None:
-            raise Absent(f"{self.path}: image {image_id!r}: expected its record, found {self._keys.none_found}")
-        return self._record(image_id, key)
+        return self._record(image_id, self._keys.need(image_id, "its record"))
 
     def first(self, count: int) -> Iterator[Record]:
         """The records of some images."""

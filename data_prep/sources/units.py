@@ -15,7 +15,7 @@ from data_prep.files import check_folder, open_array
 from data_prep.names import FileNames, is_number
 from data_prep.places import SAMPLE, Place, Recognised, split_of
 from data_prep.schema import DataError, Record
-from data_prep.sources.base import Absent
+from data_prep.sources.base import Source
 from data_prep.torch_files import peek
 from shnet_jax.data.schema import MASKS
 from shnet_jax.interop.torch_file import open_torch_file
@@ -30,7 +30,7 @@ _WIDTH, _STEP = 64, 16  # the least width of published features, and of what wid
 
 
 @dataclass(frozen=True)
-class UnitFiles:
+class UnitFiles(Source):
     """Features of each image from ID.npy or ID.pth in a folder.
 
     field: "grid" or "regions".
@@ -54,22 +54,13 @@ class UnitFiles:
         """Files that each field comes from."""
         return dict.fromkeys((self.field, MASKS[self.field]), f"{self.folder}/ID.npy")
 
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Empty metadata: the files hold none."""
-        return {}
-
     @cached_property
     def _features(self) -> FileNames:
         return FileNames(self.folder, _SUFFIXES)
 
     def read(self, image_id: str) -> Record:
         """The features [units, D] and, with max_units, their mask."""
-        path = self._features.find(image_id)
-        if path is None:
-            raise Absent(
-                f"{self.folder}: image {image_id!r}: expected a file ID.npy, found {self._features.names.none_found}"
-            )
+        path = self._features.need(image_id, "a file ID.npy")
         return padded({self.field: as_units(open_units(path), path, self.pool, self.layout)}, self.max_units, path)
 
 

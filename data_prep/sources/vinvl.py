@@ -6,7 +6,6 @@ Three kinds of lines: `features.tsv` has id, number of boxes and features in bas
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +16,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from data_prep.files import data_errors
-from data_prep.names import Names
+from data_prep.names import Absent
 from data_prep.places import SAMPLE, Place, Recognised, listed
 from data_prep.schema import DataError, Record
-from data_prep.sources.base import Absent
-from data_prep.sources.bottom_up import BOM, check_lines, decode
-from data_prep.sources.detections import FIELDS, Reading, described
+from data_prep.sources.bottom_up import BOM, check_lines, decode, first_whole, lines_by_image
+from data_prep.sources.detections import Detections, Reading, described
 from shnet_jax.untrusted import MAX_IMAGE_BYTES, parse_json, read_object
 
 Geometry = Literal["drop", "keep"]
@@ -73,25 +71,12 @@ class Rows:
     """
 
     def __init__(self, paths: Sequence[Path]):
-        self._places: Names[list[_Place]] = Names(", ".join(map(str, paths)))
-        found: dict[str, list[_Place]] = {}
-        for path in paths:
-            for name, offset in _offsets(path):
-                found.setdefault(name, []).append(_Place(path, offset, name))
-        for name, places in found.items():
-            self._places.add(name, places)
-        if repeated := [name for name, places in found.items() if len(places) > 1]:
-            shown = f"{len(repeated)} images have more than one line, such as {repeated[0]!r:.80}"
-            print(f"{', '.join(map(str, paths))}: {shown}; the first whole one of each is taken", file=sys.stderr)
+        places = ((name, _Place(path, offset, name)) for path in paths for name, offset in _offsets(path))
+        self._places = lines_by_image(", ".join(map(str, paths)), places)
 
-    @property
-    def none_found(self) -> str:
-        """The end of an error about an image without a line."""
-        return self._places.none_found
-
-    def find(self, image_id: str) -> Iterator[tuple[list[bytes], str]]:
-        """Cells of each line of an image, and where it is. Raises DataError for a line of another image."""
-        for path, offset, name in self._places.find(image_id) or ():
+    def need(self, image_id: str) -> Iterator[tuple[list[bytes], str]]:
+        """Cells of each line of an image, and where it is. Raises Absent, DataError for a line of another image."""
+        for path, offset, name in self._places.need(image_id, "its line"):
             where = f"{path}, byte {offset}"
             with path.open("rb") as file:
                 file.seek(offset)
@@ -165,7 +150,7 @@ def _line_index(index: Path, path: Path) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Vinvl:
+class Vinvl(Detections):
     """regions and boxes from TSV files, with `labels` also box_scores and box_classes.
 
     paths: files, or folders with features.tsv. geometry: see `split_geometry`. labels: the file of that detector's
@@ -183,10 +168,15 @@ class Vinvl:
         _ = self._rows, self._objects
 
     @property
+    def where(self) -> str:
+        """The files, for error messages."""
+        return ", ".join(map(str, self.paths))
+
+    @property
     def files(self) -> Mapping[str, str]:
         """Files that each field comes from."""
-        features = dict.fromkeys(FIELDS, ", ".join(map(str, self.paths)))
-        return features | (dict.fromkeys(("box_classes", "box_scores"), str(self.labels)) if self.labels else {})
+        labels = dict.fromkeys(("box_classes", "box_scores"), str(self.labels)) if self.labels else {}
+        return {**super().files, **labels}
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -217,28 +207,21 @@ class Vinvl:
 
     def read(self, image_id: str) -> Record:
         """regions [K, D], boxes [K, 4] in 0..1, box_scores [K], box_classes [K]."""
-        faults = []
-        for cells, where in self._rows.find(image_id):
-            try:
-                arrays = parse(cells, where, self.geometry)
-                record = self.reading.record(image_id, arrays | self._labels(image_id, arrays), where)
-            except DataError as error:
-                faults.append(error)
-                continue
-            for fault in faults:
-                print(f"image {image_id!r}: {where} is taken, not the broken line: {fault}", file=sys.stderr)
-            return record
-        if faults:
-            raise faults[0]
-        raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its line, found {self._rows.none_found}")
+        lines = ((where, (cells, where)) for cells, where in self._rows.need(image_id))
+        return first_whole(image_id, lines, lambda line: self._record(image_id, *line))
+
+    def _record(self, image_id: str, cells: Sequence[bytes], where: str) -> Record:
+        arrays = parse(cells, where, self.geometry)
+        return self.reading.record(image_id, arrays | self._labels(image_id, arrays), where)
 
     def _labels(self, image_id: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Pixel boxes, scores and classes of an image's regions, whose place the features say too."""
         if self._objects is None:
             return {}
-        cells, where = next(self._objects.find(image_id), (None, ""))
-        if cells is None:
-            raise DataError(f"{self.labels}: image {image_id!r}: expected its line, found {self._objects.none_found}")
+        try:
+            cells, where = next(self._objects.need(image_id))
+        except Absent as error:
+            raise DataError(str(error)) from None  # the image is there, and has no labels
         content = _json_cell(cells, where)
         entries = _objects(content, where)
         found = _of_objects(content, where)
