@@ -27,7 +27,7 @@ from data_prep.files import open_array
 from data_prep.join import Writing
 from data_prep.places import Place, Recognised, missing, split_of
 from data_prep.rows import Row
-from data_prep.schema import DataError, Record, is_text
+from data_prep.schema import DataError, Record, is_text, refuse
 from shnet_jax.paths import to_path
 
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
@@ -81,8 +81,7 @@ def open_shards(src: Path) -> Shards:
     """The files of a folder by the numbers in their names. Raises DataError where they or their rows do not fit."""
     found = {kind: _numbered(src / kind, suffix) for kind, suffix in _SUFFIXES.items()}
     for kind in (IMAGES, METADATA):
-        if not found[kind]:
-            raise DataError(f"{src / kind}: expected {kind}_0{_SUFFIXES[kind]}, ..., found none")
+        refuse(not found[kind], src / kind, f"{kind}_0{_SUFFIXES[kind]}, ...", "none")
     files, starts = [], [0]
     for number in sorted(set().union(*found.values())):
         paths = {kind: found[kind].get(number) for kind in found}
@@ -98,8 +97,7 @@ def open_shards(src: Path) -> Shards:
         for path in (images, paths[TEXTS]):
             if path is not None:
                 shape = open_array(path).shape
-                if len(shape) != 2:
-                    raise DataError(f"{path}: expected [rows, E], found {list(shape)}")
+                refuse(len(shape) != 2, path, "[rows, E]", list(shape))
                 counts[path] = shape[0]
         if len(set(counts.values())) > 1:
             each = ", ".join(f"{count} in {path.name}" for path, count in counts.items())

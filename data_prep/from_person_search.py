@@ -24,7 +24,7 @@ from data_prep.counts import Found
 from data_prep.files import inside, read_json
 from data_prep.places import Place, Recognised, ends, first_object
 from data_prep.rows import split_name
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from shnet_jax import untrusted
 from shnet_jax.paths import to_path
 
@@ -58,8 +58,7 @@ def read_annotations(path: Path, *, strict: bool = True) -> Annotations:
     splits; without `strict`, a row whose split is known becomes a Bad instead.
     """
     rows = read_json(path)
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: expected a list of pictures, found {type(rows).__name__}")
+    refuse(not isinstance(rows, list) or not rows, path, "a list of pictures", type(rows).__name__)
     found: Annotations = {}
     split_of: dict[int, str] = {}
     for number, row in enumerate(rows):

@@ -25,7 +25,7 @@ from data_prep.counts import Found
 from data_prep.files import open_array, read_lines
 from data_prep.join import Writing
 from data_prep.places import Place, Recognised, look
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from data_prep.sources.detections import Reading
 from data_prep.sources.units import Layout, as_units, first_units, open_units, unit_files
 from shnet_jax.data.schema import MASKS
@@ -125,14 +125,11 @@ def open_split(
     """
     captions = read_lines(src / f"{split}_caps.txt", strict=strict)
     arrays = {field: path for field, suffix in ARRAYS.items() if (path := src / f"{split}{suffix}").is_file()}
-    if need == "an array" and not arrays:
-        raise DataError(f"{src}: split {split!r}: expected {split}_ims.npy or another array, found none")
-    if not captions:
-        raise DataError(f"{src / f'{split}_caps.txt'}: expected a caption a line, found none")
+    refuse(need == "an array" and not arrays, f"{src}: split {split!r}", f"{split}_ims.npy or another array", "none")
+    refuse(not captions, src / f"{split}_caps.txt", "a caption a line", "none")
     shapes = {field: open_array(path).shape for field, path in arrays.items()}
     for field, shape in shapes.items():
-        if not shape or not shape[0]:
-            raise DataError(f"{arrays[field]}: expected a row for each image, found shape {list(shape)}")
+        refuse(not shape or not shape[0], arrays[field], "a row for each image", f"shape {list(shape)}")
         if field in MASKS and len(shape) > 2:  # of all images, so of no record alone
             as_units(open_array(arrays[field])[0], arrays[field], None, layout)
     rows = {field: shape[0] for field, shape in shapes.items()}
@@ -140,10 +137,7 @@ def open_split(
     ids = read_lines(ids_file) if need == "ids" or ids_file.is_file() else []
     per_image = captions_per_image or _captions_per_image(src, split, len(captions), arrays, rows, ids)
     images, rest = divmod(len(captions), per_image)
-    if rest:
-        raise DataError(
-            f"{src / f'{split}_caps.txt'}: expected a multiple of {per_image} captions, found {len(captions)}"
-        )
+    refuse(rest, src / f"{split}_caps.txt", f"a multiple of {per_image} captions", len(captions))
     steps = {}
     for field, path in arrays.items():
         if rows[field] not in (images, images * per_image):
@@ -181,8 +175,7 @@ def _caption_ids(path: Path, captions: int) -> tuple[int, ...]:
     if not path.is_file():
         return ()
     lines = read_lines(path)
-    if len(lines) != captions:
-        raise DataError(f"{path}: expected {captions} lines, one a caption, found {len(lines)}")
+    refuse(len(lines) != captions, path, f"{captions} lines, one a caption", len(lines))
     for number, line in enumerate(lines, 1):
         if not line.isdecimal() or len(line) > 18:
             raise DataError(f"{path} line {number}: expected a whole number of at most 18 digits, found {line!r:.80}")
@@ -193,8 +186,7 @@ def _caption_embeddings(path: Path, captions: int) -> Path | None:
     if not path.is_file():
         return None
     shape = open_array(path).shape
-    if len(shape) != 2 or shape[0] != captions:
-        raise DataError(f"{path}: expected [{captions}, E], a row a caption, found {list(shape)}")
+    refuse(len(shape) != 2 or shape[0] != captions, path, f"[{captions}, E], a row a caption", list(shape))
     return path
 
 
@@ -269,8 +261,7 @@ def _image_ids(path: Path, ids: list[str], images: int, per_image: int, split: s
         return tuple(f"{split}_{image}" for image in range(images))
     if len(ids) == images:
         return tuple(ids)
-    if len(ids) != images * per_image:
-        raise DataError(f"{path}: expected {images} or {images * per_image} lines, found {len(ids)}")
+    refuse(len(ids) != images * per_image, path, f"{images} or {images * per_image} lines", len(ids))
     for line, image_id in enumerate(ids):
         first = ids[line - line % per_image]
         if image_id != first:
@@ -283,8 +274,7 @@ def split_names(src: Path) -> list[str]:
     if not src.is_dir():
         raise DataError(f"{src}: no such folder")
     names = sorted(path.name.removesuffix("_caps.txt") for path in src.glob("*_caps.txt"))
-    if not names:
-        raise DataError(f"{src}: expected at least one SPLIT_caps.txt, found none; see: python -m data_prep {src}")
+    refuse(not names, src, "at least one SPLIT_caps.txt", f"none; see: python -m data_prep {src}")
     return names
 
 

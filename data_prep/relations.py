@@ -20,7 +20,7 @@ import numpy as np
 from data_prep import command, geometric, scene_graphs
 from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.builder import write_dataset
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from shnet_jax.data.records import DataSet, RandomAccess, open_dataset
 from shnet_jax.paths import to_path
 
@@ -105,8 +105,7 @@ def _valid(record: Record) -> np.ndarray:
 
 
 def _need(dataset: DataSet, field: str) -> None:
-    if field not in dataset.features:
-        raise DataError(f"{dataset.path}: expected the field {field!r}, which relations need, found none")
+    refuse(field not in dataset.features, dataset.path, f"the field {field!r}, which relations need", "none")
 
 
 def _check_coverage(dataset: DataSet, graphs: scene_graphs.Graphs, path: Path) -> None:

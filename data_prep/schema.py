@@ -34,6 +34,12 @@ BOX_OVERSHOOT = 1e-3  # float16 rounding of a box that touches the border
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories of characters: controls, zero width, white space
 
 
+def refuse(wrong: Any, where: object, expected: object, found: object) -> None:
+    """Raises DataError "WHERE: expected EXPECTED, found FOUND" where something is wrong."""
+    if wrong:
+        raise DataError(f"{where}: expected {expected}, found {found}")
+
+
 def _error(where: str, files: Mapping[str, str], field: str, expected: str, found: str) -> DataError:
     place = f"{where}, {files[field]}" if field in files else where
     return DataError(

@@ -17,7 +17,7 @@ import numpy as np
 from data_prep.files import check_file
 from data_prep.names import Names
 from data_prep.places import SAMPLE, Place, Recognised, listed
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from data_prep.sources import boxes as box_units
 from data_prep.sources.base import Source
 from data_prep.sources.units import padded
@@ -191,11 +191,9 @@ def parse(
     width, height = box_units.size(wide, high, where)
     number = row["num_boxes"].strip()[:_DIGITS].decode("utf-8", "replace")
     count = int(number) if number.isdecimal() and len(number) < _DIGITS else 0
-    if count < 1:
-        raise DataError(f"{where}: expected an image and boxes, found {width} x {height} with {number}")
+    refuse(count < 1, where, "an image and boxes", f"{width} x {height} with {number}")
     corners = _floats(row["boxes"], count, where, "boxes")
-    if corners.shape[1] != 4:
-        raise DataError(f"{where}: column 'boxes': expected 4 numbers a box, found {corners.shape[1]}")
+    refuse(corners.shape[1] != 4, f"{where}: column 'boxes'", "4 numbers a box", corners.shape[1])
     record: Record = {"regions": _floats(row["features"], count, where, "features")}
     if form is None:
         record["boxes"] = corners / np.array([width, height, width, height], np.float32)

@@ -13,7 +13,7 @@ from data_prep.files import check_file, data_errors, read_json, text_lines
 from data_prep.names import Names
 from data_prep.notes import note
 from data_prep.rows import IMAGES
-from data_prep.schema import DataError
+from data_prep.schema import DataError, refuse
 from shnet_jax.untrusted import parse_json
 
 Form = Literal["pixels", "pixels_xywh", "shares", "shares_xywh", "none"]
@@ -120,8 +120,7 @@ class Sizes:
                     raise DataError(f"{path}: image {name!r:.80}: expected one size, found {seen[name]} and {found}")
                 if seen[name] is found:
                     self._sizes.add(name, found)
-        if not len(self._sizes):
-            raise DataError(f"{path}: expected width and height of each image, found none")
+        refuse(not len(self._sizes), path, "width and height of each image", "none")
 
     def find(self, image_id: str) -> Size | None:
         """Width and height of an image; None when the file does not know it."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_prep.notes import note
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from data_prep.sources.base import Source
 from data_prep.sources.boxes import HEIGHTS, WIDTHS, Form, Size, Sizes, shares, size
 from data_prep.sources.units import Layout, as_units, padded
@@ -60,16 +60,14 @@ class Reading:
         features = arrays[name]
         field = self.field or ("grid" if _is_map(features) else "regions")
         if field == "grid":
-            if GRIDS in arrays:
-                raise DataError(f"{where}: expected one grid, found {name!r} and {GRIDS!r}; --features_as=regions")
+            refuse(GRIDS in arrays, where, "one grid", f"{name!r} and {GRIDS!r}; --features_as=regions")
             return self._grid(features, f"{where}: {name}")
         regions: Record = {"regions": as_units(features, f"{where}: {name}", None, self.layout)}
         there = len(regions["regions"])
         count = _count(arrays, regions["regions"], where)
         regions |= self._boxes(image_id, arrays, there, count, where) | _labels(arrays, where)
         for part, value in regions.items():
-            if len(value) not in (there, count):
-                raise DataError(f"{where}: field {part!r}: expected {there}, one a region, found {len(value)}")
+            refuse(len(value) not in (there, count), f"{where}: field {part!r}", f"{there}, one a region", len(value))
         return out | padded({part: value[:count] for part, value in regions.items()}, self.max_regions, where)
 
     def _grid(self, array: np.ndarray, where: str) -> Record:
@@ -96,8 +94,7 @@ class Reading:
             return size(arrays[sides[0]], arrays[sides[1]], where)
         if PAIR in arrays:
             pair = np.asarray(arrays[PAIR]).reshape(-1)
-            if len(pair) != 2:
-                raise DataError(f"{where}: {PAIR}: expected 2 numbers, found {list(np.shape(arrays[PAIR]))}")
+            refuse(len(pair) != 2, f"{where}: {PAIR}", "2 numbers", list(np.shape(arrays[PAIR])))
             width, height = pair if self.size_order == "wh" else pair[::-1]
             return size(width, height, f"{where}: {PAIR}")
         return self.sizes.find(image_id) if self.sizes is not None else None
@@ -126,8 +123,7 @@ def _first(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> str | None
 def the_one(names: Collection[str], wanted: Sequence[str], where: str) -> str | None:
     """The one of the wanted names that is there, None without any. Raises DataError for two."""
     found = [name for name in wanted if name in names]
-    if len(found) > 1:
-        raise DataError(f"{where}: expected features under one name, found {' and '.join(found)}; rename the others")
+    refuse(len(found) > 1, where, "features under one name", f"{' and '.join(found)}; rename the others")
     return found[0] if found else None
 
 

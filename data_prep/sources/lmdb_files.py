@@ -22,7 +22,7 @@ import numpy as np
 from data_prep.files import data_errors, read_json
 from data_prep.names import Names
 from data_prep.places import SAMPLE, Place, Recognised, missing
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from data_prep.sources.bottom_up import decode
 from data_prep.sources.detections import COUNTS, Detections, Reading, described, note_unread
 from shnet_jax.interop import torch_pickle
@@ -54,8 +54,7 @@ class Lmdb(Detections):
 
     def __post_init__(self) -> None:
         """Raises DataError when this is no such file, or nothing is in it."""
-        if not len(self._keys):
-            raise DataError(f"{self.path}: expected a record for each image, found none")
+        refuse(not len(self._keys), self.path, "a record for each image", "none")
 
     @property
     def where(self) -> str:
@@ -255,8 +254,7 @@ def arrays_of(found: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
         ours: np.asarray(found[name]) for ours, name in _SIZES if found.get(name) is not None
     }
     if (likely := arrays.pop("cls_prob", None)) is not None:
-        if likely.ndim != 2 or not likely.size:
-            raise DataError(f"{where}: 'cls_prob': expected numbers [K, classes], found {list(likely.shape)}")
+        refuse(likely.ndim != 2 or not likely.size, f"{where}: 'cls_prob'", "numbers [K, classes]", list(likely.shape))
         arrays = {"conf": likely.max(1), "objects_id": likely.argmax(1)} | arrays
     return arrays
 

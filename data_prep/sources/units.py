@@ -14,7 +14,7 @@ from data_prep import label_maps
 from data_prep.files import check_folder, open_array
 from data_prep.names import FileNames, is_number
 from data_prep.places import SAMPLE, Place, Recognised, split_of
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from data_prep.sources.base import Source
 from data_prep.torch_files import peek
 from shnet_jax.data.schema import MASKS
@@ -129,8 +129,7 @@ def as_units(array: np.ndarray, where: object, pool: int | None = None, layout: 
     can hardly be another one (`refusal`).
     """
     shape = list(array.shape)
-    if not array.size:
-        raise DataError(f"{where}: expected features, found an empty array {shape}")
+    refuse(not array.size, where, "features", f"an empty array {shape}")
     while array.ndim > 2 and len(array) == 1:  # a batch of one
         array = array[0]
     if array.ndim == 4 and array.shape[2:] == (1, 1):  # regions [K, D, 1, 1] as a pooling leaves them
@@ -203,8 +202,7 @@ def padded(record: Record, count: int | None, where: object) -> Record:
 
 def pad(units: np.ndarray, count: int, where: object) -> tuple[np.ndarray, np.ndarray]:
     """Units [G, D] -> [count, D] with zeros behind, and the mask [count] of the G valid ones."""
-    if len(units) > count:
-        raise DataError(f"{where}: expected at most max_units = {count} units, found {len(units)}")
+    refuse(len(units) > count, where, f"at most max_units = {count} units", len(units))
     out = np.zeros((count, units.shape[1]), units.dtype)
     out[: len(units)] = units
     return out, np.arange(count) < len(units)

@@ -18,7 +18,7 @@ import numpy as np
 from data_prep.files import data_errors
 from data_prep.names import Absent
 from data_prep.places import SAMPLE, Place, Recognised, listed
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from data_prep.sources.bottom_up import BOM, check_lines, decode, first_whole, lines_by_image
 from data_prep.sources.detections import Detections, Reading, described
 from shnet_jax.untrusted import MAX_IMAGE_BYTES, parse_json, read_object
@@ -271,15 +271,13 @@ def parse(cells: Sequence[bytes], where: str, geometry: Geometry | None) -> dict
 
 
 def _features(cell: bytes, count: int, where: str) -> np.ndarray:
-    if count < 1:
-        raise DataError(f"{where}: expected boxes, found {count}")
+    refuse(count < 1, where, "boxes", count)
     return decode(cell, np.float32, count, where, "features")
 
 
 def _json_cell(cells: Sequence[bytes], where: str) -> Any:
     """Parsed JSON of the second cell of a line."""
-    if len(cells) != 2:
-        raise DataError(f"{where}: expected id and JSON, found {len(cells)} columns")
+    refuse(len(cells) != 2, where, "id and JSON", f"{len(cells)} columns")
     with data_errors():
         return parse_json(cells[1], where)
 

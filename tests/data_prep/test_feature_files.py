@@ -12,10 +12,11 @@ import pytest
 from data_prep import from_bottom_up, from_grid_feats, from_hdf5, from_npz, from_vinvl, notes
 from data_prep.names import FileNames, Names
 from data_prep.schema import DataError
-from data_prep.sources import hdf5
+from data_prep.sources import row_ids
 from data_prep.sources.bottom_up import decode
-from data_prep.sources.hdf5 import Hdf5Features, read_index
+from data_prep.sources.hdf5 import Hdf5Features
 from data_prep.sources.lmdb_files import arrays_of, parse_value
+from data_prep.sources.row_ids import read_index
 from data_prep.sources.units import as_units
 from shnet_jax.data.records import open_dataset
 
@@ -205,12 +206,12 @@ def test_ids_of_variable_length(tmp_path, monkeypatch):
     for ids in (list(FILES), [["42"], ["139"]]):
         np.testing.assert_array_equal(Hdf5Features([write("a.h5", ids)]).read(FILES[1])["regions"], REGIONS[1])
     path = write("b.h5", ["é42", "x" * 99])
-    assert hdf5._texts(path, "image_id") == ["é42", "x" * 99]
-    monkeypatch.setattr(hdf5, "_MAX_SIDECAR", 50)
+    assert row_ids.texts_in_hdf5(path, "image_id") == ["é42", "x" * 99]
+    monkeypatch.setattr(row_ids, "MAX_BYTES", 50)
     with pytest.raises(DataError, match=r"b\.h5: image_id: .*: more than 50 letters; --hdf5_ids=FILE gives the ids"):
         Hdf5Features([path])
-    monkeypatch.setattr(hdf5, "_READ_TEXTS", "import time; time.sleep(600)")
-    monkeypatch.setattr(hdf5, "_PATIENCE", 0.2)
+    monkeypatch.setattr(row_ids, "_READ_TEXTS", "import time; time.sleep(600)")
+    monkeypatch.setattr(row_ids, "_PATIENCE", 0.2)
     with pytest.raises(DataError, match=r"no answer in 0\.2 seconds; --hdf5_ids=FILE"):
         Hdf5Features([path])
 

@@ -14,8 +14,9 @@ import pytest
 from data_prep import from_hdf5, from_npz
 from data_prep.schema import DataError
 from data_prep.sources.detections import Reading
-from data_prep.sources.hdf5 import Hdf5Features, read_index
+from data_prep.sources.hdf5 import Hdf5Features
 from data_prep.sources.npz import NpzFiles
+from data_prep.sources.row_ids import read_index
 from data_prep.sources.units import UnitFiles
 from shnet_jax.data.records import open_dataset
 from shnet_jax.untrusted import MAX_IMAGE_BYTES
