@@ -98,10 +98,10 @@ def made_before(target: Path, source: str) -> bool:
     """
     if not target.exists():
         return False
-    found = open_dataset(target).metadata.get("source")
-    if found != source:
+    made_as = open_dataset(target).metadata.get("source")
+    if made_as != source:
         raise FileExistsError(
-            f"{target} exists and was made otherwise: expected {source}, found {found}; "
+            f"{target} exists and was made otherwise: expected {source}, found {made_as}; "
             "remove it or choose another --name"
         )
     print(f"{target} exists and was made with these settings", file=sys.stderr)

@@ -79,14 +79,14 @@ class Shards:
 
 def open_shards(src: Path) -> Shards:
     """The files of a folder by the numbers in their names. Raises DataError where they or their rows do not fit."""
-    found = {kind: _numbered(src / kind, suffix) for kind, suffix in _SUFFIXES.items()}
+    numbered = {kind: _numbered(src / kind, suffix) for kind, suffix in _SUFFIXES.items()}
     for kind in (IMAGES, METADATA):
-        refuse(not found[kind], src / kind, f"{kind}_0{_SUFFIXES[kind]}, ...", "none")
+        refuse(not numbered[kind], src / kind, f"{kind}_0{_SUFFIXES[kind]}, ...", "none")
     files, starts = [], [0]
-    for number in sorted(set().union(*found.values())):
-        paths = {kind: found[kind].get(number) for kind in found}
+    for number in sorted(set().union(*numbered.values())):
+        paths = {kind: numbered[kind].get(number) for kind in numbered}
         images, metadata = paths[IMAGES], paths[METADATA]
-        missing = [kind for kind, path in paths.items() if path is None and (kind != TEXTS or found[TEXTS])]
+        missing = [kind for kind, path in paths.items() if path is None and (kind != TEXTS or numbered[TEXTS])]
         if missing or images is None or metadata is None:
             raise DataError(
                 f"{src / missing[0]}: expected {missing[0]}_{number}{_SUFFIXES[missing[0]]} as in the other folders, "
@@ -112,14 +112,14 @@ _SUFFIXES = {IMAGES: ".npy", TEXTS: ".npy", METADATA: ".parquet"}
 
 def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
     """The files of a folder by their numbers, which may be padded with zeros."""
-    found: dict[int, Path] = {}
+    numbered: dict[int, Path] = {}
     for path in sorted(folder.glob(f"*{suffix}")):
         match = re.fullmatch(rf"{folder.name}_([0-9]+)", path.stem)
         if match is None:
             raise DataError(f"{path}: expected {folder.name}_NUMBER{suffix}, found this name")
-        if found.setdefault(int(match[1]), path) != path:
-            raise DataError(f"{path}: expected one file of this number, found {found[int(match[1])].name} too")
-    return found
+        if numbered.setdefault(int(match[1]), path) != path:
+            raise DataError(f"{path}: expected one file of this number, found {numbered[int(match[1])].name} too")
+    return numbered
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def read_annotations(path: Path, *, strict: bool = True) -> Annotations:
     """
     rows = read_json(path)
     refuse(not isinstance(rows, list) or not rows, path, "a list of pictures", type(rows).__name__)
-    found: Annotations = {}
+    annotations: Annotations = {}
     split_of: dict[int, str] = {}
     for number, row in enumerate(rows):
         where = f"{path} row {number}"
@@ -70,15 +70,15 @@ def read_annotations(path: Path, *, strict: bool = True) -> Annotations:
             if strict or split not in SPLITS:
                 raise
             place = str(next((row[name] for name in PATHS if name in row), number))
-            found.setdefault(split, []).append(Bad(place, DataError(str(error), file=path.name)))
+            annotations.setdefault(split, []).append(Bad(place, DataError(str(error), file=path.name)))
             continue
         if split_of.setdefault(annotation.person, split) != split:
             raise DataError(
                 f"{where}: field 'id': person {annotation.person} is in the splits {split_of[annotation.person]} and "
                 f"{split}; expected one"
             )
-        found.setdefault(split, []).append(annotation)
-    return {split: found[split] for split in SPLITS if split in found}
+        annotations.setdefault(split, []).append(annotation)
+    return {split: annotations[split] for split in SPLITS if split in annotations}
 
 
 def _annotation(where: str, row: Any) -> tuple[str, Annotation]:
@@ -184,9 +184,9 @@ def import_person_search(
         raise DataError(f"{images}: no such folder of pictures")
     splits = hold_out(read_annotations(annotations, strict=on_bad_record == "fail"), held_out)
     records, caption = {}, 0
-    for split, found in splits.items():
-        records[split] = Pictures(found, images, size, caption)
-        caption += sum(len(a.captions) for a in _good(found))
+    for split, pictures in splits.items():
+        records[split] = Pictures(pictures, images, size, caption)
+        caption += sum(len(a.captions) for a in _good(pictures))
     metadata = {"source": source or f"data_prep.from_person_search of {annotations.name}", "held_out": held_out}
     files = {split: {"captions": annotations.name, "identity": annotations.name} for split in splits}
     images_found = sum(map(len, records.values()))

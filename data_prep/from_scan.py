@@ -227,16 +227,16 @@ def _repeats(path: Path, rows: int) -> int:
     for _ in range(_RUNS):
         runs.append(run(start, 1) if start < rows else 0)
         start += runs[-1]
-    found = math.gcd(*runs)
-    if found == 0 and rows % USUAL_CAPTIONS == 0:
+    divisor = math.gcd(*runs)
+    if divisor == 0 and rows % USUAL_CAPTIONS == 0:
         print(f"note: {path}: its rows are all equal; {USUAL_CAPTIONS} captions an image are assumed", file=sys.stderr)
         return USUAL_CAPTIONS
-    if found not in runs or found == 0 or rows % found:  # neighbours may be equal, but not all of them
+    if divisor not in runs or divisor == 0 or rows % divisor:  # neighbours may be equal, but not all of them
         raise DataError(
             f"{path}: expected the row of each image once for each of its captions, found runs of "
             f"{', '.join(map(str, sorted({*runs} - {0}))) or 'more'} equal rows among {rows}; give --captions_per_image"
         )
-    return found
+    return divisor
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
@@ -367,7 +367,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "splits": [name.strip() for name in args.splits.split(",")] if args.splits else None,
         "captions_per_image": args.captions_per_image,
         "layout": args.layout,
-        **join.writing_options(args, own=("layout",)),
+        **join.writing_options(args, also=("layout",)),
     }
 
 

@@ -76,11 +76,11 @@ def add_writing_arguments(parser: argparse.ArgumentParser, *dtypes: str) -> None
     parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
 
 
-def writing_options(args: argparse.Namespace, own: Collection[str] = ()) -> Writing:
-    """The flags of `add_writing_arguments` and `parts.add_arguments`; own: see `parts.open_sources`."""
+def writing_options(args: argparse.Namespace, also: Collection[str] = ()) -> Writing:
+    """The flags of `add_writing_arguments` and `parts.add_arguments`; also: see `parts.open_sources`."""
     return {
         "source": args.source,
-        "sources": parts.open_sources(args, own),
+        "sources": parts.open_sources(args, also),
         "feature_dtype": None if args.feature_dtype == "keep" else args.feature_dtype,
         "skip_absent": args.absent == "skip",
         "overwrite": args.overwrite,

@@ -51,7 +51,7 @@ def rows(path: Path, columns: Sequence[str], first: int = 0, batch: int = _BATCH
             return
         at = 0
         batches = file.iter_batches(batch_size=batch, row_groups=groups, columns=list(columns), use_threads=False)
-        for found in batches:
-            if at + len(found) > first:
-                yield from found.slice(max(0, first - at)).to_pylist()
-            at += len(found)
+        for part in batches:
+            if at + len(part) > first:
+                yield from part.slice(max(0, first - at)).to_pylist()
+            at += len(part)

@@ -73,15 +73,15 @@ def region_relations(
     overlap = np.where(valid, _iou(graph.boxes, boxes.astype(np.float64)), -1.0)
     region = overlap.argmax(axis=1) if len(graph.boxes) else np.empty(0, int)
     matched = overlap.max(axis=1, initial=-1.0) >= least_iou
-    found: dict[tuple[int, int], int] = {}
+    kept: dict[tuple[int, int], int] = {}
     for subject, name, target, score in graph.edges:
         if score < least_score or not (matched[subject] and matched[target]):
             continue
         pair = int(region[subject]), int(region[target])
-        if pair[0] != pair[1] and len(found) < rows:
-            found.setdefault(pair, names[name])
+        if pair[0] != pair[1] and len(kept) < rows:
+            kept.setdefault(pair, names[name])
     relations = np.full((rows, 3), -1, np.int32)
-    for row, ((i, j), predicate) in enumerate(found.items()):
+    for row, ((i, j), predicate) in enumerate(kept.items()):
         relations[row] = i, predicate, j
     return relations
 

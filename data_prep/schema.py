@@ -70,15 +70,15 @@ def as_field(name: str, value: Any, *, where: str, file: str | None = None, dtyp
         pass
     elif target.kind in "iub":
         if not np.array_equal(cast, array):
-            found = f"{array.min()}..{array.max()} {array.dtype}"
-            raise _error(where, files, name, f"whole values that fit {wanted}", found)
+            actual = f"{array.min()}..{array.max()} {array.dtype}"
+            raise _error(where, files, name, f"whole values that fit {wanted}", actual)
     elif not _finite(cast) and _finite(array):
-        found = f"magnitudes up to {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
-        raise _error(where, files, name, f"values that fit {wanted}", found)
+        actual = f"magnitudes up to {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
+        raise _error(where, files, name, f"values that fit {wanted}", actual)
     if name in ("regions", "grid"):
         if array.any() and not cast.any():
-            found = f"magnitudes below {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
-            raise _error(where, files, name, f"values that fit {wanted}", found)
+            actual = f"magnitudes below {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
+            raise _error(where, files, name, f"values that fit {wanted}", actual)
         if array.dtype.kind in "iu" and array.dtype.itemsize == 1:
             note(f"{name} are {array.dtype}: stored as they are, without the scale that quantised numbers have", where)
     return cast
@@ -220,8 +220,8 @@ def _check_relations(record: Mapping[str, Any], where: str, files: Mapping[str, 
         outside = _outside("relation_scores", scores)
         if outside.any():
             i, j = (int(x) for x in np.argwhere(outside)[0])
-            found = f"{scores[i, j]} as that of regions {i} and {j}"
-            raise _error(where, files, "relation_scores", "confidences in 0..1", found)
+            actual = f"{scores[i, j]} as that of regions {i} and {j}"
+            raise _error(where, files, "relation_scores", "confidences in 0..1", actual)
     if "relations" in record:
         relations = record["relations"]
         count = next((len(record[name]) for name in ("regions", "boxes") if name in record), None)
@@ -298,17 +298,17 @@ def _stored_shape(name: str, value: np.ndarray) -> tuple[int | None, ...]:
 
 def check_like(record: Mapping[str, Any], first: Signature, where: str, files: Mapping[str, str] | None = None) -> None:
     """Raises DataError unless the record has the fields, shapes and dtypes of the data set's first record."""
-    found = signature(record)
-    if found == first:
+    actual = signature(record)
+    if actual == first:
         return
     files = files or {}
-    for name in [*first, *found]:
-        if name not in found:
-            raise _error(where, files, name, "this field, which the first record has", f"only {sorted(found)}")
+    for name in [*first, *actual]:
+        if name not in actual:
+            raise _error(where, files, name, "this field, which the first record has", f"only {sorted(actual)}")
         if name not in first:
             raise _error(where, files, name, f"only the first record's fields {sorted(first)}", "this one too")
-        if found[name] != first[name]:
-            (shape, dtype), (other, other_dtype) = first[name], found[name]
+        if actual[name] != first[name]:
+            (shape, dtype), (other, other_dtype) = first[name], actual[name]
             expected = f"{dtype} {list(shape)} as in the first record"
             pads = name in ("regions", "grid") and shape[1:] == other[1:]  # only the number of units differs
             hint = "; --max_regions, --max_cells or --max_units pads them" if pads else ""

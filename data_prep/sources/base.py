@@ -90,11 +90,11 @@ class Joined:
             for name, value in _read(source, record, where).items():
                 file = source.files[name]
                 if name in out:
-                    found = f"{where}, {file}: field {name!r}: expected it from one source, found it in two"
-                    raise DataError(found, file=file, field=name)
+                    message = f"{where}, {file}: field {name!r}: expected it from one source, found it in two"
+                    raise DataError(message, file=file, field=name)
                 if name in ("regions", "grid") and np.size(value) and not np.any(value):
-                    found = f"{where}, {file}: field {name!r}: expected features, found zeros alone (never written?)"
-                    raise DataError(found, file=file, field=name)
+                    message = f"{where}, {file}: field {name!r}: expected features, found zeros alone (never written?)"
+                    raise DataError(message, file=file, field=name)
                 out[name] = schema.as_field(name, value, where=where, file=file, dtype=self.feature_dtype)
         return out
 
@@ -102,8 +102,8 @@ class Joined:
 def _read(source: Source, record: Record, where: str) -> Record:
     """Fields that the source has for a record; error messages begin with the place of the record."""
     try:
-        found = source.read(record["image_id"])
-        return found | source.read_captions(record) if isinstance(source, CaptionSource) else found
+        fields = source.read(record["image_id"])
+        return fields | source.read_captions(record) if isinstance(source, CaptionSource) else fields
     except (Absent, Ambiguous):
         raise
     except DataError as error:

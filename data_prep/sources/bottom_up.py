@@ -222,8 +222,8 @@ def decode(cell: bytes, dtype: type, count: int, where: str, column: str) -> np.
         raise DataError(f"{where}: column {column!r}: expected {expected}, found {len(data)} bytes")
     array: np.ndarray = np.frombuffer(data, dtype).reshape(count, -1)
     if dtype is np.float32 and (other := _other_floats(array)):
-        found = f"what looks like {other}; write it as float32"
-        raise DataError(f"{where}: column {column!r}: expected float32, found {found}")
+        guess = f"what looks like {other}; write it as float32"
+        raise DataError(f"{where}: column {column!r}: expected float32, found {guess}")
     return array
 
 

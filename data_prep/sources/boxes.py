@@ -77,12 +77,12 @@ def _check(boxes: np.ndarray, slack: float, form: Form, size: Size | None, where
     outside = ((boxes < -slack) | (boxes > 1 + slack)).any(1)
     if outside.any():
         row = int(np.argmax(outside))
-        found = (boxes[row] * (np.tile(size, 2) if size else 1)).round(3).tolist()
+        corners = (boxes[row] * (np.tile(size, 2) if size else 1)).round(3).tolist()
         hint = "; --boxes=pixels says that they are in pixels" if size is None else ""
         if size and (boxes * np.tile(size, 2) <= np.tile(size[::-1], 2) + 1).all():
             hint = "; are width and height exchanged?"
         raise DataError(
-            f"{where}: expected boxes in {unit} of {image}, found {found} as box {row}{hint}", field="boxes"
+            f"{where}: expected boxes in {unit} of {image}, found {corners} as box {row}{hint}", field="boxes"
         )
 
 
@@ -114,12 +114,12 @@ class Sizes:
         entries = self._json() if path.suffix.lower() == ".json" else self._table()
         seen: dict[str, Size] = {}
         for names, width, height in entries:
-            found = size(width, height, f"{path}: image {names[0]!r:.80}")
+            sides = size(width, height, f"{path}: image {names[0]!r:.80}")
             for name in names:
-                if seen.setdefault(name, found) != found:
-                    raise DataError(f"{path}: image {name!r:.80}: expected one size, found {seen[name]} and {found}")
-                if seen[name] is found:
-                    self._sizes.add(name, found)
+                if seen.setdefault(name, sides) != sides:
+                    raise DataError(f"{path}: image {name!r:.80}: expected one size, found {seen[name]} and {sides}")
+                if seen[name] is sides:
+                    self._sizes.add(name, sides)
         refuse(not len(self._sizes), path, "width and height of each image", "none")
 
     def find(self, image_id: str) -> Size | None:

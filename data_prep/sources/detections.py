@@ -78,15 +78,15 @@ class Reading:
         name = _first(arrays, (*SHARES, *BOXES))
         if name is None or self.form == "none":
             return {}
-        found = arrays[name]
-        if found.ndim == 3 and len(found) == 1:
-            found = found[0]
-        if self.layout == "chw" and found.ndim == 2 and found.shape[1] == there:
-            found = found.T
+        boxes = arrays[name]
+        if boxes.ndim == 3 and len(boxes) == 1:
+            boxes = boxes[0]
+        if self.layout == "chw" and boxes.ndim == 2 and boxes.shape[1] == there:
+            boxes = boxes.T
         where = f"{where}: {name}"
         if name in SHARES:
-            return {"boxes": shares(found[:count, :4] if found.ndim == 2 else found, None, "shares", where)}
-        return {"boxes": shares(found[:count], self._size(image_id, arrays, where), self.form, where)}
+            return {"boxes": shares(boxes[:count, :4] if boxes.ndim == 2 else boxes, None, "shares", where)}
+        return {"boxes": shares(boxes[:count], self._size(image_id, arrays, where), self.form, where)}
 
     def _size(self, image_id: str, arrays: Mapping[str, np.ndarray], where: str) -> Size | None:
         sides = [_first(arrays, names) for names in (WIDTHS, HEIGHTS)]
@@ -122,9 +122,9 @@ def _first(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> str | None
 
 def the_one(names: Collection[str], wanted: Sequence[str], where: str) -> str | None:
     """The one of the wanted names that is there, None without any. Raises DataError for two."""
-    found = [name for name in wanted if name in names]
-    refuse(len(found) > 1, where, "features under one name", f"{' and '.join(found)}; rename the others")
-    return found[0] if found else None
+    present = [name for name in wanted if name in names]
+    refuse(len(present) > 1, where, "features under one name", f"{' and '.join(present)}; rename the others")
+    return present[0] if present else None
 
 
 def note_unread(names: Iterable[str], known: Collection[str], where: object) -> None:
@@ -173,10 +173,11 @@ def _labels(arrays: Mapping[str, np.ndarray], where: str) -> Record:
         else:
             note(f"not read: {name} {list(shape)[1:]} of each region, expected one number", where)
     if not out and PROBABILITIES in arrays:
-        found = arrays[PROBABILITIES]
-        if found.ndim == 2 and found.shape[1] == _VISUAL_GENOME:
-            return {"box_classes": found[:, 1:].argmax(1), "box_scores": found[:, 1:].max(1)}
-        note(f"not read: {PROBABILITIES} {list(np.shape(found))[1:]} of each region, expected {_VISUAL_GENOME}", where)
+        probabilities = arrays[PROBABILITIES]
+        if probabilities.ndim == 2 and probabilities.shape[1] == _VISUAL_GENOME:
+            return {"box_classes": probabilities[:, 1:].argmax(1), "box_scores": probabilities[:, 1:].max(1)}
+        widths = list(np.shape(probabilities))[1:]
+        note(f"not read: {PROBABILITIES} {widths} of each region, expected {_VISUAL_GENOME}", where)
     return out
 
 

@@ -51,7 +51,7 @@ class Embeddings:
 
     @cached_property
     def _entries(self) -> Names[_Entry]:
-        found: Names[_Entry] = Names(self.files[FIELDS[0]])
+        entries: Names[_Entry] = Names(self.files[FIELDS[0]])
         for folder in self.folders:
             try:
                 with data_errors():
@@ -60,9 +60,9 @@ class Embeddings:
                 raise DataError(str(error)) from error
             for row, image_id in enumerate(ids.image_ids):
                 first, last = int(ids.first[row]), int(ids.first[row + 1])
-                refuse(image_id in found, f"{folder}: image {image_id!r}", "it once", "it in a second place")
-                found.add(image_id, _Entry(folder, row, first, ids.captions[first:last], ids.caption_ids[first:last]))
-        return found
+                refuse(image_id in entries, f"{folder}: image {image_id!r}", "it once", "it in a second place")
+                entries.add(image_id, _Entry(folder, row, first, ids.captions[first:last], ids.caption_ids[first:last]))
+        return entries
 
     def read(self, image_id: str) -> Record:
         """image_embedding [E] float32."""

@@ -133,10 +133,10 @@ class Hdf5Features(Detections):
             return
         prefixes = list(file.prefixes)
         for prefix in prefixes[:: math.ceil(len(prefixes) / _PROBES)]:
-            found = file.members(prefix, ("boxes", PAIR))
-            if PAIR not in found:
+            arrays = file.members(prefix, ("boxes", PAIR))
+            if PAIR not in arrays:
                 return
-            boxes, pair = found.get("boxes", np.zeros(0)), found[PAIR]
+            boxes, pair = arrays.get("boxes", np.zeros(0)), arrays[PAIR]
             if pair.size != 2 or boxes.ndim != 2 or not boxes.size or boxes.shape[1] != 4:
                 continue
             height, width = pair.reshape(-1) if self.reading.size_order == "hw" else pair.reshape(-1)[::-1]
@@ -158,9 +158,9 @@ class Hdf5Features(Detections):
 
     def _record(self, image_id: str, entry: _Entry) -> Record:
         file = self._files[entry.file]
-        found = file.row(entry.place) if isinstance(entry.place, int) else file.members(entry.place)
+        arrays = file.row(entry.place) if isinstance(entry.place, int) else file.members(entry.place)
         where = f"{file.path}, {f'row {entry.place}' if isinstance(entry.place, int) else entry.place}"
-        return self.reading.record(image_id, found, where)
+        return self.reading.record(image_id, arrays, where)
 
 
 class _File:
@@ -218,10 +218,10 @@ class _File:
             return None
         if self._set(name, texts=True).dtype.kind == "O":
             return row_ids.texts_in_hdf5(self.path, name)
-        found = self._read(name, texts=True).reshape(-1)
-        refuse(found.dtype.kind not in "iuS", f"{self.path}: {name}", "texts or whole numbers", found.dtype)
+        values = self._read(name, texts=True).reshape(-1)
+        refuse(values.dtype.kind not in "iuS", f"{self.path}: {name}", "texts or whole numbers", values.dtype)
         return [
-            value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in found.tolist()
+            value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values.tolist()
         ]
 
     def sidecar(self) -> Path | None:
@@ -248,35 +248,35 @@ class _File:
                     f"{self.path}: {ENDS} row {row}: expected a range in 0..{regions}, found {start}..{end}"
                 )
             place = slice(start, end)
-        found = {self._features: self._read(self._features, place)}
+        arrays = {self._features: self._read(self._features, place)}
         for name in NAMES:
             if name in self._names and name not in FEATURES:
                 once = name in _ONCE
                 if self._set(name).shape[:1] == (images if once else regions,):
-                    found[name] = self._read(name, row if once else place)
+                    arrays[name] = self._read(name, row if once else place)
                 else:
                     expected, shape = images if once else regions, list(self._set(name).shape)
                     raise DataError(f"{self.path}: {name}: expected {expected} rows as of the features, found {shape}")
-        return found
+        return arrays
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        found = self._read(ENDS)
-        if found.ndim != 2 or found.shape[1] != 2 or found.dtype.kind not in "iu":
-            raise DataError(f"{self.path}: {ENDS}: expected whole numbers [N, 2], found {found.dtype} {found.shape}")
-        order = np.argsort(found[:, 0], kind="stable")
-        gaps = found[order[1:], 0].astype(np.int64) - found[order[:-1], 1].astype(np.int64)
+        places = self._read(ENDS)
+        if places.ndim != 2 or places.shape[1] != 2 or places.dtype.kind not in "iu":
+            raise DataError(f"{self.path}: {ENDS}: expected whole numbers [N, 2], found {places.dtype} {places.shape}")
+        order = np.argsort(places[:, 0], kind="stable")
+        gaps = places[order[1:], 0].astype(np.int64) - places[order[:-1], 1].astype(np.int64)
         if gaps.size and (gaps == 1).all():
             raise DataError(
                 f"{self.path}: {ENDS}: expected the end behind the last region, found the last; add 1 to ends"
             )
-        if len(order) and found[order[0], 0] == 1:
+        if len(order) and places[order[0], 0] == 1:
             raise DataError(f"{self.path}: {ENDS}: expected the first region to be number 0, found none before 1")
         if (gaps < 0).any():
             first = np.argmax(gaps < 0)
-            pair = [f"row {row} with {found[row].tolist()}" for row in order[first : first + 2]]
+            pair = [f"row {row} with {places[row].tolist()}" for row in order[first : first + 2]]
             raise DataError(f"{self.path}: {ENDS}: expected start and end of each image, found {' and '.join(pair)}")
-        return found
+        return places
 
     # ------------------------------------------------------------------------------------------ data sets of one image
 
@@ -324,15 +324,15 @@ class _File:
 
     def _set(self, name: str, *, texts: bool = False) -> Any:
         """A data set of numbers that lies in the file. Raises DataError for any other."""
-        if (found := self._sets.get(name)) is not None:
-            return found
+        if (dataset := self._sets.get(name)) is not None:
+            return dataset
         where, kind = f"{self.path}: {name}", self._kind(name)
         refuse(kind != "dataset", where, "a data set", f"a {kind}" if kind else "none")
         with _faults_of(where):
-            found = self._file[name]
-            dtype, shape, chunks = found.dtype, found.shape, found.chunks
-            elsewhere = found.is_virtual or found.external
-            stored = found.id.get_storage_size()
+            dataset = self._file[name]
+            dtype, shape, chunks = dataset.dtype, dataset.shape, dataset.chunks
+            elsewhere = dataset.is_virtual or dataset.external
+            stored = dataset.id.get_storage_size()
         refuse(elsewhere, where, "its numbers in this file", "a virtual or external data set")
         variable = texts and dtype.kind == "O" and h5py.check_string_dtype(dtype) is not None
         if not variable and dtype.kind not in ("fiubS" if texts else "fiub"):
@@ -346,8 +346,8 @@ class _File:
             raise DataError(f"{where}: expected {dtype} {list(shape)}, found {found_bytes}")
         if self.has_rows:
             refuse(not shape, where, "a row for each image", "one number")
-            self._sets[name] = found
-        return found
+            self._sets[name] = dataset
+        return dataset
 
     @cached_property
     def _sets(self) -> dict[str, Any]:
@@ -356,17 +356,17 @@ class _File:
 
     def _read(self, name: str, place: int | slice | None = None, *, texts: bool = False) -> np.ndarray:
         """A data set, or some of its rows, within the bytes that an image may have."""
-        found = self._set(name, texts=texts)
+        dataset = self._set(name, texts=texts)
         where = f"{self.path}: {name}"
-        shape = found.shape
+        shape = dataset.shape
         if isinstance(place, slice):
             shape = (place.stop - place.start, *shape[1:])
         elif place is not None:
             shape = shape[1:]
-        if math.prod(shape) * found.dtype.itemsize > MAX_IMAGE_BYTES:
-            raise DataError(f"{where}: {found.dtype} {list(shape)} has more than {MAX_IMAGE_BYTES} bytes of an image")
+        if math.prod(shape) * dataset.dtype.itemsize > MAX_IMAGE_BYTES:
+            raise DataError(f"{where}: {dataset.dtype} {list(shape)} has more than {MAX_IMAGE_BYTES} bytes of an image")
         with _faults_of(where, "damaged, or compressed by a filter that is not installed?"):
-            return np.asarray(found[() if place is None else place])
+            return np.asarray(dataset[() if place is None else place])
 
 
 def recognise(place: Place) -> Iterator[Recognised]:
@@ -378,17 +378,17 @@ def recognise(place: Place) -> Iterator[Recognised]:
     for layout, files in layouts.items():
         paths = [file.path for file in files]
         ids = [_ids_beside(file) for file in files] if any(file.needs_ids for file in files) else []
-        found = [path for path in ids if path]
-        lacks = len(found) < len(ids)
+        known = [path for path in ids if path]
+        lacks = len(known) < len(ids)
         wanted = "the ids of the rows: --hdf5_ids=FILE, a list or an object id: row, one file for each HDF5"
 
-        def read(reading: Reading, paths: list[Path] = paths, found: list[Path] = found) -> Iterator[Record]:
-            return Hdf5Features(paths, found, reading).first(SAMPLE)
+        def read(reading: Reading, paths: list[Path] = paths, known: list[Path] = known) -> Iterator[Record]:
+            return Hdf5Features(paths, known, reading).first(SAMPLE)
 
         yield Recognised(
             f"HDF5 with {layout} in {', '.join(path.name for path in paths)}",
             "from_hdf5",
-            {"hdf5": listed(paths)} | ({"hdf5_ids": listed(found)} if ids and not lacks else {}),
+            {"hdf5": listed(paths)} | ({"hdf5_ids": listed(known)} if ids and not lacks else {}),
             extra="hdf5",
             read=None if lacks else read,
             lacks=(wanted,) if lacks else (),

@@ -51,10 +51,10 @@ class Panoptic:
             entries: Names[tuple[str, dict[int, int]]] = Names(self.annotations)
             for entry in content["annotations"]:
                 categories = {segment["id"]: segment["category_id"] for segment in entry["segments_info"]}
-                number, found = entry["image_id"], (entry["file_name"], categories)
+                number, item = entry["image_id"], (entry["file_name"], categories)
                 for name in dict.fromkeys((str(number), names.get(number, entry["file_name"]))):
                     refuse(name in entries, f"{self.annotations}: image {name!r}", "one annotation", "two")
-                    entries.add(name, found)
+                    entries.add(name, item)
         except KeyError as error:
             raise DataError(
                 f"{self.annotations}: expected the key {error.args[0]!r}, found an entry without"

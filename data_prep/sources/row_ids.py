@@ -63,23 +63,23 @@ def texts_in_hdf5(path: Path, name: str) -> list[str]:
 def read_index(path: Path, rows: int) -> dict[str, int]:
     """Image name -> row of 0..rows-1, from JSON, text or a pickle; see `hdf5.Hdf5Features`. Raises DataError."""
     if path.suffix.lower() == ".json":
-        found = read_json(path)
+        content = read_json(path)
     elif path.suffix.lower() in (".pkl", ".pickle"):
-        found = _pickled(path)
+        content = _pickled(path)
     elif path.suffix.lower() == ".npy":
         array = open_array(path)
         if array.dtype.kind not in "iuS":
             raise DataError(f"{path}: expected ids as whole numbers or bytes, found {array.dtype}; write them as JSON")
-        found = [n.decode("utf-8", "replace") if isinstance(n, bytes) else n for n in array.reshape(-1).tolist()]
+        content = [n.decode("utf-8", "replace") if isinstance(n, bytes) else n for n in array.reshape(-1).tolist()]
     else:
-        found = read_lines(path)
-    if isinstance(found, list):
-        refuse(not all(type(name) in (str, int) for name in found), path, "a list of ids", "something else in it")
-        return numbered(list(map(str, found)), rows, str(path))
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: expected a list of ids or an object id: row, found {type(found).__name__}")
+        content = read_lines(path)
+    if isinstance(content, list):
+        refuse(not all(type(name) in (str, int) for name in content), path, "a list of ids", "something else in it")
+        return numbered(list(map(str, content)), rows, str(path))
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a list of ids or an object id: row, found {type(content).__name__}")
     names: dict[int, str] = {}
-    for name, row in found.items():
+    for name, row in content.items():
         if type(row) is not int or not 0 <= row < rows:
             raise DataError(f"{path}: image {name!r:.80}: expected a row in 0..{rows - 1}, found {row!r:.80}")
         if names.setdefault(row, str(name)) != str(name):

@@ -132,10 +132,10 @@ def _line_index(index: Path, path: Path) -> list[int]:
         raise DataError(f"{index}: expected the first byte of each line as numbers: {error}") from None
     size = path.stat().st_size
     if not offsets or min(offsets) < 0 or max(offsets) >= size:
-        found = f"{max(offsets)}" if offsets else "none"
+        farthest = f"{max(offsets)}" if offsets else "none"
         raise DataError(
-            f"{index}: expected places below {size}, the bytes of {path.name}, found {found}: one is cut off, or they "
-            "do not belong together"
+            f"{index}: expected places below {size}, the bytes of {path.name}, found {farthest}: one is cut off, or "
+            "they do not belong together"
         )
     with path.open("rb") as file:
         for offset in filter(None, offsets):
@@ -224,16 +224,16 @@ class Vinvl(Detections):
             raise DataError(str(error)) from None  # the image is there, and has no labels
         content = _json_cell(cells, where)
         entries = _objects(content, where)
-        found = _of_objects(content, where)
+        labelled = _of_objects(content, where)
         place = arrays.get("norm_bb")
-        if place is not None and "boxes" in found and found["boxes"].shape == place.shape:
-            ends = found["boxes"][:, 2:].max(0) / place[:, 2:].max(
+        if place is not None and "boxes" in labelled and labelled["boxes"].shape == place.shape:
+            ends = labelled["boxes"][:, 2:].max(0) / place[:, 2:].max(
                 0
             )  # the image's size, where the file does not say it
-            sides = [found.get(side, end) for side, end in zip(("image_w", "image_h"), ends, strict=True)]
-            if not (np.abs(found["boxes"] / np.array(sides * 2) - place) < 0.02).all():
+            sides = [labelled.get(side, end) for side, end in zip(("image_w", "image_h"), ends, strict=True)]
+            if not (np.abs(labelled["boxes"] / np.array(sides * 2) - place) < 0.02).all():
                 raise DataError(f"{where}: expected the objects of the features' regions, found boxes elsewhere")
-        return found | {"objects_id": np.array([self._classes[_class(entry, where)] for entry in entries])}
+        return labelled | {"objects_id": np.array([self._classes[_class(entry, where)] for entry in entries])}
 
 
 def parse(cells: Sequence[bytes], where: str, geometry: Geometry | None) -> dict[str, np.ndarray]:
@@ -254,8 +254,8 @@ def parse(cells: Sequence[bytes], where: str, geometry: Geometry | None) -> dict
         cell, boxes = content["features"], content.get("num_boxes")
         boxes = int(boxes) if isinstance(boxes, str) and boxes.isdecimal() and len(boxes) < 10 else boxes
         if not isinstance(cell, str) or type(boxes) is not int:
-            found = {name: type(value).__name__ for name, value in content.items()}
-            raise DataError(f"{where}: expected num_boxes and features in base64, found {found!r:.200}")
+            kinds = {name: type(value).__name__ for name, value in content.items()}
+            raise DataError(f"{where}: expected num_boxes and features in base64, found {kinds!r:.200}")
         return split_geometry(_features(cell.encode("utf-8", "replace"), boxes, where), geometry, where)
     entries = _objects(content, where)
     rows = [row for entry in entries if isinstance(row := entry.get("feature"), str)]
@@ -286,8 +286,8 @@ def _objects(content: Any, where: str) -> list[dict[str, Any]]:
     """The objects of an image: a list, or `objects` in an object."""
     entries = content.get("objects") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        found = described(content) if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{where}: expected a list of objects, or {{'objects': [...]}}, found {found}")
+        kind = described(content) if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{where}: expected a list of objects, or {{'objects': [...]}}, found {kind}")
     return entries
 
 

@@ -1,6 +1,24 @@
-"""A small valid record, for the tests of this folder."""
+"""A small valid record, two photographs and their records in a data set, for the tests of this folder."""
+
+import base64
 
 import numpy as np
+
+from shnet_jax.data.records import open_dataset
+
+FILES = ("COCO_val2014_000000000042.jpg", "000000000139.jpg")
+NUMBERS = (42, 139)
+
+
+def stored_records(out, split="val"):
+    """All records of a split of the data set in a folder, with all fields."""
+    dataset = open_dataset(out)
+    return list(dataset.open_split(split, list(dataset.features)))
+
+
+def cell(array):
+    """An array in base64, as cells of TSV files hold it."""
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
 def record(row: int = 0, count: int = 2, **changes):
