@@ -138,16 +138,7 @@ def open_split(
     per_image = captions_per_image or _captions_per_image(src, split, len(captions), arrays, rows, ids)
     images, rest = divmod(len(captions), per_image)
     refuse(rest, src / f"{split}_caps.txt", f"a multiple of {per_image} captions", len(captions))
-    steps = {}
-    for field, path in arrays.items():
-        if rows[field] not in (images, images * per_image):
-            raise DataError(
-                f"{path}: expected {images} rows (one an image) or {images * per_image} (one a caption) for "
-                f"{len(captions)} captions of {per_image} an image, found {rows[field]}"
-            )
-        steps[field] = rows[field] // images
-        if steps[field] > 1:
-            _check_repeated(path, images, steps[field])
+    steps = {field: _step(path, rows[field], images, per_image) for field, path in arrays.items()}
     files = {field: path.name for field, path in arrays.items()} | {
         "captions": f"{split}_caps.txt",
         "image_id": ids_file.name,
@@ -241,6 +232,18 @@ def _repeats(path: Path, rows: int) -> int:
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
     return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
+
+
+def _step(path: Path, rows: int, images: int, per_image: int) -> int:
+    """Rows of an array for each image. Raises DataError for a number of rows that does not fit."""
+    if rows not in (images, images * per_image):
+        raise DataError(
+            f"{path}: expected {images} rows (one an image) or {images * per_image} (one a caption) for "
+            f"{images * per_image} captions of {per_image} an image, found {rows}"
+        )
+    if rows > images:
+        _check_repeated(path, images, rows // images)
+    return rows // images
 
 
 def _check_repeated(path: Path, images: int, step: int) -> None:

@@ -47,3 +47,29 @@ def record(row: int = 0, count: int = 2, **changes):
         "image": rng.integers(0, 256, (6, 4, 3), dtype=np.uint8),
     }
     return {name: value for name, value in (base | changes).items() if value is not None}
+
+
+def put(name, value, *place):
+    """spoil(folder): another value at a place of an array file."""
+
+    def change(array):
+        array[place] = value
+        return array
+
+    return altered(name, change)
+
+
+def altered(name, change):
+    """spoil(folder): an array file becomes what `change` makes of its array."""
+    return lambda folder: np.save(folder / name, change(np.load(folder / name)))
+
+
+def line(name, number, text):
+    """spoil(folder): another line, counted from 1, of a text file."""
+
+    def spoil(folder):
+        lines = (folder / name).read_bytes().split(b"\n")
+        lines[number - 1] = text
+        (folder / name).write_bytes(b"\n".join(lines))
+
+    return spoil

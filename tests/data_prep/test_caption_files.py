@@ -150,7 +150,7 @@ def test_a_list_that_was_stored_as_text(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(st.lists(TEXT, min_size=1, max_size=3), min_size=1, max_size=4))
 @example([NASTY[:3], NASTY[3:]])
 def test_as_many_captions_are_read_as_were_written(tmp_path_factory, name, sentences):
