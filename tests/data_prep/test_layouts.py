@@ -42,7 +42,7 @@ def test_the_same_units_of_every_layout(array, layout):
 
 @pytest.mark.parametrize("shape", [(2048, 1, 1), (1, 2048, 1, 1), (1, 1, 2048), (1, 1, 1, 2048)])
 def test_one_pooled_vector_is_one_unit(shape):
-    assert units.as_units(np.zeros(shape), "here").shape == (1, 2048)
+    assert units.as_units(np.zeros(shape, np.int8), "here").shape == (1, 2048)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_one_pooled_vector_is_one_unit(shape):
 )
 def test_a_layout_that_is_not_clear_is_refused(shape):
     with pytest.raises(DataError, match=r"^here: expected .*--layout=hwc .*--layout=chw .*found \["):
-        units.as_units(np.zeros(shape), "here")
+        units.as_units(np.zeros(shape, np.int8), "here")
     for layout in units.LAYOUTS:
-        units.as_units(np.zeros(shape), "here", None, layout)
+        units.as_units(np.zeros(shape, np.int8), "here", None, layout)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_layout_that_is_not_clear_is_refused(shape):
     ],
 )
 def test_clear_layouts_need_no_flag(shape, found):
-    assert units.as_units(np.zeros(shape), "here").shape == found
+    assert units.as_units(np.zeros(shape, np.int8), "here").shape == found
 
 
 def test_pooling_of_channels_last():

@@ -265,7 +265,7 @@ def test_arrays_of_numpy_by_image(tmp_path):
 
 @pytest.mark.parametrize("kind", ["vinvl", "torch"])
 def test_one_record_is_in_memory_at_a_time(kind, tmp_path):
-    arrays = {str(i): np.ones((36, 1000), np.float32) for i in range(100)}
+    arrays = {str(i): np.ones((36, 1000), np.float32) for i in range(40)}
     if kind == "vinvl":
         source = Vinvl([write(tmp_path / "a.tsv", [row(name, array) for name, array in arrays.items()])], Reading())
     else:
