@@ -87,16 +87,19 @@ def _annotation(where: str, row: Any) -> tuple[str, Annotation]:
     field = next((name for name in PATHS if name in row), None)
     if field is None:
         raise DataError(f"{where}: expected a field {' or '.join(PATHS)}, found {', '.join(row)}")
-    split, person, captions, place = (row.get(name) for name in ("split", "id", "captions", field))
+    values: list[Any] = [row.get(name) for name in ("split", "id", "captions", field)]
+    split, person, captions, place = values
     split = split_name(split) if isinstance(split, str) else split
-    if split not in SPLITS:
-        raise DataError(f"{where}: field 'split': expected one of {', '.join(SPLITS)}, found {split!r}")
-    if isinstance(person, bool) or not isinstance(person, int) or not 0 <= person < 2**63:
-        raise DataError(f"{where}: field 'id': expected a whole number >= 0, found {person!r}")
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise DataError(f"{where}: field 'captions': expected a list of sentences, found {captions!r:.80}")
-    if not isinstance(place, str) or Path(place).is_absolute() or ".." in Path(place).parts:
-        raise DataError(f"{where}: field {field!r}: expected a path inside the folder of pictures, found {place!r}")
+    is_number = type(person) is int and 0 <= person < 2**63
+    is_list = isinstance(captions, list) and captions and all(isinstance(c, str) and c.strip() for c in captions)
+    is_inside = isinstance(place, str) and not Path(place).is_absolute() and ".." not in Path(place).parts
+    for good, name, expected, value in (
+        (split in SPLITS, "split", f"one of {', '.join(SPLITS)}", f"{split!r}"),
+        (is_number, "id", "a whole number >= 0", f"{person!r}"),
+        (is_list, "captions", "a list of sentences", f"{captions!r:.80}"),
+        (is_inside, field, "a path inside the folder of pictures", f"{place!r}"),
+    ):
+        refuse(not good, f"{where}: field {name!r}", expected, value)
     return split, Annotation(place, person, tuple(" ".join(c.split()) for c in captions))
 
 
