@@ -24,14 +24,14 @@ _EXTRA = re.compile(r"\[(" + "|".join(LIBRARIES) + r")\]")
 
 def commands() -> dict[str, str]:
     """The docstring of each `python -m data_prep.NAME` by NAME; no module is imported for it."""
-    here = Path(__file__).parent
-    found = {}
-    for path in [*sorted(here.glob("*.py")), *sorted(here.glob("*/__main__.py"))]:
+    folder = Path(__file__).parent
+    docs = {}
+    for path in [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/__main__.py"))]:
         name = path.parent.name if path.name == "__main__.py" else path.stem
         text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
         if path.parent / path.name != Path(__file__) and f"python -m data_prep.{name}" in text:
-            found[name] = text
-    return found
+            docs[name] = text
+    return docs
 
 
 def listing() -> str:
@@ -72,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rest and path.exists():
         from data_prep.recognise import recognise
 
-        text, found = recognise(path)
+        text, recognised = recognise(path)
         print(text)
-        return 0 if found else 1
+        return 0 if recognised else 1
     name = first if first in known else f"from_{first}"
     if name not in known:
         raise DataError(f"{first}: expected a folder, a file or one of {', '.join(known)}; found no such")

@@ -18,7 +18,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from data_prep import notes, schema, vocabulary
 from data_prep.bad_records import FIRST, SKIPPED, Bad, BadRecords, Policy
 from data_prep.counts import Found, Stored, summary
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from shnet_jax.data.checksums import CHECKSUMS, sha256
 from shnet_jax.data.index import Index, IndexBuilder, write_index
 from shnet_jax.data.records import SENTENCEPIECE, open_dataset
@@ -98,10 +98,10 @@ def made_before(target: Path, source: str) -> bool:
     """
     if not target.exists():
         return False
-    found = open_dataset(target).metadata.get("source")
-    if found != source:
+    made_as = open_dataset(target).metadata.get("source")
+    if made_as != source:
         raise FileExistsError(
-            f"{target} exists and was made otherwise: expected {source}, found {found}; "
+            f"{target} exists and was made otherwise: expected {source}, found {made_as}; "
             "remove it or choose another --name"
         )
     print(f"{target} exists and was made with these settings", file=sys.stderr)
@@ -111,8 +111,7 @@ def made_before(target: Path, source: str) -> bool:
 def _check_names(name: str, splits: Mapping[str, Any]) -> None:
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise DataError(f"data set name {name!r}: expected a letter, then letters, digits or underscores")
-    if not splits:
-        raise DataError(f"data set {name!r}: expected at least one split, found none")
+    refuse(not splits, f"data set {name!r}", "at least one split", "none")
     for split in splits:
         if not re.fullmatch(r"\w+", split, re.ASCII) or split == "all":
             raise DataError(f"split name {split!r}: expected letters, digits or underscores, and not 'all'")
@@ -195,8 +194,7 @@ class _Writer:
             self._progress.count()
         self._bad.check_split(split, count)
         self.stored[split] = Stored(len(rows), captions, count - absent - len(rows), absent)
-        if not rows:
-            raise DataError(f"split {split!r}: expected at least one record, found none")
+        refuse(not rows, f"split {split!r}", "at least one record", "none")
         assert self._tfds is not None  # set by the first record
         self._tfds.add_examples({split: chunk})
         self._tfds.close_splits([split])

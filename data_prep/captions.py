@@ -21,7 +21,7 @@ from data_prep.files import read_lines
 from data_prep.names import Names
 from data_prep.names import keys as keys
 from data_prep.rows import Row, split_name
-from data_prep.schema import DataError, Record, is_text
+from data_prep.schema import DataError, Record, is_text, refuse
 from shnet_jax.paths import named_paths
 
 WITHOUT, OUTSIDE = "without captions", "in no split list"  # why an image is left out
@@ -196,8 +196,7 @@ class _SplitLists:
         self._names: Names[tuple[str, str]] = Names("--split_lists")
         for split, path in named_paths(text):
             _check_file(path)
-            if not split:
-                raise DataError(f"--split_lists: expected SPLIT=FILE, found {path}")
+            refuse(not split, "--split_lists", "SPLIT=FILE", path)
             for line in read_lines(path):
                 name = re.sub(r"#[0-9]+$", "", line)  # of a caption, as in files of tokens
                 if name in splits and splits[name] != split:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_prep.schema import MAP_VOID, DataError
+from data_prep.schema import MAP_VOID, DataError, refuse
 
 _THINGS = """
 1 person, 2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat, 10 traffic light,
@@ -69,8 +69,7 @@ def label_map(segments: np.ndarray, categories: Mapping[int, int], where: str) -
     for place, number in enumerate(numbers.tolist()):
         if number == 0:
             continue
-        if number not in categories:
-            raise DataError(f"{where}: expected every segment of the PNG in segments_info, found {number} without")
+        refuse(number not in categories, where, "every segment of the PNG in segments_info", f"{number} without")
         if categories[number] not in CLASS_OF_ID:
             raise DataError(
                 f"{where}: segment {number}: expected a COCO panoptic category id, found {categories[number]}"

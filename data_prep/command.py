@@ -12,6 +12,7 @@ from data_prep.bad_records import POLICIES, SKIPPED
 from data_prep.schema import DataError
 from shnet_jax.observe.files import FolderInUse, describe
 from shnet_jax.observe.terminal import make_output_safe
+from shnet_jax.paths import to_path
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -37,7 +38,9 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of everything that imports a data set."""
+    """The flags of everything that writes a data set."""
+    parser.add_argument("--name", required=True, help="name of the data set")
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
     parser.add_argument(
         "--on_bad_record",

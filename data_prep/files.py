@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.schema import DataError, is_text
+from data_prep.schema import DataError, is_text, refuse
 from shnet_jax import untrusted
 
 
@@ -82,15 +82,13 @@ def text_lines(path: Path) -> Iterator[str]:
     A CR elsewhere becomes a space; other separators (U+2028, U+0085, FF) are text. What is not UTF-8 becomes half of a
     surrogate pair, which text never has. Raises DataError for what is no text.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: expected this file, found none")
+    refuse(not path.is_file(), path, "this file", "none")
     with data_errors():
         untrusted.check_kind(path)
     with path.open("rb") as binary:
         start = binary.read(4)
     for magic, kind in ((b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a zip archive"), (b"PAR1", "a Parquet file")):
-        if start.startswith(magic):
-            raise DataError(f"{path}: expected text, found {kind}")
+        refuse(start.startswith(magic), path, "text", kind)
     encoding = json.detect_encoding(start).replace("utf-8-sig", "utf-8")  # its mark is removed below
     try:
         with path.open(encoding=encoding, errors="surrogateescape", newline="\n") as file:

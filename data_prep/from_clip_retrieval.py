@@ -10,24 +10,24 @@ It needs: pip install -e '.[parquet]'
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
-from data_prep import captions, command, join, parquet, parts, rows, schema
-from data_prep.bad_records import Bad, Policy, record_or_bad
+from data_prep import captions, command, join, parquet, parts, rows
+from data_prep.bad_records import Bad, record_or_bad
 from data_prep.captions import Captioned
 from data_prep.files import open_array
+from data_prep.join import Writing
 from data_prep.places import Place, Recognised, missing, split_of
 from data_prep.rows import Row
-from data_prep.schema import DataError, Record, is_text
-from data_prep.sources.base import Source
+from data_prep.schema import DataError, Record, is_text, refuse
 from shnet_jax.paths import to_path
 
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
@@ -79,15 +79,14 @@ class Shards:
 
 def open_shards(src: Path) -> Shards:
     """The files of a folder by the numbers in their names. Raises DataError where they or their rows do not fit."""
-    found = {kind: _numbered(src / kind, suffix) for kind, suffix in _SUFFIXES.items()}
+    numbered = {kind: _numbered(src / kind, suffix) for kind, suffix in _SUFFIXES.items()}
     for kind in (IMAGES, METADATA):
-        if not found[kind]:
-            raise DataError(f"{src / kind}: expected {kind}_0{_SUFFIXES[kind]}, ..., found none")
+        refuse(not numbered[kind], src / kind, f"{kind}_0{_SUFFIXES[kind]}, ...", "none")
     files, starts = [], [0]
-    for number in sorted(set().union(*found.values())):
-        paths = {kind: found[kind].get(number) for kind in found}
+    for number in sorted(set().union(*numbered.values())):
+        paths = {kind: numbered[kind].get(number) for kind in numbered}
         images, metadata = paths[IMAGES], paths[METADATA]
-        missing = [kind for kind, path in paths.items() if path is None and (kind != TEXTS or found[TEXTS])]
+        missing = [kind for kind, path in paths.items() if path is None and (kind != TEXTS or numbered[TEXTS])]
         if missing or images is None or metadata is None:
             raise DataError(
                 f"{src / missing[0]}: expected {missing[0]}_{number}{_SUFFIXES[missing[0]]} as in the other folders, "
@@ -98,8 +97,7 @@ def open_shards(src: Path) -> Shards:
         for path in (images, paths[TEXTS]):
             if path is not None:
                 shape = open_array(path).shape
-                if len(shape) != 2:
-                    raise DataError(f"{path}: expected [rows, E], found {list(shape)}")
+                refuse(len(shape) != 2, path, "[rows, E]", list(shape))
                 counts[path] = shape[0]
         if len(set(counts.values())) > 1:
             each = ", ".join(f"{count} in {path.name}" for path, count in counts.items())
@@ -114,14 +112,14 @@ _SUFFIXES = {IMAGES: ".npy", TEXTS: ".npy", METADATA: ".parquet"}
 
 def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
     """The files of a folder by their numbers, which may be padded with zeros."""
-    found: dict[int, Path] = {}
+    numbered: dict[int, Path] = {}
     for path in sorted(folder.glob(f"*{suffix}")):
         match = re.fullmatch(rf"{folder.name}_([0-9]+)", path.stem)
         if match is None:
             raise DataError(f"{path}: expected {folder.name}_NUMBER{suffix}, found this name")
-        if found.setdefault(int(match[1]), path) != path:
-            raise DataError(f"{path}: expected one file of this number, found {found[int(match[1])].name} too")
-    return found
+        if numbered.setdefault(int(match[1]), path) != path:
+            raise DataError(f"{path}: expected one file of this number, found {numbered[int(match[1])].name} too")
+    return numbered
 
 
 @dataclass(frozen=True)
@@ -180,30 +178,20 @@ def import_clip_retrieval(
     *,
     split: str | None = None,
     split_lists: str | None = None,
-    source: str = "",
-    overwrite: bool = False,
-    feature_dtype: str | None = "float16",
-    sources: Sequence[Source] = (),
-    skip_absent: bool = False,
-    on_bad_record: Policy = "fail",
+    **writing: Unpack[Writing],
 ) -> Path:
     """Import a folder and return the version folder of the data set; see `--help` for the arguments."""
     shards = open_shards(src)
     gathered = captions.gather(shards.rows(split), split_lists, src)
-    splits = {split: Images(items, shards) for split, items in gathered.items()}
     places = {"image_embedding": str(src / IMAGES), "caption_embeddings": str(src / TEXTS)}
     return join.write_joined(
-        splits,
-        sources,
+        {split: Images(items, shards) for split, items in gathered.items()},
         name,
         out,
-        metadata={"source": source or f"data_prep.from_clip_retrieval of {src.resolve().name}"},
+        origin=f"from_clip_retrieval of {src.resolve().name}",
         found=gathered.found,
-        files=dict.fromkeys(splits, places | {"captions": str(src / METADATA)}),
-        feature_dtype=feature_dtype,
-        skip_absent=skip_absent,
-        overwrite=overwrite,
-        on_bad_record=on_bad_record,
+        files=dict.fromkeys(gathered, places | {"captions": str(src / METADATA)}),
+        **writing,
     )
 
 
@@ -214,29 +202,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--src", type=to_path, required=True, help="folder with img_emb, text_emb and metadata")
     parser.add_argument("--split", help="of rows whose metadata have no column `split`")
     parser.add_argument("--split_lists", help="SPLIT=FILE,...: image names a line that put images into splits")
-    parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
-    parser.add_argument(
-        "--feature_dtype", choices=schema.FEATURE_DTYPES, default="float16", help="dtype of joined features"
-    )
-    parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
-    command.add_writing_arguments(parser)
+    join.add_writing_arguments(parser)
     parts.add_arguments(parser)
-    args: argparse.Namespace = parser.parse_args(argv)
-    path = import_clip_retrieval(
-        args.src,
-        args.name,
-        args.out,
-        split=args.split,
-        split_lists=args.split_lists,
-        source=args.source,
-        overwrite=args.overwrite,
-        feature_dtype=args.feature_dtype,
-        sources=parts.open_sources(args),
-        skip_absent=args.absent == "skip",
-        on_bad_record=args.on_bad_record,
-    )
-    print(path)
+    args = parser.parse_args(argv)
+    chosen = {"split": args.split, "split_lists": args.split_lists}
+    print(import_clip_retrieval(args.src, args.name, args.out, **chosen, **join.writing_options(args)))
     return 0
 
 

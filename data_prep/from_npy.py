@@ -13,11 +13,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
-from data_prep import command, from_scan, join
-from data_prep.bad_records import Policy
+from data_prep import command, from_scan
+from data_prep.join import Writing
 from data_prep.schema import DataError
-from data_prep.sources.base import Source
 from data_prep.sources.units import Layout, UnitFiles
 from shnet_jax.paths import to_path
 
@@ -34,46 +34,18 @@ def import_npy(
     max_units: int | None = None,
     pool: int | None = None,
     layout: Layout | None = None,
-    feature_dtype: str | None = "float16",
-    source: str = "",
-    overwrite: bool = False,
-    sources: Sequence[Source] = (),
-    skip_absent: bool = False,
-    on_bad_record: Policy = "fail",
+    **writing: Unpack[Writing],
 ) -> Path:
     """Import .npy files by image; returns the version folder. `--help` explains the arguments."""
     units = UnitFiles(features, field, max_units, pool, layout)
-    texts = {
-        split: from_scan.open_split(
-            src,
-            split,
-            captions_per_image=captions_per_image,
-            feature_dtype=feature_dtype,
-            need="ids",
-            strict=on_bad_record == "fail",
-            layout=layout,
-        )
-        for split in (splits or from_scan.split_names(src))
-    }
-    for text in texts.values():
-        if field in text.arrays:
-            raise DataError(f"{text.arrays[field]}: expected {field!r} only in {features}, found it here too")
-    return join.write_joined(
-        texts,
-        [units, *sources],
-        name,
-        out,
-        metadata={
-            "source": source or f"data_prep.from_npy of {features.resolve().name}",
-            **from_scan.class_metadata(src, texts.values()),
-        },
-        found=from_scan.found(texts.values()),
-        files={split: texts[split].files for split in texts},
-        feature_dtype=feature_dtype,
-        skip_absent=skip_absent,
-        overwrite=overwrite,
-        on_bad_record=on_bad_record,
+    opened = from_scan.open_splits(
+        src, splits, captions_per_image=captions_per_image, layout=layout, writing=writing, need="ids"
     )
+    for split in opened.values():
+        if field in split.arrays:
+            raise DataError(f"{split.arrays[field]}: expected {field!r} only in {features}, found it here too")
+    writing["sources"] = [units, *writing.get("sources", ())]
+    return from_scan.write_splits(opened, src, name, out, f"from_npy of {features.resolve().name}", writing)
 
 
 @command.reports_errors

@@ -24,7 +24,7 @@ from data_prep.counts import Found
 from data_prep.files import inside, read_json
 from data_prep.places import Place, Recognised, ends, first_object
 from data_prep.rows import split_name
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from shnet_jax import untrusted
 from shnet_jax.paths import to_path
 
@@ -58,9 +58,8 @@ def read_annotations(path: Path, *, strict: bool = True) -> Annotations:
     splits; without `strict`, a row whose split is known becomes a Bad instead.
     """
     rows = read_json(path)
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: expected a list of pictures, found {type(rows).__name__}")
-    found: Annotations = {}
+    refuse(not isinstance(rows, list) or not rows, path, "a list of pictures", type(rows).__name__)
+    annotations: Annotations = {}
     split_of: dict[int, str] = {}
     for number, row in enumerate(rows):
         where = f"{path} row {number}"
@@ -71,15 +70,15 @@ def read_annotations(path: Path, *, strict: bool = True) -> Annotations:
             if strict or split not in SPLITS:
                 raise
             place = str(next((row[name] for name in PATHS if name in row), number))
-            found.setdefault(split, []).append(Bad(place, DataError(str(error), file=path.name)))
+            annotations.setdefault(split, []).append(Bad(place, DataError(str(error), file=path.name)))
             continue
         if split_of.setdefault(annotation.person, split) != split:
             raise DataError(
                 f"{where}: field 'id': person {annotation.person} is in the splits {split_of[annotation.person]} and "
                 f"{split}; expected one"
             )
-        found.setdefault(split, []).append(annotation)
-    return {split: found[split] for split in SPLITS if split in found}
+        annotations.setdefault(split, []).append(annotation)
+    return {split: annotations[split] for split in SPLITS if split in annotations}
 
 
 def _annotation(where: str, row: Any) -> tuple[str, Annotation]:
@@ -88,16 +87,19 @@ def _annotation(where: str, row: Any) -> tuple[str, Annotation]:
     field = next((name for name in PATHS if name in row), None)
     if field is None:
         raise DataError(f"{where}: expected a field {' or '.join(PATHS)}, found {', '.join(row)}")
-    split, person, captions, place = (row.get(name) for name in ("split", "id", "captions", field))
+    values: list[Any] = [row.get(name) for name in ("split", "id", "captions", field)]
+    split, person, captions, place = values
     split = split_name(split) if isinstance(split, str) else split
-    if split not in SPLITS:
-        raise DataError(f"{where}: field 'split': expected one of {', '.join(SPLITS)}, found {split!r}")
-    if isinstance(person, bool) or not isinstance(person, int) or not 0 <= person < 2**63:
-        raise DataError(f"{where}: field 'id': expected a whole number >= 0, found {person!r}")
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise DataError(f"{where}: field 'captions': expected a list of sentences, found {captions!r:.80}")
-    if not isinstance(place, str) or Path(place).is_absolute() or ".." in Path(place).parts:
-        raise DataError(f"{where}: field {field!r}: expected a path inside the folder of pictures, found {place!r}")
+    is_number = type(person) is int and 0 <= person < 2**63
+    is_list = isinstance(captions, list) and captions and all(isinstance(c, str) and c.strip() for c in captions)
+    is_inside = isinstance(place, str) and not Path(place).is_absolute() and ".." not in Path(place).parts
+    for good, name, expected, value in (
+        (split in SPLITS, "split", f"one of {', '.join(SPLITS)}", f"{split!r}"),
+        (is_number, "id", "a whole number >= 0", f"{person!r}"),
+        (is_list, "captions", "a list of sentences", f"{captions!r:.80}"),
+        (is_inside, field, "a path inside the folder of pictures", f"{place!r}"),
+    ):
+        refuse(not good, f"{where}: field {name!r}", expected, value)
     return split, Annotation(place, person, tuple(" ".join(c.split()) for c in captions))
 
 
@@ -185,9 +187,9 @@ def import_person_search(
         raise DataError(f"{images}: no such folder of pictures")
     splits = hold_out(read_annotations(annotations, strict=on_bad_record == "fail"), held_out)
     records, caption = {}, 0
-    for split, found in splits.items():
-        records[split] = Pictures(found, images, size, caption)
-        caption += sum(len(a.captions) for a in _good(found))
+    for split, pictures in splits.items():
+        records[split] = Pictures(pictures, images, size, caption)
+        caption += sum(len(a.captions) for a in _good(pictures))
     metadata = {"source": source or f"data_prep.from_person_search of {annotations.name}", "held_out": held_out}
     files = {split: {"captions": annotations.name, "identity": annotations.name} for split in splits}
     images_found = sum(map(len, records.values()))
@@ -235,8 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser("from_person_search", __doc__)
     parser.add_argument("--annotations", type=to_path, required=True, help="reid_raw.json, ICFG-PEDES.json, ...")
     parser.add_argument("--images", type=to_path, required=True, help="folder that the paths in it begin in")
-    parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument("--size", type=_size, default=SIZE, help="HEIGHTxWIDTH of the pictures, 384x128 unless told")
     parser.add_argument(
         "--hold_out", type=command.at_least(0), default=0, help="training persons that become the split val"

@@ -15,19 +15,20 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from data_prep import command, join, parts, schema
-from data_prep.bad_records import Bad, Policy, record_or_bad
+from data_prep.bad_records import Bad, record_or_bad
 from data_prep.counts import Found
 from data_prep.files import open_array, read_lines
+from data_prep.join import Writing
 from data_prep.places import Place, Recognised, look
-from data_prep.schema import DataError, Record
-from data_prep.sources.base import Source
+from data_prep.schema import DataError, Record, refuse
 from data_prep.sources.detections import Reading
-from data_prep.sources.units import MASK, Layout, as_units, first_units, open_units, unit_files
+from data_prep.sources.units import Layout, as_units, first_units, open_units, unit_files
+from shnet_jax.data.schema import MASKS
 from shnet_jax.paths import to_path
 
 ARRAYS = {
@@ -95,7 +96,7 @@ class ScanSplit:
             record["caption_ids"] = np.array(self.caption_ids[of_image], np.int64)
         for field, value in arrays.items():
             file = self.files[field]
-            if field in MASK and value.ndim > 1:
+            if field in MASKS and value.ndim > 1:
                 value = as_units(value, file, None, self.layout)
             record[field] = schema.as_field(field, value, where=where, file=file, dtype=self.feature_dtype)
         return record
@@ -124,35 +125,20 @@ def open_split(
     """
     captions = read_lines(src / f"{split}_caps.txt", strict=strict)
     arrays = {field: path for field, suffix in ARRAYS.items() if (path := src / f"{split}{suffix}").is_file()}
-    if need == "an array" and not arrays:
-        raise DataError(f"{src}: split {split!r}: expected {split}_ims.npy or another array, found none")
-    if not captions:
-        raise DataError(f"{src / f'{split}_caps.txt'}: expected a caption a line, found none")
+    refuse(need == "an array" and not arrays, f"{src}: split {split!r}", f"{split}_ims.npy or another array", "none")
+    refuse(not captions, src / f"{split}_caps.txt", "a caption a line", "none")
     shapes = {field: open_array(path).shape for field, path in arrays.items()}
     for field, shape in shapes.items():
-        if not shape or not shape[0]:
-            raise DataError(f"{arrays[field]}: expected a row for each image, found shape {list(shape)}")
-        if field in MASK and len(shape) > 2:  # of all images, so of no record alone
+        refuse(not shape or not shape[0], arrays[field], "a row for each image", f"shape {list(shape)}")
+        if field in MASKS and len(shape) > 2:  # of all images, so of no record alone
             as_units(open_array(arrays[field])[0], arrays[field], None, layout)
     rows = {field: shape[0] for field, shape in shapes.items()}
     ids_file = src / f"{split}_ids.txt"
     ids = read_lines(ids_file) if need == "ids" or ids_file.is_file() else []
     per_image = captions_per_image or _captions_per_image(src, split, len(captions), arrays, rows, ids)
     images, rest = divmod(len(captions), per_image)
-    if rest:
-        raise DataError(
-            f"{src / f'{split}_caps.txt'}: expected a multiple of {per_image} captions, found {len(captions)}"
-        )
-    steps = {}
-    for field, path in arrays.items():
-        if rows[field] not in (images, images * per_image):
-            raise DataError(
-                f"{path}: expected {images} rows (one an image) or {images * per_image} (one a caption) for "
-                f"{len(captions)} captions of {per_image} an image, found {rows[field]}"
-            )
-        steps[field] = rows[field] // images
-        if steps[field] > 1:
-            _check_repeated(path, images, steps[field])
+    refuse(rest, src / f"{split}_caps.txt", f"a multiple of {per_image} captions", len(captions))
+    steps = {field: _step(path, rows[field], images, per_image) for field, path in arrays.items()}
     files = {field: path.name for field, path in arrays.items()} | {
         "captions": f"{split}_caps.txt",
         "image_id": ids_file.name,
@@ -180,8 +166,7 @@ def _caption_ids(path: Path, captions: int) -> tuple[int, ...]:
     if not path.is_file():
         return ()
     lines = read_lines(path)
-    if len(lines) != captions:
-        raise DataError(f"{path}: expected {captions} lines, one a caption, found {len(lines)}")
+    refuse(len(lines) != captions, path, f"{captions} lines, one a caption", len(lines))
     for number, line in enumerate(lines, 1):
         if not line.isdecimal() or len(line) > 18:
             raise DataError(f"{path} line {number}: expected a whole number of at most 18 digits, found {line!r:.80}")
@@ -192,8 +177,7 @@ def _caption_embeddings(path: Path, captions: int) -> Path | None:
     if not path.is_file():
         return None
     shape = open_array(path).shape
-    if len(shape) != 2 or shape[0] != captions:
-        raise DataError(f"{path}: expected [{captions}, E], a row a caption, found {list(shape)}")
+    refuse(len(shape) != 2 or shape[0] != captions, path, f"[{captions}, E], a row a caption", list(shape))
     return path
 
 
@@ -234,20 +218,32 @@ def _repeats(path: Path, rows: int) -> int:
     for _ in range(_RUNS):
         runs.append(run(start, 1) if start < rows else 0)
         start += runs[-1]
-    found = math.gcd(*runs)
-    if found == 0 and rows % USUAL_CAPTIONS == 0:
+    divisor = math.gcd(*runs)
+    if divisor == 0 and rows % USUAL_CAPTIONS == 0:
         print(f"note: {path}: its rows are all equal; {USUAL_CAPTIONS} captions an image are assumed", file=sys.stderr)
         return USUAL_CAPTIONS
-    if found not in runs or found == 0 or rows % found:  # neighbours may be equal, but not all of them
+    if divisor not in runs or divisor == 0 or rows % divisor:  # neighbours may be equal, but not all of them
         raise DataError(
             f"{path}: expected the row of each image once for each of its captions, found runs of "
             f"{', '.join(map(str, sorted({*runs} - {0}))) or 'more'} equal rows among {rows}; give --captions_per_image"
         )
-    return found
+    return divisor
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
     return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
+
+
+def _step(path: Path, rows: int, images: int, per_image: int) -> int:
+    """Rows of an array for each image. Raises DataError for a number of rows that does not fit."""
+    if rows not in (images, images * per_image):
+        raise DataError(
+            f"{path}: expected {images} rows (one an image) or {images * per_image} (one a caption) for "
+            f"{images * per_image} captions of {per_image} an image, found {rows}"
+        )
+    if rows > images:
+        _check_repeated(path, images, rows // images)
+    return rows // images
 
 
 def _check_repeated(path: Path, images: int, step: int) -> None:
@@ -268,8 +264,7 @@ def _image_ids(path: Path, ids: list[str], images: int, per_image: int, split: s
         return tuple(f"{split}_{image}" for image in range(images))
     if len(ids) == images:
         return tuple(ids)
-    if len(ids) != images * per_image:
-        raise DataError(f"{path}: expected {images} or {images * per_image} lines, found {len(ids)}")
+    refuse(len(ids) != images * per_image, path, f"{images} or {images * per_image} lines", len(ids))
     for line, image_id in enumerate(ids):
         first = ids[line - line % per_image]
         if image_id != first:
@@ -282,8 +277,7 @@ def split_names(src: Path) -> list[str]:
     if not src.is_dir():
         raise DataError(f"{src}: no such folder")
     names = sorted(path.name.removesuffix("_caps.txt") for path in src.glob("*_caps.txt"))
-    if not names:
-        raise DataError(f"{src}: expected at least one SPLIT_caps.txt, found none; see: python -m data_prep {src}")
+    refuse(not names, src, "at least one SPLIT_caps.txt", f"none; see: python -m data_prep {src}")
     return names
 
 
@@ -302,13 +296,6 @@ def class_metadata(src: Path, splits: Iterable[ScanSplit]) -> dict[str, list[str
     return {"class_names": class_names(path, open_array(sized[0]).shape[1])} if sized and path.is_file() else {}
 
 
-def found(splits: Iterable[ScanSplit]) -> Found:
-    """Totals of the text files of the splits."""
-    counts = [(len(split.captions), len(split)) for split in splits]
-    captions, images = (sum(column) for column in zip(*counts, strict=True))
-    return Found(captions, images, captions)
-
-
 def import_scan(
     src: Path,
     name: str,
@@ -317,56 +304,63 @@ def import_scan(
     splits: list[str] | None = None,
     captions_per_image: int | None = None,
     layout: Layout | None = None,
-    feature_dtype: str | None = "float16",
-    source: str = "",
-    overwrite: bool = False,
-    sources: Sequence[Source] = (),
-    skip_absent: bool = False,
-    on_bad_record: Policy = "fail",
+    **writing: Unpack[Writing],
 ) -> Path:
     """Import a folder and return the version folder of the data set; see `--help` for the arguments."""
-    opened = {
+    opened = open_splits(src, splits, captions_per_image=captions_per_image, layout=layout, writing=writing)
+    return write_splits(opened, src, name, out, f"from_scan of {src.resolve().name}", writing)
+
+
+def open_splits(
+    src: Path,
+    splits: list[str] | None,
+    *,
+    captions_per_image: int | None,
+    layout: Layout | None,
+    writing: Writing,
+    need: str = "an array",
+) -> dict[str, ScanSplit]:
+    """The splits to import, all of the folder by default; see `open_split`."""
+    return {
         split: open_split(
             src,
             split,
             captions_per_image=captions_per_image,
-            feature_dtype=feature_dtype,
-            strict=on_bad_record == "fail",
+            feature_dtype=writing.get("feature_dtype", "float16"),
+            need=need,
+            strict=writing.get("on_bad_record", "fail") == "fail",
             layout=layout,
         )
         for split in (splits or split_names(src))
     }
+
+
+def write_splits(
+    splits: Mapping[str, ScanSplit], src: Path, name: str, out: Path, origin: str, writing: Writing
+) -> Path:
+    """Write the data set of splits of a folder; see `join.write_joined`."""
+    captions = sum(len(split.captions) for split in splits.values())
+    images = sum(map(len, splits.values()))
     return join.write_joined(
-        opened,
-        sources,
+        splits,
         name,
         out,
-        metadata={
-            "source": source or f"data_prep.from_scan of {src.resolve().name}",
-            **class_metadata(src, opened.values()),
-        },
-        found=found(opened.values()),
-        files={split: opened[split].files for split in opened},
-        feature_dtype=feature_dtype,
-        skip_absent=skip_absent,
-        overwrite=overwrite,
-        on_bad_record=on_bad_record,
+        origin=origin,
+        metadata=class_metadata(src, splits.values()),
+        found=Found(captions, images, captions),
+        files={split: opened.files for split, opened in splits.items()},
+        **writing,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that importers of this layout share."""
     parser.add_argument("--src", type=to_path, required=True, help="folder with SPLIT_caps.txt and the files beside it")
-    parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     parser.add_argument("--splits", help="comma-separated; default: every SPLIT_caps.txt in the folder")
     parser.add_argument(
         "--captions_per_image", type=command.at_least(1), help="default: from the counts of rows, ids and captions"
     )
-    dtypes = ("keep", *schema.FEATURE_DTYPES)
-    parser.add_argument("--feature_dtype", choices=dtypes, default="float16", help="dtype that features are stored in")
-    parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
-    command.add_writing_arguments(parser)
+    join.add_writing_arguments(parser, "keep")
     parts.add_arguments(parser)
 
 
@@ -376,12 +370,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "splits": [name.strip() for name in args.splits.split(",")] if args.splits else None,
         "captions_per_image": args.captions_per_image,
         "layout": args.layout,
-        "feature_dtype": None if args.feature_dtype == "keep" else args.feature_dtype,
-        "source": args.source,
-        "overwrite": args.overwrite,
-        "sources": parts.open_sources(args, own=("layout",)),
-        "skip_absent": args.absent == "skip",
-        "on_bad_record": args.on_bad_record,
+        **join.writing_options(args, also=("layout",)),
     }
 
 
@@ -396,7 +385,7 @@ def recognise(place: Place) -> Iterator[Recognised]:
     if fields:
 
         def read(reading: Reading) -> Iterator[Record]:
-            for field in set(MASK) & set(fields):
+            for field in set(MASKS) & set(fields):
                 array = open_array(place.path / f"{splits[0]}{ARRAYS[field]}")
                 if array.ndim > 2:
                     yield {field: as_units(array[0], f"{splits[0]}{ARRAYS[field]}", None, reading.layout)}

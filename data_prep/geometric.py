@@ -66,6 +66,6 @@ def geometric_relations(
     predicate = np.select([inside, on & ~inside.T, beside & ~(inside | on).T], [INSIDE, ON, BESIDE], -1)
     subjects, objects = np.nonzero(pairs & (predicate >= 0))
     order = np.argsort(-(scores[subjects] * scores[objects]), kind="stable")[:rows]
-    found = np.full((rows, 3), -1, np.int32)
-    found[: len(order)] = np.stack([subjects, predicate[subjects, objects], objects], axis=1)[order]
-    return found
+    relations = np.full((rows, 3), -1, np.int32)
+    relations[: len(order)] = np.stack([subjects, predicate[subjects, objects], objects], axis=1)[order]
+    return relations

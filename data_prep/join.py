@@ -3,63 +3,89 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from data_prep import captions, command, parts, schema
 from data_prep.bad_records import Policy
 from data_prep.builder import Files, Item, write_dataset
 from data_prep.counts import Found
 from data_prep.sources.base import Joined, Source
-from shnet_jax.paths import to_path, to_paths
+from shnet_jax.paths import to_paths
+
+
+class Writing(TypedDict, total=False):
+    """The options of `write_joined` that importers take as flags and pass on.
+
+    source: how the data was made; "" for the importer's own words. sources: what is joined by image id.
+    feature_dtype: what features are cast to, None keeps theirs. The others: see `builder.write_dataset` and `Joined`.
+    """
+
+    source: str
+    sources: Sequence[Source]
+    feature_dtype: str | None
+    skip_absent: bool
+    overwrite: bool
+    on_bad_record: Policy
 
 
 def write_joined(
     splits: Mapping[str, Iterable[Item]],
-    sources: Sequence[Source],
     name: str,
     out: Path,
     *,
-    metadata: Mapping[str, Any],
+    origin: str,
     found: Found,
-    files: Files | None = None,
-    feature_dtype: str | None = "float16",
-    skip_absent: bool = False,
-    overwrite: bool = False,
-    on_bad_record: Policy = "fail",
+    files: Files,
+    metadata: Mapping[str, Any] | None = None,
+    **writing: Unpack[Writing],
 ) -> Path:
-    """Write a data set of the records of each split with the fields of `sources` added; returns the version folder.
+    """Write a data set of the records of each split with the fields of its sources added; returns the version folder.
 
-    See `builder.write_dataset` and `Joined` for the arguments; the metadata of the sources is added to `metadata`.
+    origin: importer and name of what it reads, which the metadata say where `writing` has no source.
     """
-    records = {split: Joined(items, sources, split, feature_dtype, skip_absent) for split, items in splits.items()}
+    sources, policy = writing.get("sources", ()), writing.get("on_bad_record", "fail")
+    dtype, skip_absent = writing.get("feature_dtype", "float16"), writing.get("skip_absent", False)
     joined = {field: file for part in sources for field, file in part.files.items()}
-    all_files = {split: {**joined, **(files or {}).get(split, {})} for split in splits}
-    known = {**metadata, **{key: value for part in sources for key, value in part.metadata.items()}}
+    known = {"source": writing.get("source") or f"data_prep.{origin}", **(metadata or {})}
     return write_dataset(
         out,
         name,
-        records,
-        known,
-        files=all_files,
+        {split: Joined(items, sources, split, dtype, skip_absent) for split, items in splits.items()},
+        {**known, **{key: value for part in sources for key, value in part.metadata.items()}},
+        files={split: {**joined, **files.get(split, {})} for split in splits},
         total=found.records,
         found=found,
-        overwrite=overwrite,
-        on_bad_record=on_bad_record,
+        overwrite=writing.get("overwrite", False),
+        on_bad_record=policy,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser, captions_required: bool = True) -> None:
     """The flags of what starts from captions: where they are, and the data set to write."""
     captions.add_arguments(parser, captions_required)
-    parser.add_argument("--name", required=True, help="name of the data set")
-    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
-    parser.add_argument(
-        "--feature_dtype", choices=schema.FEATURE_DTYPES, default="float16", help="dtype that features are stored in"
-    )
-    parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
+    add_writing_arguments(parser)
+
+
+def add_writing_arguments(parser: argparse.ArgumentParser, *dtypes: str) -> None:
+    """The flags of the data set to write; dtypes: what --feature_dtype may say beside FEATURE_DTYPES."""
     command.add_writing_arguments(parser)
+    choices = (*dtypes, *schema.FEATURE_DTYPES)
+    parser.add_argument("--feature_dtype", choices=choices, default="float16", help="dtype that features are stored in")
+    parser.add_argument("--source", default="", help="how the data was made, kept in the metadata")
+
+
+def writing_options(args: argparse.Namespace, also: Collection[str] = ()) -> Writing:
+    """The flags of `add_writing_arguments` and `parts.add_arguments`; also: see `parts.open_sources`."""
+    return {
+        "source": args.source,
+        "sources": parts.open_sources(args, also),
+        "feature_dtype": None if args.feature_dtype == "keep" else args.feature_dtype,
+        "skip_absent": args.absent == "skip",
+        "overwrite": args.overwrite,
+        "on_bad_record": args.on_bad_record,
+    }
 
 
 def importer(module: str, kind: str, doc: str | None) -> Callable[..., int]:
@@ -80,16 +106,12 @@ def _run(module: str, kind: str, doc: str | None, argv: Sequence[str] | None) ->
     splits = captions.read(args.captions, args.split_lists, strict=args.on_bad_record == "fail")
     path = write_joined(
         {split: [item.record() for item in items] for split, items in splits.items()},
-        parts.open_sources(args),
         args.name,
         args.out,
-        metadata={"source": args.source or f"data_prep.{module} of {to_paths(getattr(args, kind))[0].name}"},
+        origin=f"{module} of {to_paths(getattr(args, kind))[0].name}",
         found=splits.found,
         files={split: {"captions": args.captions} for split in splits},
-        feature_dtype=args.feature_dtype,
-        skip_absent=args.absent == "skip",
-        overwrite=args.overwrite,
-        on_bad_record=args.on_bad_record,
+        **writing_options(args),
     )
     print(path)
     return 0

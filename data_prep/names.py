@@ -23,6 +23,10 @@ _ANY = "*"  # stands for a folder that the image's id does not name
 T = TypeVar("T")
 
 
+class Absent(DataError):
+    """A file or folder has nothing for an image."""
+
+
 class Ambiguous(DataError):
     """Two images are known by one name, or one image by the names of two entries. It ends an import."""
 
@@ -122,6 +126,17 @@ class Names(Generic[T]):
             )
         return entry
 
+    def need(self, image_id: str, what: str) -> T:
+        """The entry of an image, as `find`. Raises Absent, which says what was expected, where there is none."""
+        entry = self.find(image_id)
+        if entry is None:
+            raise self.absent(image_id, what)
+        return entry
+
+    def absent(self, image_id: str, what: str) -> Absent:
+        """The error about an image without an entry."""
+        return Absent(f"{self._where}: image {image_id!r}: expected {what}, found {self.none_found}")
+
 
 class FileNames:
     """The files in and below a folder, `ID` and one of `suffixes`; of these an earlier one counts before a later."""
@@ -138,6 +153,13 @@ class FileNames:
         if file is None and "/" in image_id:
             inside(self._folder, image_id)
         return None if file is None else inside(self._folder, file)
+
+    def need(self, image_id: str, what: str) -> Path:
+        """The file of an image, as `find`. Raises Absent, which says what was expected, where there is none."""
+        path = self.find(image_id)
+        if path is None:
+            raise self.names.absent(image_id, what)
+        return path
 
     @cached_property
     def names(self) -> Names[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import data_errors
-from data_prep.schema import DataError
+from data_prep.schema import DataError, refuse
 from shnet_jax import untrusted
 
 _BATCH = 256  # rows of texts and numbers
@@ -22,8 +22,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install -e '.[parquet]'") from error
-    if not path.is_file():
-        raise DataError(f"{path}: expected a Parquet file, found none")
+    refuse(not path.is_file(), path, "a Parquet file", "none")
     with data_errors():
         untrusted.check_kind(path)
     # One name: a reader may still be open when the process ends and the names of this module are gone.
@@ -52,7 +51,7 @@ def rows(path: Path, columns: Sequence[str], first: int = 0, batch: int = _BATCH
             return
         at = 0
         batches = file.iter_batches(batch_size=batch, row_groups=groups, columns=list(columns), use_threads=False)
-        for found in batches:
-            if at + len(found) > first:
-                yield from found.slice(max(0, first - at)).to_pylist()
-            at += len(found)
+        for part in batches:
+            if at + len(part) > first:
+                yield from part.slice(max(0, first - at)).to_pylist()
+            at += len(part)

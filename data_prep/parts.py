@@ -18,8 +18,9 @@ from data_prep.sources.lmdb_files import Lmdb
 from data_prep.sources.npz import NpzFiles
 from data_prep.sources.panoptic import Panoptic, Upsnet
 from data_prep.sources.torch_dict import TorchDict
-from data_prep.sources.units import LAYOUTS, MASK, UnitFiles
+from data_prep.sources.units import LAYOUTS, UnitFiles
 from data_prep.sources.vinvl import GEOMETRIES, Vinvl
+from shnet_jax.data.schema import MASKS
 from shnet_jax.paths import to_path, to_paths
 
 
@@ -188,7 +189,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "without it a shape that leaves this open is an error",
     },
     "features_as": {
-        "choices": tuple(MASK),
+        "choices": tuple(MASKS),
         "help": "what features are; default: regions, but a grid where they are maps",
     },
     "boxes": {
@@ -226,14 +227,14 @@ def add_arguments(parser: argparse.ArgumentParser, required: str | None = None) 
     )
 
 
-def open_sources(args: argparse.Namespace, own: Collection[str] = ()) -> list[Source]:
+def open_sources(args: argparse.Namespace, also: Collection[str] = ()) -> list[Source]:
     """The sources that the flags name. Raises DataError when files are missing, or a flag belongs to another.
 
-    own: names in OPTIONS of the flags that the importer takes for itself too.
+    also: names in OPTIONS of the flags that the importer itself takes too.
     """
     given = [name for name in PARTS if getattr(args, name)]
     for option in OPTIONS:
         takers = [name for name, part in PARTS.items() if option in part.options]
-        if getattr(args, option) is not None and option not in own and not set(takers) & set(given):
+        if getattr(args, option) is not None and option not in also and not set(takers) & set(given):
             raise DataError(f"--{option} belongs to {' or '.join(f'--{name}' for name in takers)}, which is not given")
     return [PARTS[name].open(args) for name in given]

@@ -77,8 +77,8 @@ class Recognised:
     @property
     def paths(self) -> list[Path]:
         """The files and folders that it takes."""
-        found = (path for flag, text in self.flags.items() if flag not in _NO_PATHS for path in to_paths(text))
-        return [path for path in found if path.exists()]
+        paths = (path for flag, text in self.flags.items() if flag not in _NO_PATHS for path in to_paths(text))
+        return [path for path in paths if path.exists()]
 
 
 def look(path: Path) -> Place:
@@ -124,10 +124,10 @@ def ends(path: Path) -> str:
 def first_object(text: str) -> dict[str, object]:
     """The first object of a JSON list, or of JSONL; {} where there is none."""
     try:
-        found, _ = json.JSONDecoder().raw_decode(text.lstrip("\ufeff \t\r\n[").lstrip())
+        content, _ = json.JSONDecoder().raw_decode(text.lstrip("\ufeff \t\r\n[").lstrip())
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def has_keys(text: str, *keys: str) -> bool:

@@ -44,10 +44,10 @@ _NOT_TAKEN = {
 
 @dataclass
 class Report:
-    """Sources found in a folder, and captions, split lists and sizes in it or beside it; notes: faults."""
+    """Sources in a folder, and captions, split lists and sizes in it or beside it; notes: faults."""
 
     place: Place
-    found: list[Recognised] = field(default_factory=list)
+    sources: list[Recognised] = field(default_factory=list)
     made: list[Path] = field(default_factory=list)
     captions: list[tuple[Path, caption_files.Kind]] = field(default_factory=list)
     lists: list[Path] = field(default_factory=list)
@@ -73,15 +73,15 @@ def recognise(path: Path) -> tuple[str, bool]:
     report = Report(look(path))
     places = list(_walk(report))
     _find_texts(report, places)
-    paragraphs = [*map(_data_set, report.made), *(_import(report, found) for found in report.found)]
+    paragraphs = [*map(_data_set, report.made), *(_import(report, source) for source in report.sources)]
     if not paragraphs:
         paragraphs = _alone(report)
-    if sum(next(iter(found.flags)) in PARTS for found in report.found) > 1:
+    if sum(next(iter(source.flags)) in PARTS for source in report.sources) > 1:
         paragraphs.append(
             "Fields of the same images go into one data set: give one command the flags of the others too."
         )
     notes = ["\n".join(f"not read: {note}" for note in report.notes)] if report.notes else []
-    known = bool(report.made or report.found or report.captions)
+    known = bool(report.made or report.sources or report.captions)
     return "\n\n".join([f"{path}: {report.place.kinds()}", *paragraphs, *notes]), known
 
 
@@ -107,18 +107,18 @@ def _walk(report: Report) -> Iterator[Place]:
             continue
         for recogniser in RECOGNISERS:
             with report.noting():
-                for found in recogniser(place):
-                    report.found.append(found)
-                    claimed.update(found.paths)
+                for source in recogniser(place):
+                    report.sources.append(source)
+                    claimed.update(source.paths)
         if path not in claimed:
             queue += place.folders
 
 
 def _find_texts(report: Report, places: Iterable[Place]) -> None:
     """Note captions of the folder itself, else of those in it, else beside what it has; sizes and lists of all."""
-    taken = {path for found in report.found for path in found.paths}
+    taken = {path for source in report.sources for path in source.paths}
     inner = [place for place in places if place is not report.place]
-    beside = [look(report.place.path.resolve().parent)] if report.found else []
+    beside = [look(report.place.path.resolve().parent)] if report.sources else []
     for group in ([report.place], inner, beside):
         captions = []
         for file in (file for place in group for file in _texts(place) if file not in taken):
@@ -162,21 +162,21 @@ def _has_sizes(path: Path) -> bool:
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
-def _import(report: Report, found: Recognised) -> str:
+def _import(report: Report, source: Recognised) -> str:
     """The command that imports a layout, with what is needed before."""
-    flags, notes, lacks = dict(found.flags), list[str](), list(found.lacks)
-    if found.read and not missing(found.extra):
-        options, notes = _options(found, report.sizes)
+    flags, notes, lacks = dict(source.flags), list[str](), list(source.lacks)
+    if source.read and not missing(source.extra):
+        options, notes = _options(source, report.sizes)
         flags |= options
-    if found.captions:
+    if source.captions:
         given, note = _captions(report)
         flags |= given
         (notes if "split_lists" in given or report.captions else lacks).extend(note)
     name = re.sub(r"\W+", "_", report.place.path.resolve().stem, flags=re.ASCII).strip("_")
     flags |= {"name": name if name[:1].isalpha() else f"set_{name}", "out": "data_sets"}
-    lines = [found.what]
-    lines += [f"pip install -e '.[{found.extra}]'"] if missing(found.extra) else []
-    lines += [_line("-m", f"data_prep.{found.module}", *(f"--{flag}={value}" for flag, value in flags.items()))]
+    lines = [source.what]
+    lines += [f"pip install -e '.[{source.extra}]'"] if missing(source.extra) else []
+    lines += [_line("-m", f"data_prep.{source.module}", *(f"--{flag}={value}" for flag, value in flags.items()))]
     return "\n".join([*lines, *(f"needed: {lack}" for lack in lacks), *(f"note: {note}" for note in notes)])
 
 
@@ -184,13 +184,13 @@ def _line(*words: str) -> str:
     return "  " + shlex.join(["python", *words])
 
 
-def _options(found: Recognised, sizes: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
+def _options(source: Recognised, sizes: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
     """Flags that the first images ask for, and why: those that the errors of the reader name, and of padding."""
     options: dict[str, str] = {}
     why: dict[str, str] = {}
     tried: set[tuple[str, str]] = set()
     while True:
-        records, error = _records(found, options)
+        records, error = _records(source, options)
         hints = _HINT.findall(str(error or ""))
         if "[D, units]" in str(error):
             hints.reverse()  # the features say themselves that the channels are first
@@ -203,11 +203,11 @@ def _options(found: Recognised, sizes: Sequence[Path]) -> tuple[dict[str, str], 
         options[flag], why[flag] = value, f"--{flag}={value}, as otherwise: {error}"
     if error is not None and not records:
         return {}, [f"the first image cannot be read: {error}"]
-    for name, flag in found.pads.items():
+    for name, flag in source.pads.items():
         lengths = sorted({len(record[name]) for record in records if name in record})
         if len(lengths) > 1:
-            pool = name == "grid" and found.pool and _records(found, options | {found.pool: "7"})[1] is None
-            flag = found.pool if pool else flag
+            pool = name == "grid" and source.pool and _records(source, options | {source.pool: "7"})[1] is None
+            flag = source.pool if pool else flag
             options[flag] = "7" if pool else str(-(-lengths[-1] // _ROUND) * _ROUND)
             why[flag] = (
                 f"--{flag}={options[flag]}, as images have {lengths[0]} to {lengths[-1]} units, or more further on"
@@ -215,15 +215,15 @@ def _options(found: Recognised, sizes: Sequence[Path]) -> tuple[dict[str, str], 
     return options, list(why.values())
 
 
-def _records(found: Recognised, options: Mapping[str, str]) -> tuple[list[Record], DataError | None]:
+def _records(source: Recognised, options: Mapping[str, str]) -> tuple[list[Record], DataError | None]:
     """The first records, and what ended them."""
     chosen: dict[str, Any] = {name: options[flag] for flag, name in _READINGS.items() if flag in options}
     if "sizes" in chosen:
         chosen["sizes"] = _AnySize()
     records: list[Record] = []
-    assert found.read is not None
+    assert source.read is not None
     try:
-        for record in found.read(Reading(**chosen, pool=7 if found.pool and found.pool in options else None)):
+        for record in source.read(Reading(**chosen, pool=7 if source.pool and source.pool in options else None)):
             records.append(record)
     except DataError as error:
         return records, error
@@ -241,15 +241,15 @@ def _captions(report: Report) -> tuple[dict[str, str], list[str]]:
     """The flags of captions, and what is to be known of them."""
     if not report.captions:
         return {"captions": "CAPTIONS"}, ["captions of the images in one of the formats that docs/data.md lists"]
-    whole = [path for path, kind in report.captions if kind.says_split]
+    with_splits = [path for path, kind in report.captions if kind.says_split]
     named: dict[str, Path] = {}
     for path, _ in report.captions:
         named.setdefault(split_of(path), path)
     flags: dict[str, str] = {}
     notes: list[str] = []
     splits = {split: path for split, path in named.items() if split}
-    if whole:
-        flags["captions"] = str(whole[0])
+    if with_splits:
+        flags["captions"] = str(with_splits[0])
     elif splits:
         flags["captions"] = _named(splits)
     elif report.lists:

@@ -20,7 +20,7 @@ import numpy as np
 from data_prep import command, geometric, scene_graphs
 from data_prep.bad_records import Bad, Policy, record_or_bad
 from data_prep.builder import write_dataset
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from shnet_jax.data.records import DataSet, RandomAccess, open_dataset
 from shnet_jax.paths import to_path
 
@@ -105,8 +105,7 @@ def _valid(record: Record) -> np.ndarray:
 
 
 def _need(dataset: DataSet, field: str) -> None:
-    if field not in dataset.features:
-        raise DataError(f"{dataset.path}: expected the field {field!r}, which relations need, found none")
+    refuse(field not in dataset.features, dataset.path, f"the field {field!r}, which relations need", "none")
 
 
 def _check_coverage(dataset: DataSet, graphs: scene_graphs.Graphs, path: Path) -> None:
@@ -125,8 +124,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("relations", __doc__)
     parser.add_argument("--data", type=to_path, required=True, help="data set with boxes")
-    parser.add_argument("--name", required=True, help="name of the new data set")
-    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--scene_graphs", type=to_path, help="JSON in the layout of Visual Genome's scene_graphs.json")
     kind.add_argument("--geometric", action="store_true", help="a stand-in from boxes and classes alone")

@@ -82,18 +82,19 @@ def columns(names: tuple[str, ...], images: tuple[str, ...] = IMAGES) -> Columns
     def first(wanted: Iterable[str]) -> str | None:
         return next((known[name] for name in wanted if name in known), None)
 
-    numbered = ([own for name, own in known.items() if re.fullmatch(rf"{kind}s?_?[0-9]*", name)] for kind in CAPTIONS)
+    patterns = (re.compile(rf"{kind}s?_?[0-9]*") for kind in CAPTIONS)
+    numbered = ([given for name, given in known.items() if pattern.fullmatch(name)] for pattern in patterns)
     captions = tuple(next(filter(None, numbered), ()))
     return Columns(first(images), captions, first(NUMBERS), first([SPLIT]), first([FOLDER]))
 
 
 def needed(names: tuple[str, ...], where: object, images: tuple[str, ...] = IMAGES) -> Columns:
     """Recognised columns, as `columns`. Raises DataError when that of images or of captions is missing."""
-    found = columns(names, images)
-    if found.image is None or not found.captions:
-        wanted = " or ".join(CAPTIONS if found.image else images)
+    known = columns(names, images)
+    if known.image is None or not known.captions:
+        wanted = " or ".join(CAPTIONS if known.image else images)
         raise DataError(f"{where}: expected a column named {wanted}, found {', '.join(names):.200}")
-    return found
+    return known
 
 
 def parse(values: Mapping[str, Any], where: str, file: str | None = None, *, blanks: bool = False) -> Row:
@@ -108,25 +109,25 @@ def parse(values: Mapping[str, Any], where: str, file: str | None = None, *, bla
     known = columns(tuple(values))
     name = _image(values, known, where) if file is None else file
     split = values[known.split] if known.split and not missing(values[known.split]) else None
-    found: list[tuple[str, int | None]] = []
+    sentences: list[tuple[str, int | None]] = []
     column = str(known.split)
     try:
         if not isinstance(split, str | None):
             raise ValueError(f"expected text, found {split!r:.80}")
         for column in known.captions:
-            found += _sentences(values[column])
-        numbers = [number for _, number in found if number is not None]
-        if not numbers and found and known.numbers:
+            sentences += _sentences(values[column])
+        numbers = [number for _, number in sentences if number is not None]
+        if not numbers and sentences and known.numbers:
             column = known.numbers
             numbers = _numbers(values[column])
-        if numbers and len(numbers) != len(found):
-            raise ValueError(f"expected a caption id for each of {len(found)} captions, found {len(numbers)}")
+        if numbers and len(numbers) != len(sentences):
+            raise ValueError(f"expected a caption id for each of {len(sentences)} captions, found {len(numbers)}")
     except (ValueError, RecursionError) as error:
         nested = "expected sentences, found lists that are nested too deeply"
         fault = f"{column!r}: {nested if isinstance(error, RecursionError) else error}"
         return Row(name, (), (), split if isinstance(split, str) else None, where, fault)
-    keep = [place for place, (text, _) in enumerate(found) if text or (blanks and len(known.captions) == 1)]
-    captions = tuple(found[place][0] for place in keep)
+    keep = [place for place, (text, _) in enumerate(sentences) if text or (blanks and len(known.captions) == 1)]
+    captions = tuple(sentences[place][0] for place in keep)
     return Row(name, captions, tuple(numbers[place] for place in keep if numbers), split, where)
 
 
@@ -158,8 +159,8 @@ def _sentences(value: Any) -> Iterator[tuple[str, int | None]]:
     listed = _listed(value) if isinstance(value, str) else value
     if isinstance(listed, dict) and (names := columns(tuple(map(str, listed))).captions):
         number = listed.get("sentid")
-        for text, own in _sentences(listed[names[0]]):
-            yield text, own if number is None else _number(number)
+        for text, inner in _sentences(listed[names[0]]):
+            yield text, inner if number is None else _number(number)
     elif isinstance(listed, list):
         for item in listed:
             yield from _sentences("" if missing(item) else item)
@@ -184,8 +185,8 @@ def _listed(text: str) -> Any:
         return None
     for read in (lambda: untrusted.parse_json(text, ""), lambda: _printed(text), lambda: ast.literal_eval(text)):
         try:
-            if isinstance(found := read(), list | dict):
-                return found
+            if isinstance(content := read(), list | dict):
+                return content
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
     if re.match(r"\[\s*[bfru]?[\"'\[{(]", text):
@@ -209,8 +210,8 @@ def _printed(text: str) -> list[str] | None:
                 return None
     except tokenize.TokenError:
         return None
-    whole = all(isinstance(item, str) for item in texts) and tokens[-1].string in "])}"
-    return texts if whole and (text[0] != "(" or "," in (token.string for token in tokens)) else None
+    complete = all(isinstance(item, str) for item in texts) and tokens[-1].string in "])}"
+    return texts if complete and (text[0] != "(" or "," in (token.string for token in tokens)) else None
 
 
 def _numbers(value: Any) -> list[int]:

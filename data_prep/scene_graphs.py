@@ -22,7 +22,7 @@ import numpy as np
 
 from data_prep.files import read_json
 from data_prep.names import Names
-from data_prep.schema import DataError
+from data_prep.schema import DataError, refuse
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ def read_graphs(path: Path, image_data: Path | None = None) -> Graphs:
     graphs: Graphs = Names(path)
     for entry in _entries(path):
         image_id = str(_key(entry, "image_id", path))
-        if image_id in graphs:
-            raise DataError(f"{path}: image {image_id}: expected one entry, found two")
+        refuse(image_id in graphs, f"{path}: image {image_id}", "one entry", "two")
         graphs.add(image_id, _graph(entry, sizes.get(image_id, entry), f"{path}: image {image_id}"))
     return graphs
 
@@ -74,15 +73,15 @@ def region_relations(
     overlap = np.where(valid, _iou(graph.boxes, boxes.astype(np.float64)), -1.0)
     region = overlap.argmax(axis=1) if len(graph.boxes) else np.empty(0, int)
     matched = overlap.max(axis=1, initial=-1.0) >= least_iou
-    found: dict[tuple[int, int], int] = {}
+    kept: dict[tuple[int, int], int] = {}
     for subject, name, target, score in graph.edges:
         if score < least_score or not (matched[subject] and matched[target]):
             continue
         pair = int(region[subject]), int(region[target])
-        if pair[0] != pair[1] and len(found) < rows:
-            found.setdefault(pair, names[name])
+        if pair[0] != pair[1] and len(kept) < rows:
+            kept.setdefault(pair, names[name])
     relations = np.full((rows, 3), -1, np.int32)
-    for row, ((i, j), predicate) in enumerate(found.items()):
+    for row, ((i, j), predicate) in enumerate(kept.items()):
         relations[row] = i, predicate, j
     return relations
 
@@ -114,8 +113,7 @@ def _parsed(entry: Mapping[str, Any], sized: Mapping[str, Any], where: str) -> G
     number = {_key(thing, "object_id", where): i for i, thing in enumerate(objects)}
     corners = np.array([[float(_key(thing, key, where)) for key in "xywh"] for thing in objects]).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]
-    if not np.isfinite(corners).all():
-        raise DataError(f"{where}: expected boxes of finite numbers, found others")
+    refuse(not np.isfinite(corners).all(), where, "boxes of finite numbers", "others")
     if "width" in sized and "height" in sized:
         if not min(float(sized["width"]), float(sized["height"])) > 0:
             raise DataError(f"{where}: expected width and height above 0, found {sized['width']}, {sized['height']}")

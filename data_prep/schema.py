@@ -1,65 +1,43 @@
-"""The record every importer yields: one per image, a dict of NumPy values, checked before it is written.
+"""Checks of the record that every importer yields: one per image, a dict of NumPy values, as FIELDS describes it.
 
-Shapes are free; equal letters must agree within a record, and all records of a data set with the first.
-Required are `image_id`, `captions` and one of VISUAL_FIELDS; everything else is optional.
+Required are `image_id`, `captions` and one of VISUAL_FIELDS; everything else is optional. All records of a data set
+have the fields, shapes and dtypes of the first.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 
 from data_prep.notes import note
 from shnet_jax.data.errors import DataError
-from shnet_jax.data.fields import MAP_VOID
+from shnet_jax.data.schema import (
+    FEATURE_DTYPES,
+    FIELDS,
+    MAP_VOID,
+    MASKS,
+    PER_CAPTION,
+    TEXT_FIELDS,
+    VISUAL_FIELDS,
+    dtype_of,
+)
 
 Record = dict[str, Any]
 Signature = dict[str, tuple[tuple[int, ...], str]]
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FEATURE_DTYPES = ("float16", "bfloat16", "float32")
 BOX_OVERSHOOT = 1e-3  # float16 rounding of a box that touches the border
 
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories of characters: controls, zero width, white space
 
 
-class Field(NamedTuple):
-    """Shape letters, accepted dtypes (`as_field` casts to the first unless FEATURE_DTYPES), meaning."""
-
-    shape: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    doc: str
-
-
-FIELDS: dict[str, Field] = {
-    "regions": Field(("K", "D"), FEATURE_DTYPES, "detector features, zero where masked"),
-    "region_mask": Field(("K",), ("bool",), "valid regions"),
-    "boxes": Field(("K", "4"), ("float32",), "x1 y1 x2 y2 divided by image width and height, 0..1"),
-    "box_classes": Field(("K",), ("int32",), "the detector's label"),
-    "box_scores": Field(("K",), ("float32",), "the detector's confidence"),
-    "grid": Field(("G", "Dg"), FEATURE_DTYPES, "grid or patch tokens, row by row"),
-    "grid_mask": Field(("G",), ("bool",), "valid tokens"),
-    "seg_semantic": Field(("C", "h", "w"), FEATURE_DTYPES, "map of each class"),
-    "seg_map": Field(("H", "W"), ("uint8",), "class of each pixel; C where there is none"),
-    "categories": Field(("C",), ("bool",), "classes present"),
-    "relations": Field(("R", "3"), ("int32",), "subject box, predicate, object box; padded rows are -1"),
-    "relation_scores": Field(
-        ("K", "K"), FEATURE_DTYPES, "largest confidence in any predicate of each ordered pair, 0..1"
-    ),
-    "image_embedding": Field(("E",), ("float32",), "global vector of a pretrained model"),
-    "caption_embeddings": Field(("n", "E"), ("float32",), "vector of each caption by the same model"),
-    "identity": Field((), ("int64",), "person in the image"),
-    "image": Field(("Y", "X", "3"), ("uint8",), "the picture itself, red green blue, all of one size"),
-}
-PER_CAPTION = "n"  # the letter of the captions of an image, the one size that differs between the records of a set
-TEXT_FIELDS = ("image_id", "captions", "caption_ids")
-VISUAL_FIELDS = ("regions", "grid", "seg_semantic", "image_embedding", "image")
-_MASKED = {"region_mask": "regions", "grid_mask": "grid"}
+def refuse(wrong: Any, where: object, expected: object, found: object) -> None:
+    """Raises DataError "WHERE: expected EXPECTED, found FOUND" where something is wrong."""
+    if wrong:
+        raise DataError(f"{where}: expected {expected}, found {found}")
 
 
 def _error(where: str, files: Mapping[str, str], field: str, expected: str, found: str) -> DataError:
@@ -78,38 +56,36 @@ def as_field(name: str, value: Any, *, where: str, file: str | None = None, dtyp
     """
     files = {name: file} if file else {}
     array = np.asarray(value)
-    if array.dtype.kind not in "biuf" and array.dtype != BFLOAT16:
+    if array.dtype.kind not in "biuf" and array.dtype.name not in FEATURE_DTYPES:
         raise _error(where, files, name, "numbers", f"an array of {array.dtype}")
     spec = FIELDS[name]
     wanted = spec.dtypes[0]
     if spec.dtypes is FEATURE_DTYPES:
         as_given = array.dtype.name if array.dtype.name in FEATURE_DTYPES else "float32"
         wanted = dtype or as_given
-    target = BFLOAT16 if wanted == "bfloat16" else np.dtype(wanted)
+    target = dtype_of(wanted)
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(target, copy=False)
     if target == array.dtype:
         pass
     elif target.kind in "iub":
         if not np.array_equal(cast, array):
-            found = f"{array.min()}..{array.max()} {array.dtype}"
-            raise _error(where, files, name, f"whole values that fit {wanted}", found)
+            actual = f"{array.min()}..{array.max()} {array.dtype}"
+            raise _error(where, files, name, f"whole values that fit {wanted}", actual)
     elif not _finite(cast) and _finite(array):
-        found = f"magnitudes up to {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
-        raise _error(where, files, name, f"values that fit {wanted}", found)
+        actual = f"magnitudes up to {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
+        raise _error(where, files, name, f"values that fit {wanted}", actual)
     if name in ("regions", "grid"):
         if array.any() and not cast.any():
-            found = f"magnitudes below {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
-            raise _error(where, files, name, f"values that fit {wanted}", found)
+            actual = f"magnitudes below {np.abs(array).max():.6g}; --feature_dtype=float32 stores them"
+            raise _error(where, files, name, f"values that fit {wanted}", actual)
         if array.dtype.kind in "iu" and array.dtype.itemsize == 1:
             note(f"{name} are {array.dtype}: stored as they are, without the scale that quantised numbers have", where)
     return cast
 
 
 def _finite(array: Any) -> bool:
-    if array.dtype == BFLOAT16:
-        array = array.astype(np.float32)
-    return bool(np.isfinite(array).all())
+    return bool(np.isfinite(array.astype(np.float32) if array.dtype.name == "bfloat16" else array).all())
 
 
 def num_classes(record: Mapping[str, Any]) -> int | None:
@@ -151,7 +127,7 @@ def check_record(record: Mapping[str, Any], where: str, files: Mapping[str, str]
     _check_boxes(record, where, files)
     _check_relations(record, where, files)
     _check_labels(record, where, files)
-    for mask, masked in _MASKED.items():
+    for masked, mask in MASKS.items():
         if mask in record and masked not in record:
             raise _error(where, files, mask, f"the field {masked!r} that it masks", "none")
         if mask in record and not record[mask].any():
@@ -216,10 +192,17 @@ def _check_array(
         raise _error(where, files, name, "finite values", f"{wide[bad]} at {list(bad)}")
 
 
+def _outside(name: str, values: np.ndarray, slack: float = 0.0) -> np.ndarray:
+    """Mask of the values beyond the bounds of a field that has both."""
+    field = FIELDS[name]
+    assert field.low is not None and field.high is not None
+    return (values < field.low - slack) | (values > field.high + slack)
+
+
 def _check_boxes(record: Mapping[str, Any], where: str, files: Mapping[str, str]) -> None:
     if "boxes" in record:
         boxes = record["boxes"]
-        outside = (boxes < -BOX_OVERSHOOT) | (boxes > 1 + BOX_OVERSHOOT)
+        outside = _outside("boxes", boxes, BOX_OVERSHOOT)
         if outside.any():
             row = int(np.argwhere(outside)[0, 0])
             hint = " (in pixels? divide by the image's width and height)" if boxes[row].max() > 2 else ""
@@ -234,11 +217,11 @@ def _check_boxes(record: Mapping[str, Any], where: str, files: Mapping[str, str]
 def _check_relations(record: Mapping[str, Any], where: str, files: Mapping[str, str]) -> None:
     if "relation_scores" in record:
         scores = np.asarray(record["relation_scores"], np.float32)
-        outside = (scores < 0) | (scores > 1)
+        outside = _outside("relation_scores", scores)
         if outside.any():
             i, j = (int(x) for x in np.argwhere(outside)[0])
-            found = f"{scores[i, j]} as that of regions {i} and {j}"
-            raise _error(where, files, "relation_scores", "confidences in 0..1", found)
+            actual = f"{scores[i, j]} as that of regions {i} and {j}"
+            raise _error(where, files, "relation_scores", "confidences in 0..1", actual)
     if "relations" in record:
         relations = record["relations"]
         count = next((len(record[name]) for name in ("regions", "boxes") if name in record), None)
@@ -286,9 +269,9 @@ def _check_labels(record: Mapping[str, Any], where: str, files: Mapping[str, str
     if "seg_map" in record and classes is not None and record["seg_map"].max() > classes:
         expected = f"class ids 0..{classes - 1}, or {classes} for void"
         raise _error(where, files, "seg_map", expected, f"{int(record['seg_map'].max())}")
-    for name in ("box_classes", "identity"):
-        if name in record and np.min(record[name]) < 0:
-            raise _error(where, files, name, "values >= 0", f"{np.min(record[name])}")
+    for name, field in FIELDS.items():
+        if name in record and field.low is not None and field.high is None and np.min(record[name]) < field.low:
+            raise _error(where, files, name, f"values >= {field.low:g}", f"{np.min(record[name])}")
 
 
 def _describe(value: Any) -> str:
@@ -315,17 +298,17 @@ def _stored_shape(name: str, value: np.ndarray) -> tuple[int | None, ...]:
 
 def check_like(record: Mapping[str, Any], first: Signature, where: str, files: Mapping[str, str] | None = None) -> None:
     """Raises DataError unless the record has the fields, shapes and dtypes of the data set's first record."""
-    found = signature(record)
-    if found == first:
+    actual = signature(record)
+    if actual == first:
         return
     files = files or {}
-    for name in [*first, *found]:
-        if name not in found:
-            raise _error(where, files, name, "this field, which the first record has", f"only {sorted(found)}")
+    for name in [*first, *actual]:
+        if name not in actual:
+            raise _error(where, files, name, "this field, which the first record has", f"only {sorted(actual)}")
         if name not in first:
             raise _error(where, files, name, f"only the first record's fields {sorted(first)}", "this one too")
-        if found[name] != first[name]:
-            (shape, dtype), (other, other_dtype) = first[name], found[name]
+        if actual[name] != first[name]:
+            (shape, dtype), (other, other_dtype) = first[name], actual[name]
             expected = f"{dtype} {list(shape)} as in the first record"
             pads = name in ("regions", "grid") and shape[1:] == other[1:]  # only the number of units differs
             hint = "; --max_regions, --max_cells or --max_units pads them" if pads else ""
@@ -339,11 +322,11 @@ def features(example: Mapping[str, Any]) -> tfds.features.FeaturesDict:
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES, doc=doc)
 
     out: dict[str, Any] = {
-        "image_id": tfds.features.Text(doc="unique in its split"),
-        "captions": tfds.features.Sequence(tfds.features.Text(), doc="sentences of the image"),
+        "image_id": tfds.features.Text(doc=TEXT_FIELDS["image_id"].doc),
+        "captions": tfds.features.Sequence(tfds.features.Text(), doc=TEXT_FIELDS["captions"].doc),
     }
     if "caption_ids" in example:
-        out["caption_ids"] = tensor((None,), np.int64, "one number a caption")
+        out["caption_ids"] = tensor((None,), np.int64, TEXT_FIELDS["caption_ids"].doc)
     for name, field in FIELDS.items():
         if name not in example:
             continue

@@ -19,10 +19,11 @@ import numpy as np
 from data_prep import command, schema
 from data_prep.bad_records import SKIPPED
 from data_prep.schema import DataError
-from data_prep.sources.units import MASK, narrow
+from data_prep.sources.units import narrow
 from shnet_jax.data.checksums import CHECKSUMS, read_checksums, sha256
 from shnet_jax.data.index import Index, index_file, read_index
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, open_dataset
+from shnet_jax.data.schema import MASKS
 from shnet_jax.data.tokenise import sentence_piece
 from shnet_jax.observe.progress import Progress
 from shnet_jax.observe.table import Table
@@ -108,7 +109,7 @@ def _check_fields(report: Report) -> None:
     if not any(name in dataset.features for name in schema.VISUAL_FIELDS):
         missing.append(" or ".join(schema.VISUAL_FIELDS))
     report.problems += [f"missing field: {name}" for name in missing]
-    for name in MASK:
+    for name in MASKS:
         shape = dataset.features[name][0] if name in dataset.features else ()
         units, width = (size or 0 for size in shape) if len(shape) == 2 else (0, 0)
         if narrow(units, width):
@@ -144,21 +145,21 @@ def _check_files(report: Report) -> None:
             continue
         if not file.is_file():
             report.problems.append(f"{name}: missing, listed in {CHECKSUMS}")
-        elif (found := sha256(file)) != expected:
-            report.problems.append(f"{name}: expected sha256 {expected}, found {found}")
+        elif (actual := sha256(file)) != expected:
+            report.problems.append(f"{name}: expected sha256 {expected}, found {actual}")
 
 
 def _indices(report: Report) -> dict[str, Index]:
     """The index of each split, from its sidecar or a pass over the records."""
-    found = {}
+    indices = {}
     for split in report.dataset.splits:
         try:
             if read_index(report.dataset.path, split) is None:
                 report.notes.append(f"no captions in {index_file(split)}: found by reading the records")
-            found[split] = report.dataset.index(split)
+            indices[split] = report.dataset.index(split)
         except ValueError as error:
             report.problems.append(str(error))
-    return found
+    return indices
 
 
 def _check_records(report: Report, indices: Mapping[str, Index], sample: int | None) -> None:
@@ -201,11 +202,11 @@ def _check_records(report: Report, indices: Mapping[str, Index], sample: int | N
 
 def _differences(record: schema.Record, index: Index, row: int, place: str) -> list[str]:
     expected = {"image_id": record["image_id"], "captions": record["captions"]}
-    found = {"image_id": str(index.image_ids[row]), "captions": index.captions(row)}
+    indexed = {"image_id": str(index.image_ids[row]), "captions": index.captions(row)}
     return [
-        f"{place}: field {name!r}: expected {expected[name]!r}, found {found[name]!r}"
+        f"{place}: field {name!r}: expected {expected[name]!r}, found {indexed[name]!r}"
         for name in expected
-        if expected[name] != found[name]
+        if expected[name] != indexed[name]
     ]
 
 

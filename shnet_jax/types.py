@@ -28,25 +28,28 @@ Batch = Mapping[str, Array]
 """One device's examples. Image arrays have n rows and text arrays t = n * captions_per_image rows,
 image-major: text row j belongs to image row j // (t // n).
 
-image fields (a batch carries only those that the model asks for; see `data_prep/schema.py`):
-  image_index   [n] int32           number of the image in its split; equal numbers are the same image
-  regions       [n, K, D] float     detector features, zero where masked
-  region_mask   [n, K] bool         valid regions
-  boxes         [n, K, 4] float32   x1 y1 x2 y2 in 0..1
-  grid          [n, G, Dg] float    grid or patch tokens
-  grid_mask     [n, G] bool         valid tokens
-  seg_semantic  [n, C, h, w] float  per-class map
-  seg_map       [n, H, W] uint8     label map
-  categories    [n, C] bool         classes present
-  relations     [n, R, 3] int32     subject region, predicate, object region; padded rows are -1
-  relation_scores [n, K, K] float   confidence in a relation of each ordered pair, 0..1
-  image_embedding [n, E] float      global vector of a pretrained model
-  image         [n, H, W, 3] uint8  the picture itself; in training flipped, cropped and erased as `image_view` says
-  identity      [n] int32           number of the person among those of the split, in training only: the `ids` that
-                                    losses get in place of `image_index`
+image fields (a batch carries only those that the model asks for; `data/schema.py` describes them; in training a picture
+is flipped, cropped and erased as `image_view` says):
+  image_index     [n] int32             number of the image in its split; equal numbers are the same image
+  regions         [n, K, D] float       detector features, zero where masked
+  region_mask     [n, K] bool           valid regions; absent when all are
+  boxes           [n, K, 4] float32     x1 y1 x2 y2 divided by image width and height, 0..1
+  box_classes     [n, K] int32          the detector's label, >= 0
+  box_scores      [n, K] float32        the detector's confidence
+  grid            [n, G, Dg] float      grid or patch tokens, row by row
+  grid_mask       [n, G] bool           valid tokens; absent when all are
+  seg_semantic    [n, C, h, w] float    map of each class
+  seg_map         [n, H, W] uint8       class of each pixel; C is void, and 255 becomes C
+  categories      [n, C] bool           classes present
+  relations       [n, R, 3] int32       subject box, predicate, object box; padded rows are -1
+  relation_scores [n, K, K] float       largest confidence in any predicate of each ordered pair, 0..1
+  image_embedding [n, E] float32        global vector of a pretrained model
+  image           [n, Y, X, 3] uint8    the picture itself, RGB, all of one size
+  identity        [n] int32             number of the person among those of the split, in training only: the `ids`
+                                        that losses get in place of `image_index`
 text fields:
-  tokens        [t, L] int32        token ids, 0 where masked
-  token_mask    [t, L] bool         valid tokens
+  tokens          [t, L] int32          token ids, 0 where masked
+  token_mask      [t, L] bool           valid tokens
 """
 
 

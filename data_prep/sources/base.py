@@ -14,26 +14,21 @@ import numpy as np
 
 from data_prep import schema
 from data_prep.bad_records import Bad
-from data_prep.names import Ambiguous
+from data_prep.names import Absent, Ambiguous
 from data_prep.schema import DataError, Record
 
 
-class Absent(DataError):
-    """A source has nothing for an image."""
-
-
 class Source(Protocol):
-    """Fields of an image.
-
-    files: field -> file or folder it comes from, for error messages.
-    metadata: what the data set should know of it, such as `class_names`.
-    """
+    """Fields of an image."""
 
     @property
-    def files(self) -> Mapping[str, str]: ...  # noqa: D102
+    def files(self) -> Mapping[str, str]:
+        """Files or folders that each field comes from, for error messages."""
 
     @property
-    def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
+    def metadata(self) -> Mapping[str, Any]:
+        """What the data set should know of it, such as `class_names`; most files hold nothing of that kind."""
+        return {}
 
     def read(self, image_id: str) -> Record:
         """Fields of an image; `names.Names` decides which entry is the image's.
@@ -95,11 +90,11 @@ class Joined:
             for name, value in _read(source, record, where).items():
                 file = source.files[name]
                 if name in out:
-                    found = f"{where}, {file}: field {name!r}: expected it from one source, found it in two"
-                    raise DataError(found, file=file, field=name)
+                    message = f"{where}, {file}: field {name!r}: expected it from one source, found it in two"
+                    raise DataError(message, file=file, field=name)
                 if name in ("regions", "grid") and np.size(value) and not np.any(value):
-                    found = f"{where}, {file}: field {name!r}: expected features, found zeros alone (never written?)"
-                    raise DataError(found, file=file, field=name)
+                    message = f"{where}, {file}: field {name!r}: expected features, found zeros alone (never written?)"
+                    raise DataError(message, file=file, field=name)
                 out[name] = schema.as_field(name, value, where=where, file=file, dtype=self.feature_dtype)
         return out
 
@@ -107,8 +102,8 @@ class Joined:
 def _read(source: Source, record: Record, where: str) -> Record:
     """Fields that the source has for a record; error messages begin with the place of the record."""
     try:
-        found = source.read(record["image_id"])
-        return found | source.read_captions(record) if isinstance(source, CaptionSource) else found
+        fields = source.read(record["image_id"])
+        return fields | source.read_captions(record) if isinstance(source, CaptionSource) else fields
     except (Absent, Ambiguous):
         raise
     except DataError as error:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import base64
 import binascii
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from data_prep.files import check_file
 from data_prep.names import Names
 from data_prep.places import SAMPLE, Place, Recognised, listed
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from data_prep.sources import boxes as box_units
-from data_prep.sources.base import Absent
+from data_prep.sources.base import Source
 from data_prep.sources.units import padded
 from shnet_jax.untrusted import kind_of
 
@@ -39,6 +39,9 @@ _LONG = 2000  # bytes that no header has; the lines of images have some hundred 
 _NEEDED = (_IDS, _WIDTHS, _HEIGHTS, ("num_boxes",), ("boxes",), ("features",))
 
 
+T = TypeVar("T")
+
+
 class _Line(NamedTuple):
     """Position of a line; columns: those of the header above it, None without a header."""
 
@@ -46,9 +49,15 @@ class _Line(NamedTuple):
     offset: int
     columns: tuple[str, ...] | None
 
+    def read(self) -> bytes:
+        """Its bytes."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.readline()
+
 
 @dataclass(frozen=True)
-class BottomUp:
+class BottomUp(Source):
     """regions and boxes, with LXMERT's columns also box_classes and box_scores, from one or more TSV.
 
     A header says which column is which, in any order; without one the number of columns does. A first pass notes where
@@ -67,52 +76,51 @@ class BottomUp:
         names = ("regions", "region_mask", "boxes", "box_classes", "box_scores")
         return dict.fromkeys(names, ", ".join(map(str, self.paths)))
 
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Empty metadata: the detector's 1600 classes of Visual Genome have no names in the file."""
-        return {}
-
     @cached_property
     def _places(self) -> Names[list[_Line]]:
         """The lines of each image, in the order of the files."""
-        lines: dict[str, list[_Line]] = {}
-        for path in self.paths:
-            for image_id, line in _lines(path):
-                lines.setdefault(image_id, []).append(line)
-        places: Names[list[_Line]] = Names(self.files["regions"])
-        for image_id, found in lines.items():
-            places.add(image_id, found)
-        repeated = [image_id for image_id, found in lines.items() if len(found) > 1]
-        if repeated:
-            shown = f"{len(repeated)} images have more than one line, such as {repeated[0]!r:.80}"
-            print(f"{self.files['regions']}: {shown}; the first whole one of each is taken", file=sys.stderr)
-        return places
+        return lines_by_image(self.files["regions"], (line for path in self.paths for line in _lines(path)))
 
     def read(self, image_id: str) -> Record:
         """regions [K, D] float32, boxes [K, 4] in 0..1, ..."""
-        lines = self._places.find(image_id)
-        if lines is None:
-            raise Absent(
-                f"{self.files['regions']}: image {image_id!r}: expected its line, found {self._places.none_found}"
-            )
-        faults: list[DataError] = []
-        for path, offset, columns in lines:
-            where = f"{path}, byte {offset}"
-            with path.open("rb") as file:
-                file.seek(offset)
-                line = file.readline()
-            try:
-                record = padded(parse(line, where, columns, self.form), self.max_regions, where)
-            except DataError as error:
-                faults.append(error)
-                continue
-            for fault in faults:
-                print(
-                    f"image {image_id!r}: its line at byte {offset} is taken, not the broken one: {fault}",
-                    file=sys.stderr,
-                )
-            return record
-        raise faults[0]
+        lines = self._places.need(image_id, "its line")
+        return first_whole(image_id, ((f"its line at byte {line.offset}", line) for line in lines), self._record)
+
+    def _record(self, line: _Line) -> Record:
+        where = f"{line.path}, byte {line.offset}"
+        return padded(parse(line.read(), where, line.columns, self.form), self.max_regions, where)
+
+
+def lines_by_image(where: str, lines: Iterable[tuple[str, T]]) -> Names[list[T]]:
+    """The lines of each image, in the order of the files. Says so where images have more than one."""
+    by_image: dict[str, list[T]] = {}
+    for image_id, line in lines:
+        by_image.setdefault(image_id, []).append(line)
+    names: Names[list[T]] = Names(where)
+    for image_id, of_image in by_image.items():
+        names.add(image_id, of_image)
+    if repeated := [image_id for image_id, of_image in by_image.items() if len(of_image) > 1]:
+        shown = f"{len(repeated)} images have more than one line, such as {repeated[0]!r:.80}"
+        print(f"{where}: {shown}; the first whole one of each is taken", file=sys.stderr)
+    return names
+
+
+def first_whole(image_id: str, lines: Iterable[tuple[str, T]], parse_line: Callable[[T], Record]) -> Record:
+    """The record of the first line of an image that can be parsed; says so where others were broken.
+
+    lines: at least one, each with its name in words. Raises the DataError of the first where all are broken.
+    """
+    faults: list[DataError] = []
+    for name, line in lines:
+        try:
+            record = parse_line(line)
+        except DataError as error:
+            faults.append(error)
+            continue
+        for fault in faults:
+            print(f"image {image_id!r}: {name} is taken, not the broken line: {fault}", file=sys.stderr)
+        return record
+    raise faults[0]
 
 
 def _lines(path: Path) -> Iterator[tuple[str, _Line]]:
@@ -183,11 +191,9 @@ def parse(
     width, height = box_units.size(wide, high, where)
     number = row["num_boxes"].strip()[:_DIGITS].decode("utf-8", "replace")
     count = int(number) if number.isdecimal() and len(number) < _DIGITS else 0
-    if count < 1:
-        raise DataError(f"{where}: expected an image and boxes, found {width} x {height} with {number}")
+    refuse(count < 1, where, "an image and boxes", f"{width} x {height} with {number}")
     corners = _floats(row["boxes"], count, where, "boxes")
-    if corners.shape[1] != 4:
-        raise DataError(f"{where}: column 'boxes': expected 4 numbers a box, found {corners.shape[1]}")
+    refuse(corners.shape[1] != 4, f"{where}: column 'boxes'", "4 numbers a box", corners.shape[1])
     record: Record = {"regions": _floats(row["features"], count, where, "features")}
     if form is None:
         record["boxes"] = corners / np.array([width, height, width, height], np.float32)
@@ -216,8 +222,8 @@ def decode(cell: bytes, dtype: type, count: int, where: str, column: str) -> np.
         raise DataError(f"{where}: column {column!r}: expected {expected}, found {len(data)} bytes")
     array: np.ndarray = np.frombuffer(data, dtype).reshape(count, -1)
     if dtype is np.float32 and (other := _other_floats(array)):
-        found = f"what looks like {other}; write it as float32"
-        raise DataError(f"{where}: column {column!r}: expected float32, found {found}")
+        guess = f"what looks like {other}; write it as float32"
+        raise DataError(f"{where}: column {column!r}: expected float32, found {guess}")
     return array
 
 
@@ -249,9 +255,7 @@ def recognise(place: Place) -> Iterator[Recognised]:
 
         def read(reading: Any) -> Iterator[Record]:
             for name, line in islice(_lines(files[0]), SAMPLE):
-                with line.path.open("rb") as file:
-                    file.seek(line.offset)
-                    yield parse(file.readline(), f"{line.path}, image {name!r}", line.columns, reading.form)
+                yield parse(line.read(), f"{line.path}, image {name!r}", line.columns, reading.form)
 
         what = f"regions by line in {', '.join(file.name for file in files)}"
         yield Recognised(what, "from_bottom_up", {"bottom_up": listed(files)}, read=read)

@@ -13,7 +13,7 @@ from data_prep.files import check_file, data_errors, read_json, text_lines
 from data_prep.names import Names
 from data_prep.notes import note
 from data_prep.rows import IMAGES
-from data_prep.schema import DataError
+from data_prep.schema import DataError, refuse
 from shnet_jax.untrusted import parse_json
 
 Form = Literal["pixels", "pixels_xywh", "shares", "shares_xywh", "none"]
@@ -77,12 +77,12 @@ def _check(boxes: np.ndarray, slack: float, form: Form, size: Size | None, where
     outside = ((boxes < -slack) | (boxes > 1 + slack)).any(1)
     if outside.any():
         row = int(np.argmax(outside))
-        found = (boxes[row] * (np.tile(size, 2) if size else 1)).round(3).tolist()
+        corners = (boxes[row] * (np.tile(size, 2) if size else 1)).round(3).tolist()
         hint = "; --boxes=pixels says that they are in pixels" if size is None else ""
         if size and (boxes * np.tile(size, 2) <= np.tile(size[::-1], 2) + 1).all():
             hint = "; are width and height exchanged?"
         raise DataError(
-            f"{where}: expected boxes in {unit} of {image}, found {found} as box {row}{hint}", field="boxes"
+            f"{where}: expected boxes in {unit} of {image}, found {corners} as box {row}{hint}", field="boxes"
         )
 
 
@@ -114,14 +114,13 @@ class Sizes:
         entries = self._json() if path.suffix.lower() == ".json" else self._table()
         seen: dict[str, Size] = {}
         for names, width, height in entries:
-            found = size(width, height, f"{path}: image {names[0]!r:.80}")
+            sides = size(width, height, f"{path}: image {names[0]!r:.80}")
             for name in names:
-                if seen.setdefault(name, found) != found:
-                    raise DataError(f"{path}: image {name!r:.80}: expected one size, found {seen[name]} and {found}")
-                if seen[name] is found:
-                    self._sizes.add(name, found)
-        if not len(self._sizes):
-            raise DataError(f"{path}: expected width and height of each image, found none")
+                if seen.setdefault(name, sides) != sides:
+                    raise DataError(f"{path}: image {name!r:.80}: expected one size, found {seen[name]} and {sides}")
+                if seen[name] is sides:
+                    self._sizes.add(name, sides)
+        refuse(not len(self._sizes), path, "width and height of each image", "none")
 
     def find(self, image_id: str) -> Size | None:
         """Width and height of an image; None when the file does not know it."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from data_prep.notes import note
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
+from data_prep.sources.base import Source
 from data_prep.sources.boxes import HEIGHTS, WIDTHS, Form, Size, Sizes, shares, size
 from data_prep.sources.units import Layout, as_units, padded
 
@@ -59,16 +60,14 @@ class Reading:
         features = arrays[name]
         field = self.field or ("grid" if _is_map(features) else "regions")
         if field == "grid":
-            if GRIDS in arrays:
-                raise DataError(f"{where}: expected one grid, found {name!r} and {GRIDS!r}; --features_as=regions")
+            refuse(GRIDS in arrays, where, "one grid", f"{name!r} and {GRIDS!r}; --features_as=regions")
             return self._grid(features, f"{where}: {name}")
         regions: Record = {"regions": as_units(features, f"{where}: {name}", None, self.layout)}
         there = len(regions["regions"])
         count = _count(arrays, regions["regions"], where)
         regions |= self._boxes(image_id, arrays, there, count, where) | _labels(arrays, where)
         for part, value in regions.items():
-            if len(value) not in (there, count):
-                raise DataError(f"{where}: field {part!r}: expected {there}, one a region, found {len(value)}")
+            refuse(len(value) not in (there, count), f"{where}: field {part!r}", f"{there}, one a region", len(value))
         return out | padded({part: value[:count] for part, value in regions.items()}, self.max_regions, where)
 
     def _grid(self, array: np.ndarray, where: str) -> Record:
@@ -79,15 +78,15 @@ class Reading:
         name = _first(arrays, (*SHARES, *BOXES))
         if name is None or self.form == "none":
             return {}
-        found = arrays[name]
-        if found.ndim == 3 and len(found) == 1:
-            found = found[0]
-        if self.layout == "chw" and found.ndim == 2 and found.shape[1] == there:
-            found = found.T
+        boxes = arrays[name]
+        if boxes.ndim == 3 and len(boxes) == 1:
+            boxes = boxes[0]
+        if self.layout == "chw" and boxes.ndim == 2 and boxes.shape[1] == there:
+            boxes = boxes.T
         where = f"{where}: {name}"
         if name in SHARES:
-            return {"boxes": shares(found[:count, :4] if found.ndim == 2 else found, None, "shares", where)}
-        return {"boxes": shares(found[:count], self._size(image_id, arrays, where), self.form, where)}
+            return {"boxes": shares(boxes[:count, :4] if boxes.ndim == 2 else boxes, None, "shares", where)}
+        return {"boxes": shares(boxes[:count], self._size(image_id, arrays, where), self.form, where)}
 
     def _size(self, image_id: str, arrays: Mapping[str, np.ndarray], where: str) -> Size | None:
         sides = [_first(arrays, names) for names in (WIDTHS, HEIGHTS)]
@@ -95,8 +94,7 @@ class Reading:
             return size(arrays[sides[0]], arrays[sides[1]], where)
         if PAIR in arrays:
             pair = np.asarray(arrays[PAIR]).reshape(-1)
-            if len(pair) != 2:
-                raise DataError(f"{where}: {PAIR}: expected 2 numbers, found {list(np.shape(arrays[PAIR]))}")
+            refuse(len(pair) != 2, f"{where}: {PAIR}", "2 numbers", list(np.shape(arrays[PAIR])))
             width, height = pair if self.size_order == "wh" else pair[::-1]
             return size(width, height, f"{where}: {PAIR}")
         return self.sizes.find(image_id) if self.sizes is not None else None
@@ -105,16 +103,28 @@ class Reading:
 DEFAULT = Reading()
 
 
+class Detections(Source, Protocol):
+    """A source of FIELDS, all of them from the same files."""
+
+    @property
+    def where(self) -> str:
+        """The files, for error messages."""
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Files that each field comes from."""
+        return dict.fromkeys(FIELDS, self.where)
+
+
 def _first(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> str | None:
     return next((name for name in names if name in arrays), None)
 
 
 def the_one(names: Collection[str], wanted: Sequence[str], where: str) -> str | None:
     """The one of the wanted names that is there, None without any. Raises DataError for two."""
-    found = [name for name in wanted if name in names]
-    if len(found) > 1:
-        raise DataError(f"{where}: expected features under one name, found {' and '.join(found)}; rename the others")
-    return found[0] if found else None
+    present = [name for name in wanted if name in names]
+    refuse(len(present) > 1, where, "features under one name", f"{' and '.join(present)}; rename the others")
+    return present[0] if present else None
 
 
 def note_unread(names: Iterable[str], known: Collection[str], where: object) -> None:
@@ -163,10 +173,11 @@ def _labels(arrays: Mapping[str, np.ndarray], where: str) -> Record:
         else:
             note(f"not read: {name} {list(shape)[1:]} of each region, expected one number", where)
     if not out and PROBABILITIES in arrays:
-        found = arrays[PROBABILITIES]
-        if found.ndim == 2 and found.shape[1] == _VISUAL_GENOME:
-            return {"box_classes": found[:, 1:].argmax(1), "box_scores": found[:, 1:].max(1)}
-        note(f"not read: {PROBABILITIES} {list(np.shape(found))[1:]} of each region, expected {_VISUAL_GENOME}", where)
+        probabilities = arrays[PROBABILITIES]
+        if probabilities.ndim == 2 and probabilities.shape[1] == _VISUAL_GENOME:
+            return {"box_classes": probabilities[:, 1:].argmax(1), "box_scores": probabilities[:, 1:].max(1)}
+        widths = list(np.shape(probabilities))[1:]
+        note(f"not read: {PROBABILITIES} {widths} of each region, expected {_VISUAL_GENOME}", where)
     return out
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.files import data_errors
 from data_prep.names import Names
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from data_prep.sources.base import Absent
 from shnet_jax.retrieve import embeddings, tensors
 
@@ -51,7 +51,7 @@ class Embeddings:
 
     @cached_property
     def _entries(self) -> Names[_Entry]:
-        found: Names[_Entry] = Names(self.files[FIELDS[0]])
+        entries: Names[_Entry] = Names(self.files[FIELDS[0]])
         for folder in self.folders:
             try:
                 with data_errors():
@@ -60,10 +60,9 @@ class Embeddings:
                 raise DataError(str(error)) from error
             for row, image_id in enumerate(ids.image_ids):
                 first, last = int(ids.first[row]), int(ids.first[row + 1])
-                if image_id in found:
-                    raise DataError(f"{folder}: image {image_id!r}: expected it once, found it in a second place")
-                found.add(image_id, _Entry(folder, row, first, ids.captions[first:last], ids.caption_ids[first:last]))
-        return found
+                refuse(image_id in entries, f"{folder}: image {image_id!r}", "it once", "it in a second place")
+                entries.add(image_id, _Entry(folder, row, first, ids.captions[first:last], ids.caption_ids[first:last]))
+        return entries
 
     def read(self, image_id: str) -> Record:
         """image_embedding [E] float32."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import pickletools
-import subprocess
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import islice
@@ -17,13 +14,13 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from data_prep.files import check_file, open_array, read_json, read_lines
+from data_prep.files import check_file
 from data_prep.names import Names
 from data_prep.places import SAMPLE, Place, Recognised, listed, look, split_of
-from data_prep.schema import DataError, Record
-from data_prep.sources import detections
-from data_prep.sources.base import Absent
-from data_prep.sources.detections import FEATURES, FIELDS, GRIDS, NAMES, PAIR, Reading, described
+from data_prep.schema import DataError, Record, refuse
+from data_prep.sources import detections, row_ids
+from data_prep.sources.detections import FEATURES, GRIDS, NAMES, PAIR, Detections, Reading, described
+from data_prep.sources.row_ids import FAULTS, read_index
 from shnet_jax.untrusted import MAX_IMAGE_BYTES, kind_of
 
 IDS = ("image_id", "image_ids", "img_ids", "img_id", "ids")
@@ -33,18 +30,23 @@ LAYOUTS = (
     "(--hdf5_ids); image_id [N] and features [N, K, D]; ID_features or ID_grids of each image; ID/features"
 )
 _PROBES = 200  # images whose boxes say in which order a size is
-_MAX_SIDECAR = 2**26  # bytes; that of COCO has 2 MB
 _ONCE = (
     *detections.WIDTHS,
     *detections.HEIGHTS,
     *detections.COUNTS,
     PAIR,
 )  # there is one an image, also of regions in a row
-_FAULTS = (
-    *(OSError, RuntimeError, ValueError, TypeError, LookupError, MemoryError, OverflowError),
-    *(EOFError, AttributeError, SystemError),
-)
-"""Exceptions that h5py and pickletools raise for damaged files."""
+
+
+@contextmanager
+def _faults_of(where: str, reason: str = "damaged?") -> Iterator[None]:
+    """What h5py raises in the block becomes a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FAULTS as error:
+        raise DataError(f"{where}: cannot be read ({reason}): {error}") from None
 
 
 class _Entry(NamedTuple):
@@ -55,7 +57,7 @@ class _Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Hdf5Features:
+class Hdf5Features(Detections):
     """Regions and boxes, or a grid, of each image from one or more HDF5 files, in the layouts that are LAYOUTS.
 
     Written by github.com/hengyuan-hu/bottom-up-attention-vqa (rows) and its adaptive form in jnhwkim/ban-vqa, by
@@ -67,7 +69,7 @@ class Hdf5Features:
     NAME_imgid2idx.json or .pkl beside NAME.hdf5.
 
     Files stay open. No link, reference, virtual or external data set is followed, of data of variable length only ids
-    are read (`_texts`), and nothing that would take more memory than the features of an image may.
+    are read (`row_ids`), and nothing that would take more memory than the features of an image may.
     """
 
     paths: Sequence[Path]
@@ -85,14 +87,9 @@ class Hdf5Features:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
-    def files(self) -> Mapping[str, str]:
-        """Files that each field comes from."""
-        return dict.fromkeys(FIELDS, ", ".join(map(str, self.paths)))
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Empty metadata: the files hold none."""
-        return {}
+    def where(self) -> str:
+        """The files, for error messages."""
+        return ", ".join(map(str, self.paths))
 
     @cached_property
     def _files(self) -> list[_File]:
@@ -101,7 +98,7 @@ class Hdf5Features:
     @cached_property
     def _entries(self) -> Names[_Entry]:
         """Image name -> where it is."""
-        entries: Names[_Entry] = Names(", ".join(map(str, self.paths)))
+        entries: Names[_Entry] = Names(self.where)
         for number, file in enumerate(self._files):
             places: Mapping[str, int | str]
             if file.has_rows:
@@ -122,7 +119,7 @@ class Hdf5Features:
             return read_index(self.ids[number], file.rows)
         names = file.ids()
         if names is not None:
-            return _numbered(names, file.rows, str(file.path))
+            return row_ids.numbered(names, file.rows, str(file.path))
         if beside := file.sidecar():
             return read_index(beside, file.rows)
         raise DataError(
@@ -136,10 +133,10 @@ class Hdf5Features:
             return
         prefixes = list(file.prefixes)
         for prefix in prefixes[:: math.ceil(len(prefixes) / _PROBES)]:
-            found = file.members(prefix, ("boxes", PAIR))
-            if PAIR not in found:
+            arrays = file.members(prefix, ("boxes", PAIR))
+            if PAIR not in arrays:
                 return
-            boxes, pair = found.get("boxes", np.zeros(0)), found[PAIR]
+            boxes, pair = arrays.get("boxes", np.zeros(0)), arrays[PAIR]
             if pair.size != 2 or boxes.ndim != 2 or not boxes.size or boxes.shape[1] != 4:
                 continue
             height, width = pair.reshape(-1) if self.reading.size_order == "hw" else pair.reshape(-1)[::-1]
@@ -153,11 +150,7 @@ class Hdf5Features:
 
     def read(self, image_id: str) -> Record:
         """regions [K, D] and boxes [K, 4] in 0..1, or grid [G, D], or both."""
-        entry = self._entries.find(image_id)
-        if entry is None:
-            there = self._entries.none_found
-            raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its features, found {there}")
-        return self._record(image_id, entry)
+        return self._record(image_id, self._entries.need(image_id, "its features"))
 
     def first(self, count: int) -> Iterator[Record]:
         """The records of some images."""
@@ -165,9 +158,9 @@ class Hdf5Features:
 
     def _record(self, image_id: str, entry: _Entry) -> Record:
         file = self._files[entry.file]
-        found = file.row(entry.place) if isinstance(entry.place, int) else file.members(entry.place)
+        arrays = file.row(entry.place) if isinstance(entry.place, int) else file.members(entry.place)
         where = f"{file.path}, {f'row {entry.place}' if isinstance(entry.place, int) else entry.place}"
-        return self.reading.record(image_id, found, where)
+        return self.reading.record(image_id, arrays, where)
 
 
 class _File:
@@ -185,7 +178,7 @@ class _File:
         try:
             self._file = h5py.File(path, "r")
             names = frozenset(name for name in self._file if isinstance(name, str))  # bytes are no name of an image
-        except _FAULTS as error:
+        except FAULTS as error:
             what = "" if start.startswith(b"\x89HDF") else kind_of(start)
             raise DataError(f"{path}: expected an HDF5 file{what} (cut off?): {error}") from None
         self._features = detections.the_one(names, FEATURES, str(path)) or ""
@@ -224,12 +217,11 @@ class _File:
         if name is None:
             return None
         if self._set(name, texts=True).dtype.kind == "O":
-            return _texts(self.path, name)
-        found = self._read(name, texts=True).reshape(-1)
-        if found.dtype.kind not in "iuS":
-            raise DataError(f"{self.path}: {name}: expected texts or whole numbers, found {found.dtype}")
+            return row_ids.texts_in_hdf5(self.path, name)
+        values = self._read(name, texts=True).reshape(-1)
+        refuse(values.dtype.kind not in "iuS", f"{self.path}: {name}", "texts or whole numbers", values.dtype)
         return [
-            value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in found.tolist()
+            value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values.tolist()
         ]
 
     def sidecar(self) -> Path | None:
@@ -256,35 +248,35 @@ class _File:
                     f"{self.path}: {ENDS} row {row}: expected a range in 0..{regions}, found {start}..{end}"
                 )
             place = slice(start, end)
-        found = {self._features: self._read(self._features, place)}
+        arrays = {self._features: self._read(self._features, place)}
         for name in NAMES:
             if name in self._names and name not in FEATURES:
                 once = name in _ONCE
                 if self._set(name).shape[:1] == (images if once else regions,):
-                    found[name] = self._read(name, row if once else place)
+                    arrays[name] = self._read(name, row if once else place)
                 else:
                     expected, shape = images if once else regions, list(self._set(name).shape)
                     raise DataError(f"{self.path}: {name}: expected {expected} rows as of the features, found {shape}")
-        return found
+        return arrays
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        found = self._read(ENDS)
-        if found.ndim != 2 or found.shape[1] != 2 or found.dtype.kind not in "iu":
-            raise DataError(f"{self.path}: {ENDS}: expected whole numbers [N, 2], found {found.dtype} {found.shape}")
-        order = np.argsort(found[:, 0], kind="stable")
-        gaps = found[order[1:], 0].astype(np.int64) - found[order[:-1], 1].astype(np.int64)
+        places = self._read(ENDS)
+        if places.ndim != 2 or places.shape[1] != 2 or places.dtype.kind not in "iu":
+            raise DataError(f"{self.path}: {ENDS}: expected whole numbers [N, 2], found {places.dtype} {places.shape}")
+        order = np.argsort(places[:, 0], kind="stable")
+        gaps = places[order[1:], 0].astype(np.int64) - places[order[:-1], 1].astype(np.int64)
         if gaps.size and (gaps == 1).all():
             raise DataError(
                 f"{self.path}: {ENDS}: expected the end behind the last region, found the last; add 1 to ends"
             )
-        if len(order) and found[order[0], 0] == 1:
+        if len(order) and places[order[0], 0] == 1:
             raise DataError(f"{self.path}: {ENDS}: expected the first region to be number 0, found none before 1")
         if (gaps < 0).any():
             first = np.argmax(gaps < 0)
-            pair = [f"row {row} with {found[row].tolist()}" for row in order[first : first + 2]]
+            pair = [f"row {row} with {places[row].tolist()}" for row in order[first : first + 2]]
             raise DataError(f"{self.path}: {ENDS}: expected start and end of each image, found {' and '.join(pair)}")
-        return found
+        return places
 
     # ------------------------------------------------------------------------------------------ data sets of one image
 
@@ -307,10 +299,8 @@ class _File:
         prefix = next(iter(self.prefixes))
         if not prefix.endswith("/"):  # of data sets that are called ID, none belongs to another
             return [name.removeprefix(prefix) for name in names if prefix[-1] == "_" and name.startswith(prefix)]
-        try:
+        with _faults_of(f"{self.path}: {prefix}"):
             return [name for name in self._file[prefix] if isinstance(name, str)]
-        except _FAULTS as error:
-            raise DataError(f"{self.path}: {prefix}: cannot be read (damaged?): {error}") from None
 
     def members(self, prefix: str, only: Sequence[str] = NAMES) -> dict[str, np.ndarray]:
         """The arrays of an image whose names begin with `prefix`, by the rest of these."""
@@ -322,37 +312,28 @@ class _File:
 
     def _kind(self, name: str) -> str:
         """Kind of object under a name: "dataset", "group", or "" for nothing. Raises DataError for a link."""
-        found: Any = self._file
-        try:
+        where, item = f"{self.path}: {name}", self._file
+        with _faults_of(where):
             for part in name.split("/"):
-                link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
+                link = item.get(part, getlink=True) if isinstance(item, h5py.Group) else None
                 if link is None:
                     return ""
-                if not isinstance(link, h5py.HardLink):
-                    raise DataError(f"{self.path}: {name}: expected data, found a link, which is not followed")
-                found = found[part]
-        except DataError:
-            raise
-        except _FAULTS as error:
-            raise DataError(f"{self.path}: {name}: cannot be read (damaged?): {error}") from None
-        return "group" if isinstance(found, h5py.Group) else "dataset" if isinstance(found, h5py.Dataset) else ""
+                refuse(not isinstance(link, h5py.HardLink), where, "data", "a link, which is not followed")
+                item = item[part]
+        return "group" if isinstance(item, h5py.Group) else "dataset" if isinstance(item, h5py.Dataset) else ""
 
     def _set(self, name: str, *, texts: bool = False) -> Any:
         """A data set of numbers that lies in the file. Raises DataError for any other."""
-        if (found := self._sets.get(name)) is not None:
-            return found
-        if (kind := self._kind(name)) != "dataset":
-            raise DataError(f"{self.path}: {name}: expected a data set, found {f'a {kind}' if kind else 'none'}")
-        where = f"{self.path}: {name}"
-        try:
-            found = self._file[name]
-            dtype, shape, chunks = found.dtype, found.shape, found.chunks
-            elsewhere = found.is_virtual or found.external
-            stored = found.id.get_storage_size()
-        except _FAULTS as error:
-            raise DataError(f"{where}: cannot be read (damaged?): {error}") from None
-        if elsewhere:
-            raise DataError(f"{where}: expected its numbers in this file, found a virtual or external data set")
+        if (dataset := self._sets.get(name)) is not None:
+            return dataset
+        where, kind = f"{self.path}: {name}", self._kind(name)
+        refuse(kind != "dataset", where, "a data set", f"a {kind}" if kind else "none")
+        with _faults_of(where):
+            dataset = self._file[name]
+            dtype, shape, chunks = dataset.dtype, dataset.shape, dataset.chunks
+            elsewhere = dataset.is_virtual or dataset.external
+            stored = dataset.id.get_storage_size()
+        refuse(elsewhere, where, "its numbers in this file", "a virtual or external data set")
         variable = texts and dtype.kind == "O" and h5py.check_string_dtype(dtype) is not None
         if not variable and dtype.kind not in ("fiubS" if texts else "fiub"):
             raise DataError(f"{where}: expected numbers{' or texts' if texts else ''}, found {dtype}")
@@ -361,15 +342,12 @@ class _File:
         if chunks is not None and math.prod(chunks) * dtype.itemsize > MAX_IMAGE_BYTES:
             raise DataError(f"{where}: its chunks {list(chunks)} have more than {MAX_IMAGE_BYTES} bytes; h5repack it")
         if chunks is None and stored < math.prod(shape) * dtype.itemsize:
-            expected = f"{dtype} {list(shape)}"
-            raise DataError(
-                f"{where}: expected {expected}, found {stored} bytes (was the file not written to its end?)"
-            )
+            found_bytes = f"{stored} bytes (was the file not written to its end?)"
+            raise DataError(f"{where}: expected {dtype} {list(shape)}, found {found_bytes}")
         if self.has_rows:
-            if not shape:
-                raise DataError(f"{where}: expected a row for each image, found one number")
-            self._sets[name] = found
-        return found
+            refuse(not shape, where, "a row for each image", "one number")
+            self._sets[name] = dataset
+        return dataset
 
     @cached_property
     def _sets(self) -> dict[str, Any]:
@@ -378,138 +356,17 @@ class _File:
 
     def _read(self, name: str, place: int | slice | None = None, *, texts: bool = False) -> np.ndarray:
         """A data set, or some of its rows, within the bytes that an image may have."""
-        found = self._set(name, texts=texts)
+        dataset = self._set(name, texts=texts)
         where = f"{self.path}: {name}"
-        shape = found.shape
+        shape = dataset.shape
         if isinstance(place, slice):
             shape = (place.stop - place.start, *shape[1:])
         elif place is not None:
             shape = shape[1:]
-        if math.prod(shape) * found.dtype.itemsize > MAX_IMAGE_BYTES:
-            raise DataError(f"{where}: {found.dtype} {list(shape)} has more than {MAX_IMAGE_BYTES} bytes of an image")
-        try:
-            return np.asarray(found[() if place is None else place])
-        except _FAULTS as error:
-            raise DataError(
-                f"{where}: cannot be read (damaged, or compressed by a filter that is not installed?): {error}"
-            ) from None
-
-
-_PATIENCE = 300  # seconds; those of COCO take one
-_READ_TEXTS = """
-import json, sys
-import h5py
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (2**32, resource.getrlimit(resource.RLIMIT_AS)[1]))
-except (ImportError, OSError, ValueError):  # not on every system
-    pass
-path, name, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
-texts, size = [], 0
-with h5py.File(path, "r") as file:
-    for start in range(0, len(file[name]), 256):
-        part = [text.decode("utf-8", "replace") for text in file[name][start : start + 256].reshape(-1)]
-        texts += part
-        size += sum(map(len, part))
-        if size > most:
-            sys.exit(f"more than {most} letters")
-print(json.dumps(texts))
-"""
-
-
-def _texts(path: Path, name: str) -> list[str]:
-    """The texts of variable length in a data set, which is h5py's form of lists of str.
-
-    HDF5 never comes back from some damaged heaps of such texts, and may take any memory for others: a process of its
-    own reads them, which can be ended.
-    """
-    command = [sys.executable, "-P", "-c", _READ_TEXTS, str(path), name, str(_MAX_SIDECAR)]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=True)
-        return list(json.loads(done.stdout))
-    except subprocess.SubprocessError as error:
-        lines = (getattr(error, "stderr", None) or b"").decode("utf-8", "replace").split("\n")
-        reason = next((line for line in reversed(lines) if line), f"no answer in {_PATIENCE} seconds")
-        raise DataError(
-            f"{path}: {name}: expected texts, cannot read them (damaged?): {reason:.200}; --hdf5_ids=FILE gives the ids"
-        ) from None
-
-
-def read_index(path: Path, rows: int) -> dict[str, int]:
-    """Image name -> row of 0..rows-1, from JSON, text or a pickle; see `Hdf5Features`. Raises DataError."""
-    if path.suffix.lower() == ".json":
-        found = read_json(path)
-    elif path.suffix.lower() in (".pkl", ".pickle"):
-        found = _pickled(path)
-    elif path.suffix.lower() == ".npy":
-        array = open_array(path)
-        if array.dtype.kind not in "iuS":
-            raise DataError(f"{path}: expected ids as whole numbers or bytes, found {array.dtype}; write them as JSON")
-        found = [n.decode("utf-8", "replace") if isinstance(n, bytes) else n for n in array.reshape(-1).tolist()]
-    else:
-        found = read_lines(path)
-    if isinstance(found, list):
-        if not all(type(name) in (str, int) for name in found):
-            raise DataError(f"{path}: expected a list of ids, found something else in it")
-        return _numbered(list(map(str, found)), rows, str(path))
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: expected a list of ids or an object id: row, found {type(found).__name__}")
-    names: dict[int, str] = {}
-    for name, row in found.items():
-        if type(row) is not int or not 0 <= row < rows:
-            raise DataError(f"{path}: image {name!r:.80}: expected a row in 0..{rows - 1}, found {row!r:.80}")
-        if names.setdefault(row, str(name)) != str(name):
-            raise DataError(f"{path}: row {row}: expected one image, found {names[row]!r:.80} and {name!r:.80}")
-    return {name: row for row, name in names.items()}
-
-
-def _numbered(names: Sequence[str], rows: int, where: str) -> dict[str, int]:
-    """Name -> row, of names in the order of the rows."""
-    if len(names) != rows:
-        raise DataError(f"{where}: expected {rows} ids, one a row of the features, found {len(names)}")
-    numbered: dict[str, int] = {}
-    for row, name in enumerate(names):
-        if numbered.setdefault(name, row) != row:
-            raise DataError(f"{where}: id {name!r:.80}: expected it once, found it in rows {numbered[name]} and {row}")
-    return numbered
-
-
-_MAKERS = {"DICT": dict, "EMPTY_DICT": dict, "LIST": list, "EMPTY_LIST": list}
-_VALUES = frozenset(
-    [
-        *("INT", "LONG", "LONG1", "BININT", "BININT1", "BININT2"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE"),
-    ]
-)
-_OTHERS = frozenset(
-    [
-        *("PROTO", "FRAME", "MARK", "STOP", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
-        *("SETITEM", "SETITEMS", "APPEND", "APPENDS"),
-    ]
-)
-
-
-def _pickled(path: Path) -> dict[Any, Any] | list[Any]:
-    """A pickled dictionary or list of texts and whole numbers, from its opcodes alone: none is carried out."""
-    if not path.is_file() or path.stat().st_size > _MAX_SIDECAR:
-        raise DataError(f"{path}: expected a pickle of ids of at most {_MAX_SIDECAR} bytes, found none")
-    values, makers = [], []
-    try:
-        for opcode, value, _ in pickletools.genops(path.read_bytes()):
-            if opcode.name in _VALUES:
-                values.append(value)
-            elif opcode.name in _MAKERS:
-                makers.append(_MAKERS[opcode.name])
-            elif opcode.name not in _OTHERS:
-                raise ValueError(f"it has the opcode {opcode.name}")
-        if len(makers) != 1 or (makers[0] is dict and len(values) % 2):
-            raise ValueError(f"it holds {len(makers)} lists and dictionaries")
-    except _FAULTS as error:
-        raise DataError(
-            f"{path}: expected a pickled dictionary id: row of texts and whole numbers, nothing else is read: {error}; "
-            "write it as JSON and give --hdf5_ids=FILE.json"
-        ) from None
-    return dict(zip(values[::2], values[1::2], strict=True)) if makers[0] is dict else values
+        if math.prod(shape) * dataset.dtype.itemsize > MAX_IMAGE_BYTES:
+            raise DataError(f"{where}: {dataset.dtype} {list(shape)} has more than {MAX_IMAGE_BYTES} bytes of an image")
+        with _faults_of(where, "damaged, or compressed by a filter that is not installed?"):
+            return np.asarray(dataset[() if place is None else place])
 
 
 def recognise(place: Place) -> Iterator[Recognised]:
@@ -521,17 +378,17 @@ def recognise(place: Place) -> Iterator[Recognised]:
     for layout, files in layouts.items():
         paths = [file.path for file in files]
         ids = [_ids_beside(file) for file in files] if any(file.needs_ids for file in files) else []
-        found = [path for path in ids if path]
-        lacks = len(found) < len(ids)
+        known = [path for path in ids if path]
+        lacks = len(known) < len(ids)
         wanted = "the ids of the rows: --hdf5_ids=FILE, a list or an object id: row, one file for each HDF5"
 
-        def read(reading: Reading, paths: list[Path] = paths, found: list[Path] = found) -> Iterator[Record]:
-            return Hdf5Features(paths, found, reading).first(SAMPLE)
+        def read(reading: Reading, paths: list[Path] = paths, known: list[Path] = known) -> Iterator[Record]:
+            return Hdf5Features(paths, known, reading).first(SAMPLE)
 
         yield Recognised(
             f"HDF5 with {layout} in {', '.join(path.name for path in paths)}",
             "from_hdf5",
-            {"hdf5": listed(paths)} | ({"hdf5_ids": listed(found)} if ids and not lacks else {}),
+            {"hdf5": listed(paths)} | ({"hdf5_ids": listed(known)} if ids and not lacks else {}),
             extra="hdf5",
             read=None if lacks else read,
             lacks=(wanted,) if lacks else (),
@@ -544,7 +401,7 @@ def _ids_beside(file: _File) -> Path | None:
         path for path in look(file.path.parent).of(".json", ".txt", ".npy", ".pkl", ".pickle") if "id" in path.stem
     ]
     for path in sorted(files, key=lambda path: split_of(path) != split_of(file.path)):
-        if path.stat().st_size <= _MAX_SIDECAR:
+        if path.stat().st_size <= row_ids.MAX_BYTES:
             try:
                 read_index(path, file.rows)
             except DataError:

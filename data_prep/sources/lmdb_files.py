@@ -22,10 +22,9 @@ import numpy as np
 from data_prep.files import data_errors, read_json
 from data_prep.names import Names
 from data_prep.places import SAMPLE, Place, Recognised, missing
-from data_prep.schema import DataError, Record
-from data_prep.sources.base import Absent
+from data_prep.schema import DataError, Record, refuse
 from data_prep.sources.bottom_up import decode
-from data_prep.sources.detections import COUNTS, FIELDS, Reading, described, note_unread
+from data_prep.sources.detections import COUNTS, Detections, Reading, described, note_unread
 from shnet_jax.interop import torch_pickle
 from shnet_jax.untrusted import MAX_IMAGE_BYTES, check_kind, parse_npz
 
@@ -41,7 +40,7 @@ _NPZ = ("features", "norm_bb", "conf")  # what is read; soft_labels, which are l
 
 
 @dataclass(frozen=True)
-class Lmdb:
+class Lmdb(Detections):
     """regions, boxes where the records have them, box_scores and box_classes, from one environment of LMDB.
 
     path: the folder with data.mdb, or the file.
@@ -55,18 +54,12 @@ class Lmdb:
 
     def __post_init__(self) -> None:
         """Raises DataError when this is no such file, or nothing is in it."""
-        if not len(self._keys):
-            raise DataError(f"{self.path}: expected a record for each image, found none")
+        refuse(not len(self._keys), self.path, "a record for each image", "none")
 
     @property
-    def files(self) -> Mapping[str, str]:
-        """Files that each field comes from."""
-        return dict.fromkeys(FIELDS, str(self.path))
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Empty metadata: the classes of the detector have no names in the file."""
-        return {}
+    def where(self) -> str:
+        """The files, for error messages."""
+        return str(self.path)
 
     @cached_property
     def _transaction(self) -> Any:
@@ -114,10 +107,7 @@ class Lmdb:
 
     def read(self, image_id: str) -> Record:
         """regions [K, D], boxes [K, 4] in 0..1, box_scores [K], box_classes [K]."""
-        key = self._keys.find(image_id)
-        if key is None:
-            raise Absent(f"{self.path}: image {image_id!r}: expected its record, found {self._keys.none_found}")
-        return self._record(image_id, key)
+        return self._record(image_id, self._keys.need(image_id, "its record"))
 
     def first(self, count: int) -> Iterator[Record]:
         """The records of some images."""
@@ -202,10 +192,10 @@ def _check_file(path: Path) -> None:
         if len(second) < 152 or struct.unpack_from("<I", second, 16)[0] != _MAGIC:
             raise DataError(f"{path}: expected a second page of LMDB's, found other bytes (cut off?)")
     last = max((struct.unpack_from("<QQ", meta, 136) for meta in (first, second)), key=lambda pair: pair[1])[0]
-    found = path.stat().st_size
-    if (last + 1) * page > found:
+    size = path.stat().st_size
+    if (last + 1) * page > size:
         raise DataError(
-            f"{path}: expected {(last + 1) * page} bytes, found {found}: the file is cut off; copy it again, or write "
+            f"{path}: expected {(last + 1) * page} bytes, found {size}: the file is cut off; copy it again, or write "
             "it anew with mdb_copy -c"
         )
 
@@ -219,17 +209,17 @@ def parse_value(value: bytes, where: str) -> Mapping[str, Any]:
         if value.startswith(b"PK"):
             return parse_npz(io.BytesIO(value), where, _NPZ, MAX_IMAGE_BYTES)
         if value[:1] == b"\x80" and value[1:2] in (b"\2", b"\3", b"\4", b"\5"):
-            found = torch_pickle.loads(value, where, "record")
+            content = torch_pickle.loads(value, where, "record")
         elif value[:1] and (0x80 < value[0] < 0x90 or value[0] in (0xDE, 0xDF)):
-            found = _msgpack(value, where)
+            content = _msgpack(value, where)
         else:
             kinds = {b"(": "a pickle of protocol 0", b"}": "a pickle of protocol 1", b"\x93NUMPY": "a .npy array"}
             kinds |= {b"\x04\x22\x4d\x18": "LZ4 (UNITER's texts?)", b"\xff\xd8": "a JPEG", b"\x89PNG": "a PNG"}
             what = next((kind for magic, kind in kinds.items() if value.startswith(magic)), f"{value[:8]!r}")
             raise DataError(f"{where}: expected a value of npz, msgpack or pickle (protocol 2 to 5), found {what}")
-    if not isinstance(found, dict):
-        raise DataError(f"{where}: expected a dictionary, found {type(found).__name__}")
-    return {_text(key): v.value if isinstance(v, torch_pickle.Array) else v for key, v in found.items()}
+    if not isinstance(content, dict):
+        raise DataError(f"{where}: expected a dictionary, found {type(content).__name__}")
+    return {_text(key): v.value if isinstance(v, torch_pickle.Array) else v for key, v in content.items()}
 
 
 def _msgpack(value: bytes, where: str) -> Any:
@@ -239,11 +229,11 @@ def _msgpack(value: bytes, where: str) -> Any:
         raise DataError(f"{where}: expected msgpack with arrays of numbers: {error}") from None
 
 
-def _of_numpy(found: dict[Any, Any]) -> Any:
+def _of_numpy(content: dict[Any, Any]) -> Any:
     """An array or number as msgpack-numpy writes it; its own decoder loads pickles."""
-    entry = {_text(key): value for key, value in found.items()}
+    entry = {_text(key): value for key, value in content.items()}
     if "nd" not in entry:
-        return found
+        return content
     array = torch_pickle.array_of(_text(entry.get("type")), entry.get("shape", ()), entry.get("data"))
     return array if entry["nd"] else array.item()
 
@@ -252,29 +242,28 @@ def _text(value: Any) -> Any:
     return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
-def arrays_of(found: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
+def arrays_of(record: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
     """The arrays of a record of UNITER, ViLBERT or MMF, by the names of `detections`; what else it has is left out.
 
     MMF notes in num_boxes how many regions are sure, and reads all: so do we.
     """
-    if found.get("features") is None:
-        raise DataError(f"{where}: expected the key 'features', found {described(found)}")
-    note_unread(found, (*(name for _, name in (*_ARRAYS, *_SIZES)), *COUNTS), where)
-    arrays = {ours: _array(found, name, where) for ours, name in _ARRAYS if found.get(name) is not None} | {
-        ours: np.asarray(found[name]) for ours, name in _SIZES if found.get(name) is not None
+    if record.get("features") is None:
+        raise DataError(f"{where}: expected the key 'features', found {described(record)}")
+    note_unread(record, (*(name for _, name in (*_ARRAYS, *_SIZES)), *COUNTS), where)
+    arrays = {ours: _array(record, name, where) for ours, name in _ARRAYS if record.get(name) is not None} | {
+        ours: np.asarray(record[name]) for ours, name in _SIZES if record.get(name) is not None
     }
     if (likely := arrays.pop("cls_prob", None)) is not None:
-        if likely.ndim != 2 or not likely.size:
-            raise DataError(f"{where}: 'cls_prob': expected numbers [K, classes], found {list(likely.shape)}")
+        refuse(likely.ndim != 2 or not likely.size, f"{where}: 'cls_prob'", "numbers [K, classes]", list(likely.shape))
         arrays = {"conf": likely.max(1), "objects_id": likely.argmax(1)} | arrays
     return arrays
 
 
-def _array(found: Mapping[str, Any], name: str, where: str) -> np.ndarray:
+def _array(record: Mapping[str, Any], name: str, where: str) -> np.ndarray:
     """An array of numbers of at least one axis; in base64, float32, one row a box."""
-    value = found[name]
+    value = record[name]
     if isinstance(value, bytes | str):
-        count = found.get("num_boxes")
+        count = record.get("num_boxes")
         if type(count) is not int or count < 1:
             raise DataError(f"{where}: expected num_boxes with {name!r} in base64, found {count!r:.80}")
         cell = value if isinstance(value, bytes) else value.encode("latin-1", "replace")

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from data_prep.files import check_folder, data_errors, open_array
 from data_prep.names import FileNames
 from data_prep.places import SAMPLE, Place, Recognised
 from data_prep.schema import DataError, Record
-from data_prep.sources.base import Absent
-from data_prep.sources.detections import DEFAULT, FEATURES, FIELDS, NAMES, Reading, described, note_unread
+from data_prep.sources.detections import DEFAULT, FEATURES, NAMES, Detections, Reading, described, note_unread
 from shnet_jax.untrusted import MAX_IMAGE_BYTES, read_npz
 
 
 @dataclass(frozen=True)
-class NpzFiles:
+class NpzFiles(Detections):
     """Regions or a grid of each image from ID.npz in a folder, compressed or not.
 
     Layouts: `x`, `bbox`, `image_w`, `image_h` of github.com/MILVLG/bottom-up-attention.pytorch and openvqa; `feat` of
@@ -34,14 +32,9 @@ class NpzFiles:
         check_folder(self.folder, ".npz")
 
     @property
-    def files(self) -> Mapping[str, str]:
-        """Files that each field comes from."""
-        return dict.fromkeys(FIELDS, f"{self.folder}/ID.npz")
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Empty metadata: the files hold none."""
-        return {}
+    def where(self) -> str:
+        """The files, for error messages."""
+        return f"{self.folder}/ID.npz"
 
     @cached_property
     def _arrays(self) -> FileNames:
@@ -56,12 +49,7 @@ class NpzFiles:
 
     def read(self, image_id: str) -> Record:
         """regions [K, D] and boxes [K, 4] in 0..1, or grid [G, D]."""
-        path = self._arrays.find(image_id)
-        if path is None:
-            raise Absent(
-                f"{self.folder}: image {image_id!r}: expected a file ID.npz, found {self._arrays.names.none_found}"
-            )
-        return self.record(image_id, path)
+        return self.record(image_id, self._arrays.need(image_id, "a file ID.npz"))
 
     def record(self, image_id: str, path: Path) -> Record:
         """Record of the image in a file, as `read` returns it."""

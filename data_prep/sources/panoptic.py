@@ -15,7 +15,7 @@ from data_prep import coco_panoptic, label_maps
 from data_prep.files import inside, read_json, read_label_map
 from data_prep.names import FileNames, Names
 from data_prep.places import Place, Recognised, ends, has_keys
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, refuse
 from data_prep.sources.base import Absent
 
 FIELDS = ("seg_semantic", "seg_map", "categories")
@@ -51,11 +51,10 @@ class Panoptic:
             entries: Names[tuple[str, dict[int, int]]] = Names(self.annotations)
             for entry in content["annotations"]:
                 categories = {segment["id"]: segment["category_id"] for segment in entry["segments_info"]}
-                number, found = entry["image_id"], (entry["file_name"], categories)
+                number, item = entry["image_id"], (entry["file_name"], categories)
                 for name in dict.fromkeys((str(number), names.get(number, entry["file_name"]))):
-                    if name in entries:
-                        raise DataError(f"{self.annotations}: image {name!r}: expected one annotation, found two")
-                    entries.add(name, found)
+                    refuse(name in entries, f"{self.annotations}: image {name!r}", "one annotation", "two")
+                    entries.add(name, item)
         except KeyError as error:
             raise DataError(
                 f"{self.annotations}: expected the key {error.args[0]!r}, found an entry without"
@@ -70,8 +69,7 @@ class Panoptic:
         if entry is None:
             raise Absent(f"{self.annotations}: image {image_id!r}: expected an annotation, found none")
         file, categories = entry
-        if not isinstance(file, str):
-            raise DataError(f"{self.annotations}: image {image_id!r}: expected a file name, found {file!r:.80}")
+        refuse(not isinstance(file, str), f"{self.annotations}: image {image_id!r}", "a file name", f"{file!r:.80}")
         path = inside(self.folder, file)
         segments = coco_panoptic.segment_ids(read_label_map(path, "RGB"))
         return label_maps.fields(coco_panoptic.label_map(segments, categories, str(path)), coco_panoptic.CLASSES)
@@ -107,8 +105,7 @@ class Upsnet:
         labels = pixels if pixels.ndim == 2 else pixels[..., 0]
         if pixels.ndim == 3 and pixels.shape[2] > 2 and pixels[..., 2].any() and (pixels[..., 2] != labels).any():
             raise DataError(f"{path}: expected grey, or class, instance and 0 as in pan_2ch, found colours")
-        if labels.dtype != np.uint8:
-            raise DataError(f"{path}: expected classes of 8 bits, found {labels.dtype}")
+        refuse(labels.dtype != np.uint8, path, "classes of 8 bits", labels.dtype)
         return label_maps.fields(coco_panoptic.from_stuff_first(labels, str(path)), coco_panoptic.CLASSES)
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -15,8 +15,7 @@ from data_prep.files import data_errors
 from data_prep.names import Names
 from data_prep.places import SAMPLE, Place, Recognised, listed
 from data_prep.schema import DataError, Record
-from data_prep.sources.base import Absent
-from data_prep.sources.detections import FIELDS, Reading
+from data_prep.sources.detections import Detections, Reading
 from data_prep.sources.vinvl import Geometry, split_geometry
 from data_prep.torch_files import described, open_by_image, peek
 from shnet_jax.interop.torch_file import TorchFile
@@ -24,7 +23,7 @@ from shnet_jax.interop.torch_pickle import Array, Tensor
 
 
 @dataclass(frozen=True)
-class TorchDict:
+class TorchDict(Detections):
     """regions [K, D] of each image from files {image: tensor [K, D]}, boxes where D is 2,054 as VinVL has it.
 
     geometry: see `vinvl.split_geometry`.
@@ -39,19 +38,14 @@ class TorchDict:
         _ = self._tensors
 
     @property
-    def files(self) -> Mapping[str, str]:
-        """Files that each field comes from."""
-        return dict.fromkeys(FIELDS, ", ".join(map(str, self.paths)))
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Empty metadata: the files hold none."""
-        return {}
+    def where(self) -> str:
+        """The files, for error messages."""
+        return ", ".join(map(str, self.paths))
 
     @cached_property
     def _tensors(self) -> Names[tuple[TorchFile, str, Any]]:
         """File, name and value of each image."""
-        names: Names[tuple[TorchFile, str, Any]] = Names(self.files["regions"])
+        names: Names[tuple[TorchFile, str, Any]] = Names(self.where)
         for path in self.paths:
             file, content = open_by_image(path)
             for key, value in content.items():
@@ -62,12 +56,7 @@ class TorchDict:
 
     def read(self, image_id: str) -> Record:
         """regions [K, D] and boxes [K, 4] in 0..1."""
-        found = self._tensors.find(image_id)
-        if found is None:
-            raise Absent(
-                f"{self.files['regions']}: image {image_id!r}: expected its tensor, found {self._tensors.none_found}"
-            )
-        return self._record(image_id, *found)
+        return self._record(image_id, *self._tensors.need(image_id, "its tensor"))
 
     def first(self, count: int) -> Iterator[Record]:
         """The records of some images."""

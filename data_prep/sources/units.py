@@ -14,14 +14,13 @@ from data_prep import label_maps
 from data_prep.files import check_folder, open_array
 from data_prep.names import FileNames, is_number
 from data_prep.places import SAMPLE, Place, Recognised, split_of
-from data_prep.schema import DataError, Record
-from data_prep.sources.base import Absent
+from data_prep.schema import DataError, Record, refuse
+from data_prep.sources.base import Source
 from data_prep.torch_files import peek
+from shnet_jax.data.schema import MASKS
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
 from shnet_jax.untrusted import MAX_IMAGE_BYTES
-
-MASK = {"grid": "grid_mask", "regions": "region_mask"}
 
 Layout = Literal["hwc", "chw"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -31,7 +30,7 @@ _WIDTH, _STEP = 64, 16  # the least width of published features, and of what wid
 
 
 @dataclass(frozen=True)
-class UnitFiles:
+class UnitFiles(Source):
     """Features of each image from ID.npy or ID.pth in a folder.
 
     field: "grid" or "regions".
@@ -53,12 +52,7 @@ class UnitFiles:
     @property
     def files(self) -> Mapping[str, str]:
         """Files that each field comes from."""
-        return dict.fromkeys((self.field, MASK[self.field]), f"{self.folder}/ID.npy")
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Empty metadata: the files hold none."""
-        return {}
+        return dict.fromkeys((self.field, MASKS[self.field]), f"{self.folder}/ID.npy")
 
     @cached_property
     def _features(self) -> FileNames:
@@ -66,11 +60,7 @@ class UnitFiles:
 
     def read(self, image_id: str) -> Record:
         """The features [units, D] and, with max_units, their mask."""
-        path = self._features.find(image_id)
-        if path is None:
-            raise Absent(
-                f"{self.folder}: image {image_id!r}: expected a file ID.npy, found {self._features.names.none_found}"
-            )
+        path = self._features.need(image_id, "a file ID.npy")
         return padded({self.field: as_units(open_units(path), path, self.pool, self.layout)}, self.max_units, path)
 
 
@@ -139,8 +129,7 @@ def as_units(array: np.ndarray, where: object, pool: int | None = None, layout: 
     can hardly be another one (`refusal`).
     """
     shape = list(array.shape)
-    if not array.size:
-        raise DataError(f"{where}: expected features, found an empty array {shape}")
+    refuse(not array.size, where, "features", f"an empty array {shape}")
     while array.ndim > 2 and len(array) == 1:  # a batch of one
         array = array[0]
     if array.ndim == 4 and array.shape[2:] == (1, 1):  # regions [K, D, 1, 1] as a pooling leaves them
@@ -207,14 +196,13 @@ def padded(record: Record, count: int | None, where: object) -> Record:
     for name, value in record.items():
         rows, mask = pad(value.reshape(len(value), -1), count, where)
         out[name] = rows.reshape(-1, *value.shape[1:])
-        out[MASK.get(name, MASK["regions"])] = mask
+        out[MASKS.get(name, MASKS["regions"])] = mask
     return out
 
 
 def pad(units: np.ndarray, count: int, where: object) -> tuple[np.ndarray, np.ndarray]:
     """Units [G, D] -> [count, D] with zeros behind, and the mask [count] of the G valid ones."""
-    if len(units) > count:
-        raise DataError(f"{where}: expected at most max_units = {count} units, found {len(units)}")
+    refuse(len(units) > count, where, f"at most max_units = {count} units", len(units))
     out = np.zeros((count, units.shape[1]), units.dtype)
     out[: len(units)] = units
     return out, np.arange(count) < len(units)

@@ -6,7 +6,6 @@ Three kinds of lines: `features.tsv` has id, number of boxes and features in bas
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +16,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from data_prep.files import data_errors
-from data_prep.names import Names
+from data_prep.names import Absent
 from data_prep.places import SAMPLE, Place, Recognised, listed
-from data_prep.schema import DataError, Record
-from data_prep.sources.base import Absent
-from data_prep.sources.bottom_up import BOM, check_lines, decode
-from data_prep.sources.detections import FIELDS, Reading, described
+from data_prep.schema import DataError, Record, refuse
+from data_prep.sources.bottom_up import BOM, check_lines, decode, first_whole, lines_by_image
+from data_prep.sources.detections import Detections, Reading, described
 from shnet_jax.untrusted import MAX_IMAGE_BYTES, parse_json, read_object
 
 Geometry = Literal["drop", "keep"]
@@ -73,25 +71,12 @@ class Rows:
     """
 
     def __init__(self, paths: Sequence[Path]):
-        self._places: Names[list[_Place]] = Names(", ".join(map(str, paths)))
-        found: dict[str, list[_Place]] = {}
-        for path in paths:
-            for name, offset in _offsets(path):
-                found.setdefault(name, []).append(_Place(path, offset, name))
-        for name, places in found.items():
-            self._places.add(name, places)
-        if repeated := [name for name, places in found.items() if len(places) > 1]:
-            shown = f"{len(repeated)} images have more than one line, such as {repeated[0]!r:.80}"
-            print(f"{', '.join(map(str, paths))}: {shown}; the first whole one of each is taken", file=sys.stderr)
+        places = ((name, _Place(path, offset, name)) for path in paths for name, offset in _offsets(path))
+        self._places = lines_by_image(", ".join(map(str, paths)), places)
 
-    @property
-    def none_found(self) -> str:
-        """The end of an error about an image without a line."""
-        return self._places.none_found
-
-    def find(self, image_id: str) -> Iterator[tuple[list[bytes], str]]:
-        """Cells of each line of an image, and where it is. Raises DataError for a line of another image."""
-        for path, offset, name in self._places.find(image_id) or ():
+    def need(self, image_id: str) -> Iterator[tuple[list[bytes], str]]:
+        """Cells of each line of an image, and where it is. Raises Absent, DataError for a line of another image."""
+        for path, offset, name in self._places.need(image_id, "its line"):
             where = f"{path}, byte {offset}"
             with path.open("rb") as file:
                 file.seek(offset)
@@ -147,10 +132,10 @@ def _line_index(index: Path, path: Path) -> list[int]:
         raise DataError(f"{index}: expected the first byte of each line as numbers: {error}") from None
     size = path.stat().st_size
     if not offsets or min(offsets) < 0 or max(offsets) >= size:
-        found = f"{max(offsets)}" if offsets else "none"
+        farthest = f"{max(offsets)}" if offsets else "none"
         raise DataError(
-            f"{index}: expected places below {size}, the bytes of {path.name}, found {found}: one is cut off, or they "
-            "do not belong together"
+            f"{index}: expected places below {size}, the bytes of {path.name}, found {farthest}: one is cut off, or "
+            "they do not belong together"
         )
     with path.open("rb") as file:
         for offset in filter(None, offsets):
@@ -165,7 +150,7 @@ def _line_index(index: Path, path: Path) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Vinvl:
+class Vinvl(Detections):
     """regions and boxes from TSV files, with `labels` also box_scores and box_classes.
 
     paths: files, or folders with features.tsv. geometry: see `split_geometry`. labels: the file of that detector's
@@ -183,10 +168,15 @@ class Vinvl:
         _ = self._rows, self._objects
 
     @property
+    def where(self) -> str:
+        """The files, for error messages."""
+        return ", ".join(map(str, self.paths))
+
+    @property
     def files(self) -> Mapping[str, str]:
         """Files that each field comes from."""
-        features = dict.fromkeys(FIELDS, ", ".join(map(str, self.paths)))
-        return features | (dict.fromkeys(("box_classes", "box_scores"), str(self.labels)) if self.labels else {})
+        labels = dict.fromkeys(("box_classes", "box_scores"), str(self.labels)) if self.labels else {}
+        return {**super().files, **labels}
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -217,40 +207,33 @@ class Vinvl:
 
     def read(self, image_id: str) -> Record:
         """regions [K, D], boxes [K, 4] in 0..1, box_scores [K], box_classes [K]."""
-        faults = []
-        for cells, where in self._rows.find(image_id):
-            try:
-                arrays = parse(cells, where, self.geometry)
-                record = self.reading.record(image_id, arrays | self._labels(image_id, arrays), where)
-            except DataError as error:
-                faults.append(error)
-                continue
-            for fault in faults:
-                print(f"image {image_id!r}: {where} is taken, not the broken line: {fault}", file=sys.stderr)
-            return record
-        if faults:
-            raise faults[0]
-        raise Absent(f"{self.files['regions']}: image {image_id!r}: expected its line, found {self._rows.none_found}")
+        lines = ((where, (cells, where)) for cells, where in self._rows.need(image_id))
+        return first_whole(image_id, lines, lambda line: self._record(image_id, *line))
+
+    def _record(self, image_id: str, cells: Sequence[bytes], where: str) -> Record:
+        arrays = parse(cells, where, self.geometry)
+        return self.reading.record(image_id, arrays | self._labels(image_id, arrays), where)
 
     def _labels(self, image_id: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Pixel boxes, scores and classes of an image's regions, whose place the features say too."""
         if self._objects is None:
             return {}
-        cells, where = next(self._objects.find(image_id), (None, ""))
-        if cells is None:
-            raise DataError(f"{self.labels}: image {image_id!r}: expected its line, found {self._objects.none_found}")
+        try:
+            cells, where = next(self._objects.need(image_id))
+        except Absent as error:
+            raise DataError(str(error)) from None  # the image is there, and has no labels
         content = _json_cell(cells, where)
         entries = _objects(content, where)
-        found = _of_objects(content, where)
+        labelled = _of_objects(content, where)
         place = arrays.get("norm_bb")
-        if place is not None and "boxes" in found and found["boxes"].shape == place.shape:
-            ends = found["boxes"][:, 2:].max(0) / place[:, 2:].max(
+        if place is not None and "boxes" in labelled and labelled["boxes"].shape == place.shape:
+            ends = labelled["boxes"][:, 2:].max(0) / place[:, 2:].max(
                 0
             )  # the image's size, where the file does not say it
-            sides = [found.get(side, end) for side, end in zip(("image_w", "image_h"), ends, strict=True)]
-            if not (np.abs(found["boxes"] / np.array(sides * 2) - place) < 0.02).all():
+            sides = [labelled.get(side, end) for side, end in zip(("image_w", "image_h"), ends, strict=True)]
+            if not (np.abs(labelled["boxes"] / np.array(sides * 2) - place) < 0.02).all():
                 raise DataError(f"{where}: expected the objects of the features' regions, found boxes elsewhere")
-        return found | {"objects_id": np.array([self._classes[_class(entry, where)] for entry in entries])}
+        return labelled | {"objects_id": np.array([self._classes[_class(entry, where)] for entry in entries])}
 
 
 def parse(cells: Sequence[bytes], where: str, geometry: Geometry | None) -> dict[str, np.ndarray]:
@@ -271,8 +254,8 @@ def parse(cells: Sequence[bytes], where: str, geometry: Geometry | None) -> dict
         cell, boxes = content["features"], content.get("num_boxes")
         boxes = int(boxes) if isinstance(boxes, str) and boxes.isdecimal() and len(boxes) < 10 else boxes
         if not isinstance(cell, str) or type(boxes) is not int:
-            found = {name: type(value).__name__ for name, value in content.items()}
-            raise DataError(f"{where}: expected num_boxes and features in base64, found {found!r:.200}")
+            kinds = {name: type(value).__name__ for name, value in content.items()}
+            raise DataError(f"{where}: expected num_boxes and features in base64, found {kinds!r:.200}")
         return split_geometry(_features(cell.encode("utf-8", "replace"), boxes, where), geometry, where)
     entries = _objects(content, where)
     rows = [row for entry in entries if isinstance(row := entry.get("feature"), str)]
@@ -288,15 +271,13 @@ def parse(cells: Sequence[bytes], where: str, geometry: Geometry | None) -> dict
 
 
 def _features(cell: bytes, count: int, where: str) -> np.ndarray:
-    if count < 1:
-        raise DataError(f"{where}: expected boxes, found {count}")
+    refuse(count < 1, where, "boxes", count)
     return decode(cell, np.float32, count, where, "features")
 
 
 def _json_cell(cells: Sequence[bytes], where: str) -> Any:
     """Parsed JSON of the second cell of a line."""
-    if len(cells) != 2:
-        raise DataError(f"{where}: expected id and JSON, found {len(cells)} columns")
+    refuse(len(cells) != 2, where, "id and JSON", f"{len(cells)} columns")
     with data_errors():
         return parse_json(cells[1], where)
 
@@ -305,8 +286,8 @@ def _objects(content: Any, where: str) -> list[dict[str, Any]]:
     """The objects of an image: a list, or `objects` in an object."""
     entries = content.get("objects") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        found = described(content) if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{where}: expected a list of objects, or {{'objects': [...]}}, found {found}")
+        kind = described(content) if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{where}: expected a list of objects, or {{'objects': [...]}}, found {kind}")
     return entries
 
 

@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 
 from shnet_jax.data.records import DataSet
-
-OF_UNITS = ("region", "grid", "box", "relation")
-"""Name prefixes of fields whose first axis may have any length, here and in the data set."""
-MAP_VOID = 255  # unlabelled pixel in COCO's label maps; stored as class number C, so that ids stay contiguous
+from shnet_jax.data.schema import FIELDS, MAP_VOID, MASKS
 
 
 def checked_fields(given: Mapping[str, np.ndarray], wanted: Sequence[str], dataset: DataSet) -> dict[str, np.ndarray]:
@@ -28,7 +25,7 @@ def checked_fields(given: Mapping[str, np.ndarray], wanted: Sequence[str], datas
             f"found {', '.join(f'{name} of {count}' for name, count in counts.items()) or 'nothing'}"
         )
     found = {name: _checked(name, np.asarray(given[name]), dataset) for name in wanted if name in given}
-    for unit, mask in (("regions", "region_mask"), ("grid", "grid_mask")):
+    for unit, mask in MASKS.items():
         if unit in found and mask in found:
             if found[mask].shape[1] != found[unit].shape[1]:
                 raise ValueError(
@@ -41,7 +38,7 @@ def checked_fields(given: Mapping[str, np.ndarray], wanted: Sequence[str], datas
 
 def _checked(name: str, values: np.ndarray, dataset: DataSet) -> np.ndarray:
     like = dataset.features[name]
-    shape, free = like.shape, name.startswith(OF_UNITS)
+    shape, free = like.shape, name in FIELDS and FIELDS[name].counts_units
     fits = values.ndim == 1 + len(shape) and all(
         size is None or size == found or (free and axis == 0)
         for axis, (size, found) in enumerate(zip(shape, values.shape[1:], strict=False))

@@ -15,6 +15,7 @@ from shnet_jax import registry
 from shnet_jax.data.batches import gather, stored_fields, token_buckets
 from shnet_jax.data.pictures import VIEW
 from shnet_jax.data.records import DataSet, Feature
+from shnet_jax.data.schema import FIELDS
 from shnet_jax.data.tokenise import load_tokenizer
 from shnet_jax.evaluate.encode import image_tower, text_tower
 from shnet_jax.experiment import assemble, fit_weights, optional_fields, settle_dtypes
@@ -22,9 +23,8 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
 
 BERT_VOCABULARY = 30522  # bert-base-uncased; taken if nothing else gives the size
-LABEL_MAP = (64, 64)  # of seg_map, as the importers make it
-CELLS = (7, 7)  # of seg_semantic
-RELATIONS = 15  # of each image
+MADE_SIZES = {"h": 7, "w": 7, "H": 64, "W": 64, "R": 15}
+"""Sizes of the axes of fields that the importers make: seg_semantic, seg_map, relations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,25 +67,14 @@ def describe(config: ConfigDict) -> PlannedRun:
 def _described(config: ConfigDict) -> DataSet:
     """A data set of the sizes in config.plan, with every image field as the importers store it."""
     p, classes = config.plan, config.model.num_classes
-    features = {
-        "regions": ((p.regions, p.region_dim), "float16"),
-        "region_mask": ((p.regions,), "bool"),
-        "boxes": ((p.regions, 4), "float32"),
-        "box_classes": ((p.regions,), "int32"),
-        "box_scores": ((p.regions,), "float32"),
-        "grid": ((p.grid, p.grid_dim), "float16"),
-        "grid_mask": ((p.grid,), "bool"),
-        "seg_semantic": ((classes, *CELLS), "float16"),
-        "seg_map": (LABEL_MAP, "uint8"),
-        "categories": ((classes,), "bool"),
-        "relations": ((RELATIONS, 3), "int32"),
-        "image_embedding": ((p.image_embedding,), "float32"),
-        "image": ((*p.picture, 3), "uint8"),
-    }
-    if config.loss.weights.get("identity", 0.0):
-        features["identity"] = ((), "int64")
-    named = {name: Feature(shape, np.dtype(dtype)) for name, (shape, dtype) in features.items()}
-    return DataSet(Path("config.plan"), {config.data.train_split: p.images}, named, classes, {})
+    sizes = {"K": p.regions, "D": p.region_dim, "G": p.grid, "Dg": p.grid_dim, "C": classes, "E": p.image_embedding}
+    sizes |= MADE_SIZES | dict(zip("YX", p.picture, strict=True))
+    shapes = {name: field.sized(sizes) for name, field in FIELDS.items()}
+    del shapes["relation_scores"]  # of models that read relations without them
+    if not config.loss.weights.get("identity", 0.0):
+        del shapes["identity"]
+    features = {name: Feature(shape, FIELDS[name].dtype) for name, shape in shapes.items() if shape is not None}
+    return DataSet(Path("config.plan"), {config.data.train_split: p.images}, features, classes, {})
 
 
 def train_batch_shapes(run: PlannedRun, pairs: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,6 +1,24 @@
-"""A small valid record, for the tests of this folder."""
+"""A small valid record, two photographs and their records in a data set, for the tests of this folder."""
+
+import base64
 
 import numpy as np
+
+from shnet_jax.data.records import open_dataset
+
+FILES = ("COCO_val2014_000000000042.jpg", "000000000139.jpg")
+NUMBERS = (42, 139)
+
+
+def stored_records(out, split="val"):
+    """All records of a split of the data set in a folder, with all fields."""
+    dataset = open_dataset(out)
+    return list(dataset.open_split(split, list(dataset.features)))
+
+
+def cell(array):
+    """An array in base64, as cells of TSV files hold it."""
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
 def record(row: int = 0, count: int = 2, **changes):
@@ -29,3 +47,29 @@ def record(row: int = 0, count: int = 2, **changes):
         "image": rng.integers(0, 256, (6, 4, 3), dtype=np.uint8),
     }
     return {name: value for name, value in (base | changes).items() if value is not None}
+
+
+def put(name, value, *place):
+    """spoil(folder): another value at a place of an array file."""
+
+    def change(array):
+        array[place] = value
+        return array
+
+    return altered(name, change)
+
+
+def altered(name, change):
+    """spoil(folder): an array file becomes what `change` makes of its array."""
+    return lambda folder: np.save(folder / name, change(np.load(folder / name)))
+
+
+def line(name, number, text):
+    """spoil(folder): another line, counted from 1, of a text file."""
+
+    def spoil(folder):
+        lines = (folder / name).read_bytes().split(b"\n")
+        lines[number - 1] = text
+        (folder / name).write_bytes(b"\n".join(lines))
+
+    return spoil

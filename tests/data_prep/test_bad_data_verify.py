@@ -11,57 +11,55 @@ from data_prep import schema, verify
 from data_prep.builder import write_checksums, write_dataset
 from tests.data_prep.example import record
 
-BAD = 4  # the record of split `test` that gets the fault
 
-
-def _write(folder, **changes):
-    """Six records for training and six for testing, one of them with `changes`."""
+def _write(folder, changes):
+    """Six records for training and seven for testing, some of these with changes: {row: fields}."""
     train = [record(row) for row in range(6)]
-    test = [record(row, **(changes if row == 10 + BAD else {})) for row in range(10, 16)]
+    test = [record(10 + row, **changes.get(row, {})) for row in range(7)]
     return write_dataset(folder, "toy", {"train": train, "test": test}, {"source": "by hand"})
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    path = _write(tmp_path_factory.mktemp("good"))
+    path = _write(tmp_path_factory.mktemp("good"), {})
     assert not verify.verify(path).problems
     return path
 
 
-def _at(name, place, value):
-    array = record(10 + BAD)[name].copy()
+def _at(name, row, place, value):
+    array = record(10 + row)[name].copy()
     array[place] = value
     return {name: array}
 
 
-CAPTIONS = [f"a dog number {10 + BAD} runs", " "]
-VALUES = {
-    "NaN": (_at("regions", (1, 2), np.nan), "'regions': expected finite values, found nan at [1, 2]"),
-    "Inf": (_at("grid", (0, 1), np.inf), "'grid': expected finite values, found inf at [0, 1]"),
-    "box outside": (_at("boxes", 2, [0, 0, 2, 1]), "'boxes': expected coordinates in 0..1, found [0.0, 0.0, 2.0, 1.0]"),
-    "box inverted": (_at("boxes", 1, [0.5, 0, 0.25, 1]), "'boxes': expected x1 <= x2 and y1 <= y2, found [0.5, 0.0,"),
-    "label above": (_at("seg_map", (0, 0), 12), "'seg_map': expected class ids 0..10, or 11 for void, found 12"),
-    "empty caption": ({"captions": CAPTIONS}, "'captions': expected text, found ' ' as caption 1 of 2"),
-    "no region": (
-        {"region_mask": np.zeros(4, bool)},
-        "'region_mask': expected at least one valid unit, found none of 4",
-    ),
-}
+CAPTIONS = ["a dog runs", " "]
+VALUES = (
+    (_at("regions", 0, (1, 2), np.nan), "'regions': expected finite values, found nan at [1, 2]"),
+    (_at("grid", 1, (0, 1), np.inf), "'grid': expected finite values, found inf at [0, 1]"),
+    (_at("boxes", 2, 2, [0, 0, 2, 1]), "'boxes': expected coordinates in 0..1, found [0.0, 0.0, 2.0, 1.0]"),
+    (_at("boxes", 3, 1, [0.5, 0, 0.25, 1]), "'boxes': expected x1 <= x2 and y1 <= y2, found [0.5, 0.0,"),
+    (_at("seg_map", 4, (0, 0), 12), "'seg_map': expected class ids 0..10, or 11 for void, found 12"),
+    ({"captions": CAPTIONS}, "'captions': expected text, found ' ' as caption 1 of 2"),
+    ({"region_mask": np.zeros(4, bool)}, "'region_mask': expected at least one valid unit, found none of 4"),
+)
 
 
 def _found(path, capsys):
     capsys.readouterr()
     assert verify.main([str(path)]) == 1
     out, err = capsys.readouterr()
-    return "\n".join(line for line in (out + err).splitlines() if line.startswith(("problem: ", "error: ")))
+    faults = [line for line in (out + err).splitlines() if line.startswith(("problem: ", "error: "))]
+    assert err or " more" in faults[-1] or out.endswith(f"not usable: {len(faults)} problems\n")
+    return "\n".join(faults)
 
 
-@pytest.mark.parametrize(("changes", "message"), VALUES.values(), ids=VALUES)
-def test_a_value_that_the_importer_refuses(changes, message, tmp_path, monkeypatch, capsys):
+def test_values_that_the_importer_refuses(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(schema, "check_record", lambda *args: None)
-    path = _write(tmp_path, **changes)
+    path = _write(tmp_path, {row: changes for row, (changes, _) in enumerate(VALUES)})
     monkeypatch.undo()
-    assert f"split 'test' row {BAD} (image 'image {10 + BAD}'): field {message}" in _found(path, capsys)
+    problems = _found(path, capsys).splitlines()
+    for row, ((_, message), problem) in enumerate(zip(VALUES, problems, strict=True)):
+        assert problem.startswith(f"problem: split 'test' row {row} (image 'image {10 + row}'): field {message}")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +68,7 @@ def test_a_value_that_the_importer_refuses(changes, message, tmp_path, monkeypat
 )
 def test_an_image_twice(image_id, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(schema, "check_new", lambda *args: None)
-    path = _write(tmp_path, image_id=image_id)
+    path = _write(tmp_path, {4: {"image_id": image_id}})
     assert message in _found(path, capsys)
 
 

@@ -149,12 +149,18 @@ def test_a_list_that_was_stored_as_text(name, tmp_path):
     assert (row.captions, row.numbers) == (("Two dogs", "[ a cat ]"), (5, 6))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for all examples of a property, each of which writes its files anew."""
+    return tmp_path_factory.mktemp("captions")
+
+
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(st.lists(TEXT, min_size=1, max_size=3), min_size=1, max_size=4))
 @example([NASTY[:3], NASTY[3:]])
-def test_as_many_captions_are_read_as_were_written(tmp_path_factory, name, sentences):
-    path = _write(tmp_path_factory.mktemp("captions") / name, FORMATS[name](sentences))
+def test_as_many_captions_are_read_as_were_written(folder, name, sentences):
+    path = _write(folder / name, FORMATS[name](sentences))
     expected = {f"{i}.jpg": [_spaced(text) for text in own] for i, own in enumerate(sentences)}
     texts = [text for own in sentences for text in own]
     if any(LIKE_A_LIST.match(text) for text in texts):
@@ -174,11 +180,10 @@ def test_as_many_captions_are_read_as_were_written(tmp_path_factory, name, sente
 @settings(max_examples=60)
 @given(st.lists(TEXT.filter(lambda text: "\n" not in text), min_size=1, max_size=6), st.sampled_from(["\n", "\r\n"]))
 @example(NASTY, "\r\n")
-def test_as_many_lines_of_the_scan_layout_are_read(tmp_path_factory, sentences, end):
-    src = tmp_path_factory.mktemp("scan")
-    _write(src / "x_caps.txt", "".join(text + end for text in sentences for _ in range(2)))
-    _write(src / "x_ids.txt", "".join(f"{i}\n" for i in range(len(sentences))))
-    split = from_scan.open_split(src, "x", need="ids")
+def test_as_many_lines_of_the_scan_layout_are_read(folder, sentences, end):
+    _write(folder / "x_caps.txt", "".join(text + end for text in sentences for _ in range(2)))
+    _write(folder / "x_ids.txt", "".join(f"{i}\n" for i in range(len(sentences))))
+    split = from_scan.open_split(folder, "x", need="ids")
     assert len(split.captions) == 2 * len(sentences) and split.captions_per_image == 2
     assert [_spaced(text) for text in split.captions[::2]] == [_spaced(text.lstrip("\ufeff")) for text in sentences]
 

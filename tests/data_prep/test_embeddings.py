@@ -8,6 +8,7 @@ from data_prep import from_embeddings, from_scan
 from shnet_jax.data.records import open_dataset
 from shnet_jax.modes.embed import embed
 from shnet_jax.retrieve.embeddings import open_embeddings
+from tests.data_prep.example import stored_records
 from tests.retrieve import gallery
 from tests.train import tiny
 
@@ -44,11 +45,6 @@ def _captions(path, images, ids=None, splits=None):
     return f"--captions={path}"
 
 
-def _records(tmp_path, split="train"):
-    dataset = open_dataset(tmp_path / "out")
-    return list(dataset.open_split(split, list(dataset.features)))
-
-
 def _check(record, made):
     images, texts = made
     np.testing.assert_array_equal(record["image_embedding"], images[record["image_id"]])
@@ -69,9 +65,9 @@ def test_splits_in_folders_of_their_own(tmp_path):
     both = _captions(tmp_path / "c.json", {"9.jpg": ["x", "y"], **IMAGES}, splits={"9.jpg": "test"})
     joined = f"--embeddings={tmp_path / 'test'},{tmp_path / 'train'}"
     assert from_embeddings.main([*flags, both, joined, "--overwrite"]) == 0
-    for record in _records(tmp_path):
+    for record in stored_records(tmp_path / "out", "train"):
         _check(record | {"captions": IMAGES[record["image_id"]]}, train)
-    _check(_records(tmp_path, "test")[0], test)
+    _check(stored_records(tmp_path / "out", "test")[0], test)
     made = [found["checkpoint"] for found in open_dataset(tmp_path / "out").metadata["embeddings"]]
     assert made == ["test", "train"]
 
@@ -100,7 +96,7 @@ def test_what_mode_embed_writes(known, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"images": entries[::-1]}))
     flags = [f"--captions={tmp_path / 'c.json'}", f"--embeddings={tmp_path / 'e'}", "--name=toy"]
     assert from_embeddings.main([*flags, f"--out={tmp_path / 'out'}"]) == 0
-    found = {record["image_id"]: record for record in _records(tmp_path, "test")}
+    found = {record["image_id"]: record for record in stored_records(tmp_path / "out", "test")}
     assert len(found) == tiny.SPLITS["test"]
     for row, name in enumerate(made.ids.image_ids):
         first, last = made.ids.first[row], made.ids.first[row + 1]
@@ -120,7 +116,7 @@ def test_captions_are_found_by_their_numbers(tmp_path):
     flag = _captions(tmp_path / "c.json", {"2": ["an owl"], "1": ["a cow", "a dog"]}, ids)
     flags = [flag, f"--embeddings={tmp_path / 'e'}", "--name=toy", f"--out={tmp_path / 'out'}"]
     assert from_embeddings.main(flags) == 0
-    second, first = _records(tmp_path)
+    second, first = stored_records(tmp_path / "out", "train")
     assert first["captions"] == ["a cow", "a dog"]
     _check(first | {"image_id": "1.jpg"}, made)
     _check(second | {"image_id": "2.jpg"}, made)
@@ -133,7 +129,7 @@ def test_beside_regions(tmp_path):
     (tmp_path / "dev_ids.txt").write_text("1\n")
     flags = [f"--src={tmp_path}", f"--embeddings={tmp_path / 'e'}", "--name=toy", f"--out={tmp_path / 'out'}"]
     assert from_scan.main(flags) == 0
-    (record,) = _records(tmp_path, "dev")
+    (record,) = stored_records(tmp_path / "out", "dev")
     assert record["regions"].shape == (3, 5)
     _check(record, made)
 

@@ -1,6 +1,5 @@
 """Feature files of the wild: each is read as its tool meant it, or refused or remarked on in one line."""
 
-import base64
 import json
 import pickle
 
@@ -12,34 +11,17 @@ import pytest
 from data_prep import from_bottom_up, from_grid_feats, from_hdf5, from_npz, from_vinvl, notes
 from data_prep.names import FileNames, Names
 from data_prep.schema import DataError
-from data_prep.sources import hdf5
+from data_prep.sources import row_ids
 from data_prep.sources.bottom_up import decode
-from data_prep.sources.hdf5 import Hdf5Features, read_index
+from data_prep.sources.hdf5 import Hdf5Features
 from data_prep.sources.lmdb_files import arrays_of, parse_value
+from data_prep.sources.row_ids import read_index
 from data_prep.sources.units import as_units
-from shnet_jax.data.records import open_dataset
+from tests.data_prep.example import FILES, NUMBERS, cell
 
-FILES = ("COCO_val2014_000000000042.jpg", "000000000139.jpg")
-NUMBERS = (42, 139)
 RNG = np.random.default_rng(0)
 REGIONS = RNG.normal(size=(2, 3, 64)).astype(np.float32)
 BOXES = np.array([[0, 0, 200, 100], [10, 20, 30, 40], [5, 5, 90, 60]], np.float32)
-
-
-@pytest.fixture
-def run(tmp_path, capsys):
-    """Imports with the flags given; -> the records or None, and what was said."""
-    rows = [f"{file},a caption,val" for file in FILES]
-    (tmp_path / "c.csv").write_text("\n".join(["image,caption,split", *rows]) + "\n")
-
-    def run(main, *flags):
-        given = [f"--captions={tmp_path / 'c.csv'}", "--name=toy", f"--out={tmp_path / 'out'}", "--overwrite"]
-        failed = main([*given, *flags])
-        dataset = None if failed else open_dataset(tmp_path / "out")
-        said = capsys.readouterr().err
-        return dataset and list(dataset.open_split("val", list(dataset.features))), said
-
-    return run
 
 
 def _npz(folder, names=NUMBERS, **arrays):
@@ -47,10 +29,6 @@ def _npz(folder, names=NUMBERS, **arrays):
     for i, name in enumerate(names):
         np.savez(folder / f"{name}.npz", **{"x": REGIONS[i]} | arrays)
     return f"--npz={folder}"
-
-
-def _cell(array):
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
 # ---------------------------------------------------------------------------------------------------------- whose file
@@ -205,12 +183,12 @@ def test_ids_of_variable_length(tmp_path, monkeypatch):
     for ids in (list(FILES), [["42"], ["139"]]):
         np.testing.assert_array_equal(Hdf5Features([write("a.h5", ids)]).read(FILES[1])["regions"], REGIONS[1])
     path = write("b.h5", ["é42", "x" * 99])
-    assert hdf5._texts(path, "image_id") == ["é42", "x" * 99]
-    monkeypatch.setattr(hdf5, "_MAX_SIDECAR", 50)
+    assert row_ids.texts_in_hdf5(path, "image_id") == ["é42", "x" * 99]
+    monkeypatch.setattr(row_ids, "MAX_BYTES", 50)
     with pytest.raises(DataError, match=r"b\.h5: image_id: .*: more than 50 letters; --hdf5_ids=FILE gives the ids"):
         Hdf5Features([path])
-    monkeypatch.setattr(hdf5, "_READ_TEXTS", "import time; time.sleep(600)")
-    monkeypatch.setattr(hdf5, "_PATIENCE", 0.2)
+    monkeypatch.setattr(row_ids, "_READ_TEXTS", "import time; time.sleep(600)")
+    monkeypatch.setattr(row_ids, "_PATIENCE", 0.2)
     with pytest.raises(DataError, match=r"no answer in 0\.2 seconds; --hdf5_ids=FILE"):
         Hdf5Features([path])
 
@@ -278,7 +256,7 @@ def test_base64_of_other_floats_is_refused(dtype, once):
     """Nothing but the width says it, which is half or twice: also of numbers that were of another type once."""
     array = np.maximum(NUMBERS_OF_FEATURES, 0).astype(once).astype(dtype)
     with pytest.raises(DataError, match=f"'features': expected float32, found what looks like {np.dtype(dtype)}"):
-        decode(_cell(array).encode(), np.float32, 4, "here", "features")
+        decode(cell(array).encode(), np.float32, 4, "here", "features")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +272,7 @@ def test_base64_of_other_floats_is_refused(dtype, once):
     ],
 )
 def test_base64_of_float32_is_read(array):
-    found = decode(_cell(array.astype(np.float32)).encode(), np.float32, 4, "here", "features")
+    found = decode(cell(array.astype(np.float32)).encode(), np.float32, 4, "here", "features")
     np.testing.assert_array_equal(found, array.astype(np.float32))
 
 
@@ -316,12 +294,12 @@ def test_old_pickles_are_called_so(protocol):
 def test_labels_of_regions_in_another_order(order, sizes, tmp_path, run):
     shares = BOXES / [200, 100, 200, 100]
     place = np.concatenate([shares, shares[:, 2:] - shares[:, :2]], 1)
-    cell = _cell(np.concatenate([np.ones((3, 2048)), place], 1).astype(np.float32))
+    features = cell(np.concatenate([np.ones((3, 2048)), place], 1).astype(np.float32))
     objects = [{"rect": BOXES[i].tolist(), "class": "dog", "conf": 0.5} for i in order]
     content = sizes | {"objects": objects} if sizes else objects
     start = "\ufeff"
-    features = [f"{number}\t{json.dumps({'num_boxes': '3', 'features': cell})}\n" for number in NUMBERS]
-    (tmp_path / "val.feature.tsv").write_text(start + "".join(features))
+    rows = [f"{number}\t{json.dumps({'num_boxes': '3', 'features': features})}\n" for number in NUMBERS]
+    (tmp_path / "val.feature.tsv").write_text(start + "".join(rows))
     (tmp_path / "val.label.tsv").write_text("".join(f"{number}\t{json.dumps(content)}\n" for number in NUMBERS))
     flags = [f"--vinvl={tmp_path / 'val.feature.tsv'}", f"--vinvl_labels={tmp_path / 'val.label.tsv'}"]
     records, said = run(from_vinvl.main, *flags)

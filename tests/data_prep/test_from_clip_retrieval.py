@@ -4,7 +4,7 @@ import pytest
 from pyarrow import parquet as pq
 
 from data_prep import from_clip_retrieval
-from shnet_jax.data.records import open_dataset
+from tests.data_prep.example import stored_records
 
 RNG = np.random.default_rng(0)
 
@@ -30,11 +30,6 @@ def run(tmp_path):
     )
 
 
-def _records(tmp_path, split="train"):
-    dataset = open_dataset(tmp_path / "out")
-    return list(dataset.open_split(split, list(dataset.features)))
-
-
 @pytest.mark.parametrize("digits", [1, 3])
 def test_shards_in_the_order_of_their_numbers(tmp_path, run, digits):
     made = {
@@ -44,7 +39,7 @@ def test_shards_in_the_order_of_their_numbers(tmp_path, run, digits):
         for number in (10, 2, 0)
     }
     assert run("--split=train") == 0
-    records = _records(tmp_path)
+    records = stored_records(tmp_path / "out", "train")
     assert [r["image_id"] for r in records] == [f"{n}/{i}" for n in (0, 2, 10) for i in range(3)]
     for record, (number, row) in zip(records, ((n, i) for n in (0, 2, 10) for i in range(3)), strict=True):
         assert record["captions"] == [f"dog {number} {row}"]
@@ -62,7 +57,7 @@ def test_captions_of_one_image_and_those_that_are_missing(tmp_path, run, capsys)
     _, more = _shard(src, "1", [("a/1.jpg", "four")], split=["train"])
     np.save(src / "img_emb" / "img_emb_1.npy", (images[:1] * 1.001).astype(np.float16))
     assert run() == 0
-    (first,), (other,) = _records(tmp_path), _records(tmp_path, "test")
+    (first,), (other,) = stored_records(tmp_path / "out", "train"), stored_records(tmp_path / "out", "test")
     assert (first["image_id"], first["captions"]) == ("1.jpg", ["one", "three", "four"])
     np.testing.assert_array_equal(first["caption_embeddings"], [texts[0], texts[2], more[0]])
     np.testing.assert_array_equal(first["image_embedding"], images[0])
@@ -78,8 +73,8 @@ def test_lists_of_splits_and_no_vectors_of_captions(tmp_path, run, capsys):
     (tmp_path / "train.txt").write_text("3.jpg\n0.jpg\n")
     (tmp_path / "val.txt").write_text("1.jpg\n")
     assert run(f"--split_lists=train={tmp_path / 'train.txt'},val={tmp_path / 'val.txt'}") == 0
-    assert [r["image_id"] for r in _records(tmp_path)] == ["0.jpg", "3.jpg"]
-    assert "caption_embeddings" not in _records(tmp_path, "val")[0]
+    assert [r["image_id"] for r in stored_records(tmp_path / "out", "train")] == ["0.jpg", "3.jpg"]
+    assert "caption_embeddings" not in stored_records(tmp_path / "out", "val")[0]
     assert "left out 1: 1 in no split list, such as '2.jpg'" in capsys.readouterr().err
 
 

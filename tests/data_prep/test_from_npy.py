@@ -6,6 +6,7 @@ from data_prep.schema import DataError
 from data_prep.sources import units
 from shnet_jax.data.records import open_dataset
 from shnet_jax.observe import progress
+from tests.data_prep.example import stored_records
 
 IDS = ["391895.jpg", "522418.jpg"]
 
@@ -29,8 +30,7 @@ def _features(tmp_path, *arrays):
 
 def _records(src, features, field, out, **options):
     path = from_npy.import_npy(src, features, field, "toy", out, **{"feature_dtype": None} | options)
-    dataset = open_dataset(path)
-    return list(dataset.open_split("test", list(dataset.features)))
+    return stored_records(path, "test")
 
 
 @pytest.mark.parametrize("field", ["grid", "regions"])

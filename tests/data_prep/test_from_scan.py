@@ -10,6 +10,7 @@ from data_prep import from_scan
 from data_prep.schema import DataError
 from shnet_jax.data.records import find_dataset, open_dataset
 from shnet_jax.observe import progress
+from tests.data_prep.example import altered, line, put
 
 IMAGES, PER = 5, 5
 
@@ -50,6 +51,10 @@ def src(tmp_path):
 
 def _lines(path: Path, lines):
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _written(name, lines):
+    return lambda src: _lines(src / name, lines)
 
 
 def _load(src, split):
@@ -161,78 +166,45 @@ def test_five_different_rows_are_not_five_captions_of_one_image(src, tmp_path):
         from_scan.import_scan(src, "toy", tmp_path, splits=["dev"])
 
 
-def _spoil_nan(src):
-    array = np.load(src / "dev_ims.npy")
-    array[3, 1, 2] = np.nan
-    np.save(src / "dev_ims.npy", array)
-
-
-def _spoil_overflow(src):
-    np.save(src / "dev_ims.npy", np.load(src / "dev_ims.npy") * 1e6)
-
-
-def _spoil_rows(src):
-    np.save(src / "dev_grids.npy", np.load(src / "dev_grids.npy")[:4])
-
-
-def _spoil_line(src):
-    path = src / "dev_caps.txt"
-    _lines(path, ["" if i == 6 else line for i, line in enumerate(path.read_text().splitlines())])
-
-
-def _spoil_count(src):
-    _lines(src / "dev_caps.txt", (src / "dev_caps.txt").read_text().splitlines()[:-1])
-
-
-def _spoil_label(src):
-    array = np.load(src / "dev_seg_maps.npy")
-    array[2, 1, 1] = 12
-    np.save(src / "dev_seg_maps.npy", array)
-
-
-def _spoil_onehot(src):
-    np.save(src / "dev_cat_onehots.npy", np.load(src / "dev_cat_onehots.npy") * 0.5)
-
-
-def _spoil_pickle(src):
-    np.save(src / "dev_ims.npy", np.array([{"regions": 1}] * IMAGES, object), allow_pickle=True)
-
-
-def _spoil_duplicate(src):
-    _lines(src / "dev_ids.txt", ["a", "b", "a", "c", "d"])
-
-
-def _spoil_ids(src):
-    _lines(src / "dev_ids.txt", [f"dev{i // PER if i != 7 else 'x'}" for i in range(IMAGES * PER)])
-
-
-def _spoil_classes(src):
-    _lines(src / "categories.txt", ["cat", "dog"])
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (
-            _spoil_nan,
+            put("dev_ims.npy", np.nan, 3, 1, 2),
             r"row 3 \(image 'dev3\.jpg'\), dev_ims\.npy: field 'regions': expected finite .*nan at \[1, 2\]",
         ),
-        (_spoil_overflow, r"row 0 .*dev_ims\.npy: field 'regions': expected values that fit float16"),
-        (_spoil_rows, r"split 'dev': expected as many captions for each image, found 25 for 4 images"),
-        (_spoil_line, r"dev_caps\.txt line 7: expected text"),
-        (_spoil_count, r"24 for 5 images"),
         (
-            _spoil_label,
+            altered("dev_ims.npy", lambda a: a * 1e6),
+            r"row 0 .*dev_ims\.npy: field 'regions': expected values that fit float16",
+        ),
+        (
+            altered("dev_grids.npy", lambda a: a[:4]),
+            r"split 'dev': expected as many captions for each image, found 25 for 4 images",
+        ),
+        (line("dev_caps.txt", 7, b""), r"dev_caps\.txt line 7: expected text, found an empty line"),
+        (line("dev_caps.txt", 7, b"a caf\xe9"), r"line 7: expected visible UTF-8 text, found 'a caf\\udce9'"),
+        (_written("dev_caps.txt", ["a dog"] * (IMAGES * PER - 1)), r"24 for 5 images"),
+        (
+            put("dev_seg_maps.npy", 12, 2, 1, 1),
             r"row 2 .*dev_seg_maps\.npy: field 'seg_map': expected class ids 0\.\.10, or 11 .*found 12",
         ),
-        (_spoil_onehot, r"dev_cat_onehots\.npy: field 'categories': expected whole values"),
-        (_spoil_pickle, r"dev_ims\.npy: expected a \.npy array of numbers"),
         (
-            _spoil_duplicate,
+            altered("dev_cat_onehots.npy", lambda a: a * 0.5),
+            r"dev_cat_onehots\.npy: field 'categories': expected whole values",
+        ),
+        (
+            altered("dev_ims.npy", lambda a: np.array([{"regions": 1}] * IMAGES, object)),
+            r"dev_ims\.npy: expected a \.npy array of numbers",
+        ),
+        (
+            _written("dev_ids.txt", ["a", "b", "a", "c", "d"]),
             r"row 2 \(image 'a'\), dev_ids\.txt: field 'image_id': expected a new id, found that of row 0",
         ),
-        (_spoil_ids, r"dev_ids\.txt line 8: expected 'dev1' as in the lines before, found 'devx'"),
-        (_spoil_classes, r"categories\.txt: expected 11 classes"),
+        (
+            _written("dev_ids.txt", [f"dev{i // PER if i != 7 else 'x'}" for i in range(IMAGES * PER)]),
+            r"dev_ids\.txt line 8: expected 'dev1' as in the lines before, found 'devx'",
+        ),
+        (_written("categories.txt", ["cat", "dog"]), r"categories\.txt: expected 11 classes"),
     ],
 )
 def test_an_error_names_file_row_and_field(src, tmp_path, spoil, message):

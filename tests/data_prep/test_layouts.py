@@ -1,21 +1,14 @@
 """Where the channels, corners and columns of untrusted arrays are: the true value, or one error that names the flag."""
 
-import base64
-
 import numpy as np
 import pytest
 
 from data_prep import from_bottom_up, from_grid_feats, from_npy, from_scan, from_upsnet, verify
 from data_prep.schema import DataError
 from data_prep.sources import boxes, units
-from shnet_jax.data.records import open_dataset
+from tests.data_prep.example import cell, stored_records
 
 RNG = np.random.default_rng(0)
-
-
-def _records(out):
-    dataset = open_dataset(out)
-    return list(dataset.open_split("val", list(dataset.features)))
 
 
 # ------------------------------------------------------------------------------------------------------------ channels
@@ -49,7 +42,7 @@ def test_the_same_units_of_every_layout(array, layout):
 
 @pytest.mark.parametrize("shape", [(2048, 1, 1), (1, 2048, 1, 1), (1, 1, 2048), (1, 1, 1, 2048)])
 def test_one_pooled_vector_is_one_unit(shape):
-    assert units.as_units(np.zeros(shape), "here").shape == (1, 2048)
+    assert units.as_units(np.zeros(shape, np.int8), "here").shape == (1, 2048)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +55,9 @@ def test_one_pooled_vector_is_one_unit(shape):
 )
 def test_a_layout_that_is_not_clear_is_refused(shape):
     with pytest.raises(DataError, match=r"^here: expected .*--layout=hwc .*--layout=chw .*found \["):
-        units.as_units(np.zeros(shape), "here")
+        units.as_units(np.zeros(shape, np.int8), "here")
     for layout in units.LAYOUTS:
-        units.as_units(np.zeros(shape), "here", None, layout)
+        units.as_units(np.zeros(shape, np.int8), "here", None, layout)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +69,7 @@ def test_a_layout_that_is_not_clear_is_refused(shape):
     ],
 )
 def test_clear_layouts_need_no_flag(shape, found):
-    assert units.as_units(np.zeros(shape), "here").shape == found
+    assert units.as_units(np.zeros(shape, np.int8), "here").shape == found
 
 
 def test_pooling_of_channels_last():
@@ -108,7 +101,9 @@ def test_every_importer_of_maps_has_the_flag(importer, tmp_path, src, capsys):
     error = capsys.readouterr().err
     assert "looks like [h, w, D]; --layout=hwc says channels last" in error and ".npy" in error
     assert main([*flags, "--layout=hwc"]) == 0
-    np.testing.assert_array_equal([record["grid"] for record in _records(tmp_path / "out")], arrays.reshape(2, 24, 32))
+    np.testing.assert_array_equal(
+        [record["grid"] for record in stored_records(tmp_path / "out")], arrays.reshape(2, 24, 32)
+    )
 
 
 @pytest.mark.parametrize(("name", "field"), [("val_ims.npy", "regions"), ("val_grids.npy", "grid")])
@@ -119,7 +114,9 @@ def test_transposed_arrays_of_a_split(name, field, tmp_path, src, capsys):
     error = capsys.readouterr().err
     assert f"{name}: expected [units, D], this may be [D, units]; --layout=" in error and "found [64, 9]" in error
     assert from_scan.main([*src, "--layout=chw"]) == 0
-    np.testing.assert_array_equal([record[field] for record in _records(tmp_path / "out")], array.transpose(0, 2, 1))
+    np.testing.assert_array_equal(
+        [record[field] for record in stored_records(tmp_path / "out")], array.transpose(0, 2, 1)
+    )
 
 
 def test_a_flag_without_features_to_read(tmp_path, src, capsys):
@@ -225,25 +222,24 @@ def test_sizes_that_are_none(name, text, match, tmp_path):
 # ------------------------------------------------------------------------------------------- columns of bottom-up files
 
 
-def _cell(array):
-    return base64.b64encode(np.asarray(array, np.float32).tobytes()).decode()
-
-
 def _cells(image_id, features, text=str):
     return {
         **{"image_id": image_id, "image_w": "200", "image_h": "100", "num_boxes": "3"},
-        **{"boxes": text(_cell(SHARES * np.tile(SIZE, 2))), "features": text(_cell(features))},
+        **{"boxes": text(cell(np.float32(SHARES * np.tile(SIZE, 2)))), "features": text(cell(np.float32(features)))},
     }
 
 
-def _read(tmp_path, text, capsys, status=0):
-    (tmp_path / "a.tsv").write_bytes(text.encode())
+@pytest.fixture
+def read(tmp_path, run):
+    """Imports lines of bottom-up attention; -> the records or None, and what is printed."""
     (tmp_path / "c.csv").write_text("image,caption,split\n007.jpg,a dog,val\n8.jpg,a cat,val\n")
-    flags = [f"--bottom_up={tmp_path / 'a.tsv'}", f"--captions={tmp_path / 'c.csv'}", "--name=toy"]
-    out = from_bottom_up.main([*flags, f"--out={tmp_path / 'out'}", "--feature_dtype=float32"])
-    error = capsys.readouterr().err
-    assert out == status, error
-    return error
+
+    def read(text):
+        (tmp_path / "a.tsv").write_bytes(text if isinstance(text, bytes) else text.encode())
+        flags = [f"--bottom_up={tmp_path / 'a.tsv'}", f"--captions={tmp_path / 'c.csv'}", "--feature_dtype=float32"]
+        return run(from_bottom_up.main, *flags)
+
+    return read
 
 
 FEATURES = {"7": np.full((3, 4), 7), "8": np.full((3, 4), 8)}
@@ -256,21 +252,20 @@ HEADERS = [
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("header", HEADERS)
-def test_a_header_says_which_column_is_which(header, end, tmp_path, capsys):
+def test_a_header_says_which_column_is_which(header, end, read):
     rows = [header, *([_cells(number, FEATURES[number])[name] for name in header] for number in "78")]
     text = end.join("\t".join(row) for row in rows)  # the last line has no end
-    _read(tmp_path, "\ufeff" + text, capsys)
-    for record, number in zip(_records(tmp_path / "out"), "78", strict=True):
+    for record, number in zip(read("\ufeff" + text)[0], "78", strict=True):
         np.testing.assert_array_equal(record["regions"], FEATURES[number])
         np.testing.assert_allclose(record["boxes"], SHARES, atol=1e-6)
 
 
-def test_each_header_of_files_in_a_row_counts(tmp_path, capsys):
+def test_each_header_of_files_in_a_row_counts(read):
     rows = []
     for header, number in zip(HEADERS[1:], "78", strict=True):
         rows += [header, [_cells(number, FEATURES[number])[name] for name in header]]
-    _read(tmp_path, "\n".join("\t".join(row) for row in rows) + "\n", capsys)
-    np.testing.assert_allclose([record["boxes"] for record in _records(tmp_path / "out")], [SHARES] * 2, atol=1e-6)
+    records, _ = read("\n".join("\t".join(row) for row in rows) + "\n")
+    np.testing.assert_allclose([record["boxes"] for record in records], [SHARES] * 2, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -282,24 +277,26 @@ def test_each_header_of_files_in_a_row_counts(tmp_path, capsys):
         ("image_id\timage_w\timage_h\timg_h\tnum_boxes\tboxes\tfeatures", "found not one column image_h or img_h"),
     ],
 )
-def test_a_header_that_is_not_known_is_refused_by_name(header, match, tmp_path, capsys):
+def test_a_header_that_is_not_known_is_refused_by_name(header, match, read):
     row = "\t".join(_cells("7", FEATURES["7"]).values())
-    assert match in _read(tmp_path, f"{header}\n{row}\n", capsys, status=1)
+    records, error = read(f"{header}\n{row}\n")
+    assert records is None and match in error
 
 
-def test_the_whole_one_of_two_lines_of_an_image(tmp_path, capsys):
+def test_the_whole_one_of_two_lines_of_an_image(read):
     whole = ["\t".join(_cells(number, FEATURES[number]).values()) for number in "78"]
     later = "\t".join(_cells("8", FEATURES["7"]).values())
-    error = _read(tmp_path, "\n".join([whole[0][:90], *whole, later]) + "\n", capsys)
+    records, error = read("\n".join([whole[0][:90], *whole, later]) + "\n")
     assert "2 images have more than one line, such as '7'; the first whole one of each is taken" in error
-    assert "image '007.jpg': its line at byte 91 is taken, not the broken one" in error and "image '8.jpg'" not in error
-    assert [record["regions"][0, 0] for record in _records(tmp_path / "out")] == [7, 8]
+    assert (
+        "image '007.jpg': its line at byte 91 is taken, not the broken line" in error and "image '8.jpg'" not in error
+    )
+    assert [record["regions"][0, 0] for record in records] == [7, 8]
 
 
-def test_cells_as_python_writes_bytes(tmp_path, capsys):
+def test_cells_as_python_writes_bytes(read):
     rows = ["\t".join(_cells(number, FEATURES[number], lambda cell: f"b'{cell}'").values()) for number in "78"]
-    _read(tmp_path, "\n".join(rows), capsys)
-    assert [record["regions"][0, 0] for record in _records(tmp_path / "out")] == [7, 8]
+    assert [record["regions"][0, 0] for record in read("\n".join(rows))[0]] == [7, 8]
 
 
 @pytest.mark.parametrize(
@@ -310,9 +307,6 @@ def test_cells_as_python_writes_bytes(tmp_path, capsys):
         (b"version https://git-lfs.github.com/spec/v1", "git-LFS"),
     ],
 )
-def test_a_file_of_another_kind_is_named(start, what, tmp_path, capsys):
-    (tmp_path / "a.tsv").write_bytes(start + b"\n")
-    (tmp_path / "c.csv").write_text("image,caption,split\n7.jpg,a,val\n")
-    flags = [f"--bottom_up={tmp_path / 'a.tsv'}", f"--captions={tmp_path / 'c.csv'}", "--name=toy", f"--out={tmp_path}"]
-    assert from_bottom_up.main(flags) == 1
-    assert what in capsys.readouterr().err
+def test_a_file_of_another_kind_is_named(start, what, read):
+    records, error = read(start + b"\n")
+    assert records is None and what in error

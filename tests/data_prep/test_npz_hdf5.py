@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import subprocess
 import sys
 import tracemalloc
 from functools import partial
@@ -13,15 +12,15 @@ import pytest
 
 from data_prep import from_hdf5, from_npz
 from data_prep.schema import DataError
+from data_prep.sources import npz
 from data_prep.sources.detections import Reading
-from data_prep.sources.hdf5 import Hdf5Features, read_index
+from data_prep.sources.hdf5 import Hdf5Features
 from data_prep.sources.npz import NpzFiles
+from data_prep.sources.row_ids import read_index
 from data_prep.sources.units import UnitFiles
-from shnet_jax.data.records import open_dataset
 from shnet_jax.untrusted import MAX_IMAGE_BYTES
+from tests.data_prep.example import FILES, NUMBERS
 
-FILES = ["COCO_val2014_000000000042.jpg", "000000000139.jpg"]
-NUMBERS = [42, 139]
 SIZES = [(200, 100), (90, 120)]  # width and height
 COUNTS = (3, 3)
 RNG = np.random.default_rng(0)
@@ -34,26 +33,20 @@ GRIDS = RNG.normal(size=(2, 9, 16)).astype(np.float32)
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
-    """Imports with the flags given; -> the records, or the error."""
-    lines = [f"{file},a caption,val" for file in FILES]
-    (tmp_path / "c.csv").write_text("\n".join(["image,caption,split", *lines]) + "\n")
+def run(run, tmp_path):
+    """As in conftest.py, in float32; -> the records, or what is printed."""
     (tmp_path / "sizes.json").write_text(json.dumps({str(n): size for n, size in zip(NUMBERS, SIZES, strict=True)}))
 
-    def run(main, *flags):
-        out = tmp_path / "out"
-        given = [f"--captions={tmp_path / 'c.csv'}", "--name=toy", f"--out={out}", "--overwrite"]
-        if main([*given, "--feature_dtype=float32", *flags]):
-            return capsys.readouterr().err
-        dataset = open_dataset(out)
-        return list(dataset.open_split("val", list(dataset.features)))
+    def run_in_float32(main, *flags):
+        records, printed = run(main, "--feature_dtype=float32", *flags)
+        return printed if records is None else records
 
-    return run
+    return run_in_float32
 
 
 def _check(records, *, boxes=True, regions=REGIONS, grids=None):
     assert not isinstance(records, str), records
-    assert [record["image_id"] for record in records] == FILES
+    assert [record["image_id"] for record in records] == [*FILES]
     for i, record in enumerate(records):
         if regions is not None:
             np.testing.assert_array_equal(record["regions"], regions[i])
@@ -195,21 +188,23 @@ def _peak(read, *arguments):
         tracemalloc.stop()
 
 
-def test_a_bomb_of_an_npz_is_not_unpacked(tmp_path):
+def test_a_bomb_of_an_npz_is_not_unpacked(tmp_path, monkeypatch):
+    assert npz.MAX_IMAGE_BYTES == MAX_IMAGE_BYTES
+    monkeypatch.setattr(npz, "MAX_IMAGE_BYTES", most := MAX_IMAGE_BYTES // 16)
     (tmp_path / "f").mkdir()
-    np.savez_compressed(tmp_path / "f" / "42.npz", x=np.zeros((MAX_IMAGE_BYTES // 8 // 4, 4)), y=np.zeros(10))
-    assert (tmp_path / "f" / "42.npz").stat().st_size < 10**6
+    np.savez_compressed(tmp_path / "f" / "42.npz", x=np.zeros((most // 8 // 4, 4)), y=np.zeros(10))
+    assert (tmp_path / "f" / "42.npz").stat().st_size < 10**5
     assert _peak(NpzFiles(tmp_path / "f").read, "42") < 10**6
-    np.savez_compressed(tmp_path / "f" / "42.npz", x=np.zeros((100, 4)), y=np.zeros(MAX_IMAGE_BYTES))
+    np.savez_compressed(tmp_path / "f" / "42.npz", x=np.zeros((100, 4)), y=np.zeros(most))
     assert NpzFiles(tmp_path / "f").read("42")["regions"].shape == (100, 4)  # nor is what nobody asked for
 
 
 def test_an_npz_whose_directory_lies_about_a_size(tmp_path):
-    """The directory says 1000 bytes, the stream has a million: it is not unpacked further."""
+    """The directory says 1000 bytes, the stream has three million: it is not unpacked further."""
     (tmp_path / "f").mkdir()
     path = tmp_path / "f" / "42.npz"
-    np.savez_compressed(path, x=np.zeros((10**6, 4)))
-    size = np.uint32(4 * 8 * 10**6 + 128).tobytes()
+    np.savez_compressed(path, x=np.zeros((10**5, 4)))
+    size = np.uint32(4 * 8 * 10**5 + 128).tobytes()
     assert path.read_bytes().count(size) >= 1
     path.write_bytes(path.read_bytes().replace(size, np.uint32(1000).tobytes()))
     tracemalloc.start()
@@ -494,9 +489,7 @@ def test_an_open_source_can_be_sent_to_another_process(tmp_path):
     np.testing.assert_array_equal(pickle.loads(sent).read("42")["regions"][:3], REGIONS[0])
 
 
-def test_without_h5py_the_extra_is_named(tmp_path):
-    code = "import sys; sys.modules['h5py'] = None; from data_prep import from_hdf5 as f; exit(f.main(sys.argv[1:]))"
-    (tmp_path / "c.csv").write_text("image,caption,split\n1.jpg,a,val\n")
-    flags = [f"--hdf5={tmp_path}", f"--captions={tmp_path / 'c.csv'}", "--name=toy", f"--out={tmp_path}"]
-    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
-    assert done.returncode == 1 and "reading HDF5 needs h5py: pip install -e '.[hdf5]'" in done.stderr
+def test_without_h5py_the_extra_is_named(tmp_path, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    monkeypatch.delitem(sys.modules, "data_prep.sources.hdf5")
+    assert "reading HDF5 needs h5py: pip install -e '.[hdf5]'" in run(from_hdf5.main, f"--hdf5={tmp_path}")

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from data_prep import schema
 from data_prep.schema import DataError
+from shnet_jax.data.schema import FIELDS, MASKS, VISUAL_FIELDS, batch_lines, markdown_table
 from tests.data_prep.example import record
 
 
@@ -145,3 +148,11 @@ def test_a_field_that_the_first_record_lacks():
     first = schema.signature(record(identity=None))
     with pytest.raises(DataError, match="'identity': expected only the first record's fields"):
         schema.check_like(record(), first, "row 1")
+
+
+def test_what_is_made_of_the_schema_is_up_to_date():
+    """The table in docs/data.md and the fields of a batch in types.py are copies of what `data.schema` prints."""
+    root = Path(schema.__file__).parents[1]
+    assert f"\n\n{markdown_table()}\n\n" in (root / "docs" / "data.md").read_text("utf-8")
+    assert f"\n{batch_lines()}\n" in (root / "shnet_jax" / "types.py").read_text("utf-8")
+    assert {*VISUAL_FIELDS, *MASKS, *MASKS.values()} <= {*FIELDS}

@@ -1,4 +1,3 @@
-import base64
 import json
 
 import numpy as np
@@ -16,28 +15,10 @@ from data_prep import (
     label_maps,
 )
 from shnet_jax.data.records import open_dataset
+from tests.data_prep.example import FILES, NUMBERS, cell, stored_records
 from tests.interop import torch_writer
 
-FILES = ["COCO_val2014_000000000042.jpg", "000000000139.jpg"]
-NUMBERS = ["42", "139"]
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture
-def flags(tmp_path):
-    """The flags of every importer; captions of the two images."""
-    lines = [f"{file},a caption {n},val" for file in FILES for n in range(3)]
-    (tmp_path / "captions.csv").write_text("\n".join(["image,caption,split", *lines]) + "\n")
-    return [f"--captions={tmp_path / 'captions.csv'}", "--name=toy", f"--out={tmp_path / 'out'}"]
-
-
-def _records(tmp_path):
-    dataset = open_dataset(tmp_path / "out")
-    return list(dataset.open_split("val", list(dataset.features)))
-
-
-def _cell(array):
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
 def _write_tsv(path, counts=(3, 3), extra=False):
@@ -50,29 +31,29 @@ def _write_tsv(path, counts=(3, 3), extra=False):
         boxes = (unit * [200, 100, 200, 100]).astype(np.float32)
         if extra:  # LXMERT's columns
             ids, sure = np.arange(len(unit)), np.linspace(0.5, 1, len(unit), dtype=np.float32)
-            cells = [number, "100", "200", _cell(ids), _cell(sure), _cell(ids), _cell(sure)]
+            cells = [str(number), "100", "200", cell(ids), cell(sure), cell(ids), cell(sure)]
         else:
-            cells = [number, "200", "100"]
-        lines.append("\t".join([*cells, str(len(unit)), _cell(boxes), _cell(features)]))
+            cells = [str(number), "200", "100"]
+        lines.append("\t".join([*cells, str(len(unit)), cell(boxes), cell(features)]))
     path.write_text(
         "\n".join(reversed(lines)) + "\n" + lines[0][:100]
     )  # another order; a line cut off, of a known image
     return arrays
 
 
-def test_bottom_up(tmp_path, flags):
+def test_bottom_up(tmp_path, run):
     arrays = _write_tsv(tmp_path / "a.tsv")
-    assert from_bottom_up.main([*flags, f"--bottom_up={tmp_path / 'a.tsv'}", "--feature_dtype=float32"]) == 0
-    for record, file, (features, boxes) in zip(_records(tmp_path), FILES, arrays, strict=True):
+    records, _ = run(from_bottom_up.main, f"--bottom_up={tmp_path / 'a.tsv'}", "--feature_dtype=float32")
+    for record, file, (features, boxes) in zip(records, FILES, arrays, strict=True):
         assert record["image_id"] == file and len(record["captions"]) == 3
         np.testing.assert_array_equal(record["regions"], features)
         np.testing.assert_allclose(record["boxes"], boxes, atol=1e-6)
 
 
-def test_adaptive_bottom_up_with_classes(tmp_path, flags):
+def test_adaptive_bottom_up_with_classes(tmp_path, run):
     arrays = _write_tsv(tmp_path / "a.tsv", counts=(2, 4), extra=True)
-    assert from_bottom_up.main([*flags, f"--bottom_up={tmp_path / 'a.tsv'}", "--max_regions=5"]) == 0
-    for record, (features, boxes) in zip(_records(tmp_path), arrays, strict=True):
+    records, _ = run(from_bottom_up.main, f"--bottom_up={tmp_path / 'a.tsv'}", "--max_regions=5")
+    for record, (features, boxes) in zip(records, arrays, strict=True):
         count = len(features)
         assert record["region_mask"].tolist() == [True] * count + [False] * (5 - count)
         np.testing.assert_array_equal(record["regions"][:count], features.astype(np.float16))
@@ -84,8 +65,8 @@ def test_adaptive_bottom_up_with_classes(tmp_path, flags):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("42\t200\t100\t3\t!!\t" + _cell(np.zeros((3, 4), np.float32)), "column 'boxes': expected base64"),
-        ("42\t200\t100\t3\t" + "\t".join([_cell(np.zeros((3, 4), np.float32))] * 1 + ["AAAA"]), "column 'features'"),
+        ("42\t200\t100\t3\t!!\t" + cell(np.zeros((3, 4), np.float32)), "column 'boxes': expected base64"),
+        ("42\t200\t100\t3\t" + "\t".join([cell(np.zeros((3, 4), np.float32))] * 1 + ["AAAA"]), "column 'features'"),
         ("42\t200\t100\t3", "expected 6 or 10 columns, found 4"),
         ("42\t200\tx\t3\ta\tb", "expected whole pixels"),
         ("42\t200\t100\t" + "9" * 5000 + "\ta\tb", "expected an image and boxes, found 200 x 100 with 9"),
@@ -95,10 +76,10 @@ def test_adaptive_bottom_up_with_classes(tmp_path, flags):
         ),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, flags, line, message, capsys):
+def test_a_bad_line_is_named(tmp_path, run, line, message):
     (tmp_path / "a.tsv").write_text(line + "\n")
-    assert from_bottom_up.main([*flags, f"--bottom_up={tmp_path / 'a.tsv'}"]) == 1
-    error = capsys.readouterr().err
+    records, error = run(from_bottom_up.main, f"--bottom_up={tmp_path / 'a.tsv'}")
+    assert records is None
     assert message in error and "a.tsv" in error
 
 
@@ -109,11 +90,11 @@ def _write_panoptic(folder):
     annotations = []
     for number in NUMBERS:
         segments = np.zeros((20, 30), np.int64)
-        segments[2:9], segments[9:] = 300, 70000 + int(number)
+        segments[2:9], segments[9:] = 300, 70000 + number
         colors = np.stack([segments % 256, segments // 256 % 256, segments // 65536], -1).astype(np.uint8)
-        Image.fromarray(colors).save(folder / f"{int(number):012}.png")
-        listed = [{"id": 300, "category_id": 18}, {"id": 70000 + int(number), "category_id": 193}]
-        annotations.append({"image_id": int(number), "file_name": f"{int(number):012}.png", "segments_info": listed})
+        Image.fromarray(colors).save(folder / f"{number:012}.png")
+        listed = [{"id": 300, "category_id": 18}, {"id": 70000 + number, "category_id": 193}]
+        annotations.append({"image_id": number, "file_name": f"{number:012}.png", "segments_info": listed})
         labels = np.full((20, 30), 255, np.uint8)
         labels[2:9] = coco_panoptic.NAMES.index("dog")
         labels[9:] = coco_panoptic.NAMES.index("grass-merged")
@@ -130,16 +111,16 @@ def _check_segmentation(record, labels):
     np.testing.assert_array_equal(record["seg_map"], np.where(expected["seg_map"] == 255, 133, expected["seg_map"]))
 
 
-def test_panoptic_png_and_json(tmp_path, flags):
+def test_panoptic_png_and_json(tmp_path, run):
     path, maps = _write_panoptic(tmp_path / "panoptic_val")
-    assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 0
-    for record, labels in zip(_records(tmp_path), maps, strict=True):
+    records, _ = run(from_panoptic.main, f"--panoptic={path}")
+    for record, labels in zip(records, maps, strict=True):
         _check_segmentation(record, labels)
     assert open_dataset(tmp_path / "out").metadata["class_names"][16] == "dog"
 
 
 @pytest.mark.parametrize("kind", ["pan_2ch", "ssegs"])
-def test_upsnet_label_maps(tmp_path, flags, kind):
+def test_upsnet_label_maps(tmp_path, run, kind):
     _, maps = _write_panoptic(tmp_path / "panoptic_val")
     folder = tmp_path / kind
     folder.mkdir()
@@ -148,22 +129,24 @@ def test_upsnet_label_maps(tmp_path, flags, kind):
         pixels = np.vectorize(of_class.get)(labels).astype(np.uint8)
         if kind == "pan_2ch":
             pixels = np.stack([pixels, np.ones_like(pixels), np.zeros_like(pixels)], -1)
-        name = f"{int(number):012}" + (".jpg.png" if kind == "ssegs" else ".png")
+        name = f"{number:012}" + (".jpg.png" if kind == "ssegs" else ".png")
         Image.fromarray(pixels).save(folder / name)
-    assert from_upsnet.main([*flags, f"--upsnet={folder}"]) == 0
-    for record, labels in zip(_records(tmp_path), maps, strict=True):
+    records, _ = run(from_upsnet.main, f"--upsnet={folder}")
+    for record, labels in zip(records, maps, strict=True):
         _check_segmentation(record, labels)
 
 
-def test_a_coloured_picture_is_no_label_map(tmp_path, flags, capsys):
+def test_a_coloured_picture_is_no_label_map(tmp_path, run):
     (tmp_path / "ssegs").mkdir()
     for number in NUMBERS:
-        Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "ssegs" / f"{int(number):012}.png")
-    assert from_upsnet.main([*flags, f"--upsnet={tmp_path / 'ssegs'}"]) == 1
-    assert ".png: expected grey, or class, instance and 0 as in pan_2ch, found colours" in capsys.readouterr().err
+        Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "ssegs" / f"{number:012}.png")
+    assert (
+        ".png: expected grey, or class, instance and 0 as in pan_2ch, found colours"
+        in run(from_upsnet.main, f"--upsnet={tmp_path / 'ssegs'}")[1]
+    )
 
 
-def test_three_parts_of_one_record(tmp_path, flags):
+def test_three_parts_of_one_record(tmp_path, run):
     arrays = _write_tsv(tmp_path / "a.tsv")
     path, maps = _write_panoptic(tmp_path / "panoptic_val")
     grids = tmp_path / "grids"
@@ -172,8 +155,8 @@ def test_three_parts_of_one_record(tmp_path, flags):
     for number, array in zip(NUMBERS, cells, strict=True):
         np.save(grids / f"{number}.npy", array)
     parts = [f"--bottom_up={tmp_path / 'a.tsv'}", f"--panoptic={path}", f"--grids={grids}", "--pool_grids=2"]
-    assert from_grid_feats.main([*flags, *parts]) == 0
-    for place, record in enumerate(_records(tmp_path)):
+    records, _ = run(from_grid_feats.main, *parts)
+    for place, record in enumerate(records):
         np.testing.assert_array_equal(record["regions"], arrays[place][0].astype(np.float16))
         _check_segmentation(record, maps[place])
         quarters = cells[place, 0].reshape(5, 2, 3, 2, 4).mean((2, 4)).reshape(5, 4).T
@@ -196,7 +179,7 @@ def test_a_segmentation_joins_a_folder_in_the_scan_layout(tmp_path, importer, ca
     assert "row 1 (image '7')" in capsys.readouterr().err
     assert main([*flags, "--absent=skip"]) == 0
     assert "left out 1 images that a source lacks: 7\n" in capsys.readouterr().err
-    records = _records(tmp_path)
+    records = stored_records(tmp_path / "out")
     assert [(r["image_id"], r["captions"], r["regions"][0, 0]) for r in records] == [
         ("139", ["a"], 0),
         ("42", ["c"], 8),
@@ -213,31 +196,27 @@ def test_a_field_from_two_sources_is_an_error(tmp_path, capsys):
     assert f"{path}: field 'seg_map': expected it from one source" in capsys.readouterr().err
 
 
-def test_damaged_panoptic_files_are_named(tmp_path, flags, capsys):
+def test_damaged_panoptic_files_are_named(tmp_path, run):
     path, _ = _write_panoptic(tmp_path / "panoptic_val")
     (tmp_path / "panoptic_val" / "000000000139.png").write_bytes(b"no PNG")
-    assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 1
-    assert "000000000139.png: expected a picture" in capsys.readouterr().err
+    assert "000000000139.png: expected a picture" in run(from_panoptic.main, f"--panoptic={path}")[1]
     entry = {"image_id": 139, "file_name": "x.png", "segments_info": []}
     for again in (entry, entry | {"image_id": 7, "file_name": "139"}):  # the name of one is the id of the other
         path.write_text(json.dumps({"annotations": [entry, again]}))
-        assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 1
-        assert "panoptic_val.json: image '139': expected one annotation, found two" in capsys.readouterr().err
+        assert (
+            "panoptic_val.json: image '139': expected one annotation, found two"
+            in run(from_panoptic.main, f"--panoptic={path}")[1]
+        )
     path.write_text('{"annotations": [{"image_id": 1}]}')
-    assert from_panoptic.main([*flags, f"--panoptic={path}"]) == 1
-    assert "panoptic_val.json: expected the key 'segments_info'" in capsys.readouterr().err
-    assert from_panoptic.main([*flags, f"--panoptic={tmp_path / 'absent.json'}"]) == 1
-    assert "absent.json: no such file" in capsys.readouterr().err
+    assert "panoptic_val.json: expected the key 'segments_info'" in run(from_panoptic.main, f"--panoptic={path}")[1]
+    assert "absent.json: no such file" in run(from_panoptic.main, f"--panoptic={tmp_path / 'absent.json'}")[1]
 
 
-def test_pth_files_of_grid_features(tmp_path, capsys):
+def test_pth_files_of_grid_features(tmp_path, run):
     features = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
     torch_writer.save(tmp_path / "42.pth", features)
-    (tmp_path / "c.csv").write_text("image,caption,split\nCOCO_val2014_000000000042.jpg,a,val\n")
-    command = [f"--grids={tmp_path}", f"--captions={tmp_path / 'c.csv'}", "--name=toy", f"--out={tmp_path / 'out'}"]
-    assert from_grid_feats.main(command) == 0
-    np.testing.assert_array_equal(_records(tmp_path)[0]["grid"], features[0].reshape(2, 12).T)
-
+    records, _ = run(from_grid_feats.main, f"--grids={tmp_path}", "--absent=skip")
+    np.testing.assert_array_equal(records[0]["grid"], features[0].reshape(2, 12).T)
     torch_writer.save(tmp_path / "42.pth", {"features": features})
-    assert from_grid_feats.main([*command[:3], f"--out={tmp_path / 'again'}"]) == 1
-    assert "42.pth: expected a tensor saved by PyTorch, found dict" in capsys.readouterr().err
+    error = run(from_grid_feats.main, f"--grids={tmp_path}")[1]
+    assert "42.pth: expected a tensor saved by PyTorch, found dict" in error
