@@ -20,12 +20,7 @@ VOID_TAGS = frozenset({"img", "meta", "rect"})
 
 
 def document(title: str, *body: Child) -> str:
-    """Complete HTML page, light and dark, from a phone to a wide screen.
-
-    Args:
-      title: of the window; the page's own heading is part of `body`.
-      body: what is on the page.
-    """
+    """Complete HTML page, light and dark, from a phone to a wide screen; its own heading is part of `body`."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from shnet_jax.observe.charts import svg, theme
 from shnet_jax.observe.files import write_text
 from shnet_jax.observe.html import Markup, document, table, tag
+from shnet_jax.observe.table import BYTES, amount
 from shnet_jax.scaling.charts import charts
 from shnet_jax.scaling.rows import PARTS, Row, has_all_parts, point_text, scaling_lines, write_csv
 from shnet_jax.scaling.sweep import count
@@ -141,11 +142,7 @@ def percent(fraction: float) -> str:
 
 def bytes_text(size: float) -> str:
     """The size in the largest unit of which there is one."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:,.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.3g} {unit}"
+    return amount(size, BYTES)
 
 
 # Heading of a column, its name in scaling.csv, its text.
