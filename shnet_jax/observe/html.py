@@ -19,14 +19,17 @@ Child = str | Markup | Iterable["Child"] | None
 VOID_TAGS = frozenset({"img", "meta", "rect"})
 
 
-def document(title: str, *body: Child) -> str:
-    """Complete HTML page, light and dark, from a phone to a wide screen; its own heading is part of `body`."""
+def document(title: str, *body: Child, style: str = "") -> str:
+    """Complete HTML page, light and dark, from a phone to a wide screen; its own heading is part of `body`.
+
+    style: further rules of the style sheet, made by this program alone: they are not escaped.
+    """
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Markup(CSS)),
+        tag("style", Markup(CSS + style)),
     )
     return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', body)), lang='en')}\n"
 

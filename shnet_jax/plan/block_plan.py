@@ -21,8 +21,8 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.compiled import memory
 from shnet_jax.observe.work import work
 from shnet_jax.parallel.mapping import replicate
-from shnet_jax.plan.rank_plan import IN_FLIGHT, Items, RankPlan, item_bytes, item_shapes, plan_ranking, random_like
-from shnet_jax.types import DATA, Embedding
+from shnet_jax.plan.rank_plan import IN_FLIGHT, Items, RankPlan, item_bytes, item_shapes, random_like
+from shnet_jax.types import DATA
 
 SAMPLE = 16
 """Images, and captions, whose pairs are timed."""
@@ -54,11 +54,12 @@ def plan_blocks(n: int, t: int, cost: PairCost, mesh: Mesh, tile: int) -> RankPl
     return _plan(cost, (n, t), mesh, tile, compiled, rounds * rows * columns * mesh.size)
 
 
-def plan_two_stage(n: int, t: int, k: int, cost: PairCost, mesh: Mesh, tile: int) -> RankPlan:
-    """Plans `rerank.rerank` with k candidates, as if no pair were a candidate in both directions.
+def plan_two_stage(first: RankPlan, k: int, cost: PairCost, mesh: Mesh, tile: int) -> RankPlan:
+    """Plans re-ranking k candidates, as if no pair were a candidate in both directions.
 
-    The ranking by global vectors is counted once; the products that find the candidates are not counted again.
+    first: the plan of ranking by global vectors. The products that find the candidates are not counted again.
     """
+    n, t = first.images, first.captions
     rows, columns, rounds = _blocks(n, t, mesh, tile)
     pairs = min(n * t, n * min(k, t) + t * min(k, n))
     full = -(-pairs // (rounds * mesh.size * GROUP)) + rows // 2  # and half a group of padding for each image
@@ -66,14 +67,14 @@ def plan_two_stage(n: int, t: int, k: int, cost: PairCost, mesh: Mesh, tile: int
     split = NamedSharding(mesh, P(DATA))
     listed = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for shape in ((size,), (size, GROUP))]
     compiled = make_programs(cost.model, mesh)[1].lower(*_sides(cost, rows, columns, mesh), *listed).compile()
-    reranking = _plan(cost, (n, t), mesh, tile, compiled, pairs)
-    vectors = [Embedding(item.vector) for item in cost.items]
-    first = plan_ranking(n, t, (vectors[0], vectors[1]), mesh, tile, RetrievalModel.score)
+    second = _plan(cost, (n, t), mesh, tile, compiled, pairs)
+    seconds = None if first.seconds is None or second.seconds is None else first.seconds + second.seconds
     return dataclasses.replace(
-        reranking,
-        work=reranking.work + first.work,
-        bytes_per_device=max(reranking.bytes_per_device, first.bytes_per_device),
-        sent_per_device=reranking.sent_per_device + first.sent_per_device,
+        second,
+        work=second.work + first.work,
+        bytes_per_device=max(second.bytes_per_device, first.bytes_per_device),
+        sent_per_device=second.sent_per_device + first.sent_per_device,
+        seconds=seconds,
         host_bytes=pairs * 4,
     )
 

@@ -130,8 +130,8 @@ def _compile_round(
     split, whole = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
 
     def queries(count: int, sharding: NamedSharding) -> Queries:
-        dtypes = (jnp.int32, bool, jnp.int32, jnp.float32)
-        return Queries(*(jax.ShapeDtypeStruct((count,), dtype, sharding=sharding) for dtype in dtypes))
+        dtypes: Any = Queries(jnp.int32, bool, jnp.int32, jnp.float32)  # type: ignore[arg-type]
+        return jax.tree.map(lambda dtype: jax.ShapeDtypeStruct((count,), dtype, sharding=sharding), dtypes)
 
     run, total = programs(score, mesh), rows * mesh.size
     image, text = (score_inputs(score, item) for item in items)

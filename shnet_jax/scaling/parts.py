@@ -97,9 +97,13 @@ def loss_part(run: Run, batch: Any) -> Part:
 
     embeddings = map_encode(encode, run.setup.mesh, run.config.parallel.mapping)(state, batch, run.table)
     score_params = {name: state.params["model"][name] for name in options.model.score_params}
-    read = {"params": {"model": score_params, "loss": state.params["loss"]}, "opt_state": (), "ema": None}
+    params = {"model": score_params, "loss": state.params["loss"]}
     inputs = {"embeddings": jax.block_until_ready(embeddings), "batch": batch}
-    return Part(run.map(per_device, donate_state=False), dataclasses.replace(state, **read), inputs)
+    return Part(
+        run.map(per_device, donate_state=False),
+        dataclasses.replace(state, params=params, opt_state=(), ema=None),
+        inputs,
+    )
 
 
 def collectives_part(run: Run, batch: Any) -> Part:
