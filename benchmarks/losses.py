@@ -57,20 +57,20 @@ QUICK = Sizes(pairs=(1024, 4096), rounds=1)
 def dense_infonce(images: Array, texts: Array) -> tuple[Array, Array]:
     """Reference InfoNCE (loss, accuracy) from the whole score matrix of pairs whose images are all different."""
     scores = jnp.matmul(images, texts.T, precision=lax.Precision.HIGHEST)  # as the library's score
-    own = jnp.diagonal(scores) / TEMPERATURE
+    matches = jnp.diagonal(scores) / TEMPERATURE
     logits = scores / TEMPERATURE
     by_image, by_text = jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(logits, axis=0)
     number = jnp.arange(len(images))
     accuracy = jnp.mean(scores.argmax(axis=1) == number) + jnp.mean(scores.argmax(axis=0) == number)
-    return jnp.mean(by_image - own + by_text - own) / 2, accuracy / 2
+    return jnp.mean(by_image - matches + by_text - matches) / 2, accuracy / 2
 
 
 def dense_triplet(images: Array, texts: Array) -> tuple[Array, Array]:
     """Reference triplet (loss, share of violated margins) from the whole score matrix, as `dense_infonce`."""
     scores = jnp.matmul(images, texts.T, precision=lax.Precision.HIGHEST)
-    own = jnp.diagonal(scores)
+    matches = jnp.diagonal(scores)
     others = jnp.where(jnp.eye(len(images), dtype=bool), -jnp.inf, scores)
-    gaps = jnp.stack([MARGIN + others.max(axis=1) - own, MARGIN + others.max(axis=0) - own])
+    gaps = jnp.stack([MARGIN + others.max(axis=1) - matches, MARGIN + others.max(axis=0) - matches])
     return jax.nn.relu(gaps).sum(), jnp.mean(gaps > 0)
 
 
@@ -94,10 +94,10 @@ class Program:
 
 def dense_program(loss: str, pairs: int, dim: int) -> Program:
     """The plain implementation on one device."""
-    both = jax.device_put(_embeddings(pairs, dim))
+    embeddings = jax.device_put(_embeddings(pairs, dim))
     program = jax.jit(jax.value_and_grad(DENSE[loss], argnums=(0, 1), has_aux=True))
-    compiled = program.lower(*both).compile()
-    return Program(pairs, partial(compiled, *both), machine.program_bytes(compiled))
+    compiled = program.lower(*embeddings).compile()
+    return Program(pairs, partial(compiled, *embeddings), machine.program_bytes(compiled))
 
 
 def loss_program(loss: str, strategy: str, pairs: int, dim: int, devices: int) -> Program:

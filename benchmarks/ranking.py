@@ -68,8 +68,8 @@ def check_ranks(found: Ranks, scores: np.ndarray, owner: np.ndarray) -> None:
     for image in _sample(n):
         _check(f"image {image}", int(found.i2t[image]), scores[image], scores[image, owner == image].max())
     for caption in _sample(t):
-        own = scores[owner[caption], caption]
-        _check(f"caption {caption}", int(found.t2i[caption]), scores[:, caption], own)
+        match = scores[owner[caption], caption]
+        _check(f"caption {caption}", int(found.t2i[caption]), scores[:, caption], match)
 
 
 def _sample(count: int) -> np.ndarray:

@@ -28,10 +28,10 @@ def bytes_of(process: int | str = "self", entry: str = "VmRSS") -> int:
     if not os.path.exists("/proc/self/status"):
         raise RuntimeError("resident memory is read from /proc, which this system does not have")
     try:
-        found = machine.entry(f"/proc/{process}/status", entry)
+        text = machine.entry(f"/proc/{process}/status", entry)
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return int(found.split()[0]) * 1024 if found else 0
+    return int(text.split()[0]) * 1024 if text else 0
 
 
 def watch(command: Sequence[str], folder: Path) -> tuple[Curve, int]:

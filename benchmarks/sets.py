@@ -39,8 +39,8 @@ def at_once(images: Embedding, texts: Embedding, sharpness: float = 16.0) -> Arr
     """Reference implementation of `SetScore("smooth_chamfer", ...)`, which holds all cosines [n, t, M, M] at once."""
     assert images.elements is not None and texts.elements is not None
     cosines = sharpness * jnp.einsum("nad,tbd->ntab", images.elements, texts.elements)
-    both = sum(jax.nn.logsumexp(cosines, axis=axis).mean(-1) for axis in (2, 3))
-    return images.vector @ texts.vector.T + both / (2 * sharpness)
+    directions = sum(jax.nn.logsumexp(cosines, axis=axis).mean(-1) for axis in (2, 3))
+    return images.vector @ texts.vector.T + directions / (2 * sharpness)
 
 
 def run(sizes: Sizes) -> list[Row]:

@@ -44,14 +44,14 @@ def run(sizes: Sizes) -> list[Row]:
     """Memory at the end against that after a tenth of the batches, in a process of its own."""
     command = ["-m", "benchmarks.soak", f"--batches={sizes.batches}", f"--images={sizes.images}"]
     resident.watch(command, ROOT)
-    found = json.loads(CURVE.read_text(encoding="utf-8"))["batches, bytes"]
-    start, middle, end = (found[i][1] for i in (0, len(found) // 2, -1))
+    curve = json.loads(CURVE.read_text(encoding="utf-8"))["batches, bytes"]
+    start, middle, end = (curve[i][1] for i in (0, len(curve) // 2, -1))
     note = f"{start / 2**20:,.0f}, {middle / 2**20:,.0f} and {end / 2**20:,.0f} MiB at start, middle and end"
     return [
         Row(
             "soak",
             f"the demo's training stream after {sizes.batches} batches",
-            f"after {found[0][0]} batches",
+            f"after {curve[0][0]} batches",
             memory_bytes=end,
             reference_memory_bytes=start,
             memory="the process's own, files that it has mapped left out",

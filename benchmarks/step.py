@@ -56,9 +56,9 @@ def configuration(dtype: str, layers: int) -> FrozenConfigDict:
 
 def host_batch(config: FrozenConfigDict, pairs: int, tokens: int) -> dict[str, np.ndarray]:
     """A random batch as it comes from the data set: features in float16, no padding."""
-    own = ConfigDict(config.to_dict())
-    own.data.max_tokens, own.data.token_buckets = tokens, (tokens,)
-    return random_batch(describe(own), pairs, 0)
+    fixed = ConfigDict(config.to_dict())
+    fixed.data.max_tokens, fixed.data.token_buckets = tokens, (tokens,)
+    return random_batch(describe(fixed), pairs, 0)
 
 
 class Steps:

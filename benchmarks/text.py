@@ -48,8 +48,8 @@ def batches(lengths: np.ndarray, size: int, buckets: tuple[int, ...]) -> list[tu
     """Batches (tokens, mask) of captions of these lengths, random ids, each padded to a bucket."""
     rng = np.random.default_rng(0)
     ids = [rng.integers(1, VOCABULARY, length).astype(np.int32) for length in lengths]
-    whole = len(ids) // size * size
-    padded = (pad_tokens(ids[at : at + size], buckets) for at in range(0, whole, size))
+    count = len(ids) // size * size
+    padded = (pad_tokens(ids[at : at + size], buckets) for at in range(0, count, size))
     return [(batch["tokens"], batch["token_mask"]) for batch in padded]
 
 

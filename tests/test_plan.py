@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import types
@@ -271,12 +272,13 @@ def test_the_largest_batch_with_queues_is_one_that_they_hold(monkeypatch):
     nothing, tried = jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32)), []
 
     def lower_train(run, mesh, pairs):
-        programs.lower_train(run, mesh, pairs)
+        programs.planned_setup(run, mesh, pairs)  # raises ValueError for a batch that the queues do not hold
         tried.append(pairs)
         return nothing
 
     monkeypatch.setattr(plan_mode, "lower_train", lower_train)
     monkeypatch.setattr(plan_mode, "lower_encode", lambda *_: nothing)
+    monkeypatch.setattr(plan_mode, "_rankings", lambda *_: {})
     changes = {"model__name": "tests.train.toy", "loss__weights__infonce": 1.0, "plan__search": True}
     changes |= {"momentum__queue": 300, "momentum__from_epoch": 1.0, "train__steps": 20_000}
     report = plan_mode.make_plan(describe(small(**changes)), data_mesh(jax.devices()[:2]))
@@ -288,9 +290,15 @@ def test_the_search_to_its_end(monkeypatch):
     """With real programs: the largest batch fits, one an eighth larger does not; the first may fit or not."""
     mesh, changes = data_mesh(jax.devices()[:1]), {"model__name": "tests.train.toy", "plan__search": True}
     run = describe(small(**changes, train__batch_size=40))
+    nothing = jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32))
+    monkeypatch.setattr(plan_mode, "lower_encode", lambda *_: nothing)
+    monkeypatch.setattr(plan_mode, "_rankings", lambda *_: {})
+
+    lower_train = functools.cache(lambda pairs: programs.lower_train(run, mesh, pairs))  # two searches, the same sizes
+    monkeypatch.setattr(plan_mode, "lower_train", lambda run, mesh, pairs: lower_train(pairs))
 
     def needed(pairs):
-        return programs.compile_program(lambda: programs.lower_train(run, mesh, pairs), pairs, None).needed
+        return programs.compile_program(lambda: lower_train(pairs), pairs, None).needed
 
     limit = needed(120)
     monkeypatch.setattr(plan_mode, "chip", lambda kind: Chip(1e12, limit, 1e9))

@@ -19,14 +19,6 @@ from tests.test_plan import needs_libtpu, small
 
 
 @needs_libtpu
-def test_a_tower_compiles_for_tpu():
-    mesh = data_mesh(target_devices("tpu:v5e:2x4"))
-    run = describe(small())
-    found = programs.compile_program(lambda: programs.lower_encode(run, mesh, 8, "text"), 8, 16 * GIB)
-    assert found.fits and found.work.flops > 2 * 8 * 16 * 16 * 32 and found.work.collectives == {}
-
-
-@needs_libtpu
 @pytest.mark.slow
 def test_microbatches_are_counted_for_tpu():
     """Four times the batch in microbatches of one size: the towers do four times as much."""
@@ -34,7 +26,7 @@ def test_microbatches_are_counted_for_tpu():
     for pairs in (10, 40):
         run = describe(small(train__microbatch=5, train__microbatch_statistics="local"))
         lowered = programs.lower_train(run, mesh, pairs)
-        found.append(programs.compile_program(lambda lowered=lowered: lowered, pairs, 16 * GIB))
+        found.append(programs.compile_program(lambda lowered=lowered: lowered, pairs, 16 * GIB, effort=-1.0))
     once, more = found
     assert once.fits and more.fits and once.work.loops_once == more.work.loops_once == 0
     assert 3.9 < more.work.flops / once.work.flops < 5  # the scores of the loss grow with the square
@@ -45,7 +37,7 @@ def test_microbatches_are_counted_for_tpu():
 def test_the_warm_up_is_known_on_tpu():
     mesh = data_mesh(target_devices("tpu:v5e:2x4"))
     run = describe(small(model__name="tests.train.toy", loss__weights__triplet=1.0, loss__weights__infonce=0.0))
-    found = programs.compile_program(lambda: programs.lower_train(run, mesh, 40), 40, 16 * GIB)
+    found = programs.compile_program(lambda: programs.lower_train(run, mesh, 40), 40, 16 * GIB, effort=-1.0)
     assert found.warm_up.flops - found.work.flops >= 2 * 3 * 2 * 40 * 320 * run.config.model.dim
     assert found.work.float32["highest"] > found.work.flops / 2
 
@@ -83,16 +75,15 @@ def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
 @needs_libtpu
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
-@pytest.mark.parametrize("target, pairs", [("tpu:v5e:2x4", 4096), ("tpu:v5e:8x8", 512)])
-def test_a_global_batch_of_32768_fits(target, pairs):
-    """The published sizes (BERT base, 36 regions, 133 classes, a 64 x 64 map) in bfloat16 on v5e chips of 16 GiB."""
-    config = base.get_config()
+def test_a_global_batch_of_32768_fits():
+    """The published sizes (BERT base, 36 regions, 133 classes, a 64 x 64 map) in bfloat16 on 8 v5e chips of 16 GiB."""
+    config, pairs = base.get_config(), 4096
     config.model.dtype = config.text.dtype = "bfloat16"
-    config.train.batch_size = 32768
+    config.train.batch_size = 8 * pairs
     config.train.microbatch = 64
     config.train.microbatch_statistics = "local"
     config.loss.pairs.strategy = "streamed"
-    run, mesh = describe(config), data_mesh(target_devices(target))
+    run, mesh = describe(config), data_mesh(target_devices("tpu:v5e:2x4"))
     # With the least effort the compiler takes a tenth of the time, and more memory than it has to.
     found = programs.compile_program(lambda: programs.lower_train(run, mesh, pairs), pairs, 16 * GIB, effort=-1.0)
     assert found.fits and found.needed < 16 * GIB, found.why

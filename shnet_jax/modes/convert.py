@@ -124,12 +124,12 @@ def load_folder(folder: str | Path, own: ConfigDict | None = None) -> Model:
     config = _trained(folder, own)
     config.text.weights = ""  # they are in the folder
     variables, step = read_weights(folder / WEIGHTS)
-    found, expected = (_ranks(tree) for tree in (variables, _expected(config)))
-    if found != expected:
+    given, expected = (_ranks(tree) for tree in (variables, _expected(config)))
+    if given != expected:
         wrong = [
-            f"{name}: axes {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
-            for name in sorted(found.keys() | expected.keys())
-            if found.get(name) != expected.get(name)
+            f"{name}: axes {given.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+            for name in sorted(given.keys() | expected.keys())
+            if given.get(name) != expected.get(name)
         ]
         raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG} beside it:\n  " + "\n  ".join(wrong[:40]))
     return Model(config, variables, step)

@@ -31,6 +31,7 @@ from shnet_jax.plan.rank_plan import RankPlan, measure_round, plan_ranking
 from shnet_jax.plan.search import advice, fitting_microbatch, largest_batch
 from shnet_jax.plan.table import table
 from shnet_jax.train.setup import pairs_per_device
+from shnet_jax.types import Score
 
 log = logging.getLogger(__name__)
 
@@ -121,23 +122,23 @@ def _rankings(run: PlannedRun, mesh: Mesh) -> dict[str, RankPlan]:
     n, t = gallery_size(run)
     tile, local = evaluation.tile, mesh.devices.flat[0].platform != "tpu"
     log.info("compiling the ranking")
+
+    def in_tiles(score: Score) -> RankPlan:
+        seconds = measure_round(items, mesh, tile, score) if local else None
+        return plan_ranking(n, t, items, mesh, tile, score, seconds)
+
     plans = {}
     if evaluation.two_stage or not has_static_score(model):
         cost = PairCost(model, variable_shapes(run)["params"], items)
         cost = dataclasses.replace(cost, pair_seconds=measure_pairs(cost, mesh) if local else None)
     if evaluation.two_stage:
-        seconds = measure_round(items, mesh, tile, RetrievalModel.score) if local else None
-        plans["global vectors"] = plan_ranking(n, t, items, mesh, tile, RetrievalModel.score, seconds)
-        staged = plan_two_stage(n, t, evaluation.two_stage, cost, mesh, tile)
-        if staged.seconds is not None and plans["global vectors"].seconds is not None:
-            staged = dataclasses.replace(staged, seconds=staged.seconds + plans["global vectors"].seconds)
-        plans[f"two-stage {evaluation.two_stage}"] = staged
-    if not evaluation.exact:
-        return plans
-    if has_static_score(model):
-        seconds = measure_round(items, mesh, tile, model.score) if local else None
-        return plans | {"exact": plan_ranking(n, t, items, mesh, tile, model.score, seconds)}
-    return plans | {"exact": plan_blocks(n, t, cost, mesh, tile)}
+        first = in_tiles(RetrievalModel.score)
+        staged = plan_two_stage(first, evaluation.two_stage, cost, mesh, tile)
+        plans = {"global vectors": first, f"two-stage {evaluation.two_stage}": staged}
+    if evaluation.exact:
+        static = has_static_score(model)
+        plans["exact"] = in_tiles(model.score) if static else plan_blocks(n, t, cost, mesh, tile)
+    return plans
 
 
 def _pipeline(evaluation: ConfigDict) -> dict[str, Any] | None:

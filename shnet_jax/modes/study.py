@@ -27,7 +27,7 @@ from shnet_jax.train.setup import setup_training
 
 DIFFERENCE = " - "
 """Separator between the names of a pair of config.study.compare."""
-HEADINGS = ("i→t R@1", "R@5", "R@10", "t→i R@1", "R@5", "R@10", "rSum")
+HEADINGS = ("image to text R@1", "R@5", "R@10", "text to image R@1", "R@5", "R@10", "rSum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +82,8 @@ def _plan(config: ConfigDict) -> tuple[tuple[str, ...], dict[str, tuple[str, ...
     if unknown:
         raise ValueError(f"config.study.only names {unknown}; config.study.arms has {list(config.study.arms)}")
     for arm in arms:
-        own = arm_config(config, arm, seed=0)
         try:
-            setup_training(assemble(own))
+            setup_training(assemble(arm_config(config, arm, seed=0)))
         except ValueError as error:
             raise ValueError(f"config.study.arms.{arm}: {error}") from error
     for name, members in config.study.ensembles.items():
@@ -110,13 +109,13 @@ def _write(config: ConfigDict, runs: Mapping[str, list[Run]], pretrained: Result
     if gaps:
         tables.append(interval_table(gaps))
     text = "\n".join(map(str, tables))
-    document: dict[str, Any] = {arm: [_as_dict(run) for run in found] for arm, found in runs.items()}
+    document: dict[str, Any] = {arm: [_as_dict(run) for run in arm_runs] for arm, arm_runs in runs.items()}
     if pretrained is not None:
         document[ZERO_SHOT] = [{"results": as_dict(pretrained)}]
     if gaps:
         document["differences"] = intervals_as_dict(gaps)
     write_text(workdir / "study.md", text)
-    cards = [card_table(run.results.card, f"{arm}, seed {run.seed}") for arm, found in runs.items() for run in found]
+    cards = [card_table(run.results.card, f"{arm}, seed {run.seed}") for arm in runs for run in runs[arm]]
     write_text(workdir / "study.html", results_page(f"{config.name}, {config.eval.split}", tables, cards))
     write_json(workdir / "study.json", document)
     return text
@@ -132,12 +131,12 @@ def differences(runs: Mapping[str, list[Run]], pairs: Sequence[str]) -> dict[str
 
     Of the seeds that both arms have: an unfinished study compares like with like. Pairs without any are left out.
     """
-    found = {}
+    intervals = {}
     for pair in pairs:
         ours, others = (runs.get(arm, []) for arm in pair.split(DIFFERENCE))
-        if both := {run.seed for run in ours} & {run.seed for run in others}:
-            found[pair] = recall_intervals(_queries(ours, both), _queries(others, both))
-    return found
+        if seeds := {run.seed for run in ours} & {run.seed for run in others}:
+            intervals[pair] = recall_intervals(_queries(ours, seeds), _queries(others, seeds))
+    return intervals
 
 
 def _queries(runs: list[Run], seeds: set[int]) -> list[QueryRanks]:
@@ -146,21 +145,21 @@ def _queries(runs: list[Run], seeds: set[int]) -> list[QueryRanks]:
 
 def arm_config(config: ConfigDict, arm: str, seed: int) -> ConfigDict:
     """The configuration of one run of a study; ValueError for a field that there is not or a value of another type."""
-    own = ConfigDict(config.to_dict()).lock()
+    changed = ConfigDict(config.to_dict()).lock()
     try:
-        own.update(config.study.arms[arm].to_dict())
+        changed.update(config.study.arms[arm].to_dict())
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"config.study.arms.{arm}: {' '.join(str(error.args[0]).split())}") from None
-    own.seed = seed
-    own.name = f"{config.name}, {arm}"
-    return own
+    changed.seed = seed
+    changed.name = f"{config.name}, {arm}"
+    return changed
 
 
 def _run(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:
-    own = arm_config(config, arm, seed)
-    print(f"\n{own.name}, seed {seed}: {workdir}", flush=True)
-    train_and_evaluate(own, workdir)
-    results = evaluate_checkpoint(own, workdir)
+    changed = arm_config(config, arm, seed)
+    print(f"\n{changed.name}, seed {seed}: {workdir}", flush=True)
+    train_and_evaluate(changed, workdir)
+    results = evaluate_checkpoint(changed, workdir)
     timing = [line["timing"] for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "train"][-1]
     return Run(seed, results, timing["seconds"] / 60, timing["examples"] / timing["seconds"])
 
@@ -171,12 +170,12 @@ def table(runs: Mapping[str, list[Run]], pretrained: Results | None = None) -> T
     guess: Metrics = next(iter(runs.values()))[0].results.chance
     persons = [name for name in PERSON if name in guess]
     columns = [*NAMES, *persons]
-    for arm, found in runs.items():
-        cells = [_mean(found, column) for column in columns]
-        minutes = statistics.mean(run.minutes for run in found)
-        speeds = [run.examples_per_second for run in found if run.examples_per_second is not None]
+    for arm, arm_runs in runs.items():
+        cells = [_mean(arm_runs, column) for column in columns]
+        minutes = statistics.mean(run.minutes for run in arm_runs)
+        speeds = [run.examples_per_second for run in arm_runs if run.examples_per_second is not None]
         speed = f"{statistics.mean(speeds):.0f}" if speeds else ""
-        rows.append([arm, str(len(found)), *cells, f"{minutes:.1f}", speed])
+        rows.append([arm, str(len(arm_runs)), *cells, f"{minutes:.1f}", speed])
     others = {} if pretrained is None else {ZERO_SHOT: pretrained.metrics}
     for name, metrics in (others | {"chance": guess}).items():
         rows.append([name, "", *(f"{metrics[c]:.1f}" if c in metrics else "" for c in columns), "", ""])

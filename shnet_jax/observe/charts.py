@@ -1,9 +1,9 @@
-"""The palette of all charts, and charts by matplotlib as figures of a page: one picture for light, one for dark."""
+"""The style and palette of all charts, and charts by matplotlib as SVG in the colours of the page around them."""
 
 from __future__ import annotations
 
-import base64
 import io
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,16 +14,16 @@ from matplotlib.rcsetup import cycler
 
 from shnet_jax.observe.html import Markup, keys, tag
 
-WIDTH, DPI = 5.4, 150  # inches: letters can be read on a telephone, which shows a picture about 350 pixels wide
-
-LIGHT = {"paper": "#ffffff", "ink": "#1f2328", "grid": "#d0d7de", "track": "#8c959f"}
-DARK = {"paper": "#212127", "ink": "#e6edf3", "grid": "#35353d", "track": "#7d8590"}
+WIDTH = 5.4  # inches: letters can be read on a telephone, which shows a picture about 350 pixels wide
+INK = "#1d1d22"  # of text and axes; on a page it becomes the colour of the text
 
 # A hue for each direction, stronger for the stricter recall; markers say the same without colours.
-RECALLS = {
-    "i2t": {False: ("#08519c", "#3182bd", "#7fb2d9"), True: ("#c6e0f7", "#6fb1e8", "#3b7fbd")},
-    "t2i": {False: ("#a63603", "#e6550d", "#f0a35e"), True: ("#fdd9b8", "#f5994c", "#c4641c")},
+RECALLS = {"i2t": ("#08519c", "#3182bd", "#7fb2d9"), "t2i": ("#a63603", "#e6550d", "#f0a35e")}
+DARK = {
+    **{"#08519c": "#c6e0f7", "#3182bd": "#6fb1e8", "#7fb2d9": "#3b7fbd"},
+    **{"#a63603": "#fdd9b8", "#e6550d": "#f5994c", "#f0a35e": "#c4641c"},
 }
+"""Colours of a light page that a dark one has others for."""
 MARKERS = {"i2t": "o", "t2i": "s"}
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 
@@ -34,53 +34,45 @@ SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 BANDS = ("#1a7f4b", "#2f7f8f", "#4a66a8", "#8a5a9e", "#a8434f")
 
 
-def theme(dark: bool = False) -> dict[Any, Any]:
-    """Settings of matplotlib (rcParams) for a light or a dark page."""
-    colours = DARK if dark else LIGHT
-    inked = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "lines.color")
+def theme() -> dict[Any, Any]:
+    """Settings of matplotlib (rcParams)."""
+    inked = ("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
-        **dict.fromkeys(inked, colours["ink"]),
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), colours["paper"]),
-        "axes.edgecolor": colours["track"],
-        "grid.color": colours["grid"],
+        **dict.fromkeys((*inked, "lines.color", "grid.color"), INK),
+        "axes.facecolor": "none",
         "axes.grid": True,
         "axes.axisbelow": True,
         "axes.prop_cycle": cycler(color=SERIES),
         "axes.spines.top": False,
         "axes.spines.right": False,
+        "grid.alpha": 0.15,
         "legend.frameon": False,
         "font.size": 11,
+        "svg.hashsalt": "same",  # equal charts are equal texts
     }
 
 
-def png(draw: Callable[[], Figure], dark: bool = False) -> bytes:
-    """PNG image of the figure that `draw` makes."""
-    with matplotlib.rc_context(theme(dark)):
-        out = io.BytesIO()
-        draw().savefig(out, format="png", dpi=DPI)
-    return out.getvalue()
+def svg(figure: Figure) -> Markup:
+    """The figure as SVG in the colours of the page that it is put into, light or dark."""
+    out = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(out, format="svg", transparent=True, metadata=metadata)
+    text = out.getvalue().replace(INK, "currentColor").replace("xlink:href", "href")
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text[text.index("<svg") :])
+    for light, dark in DARK.items():
+        text = re.sub(rf"(fill|stroke): {light}", rf"\g<0>; \1: light-dark({light}, {dark})", text)
+    return Markup(text)
 
 
-def picture(caption: str, light: bytes, dark: bytes) -> Markup:
-    """Page figure from a light and a dark PNG; the browser's colour scheme decides which one is shown."""
-    light_uri, dark_uri = (f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in (light, dark))
-    source = tag("source", media="(prefers-color-scheme: dark)", srcset=dark_uri)
-    shown = tag("picture", source, tag("img", src=light_uri, alt=caption))
-    return tag("figure", tag("figcaption", caption), shown)
-
-
-def chart(caption: str, plot: Callable[[Axes, bool], None], x_label: str = "step") -> Markup:
-    """Page figure with one pair of axes, which `plot` (axes, whether the page is dark) fills."""
-
-    def draw(dark: bool) -> Figure:
+def chart(caption: str, plot: Callable[[Axes], None], x_label: str = "step") -> Markup:
+    """Page figure with one pair of axes, which `plot` fills."""
+    with matplotlib.rc_context(theme()):
         figure = Figure(figsize=(WIDTH, 0.62 * WIDTH), layout="constrained")
         axes = figure.subplots()
-        plot(axes, dark)
+        plot(axes)
         axes.set_title("")  # the caption says it
         axes.set_xlabel(x_label)
-        return figure
-
-    return picture(caption, png(lambda: draw(False)), png(lambda: draw(True), dark=True))
+        return tag("figure", tag("figcaption", caption), svg(figure))
 
 
 def shares(parts: Sequence[tuple[str, float]], label: str) -> Markup:

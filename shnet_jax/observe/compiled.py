@@ -34,14 +34,9 @@ class OutOfMemory(Exception):
 
 
 def compile_lowered(lowered: jax.stages.Lowered, effort: float = 0.0) -> jax.stages.Compiled:
-    """Compiles a program.
+    """Compiles a program. effort: of the compiler's optimisation, from -1 (least, compiles sooner) to 0 (usual).
 
-    Args:
-      lowered: the program.
-      effort: optimisation effort of the compiler, from -1 (least, compiles sooner) to 0 (usual).
-
-    Raises:
-      OutOfMemory: the program does not fit in memory.
+    Raises OutOfMemory when the program does not fit in memory.
     """
     try:
         return _compile(lowered, effort)

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from shnet_jax.observe.charts import DIRECTIONS, MARKERS, RECALLS, theme
+from shnet_jax.observe.charts import DIRECTIONS, INK, MARKERS, RECALLS, theme
 from shnet_jax.observe.writer import FILE, read_metrics
 
 PICTURE = "curves.png"
@@ -43,13 +43,13 @@ def write_curves(workdir: str | Path) -> Path:
     return path
 
 
-def plot_loss(axes: Axes, lines: Lines, dark: bool = False) -> None:
+def plot_loss(axes: Axes, lines: Lines) -> None:
     """The training loss and, where there are several, its terms."""
     lines = [line for line in lines if line.get("kind") == "train"]
     axes.set_title("training loss")
     axes.set_ylabel("loss")
     terms = sorted({name for line in lines for name in line if name.endswith("_loss")})
-    _curve(axes, lines, "loss", "total", color="white" if dark else "black")
+    _curve(axes, lines, "loss", "total", color=INK)
     for name in terms if len(terms) > 1 else []:
         _curve(axes, lines, name, name.removesuffix("_loss"), alpha=0.8, linewidth=1)
     if len(axes.lines) > 1:
@@ -60,25 +60,25 @@ def plot_loss(axes: Axes, lines: Lines, dark: bool = False) -> None:
     _finish(axes)
 
 
-def plot_learning_rate(axes: Axes, lines: Lines, dark: bool = False) -> None:
+def plot_learning_rate(axes: Axes, lines: Lines) -> None:
     """The learning rate."""
     axes.set_title("learning rate")
     axes.set_ylabel("learning rate")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     train = [line for line in lines if line.get("kind") == "train"]
-    _curve(axes, train, "lr", "lr", color="white" if dark else "black")
+    _curve(axes, train, "lr", "lr", color=INK)
     axes.set_ylim(bottom=0)
     _finish(axes)
 
 
-def plot_recall(axes: Axes, lines: Lines, dark: bool = False) -> None:
+def plot_recall(axes: Axes, lines: Lines) -> None:
     """The recalls of both directions on the validation split."""
     lines = [line for line in lines if line.get("kind") == "eval"]
     rsum = [float(line["rsum"]) for line in lines if "rsum" in line]
     axes.set_title("validation recall" + (f" (last rSum {rsum[-1]:.1f}, best {max(rsum):.1f})" if rsum else ""))
     axes.set_ylabel("recall in percent")
     for key, direction in DIRECTIONS.items():
-        for cut, colour in zip(CUTS, RECALLS[key][dark], strict=True):
+        for cut, colour in zip(CUTS, RECALLS[key], strict=True):
             label = f"{direction}, R@{cut}"
             _curve(axes, lines, f"{key}_r{cut}", label, color=colour, marker=MARKERS[key], markersize=4)
     axes.set_ylim(0, 101)

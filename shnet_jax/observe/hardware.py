@@ -109,12 +109,9 @@ def target_devices(target: str) -> list[jax.Device]:
 
     Call it before anything else uses JAX: it decides which devices JAX opens.
 
-    Args:
-      target: `tpu:GENERATION:SLICE`, such as "tpu:v5e:4x4" (needs the package libtpu), or "gpu", "gpu:8", "cpu" or
-        "cpu:8" for all or that many devices of this machine; CPU devices may be virtual.
-
-    Raises:
-      ValueError: the target is unknown, or this machine cannot compile for it.
+    target: `tpu:GENERATION:SLICE`, such as "tpu:v5e:4x4" (needs the package libtpu), or "gpu", "gpu:8", "cpu" or
+      "cpu:8" for all or that many devices of this machine; CPU devices may be virtual.
+    Raises ValueError for an unknown target, and when this machine cannot compile for it.
     """
     kind, *rest = target.split(":")
     if kind == "tpu" and len(rest) == 2 and rest[0] in _GENERATIONS:

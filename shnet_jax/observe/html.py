@@ -16,16 +16,13 @@ class Markup(str):
 
 
 Child = str | Markup | Iterable["Child"] | None
-VOID_TAGS = frozenset({"img", "meta", "rect", "source"})
+VOID_TAGS = frozenset({"img", "meta", "rect"})
 
 
 def document(title: str, *body: Child, style: str = "") -> str:
-    """Complete HTML page, light and dark, from a phone to a wide screen.
+    """Complete HTML page, light and dark, from a phone to a wide screen; its own heading is part of `body`.
 
-    Args:
-      title: of the window; the page's own heading is part of `body`.
-      body: what is on the page.
-      style: further rules of the style sheet, made by this program alone: they are not escaped.
+    style: further rules of the style sheet, made by this program alone: they are not escaped.
     """
     head = tag(
         "head",

@@ -41,7 +41,7 @@ th:first-child{position:sticky;left:0;background:var(--bg);text-align:left;white
 max-width:16rem;overflow-wrap:break-word}
 table.words td{text-align:left;white-space:normal;overflow-wrap:anywhere}
 figure{margin:14px 0}
-figure img{display:block;width:100%;max-width:600px;height:auto;border-radius:8px}
+figure svg{display:block;width:100%;max-width:600px;height:auto}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:0 28px}
 .keys{display:flex;flex-wrap:wrap;gap:1px 12px}
 .keys i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px;border:1px solid var(--shade)}

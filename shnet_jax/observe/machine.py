@@ -47,9 +47,9 @@ def fast_dtype(device: jax.Device) -> tuple[str, str]:
         capability = str(getattr(device, "compute_capability", ""))
         fast = bool(re.fullmatch(r"\d+(\.\d+)?", capability)) and float(capability) >= BFLOAT16_CAPABILITY
         return "bfloat16" if fast else "float32", f"a GPU of compute capability {capability or 'unknown'}"
-    found = BFLOAT16_FLAGS.keys() & entry("/proc/cpuinfo", "flags").split()
-    if device.platform == "cpu" and found:
-        return "bfloat16", f"a CPU with {' and '.join(sorted(BFLOAT16_FLAGS[flag] for flag in found))}"
+    flags = BFLOAT16_FLAGS.keys() & entry("/proc/cpuinfo", "flags").split()
+    if device.platform == "cpu" and flags:
+        return "bfloat16", f"a CPU with {' and '.join(sorted(BFLOAT16_FLAGS[flag] for flag in flags))}"
     return "float32", f"a {device.platform.upper()} without {' or '.join(BFLOAT16_FLAGS.values())}"
 
 

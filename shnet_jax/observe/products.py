@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from itertools import zip_longest
 
 from shnet_jax.observe.hlo import Instruction, Shape
 
@@ -25,9 +23,7 @@ def multiplications(instruction: Instruction, left: Shape, right: Shape) -> floa
     if opcode == "convolution":
         return _convolution(instruction, left, right, instruction.shapes[0])
     target = _target(instruction)
-    result = (
-        instruction.shapes[0] if instruction.shapes else left
-    )  # the second shape, if any, is the library's workspace
+    result = instruction.shapes[0] if instruction.shapes else left  # a second shape is the library's workspace
     if target.startswith("__cublas"):
         match = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
         return _product(instruction, left, match[1]) if match else None
@@ -74,39 +70,18 @@ def _convolution(instruction: Instruction, left: Shape, right: Shape, result: Sh
     of_input, of_kernel, of_output = labels.groups()
     out = result.dims
     count = float(out[of_output.index("b")] * out[of_output.index("f")] * right.dims[of_kernel.index("i")])
-    window = dict(
-        re.findall(r"(\w+)=([\w\-]+)", (re.findall(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0])
-    )
-    axes = sorted(label for label in of_kernel if label.isdecimal())
-    options = {key: window[key].split("x") if key in window else [] for key in _WINDOW}
-    rows = list(zip_longest(*options.values()))
-    for number, label in enumerate(axes):
-        given = dict(zip(options, rows[number], strict=True)) if number < len(rows) else {}
-        stride, low, lhs, rhs = (_window_value(given.get(key), key) for key in _WINDOW)
-        count *= _inside(
-            left.dims[of_input.index(label)], right.dims[of_kernel.index(label)], out[of_output.index(label)],
-            stride, low, lhs, rhs,
-        )  # fmt: skip
+    window = "".join(re.findall(r"window=\{([^}]*)\}", instruction.attributes))
+    options = dict(re.findall(r"(\w+)=([\w\-]+)", window))  # such as stride=2x3 pad=0_1x0_1
+    for number, label in enumerate(sorted(label for label in of_kernel if label.isdecimal())):
+        stride, low, lhs, rhs = (
+            int(options[key].split("x")[number].split("_")[0]) if key in options else default
+            for key, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
+        )
+        size, kernel = left.dims[of_input.index(label)], right.dims[of_kernel.index(label)]
+        positions = (
+            place * stride + element * rhs - low
+            for place in range(out[of_output.index(label)])
+            for element in range(kernel)
+        )
+        count *= sum(0 <= position <= (size - 1) * lhs and position % lhs == 0 for position in positions)
     return count
-
-
-_WINDOW = ("stride", "pad", "lhs_dilate", "rhs_dilate")
-
-
-def _window_value(text: str | None, key: str) -> int:
-    if text is None:
-        return 0 if key == "pad" else 1
-    return int(text.split("_")[0]) if key == "pad" else int(text)
-
-
-def _inside(size: int, kernel: int, out: int, stride: int, low: int, lhs: int, rhs: int) -> int:
-    """Number of pairs (output position, kernel position) on one axis that read a value and no padding."""
-    return sum(1 for position in _positions(kernel, out, stride, low, rhs) if _is_value(position, size, lhs))
-
-
-def _positions(kernel: int, out: int, stride: int, low: int, rhs: int) -> Iterator[int]:
-    return (o * stride + k * rhs - low for o in range(out) for k in range(kernel))
-
-
-def _is_value(position: int, size: int, lhs: int) -> bool:
-    return 0 <= position <= (size - 1) * lhs and position % lhs == 0

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
+"""Units of memory for `amount`."""
+
+
+def amount(value: float, units: Mapping[str, float]) -> str:
+    """The value in the largest of the units (name: size, descending) that it reaches, else in the smallest."""
+    unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
+    return f"{value / units[unit]:,.2f} {unit}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,9 @@
 """FLOPs, memory traffic and collectives of one device, counted in the text of a compiled program (optimised HLO).
 
 XLA's `cost_analysis` counts the body of a loop once, however often it runs, and a step in microbatches is nearly all
-loop. So every instruction is counted here, times the trip counts of the loops around it.
-
-The jaxpr would be easier to read, but it is not what runs: XLA merges equal products and decides what is fused. For
-training steps the jaxpr without dead code had 0.002 % (configs/base.py with 2 layers of text), 0.2 % (demo.py), 3.3 %
-(demo.py on TPU) and 5.0 % (demo.py in microbatches with exact statistics) more FLOPs than the compiled program. The
-operands and results of its products were 17 to 33 % of the memory traffic.
+loop. So every instruction is counted here, times the trip counts of the loops around it. The jaxpr is not what runs:
+XLA merges equal products. It has up to 5 % more FLOPs (configs/demo.py in microbatches with exact statistics), and a
+third of the memory traffic at most.
 
 The most expensive branch of a conditional counts. A conditional in the scope `types.WARM_UP` is different: it counts
 the branch of the steps after the warm-up, or that of the warm-up if asked.
@@ -57,28 +54,21 @@ class Work:
 
     def times(self, count: int) -> Work:
         """The work of `count` runs."""
-        return Work(
-            self.flops * count,
-            {precision: flops * count for precision, flops in self.float32.items()},
-            self.bytes * count,
-            {kind: size * count for kind, size in self.collectives.items()},
-            self.loops_once,
-            self.hidden,
+        float32, collectives = (
+            {name: value * count for name, value in values.items()} for values in (self.float32, self.collectives)
+        )
+        return replace(
+            self, flops=self.flops * count, float32=float32, bytes=self.bytes * count, collectives=collectives
         )
 
 
-def work(hlo: str | None, *, warm_up: bool = False) -> Work:
-    """Counts the work of a compiled program on one device.
+def work(hlo: str | None) -> Work:
+    """Work of a compiled program on one device, in a step after the loss's warm-up.
 
-    Args:
-      hlo: `compiled.as_text()`.
-      warm_up: counts a step of the loss's warm-up instead of one after it.
-
-    Raises:
-      ValueError: `hlo` is no text of an HLO module.
+    hlo: `compiled.as_text()`. Raises ValueError for any other text.
     """
     computations, entry = parse(hlo or "")
-    return _Counter(computations, warm_up).total(entry)
+    return _Counter(computations, False).total(entry)
 
 
 def steady_and_warm_up(hlo: str | None) -> tuple[Work, Work]:
@@ -90,7 +80,7 @@ def steady_and_warm_up(hlo: str | None) -> tuple[Work, Work]:
 def _added(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
     if not one or not other:
         return one or other
-    return {kind: one.get(kind, 0.0) + other.get(kind, 0.0) for kind in {**one, **other}}
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}
 
 
 # No traffic of their own: they name what is there already, or what they call is counted.
@@ -100,8 +90,6 @@ _FREE = {
 }  # fmt: skip
 _IN_WARM_UP = re.compile(rf'op_name="[^"]*\b{WARM_UP}\)*/cond"')  # gradients add "transpose(jvp(...))" around the scope
 _SLICES = {"dynamic-slice", "slice", "gather"}
-
-
 _CALLS = {"while", "conditional", "fusion", "call", "async-start", "custom-call"}
 _PRODUCTS = {"dot", "convolution", "custom-call"}
 

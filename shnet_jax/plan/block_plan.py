@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,8 +21,8 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.compiled import memory
 from shnet_jax.observe.work import work
 from shnet_jax.parallel.mapping import replicate
-from shnet_jax.plan.rank_plan import IN_FLIGHT, Items, RankPlan, item_bytes, plan_ranking
-from shnet_jax.types import DATA, Embedding
+from shnet_jax.plan.rank_plan import IN_FLIGHT, Items, RankPlan, item_bytes, item_shapes, random_like
+from shnet_jax.types import DATA
 
 SAMPLE = 16
 """Images, and captions, whose pairs are timed."""
@@ -50,46 +49,40 @@ class PairCost:
 
 def plan_blocks(n: int, t: int, cost: PairCost, mesh: Mesh, tile: int) -> RankPlan:
     """Plans `pair_scores.score_matrix` of n images and t captions: every pair once, in blocks of `tile` by `tile`."""
-    rows, columns = min(tile, n), min(tile, t)
-    rounds = -(-n // (rows * mesh.size)) * -(-t // columns)
+    rows, columns, rounds = _blocks(n, t, mesh, tile)
     compiled = make_programs(cost.model, mesh)[0].lower(*_sides(cost, rows, columns, mesh)).compile()
-    return _plan(cost, n, t, mesh, (rows, columns), rounds, compiled, rounds * rows * columns * mesh.size)
+    return _plan(cost, (n, t), mesh, tile, compiled, rounds * rows * columns * mesh.size)
 
 
-def plan_two_stage(n: int, t: int, k: int, cost: PairCost, mesh: Mesh, tile: int) -> RankPlan:
-    """Plans `rerank.rerank` with k candidates, as if no pair were a candidate in both directions.
+def plan_two_stage(first: RankPlan, k: int, cost: PairCost, mesh: Mesh, tile: int) -> RankPlan:
+    """Plans re-ranking k candidates, as if no pair were a candidate in both directions.
 
-    The ranking by global vectors is counted once; the products that find the candidates are not counted again.
+    first: the plan of ranking by global vectors. The products that find the candidates are not counted again.
     """
-    rows, columns = min(tile, n), min(tile, t)
-    rounds = -(-n // (rows * mesh.size)) * -(-t // columns)
+    n, t = first.images, first.captions
+    rows, columns, rounds = _blocks(n, t, mesh, tile)
     pairs = min(n * t, n * min(k, t) + t * min(k, n))
     full = -(-pairs // (rounds * mesh.size * GROUP)) + rows // 2  # and half a group of padding for each image
     size = -(-full // LISTED_AT_ONCE) * LISTED_AT_ONCE * mesh.size
     split = NamedSharding(mesh, P(DATA))
     listed = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for shape in ((size,), (size, GROUP))]
     compiled = make_programs(cost.model, mesh)[1].lower(*_sides(cost, rows, columns, mesh), *listed).compile()
-    reranking = _plan(cost, n, t, mesh, (rows, columns), rounds, compiled, pairs)
-    vectors = [Embedding(item.vector) for item in cost.items]
-    first = plan_ranking(n, t, (vectors[0], vectors[1]), mesh, tile, RetrievalModel.score)
+    second = _plan(cost, (n, t), mesh, tile, compiled, pairs)
+    seconds = None if first.seconds is None or second.seconds is None else first.seconds + second.seconds
     return dataclasses.replace(
-        reranking,
-        work=reranking.work + first.work,
-        bytes_per_device=max(reranking.bytes_per_device, first.bytes_per_device),
-        sent_per_device=reranking.sent_per_device + first.sent_per_device,
+        second,
+        work=second.work + first.work,
+        bytes_per_device=max(second.bytes_per_device, first.bytes_per_device),
+        sent_per_device=second.sent_per_device + first.sent_per_device,
+        seconds=seconds,
         host_bytes=pairs * 4,
     )
 
 
 def measure_pairs(cost: PairCost, mesh: Mesh) -> float:
     """Seconds that a device takes for one pair: of a small block of random numbers, after one that compiles."""
-    rng = np.random.default_rng(0)
-
-    def random(leaf: Any) -> np.ndarray:
-        return np.ones(leaf.shape, bool) if leaf.dtype == bool else rng.standard_normal(leaf.shape, np.float32)
-
     block = make_programs(cost.model, mesh)[0]
-    params, images, texts = jax.tree.map(random, _sides(cost, SAMPLE, SAMPLE, mesh))
+    params, images, texts = random_like(_sides(cost, SAMPLE, SAMPLE, mesh))
     placed = replicate(params, mesh), jax.device_put(images, NamedSharding(mesh, P(DATA))), replicate(texts, mesh)
     jax.block_until_ready(block(*placed))
     start = time.perf_counter()
@@ -99,47 +92,36 @@ def measure_pairs(cost: PairCost, mesh: Mesh) -> float:
 
 def _sides(cost: PairCost, rows: int, columns: int, mesh: Mesh) -> tuple[Any, Any, Any]:
     """Shapes of the score's parameters, of a round's images and of its captions."""
+    split, whole = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=whole), cost.score_params)
+    image, text = cost.items
+    return params, item_shapes(image, rows * mesh.size, split), item_shapes(text, columns, whole)
 
-    def shapes(tree: Any, count: int | None, spec: P) -> Any:
-        def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-            whole = leaf.shape if count is None else (count, *leaf.shape[1:])
-            dtype = leaf.dtype if leaf.dtype == bool else jnp.float32
-            return jax.ShapeDtypeStruct(whole, dtype, sharding=NamedSharding(mesh, spec))
 
-        return jax.tree.map(shape, tree)
-
-    return (
-        shapes(cost.score_params, None, P()),
-        shapes(cost.items[0], rows * mesh.size, P(DATA)),
-        shapes(cost.items[1], columns, P()),
-    )
+def _blocks(n: int, t: int, mesh: Mesh, tile: int) -> tuple[int, int, int]:
+    """Rows and columns of a block, and rounds in each of which every device scores one."""
+    rows, columns = min(tile, n), min(tile, t)
+    return rows, columns, -(-n // (rows * mesh.size)) * -(-t // columns)
 
 
 def _plan(
-    cost: PairCost,
-    n: int,
-    t: int,
-    mesh: Mesh,
-    tile: tuple[int, int],
-    rounds: int,
-    compiled: jax.stages.Compiled,
-    pairs: int,
+    cost: PairCost, sizes: tuple[int, int], mesh: Mesh, tile: int, compiled: jax.stages.Compiled, pairs: int
 ) -> RankPlan:
-    held = memory(compiled)
+    (n, t), size = sizes, memory(compiled)
+    rows, columns, rounds = _blocks(n, t, mesh, tile)
     image, text = map(item_bytes, cost.items)
-    seconds = None if cost.pair_seconds is None else cost.pair_seconds * pairs / mesh.size
     parameters = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cost.score_params))
     return RankPlan(
         images=n,
         captions=t,
         devices=mesh.size,
-        rows=tile[0],
-        columns=tile[1],
+        rows=rows,
+        columns=columns,
         rounds=rounds,
         work=work(compiled.as_text()).times(rounds),
-        bytes_per_device=IN_FLIGHT * (held.arguments + held.temporaries + held.outputs),
-        sent_per_device=parameters + rounds * tile[0] * image + -(-t // tile[1]) * tile[1] * text,
-        seconds=seconds,
+        bytes_per_device=IN_FLIGHT * (size.arguments + size.temporaries + size.outputs),
+        sent_per_device=parameters + rounds * rows * image + -(-t // columns) * columns * text,
+        seconds=None if cost.pair_seconds is None else cost.pair_seconds * pairs / mesh.size,
         pairs=pairs,
         host_bytes=n * t * 4,
     )

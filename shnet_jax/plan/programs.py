@@ -55,18 +55,19 @@ class Program:
 
 def lower_train(run: PlannedRun, mesh: Mesh, pairs: int) -> jax.stages.Lowered:
     """Lowers the training step with `pairs` pairs on each device."""
-    built = _built(run, mesh, pairs)
+    setup = planned_setup(run, mesh, pairs)
     batch = _placed(train_batch_shapes(run, pairs * mesh.size), mesh, PartitionSpec(DATA))
-    return built.step.lower(built.like, batch, _table(run, mesh))
+    return setup.step.lower(setup.like, batch, _table(run, mesh))
 
 
 def stays_while_evaluating(run: PlannedRun, mesh: Mesh) -> float:
     """Bytes of training state and resident features on each device during an evaluation."""
-    leaves = jax.tree.leaves((_built(run, mesh, 1).like, _table(run, mesh)))
+    leaves = jax.tree.leaves((planned_setup(run, mesh, 1).like, _table(run, mesh)))
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
-def _built(run: PlannedRun, mesh: Mesh, pairs: int) -> TrainSetup:
+def planned_setup(run: PlannedRun, mesh: Mesh, pairs: int) -> TrainSetup:
+    """The setup of training with `pairs` pairs on each device."""
     config = run.config.copy_and_resolve_references()
     config.train.batch_size = pairs * mesh.size
     per_epoch = max(1, run.captions // config.train.batch_size)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shnet_jax.evaluate.tiles import Queries, Tiling, programs, score_inputs, tile_shape
-from shnet_jax.observe.compiled import Memory, memory
+from shnet_jax.observe.compiled import memory
 from shnet_jax.observe.work import Work, work
 from shnet_jax.types import DATA, Embedding, Score
 
@@ -82,6 +82,8 @@ def plan_ranking(
     rounds = across * down + staircase
     scored, counted = _compile_round(rows, columns, items, mesh, score)
     image, text = (item_bytes(score_inputs(score, item)) for item in items)
+    one, two = memory(scored), memory(counted)  # the scores are the first one's output and the second one's argument
+    held = one.arguments + one.temporaries + two.arguments + two.temporaries + two.outputs
     return RankPlan(
         images=n,
         captions=t,
@@ -90,16 +92,9 @@ def plan_ranking(
         columns=columns,
         rounds=rounds,
         work=work(scored.as_text()).times(rounds) + work(counted.as_text()).times(rounds - staircase),
-        bytes_per_device=_held(memory(scored), memory(counted)),
+        bytes_per_device=IN_FLIGHT * held,
         sent_per_device=rounds * rows * image + 2 * across * columns * text,
         seconds=None if round_seconds is None else round_seconds * rounds,
-    )
-
-
-def _held(scored: Memory, counted: Memory) -> int:
-    """Bytes held in IN_FLIGHT rounds; the scores are the first program's result and the second one's argument."""
-    return IN_FLIGHT * (
-        scored.arguments + scored.temporaries + counted.arguments + counted.temporaries + counted.outputs
     )
 
 
@@ -108,27 +103,39 @@ def item_bytes(item: Embedding) -> int:
     return sum(math.prod(leaf.shape) * (1 if leaf.dtype == bool else 4) for leaf in jax.tree.leaves(item))
 
 
+def item_shapes(item: Any, count: int, sharding: NamedSharding | None = None) -> Any:
+    """Shapes of `count` items like this one on a device: bool, or float32 as `encode` keeps them."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        dtype = leaf.dtype if leaf.dtype == bool else jnp.float32
+        return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), dtype, sharding=sharding)
+
+    return jax.tree.map(shape, item)
+
+
+def random_like(shapes: Any) -> Any:
+    """Random numbers of these shapes, True for bool."""
+    rng = np.random.default_rng(0)
+
+    def values(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        return np.ones(leaf.shape, bool) if leaf.dtype == bool else rng.standard_normal(leaf.shape, np.float32)
+
+    return jax.tree.map(values, shapes)
+
+
 def _compile_round(
     rows: int, columns: int, items: Items, mesh: Mesh, score: Score
 ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
     """The programs that score tiles of rows x columns and count."""
     split, whole = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
 
-    def embeddings(item: Embedding, count: int, sharding: NamedSharding) -> Embedding:
-        def shape(leaf: Any) -> Any:
-            dtype = leaf.dtype if leaf.dtype == bool else jnp.float32
-            return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), dtype, sharding=sharding)
-
-        return jax.tree.map(shape, score_inputs(score, item))
-
     def queries(count: int, sharding: NamedSharding) -> Queries:
-        def field(dtype: Any) -> Any:
-            return jax.ShapeDtypeStruct((count,), dtype, sharding=sharding)
-
-        return Queries(field(jnp.int32), field(bool), field(jnp.int32), field(jnp.float32))
+        dtypes: Any = Queries(jnp.int32, bool, jnp.int32, jnp.float32)  # type: ignore[arg-type]
+        return jax.tree.map(lambda dtype: jax.ShapeDtypeStruct((count,), dtype, sharding=sharding), dtypes)
 
     run, total = programs(score, mesh), rows * mesh.size
-    scored = run.scores.lower(embeddings(items[0], total, split), embeddings(items[1], columns, whole))
+    image, text = (score_inputs(score, item) for item in items)
+    scored = run.scores.lower(item_shapes(image, total, split), item_shapes(text, columns, whole))
     scores = jax.ShapeDtypeStruct((total, columns), scored.out_info.dtype, sharding=split)
     counted = run.count.lower(scores, queries(total, split), queries(columns, whole))
     return scored.compile(), counted.compile()
@@ -140,16 +147,8 @@ def measure_round(items: Items, mesh: Mesh, tile: int, score: Score, repeats: in
     Of random numbers; includes what travels: the images, their queries and the counts.
     """
     rows, columns = tile_shape(tile * mesh.size, tile * 2**16, tile)
-    rng = np.random.default_rng(0)
-
-    def random(item: Embedding, count: int) -> Embedding:
-        def values(leaf: Any) -> np.ndarray:
-            shape = count, *leaf.shape[1:]
-            return np.ones(shape, bool) if leaf.dtype == bool else rng.standard_normal(shape, np.float32)
-
-        return jax.tree.map(values, score_inputs(score, item))
-
-    images, texts = random(items[0], rows * mesh.size), random(items[1], columns)
+    sizes = zip(items, (rows * mesh.size, columns), strict=True)
+    images, texts = (random_like(item_shapes(score_inputs(score, item), count)) for item, count in sizes)
     n, every = rows * mesh.size, np.arange(columns)
     tiling = Tiling(images, texts, every % n, every, rows, columns, mesh)
     run, took = programs(score, mesh), []

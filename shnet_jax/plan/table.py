@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shnet_jax.observe.hardware import GIB
-from shnet_jax.observe.table import Table
+from shnet_jax.observe.table import BYTES, Table, amount
 from shnet_jax.observe.work import COLLECTIVES
 
 
@@ -18,19 +18,19 @@ def table(report: Mapping[str, Any]) -> str:
     def row(label: str, value: Callable[[dict[str, Any]], float | None], units: Mapping[str, float]) -> None:
         values = [value(p) for p in programs]
         if any(v is not None for v in values):
-            rows.append([label, *("-" if v is None else _amount(v, units) for v in values)])
+            rows.append([label, *("-" if v is None else amount(v, units) for v in values)])
 
     for label, key in _MEMORY.items():
-        row(label, lambda p, key=key: p["memory"] and p["memory"][key], _BYTES)  # type: ignore[misc]
-    row("peak", lambda p: p["memory"] and p["memory"]["peak"], _BYTES)
-    row("beside it, from training", lambda p: p["beside"] or None, _BYTES)
-    row("needed", lambda p: p["needed"], _BYTES)
+        row(label, lambda p, key=key: p["memory"] and p["memory"][key], BYTES)  # type: ignore[misc]
+    row("peak", lambda p: p["memory"] and p["memory"]["peak"], BYTES)
+    row("beside it, from training", lambda p: p["beside"] or None, BYTES)
+    row("needed", lambda p: p["needed"], BYTES)
     rows.append(["fits", *(_FITS[p["fits"]] for p in programs)])
     row("matrix operations", lambda p: p["work"] and p["work"]["flops"], _OPERATIONS)
     row("  in the loss's warm-up", lambda p: p["warm_up"] and p["warm_up"]["flops"], _OPERATIONS)
-    row("memory traffic", lambda p: p["work"] and p["work"]["bytes"], _BYTES)
+    row("memory traffic", lambda p: p["work"] and p["work"]["bytes"], BYTES)
     for kind in COLLECTIVES:
-        row(kind, lambda p, kind=kind: p["work"] and p["work"]["collectives"].get(kind), _BYTES)  # type: ignore[misc]
+        row(kind, lambda p, kind=kind: p["work"] and p["work"]["collectives"].get(kind), BYTES)  # type: ignore[misc]
     row("compute-bound", lambda p: p.get("compute_seconds"), _SECONDS)
     row("bandwidth-bound", lambda p: p.get("memory_seconds"), _SECONDS)
     row("  the larger, in the warm-up", lambda p: p.get("warm_up_seconds"), _SECONDS)
@@ -55,9 +55,9 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(report["pipeline"]["text"])
     for name, ranking in report["rankings"].items():
         lines.append(f"ranking, {name}: {ranking['text']}")
-        held = f"  with what stays from training {_amount(ranking['needed'], _BYTES)} on each device"
+        held = f"  with what stays from training {amount(ranking['needed'], BYTES)} on each device"
         if "compute_seconds" in ranking:
-            held += f"; at least {_amount(max(ranking['compute_seconds'], ranking['memory_seconds']), _SECONDS)}"
+            held += f"; at least {amount(max(ranking['compute_seconds'], ranking['memory_seconds']), _SECONDS)}"
         lines.append(f"{held}; fits: {_FITS[ranking['fits']]}")
     most = report["largest_pairs_per_device"]
     if most is not None:
@@ -75,13 +75,6 @@ _MEMORY = {
     "  of these donated": "aliased",
     "program": "code",
 }
-_BYTES = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10, "B": 1}
 _OPERATIONS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
 _SECONDS = {"s": 1, "ms": 1e-3, "us": 1e-6}
 _FITS = {True: "yes", False: "NO", None: "?"}
-
-
-def _amount(value: float, units: Mapping[str, float]) -> str:
-    """The value in the largest unit that it reaches, else in the smallest."""
-    unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
-    return f"{value / units[unit]:,.2f} {unit}"

@@ -134,7 +134,7 @@ def pooling_section(weights: Sequence[np.ndarray | None]) -> Child:
     if not sizes:
         return None
 
-    def plot(axes: Axes, dark: bool) -> None:
+    def plot(axes: Axes) -> None:
         for size in sorted(sizes)[-SIZES:]:
             axes.plot(np.arange(1, size + 1), 100 * sizes[size], label=f"{size} members")
         axes.set_ylim(bottom=0)

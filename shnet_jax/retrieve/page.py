@@ -159,8 +159,8 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> Child:
         return None
     return tag(
         "div",
-        chart("Validation recall in per cent", lambda axes, dark: plot_recall(axes, history, dark)),
-        chart("Training loss", lambda axes, dark: plot_loss(axes, history, dark)),
+        chart("Validation recall in per cent", lambda axes: plot_recall(axes, history)),
+        chart("Training loss", lambda axes: plot_loss(axes, history)),
         class_="pair",
     )
 

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from ml_collections import ConfigDict
 
+from shnet_jax.observe.charts import INK, SERIES
 from shnet_jax.scaling.rows import PARTS, Row, collective_kinds, has_all_parts, scaling_lines
 from shnet_jax.scaling.sweep import count
 
 Draw = Callable[[], Figure]
 
-# Okabe and Ito's colours can be told apart without full colour vision; markers repeat what they say.
-_STRATEGIES = {
-    "local": ("#CC79A7", "v"),
-    "gathered": ("#0072B2", "o"),
-    "streamed": ("#E69F00", "s"),
-    "ring": ("#009E73", "^"),
-}
-_LAYERS = ("#CC79A7", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#8c959f")
-_INK = "#1d1d22"  # becomes the colour of the page's text
-_STYLE: dict[Any, Any] = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
-    **{"grid.color": _INK, "grid.alpha": 0.15, "axes.grid": True, "axes.axisbelow": True, "axes.facecolor": "none"},
-    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 10},
-    "font.size": 11,
-}
+# Markers repeat what the colours say.
+_STRATEGIES = {"gathered": (SERIES[0], "o"), "streamed": (SERIES[1], "s"), "ring": (SERIES[2], "^")}
+_STRATEGIES["local"] = SERIES[3], "v"
+_LAYERS = (*(SERIES[number] for number in (3, 0, 1, 4, 2)), "#8c959f")
 
 
 def charts(scale: ConfigDict, rows: Sequence[Row]) -> Iterator[tuple[str, str, Draw]]:
@@ -77,17 +65,6 @@ def charts(scale: ConfigDict, rows: Sequence[Row]) -> Iterator[tuple[str, str, D
             yield f"shares_{devices}", caption, partial(_stacked, title, group, layers, "% of the step")
 
 
-def render(draw: Draw) -> tuple[bytes, str]:
-    """The chart as PNG on white, and as SVG in the colours of the HTML page that it is put into."""
-    with matplotlib.rc_context(_STYLE):
-        figure, png, svg = draw(), io.BytesIO(), io.StringIO()
-        figure.savefig(png, format="png", dpi=150, facecolor="white")
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
-    text = svg.getvalue()
-    return png.getvalue(), text[text.index("<svg") :].replace(_INK, "currentColor")
-
-
 def _figure(title: str, height: float = 3.6) -> tuple[Figure, Axes]:
     # 5 inches: the letters can be read on a telephone, which shows a picture about 350 pixels wide.
     figure = Figure(figsize=(5.0, height), layout="constrained")
@@ -96,7 +73,8 @@ def _figure(title: str, height: float = 3.6) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, axes: Axes, columns: int) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=columns, handlelength=1.8)
+    options: dict[str, Any] = {"ncols": columns, "handlelength": 1.8, "fontsize": 10}
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", **options)
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -139,7 +117,7 @@ def _speed(title: str, rows: Sequence[Row], efficiency: str) -> Figure:
 
 def _efficiency(title: str, rows: Sequence[Row], efficiency: str) -> Figure:
     figure, axes = _lines(rows, efficiency, title, 100.0)
-    axes.axhline(80, linestyle=":", linewidth=1.2, color=_INK)
+    axes.axhline(80, linestyle=":", linewidth=1.2, color=INK)
     axes.set_ylim(0, max(105.0, axes.get_ylim()[1]))
     axes.set_ylabel("% of the ideal")
     return figure

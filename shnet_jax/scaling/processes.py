@@ -69,11 +69,11 @@ def _run_python(arguments: list[str], environment: Mapping[str, str], limit: flo
     # Filtered tracebacks end in a note instead of the error.
     environment = {**environment, "PYTHONPATH": paths, "JAX_TRACEBACK_FILTERING": "off"}
     command = [sys.executable, "-m", "shnet_jax.scaling.point", *arguments]
-    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    pipe, merged = subprocess.PIPE, subprocess.STDOUT
     # The point ends when its standard input closes: it does not outlive this process, however this one ends.
     with (
         log.open("wb") as output,
-        subprocess.Popen(command, env=environment, stdin=pipe, stdout=output, stderr=both) as process,
+        subprocess.Popen(command, env=environment, stdin=pipe, stdout=output, stderr=merged) as process,
     ):
         try:
             return process.wait(limit)

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from ml_collections import ConfigDict
 
+from shnet_jax.observe.charts import svg, theme
 from shnet_jax.observe.files import write_text
 from shnet_jax.observe.html import Markup, document, table, tag
-from shnet_jax.scaling.charts import charts, render
+from shnet_jax.observe.table import BYTES, amount
+from shnet_jax.scaling.charts import charts
 from shnet_jax.scaling.rows import PARTS, Row, has_all_parts, point_text, scaling_lines, write_csv
 from shnet_jax.scaling.sweep import count
 
@@ -29,10 +32,11 @@ def write_report(workdir: Path, config: ConfigDict, machine: Mapping[str, Any], 
     for outdated in folder.glob("*.png"):
         outdated.unlink()
     figures = []
-    for name, caption, draw in charts(config.scale, rows):
-        png, svg = render(draw)
-        (folder / f"{name}.png").write_bytes(png)
-        figures.append(tag("figure", Markup(svg), tag("figcaption", caption)))
+    with matplotlib.rc_context(theme()):
+        for name, caption, draw in charts(config.scale, rows):
+            figure = draw()
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            figures.append(tag("figure", svg(figure), tag("figcaption", caption)))
     path = workdir / "report.html"
     write_text(path, page(config, machine, rows, figures))
     return path
@@ -58,18 +62,8 @@ def page(config: ConfigDict, machine: Mapping[str, Any], rows: Sequence[Row], fi
         _definitions(_GLOSSARY.items()),
         tag("h2", "The command"),
         tag("pre", shlex.join(["python", *sys.argv]), class_="scroll"),
-        style=_STYLE,
     )
 
-
-_STYLE = """
-figure,pre{margin:12px 0;padding:10px;background:var(--card);border:1px solid var(--line);border-radius:10px}
-.pair{align-items:start}
-h1{margin-bottom:14px}
-figure svg{display:block;width:100%;height:auto}
-dt{font-weight:600;margin-top:10px}
-dd{margin:0;max-width:68ch;color:var(--soft);overflow-wrap:anywhere}
-"""
 
 # ---------------------------------------------------------------------------------------------------------- sentences
 
@@ -148,11 +142,7 @@ def percent(fraction: float) -> str:
 
 def bytes_text(size: float) -> str:
     """The size in the largest unit of which there is one."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:,.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.3g} {unit}"
+    return amount(size, BYTES)
 
 
 # Heading of a column, its name in scaling.csv, its text.
@@ -198,7 +188,8 @@ def _facts(config: ConfigDict, machine: Mapping[str, Any], rows: Sequence[Row]) 
     yield "Machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}"
     yield "Software", ", ".join(f"{name} {version}" for name, version in versions.items())
     yield "Batches", config.data.dir or "random batches of the sizes in config.plan"
-    yield "Timing", f"median of {config.scale.steps} steps after {config.scale.warmup_steps} steps of warm-up"
+    timing = f"median of {config.scale.steps} steps after {config.scale.warmup_steps} others"
+    yield "Timing", f"{timing}; all of them after the warm-up of the loss"
     yield "Date", datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
 
 
@@ -216,10 +207,10 @@ _GLOSSARY = {
     "Parts of a step": "Each part is compiled and timed alone. The parts do not add up exactly: inside the step the "
     "compiler fuses and overlaps them.",
     "input": "How much longer a step takes when its batch has to be fetched and sent than when it is there.",
-    "encode": "Both towers forward and backward under a trivial loss.",
+    "encode": "Both towers forward and backward under a trivial loss, and the pass of key encoders.",
     "loss": "Value and gradient with respect to the embeddings, with the collectives of the strategy.",
     "collectives": "The sum of the gradients over the devices, of arrays that are ready. The step can overlap it with "
     "the backward pass.",
-    "optimiser": "The update alone.",
+    "optimiser": "The update alone, with the running average of the parameters.",
     "rest": "The step less these parts; below zero where the parts take longer alone than together.",
 }

@@ -115,9 +115,6 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
     changed.parallel.devices = point.devices
     changed.train.batch_size = point.batch
     changed.loss.pairs.strategy = point.strategy
-    for options in changed.loss.values():
-        if isinstance(options, ConfigDict) and "warmup_epochs" in options:
-            options.warmup_epochs = 0.0  # nearly all steps of a training come after the warm-up
     changed.model.dtype = changed.text.dtype = point.dtype
     changed.data.token_buckets = token_buckets(config.data)[-1:]
     return changed

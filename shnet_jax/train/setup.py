@@ -28,7 +28,7 @@ from shnet_jax.train import momentum
 from shnet_jax.train.microbatch import STATISTICS
 from shnet_jax.train.optim import make_optimiser, schedule
 from shnet_jax.train.state import TrainState, create_state
-from shnet_jax.train.step import make_step
+from shnet_jax.train.step import StepOptions, train_step
 from shnet_jax.types import DATA
 
 log = logging.getLogger(__name__)
@@ -50,12 +50,14 @@ class StepIntervals:
 class TrainSetup:
     """The mapped step of a configuration and what belongs to it; nothing of it is read from data or compiled yet.
 
-    like: shapes, dtypes and shardings of the state. create: initial variables -> the state before step 1, on the host's
-    default device. sharded: the state is split over the devices. rate: learning rate by number of the update.
+    options: the constants of the step, with which its parts can be run alone. like: shapes, dtypes and shardings of the
+    state. create: initial variables -> the state before step 1, on the host's default device. sharded: the state is
+    split over the devices. rate: learning rate by number of the update.
     """
 
     mesh: Mesh
     step: Mapped
+    options: StepOptions
     like: TrainState
     create: Callable[[dict[str, Any]], TrainState]
     sharded: bool
@@ -119,7 +121,7 @@ def build_step(
     devices = mesh.size if sharded else 1
     axes = split_axes({"model": variables["params"], "loss": loss_params}, devices)
     tx = make_optimiser(config, rate, norm=partial(global_norm, axes=axes, name=DATA))
-    step = make_step(
+    options = StepOptions(
         model,
         total_loss,
         tx,
@@ -142,9 +144,10 @@ def build_step(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     like = jax.tree.map(placed, shapes, partition)
+    step = partial(train_step, options)
     mapped = map_step(step, mesh, config.parallel.mapping, state_specs=partition if sharded else None)
     intervals = step_intervals(config, steps_per_epoch, total_steps)
-    return TrainSetup(mesh, mapped, like, create, sharded, rate, intervals, total_steps)
+    return TrainSetup(mesh, mapped, options, like, create, sharded, rate, intervals, total_steps)
 
 
 def step_intervals(config: FrozenConfigDict, steps_per_epoch: float, total_steps: int) -> StepIntervals:

@@ -11,9 +11,11 @@ import pytest
 
 from shnet_jax.evaluate.pair_scores import make_programs, pair_scorer, score_matrix
 from shnet_jax.evaluate.rerank import rerank
+from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.plan import block_plan
 from shnet_jax.plan.block_plan import PairCost, measure_pairs, plan_blocks, plan_two_stage
+from shnet_jax.plan.rank_plan import plan_ranking
 from shnet_jax.types import Embedding
 from tests.train import toy
 from tests.train.test_score_params import Factor, Weighted
@@ -57,9 +59,10 @@ def test_the_blocks_are_those_that_are_scored(cost, devices):
 
     owner = np.arange(T) // 2
     pairs = rerank(images, texts, owner, 3, scorer).pairs
-    staged = plan_two_stage(N, T, 3, cost, mesh, TILE)
+    first = plan_ranking(N, T, cost.items, mesh, TILE, RetrievalModel.score)
+    staged = plan_two_stage(first, 3, cost, mesh, TILE)
     assert 0.5 * staged.pairs < pairs <= staged.pairs == 3 * (N + T)
-    assert plan_two_stage(N, T, 1000, cost, mesh, TILE).pairs == N * T
+    assert plan_two_stage(first, 1000, cost, mesh, TILE).pairs == N * T
 
 
 def test_a_pair_is_timed(cost, monkeypatch):

@@ -77,7 +77,7 @@ def test_sentences():
     assert said[weak + 2].startswith(f"It falls below 80 %: {low}")
     strong = "Efficiency, 16 pairs over all devices, 4 devices with 4 pairs each, bfloat16: gathered 60 %, ring 60 %."
     assert strong in said
-    assert "Memory of a device, 4 devices with 4 pairs each, float32: gathered 8 MiB, ring 4 MiB." in said
+    assert "Memory of a device, 4 devices with 4 pairs each, float32: gathered 8.00 MiB, ring 4.00 MiB." in said
     assert "1 of 24 points have no result: 2 devices with 8 pairs each, ring, bfloat16: out of memory" in said[-1]
     virtual = [*sentences(CONFIG.scale, study_rows(virtual=True))]
     assert virtual[0].startswith("The devices are virtual") and not any("Efficiency" in s for s in virtual)

@@ -12,8 +12,8 @@ import pytest
 from configs import scaling as small
 from shnet_jax.modes import scale as scale_mode
 from shnet_jax.observe.work import work
-from shnet_jax.parallel.mapping import put_batch
 from shnet_jax.plan import planned_run as planned
+from shnet_jax.scaling import parts
 from shnet_jax.scaling import point as measuring
 from shnet_jax.scaling.processes import run_point, virtual_devices
 from shnet_jax.scaling.rows import PARTS
@@ -65,8 +65,7 @@ def test_the_configuration_of_a_point():
     assert (changed.parallel.devices, changed.train.batch_size, changed.loss.pairs.strategy) == (4, 24, "streamed")
     assert changed.model.dtype == changed.text.dtype == "bfloat16" and changed.data.token_buckets == (16,)
     assert config.train.batch_size != 24 and config.loss.pairs.strategy == "gathered"
-    assert config.loss.triplet.warmup_epochs and config.loss.global_triplet.warmup_epochs
-    assert changed.loss.triplet.warmup_epochs == changed.loss.global_triplet.warmup_epochs == 0
+    assert changed.loss.weights == config.loss.weights and changed.loss.triplet == config.loss.triplet
 
 
 @pytest.mark.parametrize(
@@ -197,13 +196,13 @@ def test_a_part_that_does_not_fit_costs_not_the_step(tmp_path, monkeypatch):
     assert record["message"].startswith(f"not all parts were measured: out of memory: {OOM}")
 
 
-@pytest.mark.slow
 def test_what_was_measured_before_a_part_is_there_already(monkeypatch):
     def too_large(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED")
 
-    trivial = measuring.Part(lambda *_: np.zeros(()), None, None)
+    trivial = parts.Part(lambda *_: np.zeros(()), None, None)
     monkeypatch.setattr(measuring, "PROGRAMS", {"encode": lambda *_: trivial, "loss": too_large})
+    monkeypatch.setattr(measuring, "compiled_figures", lambda lowered: {})
     monkeypatch.setattr(measuring, "time_steps", lambda run, state, *_: (state, 0.5))
     timed = []
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
@@ -222,7 +221,6 @@ def test_a_study_without_any_result_says_so(tmp_path, monkeypatch):
     assert ended.value.code != 0 and (tmp_path / "report.html").exists()
 
 
-@pytest.mark.slow
 def test_a_result_is_read_and_what_led_to_it_removed(tmp_path, monkeypatch):
     lines = ["for last; do :; done", 'echo \'{"flops": 3.0}\' > "$last"', 'echo "$XLA_FLAGS" > flags']
     monkeypatch.setattr(sys, "executable", executable(tmp_path / "python", *lines))
@@ -250,11 +248,14 @@ def test_random_batches_have_the_shapes_of_training():
     assert not np.array_equal(batch["tokens"], planned.random_batch(subject, 6, 1)["tokens"])
 
 
+QUEUES = {"momentum__queue": 16, "loss__weights__infonce": 1.0, "loss__weights__triplet": 0.0}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
-def test_a_measured_point(mapping):
+@pytest.mark.parametrize(("mapping", "changes"), [("shard_map", {}), ("pmap", QUEUES)])
+def test_a_measured_point(mapping, changes):
     """The figures of a step that runs are those of the step that is only compiled; parts and rest make up the step."""
-    config = point_config(configuration(parallel__mapping=mapping), Point("ring", "float32", 4, 2))
+    config = point_config(configuration(parallel__mapping=mapping, **changes), Point("ring", "float32", 4, 2))
     *_, figures = measuring.measure_point(config)
     seconds = dict(figures["seconds"])
     step = seconds.pop("step")
@@ -268,17 +269,33 @@ def test_a_measured_point(mapping):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
-def test_the_collectives_are_the_sum_of_all_gradients(mapping):
-    config = point_config(configuration(parallel__mapping=mapping), Point("ring", "float32", 4, 2))
+def test_parts_are_those_of_the_step_after_the_warm_up():
+    config = point_config(configuration(), Point("ring", "float32", 4, 2))
+    assert config.loss.triplet.warmup_epochs == 1.0
     run = measuring.random_run(config)
-    params = jax.device_get(run.state.params)
-    part = measuring.collectives_part(run, params, {}, put_batch(next(run.batches), run.mesh, mapping))
+    batch = run.put(next(run.batches))
+    state, params = run.steady_state(), jax.device_get(run.steady_state().params)
+    assert int(state.step) > 1000 * run.setup.steps_per_epoch
+
+    part = parts.collectives_part(run, batch)
     summed = jax.device_get(part.program(part.state, part.batch, part.table))
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 2 * y), summed, params)
-    if mapping == "shard_map":
-        sent = work(part.program.lower(part.state, part.batch, part.table).compile().as_text()).collectives
-        assert sent == {"all-reduce": sum(leaf.nbytes for leaf in jax.tree.leaves(params))}
+    sent = work(part.program.lower(part.state, part.batch, part.table).compile().as_text()).collectives
+    assert sent == {"all-reduce": sum(leaf.nbytes for leaf in jax.tree.leaves(params))}
+
+    exchanged = work(run.setup.step.lower(state, batch, {}).compile().as_text()).collectives["collective-permute"]
+    part = parts.loss_part(run, batch)
+    alone = work(part.program.lower(part.state, part.batch, part.table).compile().as_text()).collectives
+    assert alone["collective-permute"] == exchanged
+    part = parts.encode_part(run, batch)
+    towers = work(part.program.lower(part.state, part.batch, part.table).compile().as_text()).collectives
+    assert "collective-permute" not in towers and 0 < towers["all-reduce"] < 100
+
+    part = parts.optimiser_part(run, batch)
+    applied = part.program(part.state, part.batch, part.table)
+    assert int(applied.step) == int(state.step) + 1 and int(applied.nonfinite) == 0
+    moved = jax.tree.map(lambda x, y: (x != y).any() == y.any(), jax.device_get(applied.params), params)
+    assert all(jax.tree.leaves(moved))  # each by itself, as parameters serve as gradients
 
 
 @pytest.mark.slow
