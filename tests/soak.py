@@ -5,8 +5,7 @@ building of a FAISS index, where FAISS is installed; a small --mode=scale. Each 
 the same command until it ends by itself, and must then have left what a run that nobody disturbed leaves: the same
 parameters bit by bit, the same log, the same files byte by byte, the same results.
 
-The processes are forks of one that has imported the libraries and done nothing else, which saves the seconds of that at
-every start. Prints a line for each kill and a table; exits with status 1 when anything differs.
+Prints a line for each kill and a table; exits with status 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import random
-import runpy
 import shutil
 import signal
 import sys
@@ -33,39 +30,12 @@ import numpy as np
 from absl import logging
 
 from shnet_jax.observe.terminal import make_output_safe
+from tests.processes import ROOT, Program
 
-ROOT = Path(__file__).parents[1]
 STEPS = 30
-PATIENCE = 300.0  # seconds that no run may take
 KILLS_OF_A_RUN = 4  # then it may end
 SAVING = "checkpoints/*.orbax-checkpoint-tmp*"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
-
-# Imported once, by the process that the others are forks of.
-PRELOADED = [
-    "absl.app", "jax", "optax", "flax.linen", "grain", "orbax.checkpoint", "tensorflow_datasets", "sentencepiece",
-    "safetensors.numpy", "matplotlib.pyplot", "ml_collections.config_flags",
-]  # fmt: skip
-
-
-def start(command: list[str], log: Path) -> multiprocessing.context.ForkServerProcess:
-    """The process of `python COMMAND`, whose output goes to `log`."""
-    process = multiprocessing.get_context("forkserver").Process(target=_become, args=(command, str(log)))
-    process.start()
-    return process
-
-
-def _become(command: list[str], log: str) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.path.insert(0, str(ROOT))
-    if command[0] == "-m":
-        sys.argv = command[1:]
-        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
 
 
 @dataclass(frozen=True)
@@ -193,12 +163,10 @@ def contents(folder: Path, pattern: str) -> dict[str, bytes]:
 def finish(command: list[str], log: Path) -> float:
     """Runs to the end; seconds. Raises RuntimeError with the end of the output when it fails."""
     begin = time.monotonic()
-    process = start(command, log)
-    process.join(PATIENCE)
-    if process.exitcode != 0:
-        process.kill()
-        said = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""
-        raise RuntimeError(f"{' '.join(command)}\nended with status {process.exitcode}:\n{said}")
+    with Program(command, log) as process:
+        status = process.wait()
+    if status != 0:
+        raise RuntimeError(f"{' '.join(command)}\nended with status {status}:\n{process.output()[-2000:]}")
     return time.monotonic() - begin
 
 
@@ -210,22 +178,20 @@ def kill(subject: Subject, folder: Path, log: Path, moment: float, choose: rando
     number = choose.choice(SIGNALS)
     at_point = subject.points != "" and choose.random() < 0.5
     before, begin = set(folder.glob(subject.points or "*")), time.monotonic()
-    process = start(subject.command(folder), log)
-    while process.exitcode is None and time.monotonic() - begin < PATIENCE:
-        if set(folder.glob(subject.points)) - before if at_point else time.monotonic() - begin >= moment:
-            break
-        time.sleep(0.001)
-    lived = time.monotonic() - begin
-    if process.exitcode is None:
-        assert process.pid is not None
-        os.kill(process.pid, number)
-        process.join(PATIENCE)
-    process.kill()
-    if process.exitcode == 0:
+
+    def now() -> bool:
+        return bool(set(folder.glob(subject.points)) - before) if at_point else time.monotonic() - begin >= moment
+
+    with Program(subject.command(folder), log) as process:
+        if process.until(now):
+            process.send(number)
+        lived = time.monotonic() - begin
+        status = process.wait()
+    if status == 0:
         return "", lived
-    if process.exitcode in (-number, 128 + number):
+    if status in (-number, 128 + number):
         return number.name, lived
-    raise RuntimeError(f"ended with status {process.exitcode}: {log.read_text(errors='replace')[-2000:]}")
+    raise RuntimeError(f"ended with status {status}: {process.output()[-2000:]}")
 
 
 def soak(subject: Subject, kills: int, place: Path, choose: random.Random) -> Tally:
@@ -276,7 +242,6 @@ def surroundings(place: Path) -> Iterator[None]:
         "MPLBACKEND": "agg",
     }
     os.chdir(ROOT)
-    multiprocessing.set_forkserver_preload(PRELOADED)
     yield
 
 

@@ -1,202 +1,161 @@
-"""Two real processes with CPU collectives train as one process with all devices."""
+"""Two real processes with CPU collectives train as one process with all devices, and survive faults of either."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 
-from tests.patience import PATIENCE
+from shnet_jax.modes.evaluate import evaluate
+from shnet_jax.train.loop import train_and_evaluate
+from tests.processes import Program
 from tests.train import tiny
 from tests.train.test_loop import same_arrays
 
-ROOT = Path(__file__).parent.parent.parent
-STEPS = 6
-SPLIT = "--config.parallel.shard_params"
+pytestmark = pytest.mark.slow
+
+STEPS = 80
+CHANGES = {
+    "train.steps": STEPS,
+    "train.batch_size": 40,
+    "train.eval_epochs": 2.0,
+    "train.keep": 100,
+    "parallel.devices": 0,
+    "model.name": "tests.train.toy",
+    "momentum.queue": 60,
+}
 SMALL_TILES = "--config.eval.tile=1"  # 8 captions each: several for each process
+WITHOUT_QUEUES = "--config.momentum.queue=0"
+SPLIT = (WITHOUT_QUEUES, "--config.parallel.shard_params=True")
 
 
-def command(workdir, *more):
-    config = tiny.config()
-    changes = {"train.steps": STEPS, "train.batch_size": 40, "parallel.devices": 0, "model.name": "tests.train.toy"}
-    given = [f"--config.{name}={value}" for name, value in changes.items()]
-    rest = [flag for flag in tiny.flags(config) if flag.partition("=")[0] not in {f.partition("=")[0] for f in given}]
-    return [sys.executable, "main.py", "--config=configs/demo.py", *given, *rest, f"--workdir={workdir}", *more]
+class Job:
+    """Both processes of a job, 2 devices each; killed at the end of the context."""
 
+    def __init__(self, workdir, *more):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        values = dict(tiny.CHANGES) | {"data.dir": tiny.dataset()} | CHANGES
+        flags = [f"--config.{name}={value}" for name, value in values.items()]
+        command = ["main.py", "--config=configs/demo.py", *flags, f"--workdir={workdir}", "--heartbeat_seconds=10"]
+        command += ["--distributed", f"--coordinator_address={address}", "--process_count=2", *more]
+        self.metrics, place = workdir / "metrics.jsonl", workdir.parent
+        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        job = len(list(place.glob(f"{workdir.name}.*.0.log")))
+        logs = [place / f"{workdir.name}.{job}.{i}.log" for i in range(2)]
+        self.processes = [Program([*command, f"--process_id={i}"], log, **devices) for i, log in enumerate(logs)]
 
-def environment(devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    def __enter__(self):
+        with ExitStack() as stack:
+            for process in self.processes:
+                stack.enter_context(process)
+            self._stack = stack.pop_all()
+        return self
 
+    def __exit__(self, *_):
+        self._stack.close()
 
-def start(workdir, *more):
-    """Both processes of the job, 2 devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    job = ["--distributed", f"--coordinator_address={address}", "--process_count=2"]
-    return [
-        subprocess.Popen(
-            command(workdir, *job, f"--process_id={i}", *more),
-            cwd=ROOT,
-            env=environment(2),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
+    def outputs(self, status=0):
+        """Waits for both processes and returns what they printed; fails when one ended with another status."""
+        for process in self.processes:
+            assert process.wait() == status, process.output()[-3000:]
+        return [process.output() for process in self.processes]
 
+    def last_logged(self):
+        """The last step with a line in the log."""
+        steps = re.findall(r'^{"step": (\d+), ', self.metrics.read_text("utf-8"), re.M) if self.metrics.exists() else []
+        return int(steps[-1]) if steps else 0
 
-def outputs_of(processes, status=0):
-    """Waits for the processes and returns their outputs; fails when one ended with another status."""
-    try:
-        outputs = [process.communicate(timeout=PATIENCE) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == status, errors[-3000:]
-    return [out for out, _ in outputs]
+    def until_it_trains(self):
+        """Waits until the job has logged 8 steps more than any job before it in this folder."""
+        first = self.last_logged()
+        assert self.processes[0].until(lambda: self.last_logged() >= first + 8), self.processes[0].output()[-3000:]
 
 
 def together(workdir, *more):
-    """The job from its start to its end; the outputs."""
-    return outputs_of(start(workdir, *more))
+    """The job from its start to its end; what its processes printed."""
+    with Job(workdir, *more) as job:
+        return job.outputs()
 
 
-def until(process_log, text):
-    """Waits for a line of the log; the caller's assertions tell when it never came."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and not (process_log.exists() and text in process_log.read_text("utf-8")):
-        time.sleep(0.01)
-
-
-def alone(workdir, *more):
-    done = subprocess.run(command(workdir, *more), cwd=ROOT, env=environment(4), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_two_processes_train_resume_and_evaluate_like_one(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    alone(one, "--mode=train")
-    together(two, "--mode=train")
-    shutil.rmtree(two / "checkpoints" / str(STEPS))  # as if killed before the last checkpoint was complete
-    tables = together(two, "--mode=train")
-    assert "rSum" in tables[0] and "rSum" not in tables[1]
-
-    ours, expected = tiny.arrays(two, STEPS), tiny.arrays(one, STEPS)
-    assert ours.keys() == expected.keys()
-    for name, values in expected.items():
-        # The bias before a BatchNorm has no gradient: Adam makes steps of its rounding.
-        if "['linear']['bias']" not in name:
-            np.testing.assert_allclose(ours[name], values, rtol=1e-2, atol=1e-3, err_msg=name)
-    for line, reference in zip(tiny.lines(two), tiny.lines(one), strict=True):
-        assert line["step"] == reference["step"]
-        assert line.keys() == reference.keys()
-        if line["kind"] == "eval":
-            np.testing.assert_allclose(line["rsum"], reference["rsum"], atol=15)  # of 10 images: 1 place is 10 points
-
-    evaluated = together(two, "--mode=eval", SMALL_TILES)
-    assert "rSum" in evaluated[0] and "rSum" not in evaluated[1]
-    (results,) = two.glob("results_*.json")
-    shared = json.loads(results.read_text("utf-8"))
-    alone(two, "--mode=eval", SMALL_TILES)  # the same checkpoint; its gallery ranked by one process
-    again = json.loads(results.read_text("utf-8"))
-    assert {n: arm["metrics"] for n, arm in again["arms"].items()} == {
-        n: a["metrics"] for n, a in shared["arms"].items()
-    }
-
-
-LONG = ("--mode=train", "--config.train.steps=40", "--config.train.eval_epochs=0")
-QUEUED = (*LONG, "--config.momentum.queue=60")
-
-
-@functools.cache
-def undisturbed(*flags):
-    """Work folder of a job that nothing happened to."""
-    workdir = Path(tempfile.mkdtemp(dir=tiny.folder()))
-    together(workdir, *flags)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Work folder of a job with queues that nothing happened to; the name of its last checkpoint is STEPS."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    printed = together(workdir, "--mode=train")
+    assert "rSum" in printed[0] and "rSum" not in printed[1]
     return workdir
 
 
-def goes_on(workdir, flags):
-    """Started again the job ends bitwise as the undisturbed one."""
-    together(workdir, *flags)
-    same_arrays(tiny.arrays(workdir, 40), tiny.arrays(undisturbed(*flags), 40))
-    assert tiny.lines(workdir) == tiny.lines(undisturbed(*flags))
+def ends_as(workdir, undisturbed):
+    same_arrays(tiny.arrays(workdir, STEPS), tiny.arrays(undisturbed, STEPS))
+    assert tiny.lines(workdir) == tiny.lines(undisturbed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [QUEUED, (*LONG, f"{SPLIT}=True")], ids=["queues", "split"])
-def test_sigterm_in_one_process_stops_both_and_the_job_goes_on(flags, tmp_path):
-    """With parameters on every device and queues of momentum encoders, and split over the devices of both processes."""
-    processes = start(tmp_path, *flags)
-    until(tmp_path / "metrics.jsonl", '{"step": 8, ')
-    processes[1].send_signal(signal.SIGTERM)  # not the one that writes the log
-    outputs_of(processes, 128 + signal.SIGTERM)
-    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal())
-    assert 8 < saved < 40 and saved % 10 == 0
-    goes_on(tmp_path, flags)
-
-
-def survivor(processes, victim, number):
-    """Sends the signal to one process; the output of the other, which has to end with a status that is not 0."""
-    processes[victim].send_signal(number)
-    try:
-        _, said = processes[1 - victim].communicate(timeout=PATIENCE)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert processes[1 - victim].returncode not in (0, None)
-    return said
-
-
-BEATING = (*QUEUED, "--heartbeat_seconds=10")
-VICTIMS = [pytest.param(1, id="worker"), pytest.param(0, id="coordinator")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", VICTIMS)
-def test_a_killed_process_ends_the_other_and_the_job_goes_on(victim, tmp_path):
-    processes = start(tmp_path, *BEATING)
-    until(tmp_path / "metrics.jsonl", '{"step": 8, ')
-    said = survivor(processes, victim, signal.SIGKILL)
-    assert re.search(r"another (process|task) died", said), said[-3000:]
-    goes_on(tmp_path, QUEUED)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", VICTIMS)
-def test_a_process_that_falls_silent_ends_the_other(victim, tmp_path):
-    """Stopped, with all its connections open: as a host that hangs or has lost its network, whom nobody tells."""
-    processes = start(tmp_path, *BEATING)
-    until(tmp_path / "metrics.jsonl", '{"step": 8, ')
-    said = survivor(processes, victim, signal.SIGSTOP)
-    assert re.search("heartbeat|another (process|task) died", said), said[-3000:]
-
-
-@pytest.mark.slow
-def test_queues_of_two_processes_are_those_of_one(tmp_path):
-    alone(tmp_path, *QUEUED)
-    ours, expected = tiny.arrays(undisturbed(*QUEUED), 40), tiny.arrays(tmp_path, 40)
-    assert ours.keys() == expected.keys()
+def test_two_processes_train_and_evaluate_like_one(undisturbed, tmp_path):
+    config = tiny.config()
+    config.update_from_flattened_dict(CHANGES | {"parallel.devices": 4})
+    with tiny.quick():
+        train_and_evaluate(config, tmp_path)
+    early, ours = tiny.arrays(undisturbed, 6), tiny.arrays(undisturbed, STEPS)
+    assert early.keys() == ours.keys()
+    for name, values in tiny.arrays(tmp_path, 6).items():
+        # The bias before a BatchNorm has no gradient: Adam makes steps of its rounding.
+        if "['linear']['bias']" not in name:
+            np.testing.assert_allclose(early[name], values, rtol=1e-2, atol=1e-3, err_msg=name)
+    expected = tiny.arrays(tmp_path, STEPS)
     queues = {name: values for name, values in expected.items() if "['images']" in name or "['texts']" in name}
     assert {len(values) for values in queues.values() if values.ndim} == {60}
     for name, values in queues.items():
         np.testing.assert_allclose(ours[name], values, atol=0.02, err_msg=name)  # ids and pointers: the same
+    for line, reference in zip(tiny.lines(undisturbed), tiny.lines(tmp_path), strict=True):
+        assert line["step"] == reference["step"] and line.keys() == reference.keys()
+        if line["kind"] == "eval" and line["step"] <= 10:
+            np.testing.assert_allclose(line["rsum"], reference["rsum"], atol=15)  # of 10 images: 1 place is 10 points
+
+    printed = together(undisturbed, "--mode=eval", SMALL_TILES)
+    assert "rSum" in printed[0] and "rSum" not in printed[1]
+    (path,) = undisturbed.glob("results_*.json")
+    shared = json.loads(path.read_text("utf-8"))["arms"]
+    config.eval.tile = 1
+    evaluate(config, undisturbed)  # the same checkpoint; its gallery ranked by one process
+    alone = json.loads(path.read_text("utf-8"))["arms"]
+    assert {name: arm["metrics"] for name, arm in alone.items()} == {n: arm["metrics"] for n, arm in shared.items()}
+
+
+def test_a_process_that_dies_or_falls_silent_ends_the_other_and_the_job_goes_on(undisturbed, tmp_path):
+    """Silent: stopped with all its connections open, as a host that hangs or has lost its network."""
+    workdir = tmp_path / "run"
+    for number, reason in (
+        (signal.SIGSTOP, "heartbeat|another (process|task) died"),
+        (signal.SIGKILL, "another (process|task) died"),
+    ):
+        for victim in (1, 0):  # a worker, the coordinator
+            with Job(workdir, "--mode=train") as job:
+                job.until_it_trains()
+                job.processes[victim].send(number)
+                survivor = job.processes[1 - victim]
+                assert survivor.wait() not in (0, None), survivor.output()[-3000:]
+                assert re.search(reason, survivor.output()), survivor.output()[-3000:]
+    together(workdir, "--mode=train")
+    ends_as(workdir, undisturbed)
+
+
+def test_sigterm_in_one_process_stops_both_and_the_job_goes_on(tmp_path):
+    """With parameters split over the devices of both processes."""
+    undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
+    together(undisturbed, "--mode=train", *SPLIT)
+    with Job(workdir, "--mode=train", *SPLIT) as job:
+        job.until_it_trains()
+        job.processes[1].send(signal.SIGTERM)  # not the one that writes the log
+        job.outputs(128 + signal.SIGTERM)
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+    assert 8 < saved < STEPS and saved % 10 == 0
+    together(workdir, "--mode=train", *SPLIT)
+    ends_as(workdir, undisturbed)
