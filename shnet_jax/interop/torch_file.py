@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import io
 import math
-import reprlib
 import struct
 import zipfile
 import zlib
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from shnet_jax.interop.torch_pickle import DTYPES, Storage, Tensor, Unpickler
+from shnet_jax.interop.torch_pickle import DTYPES, Storage, Tensor, Unpickler, brief, is_shape
 from shnet_jax.untrusted import check_kind
 
 MAX_PICKLE = 32 * 2**20
@@ -63,19 +62,16 @@ class TorchFile:
         """
         storage, offset, shape, strides = tensor
         if not isinstance(storage, Storage):
-            raise ValueError(f"{self.path}: a tensor has no storage but {reprlib.repr(storage)}")
+            raise ValueError(f"{self.path}: a tensor has no storage but {brief(storage)}")
         dtype, place = DTYPES[storage.kind], self._places.get(storage.key)
         if place is None or place.size != storage.size * dtype.itemsize:
-            found = "no such entry" if place is None else f"{place.size} bytes"
-            raise ValueError(f"{self.path}: storage {storage.key!r} should hold {storage.size} x {dtype}; {found}")
-        sizes = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
-        numbers = all(type(n) is int and n >= 0 for n in sizes) and len(shape) == len(strides)
-        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if numbers else 0
-        count = math.prod(shape) if numbers else 0
-        if not numbers or count > storage.size or (count and last >= storage.size):
-            raise ValueError(
-                f"{self.path}: a tensor of shape {reprlib.repr(shape)} does not lie in its storage {storage}"
-            )
+            actual = "no such entry" if place is None else f"{place.size} bytes"
+            raise ValueError(f"{self.path}: storage {storage.key!r} should hold {storage.size} x {dtype}; {actual}")
+        valid = all(map(is_shape, ((offset,), shape, strides))) and len(shape) == len(strides)
+        count = math.prod(shape) if valid else 0
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if valid else 0
+        if not valid or count > storage.size or (count and last >= storage.size):
+            raise ValueError(f"{self.path}: a tensor of shape {brief(shape)} does not lie in its storage {storage}")
         if not count:
             return np.zeros(shape, dtype)
         raw = self._bytes[place.offset : place.offset + place.size]
@@ -141,10 +137,10 @@ def _open_zip(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo], scale:
         if place.size > most:
             raise ValueError(f"{path}: {name} has {place.size} bytes, more than {most}")
         file.seek(place.offset)
-        found = file.read(place.size)
-        if zlib.crc32(found) != place.crc:
+        data = file.read(place.size)
+        if zlib.crc32(data) != place.crc:
             raise ValueError(f"{path}: {name}: wrong checksum, the file is damaged")
-        return found
+        return data
 
     if f"{root}/byteorder" in places and read("byteorder", 16) != b"little":
         raise ValueError(f"{path}: saved on a machine of the other byte order")
@@ -182,9 +178,7 @@ def _open_legacy(path: Path, file: BinaryIO, scale: int) -> TorchFile:
         file.seek(at)
         count = file.read(8)
         if storage is None or len(count) < 8 or int.from_bytes(count, "little") != storage.size:
-            raise ValueError(
-                f"{path}: storage {reprlib.repr(key)} is not where it should be; the file is cut off or damaged"
-            )
+            raise ValueError(f"{path}: storage {brief(key)} is not where it should be; the file is cut off or damaged")
         places[key] = _Place(at + 8, storage.size * DTYPES[storage.kind].itemsize, None)
         at = places[key].offset + places[key].size
         if at > size:

@@ -1,13 +1,14 @@
-"""Pickles of numbers, texts, tensors and NumPy arrays, loaded without running anything that they name.
+"""Restricted reader of pickles: numbers, texts, containers, tensors and NumPy arrays, without running what they name.
 
-A pickle is a small program that may call any function by its name. Here its opcodes are looked through before one is
-carried out, and of all names only those in `_allowed` are known; they stand for objects that can do nothing. Such
-pickles lie in the files of `torch.save` and in the values of LMDB files.
+A pickle is a program for a stack machine that can call any function. `Unpickler` is such a machine in Python with an
+allow-list of opcodes and of names; each name stands for a function of this file. Nothing is imported, no attribute is
+set, and no more is allocated than a small multiple of the bytes read. Such pickles lie in the files of `torch.save` and
+in LMDB values.
 """
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import io
 import math
 import pickle
@@ -15,7 +16,7 @@ import pickletools
 import re
 import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -33,25 +34,34 @@ DTYPES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
+MAX_STEPS = 1_000_000
+"""Most steps of one pickle, which take some seconds and less than 0.5 GB. Each opcode is one (some 60 for each tensor),
+and so is each item and each 64 bytes of the arguments of a call: what is written once can be copied many times."""
+MAX_AXES = 64
+"""Most axes of an array, as in NumPy 2."""
 
-# What pickle protocols 2 to 5 write for such values; not those that make classes by other ways than the names below,
-# and none that could take more memory than the file. BINSTRING is a text or the bytes of an array in Python 2.
-_WRITTEN = (
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE "
-    "BINBYTES SHORT_BINBYTES BYTEARRAY8 BINSTRING SHORT_BINSTRING "
-    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS "
-    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID"
-)
-MAX_OPCODES = 1_000_000
-"""Most opcodes of one pickle, some 60 for each tensor; they take a second and less than 0.5 GB."""
-MAX_KEY = 1000
-"""Most objects in one key: hashing a key of a million nested tuples crashes Python."""
-MAX_LOOKED = 1_000_000
-"""Most objects visited to hash keys or to pass arguments, and most that are copied. Sixty tuples that each
-hold the one before twice are a key of 2^60, and a list that is written once can be an argument in every other byte."""
-_OPCODES = frozenset(_WRITTEN.split())
+_ENCODING = "utf-8", "surrogateescape"  # of BINSTRING, by which Python 2 writes texts and the bytes of arrays
 _NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
-_BYTES = "utf-8", "surrogateescape"  # how a BINSTRING becomes a text that can be made bytes again
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_PUSHED = (  # opcodes that push their argument as it is; BINUNICODE8 and BINBYTES8 are for more than 4 GB
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
+    *("BINBYTES", "SHORT_BINBYTES", "BYTEARRAY8"),
+)
+_FAULTS = (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, OverflowError)
+
+
+class _Brief(reprlib.Repr):
+    """Short text of a value in time that does not depend on the value: the class of what reprlib would ask for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return repr(x) if isinstance(x, float | bool | None) else f"<{type(x).__name__}>"
+
+
+brief = _Brief().repr
 
 
 class Storage(NamedTuple):
@@ -71,44 +81,19 @@ class Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _Fixed:
-    """Base of the objects that names in a pickle stand for: a pickle cannot set their attributes."""
+@dataclasses.dataclass(eq=False)
+class Array:
+    """NumPy array that a pickle first creates and then fills. value: read-only; None until filled."""
 
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("it changes what a name stands for")
+    value: np.ndarray | None = None
 
 
-class _RebuildTensor(_Fixed):
-    __slots__ = ()
+@dataclasses.dataclass(eq=False)
+class Dtype:
+    """NumPy dtype by its code ('f4') and byte order."""
 
-    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
-        return Tensor(storage, offset, shape, strides)
-
-
-class _RebuildParameter(_Fixed):
-    __slots__ = ()
-
-    def __call__(self, data: Any, *_: Any) -> Any:
-        return data
-
-
-class _StateDict(collections.OrderedDict[str, Any]):
-    def __setstate__(self, state: Any) -> None:
-        """Ignores torch's version metadata of a state dict."""
-
-
-class Attributes(dict[str, Any]):
-    """Dictionary whose items were attributes too, as those of EasyDict."""
-
-    def __init__(self, *arguments: Any):
-        if arguments:
-            raise pickle.UnpicklingError("a dictionary is made of something else than its items")
-        super().__init__()
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignores the attributes, which repeat the items or are internals of the class."""
+    code: Any
+    order: str = "="
 
 
 def array_of(code: Any, shape: Any, data: Any, fortran: bool = False) -> np.ndarray:
@@ -117,209 +102,18 @@ def array_of(code: Any, shape: Any, data: Any, fortran: bool = False) -> np.ndar
     Raises ValueError for all but numbers (no Python objects, records, texts) and bytes that are more or less.
     """
     if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
-        raise ValueError(f"an array of {reprlib.repr(code)}, but only integers, floats and booleans are loaded")
+        raise ValueError(f"an array of {brief(code)}, but only integers, floats and booleans are loaded")
     dtype = np.dtype(code)
-    whole = isinstance(shape, tuple | list) and all(type(n) is int and n >= 0 for n in shape)
-    if not whole or not isinstance(data, bytes) or math.prod(shape) * dtype.itemsize != len(data):
-        found = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
-        raise ValueError(f"an array of {dtype} {reprlib.repr(shape)} has {found}")
+    if not is_shape(shape) or not isinstance(data, bytes) or math.prod(shape) * dtype.itemsize != len(data):
+        size = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
+        raise ValueError(f"an array of {dtype} {brief(shape)} has {size}")
     flat = np.frombuffer(data, dtype) if data else np.zeros(0, dtype)
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
-class Dtype:
-    """NumPy dtype by its code ('f4') and byte order."""
-
-    __slots__ = ("code", "order")
-
-    def __init__(self, code: Any):
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state: Any) -> None:
-        match state:
-            case (3, "<" | ">" | "=" | "|" as order, None, None, None, int(), int(), int()):
-                self.order = order
-            case _:  # records, subarrays, dates
-                raise pickle.UnpicklingError(f"a dtype is described by {reprlib.repr(state)}")
-
-
-class _Copies:
-    """Budget of copies into new objects: the same few bytes can ask for a copy again and again."""
-
-    def __init__(self, most: int, what: str) -> None:
-        self._left, self._most, self._what = most, most, what
-
-    def spend(self, count: int) -> None:
-        self._left -= count
-        if self._left < 0:
-            raise pickle.UnpicklingError(f"it copies more than {self._most} {self._what}")
-
-
-def _to_bytes(data: bytes | str, copies: _Copies) -> bytes:
-    """Converts to bytes; a text is that of a BINSTRING."""
-    if isinstance(data, bytes):
-        return data
-    copies.spend(len(data))
-    return data.encode(*_BYTES)
-
-
-class Array:
-    """NumPy array that a pickle first creates and then fills. value: read-only; None until filled."""
-
-    __slots__ = ("_copies", "value")
-
-    def __init__(self, copies: _Copies):
-        self._copies = copies
-        self.value: np.ndarray | None = None
-
-    def __setstate__(self, state: Any) -> None:
-        match state:
-            case (1, tuple(shape), Dtype(code=str(code), order=order), bool(fortran), bytes() | str() as data):
-                self.value = array_of(order + code, shape, _to_bytes(data, self._copies), fortran)
-            case _:
-                raise pickle.UnpicklingError(f"an array is described by {reprlib.repr(state)}")
-
-
-class _MakeDtype(_Fixed):
-    __slots__ = ()
-
-    def __call__(self, code: Any, *_: Any) -> Dtype:
-        return Dtype(code)
-
-
-class _MakeArray(_Fixed):
-    __slots__ = ("_copies",)
-
-    def __init__(self, copies: _Copies):
-        self._copies = copies
-
-    def __call__(self, kind: Any, *_: Any) -> Array:
-        if kind != "ndarray":
-            raise pickle.UnpicklingError(f"an array is of the class {reprlib.repr(kind)}")
-        return Array(self._copies)
-
-
-class _Scalar(_Fixed):
-    """Converts a NumPy scalar, number or text, to the Python value."""
-
-    __slots__ = ("_copies",)
-
-    def __init__(self, copies: _Copies):
-        self._copies = copies
-
-    def __call__(self, dtype: Any, data: Any) -> Any:
-        if not isinstance(dtype, Dtype) or not isinstance(dtype.code, str) or not isinstance(data, bytes | str):
-            raise pickle.UnpicklingError(f"a number is described by {reprlib.repr((dtype, data))}")
-        data = _to_bytes(data, self._copies)
-        if re.fullmatch(f"U{len(data) // 4}", dtype.code):
-            self._copies.spend(len(data))
-            return data.decode("utf-32-be" if dtype.order == ">" else "utf-32-le").rstrip("\0")
-        return array_of(dtype.order + dtype.code, (), data).item()
-
-
-class _Encode(_Fixed):
-    """Stands for `codecs.encode` and `bytes`, by which protocol 2 writes bytes: a text in Latin-1."""
-
-    __slots__ = ("_copies",)
-
-    def __init__(self, copies: _Copies):
-        self._copies = copies
-
-    def __call__(self, text: Any = "", codec: Any = "latin1") -> bytes:
-        if not isinstance(text, str) or codec not in ("latin1", "latin-1"):
-            raise pickle.UnpicklingError("bytes are written in another way than as Latin-1")
-        self._copies.spend(len(text))
-        return text.encode("latin-1")
-
-
-class _FromBuffer(_Fixed):
-    """Builds an array of numbers as protocol 5 writes it."""
-
-    __slots__ = ("_copies",)
-
-    def __init__(self, copies: _Copies):
-        self._copies = copies
-
-    def __call__(self, data: Any, dtype: Any, shape: Any, order: Any) -> Array:
-        array = Array(self._copies)
-        if not isinstance(data, bytes | bytearray) or order not in ("C", "F"):
-            raise pickle.UnpicklingError("an array has no bytes")
-        self._copies.spend(len(data))
-        array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
-        return array
-
-
-class _Device(_Fixed):
-    """Converts a device to its name: cuda:0."""
-
-    __slots__ = ()
-
-    def __call__(self, *parts: Any) -> str:
-        if not all(type(part) in (str, int) for part in parts):
-            raise pickle.UnpicklingError(f"a device is described by {reprlib.repr(parts)}")
-        return ":".join(map(str, parts))
-
-
-class _DefaultDict(_Fixed):
-    __slots__ = ()
-
-    def __call__(self, *_: Any) -> dict[Any, Any]:
-        return {}
-
-
-class _OrderedDict(_Fixed):
-    __slots__ = ("_copies",)
-
-    def __init__(self, copies: _Copies):
-        self._copies = copies
-
-    def __call__(self, items: Any = ()) -> _StateDict:
-        # Python 2 wrote the items as an argument, Python 3 puts them in one by one.
-        if not isinstance(items, list | tuple):
-            raise pickle.UnpicklingError("an OrderedDict is made of something else than names and values")
-        self._copies.spend(len(items))
-        if not all(isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], str) for item in items):
-            raise pickle.UnpicklingError("an OrderedDict is made of something else than names and values")
-        return _StateDict(items)
-
-
-def _namespace(copies: _Copies) -> type[types.SimpleNamespace]:
-    class Namespace(types.SimpleNamespace):
-        def __setstate__(self, state: Any) -> None:
-            if not isinstance(state, dict) or not all(type(n) is str and not n.startswith("__") for n in state):
-                raise pickle.UnpicklingError("a Namespace is made of something else than names and values")
-            copies.spend(len(state))
-            vars(self).update(state)
-
-    return Namespace
-
-
-def _allowed(size: int) -> Mapping[tuple[str, str], Any]:
-    """Allow-list for one pickle of `size` bytes: the names that it may use, and the objects that stand for them."""
-    copies, in_bytes = _Copies(MAX_LOOKED, "objects"), _Copies(size, "bytes")
-    encode = _Encode(in_bytes)
-    return {
-        ("collections", "OrderedDict"): _OrderedDict(copies),
-        ("collections", "defaultdict"): _DefaultDict(),
-        **{(module, name): name for module in ("__builtin__", "builtins") for name in ("dict", "float", "int", "list")},
-        ("argparse", "Namespace"): _namespace(copies),
-        **dict.fromkeys((("easydict", "EasyDict"), ("yacs.config", "CfgNode"), ("addict.addict", "Dict")), Attributes),
-        ("torch", "device"): _Device(),
-        ("torch._utils", "_rebuild_tensor"): _RebuildTensor(),
-        ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
-        ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-        **{("torch", kind): kind for kind in DTYPES},
-        ("_codecs", "encode"): encode,
-        ("__builtin__", "bytes"): encode,
-        ("numpy", "ndarray"): "ndarray",
-        ("numpy", "dtype"): _MakeDtype(),
-        **dict.fromkeys(((f"numpy.{core}.multiarray", "_reconstruct") for core in _CORES), _MakeArray(in_bytes)),
-        **dict.fromkeys(((f"numpy.{core}.multiarray", "scalar") for core in _CORES), _Scalar(in_bytes)),
-        **dict.fromkeys(((f"numpy.{core}.numeric", "_frombuffer") for core in _CORES), _FromBuffer(in_bytes)),
-    }
-
-
-_CORES = ("core", "_core")  # of NumPy 1 and 2
+def is_shape(shape: Any) -> bool:
+    """Whether `shape` can be the shape of an array: at most MAX_AXES whole numbers of at least 0."""
+    return isinstance(shape, tuple | list) and len(shape) <= MAX_AXES and all(type(n) is int and n >= 0 for n in shape)
 
 
 class Unpickler:
@@ -335,137 +129,248 @@ class Unpickler:
 
     def next(self) -> Any:
         """Loads the next object. Raises ValueError for one that is cut off, or that uses an unknown name or opcode."""
-        start = self._stream.tell()
+        self._stack: list[Any] = []
+        self._outer: list[list[Any]] = []  # the stacks below each mark
+        self._memo: dict[int, Any] = {}
+        self._left = self._most = self._scale * MAX_STEPS
         try:
-            self._look_through()
-            end = self._stream.tell()
-            self._stream.seek(start)
-            found = _Restricted(self._stream.read(end - start), self.storages).load()
-        except _FAULTS as error:
-            # Whatever the bytes are, only these can come of them.
+            for opcode, argument, _ in pickletools.genops(self._stream):
+                self._spend(1)
+                if opcode.name in _PUSHED:
+                    self._stack.append(argument)
+                else:
+                    self._execute(opcode.name, argument)
+            return self._stack.pop()
+        except _FAULTS as error:  # whatever the bytes are, only these can come of them
             raise ValueError(f"{self._where}: not a {self._what} that can be read safely: {error}") from None
-        self._stream.seek(end)
-        return found
 
-    def _look_through(self) -> None:
-        looked = 0
-        most_opcodes, most_looked = self._scale * MAX_OPCODES, self._scale * MAX_LOOKED
-        sizes = _Sizes()
-        for number, (opcode, value, _) in enumerate(pickletools.genops(self._stream)):
-            if opcode.name not in _OPCODES:
+    def _spend(self, steps: int) -> None:
+        self._left -= steps
+        if self._left < 0:
+            raise pickle.UnpicklingError(f"its pickle takes more than {self._most} steps")
+
+    def _spend_on(self, *arguments: Any) -> None:
+        """Counts what a call or a key may copy or look at: the items of containers and the bytes of texts."""
+        for argument in arguments:
+            if isinstance(argument, tuple | list | dict):
+                self._spend(len(argument))
+            elif isinstance(argument, str | bytes | bytearray):
+                self._spend(len(argument) // 64)
+
+    def _execute(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        match name:
+            case "BINPUT" | "LONG_BINPUT":
+                if argument > self._stream.tell():
+                    raise pickle.UnpicklingError("its pickle asks for more memory than it has objects")
+                self._memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[argument])
+            case "MARK":
+                self._outer.append(stack)
+                self._stack = []
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                values = [stack.pop() for _ in range(int(name[-1]))]
+                stack.append(tuple(reversed(values)))
+            case "TUPLE":
+                self._to_mark().append(tuple(stack))
+            case "APPEND":
+                value = stack.pop()
+                _extend(stack[-1], [value])
+            case "APPENDS":
+                _extend(self._to_mark()[-1], stack)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self._update(stack[-1], [key], [value])
+            case "SETITEMS":
+                self._update(self._to_mark()[-1], stack[::2], stack[1::2])
+            case "GLOBAL":
+                stack.append(_allowed(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(_allowed(module, attribute))
+            case "REDUCE" | "NEWOBJ":
+                arguments = stack.pop()
+                stack.append(self._call(stack.pop(), arguments))
+            case "BUILD":
+                state = stack.pop()
+                self._build(stack[-1], state)
+            case "BINPERSID":
+                stack.append(self._storage(stack.pop()))
+            case "BINSTRING" | "SHORT_BINSTRING":
+                stack.append(argument.encode("latin-1").decode(*_ENCODING))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case _ if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            case _ if name not in ("PROTO", "FRAME", "STOP"):
                 raise pickle.UnpicklingError(
-                    f"its pickle has the opcode {opcode.name}, which torch.save and pickle protocols 2 to 5 do not "
-                    "write for numbers, texts and arrays"
+                    f"its pickle has the opcode {name}, which torch.save and pickle protocols 2 to 5 do not write for "
+                    "numbers, texts and arrays"
                 )
-            if opcode.name in ("BINPUT", "LONG_BINPUT") and int(value or 0) > number:
-                raise pickle.UnpicklingError("its pickle asks for more memory than it has objects")
-            looked += sizes.step(opcode.name, value)
-            if number > most_opcodes:
-                raise pickle.UnpicklingError(f"its pickle has more than {most_opcodes} opcodes")
-            if looked > most_looked:
+
+    def _to_mark(self) -> list[Any]:
+        """Makes the stack below the last mark the stack again, and returns it."""
+        self._stack = self._outer.pop()
+        return self._stack
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if not callable(function) or not isinstance(arguments, tuple):
+            raise pickle.UnpicklingError(f"it calls {brief(function)}")
+        self._spend_on(arguments, *arguments)
+        return function(*arguments)
+
+    def _update(self, target: Any, keys: list[Any], values: list[Any]) -> None:
+        if not isinstance(target, dict):
+            raise pickle.UnpicklingError(f"it sets items of an object of the kind {type(target).__name__}")
+        for key, value in zip(keys, values, strict=True):
+            self._spend_on(key)
+            if not all(map(_is_key, key if type(key) is tuple else (key,))):
                 raise pickle.UnpicklingError(
-                    f"its pickle has more than {most_looked} objects in its keys and arguments"
+                    f"a key of a dictionary is {brief(key)}; expected a text, a number or a tuple of them"
                 )
-            if sizes.key > MAX_KEY:
-                raise pickle.UnpicklingError(f"its pickle has more than {MAX_KEY} objects in a key")
+            target[key] = value
+
+    def _build(self, target: Any, state: Any) -> None:
+        self._spend_on(state, *(state if isinstance(state, tuple) else ()))
+        match target, state:
+            case dict(), _:
+                pass  # attributes of an EasyDict repeat its items, torch's version metadata of a state dict has no use
+            case types.SimpleNamespace(), dict() if all(type(n) is str and not n.startswith("__") for n in state):
+                vars(target).update(state)
+            case Dtype(), (3, "<" | ">" | "=" | "|" as order, None, None, None, int(), int(), int()):
+                target.order = order
+            case Array(), (1, tuple(shape), Dtype(code=str(code), order=order), bool(fortran), bytes() | str() as data):
+                target.value = array_of(order + code, shape, _to_bytes(data), fortran)
+            case ((Dtype() | Array() | types.SimpleNamespace()), _):
+                kind = {Array: "an array", Dtype: "a dtype"}.get(type(target), "a Namespace")
+                raise pickle.UnpicklingError(f"{kind} is described by {brief(state)}")
+            case _:
+                raise pickle.UnpicklingError("it changes what a name stands for")
+
+    def _storage(self, description: Any) -> Storage:
+        match description:  # the last of six is a view on another storage, which no torch has written since 0.4
+            case ("storage", str(kind), str(key), str(), int(size), *view) if (
+                kind in DTYPES and size >= 0 and view in ([], [None])
+            ):
+                storage = Storage(kind, key, size)
+            case _:
+                raise pickle.UnpicklingError(f"a storage is described by {brief(description)}")
+        if self.storages.setdefault(key, storage) != storage:
+            raise pickle.UnpicklingError(f"storage {brief(key)} is described in two ways")
+        return storage
 
 
 def loads(data: bytes, where: object, what: str) -> Any:
     """Loads the object in `data`. Raises ValueError as `Unpickler.next`, also for trailing bytes."""
     stream = io.BytesIO(data)
-    found = Unpickler(where, stream, what).next()
+    value = Unpickler(where, stream, what).next()
     if rest := len(data) - stream.tell():
         raise ValueError(f"{where}: not a {what} that can be read safely: {rest} bytes behind its pickle")
-    return found
+    return value
 
 
-class _Sizes:
-    """Does what opcodes do, with the size of each object in its place: how many are met when it is looked through.
-
-    A list or a dictionary has size 1: it has no hash. Raises IndexError or KeyError where an unpickler fails.
-    """
-
-    def __init__(self) -> None:
-        self.key = 0  # size of the largest key so far
-        self._stack: list[int] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, int] = {}
-
-    def step(self, name: str, value: Any) -> int:
-        """Applies one opcode with its argument; returns the number of objects that it visits."""
-        stack = self._stack
-        match name:
-            case "PROTO" | "FRAME" | "STOP":
-                pass
-            case "MARK":
-                self._marks.append(len(stack))
-            case "BINPUT" | "LONG_BINPUT":
-                self._memo[value] = stack[-1]
-            case "MEMOIZE":
-                self._memo[len(self._memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(self._memo[value])
-            case "TUPLE":
-                stack.append(1 + sum(self._to_mark()))
-            case "APPENDS":
-                self._to_mark()
-            case "SETITEMS":
-                keys = [size for size in self._to_mark()[::2] if size > 1]
-                self.key = max(self.key, *keys) if keys else self.key
-                return sum(keys)
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(1 + sum(stack.pop() for _ in range(int(name[-1]))))
-            case "APPEND" | "BUILD":
-                stack.pop()
-            case "SETITEM":
-                stack.pop()
-                self.key = max(self.key, stack[-1])
-                return stack.pop()
-            case "REDUCE" | "NEWOBJ":
-                size = stack.pop()
-                stack[-1] = 1 + size
-                return size
-            case "BINPERSID":
-                stack[-1] = 1
-            case "STACK_GLOBAL":
-                stack.pop()
-                stack[-1] = 1
-            case _:
-                stack.append(1)
-        return 0
-
-    def _to_mark(self) -> list[int]:
-        """Pops the objects above the last mark off the stack."""
-        start = self._marks.pop()
-        above = self._stack[start:]
-        del self._stack[start:]
-        return above
+def _extend(target: Any, values: list[Any]) -> None:
+    if not isinstance(target, list):
+        raise pickle.UnpicklingError(f"it appends to an object of the kind {type(target).__name__}")
+    target.extend(values)
 
 
-_FAULTS = (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, OverflowError)
+def _is_key(value: Any) -> bool:
+    """Whether a value is hashed in constant time, and differently from others: an int is hashed modulo 2^61 - 1."""
+    return type(value) in (str, bytes, float, bool, type(None)) or (type(value) is int and abs(value) < 2**61 - 1)
 
 
-class _Restricted(pickle.Unpickler):
-    def __init__(self, data: bytes, storages: dict[str, Storage]):
-        super().__init__(io.BytesIO(data), encoding=_BYTES[0], errors=_BYTES[1])
-        self._storages, self._allowed = storages, _allowed(len(data))
+def _to_bytes(data: bytes | str) -> bytes:
+    """Converts the text of a BINSTRING to bytes."""
+    return data.encode(*_ENCODING) if isinstance(data, str) else data
 
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._allowed[module, name]
-        except KeyError:
-            needed = "save it again as tensors, arrays, numbers, texts, lists and dictionaries"
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not loaded; {needed}") from None
 
-    def persistent_load(self, pid: Any) -> Storage:
-        # The last of six is a view on another storage, which no torch has written since 0.4.
-        match pid:
-            case ("storage", str(kind), str(key), str(), int(size)) if kind in DTYPES and size >= 0:
-                storage = Storage(kind, key, size)
-            case ("storage", str(kind), str(key), str(), int(size), None) if kind in DTYPES and size >= 0:
-                storage = Storage(kind, key, size)
-            case _:
-                raise pickle.UnpicklingError(f"a storage is described by {reprlib.repr(pid)}")
-        if self._storages.setdefault(key, storage) != storage:
-            raise pickle.UnpicklingError(f"storage {key!r} is described in two ways")
-        return storage
+# --------------------------------------------------------------------------------- what the names of a pickle stand for
+
+
+def _ordered_dict(items: Any = ()) -> dict[str, Any]:
+    """Makes an ordered dictionary: Python 2 wrote the items as an argument, Python 3 puts them in one by one."""
+    if not isinstance(items, list | tuple) or not all(
+        isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], str) for item in items
+    ):
+        raise pickle.UnpicklingError("an OrderedDict is made of something else than names and values")
+    return dict(items)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+    return Tensor(storage, offset, shape, strides)
+
+
+def _device(*parts: Any) -> str:
+    """Name of a device: cuda:0."""
+    if not all(type(part) in (str, int) for part in parts):
+        raise pickle.UnpicklingError(f"a device is described by {brief(parts)}")
+    return ":".join(map(str, parts))
+
+
+def _empty_array(kind: Any, *_: Any) -> Array:
+    if kind != "ndarray":
+        raise pickle.UnpicklingError(f"an array is of the class {brief(kind)}")
+    return Array()
+
+
+def _array_from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
+    """Builds an array of numbers as protocol 5 writes it."""
+    if not isinstance(data, bytes | bytearray) or not isinstance(dtype, Dtype) or order not in ("C", "F"):
+        raise pickle.UnpicklingError("an array has no bytes")
+    return Array(array_of(dtype.order + dtype.code, shape, bytes(data), order == "F"))
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    """Converts a NumPy scalar, number or text, to the Python value."""
+    if not isinstance(dtype, Dtype) or not isinstance(dtype.code, str) or not isinstance(data, bytes | str):
+        raise pickle.UnpicklingError(f"a number is described by {brief((dtype, data))}")
+    data = _to_bytes(data)
+    if dtype.code == f"U{len(data) // 4}":
+        return data.decode("utf-32-be" if dtype.order == ">" else "utf-32-le").rstrip("\0")
+    return array_of(dtype.order + dtype.code, (), data).item()
+
+
+def _latin_1(text: Any = "", codec: Any = "latin1") -> bytes:
+    """Stands for `codecs.encode` and `bytes`, by which protocol 2 writes bytes: a text in Latin-1."""
+    if not isinstance(text, str) or codec not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError("bytes are written in another way than as Latin-1")
+    return text.encode("latin-1")
+
+
+_ALLOWED: dict[str, Callable[..., Any] | str] = {
+    "collections.OrderedDict": _ordered_dict,
+    "collections.defaultdict": lambda *factory: {},
+    **dict.fromkeys(("easydict.EasyDict", "yacs.config.CfgNode", "addict.addict.Dict"), lambda: {}),
+    "argparse.Namespace": lambda: types.SimpleNamespace(),
+    "torch.device": _device,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "_codecs.encode": _latin_1,
+    "__builtin__.bytes": _latin_1,
+    "numpy.dtype": lambda code, *_: Dtype(code),
+    **{f"numpy.{core}.multiarray._reconstruct": _empty_array for core in ("core", "_core")},  # of NumPy 1 and 2
+    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _array_from_buffer for core in ("core", "_core")},
+    # Only passed as arguments.
+    "numpy.ndarray": "ndarray",
+    **{f"torch.{kind}": kind for kind in DTYPES},
+    **{f"{module}.{kind}": kind for module in ("__builtin__", "builtins") for kind in ("dict", "float", "int", "list")},
+}
+
+
+def _allowed(module: Any, attribute: Any) -> Callable[..., Any] | str:
+    """Function or text that stands for a name in a pickle. Raises UnpicklingError for a name that is not allowed."""
+    name = f"{module}.{attribute}" if isinstance(module, str) and isinstance(attribute, str) else ""
+    if name not in _ALLOWED:
+        raise pickle.UnpicklingError(
+            f"it names {ascii(name)[1:-1]:.200}, which is not loaded; save it again as tensors, arrays, numbers, "
+            "texts, lists and dictionaries"
+        )
+    return _ALLOWED[name]

@@ -297,11 +297,11 @@ def test_captions_by_image(tmp_path):
 
 def test_the_captions_of_coco_are_within_the_bounds(tmp_path, monkeypatch):
     """Five captions of 120,000 images are 2 million opcodes, twice the usual bound; here all is a hundredth."""
-    monkeypatch.setattr(torch_pickle, "MAX_OPCODES", 10_000)
+    monkeypatch.setattr(torch_pickle, "MAX_STEPS", 10_000)
     content = {number: ["a"] * 5 for number in range(1200)}
     path = torch_writer.save(tmp_path / "train_captions.pt", content)
     assert sum(len(row.captions) for row in caption_files.read_captions(path)) == 6000
-    with pytest.raises(ValueError, match="more than 10000 opcodes"):
+    with pytest.raises(ValueError, match="more than 10000 steps"):
         torch_files.open_torch_file(path)
 
 
