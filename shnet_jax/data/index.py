@@ -150,11 +150,10 @@ def read_index(folder: Path, split: str) -> Index | None:
         index.text[:].decode()
     except ValueError as error:
         raise _damaged(path, f"{what}: its text is no Unicode: {error}") from None
+    for name in ("caption_counts", "identities"):
+        if name in arrays and len(arrays[name]) != len(index):
+            raise _damaged(path, f"expected as many {name} as image_ids, found {len(arrays[name])} and {len(index)}")
     captions, ends = sum(index.caption_counts.tolist()), index.ends
-    if len(index.caption_counts) != len(index):
-        raise _damaged(path, f"expected as many counts as ids, found {len(index.caption_counts)} and {len(index)}")
-    if index.identities is not None and len(index.identities) != len(index):
-        raise _damaged(path, f"expected an identity for each of {len(index)} ids, found {len(index.identities)}")
     bounds = np.concatenate([[0], ends, [len(index.text)]])
     negative = index.caption_counts.min(initial=0) < 0
     if negative or len(ends) != captions or (bounds[:-1] > bounds[1:]).any() or _cuts_letters(index):

@@ -7,7 +7,7 @@ sentence_bert_config.json say of tokens. A setting that is not followed is refus
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,18 @@ GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
 _ONLY = {"do_basic_tokenize": True, "clean_text": True, "wordpieces_prefix": "##", "auto_map": None}
 _ONLY |= {"truncation_side": "right", "padding_side": "right"}
 _ONLY |= {"word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}  # of Japanese
+
+
+@dataclass(frozen=True)
+class FolderVocabulary:
+    """A vocabulary of the `tokenizers` package. max_length: tokens that its model takes; None: not known."""
+
+    tokenizer: tokenizers.Tokenizer
+    max_length: int | None
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        return [encoded.ids for encoded in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 @dataclass(frozen=True)
@@ -186,6 +198,45 @@ def vocabulary_faults(path: Path, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(f"{path}: no vocabulary of {what}: {error}") from None
+
+
+def parse_tokenizer(path: Path, described: Mapping[str, Any], what: str) -> tokenizers.Tokenizer:
+    """The tokenizer that a tokenizer.json describes, without its truncation and padding. Raises ValueError."""
+    with vocabulary_faults(path, what):
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(described))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def enclosing_tokens(path: Path, tokenizer: tokenizers.Tokenizer, what: str) -> tuple[str, str] | None:
+    """The tokens that a tokenizer puts before and behind a caption; None where it adds none.
+
+    Raises ValueError for one that adds any others.
+    """
+    with vocabulary_faults(path, what):
+        enclosed, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    if enclosed.ids == bare.ids:
+        return None
+    if enclosed.ids[1:-1] != bare.ids or any(enclosed.type_ids):
+        raise ValueError(
+            f"{path}: its post_processor makes {' '.join(enclosed.tokens)} of 'a'; expected one token before a caption "
+            "and one behind it, all of type 0"
+        )
+    return enclosed.tokens[0], enclosed.tokens[-1]
+
+
+def special_ids(path: Path, ids: Mapping[str, int], roles: Mapping[str, str]) -> dict[str, int]:
+    """Ids of the special tokens by role. ids: of all pieces.
+
+    Raises ValueError for a vocabulary that lacks one, or whose padding is not id 0.
+    """
+    if missing := [name for name in roles.values() if name not in ids]:
+        raise ValueError(f"{path}: {len(ids)} pieces but no {', '.join(missing)} (needed: {', '.join(roles.values())})")
+    if ids[roles["pad_token"]]:
+        first = next((piece for piece, number in ids.items() if number == 0), None)
+        raise ValueError(f"{path}: piece 0 is {first!r}; padding must be id 0: {roles['pad_token']} was expected there")
+    return {role: ids[name] for role, name in roles.items()}
 
 
 def check_agreement(path: Path, tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
