@@ -147,8 +147,8 @@ def holds(path: Path) -> tuple[list[str], str | None]:
     for member in members:
         if split is None and member.name.endswith(".json"):
             with data_errors():
-                found = untrusted.parse_json(_text(member), member)
-            split = found.get(rows.SPLIT) if isinstance(found, dict) else None
+                values = untrusted.parse_json(_text(member), member)
+            split = values.get(rows.SPLIT) if isinstance(values, dict) else None
     return sorted({Path(member.name).suffix.lower() for member in members}), split
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 
@@ -22,6 +22,8 @@ MAX_ID = 10**6
 """Upper bound on token ids: an array of that size is allocated before anything else is checked."""
 GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
 """Classes of `transformers` of which everything is in the tokenizer.json."""
+
+_Kind = TypeVar("_Kind", dict[str, Any], list[Any])
 
 # What we do; a folder that asks for something else gets an error. None is as good as absent.
 _ONLY = {"do_basic_tokenize": True, "clean_text": True, "wordpieces_prefix": "##", "auto_map": None}
@@ -80,8 +82,8 @@ def read_settings(folder: Path, classes: tuple[str, ...], roles: Mapping[str, st
     """
     path = folder / CONFIG
     values, named, model = _optional(path), _optional(folder / MAP), _optional(folder / "config.json")
-    for place, found in ((path, values), (folder / "config.json", model)):
-        name = found.get("tokenizer_class")
+    for place, document in ((path, values), (folder / "config.json", model)):
+        name = document.get("tokenizer_class")
         if name is not None:
             if str(name).removesuffix("Fast") not in classes:
                 raise ValueError(f"{place}: tokenizer_class is {name!r:.80}; read are those of {', '.join(classes)}")
@@ -91,13 +93,13 @@ def read_settings(folder: Path, classes: tuple[str, ...], roles: Mapping[str, st
             raise ValueError(f"{path}: {name} is {values[name]!r:.80}; expected {json.dumps(expected)} or nothing")
     tokens = {}
     for role in roles:
-        said = {p: t for p, found in ((path, values), (folder / MAP, named)) if (t := _content(p, found, role))}
-        if len(set(said.values())) > 1:
-            raise ValueError(f"{role} is " + ", ".join(f"{text!r:.80} in {place}" for place, text in said.items()))
-        if said:
-            tokens[role] = next(iter(said.values()))
+        texts = {p: t for p, document in ((path, values), (folder / MAP, named)) if (t := _content(p, document, role))}
+        if len(set(texts.values())) > 1:
+            raise ValueError(f"{role} is " + ", ".join(f"{text!r:.80} in {place}" for place, text in texts.items()))
+        if texts:
+            tokens[role] = next(iter(texts.values()))
     known = {*roles.values(), *tokens.values()}
-    if strange := [t for t in _list(path, values, "never_split") if t not in known]:
+    if strange := [t for t in _field(path, values, "never_split", list) if t not in known]:
         raise ValueError(f"{path}: never_split is {strange!r:.200}; expected special tokens, or nothing")
     sentences = folder / "sentence_bert_config.json"
     if _optional(sentences).get("do_lower_case"):
@@ -113,26 +115,20 @@ def _optional(path: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-def _content(path: Path, found: Mapping[str, Any], role: str) -> str:
+def _content(path: Path, document: Mapping[str, Any], role: str) -> str:
     """Content of a token that is written as a text or as an object with its flags; "" for none."""
-    value = found.get(role)
+    value = document.get(role)
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{path}: {role} is {value!r:.80}, expected a text")
     return text or ""
 
 
-def _object(path: Path, found: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = found.get(name) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: {name} is {value!r:.80}, expected an object")
-    return value
-
-
-def _list(path: Path, found: Mapping[str, Any], name: str) -> list[Any]:
-    value = found.get(name) or []
-    if not isinstance(value, list):
-        raise ValueError(f"{path}: {name} is {value!r:.80}, expected a list")
+def _field(path: Path, document: Mapping[str, Any], name: str, kind: type[_Kind]) -> _Kind:
+    """The object or list in a field of a document; an empty one where there is none."""
+    value = document.get(name) or kind()
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: {name} is {value!r:.80}, expected {'a list' if kind is list else 'an object'}")
     return value
 
 
@@ -140,7 +136,7 @@ def _added(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any]) ->
     """Tokens added to the vocabulary. Those that are only listed as special have no id of their own: None."""
     entries = {text: {"id": number, "normalized": True} for text, number in _optional(folder / ADDED).items()}
     path = folder / CONFIG
-    for number, entry in _object(path, values, "added_tokens_decoder").items():
+    for number, entry in _field(path, values, "added_tokens_decoder", dict).items():
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not number.isdecimal():
             raise ValueError(
                 f"{path}: added_tokens_decoder has {number!r:.80}: {entry!r:.80}, expected ID: {{content}}"
@@ -149,18 +145,18 @@ def _added(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any]) ->
         if (older := entries.get(text, {"id": int(number)})["id"]) != int(number):
             raise ValueError(f"{folder / ADDED}: {text!r:.80} is {older!r:.80}, {number} in {path}")
         entries[text] = entry | {"id": int(number)}
-    for place, found in ((path, values), (folder / MAP, named)):
-        listed = [*_list(place, found, "additional_special_tokens")]
-        other = found.get("extra_special_tokens")
-        listed += other.values() if isinstance(other, dict) else _list(place, found, "extra_special_tokens")
+    for place, document in ((path, values), (folder / MAP, named)):
+        listed = [*_field(place, document, "additional_special_tokens", list)]
+        other = document.get("extra_special_tokens")
+        listed += other.values() if isinstance(other, dict) else _field(place, document, "extra_special_tokens", list)
         for token in listed:
             entries.setdefault(_content(place, {"a special token": token}, "a special token"), {"special": True})
     for text, entry in entries.items():
-        own = entry.get("id")
-        if own is not None and (type(own) is not int or not 0 <= own < MAX_ID):
-            raise ValueError(f"{folder / ADDED}: {text!r:.80} is {own!r:.80}, not a number below {MAX_ID}")
+        token_id = entry.get("id")
+        if token_id is not None and (type(token_id) is not int or not 0 <= token_id < MAX_ID):
+            raise ValueError(f"{folder / ADDED}: {text!r:.80} is {token_id!r:.80}, not a number below {MAX_ID}")
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        yield {"id": own, "content": text} | {flag: bool(entry.get(flag, False)) for flag in flags}
+        yield {"id": token_id, "content": text} | {flag: bool(entry.get(flag, False)) for flag in flags}
 
 
 def added_tokens(path: Path, ids: Mapping[str, int], settings: Settings) -> Iterator[dict[str, Any]]:
@@ -178,8 +174,8 @@ def added_tokens(path: Path, ids: Mapping[str, int], settings: Settings) -> Iter
 
 def below(folder: Path) -> str:
     """The end of an error about a folder without a model: where Sentence Transformers has put it, if it is theirs."""
-    found = next((path.parent for path in sorted(folder.glob("0_*/config.json"))), None)
-    return f"; give the folder of the model in it, {found}" if found else ""
+    inner = next((path.parent for path in sorted(folder.glob("0_*/config.json"))), None)
+    return f"; give the folder of the model in it, {inner}" if inner else ""
 
 
 def read_lines(path: Path, what: str) -> list[str]:

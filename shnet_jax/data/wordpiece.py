@@ -72,14 +72,15 @@ def find_vocabulary(folder: Path) -> Path:
         )
     if not (described.is_file() and listed.is_file()):
         return described if described.is_file() else listed
-    found, ours = read(described), {piece: number for number, piece in enumerate(read_lines(listed, "a vocab.txt"))}
-    theirs = found.tokenizer.get_vocab()
-    added, roles = found.description["added_tokens"], found.description[ROLES_FIELD]
-    beside = {*(token["content"] for token in added), *roles.values()} - ours.keys()
-    if differ := [piece for piece in ours | theirs if ours.get(piece) != theirs.get(piece) and piece not in beside]:
+    pieces = {piece: number for number, piece in enumerate(read_lines(listed, "a vocab.txt"))}
+    vocabulary = read(described)
+    ids = vocabulary.tokenizer.get_vocab()
+    added, roles = vocabulary.description["added_tokens"], vocabulary.description[ROLES_FIELD]
+    beside = {*(token["content"] for token in added), *roles.values()} - pieces.keys()
+    if differ := [piece for piece in pieces | ids if pieces.get(piece) != ids.get(piece) and piece not in beside]:
         raise ValueError(
             f"{listed} and {described.name} beside it are different vocabularies: {differ[0]!r:.80} is "
-            f"{ours.get(differ[0], 'absent')} and {theirs.get(differ[0], 'absent')}; name the one that the weights "
+            f"{pieces.get(differ[0], 'absent')} and {ids.get(differ[0], 'absent')}; name the one that the weights "
             "were trained with, --config.tokenizer.path=FILE"
         )
     return described
@@ -233,8 +234,8 @@ def _tokens_beside(
 
     "[MASK]" in a caption is text, not a mask. ids: of what is known already. listed: those of a tokenizer.json.
     """
-    found = {token["content"]: dict(token) for token in listed}
+    tokens = {token["content"]: dict(token) for token in listed}
     for token in added_tokens(path, ids, settings):
-        found.setdefault(token["content"], token)
-    beside = [token for text, token in found.items() if text not in roles.values()]
+        tokens.setdefault(token["content"], token)
+    beside = [token for text, token in tokens.items() if text not in roles.values()]
     return sorted(beside, key=lambda token: token["id"])
