@@ -27,12 +27,12 @@ def test_damaged_files_give_documented_errors(name, tmp_path):
 
 
 def test_faults_are_found(tmp_path):
-    def undocumented(folder, data):
+    def undocumented(path):
         raise KeyError("a")
 
-    def silent(folder, data):
+    def silent(path):
         raise ValueError
 
-    for parse, match in ((undocumented, "KeyError: 'a'"), (silent, "without a message")):
-        wrong, _ = attempt(Target(lambda: [b"x"], parse), b"x", tmp_path, None)
+    for read, match in ((undocumented, "KeyError: 'a'"), (silent, "without a message")):
+        wrong, _ = attempt(Target(lambda: [b"x"], "a", (read,)), b"x", tmp_path, None)
         assert wrong is not None and match in wrong

@@ -48,11 +48,11 @@ def plan(folder: Path, settings: Settings, splits: Splits) -> list[Block]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        begun = json.loads(path.read_text(encoding="utf-8"))
         for key in wanted:
-            if found.get(key) != wanted[key]:
+            if begun.get(key) != wanted[key]:
                 raise DataError(
-                    f"{path}: an extraction with {key} = {found.get(key)!r} was begun here, now it is {wanted[key]!r}; "
+                    f"{path}: an extraction with {key} = {begun.get(key)!r} was begun here, now it is {wanted[key]!r}; "
                     "finish that one, use another --name, or delete this folder"
                 )
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Generic, Protocol, TypeVar
 
@@ -18,6 +19,17 @@ T = TypeVar("T")
 
 class BrokenImage(Exception):
     """A photograph that cannot be read; says which and why."""
+
+
+@contextmanager
+def broken_images() -> Iterator[None]:
+    """Turns faults of a photograph into BrokenImage. Those inside say which photograph it is."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BrokenImage(f"{error.filename}: no such file") from error
+    except (ValueError, OSError) as error:
+        raise BrokenImage(str(error)) from error
 
 
 class Photographs(Protocol):
@@ -86,12 +98,8 @@ class Folder:
     def load(self, file: str) -> Image.Image:
         """Decoded photograph; see `Photographs`."""
         path = self.find(file)
-        try:
+        with broken_images():
             return untrusted.read_picture(path)
-        except FileNotFoundError as error:
-            raise BrokenImage(f"{path}: no such file") from error
-        except (ValueError, OSError) as error:
-            raise BrokenImage(str(error)) from error
 
     def rows(self, split: str | None) -> Iterator[Row]:
         """Captions beside the photographs; see `Photographs`."""

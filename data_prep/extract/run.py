@@ -185,7 +185,7 @@ def extract_here(work: Work, args: argparse.Namespace) -> None:
     pending = work.pending()
     if not pending:
         return
-    left, total = (sum(len(block.items) for block in some) for some in (pending, work.blocks))
+    left, total = (sum(len(block.items) for block in group) for group in (pending, work.blocks))
     if left < total:
         print(f"extract: going on after {total - left} of {total} photographs", file=sys.stderr)
     extractor = load_extractor(work.settings, args.device)

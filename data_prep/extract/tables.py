@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from data_prep import parquet, rows
-from data_prep.extract.images import BrokenImage, ByName
+from data_prep.extract.images import BrokenImage, ByName, broken_images
 from data_prep.rows import Row
 from data_prep.schema import DataError, is_text
 from shnet_jax import untrusted
@@ -66,23 +66,21 @@ class Tables:
 
     def place(self, file: str) -> str:
         """Location of a photograph; see `images.Photographs`."""
-        found = self._places.find(file)
-        return f"{self._root}/{file}" if found is None else f"{self._paths[found[0]]} row {found[1]}/{file}"
+        entry = self._places.find(file)
+        return f"{self._root}/{file}" if entry is None else f"{self._paths[entry[0]]} row {entry[1]}/{file}"
 
     def load(self, file: str) -> Image.Image:
         """Decoded photograph; see `images.Photographs`."""
-        found, place = self._places.find(file), self.place(file)
-        if found is None:
+        entry, place = self._places.find(file), self.place(file)
+        if entry is None:
             raise BrokenImage(f"{place}: no such row")
-        data = self._data(*found)
+        data = self._data(*entry)
         if not data:
             raise BrokenImage(f"{place}: no bytes of a picture, only its path or nothing")
-        try:
-            if len(data) > untrusted.MAX_PICTURE_BYTES:
-                raise BrokenImage(f"{place}: {len(data)} bytes, more than {untrusted.MAX_PICTURE_BYTES}")
+        if len(data) > untrusted.MAX_PICTURE_BYTES:
+            raise BrokenImage(f"{place}: {len(data)} bytes, more than {untrusted.MAX_PICTURE_BYTES}")
+        with broken_images():
             return untrusted.parse_picture(data, place)
-        except ValueError as error:
-            raise BrokenImage(str(error)) from error
 
     def _data(self, number: int, row: int) -> bytes | None:
         """The bytes in a row. Rows are read in order, so one that lies before the last begins anew."""
@@ -91,13 +89,13 @@ class Tables:
             if self._reader is None or self._reader[0] != number or not 0 <= row - self._reader[1] < _NEAR:
                 self._reader = (number, row, parquet.rows(self._paths[number], [column], row, _BATCH))
             _, at, values = self._reader
-            found = next(itertools.islice(values, row - at, None), None)
-            if found is None:
+            cells = next(itertools.islice(values, row - at, None), None)
+            if cells is None:
                 raise DataError(
                     f"{self._paths[number]} row {row}: {column!r}: expected a picture, found the column's end"
                 )
             self._reader = (number, row + 1, values)
-        return _bytes_in(found, column)
+        return _bytes_in(cells, column)
 
     def _check_repeated(self) -> None:
         """Raises DataError where rows of one name have different pictures. Reads them only where a name comes again."""
@@ -146,12 +144,12 @@ def holds(path: Path) -> tuple[str, ...] | None:
 def _columns(path: Path) -> _Columns:
     with parquet.open_parquet(path) as file:
         kinds = {field.name: field.type for field in file.schema_arrow}
-        found = {name: _bytes_of(name, kind) for name, kind in kinds.items()}
-    pictures = [name for name, data in found.items() if data]
+    paths = {name: _bytes_of(name, kind) for name, kind in kinds.items()}
+    pictures = [name for name, data in paths.items() if data]
     picture = next((name for name in PICTURES if name in pictures), pictures[0] if len(pictures) == 1 else None)
     if picture is None:
         raise DataError(f"{path}: expected a column of pictures (image, jpg, ...), found {', '.join(kinds)}")
-    data = found[picture]
+    data = paths[picture]
     has_path = data != picture and any(field.name == "path" for field in kinds[picture])
     known = rows.columns(tuple(name for name in kinds if name not in pictures), rows.KEYS)
     return _Columns(

@@ -10,14 +10,14 @@ import itertools
 import sys
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from PIL import Image
 
 from data_prep import rows
-from data_prep.extract.images import BrokenImage, ByName
+from data_prep.extract.images import BrokenImage, ByName, broken_images
 from data_prep.files import data_errors, read_json
 from data_prep.names import EXTENSIONS
 from data_prep.rows import Row
@@ -65,29 +65,20 @@ class Tars:
         """
         self._root, self._caption_from = root, caption_from
         self._pictures: ByName[Member] = ByName(root)
-        self._texts: dict[Member, dict[str, Member]] = {}
+        self._texts: dict[Member, dict[str, Member]] = {}  # of each photograph, by ending
         others: list[Member] = []
         for path in paths:
-            keys: dict[str, dict[str, Member]] = defaultdict(dict)
-            for member in _members(path):
-                key, _, ending = member.name.rpartition(".")
-                first = keys[key or member.name].setdefault(f".{ending.lower()}", member)
-                if first is not member:
-                    raise DataError(f"{first}: expected one member of this name, found {member.name} too")
-            found = 0
-            for parts in keys.values():
-                photographs = [member for ending, member in parts.items() if ending in EXTENSIONS]
-                if len(photographs) > 1:
-                    raise DataError(
-                        f"{photographs[0]}: expected one picture of this name, found {photographs[1].name} too"
-                    )
-                if photographs:
-                    self._texts[photographs[0]] = {end: parts[end] for end in TEXTS if end in parts}
-                    found += 1
-                others += [
-                    m for end, m in parts.items() if end not in EXTENSIONS and not (photographs and end in TEXTS)
-                ]
-            _compare_stats(path, found)
+            photographs = 0
+            for parts in _by_key(path):
+                pictures = [member for ending, member in parts.items() if ending in EXTENSIONS]
+                texts = {ending: parts[ending] for ending in TEXTS if ending in parts and pictures}
+                if len(pictures) > 1:
+                    raise DataError(f"{pictures[0]}: expected one picture of this name, found {pictures[1].name} too")
+                if pictures:
+                    self._texts[pictures[0]] = texts
+                    photographs += 1
+                others += [m for end, m in parts.items() if end not in EXTENSIONS and end not in texts]
+            _compare_stats(path, photographs)
         names = Counter(member.name for member in self._texts)
         for member in self._texts:
             tar = member.tar.name if member.tar == root else str(member.tar.relative_to(root))
@@ -104,10 +95,8 @@ class Tars:
         member = self._pictures.find(file)
         if member is None:
             raise BrokenImage(f"{self._root}/{file}: no such member of the tars")
-        try:
+        with broken_images():
             return untrusted.parse_picture(member.read(untrusted.MAX_PICTURE_BYTES), str(member))
-        except (ValueError, OSError) as error:
-            raise BrokenImage(str(error)) from error
 
     def rows(self, split: str | None) -> Iterator[Row]:
         """Captions beside the photographs; see `images.Photographs`."""
@@ -158,9 +147,20 @@ def holds(path: Path) -> tuple[list[str], str | None]:
     for member in members:
         if split is None and member.name.endswith(".json"):
             with data_errors():
-                found = untrusted.parse_json(_text(member), member)
-            split = found.get(rows.SPLIT) if isinstance(found, dict) else None
+                values = untrusted.parse_json(_text(member), member)
+            split = values.get(rows.SPLIT) if isinstance(values, dict) else None
     return sorted({Path(member.name).suffix.lower() for member in members}), split
+
+
+def _by_key(path: Path) -> Iterable[dict[str, Member]]:
+    """The members of a tar by ending, for each KEY. Raises DataError for two that differ in case alone."""
+    keys: dict[str, dict[str, Member]] = defaultdict(dict)
+    for member in _members(path):
+        key, _, ending = member.name.rpartition(".")
+        first = keys[key or member.name].setdefault(f".{ending.lower()}", member)
+        if first is not member:
+            raise DataError(f"{first}: expected one member of this name, found {member.name} too")
+    return keys.values()
 
 
 def _members(path: Path) -> Iterator[Member]:
@@ -168,13 +168,13 @@ def _members(path: Path) -> Iterator[Member]:
     with data_errors():
         untrusted.check_kind(path)
     with path.open("rb") as file:
-        what = untrusted.kind_of(file.read(64))
+        kind = untrusted.kind_of(file.read(64))
     try:
         yield from _walk(path)
     except DataError:
         raise
     except _TAR_FAULTS as error:
-        raise DataError(f"{path}: expected a tar file that is not compressed{what}: {error}") from error
+        raise DataError(f"{path}: expected a tar file that is not compressed{kind}: {error}") from error
 
 
 def _walk(path: Path) -> Iterator[Member]:
@@ -213,11 +213,11 @@ def _walk(path: Path) -> Iterator[Member]:
         )
 
 
-def _compare_stats(path: Path, found: int) -> None:
+def _compare_stats(path: Path, photographs: int) -> None:
     """Compares a tar with the number of photographs that img2dataset noted beside it."""
     stats = path.with_name(f"{path.stem}_stats.json")
     if stats.is_file():
         noted = read_json(stats)
         count = noted.get("successes") if isinstance(noted, dict) else None
-        if type(count) is int and count != found:
-            raise DataError(f"{path}: expected {count} photographs as in {stats.name}, found {found}")
+        if type(count) is int and count != photographs:
+            raise DataError(f"{path}: expected {count} photographs as in {stats.name}, found {photographs}")

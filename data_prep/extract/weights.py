@@ -18,11 +18,11 @@ def check(what: str, name: str, expected: str) -> None:
 
     what: of which flag, as "backbone". Raises DataError before anything of them is loaded.
     """
-    found = digest(name)
+    sha = digest(name)
     if not expected:
-        print(f"{what} {name}: sha256 of its weights {found}; --{what}_sha256 demands it", file=sys.stderr, flush=True)
-    elif found != expected.lower():
-        raise DataError(f"{what} {name}: sha256 of its weights: expected {expected} (--{what}_sha256), found {found}")
+        print(f"{what} {name}: sha256 of its weights {sha}; --{what}_sha256 demands it", file=sys.stderr, flush=True)
+    elif sha != expected.lower():
+        raise DataError(f"{what} {name}: sha256 of its weights: expected {expected} (--{what}_sha256), found {sha}")
 
 
 def digest(name: str) -> str:

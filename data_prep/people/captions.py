@@ -18,17 +18,17 @@ def _article(noun: str) -> str:
 def parts(person: Person) -> dict[str, str]:
     """Phrases that describe a person, by the part that they are about: "top", "hair", "bag", ..."""
     pattern = "" if person.pattern == "plain" else f"{person.pattern} "
-    found = {
+    phrases = {
         "top": _article(f"{pattern}{person.top_colour} {person.top}"),
         "bottom": f"{person.bottom_colour} {person.bottom}",
         "shoes": f"{person.shoes_colour} shoes",
         "hair": f"{person.hair_style} {person.hair} hair",
     }
     if person.bottom == "skirt":
-        found["bottom"] = _article(found["bottom"])
-    found["bag"] = "no bag" if person.bag == "none" else _article(f"{person.bag_colour} {person.bag}")
-    found["hat"] = "no hat" if person.hat == "none" else _article(f"{person.hat_colour} {person.hat}")
-    return found
+        phrases["bottom"] = _article(phrases["bottom"])
+    phrases["bag"] = "no bag" if person.bag == "none" else _article(f"{person.bag_colour} {person.bag}")
+    phrases["hat"] = "no hat" if person.hat == "none" else _article(f"{person.hat_colour} {person.hat}")
+    return phrases
 
 
 def caption(person: Person, rng: np.random.Generator) -> str:

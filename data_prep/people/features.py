@@ -33,7 +33,7 @@ def describe(picture: np.ndarray) -> np.ndarray:
     """Descriptors float16 [60, SIZE] of a picture uint8 [HEIGHT, WIDTH, 3], row by row."""
     square = np.zeros((SIDE, SIDE, 3), np.uint8)  # the descriptors are written for square pictures
     square[:HEIGHT, :WIDTH] = picture
-    found = scenes.describe(scenes.planes(square), cells(), grid=True)
+    descriptors = scenes.describe(scenes.planes(square), cells(), grid=True)
     y, x = np.meshgrid(np.linspace(-1, 1, ROWS), np.linspace(-1, 1, COLUMNS), indexing="ij")
     place = np.stack([2 * y, 2 * x, np.cos(np.pi * y), np.cos(np.pi * x)], axis=-1).reshape(-1, PLACE)
-    return np.concatenate([found, place], axis=1).astype(np.float16)
+    return np.concatenate([descriptors, place], axis=1).astype(np.float16)

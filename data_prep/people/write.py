@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep import builder, command, people, vocabulary
-from shnet_jax.paths import to_path
+from data_prep import command, people
+from data_prep.scenes.write import add_arguments, write_once
 
 PERSONS = {"train": 600, "val": 100, "test": 200}
 # Persons of the splits lie far apart: those of a split do not depend on the sizes of the others, and none is in two.
@@ -26,35 +25,17 @@ def write(out: Path, name: str, seed: int, persons: dict[str, int]) -> Path:
       FileExistsError: the set exists and was made with other settings.
     """
     persons = {split: count for split, count in persons.items() if count}
-    source = json.dumps(
-        {
-            "generator": "data_prep.people",
-            "version": people.VERSION,
-            "vocabulary": vocabulary.VERSION,
-            "seed": seed,
-            **persons,
-        },
-        sort_keys=True,
-    )
-    target = out / name / builder.VERSION
-    if builder.made_before(target, source):
-        return target
+    settings = {"generator": "data_prep.people", "version": people.VERSION, "seed": seed, **persons}
     images = {split: (FIRST[split] * people.IMAGES, count * people.IMAGES) for split, count in persons.items()}
     splits = {split: people.records(seed, first, first + count) for split, (first, count) in images.items()}
-    total = sum(count for _, count in images.values())
-    return builder.write_dataset(out, name, splits, {"source": source}, total=total)
+    return write_once(out, name, settings, splits, {}, sum(count for _, count in images.values()))
 
 
 @command.reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("people", __doc__)
-    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
-    parser.add_argument("--name", default="people", help="name of the data set")
-    for split, count in PERSONS.items():
-        text = f"persons of the split {split}, {count} unless told, with {people.IMAGES} images each"
-        parser.add_argument(f"--{split}", type=command.at_least(0), default=count, help=text)
-    parser.add_argument("--seed", type=command.at_least(0), default=0, help="world that the figures are drawn from")
+    add_arguments(parser, "people", PERSONS, f"persons ({people.IMAGES} images each)")
     args = parser.parse_args(argv)
     print(write(args.out, args.name, args.seed, {split: getattr(args, split) for split in PERSONS}))
     return 0

@@ -149,9 +149,9 @@ def _detections(
 
 def _elsewhere(made: Scene, rng: np.random.Generator, count: int) -> np.ndarray:
     """Boxes [count, 4] float64 of background or pieces of things: IoU below 0.3 with every thing."""
-    found = np.empty((0, 4))
+    accepted = np.empty((0, 4))
     area = np.prod(made.boxes[:, 2:] - made.boxes[:, :2], axis=1)
-    while len(found) < count:
+    while len(accepted) < count:
         size = rng.uniform(0.1, 0.35, (4 * count, 2))
         corner = rng.random(size.shape) * (1 - size)
         boxes = np.concatenate([corner, corner + size], axis=1)
@@ -159,8 +159,8 @@ def _elsewhere(made: Scene, rng: np.random.Generator, count: int) -> np.ndarray:
         high = np.minimum(boxes[:, None, 2:], made.boxes[:, 2:])
         common = np.prod(np.maximum(high - low, 0), axis=2)
         iou = common / (np.prod(size, axis=1)[:, None] + area - common)
-        found = np.concatenate([found, boxes[iou.max(axis=1) < 0.3]])
-    return found[:count]
+        accepted = np.concatenate([accepted, boxes[iou.max(axis=1) < 0.3]])
+    return accepted[:count]
 
 
 def _chunk(seed: int, start: int, stop: int, options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -76,10 +76,10 @@ class Ground:
 
     def relations(self) -> frozenset[tuple[int, int, int]]:
         """All (class, predicate, class) that hold between the regions of stuff."""
-        found = {(self.upper, ABOVE, s) for s in self.lower}
+        holding = {(self.upper, ABOVE, s) for s in self.lower}
         if len(self.lower) == 2:
-            found.add((self.lower[0], ABOVE if self.stacked else LEFT_OF, self.lower[1]))
-        return frozenset(found)
+            holding.add((self.lower[0], ABOVE if self.stacked else LEFT_OF, self.lower[1]))
+        return frozenset(holding)
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ def _hidden(covers: list[Cover]) -> tuple[np.ndarray, np.ndarray]:
 
 def _acceptable(hidden: np.ndarray, owner: np.ndarray, covers: list[Cover]) -> bool:
     visible = np.bincount(owner[owner >= 0], minlength=len(covers))
-    whole = [np.count_nonzero(alpha >= 0.5) for _, _, alpha in covers]
-    return bool((visible >= VISIBLE * np.array(whole)).all()) and not ((hidden > TOUCHING) & (hidden < HIDDEN)).any()
+    full = [np.count_nonzero(alpha >= 0.5) for _, _, alpha in covers]
+    return bool((visible >= VISIBLE * np.array(full)).all()) and not ((hidden > TOUCHING) & (hidden < HIDDEN)).any()
 
 
 def _extent(cover: Cover) -> list[float]:
@@ -190,20 +190,20 @@ def _extent(cover: Cover) -> list[float]:
 
 def _relations(boxes: np.ndarray, hidden: np.ndarray) -> frozenset[tuple[int, int, int]]:
     """All (i, predicate, j) that hold of the boxes [n, 4] and the hidden shares [n, n]."""
-    found = set()
+    holding = set()
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     n = len(boxes)
     for i, j in ((i, j) for i in range(n) for j in range(n) if i != j):
         dx, dy = centre[j] - centre[i]
         if hidden[i, j] >= HIDDEN:
-            found.add((i, BEHIND, j))
+            holding.add((i, BEHIND, j))
         if abs(boxes[i, 3] - boxes[j, 1]) < 0.03 and abs(dx) < 0.45 * (boxes[j, 2] - boxes[j, 0]):
-            found.add((i, ON, j))
+            holding.add((i, ON, j))
         if dx > MARGIN and dx >= abs(dy):
-            found.add((i, LEFT_OF, j))
+            holding.add((i, LEFT_OF, j))
         if dy > MARGIN and dy > abs(dx):
-            found.add((i, ABOVE, j))
-    return frozenset(found)
+            holding.add((i, ABOVE, j))
+    return frozenset(holding)
 
 
 def compose(looks: tuple[Look, ...], spots: tuple[Spot, ...], ground: Ground) -> Scene | None:

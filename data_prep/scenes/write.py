@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep import builder, command, scenes, vocabulary
+from data_prep.schema import Record
 from shnet_jax.paths import to_path
 
 SIZES = {"train": 4000, "val": 500, "test": 500}
@@ -39,35 +40,48 @@ def write(out: Path, name: str, seed: int, sizes: dict[str, int], options: dict[
       FileExistsError: the set exists and was made with other settings.
     """
     sizes = {split: size for split, size in sizes.items() if size}
-    settings = {
-        "generator": "data_prep.scenes",
-        "version": scenes.VERSION,
-        "vocabulary": vocabulary.VERSION,
-        "seed": seed,
-        **options,
-        **sizes,
-    }
-    source = json.dumps(settings, sort_keys=True)
-    target = out / name / builder.VERSION
-    if builder.made_before(target, source):
-        return target
+    settings = {"generator": "data_prep.scenes", "version": scenes.VERSION, "seed": seed, **options, **sizes}
     splits = {
         split: scenes.records(seed, FIRST[split], FIRST[split] + size, **options) for split, size in sizes.items()
     }
-    metadata = {"source": source, "class_names": list(scenes.CLASS_NAMES), "predicates": list(scenes.PREDICATES)}
-    return builder.write_dataset(out, name, splits, metadata, total=sum(sizes.values()))
+    metadata = {"class_names": list(scenes.CLASS_NAMES), "predicates": list(scenes.PREDICATES)}
+    return write_once(out, name, settings, splits, metadata, sum(sizes.values()))
+
+
+def write_once(
+    out: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    splits: Mapping[str, Iterable[Record]],
+    metadata: Mapping[str, Any],
+    total: int,
+) -> Path:
+    """Write a rendered set and return its version folder; one that was made with the same settings is left as it is.
+
+    settings: all that the records depend on. splits: read only if the set is written. total: records of all splits.
+    """
+    source = json.dumps({**settings, "vocabulary": vocabulary.VERSION}, sort_keys=True)
+    target = out / name / builder.VERSION
+    if builder.made_before(target, source):
+        return target
+    return builder.write_dataset(out, name, splits, {"source": source, **metadata}, total=total)
+
+
+def add_arguments(parser: argparse.ArgumentParser, name: str, sizes: Mapping[str, int], unit: str) -> None:
+    """The flags of every rendered set: --out, --name, --seed, and a size for each split, in a `unit` such as images."""
+    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
+    parser.add_argument("--name", default=name, help="name of the data set")
+    for split, size in sizes.items():
+        help_text = f"{unit} of the split {split}; default: {size}"
+        parser.add_argument(f"--{split}", type=command.at_least(0), default=size, help=help_text)
+    parser.add_argument("--seed", type=command.at_least(0), default=0, help="world that they are drawn from")
 
 
 @command.reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("scenes", __doc__)
-    parser.add_argument("--out", type=to_path, required=True, help="folder that holds data sets")
-    parser.add_argument("--name", default="scenes", help="name of the data set")
-    for split, size in SIZES.items():
-        help_text = f"images of the split {split}, {size} unless told"
-        parser.add_argument(f"--{split}", type=command.at_least(0), default=size, help=help_text)
-    parser.add_argument("--seed", type=command.at_least(0), default=0, help="world that the scenes are drawn from")
+    add_arguments(parser, "scenes", SIZES, "images")
     noise = "share of wrong blocks in the label maps and of wrong box labels"
     parser.add_argument("--label_noise", type=_share, default=0.05, help=noise)
     noise = "share of relations with a wrong object"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ def train_batches(
 ) -> grain.DatasetIterator[HostBatch]:
     """The endless stream of this host's batches, to be finished by `gather` on the device.
 
+    Its `get_state` and `set_state` (or grain.checkpoint) resume it with the next batch.
     With data.captions_per_image = C = 1 an example is an (image, caption) pair; a pass meets every pair once,
     in an order that changes with each pass. With C > 1 it is an image with C of its captions, drawn without
     replacement (an image with fewer repeats them evenly). The last, partial batch of a pass is left out.
@@ -75,42 +76,22 @@ def train_batches(
       batch_size: pairs in a batch of this host.
       seed: order and augmentation; the same on all hosts.
       shard_index, shard_count: this host among all.
-
-    Returns:
-      An iterator whose `get_state`/`set_state` (or grain.checkpoint) resume with the next batch.
     """
     data = config.data
-    per_image = data.captions_per_image
-    images = _images_per_batch(batch_size, per_image)
-    examples = len(captions) if per_image == 1 else captions.images
-    whole = examples // (images * shard_count) * images * shard_count
-    if whole == 0:
-        raise ValueError(
-            f"{dataset.path}: split {data.train_split!r} has {examples} "
-            f"{'captions' if per_image == 1 else 'images'}, fewer than the {images * shard_count} of one step"
-        )
+    images = _images_per_batch(batch_size, data.captions_per_image)
+    examples, used = _pass_size(dataset, data, captions, images * shard_count)
     records = dataset.open_split(data.train_split, stored_fields(dataset, fields))
-    first = records[0]
-    draw = partial(
-        _draw,
-        captions=captions,
-        tokenizer=tokenizer,
-        rates=Augmentation.from_config(data),
-        per_image=per_image,
-        max_tokens=data.max_tokens,
-        units={unit: len(first[unit]) for unit in _UNITS if unit in first},
-        views=Views.from_config(data, first["image"].shape[:2]) if "image" in first else None,
-    )
+    draw = _ExampleDraw.from_config(data, captions, tokenizer, records[0])
     buckets = token_buckets(data)
     collate = partial(_collate, buckets=buckets if shard_count == 1 else buckets[-1:])
     # Explicit seeds: grain's default ones depend on the position in the pipeline, and so would a resumed run.
     order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
-    examples_drawn = grain.MapDataset.range(examples).shuffle(seed=order_seed).random_map(draw, seed=draw_seed)
+    drawn = grain.MapDataset.range(examples).shuffle(seed=order_seed).random_map(draw, seed=draw_seed)
     # Hosts take consecutive batches in turn: together, in their order, they hold the rows of one host's larger batch.
-    stream = examples_drawn[:whole].batch(images, batch_fn=collate)[shard_index::shard_count].repeat()
-    people = dataset.identities(data.train_split) if data.identity else None
-    if people is not None:
-        numbers = np.unique(people, return_inverse=True)[1].astype(np.int32)
+    stream = drawn[:used].batch(images, batch_fn=collate)[shard_index::shard_count].repeat()
+    persons = dataset.identities(data.train_split) if data.identity else None
+    if persons is not None:
+        numbers = np.unique(persons, return_inverse=True)[1].astype(np.int32)
         stream = stream.map(lambda batch: batch | {"identity": numbers[batch["image_index"]]})
     if not data.resident:
         stream = stream.map(lambda batch: batch | stack_images(records, batch["image_index"]))
@@ -147,9 +128,9 @@ def pad_tokens(ids: Sequence[np.ndarray], buckets: Sequence[int]) -> HostBatch:
 
 def stored_fields(dataset: DataSet, fields: Sequence[str]) -> tuple[str, ...]:
     """Names of `fields` and of the masks of their units where the data set has any (all units are valid without)."""
-    masks = [_UNITS[unit][0] for unit in _UNITS if unit in fields]
-    wanted = [field for field in fields if field not in masks]
-    return (*wanted, *(mask for mask in masks if mask in dataset.features))
+    masks = [mask for unit, (mask, _) in _UNITS.items() if unit in fields]
+    others = [field for field in fields if field not in masks]
+    return (*others, *(mask for mask in masks if mask in dataset.features))
 
 
 def stack_images(records: RandomAccess, numbers: Iterable[int]) -> HostBatch:
@@ -203,36 +184,58 @@ def _images_per_batch(batch_size: int, captions_per_image: int) -> int:
     return batch_size // captions_per_image
 
 
-def _draw(
-    number: int,
-    rng: np.random.Generator,
-    *,
-    captions: Captions,
-    tokenizer: Tokenizer,
-    rates: Augmentation,
-    per_image: int,
-    max_tokens: int,
-    units: Mapping[str, int],
-    views: Views | None,
-) -> dict[str, Any]:
-    """Draws one training example: image, token ids of its captions, kept units, view of its picture."""
-    if per_image == 1:
-        image, chosen = captions.image[number], [number]
-    else:
-        first, last = captions.first[number : number + 2]
-        image, chosen = number, [*(first + np.resize(rng.permutation(last - first), per_image))]
-    altered = (alter_words(*captions.caption(t), rates, tokenizer.mask_id, tokenizer.random_range, rng) for t in chosen)
-    example: dict[str, Any] = {
-        "image_index": image,
-        "ids": [tokenizer.enclose(a, max_tokens) for a in altered],
-    }
-    if "regions" in units:
-        example["region_keep"] = keep_regions(units["regions"], rates, rng)
-    if "grid" in units:
-        example["grid_keep"] = keep_grid(units["grid"], rates, rng)
-    if views is not None:
-        example["image_view"] = views.draw(rng)
-    return example
+def _pass_size(dataset: DataSet, data: ConfigDict, captions: Captions, per_step: int) -> tuple[int, int]:
+    """Examples of the training split, and how many of them a pass of whole steps uses."""
+    kind, examples = ("captions", len(captions)) if data.captions_per_image == 1 else ("images", captions.images)
+    if examples < per_step:
+        raise ValueError(
+            f"{dataset.path}: split {data.train_split!r} has {examples} {kind}, fewer than the {per_step} of one step"
+        )
+    return examples, examples // per_step * per_step
+
+
+class _ExampleDraw(NamedTuple):
+    """Draws training examples. units: of an image, by field. views: None without pictures."""
+
+    captions: Captions
+    tokenizer: Tokenizer
+    rates: Augmentation
+    per_image: int
+    max_tokens: int
+    units: Mapping[str, int]
+    views: Views | None
+
+    @classmethod
+    def from_config(
+        cls, data: ConfigDict, captions: Captions, tokenizer: Tokenizer, record: Mapping[str, np.ndarray]
+    ) -> _ExampleDraw:
+        """Checks the rates. record: any of the split, for its shapes."""
+        units = {unit: len(record[unit]) for unit in _UNITS if unit in record}
+        views = Views.from_config(data, record["image"].shape[:2]) if "image" in record else None
+        rates = Augmentation.from_config(data)
+        return cls(captions, tokenizer, rates, data.captions_per_image, data.max_tokens, units, views)
+
+    def __call__(self, number: int, rng: np.random.Generator) -> dict[str, Any]:
+        """One example: image, token ids of its captions, kept units, view of its picture."""
+        tokenizer, rates = self.tokenizer, self.rates
+        if self.per_image == 1:
+            image, chosen = self.captions.image[number], [number]
+        else:
+            first, last = self.captions.first[number : number + 2]
+            image, chosen = number, [*(first + np.resize(rng.permutation(last - first), self.per_image))]
+        altered = (
+            alter_words(*self.captions.caption(t), rates, tokenizer.mask_id, tokenizer.random_range, rng)
+            for t in chosen
+        )
+        ids = [tokenizer.enclose(pieces, self.max_tokens) for pieces in altered]
+        example: dict[str, Any] = {"image_index": image, "ids": ids}
+        if "regions" in self.units:
+            example["region_keep"] = keep_regions(self.units["regions"], rates, rng)
+        if "grid" in self.units:
+            example["grid_keep"] = keep_grid(self.units["grid"], rates, rng)
+        if self.views is not None:
+            example["image_view"] = self.views.draw(rng)
+        return example
 
 
 def _collate(examples: Sequence[dict[str, Any]], *, buckets: Sequence[int]) -> HostBatch:

@@ -50,6 +50,6 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
             continue
         if not (folder / name).is_file():
             raise DataError(f"{folder / name}: expected this file, which {CHECKSUMS} lists, found none{ADVICE}")
-        found = sha256(folder / name)
-        if found != sums[name]:
-            raise DataError(f"{folder / name}: expected sha256 {sums[name]}, found {found}{ADVICE}", file=name)
+        digest = sha256(folder / name)
+        if digest != sums[name]:
+            raise DataError(f"{folder / name}: expected sha256 {sums[name]}, found {digest}{ADVICE}", file=name)

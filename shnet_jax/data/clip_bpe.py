@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from shnet_jax.data import model_folder
-from shnet_jax.data.model_folder import GENERIC, added_tokens, below, check_agreement, read_lines, vocabulary_faults
+from shnet_jax.data.model_folder import GENERIC, FolderVocabulary, added_tokens, below, read_lines, vocabulary_faults
 from shnet_jax.untrusted import read_object
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -22,20 +20,12 @@ _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 @dataclass(frozen=True)
-class ClipBPE:
-    """A vocabulary (see `tokenise`). ends_word: [vocab_size] bool, pieces that end a word.
+class ClipBPE(FolderVocabulary):
+    """A vocabulary (see `tokenise`). ends_word: [vocab_size] bool, pieces that end a word."""
 
-    max_length: tokens that its model takes."""
-
-    tokenizer: tokenizers.Tokenizer
     ends_word: np.ndarray
     begin_id: int
     end_id: int
-    max_length: int | None
-
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        return [found.ids for found in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def find_vocabulary(folder: Path) -> Path:
@@ -66,11 +56,11 @@ def read(path: Path) -> ClipBPE:
     missing = [token for token in (BEGIN, END) if token not in ids]
     if missing or sorted(ids.values()) != list(range(len(ids))):
         raise ValueError(f"{path}: {len(ids)} pieces; expected consecutive ids and {BEGIN}, {END}, found no {missing}")
-    check_agreement(path, tokenizer, settings)
+    model_folder.check_agreement(path, tokenizer, settings)
     _check_tokens(path, tokenizer, settings)
     ends = np.zeros(len(ids), bool)
     ends[[number for piece, number in ids.items() if piece.endswith(END_OF_WORD)]] = True
-    return ClipBPE(tokenizer, ends, ids[BEGIN], ids[END], settings.max_length())
+    return ClipBPE(tokenizer, settings.max_length(), ends, ids[BEGIN], ids[END])
 
 
 def _check_tokens(path: Path, tokenizer: tokenizers.Tokenizer, settings: model_folder.Settings) -> None:
@@ -81,25 +71,19 @@ def _check_tokens(path: Path, tokenizer: tokenizers.Tokenizer, settings: model_f
             raise ValueError(f"{settings.folder}: {role} is {token!r:.80} in the settings; CLIP's is {ROLES[role]}")
     if strange := [t["content"] for t in added_tokens(path, ids, settings) if t["content"] not in ids]:
         raise ValueError(f"{path} has no {strange[0]!r:.80}, an added token in the settings beside it")
-    whole, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
-    if whole.ids not in (bare.ids, [ids[BEGIN], *bare.ids, ids[END]]):
-        raise ValueError(
-            f"{path}: its post_processor makes {' '.join(whole.tokens)} of 'a'; expected {BEGIN} before a caption and "
-            f"{END} behind it"
-        )
+    ends = model_folder.enclosing_tokens(path, tokenizer, "CLIP's")
+    if ends not in (None, (BEGIN, END)):
+        raise ValueError(f"{path}: its post_processor puts {ends} around a caption; expected {BEGIN} and {END}")
 
 
 def _of_json(path: Path) -> tokenizers.Tokenizer:
     described = read_object(path)
     if not {"model", "pre_tokenizer"} <= described.keys():
         raise ValueError(f"{path}: expected a tokenizer.json with a model and a pre_tokenizer")
-    with vocabulary_faults(path, "CLIP's"):
-        found = tokenizers.Tokenizer.from_str(json.dumps(described))
-    if not isinstance(found.model, models.BPE) or found.model.end_of_word_suffix != END_OF_WORD:
+    tokenizer = model_folder.parse_tokenizer(path, described, "CLIP's")
+    if not isinstance(tokenizer.model, models.BPE) or tokenizer.model.end_of_word_suffix != END_OF_WORD:
         raise ValueError(f"{path}: expected a BPE whose words end in {END_OF_WORD}, as CLIP's")
-    found.no_truncation()
-    found.no_padding()
-    return found
+    return tokenizer
 
 
 def _of_merges(path: Path) -> tokenizers.Tokenizer:

@@ -126,11 +126,11 @@ def read_index(folder: Path, split: str) -> Index | None:
     path = folder / index_file(split)
     if not path.is_file():
         return None
-    what = "expected an index as data_prep writes it"
+    expectation = "expected an index as data_prep writes it"
     try:
         arrays = read_npz(path)
     except ValueError as error:
-        raise _damaged(path, f"{what}: {error}") from None
+        raise _damaged(path, f"{expectation}: {error}") from None
     if "caption_text" not in arrays:
         return None
     expected = {"image_ids": "U", "caption_counts": "iu", "caption_text": "u", "caption_ends": "i"}
@@ -138,7 +138,7 @@ def read_index(folder: Path, split: str) -> Index | None:
     for name, kinds in expected.items():
         if name not in arrays or arrays[name].ndim != 1 or arrays[name].dtype.kind not in kinds:
             found = f"{arrays[name].dtype} {list(arrays[name].shape)}" if name in arrays else "none"
-            raise _damaged(path, f"{what}: {name} [n] of dtype kind {kinds}, found {found}")
+            raise _damaged(path, f"{expectation}: {name} [n] of dtype kind {kinds}, found {found}")
     index = Index(
         arrays["image_ids"],
         arrays["caption_counts"],
@@ -149,12 +149,11 @@ def read_index(folder: Path, split: str) -> Index | None:
     try:
         index.text[:].decode()
     except ValueError as error:
-        raise _damaged(path, f"{what}: its text is no Unicode: {error}") from None
+        raise _damaged(path, f"{expectation}: its text is no Unicode: {error}") from None
+    for name in ("caption_counts", "identities"):
+        if name in arrays and len(arrays[name]) != len(index):
+            raise _damaged(path, f"expected as many {name} as image_ids, found {len(arrays[name])} and {len(index)}")
     captions, ends = sum(index.caption_counts.tolist()), index.ends
-    if len(index.caption_counts) != len(index):
-        raise _damaged(path, f"expected as many counts as ids, found {len(index.caption_counts)} and {len(index)}")
-    if index.identities is not None and len(index.identities) != len(index):
-        raise _damaged(path, f"expected an identity for each of {len(index)} ids, found {len(index.identities)}")
     bounds = np.concatenate([[0], ends, [len(index.text)]])
     negative = index.caption_counts.min(initial=0) < 0
     if negative or len(ends) != captions or (bounds[:-1] > bounds[1:]).any() or _cuts_letters(index):

@@ -52,15 +52,15 @@ def find_dataset(directory: str | Path) -> Path:
     if (root / _INFO).is_file():
         return root
     for pattern in ("*", "*/*"):
-        found = sorted(
+        folders = sorted(
             path
             for path in root.glob(pattern)
             if (path / _INFO).is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
         )
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise FileNotFoundError(f"data set folder {str(root)!r}: holds several: {', '.join(map(str, found))}")
+        if len(folders) == 1:
+            return folders[0]
+        if folders:
+            raise FileNotFoundError(f"data set folder {str(root)!r}: holds several: {', '.join(map(str, folders))}")
     entries = sorted(path.name for path in root.iterdir())
     raise FileNotFoundError(
         f"data set folder {str(root)!r}: no data set ({_INFO}) here or up to two folders below; "
@@ -108,10 +108,10 @@ class DataSet:
 
     def identities(self, split: str) -> np.ndarray | None:
         """The person in each image of a split in record order, int64 [N]; None without the field `identity`."""
-        found = self.index(split).identities
-        if found is None and "identity" in self.features:
-            found = np.array([record["identity"] for record in self.open_split(split, ("identity",))], np.int64)
-        return found
+        persons = self.index(split).identities
+        if persons is None and "identity" in self.features:
+            persons = np.array([record["identity"] for record in self.open_split(split, ("identity",))], np.int64)
+        return persons
 
     def index(self, split: str) -> Index:
         """Ids and captions of a split: its sidecar or, without one, what a pass over its records finds; kept.
@@ -180,12 +180,12 @@ def _texts(value: Any) -> Iterator[tuple[str, str]]:
     """Every (key, text) at any depth of JSON values."""
     left = [value]
     while left:
-        found = left.pop()
-        if isinstance(found, dict):
-            yield from ((key, item) for key, item in found.items() if isinstance(item, str))
-            left += found.values()
-        elif isinstance(found, list):
-            left += found
+        value = left.pop()
+        if isinstance(value, dict):
+            yield from ((key, item) for key, item in value.items() if isinstance(item, str))
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
 
 
 def open_split(dataset_dir: str | Path, split: str, fields: Sequence[str]) -> RandomAccess:

@@ -7,8 +7,8 @@ one): a table over the vocabulary is all that is needed, and a split of half a m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from shnet_jax.data import clip_bpe
 from shnet_jax.data import wordpiece as bert
 from shnet_jax.data.checksums import check_files
 from shnet_jax.data.errors import DataError
-from shnet_jax.data.model_folder import CONFIG
+from shnet_jax.data.model_folder import CONFIG, special_ids
 from shnet_jax.data.records import SENTENCEPIECE, DataSet, find_dataset
 
 SPECIAL = tuple(bert.ROLES.values())
@@ -170,16 +170,15 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
     folder that are not followed, FileNotFoundError for a missing file.
     """
     path = vocabulary_file(config)
-    kind = {"wordpiece": wordpiece, "sentencepiece": sentence_piece, "clip": clip}[config.tokenizer.kind]
-    found = kind(path)
-    if found.max_length is not None and config.data.max_tokens > found.max_length:
+    tokenizer = {"wordpiece": wordpiece, "sentencepiece": sentence_piece, "clip": clip}[config.tokenizer.kind](path)
+    if tokenizer.max_length is not None and config.data.max_tokens > tokenizer.max_length:
         raise ValueError(
             f"config.data.max_tokens is {config.data.max_tokens}, the model_max_length in {path.parent / CONFIG} "
-            f"{found.max_length}: its model has not learned longer captions"
+            f"{tokenizer.max_length}: its model has not learned longer captions"
         )
-    if found.mask_id == NO_MASK and config.data.word_change > 0 and config.data.word_mask > 0:
+    if tokenizer.mask_id == NO_MASK and config.data.word_change > 0 and config.data.word_mask > 0:
         raise ValueError(f"config.data.word_mask is {config.data.word_mask}, but {path} has no mask token: set it to 0")
-    return found
+    return tokenizer
 
 
 def kept_vocabulary(config: ConfigDict | FrozenConfigDict) -> tuple[str, bytes]:
@@ -217,9 +216,8 @@ def vocabulary_file(config: ConfigDict | FrozenConfigDict) -> Path:
 
 def wordpiece(path: Path) -> Tokenizer:
     """BERT's tokenizer of a vocab.txt with the settings beside it, or of a tokenizer.json."""
-    found = bert.read(path)
-    special = [found.ids[role] for role in bert.ROLES]
-    return replace(_tokenizer(found, found.starts_word, special), max_length=found.max_length)
+    vocabulary = bert.read(path)
+    return _with_roles(vocabulary, vocabulary.starts_word, vocabulary.ids, vocabulary.max_length)
 
 
 def sentence_piece(path: Path) -> Tokenizer:
@@ -231,39 +229,36 @@ def sentence_piece(path: Path) -> Tokenizer:
     except RuntimeError as error:
         raise DataError(f"{path}: expected a SentencePiece model (cut off?): {error}", file=path.name) from None
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
-    special = _special(path, pieces)
+    ids = {piece: number for number, piece in enumerate(pieces)}
     starts_word = np.array([piece.startswith("\u2581") for piece in pieces])
-    return _tokenizer(_SentencePiece(processor), starts_word, special)
+    return _with_roles(_SentencePiece(processor), starts_word, special_ids(path, ids, bert.ROLES))
 
 
 def clip(path: Path) -> Tokenizer:
     """CLIP's tokenizer of a tokenizer.json, or of a merges.txt; it has no mask token."""
     bpe = clip_bpe.read(path)
     random_range = _longest_run([NO_MASK, bpe.begin_id, bpe.end_id], len(bpe.ends_word))
+    ends = (bpe.begin_id, bpe.end_id)
+    return Tokenizer(bpe, bpe.ends_word, NO_MASK, *ends, random_range, marks_ends=True, max_length=bpe.max_length)
+
+
+def _with_roles(
+    vocabulary: _Vocabulary, starts_word: np.ndarray, ids: Mapping[str, int], max_length: int | None = None
+) -> Tokenizer:
+    """The tokenizer of a vocabulary with BERT's special tokens. ids: of these, by role."""
     return Tokenizer(
-        *(bpe, bpe.ends_word, NO_MASK, bpe.begin_id, bpe.end_id, random_range),
-        marks_ends=True,
-        max_length=bpe.max_length,
+        vocabulary,
+        starts_word,
+        mask_id=ids["mask_token"],
+        begin_id=ids["cls_token"],
+        end_id=ids["sep_token"],
+        random_range=_longest_run(ids.values(), len(starts_word)),
+        unknown_id=ids["unk_token"],
+        max_length=max_length,
     )
 
 
-def _tokenizer(vocabulary: _Vocabulary, starts_word: np.ndarray, special: Sequence[int]) -> Tokenizer:
-    _, unknown_id, begin_id, end_id, mask_id = special
-    random_range = _longest_run(special, len(starts_word))
-    return Tokenizer(vocabulary, starts_word, mask_id, begin_id, end_id, random_range, unknown_id=unknown_id)
-
-
-def _special(path: Path, pieces: Sequence[str]) -> list[int]:
-    """Ids of the special tokens SPECIAL."""
-    missing = [name for name in SPECIAL if name not in pieces]
-    if missing:
-        raise ValueError(f"{path}: {len(pieces)} pieces but no {', '.join(missing)} (needed: {', '.join(SPECIAL)})")
-    if pieces[0] != SPECIAL[0]:
-        raise ValueError(f"{path}: piece 0 is {pieces[0]!r}; padding must be id 0, so {SPECIAL[0]} was expected there")
-    return [pieces.index(name) for name in SPECIAL]
-
-
-def _longest_run(special: Sequence[int], vocab_size: int) -> tuple[int, int]:
+def _longest_run(special: Iterable[int], vocab_size: int) -> tuple[int, int]:
     """The longest range first..last-1 of ids without a special one."""
     gaps = pairwise([*sorted(special), vocab_size])
     first, last = max(gaps, key=lambda gap: gap[1] - gap[0])

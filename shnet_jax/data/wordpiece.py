@@ -17,16 +17,7 @@ import tokenizers
 from tokenizers import models
 
 from shnet_jax.data import model_folder
-from shnet_jax.data.model_folder import (
-    GENERIC,
-    MAX_ID,
-    Settings,
-    added_tokens,
-    below,
-    check_agreement,
-    read_lines,
-    vocabulary_faults,
-)
+from shnet_jax.data.model_folder import GENERIC, MAX_ID, FolderVocabulary, Settings, added_tokens, below, read_lines
 from shnet_jax.untrusted import read_object
 
 ROLES = {
@@ -48,23 +39,16 @@ _MODEL = {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_cha
 
 
 @dataclass(frozen=True)
-class WordPiece:
+class WordPiece(FolderVocabulary):
     """A vocabulary (see `tokenise`).
 
     starts_word: [vocab_size] bool, pieces that begin a word. ids: of the special tokens by their roles.
-    description: all that decides the tokens, as a tokenizer.json has it. max_length: tokens that its model takes; None:
-    not known.
+    description: all that decides the tokens, as a tokenizer.json has it.
     """
 
-    tokenizer: tokenizers.Tokenizer
     starts_word: np.ndarray
     ids: Mapping[str, int]
     description: Mapping[str, Any]
-    max_length: int | None
-
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        return [found.ids for found in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def kept(self) -> tuple[str, bytes]:
         """Suffix and contents of the one file that says all: a vocab.txt where the tokens are BERT's uncased ones."""
@@ -88,14 +72,15 @@ def find_vocabulary(folder: Path) -> Path:
         )
     if not (described.is_file() and listed.is_file()):
         return described if described.is_file() else listed
-    found, ours = read(described), {piece: number for number, piece in enumerate(read_lines(listed, "a vocab.txt"))}
-    theirs = found.tokenizer.get_vocab()
-    added, roles = found.description["added_tokens"], found.description[ROLES_FIELD]
-    beside = {*(token["content"] for token in added), *roles.values()} - ours.keys()
-    if differ := [piece for piece in ours | theirs if ours.get(piece) != theirs.get(piece) and piece not in beside]:
+    pieces = {piece: number for number, piece in enumerate(read_lines(listed, "a vocab.txt"))}
+    vocabulary = read(described)
+    ids = vocabulary.tokenizer.get_vocab()
+    added, roles = vocabulary.description["added_tokens"], vocabulary.description[ROLES_FIELD]
+    beside = {*(token["content"] for token in added), *roles.values()} - pieces.keys()
+    if differ := [piece for piece in pieces | ids if pieces.get(piece) != ids.get(piece) and piece not in beside]:
         raise ValueError(
             f"{listed} and {described.name} beside it are different vocabularies: {differ[0]!r:.80} is "
-            f"{ours.get(differ[0], 'absent')} and {theirs.get(differ[0], 'absent')}; name the one that the weights "
+            f"{pieces.get(differ[0], 'absent')} and {ids.get(differ[0], 'absent')}; name the one that the weights "
             "were trained with, --config.tokenizer.path=FILE"
         )
     return described
@@ -115,31 +100,25 @@ def read(path: Path) -> WordPiece:
     vocabulary, roles = description["model"]["vocab"], description[ROLES_FIELD]
     tokenizer = _load(path, {field: value for field, value in description.items() if field != ROLES_FIELD})
     ids = tokenizer.get_vocab()
-    if missing := [name for name in roles.values() if name not in ids]:
-        raise ValueError(f"{path}: {len(ids)} pieces but no {', '.join(missing)} (needed: {', '.join(roles.values())})")
-    if ids[roles["pad_token"]]:
-        first = next((piece for piece, number in ids.items() if number == 0), None)
-        raise ValueError(f"{path}: piece 0 is {first!r}; padding must be id 0: {roles['pad_token']} was expected there")
+    role_ids = model_folder.special_ids(path, ids, roles)
     if (size := max(ids.values()) + 1) > MAX_ID:
         raise ValueError(f"{path}: the largest id is {size - 1}; expected one below {MAX_ID}")
     starts_word = np.ones(size, bool)
     prefix = description["model"]["continuing_subword_prefix"]
     starts_word[[number for piece, number in vocabulary.items() if piece.startswith(prefix)]] = False
-    role_ids = {role: ids[name] for role, name in roles.items()}
-    return WordPiece(tokenizer, starts_word, role_ids, description, settings.max_length())
+    return WordPiece(tokenizer, settings.max_length(), starts_word, role_ids, description)
 
 
 def _load(path: Path, described: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    with vocabulary_faults(path, "WordPiece"):
-        found = tokenizers.Tokenizer.from_str(json.dumps(described))
-    ids = found.get_vocab()
+    tokenizer = model_folder.parse_tokenizer(path, described, "WordPiece")
+    ids = tokenizer.get_vocab()
     for token in described.get("added_tokens") or []:
         if ids.get(token["content"]) != token["id"]:  # it is given another one without a word
             raise ValueError(
                 f"{path}: the added token {token['content']!r:.80} has the id {token['id']}; expected the one after "
                 "the pieces and the added tokens before it"
             )
-    return found
+    return tokenizer
 
 
 def _describe(
@@ -199,18 +178,18 @@ def _of_json(path: Path, settings: Settings) -> dict[str, Any]:
     model = described.get("model")
     if not isinstance(model, dict):
         raise ValueError(f"{path}: expected a tokenizer.json with a model")
-    found = _load(path, described)
-    if not isinstance(found.model, models.WordPiece) or not found.model.continuing_subword_prefix:
+    tokenizer = _load(path, described)
+    if not isinstance(tokenizer.model, models.WordPiece) or not tokenizer.model.continuing_subword_prefix:
         raise ValueError(
-            f"{path} holds a {type(found.model).__name__} vocabulary; tokenizer.kind='wordpiece' reads WordPiece with "
-            "a prefix such as ##; 'clip' reads CLIP's BPE, and 'sentencepiece' the .model of SentencePiece"
+            f"{path} holds a {type(tokenizer.model).__name__} vocabulary; tokenizer.kind='wordpiece' reads "
+            "WordPiece with a prefix such as ##; 'clip' reads CLIP's BPE, 'sentencepiece' the .model of SentencePiece"
         )
     if roles is None:
-        check_agreement(path, found, settings)
-        roles = _roles(path, found, settings)
+        model_folder.check_agreement(path, tokenizer, settings)
+        roles = _roles(path, tokenizer, settings)
     elif not isinstance(roles, dict) or roles.keys() != ROLES.keys() or {*map(type, roles.values())} != {str}:
         raise ValueError(f"{path}: {ROLES_FIELD} is {roles!r:.80}, expected a token for each of {', '.join(ROLES)}")
-    ids = found.get_vocab()
+    ids = tokenizer.get_vocab()
     vocabulary = model["vocab"] | {name: ids[name] for name in roles.values() if name in ids}
     added = described.get("added_tokens") or []
     normalizer = described.get("normalizer")
@@ -223,28 +202,19 @@ def _of_json(path: Path, settings: Settings) -> dict[str, Any]:
             **_MODEL,
             "unk_token": roles["unk_token"],
             "vocab": vocabulary,
-            "continuing_subword_prefix": found.model.continuing_subword_prefix,
-            "max_input_chars_per_word": found.model.max_input_chars_per_word,
+            "continuing_subword_prefix": tokenizer.model.continuing_subword_prefix,
+            "max_input_chars_per_word": tokenizer.model.max_input_chars_per_word,
         },
         "added_tokens": _tokens_beside(path, ids, added, roles, settings),
         ROLES_FIELD: roles,
     }
 
 
-def _roles(path: Path, found: tokenizers.Tokenizer, settings: Settings) -> dict[str, str]:
+def _roles(path: Path, tokenizer: tokenizers.Tokenizer, settings: Settings) -> dict[str, str]:
     """Special tokens by role: those of the tokenizer, else those of the settings, else BERT's own."""
-    found.no_truncation()
-    found.no_padding()
-    does = {"unk_token": found.model.unk_token}
-    with vocabulary_faults(path, "WordPiece"):
-        whole, bare = found.encode("a"), found.encode("a", add_special_tokens=False)
-    if whole.ids != bare.ids:
-        if whole.ids[1:-1] != bare.ids or any(whole.type_ids):
-            raise ValueError(
-                f"{path}: its post_processor makes {' '.join(whole.tokens)} of 'a'; expected one token before a "
-                "caption and one behind it, all of type 0"
-            )
-        does |= {"cls_token": whole.tokens[0], "sep_token": whole.tokens[-1]}
+    does = {"unk_token": tokenizer.model.unk_token}
+    if ends := model_folder.enclosing_tokens(path, tokenizer, "WordPiece"):
+        does |= {"cls_token": ends[0], "sep_token": ends[1]}
     for role, name in does.items():
         if settings.tokens.get(role, name) != name:
             raise ValueError(
@@ -264,8 +234,8 @@ def _tokens_beside(
 
     "[MASK]" in a caption is text, not a mask. ids: of what is known already. listed: those of a tokenizer.json.
     """
-    found = {token["content"]: dict(token) for token in listed}
+    tokens = {token["content"]: dict(token) for token in listed}
     for token in added_tokens(path, ids, settings):
-        found.setdefault(token["content"], token)
-    beside = [token for text, token in found.items() if text not in roles.values()]
+        tokens.setdefault(token["content"], token)
+    beside = [token for text, token in tokens.items() if text not in roles.values()]
     return sorted(beside, key=lambda token: token["id"])

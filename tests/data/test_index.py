@@ -46,7 +46,8 @@ def test_no_file_and_a_file_without_captions_are_no_index(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"caption_counts": [2, 1, 3]}, "expected as many counts as ids, found 3 and 4"),
+        ({"caption_counts": [2, 1, 3]}, "expected as many caption_counts as image_ids, found 3 and 4"),
+        ({"identities": [1, 2]}, "expected as many identities as image_ids, found 2 and 4"),
         ({"caption_counts": [2, 1, 3, 2]}, "expected 8 captions .*found 7"),
         ({"caption_ends": [5, 4, 6, 6, 7, 7, 8]}, r"expected 7 captions that end in order .*found 7: \[5, 4, 6\]"),
         ({"caption_ends": [1, 2, 3, 4, 5, 6, 9999]}, r"within \d+ bytes, found 7: \[1, 2, 3\] \.\.\. \[9999\]"),

@@ -31,7 +31,7 @@ from tests.data_prep import (
     test_sources,
     test_vinvl,
 )
-from tests.data_prep.extract import test_containers
+from tests.data_prep.extract import conftest, test_containers
 from tests.interop import torch_writer
 
 FILES = ("COCO_val2014_000000000042.jpg", "COCO_val2014_000000000139.jpg")
@@ -361,7 +361,7 @@ def test_the_command_imports_the_folder(make, tmp_path, monkeypatch):
     assert flags["name"] == "a_folder_of_mine" and flags["out"] == "data_sets"
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(extract, "load_extractor", lambda settings, device: test_containers.Colours())
+    monkeypatch.setattr(extract, "load_extractor", lambda settings, device: conftest.Colours())
     [words] = [shlex.split(line)[3:] for line in text.split("\n") if line.startswith("  python")]
     assert import_module(f"data_prep.{'extract.__main__' if found == 'extract' else found}").main(words) == 0
     text, known = recognise(tmp_path / "data_sets")

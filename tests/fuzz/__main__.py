@@ -38,11 +38,13 @@ def supervise(name: str, seconds: float, out: Path) -> int:
             (out / "current").rename(out / f"{name}_crash_{number}")
             (out / f"{name}_crash_{number}.txt").write_text(f"exit status {done.returncode}\n{done.stderr[-5000:]}\n")
         number += 1
-    found = sorted(path.name for path in out.glob(f"{name}_*.txt"))
-    print(f"{name}: {tried} inputs, {taken} taken, {tried - taken} refused, {len(found)} findings ({crashes} crashes)")
-    for file in found:
+    findings = sorted(path.name for path in out.glob(f"{name}_*.txt"))
+    print(
+        f"{name}: {tried} inputs, {taken} taken, {tried - taken} refused, {len(findings)} findings ({crashes} crashes)"
+    )
+    for file in findings:
         print(f"  {out / file}: {(out / file).read_text().strip().splitlines()[-1][:160]}")
-    return len(found)
+    return len(findings)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What is fuzzed: for each format its seeds, the parser of the project, and the errors that it may raise."""
+"""What is fuzzed: for each format its seeds, the readers of the project, and the errors that they may raise."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import struct
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import msgpack
@@ -48,7 +49,7 @@ from shnet_jax.data.index import IndexBuilder, read_index, write_index
 from shnet_jax.evaluate.bootstrap import load_queries, save_queries
 from shnet_jax.evaluate.metrics import QueryRanks
 from shnet_jax.interop import bert_weights, clip_weights, weights_file
-from shnet_jax.interop.torch_file import TorchFile, open_torch_file
+from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
 from shnet_jax.retrieve import pictures, tensors
 from shnet_jax.retrieve.embeddings import read_ids
@@ -60,28 +61,61 @@ from tests.interop import torch_writer
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS = ["a red star above the sea", "", "ünïcode 犬 \u202e x", "[MASK] ##ing <|endoftext|>", "a" * 500]
 
-Parse = Callable[[Path, bytes], None]
+Read = Callable[[Path], object]
 Make = Callable[[bytes, random.Random], bytes]
+_DATA = (DataError,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """parse(folder, data): puts the data into files of an empty folder and reads them as the project does.
+    """A format: what is tried, and how it is read.
 
+    files: the file that an input becomes, or the files by name, the one to read first.
+    readers: of the project, each given the path of that file; an input is refused where none takes it.
     errors: what may come of it. make: another input from a seed. memory: bytes that any input may take, beside some for
     each of its own.
     """
 
     seeds: Callable[[], list[bytes]]
-    parse: Parse
+    files: str | Callable[[bytes], Mapping[str, bytes]]
+    readers: tuple[Read, ...]
     errors: tuple[type[Exception], ...] = (ValueError,)
     make: Make = mutate
     memory: int = 64 * 2**20
 
+    def parse(self, folder: Path, data: bytes) -> None:
+        """Puts an input into files of an empty folder and reads them as the project does."""
+        files = {self.files: data} if isinstance(self.files, str) else self.files(data)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        faults = []
+        for read in self.readers:
+            try:
+                read(folder / next(iter(files)))
+            except self.errors as error:
+                faults.append(error)
+        if len(faults) == len(self.readers):
+            raise faults[-1]
 
-def _written(folder: Path, name: str, data: bytes) -> Path:
-    (folder / name).write_bytes(data)
-    return folder / name
+
+def _as(*names: str) -> Callable[[bytes], Mapping[str, bytes]]:
+    """Files: the input by several names."""
+    return lambda data: dict.fromkeys(names, data)
+
+
+def _written(write: Callable[..., object], *args: Any, **options: Any) -> bytes:
+    """The bytes that write(file, ...) writes."""
+    file = io.BytesIO()
+    write(file, *args, **options)
+    return file.getvalue()
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _cell(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode()
 
 
 def _checked(data: bytes, rng: random.Random) -> bytes:
@@ -89,33 +123,20 @@ def _checked(data: bytes, rng: random.Random) -> bytes:
     return with_true_checksums(changed) if rng.random() < 0.8 else changed
 
 
-def _json(value: object) -> bytes:
-    return json.dumps(value).encode()
-
-
 # ------------------------------------------------------------------------------------------------------------- arrays
 
 
 def _npy_seeds() -> list[bytes]:
-    found = []
-    for array in (
+    arrays = (
         np.arange(6, dtype=np.float16).reshape(2, 3),
         np.asfortranarray(np.arange(6, dtype=">f4").reshape(3, 2)),
         np.zeros((1, 2, 2, 2)),
         np.zeros((0, 3), bool),
         np.zeros(2, [("a", "i4"), ("b", "f8")]),
-    ):
-        file = io.BytesIO()
-        np.save(file, array)
-        found.append(file.getvalue())
-    objects = io.BytesIO()
-    np.save(objects, np.array([{}], object), allow_pickle=True)
-    return [*found, objects.getvalue(), found[0].replace(b"(2, 3)", b"(2000000000, 300000000)")]
-
-
-def _npy(folder: Path, data: bytes) -> None:
-    _written(folder, "0.npy", data)
-    UnitFiles(folder, "grid").read("0.jpg")
+        np.array([{}], object),
+    )
+    seeds = [_written(np.save, array) for array in arrays]
+    return [*seeds, seeds[0].replace(b"(2, 3)", b"(2000000000, 300000000)")]
 
 
 def _npz_seeds() -> list[bytes]:
@@ -129,46 +150,45 @@ def _npz_seeds() -> list[bytes]:
         return [(folder / file).read_bytes() for file in ("index_x.npz", "q.npz", "c.npz")]
 
 
-def _npz(folder: Path, data: bytes) -> None:
-    _written(folder, "index_x.npz", data)
-    try:
-        found = read_index(folder, "x")
-    except ValueError:
-        found = None
-    if found is not None:
-        list(found.all_captions())
-    load_queries(folder / "index_x.npz")
+def _read_index(path: Path) -> None:
+    if (index := read_index(path.parent, "x")) is not None:
+        list(index.all_captions())
 
 
 # -------------------------------------------------------------------------------------------------------- text, tables
 
 
-def _cell(array: np.ndarray) -> str:
-    return base64.b64encode(array.tobytes()).decode()
-
-
 def _tsv_seeds() -> list[bytes]:
     boxes, features = np.ones((2, 4), np.float32), np.ones((2, 3), np.float32)
-    ids, sure = np.arange(2), np.ones(2, np.float32)
+    ids, scores = np.arange(2), np.ones(2, np.float32)
     short = ["7", "200", "100", "2", _cell(boxes), _cell(features)]
-    long = ["7", "100", "200", _cell(ids), _cell(sure), _cell(ids), _cell(sure), "2", _cell(boxes), _cell(features)]
+    long = ["7", "100", "200", *2 * (_cell(ids), _cell(scores)), "2", _cell(boxes), _cell(features)]
     return ["\t".join(cells).encode() + b"\n" for cells in (short, long)]
 
 
-def _tsv(folder: Path, data: bytes) -> None:
-    path = _written(folder, "a.tsv", data)
-    for most in (None, 5):
-        BottomUp([path], most).read("7")
+def _header_seeds() -> list[bytes]:
+    regions = _regions()
+    row = {"image_id": "7", "image_w": "200", "image_h": "100", "num_boxes": "2"}
+    row |= {"boxes": _cell(regions["bbox"]), "features": _cell(regions["x"])}
+    seeds = []
+    for names in (list(row), list(row)[::-1], ["image_h", "image_w", *list(row)[3:], "image_id"]):
+        lines = ["\t".join(names), "\t".join(row[name] for name in names)]
+        seeds += ["\r\n".join(lines).encode(), "\n".join([*lines, lines[1][:30], *lines]).encode()]
+    return seeds
 
 
-def _captions(suffix: str) -> Parse:
-    def parse(folder: Path, data: bytes) -> None:
-        path = _written(folder, f"captions{suffix}", data)
-        for split in captions.read(f"train={path}").values():
+def _read_tsv(path: Path) -> None:
+    for regions in (None, 5):
+        BottomUp([path], regions).read("7")
+
+
+def _captions(suffix: str) -> Read:
+    def read(path: Path) -> None:
+        for split in captions.read(f"train={path.with_suffix(suffix)}").values():
             for item in split:
                 item.record()
 
-    return parse
+    return read
 
 
 def _caption_seeds() -> list[bytes]:
@@ -183,28 +203,15 @@ def _caption_seeds() -> list[bytes]:
     ]
 
 
+def _parquet(table: pa.Table, compression: str, **options: Any) -> bytes:
+    return _written(lambda file: parquet.write_table(table, file, compression=compression, **options))
+
+
 def _parquet_seeds() -> list[bytes]:
-    found = []
-    for compression in ("none", "snappy", "zstd"):
-        pictures = [{"bytes": b"x", "path": "7.jpg"}, {"bytes": None, "path": None}]
-        table = pa.table({"image": pictures, "caption": [["a dog", "b"], ["c"]], "sentids": [["0", "1"], ["2"]]})
-        for columns in (table, table.append_column("filename", [["1.jpg", "2.jpg"]])):
-            file = io.BytesIO()
-            parquet.write_table(columns, file, compression=compression)
-            found.append(file.getvalue())
-    return found
-
-
-def _all_captions(folder: Path, data: bytes) -> None:
-    faults = []
-    suffixes = (".csv", ".token", ".jsonl")
-    for suffix in suffixes:
-        try:
-            _captions(suffix)(folder, data)
-        except DataError as error:
-            faults.append(error)
-    if len(faults) == len(suffixes):
-        raise faults[0]
+    picture_cells = [{"bytes": b"x", "path": "7.jpg"}, {"bytes": None, "path": None}]
+    table = pa.table({"image": picture_cells, "caption": [["a dog", "b"], ["c"]], "sentids": [["0", "1"], ["2"]]})
+    tables = (table, table.append_column("filename", [["1.jpg", "2.jpg"]]))
+    return [_parquet(one, compression) for compression in ("none", "snappy", "zstd") for one in tables]
 
 
 def _json_seeds() -> list[bytes]:
@@ -224,33 +231,7 @@ def _json_seeds() -> list[bytes]:
 
 @functools.cache
 def _png() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (44, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def _read_all(folder: Path, data: bytes, readers: Iterable[Callable[[Path], object]], errors: tuple) -> None:
-    """Each reader on the same file; the last fault where none takes it."""
-    path, fault, taken = _written(folder, "a.json", data), None, False
-    for read in readers:
-        try:
-            read(path)
-            taken = True
-        except errors as error:
-            fault = error
-    if not taken and fault is not None:
-        raise fault
-
-
-def _parse_json(folder: Path, data: bytes) -> None:
-    _written(folder, "0.png", _png())
-    readers = (
-        lambda path: _captions(".json")(folder, data),
-        read_annotations,
-        scene_graphs.read_graphs,
-        lambda path: Panoptic(path, folder).read("0.jpg"),
-    )
-    _read_all(folder, data, readers, (DataError,))
+    return _written(Image.new("RGB", (8, 8), (44, 0, 0)).save, "PNG")
 
 
 # ------------------------------------------------------------------------------------------------------- configurations
@@ -270,46 +251,36 @@ def _config_seeds() -> list[bytes]:
     return [_json(_BERT), clip, _json(run.to_dict()), _json(ids), _json(index), _json(named)]
 
 
-def _parse_config(folder: Path, data: bytes) -> None:
-    _written(folder, "config.json", data)
-    _written(folder, "model.safetensors.index.json", data)
-    _written(folder, "vocabulary.txt", b"x")
-    readers = (
-        lambda path: bert_weights.sizes(folder),
-        lambda path: clip_weights.sizes(folder),
-        lambda path: trained_config(folder),
-        lambda path: bert_weights.read_tensors(folder),
-        read_ids,
-    )
-    _read_all(folder, data, readers, (ValueError, FileNotFoundError, WorkdirError))
+def _config_files(data: bytes) -> Mapping[str, bytes]:
+    return dict.fromkeys(("config.json", "model.safetensors.index.json"), data) | {"vocabulary.txt": b"x"}
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def _tensors(opened: TorchFile) -> None:
-    """Every tensor that a walk of some steps through the content finds."""
-    found, left = [opened.content], 2000
-    while found and left:
-        value, left = found.pop(), left - 1
+def _read_torch(path: Path) -> None:
+    """Every tensor that a walk of some steps through the content reaches."""
+    opened = open_torch_file(path)
+    stack, steps = [opened.content], 2000
+    while stack and steps:
+        value, steps = stack.pop(), steps - 1
         if isinstance(value, Tensor):
             opened.array(value)
         elif isinstance(value, dict):
-            found += list(value.values())[:50]
+            stack += list(value.values())[:50]
         elif isinstance(value, list | tuple):
-            found += list(value)[:50]
+            stack += list(value)[:50]
 
 
-def _torch(folder: Path, data: bytes) -> None:
-    _tensors(open_torch_file(_written(folder, "a.pth", data)))
+def _in_zip(data: bytes) -> Mapping[str, bytes]:
+    """Files: a checkpoint whose pickle is the input."""
 
+    def write(file: io.BytesIO) -> None:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", data)
+            archive.writestr("archive/data/0", bytes(24))
 
-def _pickled(folder: Path, data: bytes) -> None:
-    path = folder / "a.pth"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", data)
-        archive.writestr("archive/data/0", bytes(24))
-    _tensors(open_torch_file(path))
+    return {"a.pth": _written(write)}
 
 
 def _torch_seeds() -> list[bytes]:
@@ -350,27 +321,23 @@ def _make_pickle(seed: bytes, rng: random.Random) -> bytes:
 
 def _safetensor_seeds() -> list[bytes]:
     arrays = {"params/a": np.ones((2, 3), np.float32), "batch_stats/b": np.zeros(2, np.float32)}
-    own = save(arrays, {"format": "shnet_jax", "step": "3"})
+    run = save(arrays, {"format": "shnet_jax", "step": "3"})
     vectors = save({"vector": np.ones((2, 4), np.float32), "mask": np.ones((2, 1), bool)})
-    return [own, vectors, struct.pack("<Q", 2**60) + own[8:]]
-
-
-def _safetensors(folder: Path, data: bytes) -> None:
-    readers = (
-        lambda path: bert_weights.read_tensors(folder),
-        lambda path: weights_file.read_weights(path),
-        lambda path: [np.array(array) for array in tensors.open_mapped(path).values()],
-    )
-    _written(folder, "model.safetensors", data)
-    _read_all(folder, data, readers, (ValueError,))
+    return [run, vectors, struct.pack("<Q", 2**60) + run[8:]]
 
 
 # --------------------------------------------------------------------------------------------------------- vocabularies
 
 
-def _encode(tokenizer: tokenise.Tokenizer) -> None:
-    found = tokenise.tokenise_captions([TEXTS], tokenizer)
-    assert not len(found.pieces) or 0 <= found.pieces.min() <= found.pieces.max() < tokenizer.vocab_size
+def _encodes(load: Callable[[Path], tokenise.Tokenizer]) -> tuple[Read, ...]:
+    """Reader that loads a tokenizer and applies it to TEXTS."""
+
+    def read(path: Path) -> None:
+        tokenizer = load(path)
+        pieces = tokenise.tokenise_captions([TEXTS], tokenizer).pieces
+        assert not len(pieces) or 0 <= pieces.min() <= pieces.max() < tokenizer.vocab_size
+
+    return (read,)
 
 
 def _sentencepiece_seeds() -> list[bytes]:
@@ -380,44 +347,35 @@ def _sentencepiece_seeds() -> list[bytes]:
         return [path.read_bytes()]
 
 
-def _sentencepiece(folder: Path, data: bytes) -> None:
-    _encode(tokenise.sentence_piece(_written(folder, "s.model", data)))
-
-
 def _wordpiece_seeds() -> list[bytes]:
     return ["\n".join((*tokenise.SPECIAL, "a", "red", "##s", "star", "犬")).encode() + b"\n"]
 
 
 def _bert_json_seeds() -> list[bytes]:
     pieces = {piece: i for i, piece in enumerate((*tokenise.SPECIAL, "a", "red", "##s", "star"))}
-    made = tokenizers.BertWordPieceTokenizer(pieces)
-    plain = made.to_str()
-    made.add_tokens(["two hearts"])
-    return [plain.encode(), made.to_str().encode()]
+    tokenizer = tokenizers.BertWordPieceTokenizer(pieces)
+    plain = tokenizer.to_str()
+    tokenizer.add_tokens(["two hearts"])
+    return [plain.encode(), tokenizer.to_str().encode()]
 
 
 def _bert_settings_seeds() -> list[bytes]:
-    said = {"do_lower_case": False, "strip_accents": None, "never_split": None, "model_max_length": 512}
-    said |= {"tokenizer_class": "BertTokenizer", "mask_token": {"content": "[MASK]"}, "unk_token": "[UNK]"}
+    settings = {"do_lower_case": False, "strip_accents": None, "never_split": None, "model_max_length": 512}
+    settings |= {"tokenizer_class": "BertTokenizer", "mask_token": {"content": "[MASK]"}, "unk_token": "[UNK]"}
     decoder = {"9": {"content": "two hearts", "normalized": True}, "4": {"content": "[MASK]", "special": True}}
-    return [_json(said), _json(said | {"added_tokens_decoder": decoder, "additional_special_tokens": ["star"]})]
-
-
-def _bert_settings(folder: Path, data: bytes) -> None:
-    _written(folder, "tokenizer_config.json", data)
-    _encode(tokenise.wordpiece(_written(folder, "vocab.txt", "\n".join((*tokenise.SPECIAL, *"abc", "star")).encode())))
+    added = {"added_tokens_decoder": decoder, "additional_special_tokens": ["star"]}
+    return [_json(settings), _json(settings | added)]
 
 
 def _clip_seeds() -> list[bytes]:
     return [(GOLDEN / "clip" / file).read_bytes() for file in ("tokenizer.json", "merges.txt")]
 
 
-def _clip(folder: Path, data: bytes) -> None:
-    name = "tokenizer.json" if data.lstrip()[:1] == b"{" else "merges.txt"
-    _encode(tokenise.clip(_written(folder, name, data)))
+def _clip_files(data: bytes) -> Mapping[str, bytes]:
+    return {"tokenizer.json" if data.lstrip()[:1] == b"{" else "merges.txt": data}
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------ pictures, containers
 
 
 def _picture_seeds() -> list[bytes]:
@@ -428,50 +386,35 @@ def _picture_seeds() -> list[bytes]:
     kinds |= {"JPEG": [picture, picture.convert("CMYK")], "PPM": [picture, sixteen], "WEBP": [picture, clear]}
     exif = picture.getexif()
     exif[0x0112] = 6
-    found = []
-    for kind, modes in (kinds | {"GIF": [picture], "BMP": [picture]}).items():
-        for one in modes:
-            file = io.BytesIO()
-            one.save(file, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "TIFF", "WEBP") else {}))
-            found.append(file.getvalue())
-    return found
+    options = {kind: {"exif": exif} for kind in ("PNG", "JPEG", "TIFF", "WEBP")}
+    kinds |= {"GIF": [picture], "BMP": [picture]}
+    return [_written(mode.save, kind, **options.get(kind, {})) for kind, modes in kinds.items() for mode in modes]
 
 
-def _picture(folder: Path, data: bytes) -> None:
-    _written(folder, "a.jpg", data)
-    pictures.photograph(folder, "a")
+def _extracts(photographs: Callable[[list[Path], Path], Photographs]) -> tuple[Read, ...]:
+    """Reader of every photograph and caption, as an extraction reads them."""
 
+    def read(path: Path) -> None:
+        opened = photographs([path], path.parent)
+        for row in opened.rows("train"):
+            opened.place(row.file)
+            with contextlib.suppress(BrokenImage):
+                opened.load(row.file)
 
-def _label_map(folder: Path, data: bytes) -> None:
-    for mode in (None, "RGB"):
-        read_label_map(_written(folder, "a.png", data), mode)
-
-
-# ----------------------------------------------------------------------------------------------------------- containers
-
-
-def _extracted(photographs: Photographs) -> None:
-    """Every photograph and caption, as an extraction reads them."""
-    for row in photographs.rows("train"):
-        photographs.place(row.file)
-        with contextlib.suppress(BrokenImage):
-            photographs.load(row.file)
+    return (read,)
 
 
 def _tar_seeds() -> list[bytes]:
-    found = []
-    members = {"a/b.png": _png(), "a/b.txt": b"a dog", "c.jpg": b"", "c.json": b'{"caption": ["x"], "sentids": [4]}'}
-    for layout in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        file = io.BytesIO()
+    def write(file: io.BytesIO, layout: int) -> None:
+        last = ("e" if layout == tarfile.USTAR_FORMAT else "ü" * 99) + ".png"
         with tarfile.open(fileobj=file, mode="w", format=layout) as tar:
-            for name, data in (
-                members | {("e" if layout == tarfile.USTAR_FORMAT else "ü" * 99) + ".png": _png()}
-            ).items():
+            for name, data in (members | {last: _png()}).items():
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-        found.append(file.getvalue())
-    return found
+
+    members = {"a/b.png": _png(), "a/b.txt": b"a dog", "c.jpg": b"", "c.json": b'{"caption": ["x"], "sentids": [4]}'}
+    return [_written(write, layout) for layout in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
 
 
 def _true_tar(data: bytes, rng: random.Random) -> bytes:
@@ -486,16 +429,12 @@ def _true_tar(data: bytes, rng: random.Random) -> bytes:
 
 
 def _table_seeds() -> list[bytes]:
-    picture = [{"bytes": _png(), "path": f"{n}.jpg"} for n in range(3)]
-    captions = [["a dog", "a cat"], [], ["x"]]
-    hub = {"image": picture, "caption": captions, "sentids": [["1", "2"], [], ["3"]], "split": ["train"] * 3}
-    found = []
-    for table in (hub, {"jpg": [_png(), None], "txt": ["a dog", None], "key": ["0", "1"]}):
-        for packed in ("NONE", "SNAPPY", "ZSTD"):
-            file = io.BytesIO()
-            parquet.write_table(pa.table(table), file, row_group_size=2, compression=packed)
-            found.append(file.getvalue())
-    return found
+    picture_cells = [{"bytes": _png(), "path": f"{n}.jpg"} for n in range(3)]
+    lists = [["a dog", "a cat"], [], ["x"]]
+    hub = {"image": picture_cells, "caption": lists, "sentids": [["1", "2"], [], ["3"]], "split": ["train"] * 3}
+    tables = (hub, {"jpg": [_png(), None], "txt": ["a dog", None], "key": ["0", "1"]})
+    packed = ("NONE", "SNAPPY", "ZSTD")
+    return [_parquet(pa.table(table), compression, row_group_size=2) for table in tables for compression in packed]
 
 
 # ------------------------------------------------------------------------------------------ regions of other containers
@@ -508,39 +447,18 @@ def _regions() -> dict[str, np.ndarray]:
 def _image_npz_seeds() -> list[bytes]:
     sides = {"image_w": np.array(200), "image_h": np.array(100), "num_bbox": np.array(2)}
     objects = {"info": np.array([{}], object), "cls_prob": np.ones((2, 1601), np.float16)}
-    found = []
-    for write, arrays in (
-        (np.savez, _regions() | sides),
-        (np.savez_compressed, _regions() | sides | objects),
-        (np.savez_compressed, {"feat": np.ones((8, 3, 2)), "y": np.zeros(10**6)}),
-        (np.savez_compressed, {"x": np.zeros((10**6, 9))}),
-    ):
-        file = io.BytesIO()
-        write(file, **arrays)
-        found.append(file.getvalue())
-    return found
-
-
-def _image_npz(folder: Path, data: bytes) -> None:
-    _written(folder, "7.npz", data)
-    NpzFiles(folder, Reading(max_regions=4, max_cells=9)).read("7.jpg")
-
-
-def _header_seeds() -> list[bytes]:
-    regions = _regions()
-    row = {"image_id": "7", "image_w": "200", "image_h": "100", "num_boxes": "2"}
-    row |= {"boxes": _cell(regions["bbox"]), "features": _cell(regions["x"])}
-    found = []
-    for names in (list(row), list(row)[::-1], ["image_h", "image_w", *list(row)[3:], "image_id"]):
-        lines = ["\t".join(names), "\t".join(row[name] for name in names)]
-        found += ["\r\n".join(lines).encode(), "\n".join([*lines, lines[1][:30], *lines]).encode()]
-    return found
+    return [
+        _written(np.savez, **_regions(), **sides),
+        _written(np.savez_compressed, **_regions(), **sides, **objects),
+        _written(np.savez_compressed, feat=np.ones((8, 3, 2)), y=np.zeros(10**6)),
+        _written(np.savez_compressed, x=np.zeros((10**6, 9))),
+    ]
 
 
 def _hdf5_seeds() -> list[bytes]:
     regions = _regions()
     rows = {"image_features": regions["x"][None], "image_bb": regions["bbox"][None], "image_id": [7]}
-    sides = {"image_w": [200], "image_h": [100]}
+    rows |= {"image_w": [200], "image_h": [100]}
     by_id = {
         "7_features": regions["x"],
         "7_boxes": regions["bbox"],
@@ -549,23 +467,17 @@ def _hdf5_seeds() -> list[bytes]:
     }
     ends = {"image_features": regions["x"], "pos_boxes": [[0, 2]], "image_id": np.array([b"7.jpg"])}
     groups = {"7/features": regions["x"], "7/boxes": regions["bbox"], "7/img_w": 200, "7/img_h": 100}
-    found = []
+    packed = {"chunks": True, "compression": "gzip", "shuffle": True, "fletcher32": True}
+
+    def write(path: Path, sets: Mapping[str, Any], options: Mapping[str, Any]) -> bytes:
+        with h5py.File(path, "w", libver="latest" if options else "earliest") as file:
+            for key, value in sets.items():
+                file.create_dataset(key, data=value, **options)
+        return path.read_bytes()
+
     with tempfile.TemporaryDirectory() as name:
-        for sets, keywords in (
-            *((rows | sides, {}), (by_id, {}), (ends, {}), (groups, {})),
-            (rows | sides, {"chunks": True, "compression": "gzip", "shuffle": True, "fletcher32": True}),
-        ):
-            path = Path(name) / "seed.h5"
-            with h5py.File(path, "w", libver="latest" if keywords else "earliest") as file:
-                for key, value in sets.items():
-                    file.create_dataset(key, data=value, **keywords)
-            found.append(path.read_bytes())
-    return found
-
-
-def _hdf5(folder: Path, data: bytes) -> None:
-    path = _written(folder, "a.h5", data)
-    hdf5.Hdf5Features([path], reading=Reading(max_regions=4, max_cells=9)).read("7.jpg")
+        kinds = ((rows, {}), (by_id, {}), (ends, {}), (groups, {}), (rows, packed))
+        return [write(Path(name) / "seed.h5", sets, options) for sets, options in kinds]
 
 
 def _sidecar_seeds() -> list[bytes]:
@@ -574,23 +486,12 @@ def _sidecar_seeds() -> list[bytes]:
     return [*texts, b"image,w,h\n7.jpg,200,100\n", *(pickle.dumps(index, p) for p in range(6))]
 
 
-def _sidecar(folder: Path, data: bytes) -> None:
-    faults, names = [], ("a.json", "a.pkl", "a.txt", "s.json", "s.csv")
-    for name in names:
-        path = _written(folder, name, data)
-        try:
-            hdf5.read_index(path, 2) if name.startswith("a") else Sizes(path).find("7.jpg")
-        except DataError as error:
-            faults.append(error)
-    if len(faults) == len(names):
-        raise faults[0]
-
-
 # ------------------------------------------------------------------------------------------------------- LMDB and VinVL
 
 
-def _lmdb_value(folder: Path, value: bytes) -> None:
-    Reading(max_regions=4).record("42", lmdb_files.arrays_of(lmdb_files.parse_value(value, "here"), "here"), "here")
+def _read_lmdb_value(path: Path) -> None:
+    value = lmdb_files.parse_value(path.read_bytes(), "here")
+    Reading(max_regions=4).record("42", lmdb_files.arrays_of(value, "here"), "here")
 
 
 def _record_seeds() -> list[bytes]:
@@ -603,14 +504,12 @@ def _record_seeds() -> list[bytes]:
 
 def _value_seeds() -> list[bytes]:
     arrays = {"features": np.ones((2, 3), np.float16), "norm_bb": np.array([[0, 0, 1, 1, 1, 1]] * 2, np.float16)}
-    files = [io.BytesIO() for _ in range(2)]
-    np.savez(files[0], **arrays)
-    np.savez_compressed(files[1], **arrays)
     packed = {
         k: {b"nd": True, b"type": a.dtype.str, b"shape": a.shape, b"data": a.tobytes()} for k, a in arrays.items()
     }
     number = {b"nd": False, b"type": "<f8", b"data": bytes(8)}
-    return [*(file.getvalue() for file in files), msgpack.packb(packed), msgpack.packb(packed | {"a": number})]
+    archives = [_written(write, **arrays) for write in (np.savez, np.savez_compressed)]
+    return [*archives, msgpack.packb(packed), msgpack.packb(packed | {"a": number})]
 
 
 _BETWEEN = b"\n====\n"  # the files of one input
@@ -626,16 +525,18 @@ def _vinvl_seeds() -> list[bytes]:
     cells = ({"num_boxes": 2, "features": narrow}, content)
     files = [row, *(b"42\t" + _json(cell) + b"\n" for cell in cells), f"42\t2\t{narrow}\n".encode()]
     labels = b"42\t" + _json(content) + b"\n"
-    whole = [_BETWEEN.join((file, labels, b"0\n", b'{"42": 0}')) for file in files]
-    return [*whole, _BETWEEN.join((files[0], labels)), b"42\t" + _json({"objects": objects})]
+    with_index = [_BETWEEN.join((file, labels, b"0\n", b'{"42": 0}')) for file in files]
+    return [*with_index, _BETWEEN.join((files[0], labels)), b"42\t" + _json({"objects": objects})]
 
 
-def _vinvl(folder: Path, data: bytes) -> None:
-    files = dict(
-        zip(("features.tsv", "labels.tsv", "features.lineidx", "imageid2idx.json"), data.split(_BETWEEN), strict=False)
-    )
-    paths = {name: _written(folder, name, content) for name, content in files.items()}
-    Vinvl([paths["features.tsv"]], Reading(max_regions=4), None, paths.get("labels.tsv")).read("42")
+def _vinvl_files(data: bytes) -> Mapping[str, bytes]:
+    names = ("features.tsv", "labels.tsv", "features.lineidx", "imageid2idx.json")
+    return dict(zip(names, data.split(_BETWEEN), strict=False))
+
+
+def _read_vinvl(path: Path) -> None:
+    labels = path.with_name("labels.tsv")
+    Vinvl([path], Reading(max_regions=4), None, labels if labels.is_file() else None).read("42")
 
 
 def _torch_dict_seeds() -> list[bytes]:
@@ -645,53 +546,89 @@ def _torch_dict_seeds() -> list[bytes]:
         return [torch_writer.save(Path(name) / "a.pt", value).read_bytes() for value in values]
 
 
-def _torch_dict(folder: Path, data: bytes) -> None:
-    readers = (
-        lambda path: TorchDict([path], Reading()).read("42"),
-        lambda path: list(caption_files.read_captions(path)),
-    )
-    _read_all(folder, data, readers, (DataError,))
+# ------------------------------------------------------------------------------------------------------------ the table
 
+_BERT_VOCABULARY = "\n".join((*tokenise.SPECIAL, *"abc", "star")).encode()
+_CONFIG_READERS: tuple[Read, ...] = (
+    lambda path: bert_weights.sizes(path.parent),
+    lambda path: clip_weights.sizes(path.parent),
+    lambda path: trained_config(path.parent),
+    lambda path: bert_weights.read_tensors(path.parent),
+    read_ids,
+)
+_JSON_READERS: tuple[Read, ...] = (
+    _captions(".json"),
+    read_annotations,
+    scene_graphs.read_graphs,
+    lambda path: Panoptic(path, path.parent).read("0.jpg"),
+)
+_SIDECAR_READERS: tuple[Read, ...] = (
+    *(lambda path, suffix=suffix: hdf5.read_index(path.with_suffix(suffix), 2) for suffix in (".json", ".pkl", ".txt")),
+    *(lambda path, suffix=suffix: Sizes(path.with_suffix(suffix)).find("7.jpg") for suffix in (".json", ".csv")),
+)
+_TENSOR_READERS: tuple[Read, ...] = (
+    lambda path: bert_weights.read_tensors(path.parent),
+    weights_file.read_weights,
+    lambda path: [np.array(array) for array in tensors.open_mapped(path).values()],
+)
+_LARGE, _IMAGE = 8 * MAX_PIXELS, 4 * MAX_IMAGE_BYTES  # bytes of memory
 
 TARGETS: dict[str, Target] = {
-    "npy": Target(_npy_seeds, _npy, (DataError,)),
-    "npz": Target(_npz_seeds, _npz, make=_checked),
-    "tsv": Target(_tsv_seeds, _tsv, (DataError,)),
-    "captions": Target(_caption_seeds, _all_captions, (DataError,)),
-    "parquet": Target(_parquet_seeds, _captions(".parquet"), (DataError,)),
-    "json": Target(_json_seeds, _parse_json, (DataError,)),
-    "config_json": Target(_config_seeds, _parse_config, (ValueError, FileNotFoundError, WorkdirError)),
-    "torch_zip": Target(_torch_seeds, _torch, make=_checked),
-    "torch_pickle": Target(_pickle_seeds, _pickled, make=_make_pickle),
-    "safetensors": Target(_safetensor_seeds, _safetensors),
-    "sentencepiece": Target(_sentencepiece_seeds, _sentencepiece),
-    "wordpiece": Target(_wordpiece_seeds, lambda f, d: _encode(tokenise.wordpiece(_written(f, "vocab.txt", d)))),
-    "tokenizer_json": Target(
-        _bert_json_seeds, lambda f, d: _encode(tokenise.wordpiece(_written(f, "tokenizer.json", d)))
+    "npy": Target(_npy_seeds, "0.npy", (lambda path: UnitFiles(path.parent, "grid").read("0.jpg"),), _DATA),
+    "npz": Target(_npz_seeds, "index_x.npz", (_read_index, load_queries), make=_checked),
+    "tsv": Target(_tsv_seeds, "a.tsv", (_read_tsv,), _DATA),
+    "tsv_header": Target(_header_seeds, "a.tsv", (_read_tsv,), _DATA),
+    "captions": Target(
+        _caption_seeds,
+        _as("c.csv", "c.token", "c.jsonl"),
+        tuple(_captions(suffix) for suffix in (".csv", ".token", ".jsonl")),
+        _DATA,
     ),
-    "tokenizer_config": Target(_bert_settings_seeds, _bert_settings),
-    "clip_bpe": Target(_clip_seeds, _clip),
-    "picture": Target(_picture_seeds, _picture, memory=8 * MAX_PIXELS),
-    "label_map": Target(_picture_seeds, _label_map, (DataError,), memory=8 * MAX_PIXELS),
-    "tar": Target(
-        _tar_seeds,
-        lambda f, d: _extracted(Tars([_written(f, "a.tar", d)], f)),
-        (DataError,),
-        make=_true_tar,
-        memory=8 * MAX_PIXELS,
+    "parquet": Target(_parquet_seeds, "c.parquet", (_captions(".parquet"),), _DATA),
+    "json": Target(_json_seeds, lambda data: {"a.json": data, "0.png": _png()}, _JSON_READERS, _DATA),
+    "config_json": Target(_config_seeds, _config_files, _CONFIG_READERS, (ValueError, FileNotFoundError, WorkdirError)),
+    "torch_zip": Target(_torch_seeds, "a.pth", (_read_torch,), make=_checked),
+    "torch_pickle": Target(_pickle_seeds, _in_zip, (_read_torch,), make=_make_pickle),
+    "torch_dict": Target(
+        _torch_dict_seeds,
+        "a.pt",
+        (lambda path: TorchDict([path], Reading()).read("42"), lambda path: list(caption_files.read_captions(path))),
+        _DATA,
+        make=_checked,
     ),
-    "picture_table": Target(
-        _table_seeds,
-        lambda f, d: _extracted(Tables([_written(f, "a.parquet", d)], f)),
-        (DataError,),
-        memory=8 * MAX_PIXELS,
+    "safetensors": Target(_safetensor_seeds, "model.safetensors", _TENSOR_READERS),
+    "sentencepiece": Target(_sentencepiece_seeds, "s.model", _encodes(tokenise.sentence_piece)),
+    "wordpiece": Target(_wordpiece_seeds, "vocab.txt", _encodes(tokenise.wordpiece)),
+    "tokenizer_json": Target(_bert_json_seeds, "tokenizer.json", _encodes(tokenise.wordpiece)),
+    "tokenizer_config": Target(
+        _bert_settings_seeds,
+        lambda data: {"vocab.txt": _BERT_VOCABULARY, "tokenizer_config.json": data},
+        _encodes(tokenise.wordpiece),
     ),
-    "image_npz": Target(_image_npz_seeds, _image_npz, (DataError,), make=_checked, memory=4 * MAX_IMAGE_BYTES),
-    "tsv_header": Target(_header_seeds, _tsv, (DataError,)),
-    "hdf5": Target(_hdf5_seeds, _hdf5, (DataError,), memory=4 * MAX_IMAGE_BYTES),
-    "hdf5_ids": Target(_sidecar_seeds, _sidecar, (DataError,)),
-    "pickled_record": Target(_record_seeds, _lmdb_value, (DataError,), make=_make_pickle),
-    "lmdb_value": Target(_value_seeds, _lmdb_value, (DataError,), make=_checked, memory=4 * MAX_IMAGE_BYTES),
-    "vinvl": Target(_vinvl_seeds, _vinvl, (DataError,)),
-    "torch_dict": Target(_torch_dict_seeds, _torch_dict, (DataError,), make=_checked),
+    "clip_bpe": Target(_clip_seeds, _clip_files, _encodes(tokenise.clip)),
+    "picture": Target(_picture_seeds, "a.jpg", (lambda path: pictures.photograph(path.parent, "a"),), memory=_LARGE),
+    "label_map": Target(
+        _picture_seeds, "a.png", (read_label_map, lambda path: read_label_map(path, "RGB")), _DATA, memory=_LARGE
+    ),
+    "tar": Target(_tar_seeds, "a.tar", _extracts(Tars), _DATA, make=_true_tar, memory=_LARGE),
+    "picture_table": Target(_table_seeds, "a.parquet", _extracts(Tables), _DATA, memory=_LARGE),
+    "image_npz": Target(
+        _image_npz_seeds,
+        "7.npz",
+        (lambda path: NpzFiles(path.parent, Reading(max_regions=4, max_cells=9)).read("7.jpg"),),
+        _DATA,
+        make=_checked,
+        memory=_IMAGE,
+    ),
+    "hdf5": Target(
+        _hdf5_seeds,
+        "a.h5",
+        (lambda path: hdf5.Hdf5Features([path], reading=Reading(max_regions=4, max_cells=9)).read("7.jpg"),),
+        _DATA,
+        memory=_IMAGE,
+    ),
+    "hdf5_ids": Target(_sidecar_seeds, _as("a.json", "a.pkl", "a.txt", "a.csv"), _SIDECAR_READERS, _DATA),
+    "pickled_record": Target(_record_seeds, "value", (_read_lmdb_value,), _DATA, make=_make_pickle),
+    "lmdb_value": Target(_value_seeds, "value", (_read_lmdb_value,), _DATA, make=_checked, memory=_IMAGE),
+    "vinvl": Target(_vinvl_seeds, _vinvl_files, (_read_vinvl,), _DATA),
 }

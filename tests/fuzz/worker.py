@@ -54,8 +54,8 @@ class Watch:
         elif event == "open" and isinstance(args[0], str | bytes | os.PathLike):
             path = os.path.abspath(os.fsdecode(args[0]))
             reads = not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            own = path.startswith(self._folder) or path == os.devnull
-            if not own and not (reads and path.startswith(self._libraries)):
+            allowed = path.startswith(self._folder) or path == os.devnull
+            if not allowed and not (reads and path.startswith(self._libraries)):
                 self.seen.append(f"open {path}")
 
 

@@ -11,24 +11,10 @@ from PIL import Image
 from pyarrow import parquet as pq
 
 from data_prep.extract import __main__ as command
-from data_prep.extract import blocks, run
 from data_prep.extract.tables import Tables
 from data_prep.extract.tars import Tars
 from data_prep.schema import DataError
 from shnet_jax.data.records import open_dataset
-
-
-class Colours:
-    """In place of the models: the colour of the first pixel. `limit` photographs, then the power fails."""
-
-    def __init__(self, limit=1000):
-        self.seen, self.limit = [], limit
-
-    def __call__(self, photographs, names):
-        if len(self.seen) + len(photographs) > self.limit:
-            raise KeyboardInterrupt
-        self.seen += names
-        return [{"image_embedding": np.asarray(p)[0, 0].astype(np.float32)} for p in photographs]
 
 
 def _picture(number, kind="PNG"):
@@ -64,15 +50,13 @@ def _img2dataset(folder, first, count, split=None):
 
 
 @pytest.fixture
-def extract(tmp_path, monkeypatch):
+def extract(tmp_path, models):
     """Runs an extraction of photographs; returns exit status, and what the models saw."""
-    monkeypatch.setattr(blocks, "SIZE", 3)
 
     def do(images, *flags, limit=1000):
-        means = Colours(limit)
-        monkeypatch.setattr(run, "load_extractor", lambda settings, device: means)
+        colours = models(limit)
         fixed = [f"--images={images}", f"--out={tmp_path / 'sets'}", "--name=dogs", "--backbone=none", "--batch_size=2"]
-        return command.main([*fixed, *flags]), means.seen
+        return command.main([*fixed, *flags]), colours.seen
 
     return do
 
