@@ -15,7 +15,7 @@ from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.data.records import DataSet
 from shnet_jax.evaluate.encode import Towers, encode_parts
 from shnet_jax.evaluate.pair_scores import digest
-from shnet_jax.evaluate.rerank import candidates
+from shnet_jax.evaluate.ranking_methods import candidates
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.paths import to_path
 from shnet_jax.retrieve.embeddings import SOURCE, Embeddings, make_ids, open_embeddings
