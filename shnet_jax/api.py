@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 from shnet_jax import bundled
 from shnet_jax.data.fields import checked_fields
 from shnet_jax.data.gallery import Part, open_gallery
-from shnet_jax.data.records import DataSet
+from shnet_jax.data.records import DataSet as DataSet
+from shnet_jax.data.records import open_dataset as open_dataset
 from shnet_jax.evaluate.encode import Towers, encode_parts
 from shnet_jax.evaluate.pair_scores import digest
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.rerank import candidates
+from shnet_jax.evaluate.ranking_methods import candidates
 from shnet_jax.modes.evaluate import evaluate_checkpoint
 from shnet_jax.modes.study import Run
 from shnet_jax.modes.study import study as run_study

@@ -41,21 +41,6 @@ from shnet_jax.types import DATA, Array, Embedding
 SCORE_DTYPES = ("float32", "bfloat16")
 
 
-@dataclasses.dataclass
-class Rechecked:
-    """Pairs of a gallery, those whose order bfloat16 left in doubt, and those scored again with their captions."""
-
-    pairs: int
-    doubtful: int = 0
-    rescored: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"bfloat16 scores left the order of {self.doubtful / self.pairs:.2%} of {self.pairs} pairs in doubt; "
-            f"{self.rescored / self.pairs:.2%} were scored again in float32"
-        )
-
-
 def check_score_dtype(score: ItemScore, score_dtype: str) -> None:
     """Raises ValueError for an unknown dtype, or bfloat16 with another score than the default dot product."""
     if score_dtype not in SCORE_DTYPES:
@@ -96,10 +81,10 @@ class Screen:
 @lru_cache(maxsize=4)
 def screen_programs(mesh: Mesh) -> Screen:
     """The programs of a mesh; JAX compiles each for the shapes it meets."""
-    split, whole = P(DATA), P()
+    split, copied = P(DATA), P()
     return Screen(
-        map_specs(rounded_scores, mesh, (split, whole), (split, split, whole)),
-        map_specs(_settle, mesh, (split, split, whole, split, whole), (split, whole, whole, whole)),
+        map_specs(rounded_scores, mesh, (split, copied), (split, split, copied)),
+        map_specs(_settle, mesh, (split, split, copied, split, copied), (split, copied, copied, copied)),
     )
 
 

@@ -44,23 +44,23 @@ def recall_intervals(
     Runs of several seeds are averaged query by query first, and then compared with the average of the baseline's runs.
     Raises ValueError when two runs are not of the same gallery.
     """
-    both = [*runs, *baseline]
-    persons = [run.image_person for run in both if run.image_person is not None]
-    people = persons[0] if len(persons) == len(both) else None
-    for k, run in enumerate(both):
+    every = [*runs, *baseline]
+    first, persons = every[0], [run.image_person for run in every if run.image_person is not None]
+    people = persons[0] if len(persons) == len(every) else None
+    for k, run in enumerate(every):
         same_people = people is None or np.array_equal(persons[k], people)
-        if not same_people or not np.array_equal(run.caption_image, both[0].caption_image):
+        if not same_people or not np.array_equal(run.caption_image, first.caption_image):
             raise ValueError(
-                f"paired comparison: {len(both[0].i2t)} images, {len(both[0].t2i)} captions and {len(run.i2t)} images, "
+                f"paired comparison: {len(first.i2t)} images, {len(first.t2i)} captions and {len(run.i2t)} images, "
                 f"{len(run.t2i)} captions, or their captions belong to other images, or these to other persons; "
                 "expected the same split"
             )
     names = NAMES if people is None else (*NAMES, *PERSON_METRICS)
-    captions = np.bincount(both[0].caption_image, minlength=len(both[0].i2t))
-    ours = np.mean([_hits(run, people is not None) for run in runs], axis=0)
+    captions = np.bincount(first.caption_image, minlength=len(first.i2t))
+    hits = np.mean([_hits(run, people is not None) for run in runs], axis=0)
     if baseline:
-        ours = ours - np.mean([_hits(run, people is not None) for run in baseline], axis=0)
-    each = np.concatenate([np.ones_like(captions)[:, None], captions[:, None], ours], axis=1).astype(np.float64)
+        hits = hits - np.mean([_hits(run, people is not None) for run in baseline], axis=0)
+    each = np.concatenate([np.ones_like(captions)[:, None], captions[:, None], hits], axis=1).astype(np.float64)
     if people is not None:
         _, person = np.unique(people, return_inverse=True)
         each = np.stack([np.bincount(person, column) for column in each.T], axis=1)
@@ -79,19 +79,19 @@ def _hits(run: QueryRanks, persons: bool) -> np.ndarray:
 
     persons: [n, 11], with the sums of its captions' person scores.
     """
-    columns = [run.t2i < k for k in CUTS] + (
-        list(run.person_scores.T) if persons and run.person_scores is not None else []
-    )
+    columns = [run.t2i < k for k in CUTS]
+    if persons and run.person_scores is not None:
+        columns += list(run.person_scores.T)
     by_caption = [np.bincount(run.caption_image, column, minlength=len(run.i2t)) for column in columns]
     return np.stack([*(run.i2t < k for k in CUTS), *by_caption], axis=1)
 
 
 def _recalls(sums: np.ndarray) -> np.ndarray:
     """Metrics in percent [draws, 7 or 12] from sums of images, captions and hits [draws, 8 or 13]."""
-    both = 2 * len(CUTS)
-    images, captions, hits = sums[:, :1], sums[:, 1:2], sums[:, 2:]
-    recalls = 100.0 * np.concatenate([hits[:, : len(CUTS)] / images, hits[:, len(CUTS) : both] / captions], axis=1)
-    return np.concatenate([recalls, recalls.sum(axis=1, keepdims=True), 100.0 * hits[:, both:] / captions], axis=1)
+    images, captions, cuts = sums[:, :1], sums[:, 1:2], len(CUTS)
+    i2t, t2i, persons = np.split(sums[:, 2:], [cuts, 2 * cuts], axis=1)
+    recalls = 100.0 * np.concatenate([i2t / images, t2i / captions], axis=1)
+    return np.concatenate([recalls, recalls.sum(axis=1, keepdims=True), 100.0 * persons / captions], axis=1)
 
 
 def save_queries(path: Path, queries: QueryRanks) -> None:

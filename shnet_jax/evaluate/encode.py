@@ -7,10 +7,14 @@ images, texts = encoder.encode(gallery, variables)
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +25,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax.data.batches import gather
 from shnet_jax.data.gallery import Gallery, Part
 from shnet_jax.evaluate.bf16_screening import check_score_dtype
-from shnet_jax.evaluate.overlap import Overlap
 from shnet_jax.evaluate.pipelined import (
     check_pipeline,
     make_pipelined_text_encoder,
@@ -29,7 +32,7 @@ from shnet_jax.evaluate.pipelined import (
     schedule_text,
     stage_mesh,
 )
-from shnet_jax.evaluate.rerank import candidates
+from shnet_jax.evaluate.ranking_methods import candidates
 from shnet_jax.evaluate.tiles import prefetch_one
 from shnet_jax.experiment import Experiment
 from shnet_jax.models.contract import RetrievalModel
@@ -39,6 +42,7 @@ from shnet_jax.types import Array, Batch, Embedding
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 READ_AHEAD = 2  # batches on the devices that wait for their tower where towers overlap: one to go on with, one arriving
 
 
@@ -82,15 +86,44 @@ class Encoder:
         if not self._evaluation.overlap:
             images, texts = (encode_parts(tower, parts, count) for tower, parts, count in sides)
             return images, texts
-        with Overlap() as overlap:
-            encoding = [overlap.start(partial(self._encode_ahead, overlap, *side)) for side in sides]
-            images, texts = (side.result() for side in encoding)
+        images, texts = run_together([partial(self._encode_ahead, *side) for side in sides])
         return images, texts
 
-    def _encode_ahead(self, overlap: Overlap, tower: Tower, parts: Iterable[Part], count: int) -> Embedding:
+    def _encode_ahead(self, tower: Tower, parts: Iterable[Part], count: int, stopped: threading.Event) -> Embedding:
         batches = pieces(parts, self._evaluation.batch_size * tower.mesh.size)
         placed = ((tower.put(part.batch), part.valid, part.numbers) for part in batches)
-        return encode(tower.apply, overlap.ahead(placed, READ_AHEAD), count)
+        unless_stopped = itertools.takewhile(lambda _: not stopped.is_set(), read_ahead(placed, READ_AHEAD))
+        return encode(tower.apply, unless_stopped, count)
+
+
+def run_together(tasks: Sequence[Callable[[threading.Event], T]]) -> list[T]:
+    """Runs tasks in threads and returns their results; where one fails, the others are stopped and its error is raised.
+
+    tasks: functions of an event that is set when they are to stop.
+    """
+    stopped = threading.Event()
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        futures = [pool.submit(task, stopped) for task in tasks]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # raises the error of a task that failed
+        finally:  # also when it is interrupted: threads that go on would keep the process alive
+            stopped.set()
+    return [future.result() for future in futures]
+
+
+def read_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """Yields items that a thread of its own reads, at most `count` of them before they are asked for."""
+    iterator, end = iter(items), object()
+    reader = ThreadPoolExecutor(1)
+    try:
+        waiting = deque(reader.submit(next, iterator, end) for _ in range(count))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(reader.submit(next, iterator, end))
+            yield cast(T, item)
+    finally:
+        reader.shutdown(cancel_futures=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,23 +210,14 @@ def encode_parts(tower: Tower, parts: Iterable[Part], count: int) -> Embedding:
     return encode(lambda batch: tower.apply(tower.put(batch)), parts, count)
 
 
-Portion = tuple[Any, int, np.ndarray]
-"""A batch of static shape, how many of its first rows are real, and the gallery rows of at least these."""
-
-
-def encode(
-    fn: Callable[[Any], Embedding],
-    batches: Iterable[Portion],
-    count: int,
-    progress: Callable[[int], None] | None = None,
-) -> Embedding:
+def encode(fn: Callable[[Any], Embedding], batches: Iterable[tuple[Any, int, np.ndarray]], count: int) -> Embedding:
     """Encodes a gallery of `count` items.
 
     Args:
       fn: a batch -> Embedding of its b rows, on the device; usually one tower mapped over all devices.
-      batches: portions in any order (`data.gallery` gives them); what is made of the padding is dropped.
+      batches: batches of static shape in any order, each with the number of its first rows that are real and the
+        gallery rows of at least these (`data.gallery` gives them); what is made of the padding is dropped.
       count: items of the gallery.
-      progress: called after each batch with the number of items done so far.
 
     Returns:
       An Embedding of NumPy arrays, float32 and bool, with `count` rows. Where batches differ in their number
@@ -202,13 +226,10 @@ def encode(
     Raises:
       ValueError: an item in no batch or in two, a row outside the gallery, a batch with too few rows.
     """
-    gallery, done = _Gallery(count), 0
+    gallery = _Gallery(count)
     # Copied to the host while the device computes the batch just dispatched.
-    for embedded, rows in prefetch_one((fn(batch), _real(rows, valid, count)) for batch, valid, rows in batches):
+    for embedded, rows in prefetch_one((fn(batch), _real_rows(rows, valid, count)) for batch, valid, rows in batches):
         gallery.put(embedded, rows)
-        done += len(rows)
-        if progress is not None:
-            progress(done)
     return gallery.result()
 
 
@@ -219,8 +240,8 @@ class _Gallery:
         self.times = np.zeros(count, np.int64)  # that each row was put
         self.fields: dict[str, np.ndarray] = {}
 
-    def put(self, portion: Embedding, rows: np.ndarray) -> None:
-        fields = host_fields(portion, len(rows))
+    def put(self, batch: Embedding, rows: np.ndarray) -> None:
+        fields = host_fields(batch, len(rows))
         if not self.fields:
             self.fields = {k: np.zeros((len(self.times), *a.shape[1:]), a.dtype) for k, a in fields.items()}
         if "elements" in fields:
@@ -242,7 +263,8 @@ class _Gallery:
         return Embedding(**self.fields)  # type: ignore[arg-type]  # NumPy arrays: a gallery may outgrow the device
 
 
-def _real(rows: np.ndarray, valid: int, count: int) -> np.ndarray:
+def _real_rows(rows: np.ndarray, valid: int, count: int) -> np.ndarray:
+    """Gallery rows of the real items of a batch."""
     real = np.asarray(rows)[:valid]
     if len(real) < valid:
         raise ValueError(f"a batch with {valid} real rows names the gallery rows of only {len(real)}")
@@ -252,15 +274,14 @@ def _real(rows: np.ndarray, valid: int, count: int) -> np.ndarray:
     return real
 
 
-def host_fields(portion: Embedding, valid: int) -> dict[str, np.ndarray]:
+def host_fields(batch: Embedding, valid: int) -> dict[str, np.ndarray]:
     """The first `valid` rows of an embedding's arrays by name, float32 and bool; elements always come with a mask."""
-    if len(portion.vector) < valid:
-        raise ValueError(f"a batch with {valid} real rows was encoded into only {len(portion.vector)}")
-    fields: dict[str, Array] = {"vector": portion.vector}
-    if portion.elements is not None:
-        mask = portion.mask
-        fields["elements"] = portion.elements
-        fields["mask"] = jnp.ones(portion.elements.shape[:2], bool) if mask is None else mask
+    if len(batch.vector) < valid:
+        raise ValueError(f"a batch with {valid} real rows was encoded into only {len(batch.vector)}")
+    fields: dict[str, Array] = {"vector": batch.vector}
+    if batch.elements is not None:
+        fields["elements"] = batch.elements
+        fields["mask"] = jnp.ones(batch.elements.shape[:2], bool) if batch.mask is None else batch.mask
     return {k: np.asarray(a, bool if k == "mask" else np.float32)[:valid] for k, a in fields.items()}
 
 

@@ -97,18 +97,17 @@ def combine(name: str, members: Sequence[Embedded], weights: Sequence[float] = (
 
 def _check_same_gallery(first: Embedded, other: Embedded) -> None:
     where = " and ".join(f"{e.name} ({e.provenance.dataset}, {e.provenance.split})" for e in (first, other))
-    for kind, ours, theirs in (
-        ("images", first.image_ids.tolist(), other.image_ids.tolist()),
-        ("captions", first.captions, other.captions),
-        ("caption_image", first.caption_image.tolist(), other.caption_image.tolist()),
-    ):
-        if len(ours) != len(theirs):
-            raise ValueError(f"ensemble of {where}: {len(ours)} and {len(theirs)} {kind}; expected the same gallery")
-        for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            if a != b:
-                raise ValueError(
-                    f"ensemble of {where}: {kind} row {row} is {a!r} and {b!r}; expected the same, in the same order"
-                )
+    for kind in ("image_ids", "captions", "caption_image"):
+        a, b = (np.asarray(getattr(gallery, kind)) for gallery in (first, other))
+        kind = "images" if kind == "image_ids" else kind
+        if len(a) != len(b):
+            raise ValueError(f"ensemble of {where}: {len(a)} and {len(b)} {kind}; expected the same gallery")
+        if (a != b).any():
+            row = int(np.argmax(a != b))
+            raise ValueError(
+                f"ensemble of {where}: {kind} row {row} is {a.item(row)!r} and {b.item(row)!r}; expected the same, in "
+                "the same order"
+            )
 
 
 def _joint_provenance(members: Sequence[Provenance], ensemble: str) -> Provenance:

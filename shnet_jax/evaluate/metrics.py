@@ -13,7 +13,7 @@ import numpy as np
 from shnet_jax.evaluate.ranks import Ranks
 
 CUTS = (1, 5, 10)
-DIRECTIONS = ("i2t", "t2i")
+DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}  # in names of metrics, and in print
 PERSON_METRICS = ("person_r1", "person_r5", "person_r10", "person_map", "person_minp")
 Metrics = dict[str, float]
 """Metrics by name: i2t_r1, i2t_r5, i2t_r10 (percent), i2t_medr, i2t_meanr (best is 1), also for t2i; rsum (of 600)."""
@@ -43,11 +43,8 @@ def recalls(ranks: Ranks) -> Metrics:
     """
     metrics: Metrics = {}
     for direction, rank in (("i2t", ranks.i2t), ("t2i", ranks.t2i)):
-        metrics |= {f"{direction}_r{k}": 100.0 * float(np.mean(rank < k)) for k in CUTS}
-        metrics |= {
-            f"{direction}_medr": float(np.floor(np.median(rank))) + 1,
-            f"{direction}_meanr": float(np.mean(rank)) + 1,
-        }
+        values = [*(100.0 * np.mean(rank < k) for k in CUTS), np.floor(np.median(rank)) + 1, np.mean(rank) + 1]
+        metrics |= _named(direction, values)
     return _with_sum(metrics)
 
 
@@ -68,12 +65,14 @@ def chance(caption_counts: np.ndarray) -> Metrics:
     i2t = np.average([_survival(t, int(c)) for c in values], axis=0, weights=weights)
     metrics: Metrics = {}
     for direction, survival in (("i2t", i2t), ("t2i", _survival(n, 1))):
-        metrics |= {f"{direction}_r{k}": 100.0 * float(1 - survival[min(k, len(survival) - 1)]) for k in CUTS}
-        metrics |= {
-            f"{direction}_medr": float(np.argmax(survival[1:] <= 0.5 + 1e-9)) + 1,
-            f"{direction}_meanr": float(survival[1:].sum()) + 1,
-        }
+        recall = (100.0 * (1 - survival[min(k, len(survival) - 1)]) for k in CUTS)
+        metrics |= _named(direction, [*recall, np.argmax(survival[1:] <= 0.5 + 1e-9) + 1, survival[1:].sum() + 1])
     return _with_sum(metrics)
+
+
+def _named(direction: str, values: Iterable[float]) -> Metrics:
+    names = (*(f"r{k}" for k in CUTS), "medr", "meanr")
+    return {f"{direction}_{name}": float(value) for name, value in zip(names, values, strict=True)}
 
 
 def _survival(size: int, relevant: int) -> np.ndarray:
@@ -195,18 +194,12 @@ def person_chance(image_person: np.ndarray, caption_person: np.ndarray) -> Metri
 
 def _person_chance(n: int, size: int) -> Metrics:
     """PERSON_METRICS where `size` of n images are relevant, in percent."""
-    last = np.arange(size, n + 1)  # rank that the last one may have
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-
-    def log_choose(a: np.ndarray, b: int) -> np.ndarray:
-        return log_factorial[a] - log_factorial[b] - log_factorial[a - b]
-
-    share = np.exp(log_choose(last - 1, size - 1) - log_choose(np.array(n), size))
-    values = {"person_minp": float(np.sum(share * size / last))}
+    survival = _survival(n, size)
+    # The last relevant image, counted from the end of the ranking, lies where the first one does from its beginning.
+    last = np.arange(n, 0, -1)
+    values = {"person_minp": float(np.sum((survival[:-1] - survival[1:]) * size / last))}
     # An image at rank r is relevant with chance size / n, and then so is each before it with (size - 1) / (n - 1).
     harmonic = float(np.sum(1 / np.arange(1, n + 1)))
     values["person_map"] = (harmonic + (size - 1) * (n - harmonic) / max(n - 1, 1)) / n
-    for k in CUTS:
-        missed = np.prod([max(n - size - i, 0) / (n - i) for i in range(min(k, n))])
-        values[f"person_r{k}"] = 1 - float(missed)
+    values |= {f"person_r{k}": 1 - float(survival[min(k, n)]) for k in CUTS}
     return {name: 100 * value for name, value in values.items()}

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,15 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from shnet_jax.evaluate.ranks import Ranks, ranks
-from shnet_jax.evaluate.tiles import Side, Tile, Tiling, make_tiling, prefetch_one
+from shnet_jax.evaluate.tiles import Side, Tile, Tiling, make_tiling, prefetch_one, show_progress
 from shnet_jax.models.contract import RetrievalModel, scorer
-from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.files import atomic_path, write_text
-from shnet_jax.observe.progress import Progress
 from shnet_jax.parallel.mapping import Mapped, map_specs, replicate
 from shnet_jax.types import DATA, Array, Embedding
 
 IDENTITY = "identity.json"
+Block = tuple[int, int]
+"""A block of pairs: its tile of captions and its round of images."""
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,13 @@ class PairScorer:
             texts = dataclasses.replace(texts, elements=texts.elements[:, :length], mask=texts.mask[:, :length])
         return tiling.put_whole(texts)
 
+    def walk(self, tiling: Tiling, blocks: Collection[Block]) -> Iterator[Tile]:
+        """Visits the given blocks; captions are cut to their bucket."""
+        return tiling.walk(
+            include=lambda _, tile, round_: (tile, round_) in blocks,
+            place_captions=lambda index: self.put_texts(tiling, index),
+        )
+
 
 GROUP = 8
 """Captions of a list that are scored with an image at a time; more make larger products and more padding.
@@ -99,10 +106,10 @@ def make_programs(model: RetrievalModel, mesh: Mesh) -> tuple[Mapped, Mapped]:
 
         return jax.lax.map(one, (rows, columns), batch_size=min(LISTED_AT_ONCE, rows.shape[0]))
 
-    split, whole = P(DATA), P()
+    split, copied = P(DATA), P()
     return (
-        map_specs(block, mesh, (whole, split, whole), split),
-        map_specs(listed, mesh, (whole, split, whole, split, split), split),
+        map_specs(block, mesh, (copied, split, copied), split),
+        map_specs(listed, mesh, (copied, split, copied, split, split), split),
     )
 
 
@@ -128,83 +135,68 @@ def score_matrix(images: Embedding, texts: Embedding, scorer: PairScorer, folder
     scores = np.empty((len(images.vector), len(texts.vector)), np.float32)
     blocks = [(tile, round_) for tile in range(tiling.caption_tiles) for round_ in range(tiling.rounds)]
     files = {} if folder is None else {block: folder / f"block_{block[0]}_{block[1]}.npy" for block in blocks}
-    finished = {block for block, path in files.items() if path.exists()}
-    for tile, round_ in finished:
-        block = np.load(files[tile, round_], allow_pickle=False)
+    finished = _read_finished(files)
+    for (tile, round_), block in finished:
         _place(scores, tiling.image_rows(round_), tiling.captions(tile), block)
-    if finished:
-        log.info("%s: %d of %d blocks of scores are there", folder, len(finished), len(blocks))
-    walk = tiling.walk(
-        include=lambda _, tile, round_: (tile, round_) not in finished,
-        place_captions=lambda index: scorer.put_texts(tiling, index),
-    )
-    dispatched = ((at, scorer.block(scorer.params, at.placed_images, at.placed_captions)) for at in walk)
-    progress = Progress(len(blocks) - len(finished), what="block of scores", unit="pairs")
-    with (clock := Clock()):
-        for done, (at, values) in enumerate(prefetch_one(dispatched), 1):
+    walk = scorer.walk(tiling, set(blocks) - {block for block, _ in finished})
+    dispatched = ((tile, scorer.block(scorer.params, tile.placed_images, tile.placed_captions)) for tile in walk)
+    with show_progress(len(blocks) - len(finished), "block of scores", "pairs") as advance:
+        for tile, values in prefetch_one(dispatched):
             block = np.asarray(values, np.float32)
-            _place(scores, at.images, at.captions, block)
+            _place(scores, tile.images, tile.captions, block)
             if files:
-                keep(files[at.number, at.round], block)
-            clock.tick(block.size)
-            progress.update(done, clock)
-    progress.close()
+                keep(files[tile.number, tile.round], block)
+            advance(block.size)
     return scores
 
 
 @dataclasses.dataclass(frozen=True)
-class Groups:
-    """Pairs of a list in groups with one image each; the groups of a block lie side by side, in it those of one device.
-
-    An image meets its captions in groups of GROUP; its last group is filled up with captions that nobody asked for.
-
-    pairs: [g, GROUP] number of each pair in the list, -1 for padding.
-    starts: [blocks * devices + 1] first group of each device in each block; block tile * rounds + round.
-    """
-
-    pairs: np.ndarray
-    starts: np.ndarray
-
-    def of(self, block: int, devices: int) -> np.ndarray:
-        """Numbers of the pairs of a block."""
-        pairs = self.pairs[self.starts[block * devices] : self.starts[(block + 1) * devices]]
-        return pairs[pairs >= 0]
-
-
-@dataclasses.dataclass(frozen=True)
 class ListedPairs:
-    """A list of pairs laid out over the blocks of a tiling.
+    """A list of pairs laid out over the blocks of a tiling, in groups of GROUP captions with one image.
+
+    The last group of an image is filled up with captions that nobody asked for. The groups of a block lie side by side,
+    in it those of one device.
 
     rows: [p] image of each pair. place: [p] position of each pair's caption in the order of the tiling.
-    groups: of these pairs. counts: [blocks, devices] groups of each. chunk: groups that a device takes at once.
+    groups: [g, GROUP] number of each pair in the list, -1 for padding.
+    starts: [blocks * devices + 1] first group of each device in each block; block tile * rounds + round.
+    chunk: groups that a device takes at once.
     """
 
     tiling: Tiling
     rows: np.ndarray
     place: np.ndarray
-    groups: Groups
-    counts: np.ndarray
+    groups: np.ndarray
+    starts: np.ndarray
     chunk: int
 
-    def pairs(self, block: int) -> np.ndarray:
-        """Numbers of the pairs of a block."""
-        return self.groups.of(block, self.tiling.mesh.size)
+    def blocks(self) -> dict[Block, np.ndarray]:
+        """Numbers of the pairs of each block that has any."""
+        ends = self.starts[:: self.tiling.mesh.size]
+        filled = {divmod(i, self.tiling.rounds): self.groups[ends[i] : ends[i + 1]] for i in range(len(ends) - 1)}
+        return {block: groups[groups >= 0] for block, groups in filled.items() if groups.size}
 
-    def parts(self, block: int) -> int:
+    def parts(self, block: Block) -> int:
         """Dispatches that a block takes."""
-        return -(-int(self.counts[block].max()) // self.chunk)
+        first, last = self._bounds(block)
+        return -(-int((last - first).max()) // self.chunk)
 
-    def chunks(self, block: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def chunks(self, block: Block) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Numbers of pairs [devices * chunk, GROUP], -1 for padding; their images and captions within the tile."""
-        groups, devices = self.groups, self.tiling.mesh.size
-        first, last = (groups.starts[block * devices + i : (block + 1) * devices + i, None] for i in (0, 1))
+        first, last = self._bounds(block)
         for part in range(self.parts(block)):
             index = first + part * self.chunk + np.arange(self.chunk)
-            pairs = np.where((index < last)[..., None], groups.pairs[np.minimum(index, len(groups.pairs) - 1)], -1)
+            pairs = np.where((index < last)[..., None], self.groups[np.minimum(index, len(self.groups) - 1)], -1)
             pairs = pairs.reshape(-1, GROUP)
             row = np.where(pairs[:, 0] >= 0, self.rows[pairs[:, 0]] % self.tiling.rows, 0)
             column = np.where(pairs >= 0, self.place[pairs] % self.tiling.columns, 0)
             yield pairs, row.astype(np.int32), column.astype(np.int32)
+
+    def _bounds(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        """First group of each device in a block, and the one behind its last, [devices, 1] each."""
+        devices = self.tiling.mesh.size
+        start = (block[0] * self.tiling.rounds + block[1]) * devices
+        return self.starts[start : start + devices, None], self.starts[start + 1 : start + devices + 1, None]
 
 
 def listed_scores(
@@ -221,65 +213,54 @@ def listed_scores(
     """
     tiling = scorer.tiling(images, texts)
     listed = _lay_out(tiling, rows, columns)
-    scores = np.empty(len(rows), np.float32)
-    missing = {int(block): listed.pairs(int(block)) for block in np.flatnonzero(listed.counts.max(axis=1))}
-    files: dict[int, Path] = {}
+    scores, missing = np.empty(len(rows), np.float32), listed.blocks()
+    files: dict[Block, Path] = {}
     if folder is not None:
-        files = {block: _pairs_file(folder, block, rows[pairs], columns[pairs]) for block, pairs in missing.items()}
-        finished = [block for block, path in files.items() if path.exists()]
-        for block in finished:
-            scores[missing.pop(block)] = np.load(files[block], allow_pickle=False)
-        if finished:
-            log.info("%s: the pairs of %d of %d blocks are there", folder, len(finished), len(files))
+        files = {
+            block: _pairs_file(folder, block[0] * tiling.rounds + block[1], rows[pairs], columns[pairs])
+            for block, pairs in missing.items()
+        }
+    for block, values in _read_finished(files):
+        scores[missing.pop(block)] = values
 
-    def dispatch(tile: Tile) -> Iterator[tuple[int, bool, np.ndarray, Any]]:
+    def dispatch(tile: Tile) -> Iterator[tuple[Block, bool, np.ndarray, Any]]:
         """Yields (block, whether it ends here, numbers of pairs, their scores on the devices)."""
-        block = tile.number * tiling.rounds + tile.round
+        block = tile.number, tile.round
         for part, (pairs, *lists) in enumerate(listed.chunks(block), 1):
             placed = tile.placed_images, tile.placed_captions, *tiling.put_split(tuple(lists))
             yield block, part == listed.parts(block), pairs, scorer.listed(scorer.params, *placed)
 
-    walk = tiling.walk(
-        include=lambda _, tile, round_: tile * tiling.rounds + round_ in missing,
-        place_captions=lambda index: scorer.put_texts(tiling, index),
-    )
-    dispatched = (part for tile in walk for part in dispatch(tile))
-    progress = Progress(sum(map(listed.parts, missing)), what="part of the candidates", unit="pairs")
-    with (clock := Clock()):
-        for done, (block, ended, pairs, values) in enumerate(prefetch_one(dispatched), start=1):
+    dispatched = (part for tile in scorer.walk(tiling, missing) for part in dispatch(tile))
+    with show_progress(sum(map(listed.parts, missing)), "part of the candidates", "pairs") as advance:
+        for block, ended, pairs, on_device in prefetch_one(dispatched):
             real = pairs >= 0
-            scores[pairs[real]] = np.asarray(values, np.float32)[real]
+            scores[pairs[real]] = np.asarray(on_device, np.float32)[real]
             if ended and files:
                 keep(files[block], scores[missing[block]])
-            clock.tick(int(real.sum()))
-            progress.update(done, clock)
-    progress.close()
+            advance(int(real.sum()))
     return scores
 
 
 def _lay_out(tiling: Tiling, rows: np.ndarray, columns: np.ndarray) -> ListedPairs:
-    position = np.empty(len(tiling.order), np.int64)
+    devices, position = tiling.mesh.size, np.empty(len(tiling.order), np.int64)
     position[tiling.order] = np.arange(len(tiling.order))
     place = position[columns]
-    groups = _grouped(tiling, rows, place // tiling.columns)
-    counts = np.diff(groups.starts).reshape(-1, tiling.mesh.size)
-    return ListedPairs(tiling, rows, place, groups, counts, _chunk(counts))
-
-
-def _grouped(tiling: Tiling, rows: np.ndarray, tiles: np.ndarray) -> Groups:
-    """Groups of a list of pairs. rows, tiles: [p] image and tile of captions of each pair."""
-    devices = tiling.mesh.size
     round_, within = np.divmod(rows, tiling.rows * devices)
-    owner = (tiles * tiling.rounds + round_) * devices + within // tiling.rows
-    image = owner * tiling.rows + rows % tiling.rows  # in the order of the owners
+    device = (place // tiling.columns * tiling.rounds + round_) * devices + within // tiling.rows  # counted over blocks
+    image = device * tiling.rows + rows % tiling.rows  # ascending in the order of the blocks and devices
     order = np.argsort(image, kind="stable")
     image = image[order]
-    position = np.arange(len(order)) - np.searchsorted(image, image)  # of a pair among those of its image
-    opens = position % GROUP == 0
-    pairs = np.full((int(opens.sum()), GROUP), -1)
-    pairs[np.cumsum(opens) - 1, position % GROUP] = order
+    number = np.arange(len(order)) - np.searchsorted(image, image)  # of a pair among those of its image
+    opens = number % GROUP == 0
+    groups = np.full((int(opens.sum()), GROUP), -1)
+    groups[np.cumsum(opens) - 1, number % GROUP] = order
     every = np.arange(tiling.caption_tiles * tiling.rounds * devices + 1)
-    return Groups(pairs, np.searchsorted(image[opens] // tiling.rows, every))
+    starts = np.searchsorted(image[opens] // tiling.rows, every)
+    # A chunk holds most blocks at once, and is a multiple of what a device scores at once.
+    counts = np.diff(starts)
+    typical = int(np.median(counts[counts > 0])) if counts.any() else 1
+    chunk = -(-max(typical, 1) // LISTED_AT_ONCE) * LISTED_AT_ONCE
+    return ListedPairs(tiling, rows, place, groups, starts, chunk)
 
 
 def _pairs_file(folder: Path, block: int, rows: np.ndarray, columns: np.ndarray) -> Path:
@@ -288,10 +269,14 @@ def _pairs_file(folder: Path, block: int, rows: np.ndarray, columns: np.ndarray)
     return folder / f"block_pairs_{block}_{name[:16]}.npy"
 
 
-def _chunk(counts: np.ndarray) -> int:
-    """Groups of a list: enough for most blocks at once, a multiple of what a device scores at once."""
-    typical = int(np.median(counts[counts > 0])) if counts.any() else 1
-    return -(-max(typical, 1) // LISTED_AT_ONCE) * LISTED_AT_ONCE
+def _read_finished(files: Mapping[Block, Path]) -> list[tuple[Block, np.ndarray]]:
+    """Reads the finished blocks, a view of the file each, and logs how many there are."""
+    finished = [(block, np.load(path, "r", allow_pickle=False)) for block, path in files.items() if path.exists()]
+    if finished:
+        log.info(
+            "%s: %d of %d blocks of scores are there", next(iter(files.values())).parent, len(finished), len(files)
+        )
+    return finished
 
 
 def ranks_of(scores: np.ndarray, owner: np.ndarray, tile: int, mesh: Mesh) -> Ranks:
@@ -327,7 +312,7 @@ def open_folder(folder: Path, identity: Mapping[str, Any]) -> Path:
 def remove_folder(folder: Path) -> list[str]:
     """Deletes the blocks in a folder of `open_folder` and, if nothing else is in it, the folder; -> what is left.
 
-    Only of a folder with the file IDENTITY, by which we know it as ours, blocks are deleted.
+    Blocks are deleted in a folder that has the file IDENTITY, and in no other one.
     """
     if not folder.is_dir():
         return [folder.name] if folder.exists() else []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,7 +15,6 @@ from shnet_jax.evaluate.metrics import PERSON_METRICS, person_scores
 from shnet_jax.evaluate.tiles import Items, ItemScore, make_tiling, prefetch_one, programs, size
 from shnet_jax.evaluate.top_k import TopK
 from shnet_jax.parallel import hosts
-from shnet_jax.parallel.mapping import data_mesh
 
 SLICE = 256  # captions whose images are sorted at once: 20,000 images of each are 20 MB of scores
 
@@ -63,7 +61,7 @@ def search_persons(
             f"{caption_person[absent[0]]}"
         )
     values = np.zeros((t, len(PERSON_METRICS)))
-    for columns, scores in _columns_of_scores(images, texts, score, tile, mesh or data_mesh(jax.devices()[:1])):
+    for columns, scores in _columns_of_scores(images, texts, score, tile, mesh):
         for start in range(0, len(columns), SLICE):
             rows = columns[start : start + SLICE]
             first = candidates and TopK(candidates.index[rows], candidates.score[rows])
@@ -73,10 +71,11 @@ def search_persons(
 
 
 def _columns_of_scores(
-    images: Items, texts: Items, score: ItemScore, tile: int, mesh: Mesh
+    images: Items, texts: Items, score: ItemScore, tile: int, mesh: Mesh | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Captions of each tile that is this process's and their scores with all images, [n, captions]."""
-    tiling, run = make_tiling(images, texts, tile, mesh), programs(score, mesh)
+    tiling = make_tiling(images, texts, tile, mesh)
+    run = programs(score, tiling.mesh)
     scores = np.empty((size(images), tiling.columns), np.float32)
     walk = tiling.walk(hosts.own_part(tiling.caption_tiles))
     for at, values in prefetch_one((at, run.scores(at.placed_images, at.placed_captions)) for at in walk):

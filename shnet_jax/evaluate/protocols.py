@@ -16,7 +16,8 @@ from shnet_jax.evaluate.metrics import Metrics, QueryRanks, chance, mean, person
 from shnet_jax.evaluate.person_search import search_persons
 from shnet_jax.evaluate.ranking_methods import Ranked, RankingMethod
 from shnet_jax.evaluate.ranks import check_captions, ranks
-from shnet_jax.evaluate.tiles import Items, ItemScore, size, take
+from shnet_jax.evaluate.tiles import Items, ItemScore, size, take, vectors_of
+from shnet_jax.models.contract import RetrievalModel
 
 TIE_RULE = "rank = items that score strictly higher + items that score the same and have a smaller index"
 UNKNOWN = "not stated"
@@ -126,11 +127,12 @@ def evaluate(
     if image_person is None:
         return results
     persons = image_person, image_person[owner]
-    if method is not None and method.persons is not None:
-        candidates = ranked[0].candidates if plan.folds == 1 else None
-        scores = method.persons(images, texts, *persons, candidates)
-    else:
+    if method is None or method.exact:
         scores = search_persons(images, texts, *persons, score, tile, mesh)
+    else:
+        candidates = ranked[0].candidates if plan.folds == 1 else method.candidates(images, texts)
+        vectors = vectors_of(images), vectors_of(texts)
+        scores = search_persons(*vectors, *persons, RetrievalModel.score, tile, mesh, candidates)
     return _with_persons(results, queries, *persons, scores)
 
 

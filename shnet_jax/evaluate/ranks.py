@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from shnet_jax.evaluate.bf16_screening import Rechecked, check_score_dtype, screen_programs
+from shnet_jax.evaluate.bf16_screening import check_score_dtype, screen_programs
 from shnet_jax.evaluate.tiles import (
     Items,
     ItemScore,
@@ -27,7 +26,6 @@ from shnet_jax.evaluate.tiles import (
     size,
 )
 from shnet_jax.parallel import hosts
-from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Array
 
 log = logging.getLogger(__name__)
@@ -82,16 +80,11 @@ def ranks(
     n, t = size(images), size(texts)
     owner = check_captions(caption_image, n, t)
     order = np.argsort(owner, kind="stable")  # captions of an image side by side: few tiles hold all matches
-    tiling = make_tiling(images, texts, tile, mesh or data_mesh(jax.devices()[:1]), owner, order)
+    tiling = make_tiling(images, texts, tile, mesh, owner, order)
     positive = match_scores(tiling, score)
     best = best_captions(positive, owner)
     tiles = hosts.own_part(tiling.caption_tiles) if shared else range(tiling.caption_tiles)
-    if score_dtype == "float32":
-        counts = count(tiling, score, positive, best, tiles)
-    else:
-        counts, rechecked = count_screened(tiling, score, positive, best, tiles)
-        if tiles:
-            log.info("%s", rechecked)
+    counts = (count if score_dtype == "float32" else count_screened)(tiling, score, positive, best, tiles)
     if shared:
         i2t, t2i, nans = hosts.add_up((counts.i2t, counts.t2i, np.array([counts.nans])))
         counts = Counts(i2t, t2i, int(nans[0]))
@@ -174,57 +167,69 @@ def count(
     tiles: those tiles of captions only (None: all), to measure a part or to share the work between machines; the
       counts of all parts add up.
     """
-    run = programs(score, tiling.mesh)
-    counts = _no_counts(tiling)
-
-    def compare(tile: Tile) -> tuple[Queries, Queries, Any]:
-        """The queries of both sides and, on the devices, how many items come before their matches."""
-        rows, columns = _image_side(positive, best, tile.images), _caption_side(tiling, positive, tile.captions)
-        scores = run.scores(tile.placed_images, tile.placed_captions)
-        return rows, columns, run.count(scores, tiling.put_split(rows), tile.extra)
-
-    walk = tiling.walk(tiles, place_extra=lambda side: tiling.put_whole(_caption_side(tiling, positive, side)))
-    for rows, columns, counted in prefetch_one(map(compare, walk)):
+    run, counts = programs(score, tiling.mesh), _no_counts(tiling)
+    dispatched = (
+        (rows, columns, run.count(run.scores(*placed), tiling.put_split(rows), tile.extra))
+        for tile, rows, columns, placed in _walk(tiling, positive, best, tiles)
+    )
+    for rows, columns, counted in prefetch_one(dispatched):
         counts.add(rows, columns, *counted)
     return counts
 
 
 def count_screened(
     tiling: Tiling, score: ItemScore, positive: np.ndarray, best: np.ndarray, tiles: Sequence[int]
-) -> tuple[Counts, Rechecked]:
-    """`count` with bfloat16 scores where they settle the order, and float32 scores for the other captions."""
-    run, screen = programs(score, tiling.mesh), screen_programs(tiling.mesh)
-    counts = _no_counts(tiling)
-    rechecked = Rechecked(pairs=sum(int(tiling.captions(tile).real.sum()) for tile in tiles) * len(best))
+) -> Counts:
+    """`count` with bfloat16 scores where they settle the order, and float32 scores for the other captions.
+
+    Logs how many pairs were scored again.
+    """
+    run, screen, counts = programs(score, tiling.mesh), screen_programs(tiling.mesh), _no_counts(tiling)
     doubtful = [np.empty(0, np.int64) for _ in range(tiling.rounds)]  # captions in doubt with each round's images
+    pairs = sum(int(tiling.captions(tile).real.sum()) for tile in tiles) * len(best)
+    doubtful_pairs = rescored = 0
 
-    def settle(tile: Tile) -> tuple[Tile, Queries, Queries, Any]:
-        rows, columns = _image_side(positive, best, tile.images), _caption_side(tiling, positive, tile.captions)
-        scored = screen.scores(tile.placed_images, tile.placed_captions)
-        return tile, rows, columns, screen.settle(*scored, tiling.put_split(rows), tile.extra)
-
-    def recheck(round_: int, captions: np.ndarray) -> None:
+    def recheck(round_: int, captions: np.ndarray) -> int:
+        """Counts the captions with the images of a round by their float32 scores; returns how many pairs these are."""
         real = np.arange(tiling.columns) < len(captions)
         padded = np.pad(captions, (0, tiling.columns - len(captions)), mode="edge")
         columns = _caption_side(tiling, positive, Side(padded, real))
         rows = _image_side(positive, best, tiling.image_rows(round_))
         scores = run.scores(tiling.put_images(rows.index), tiling.put_texts(padded))
         counts.add(rows, columns, *run.count(scores, tiling.put_split(rows), tiling.put_whole(columns)))
-        rechecked.rescored += len(captions) * int(rows.real.sum())
+        return len(captions) * int(rows.real.sum())
 
-    walk = tiling.walk(tiles, place_extra=lambda side: tiling.put_whole(_caption_side(tiling, positive, side)))
-    for tile, rows, columns, (by_row, by_column, aside, pairs) in prefetch_one(map(settle, walk)):
+    dispatched = (
+        (tile.round, rows, columns, screen.settle(*screen.scores(*placed), tiling.put_split(rows), tile.extra))
+        for tile, rows, columns, placed in _walk(tiling, positive, best, tiles)
+    )
+    for round_, rows, columns, (by_row, by_column, aside, pairs_aside) in prefetch_one(dispatched):
         counts.add(rows, columns, by_row, by_column)
-        rechecked.doubtful += int(pairs)
-        waiting = np.append(doubtful[tile.round], columns.index[columns.real & np.asarray(aside)])
+        doubtful_pairs += int(pairs_aside)
+        waiting = np.append(doubtful[round_], columns.index[columns.real & np.asarray(aside)])
         if len(waiting) >= tiling.columns:
-            recheck(tile.round, waiting[: tiling.columns])
+            rescored += recheck(round_, waiting[: tiling.columns])
             waiting = waiting[tiling.columns :]
-        doubtful[tile.round] = waiting
-    for round_, captions in enumerate(doubtful):
-        if len(captions):
-            recheck(round_, captions)
-    return counts, rechecked
+        doubtful[round_] = waiting
+    rescored += sum(recheck(round_, captions) for round_, captions in enumerate(doubtful) if len(captions))
+    if pairs:
+        shares = f"{doubtful_pairs / pairs:.2%} of {pairs} pairs in doubt; {rescored / pairs:.2%} were scored again"
+        log.info("bfloat16 scores left the order of %s in float32", shares)
+    return counts
+
+
+def _walk(
+    tiling: Tiling, positive: np.ndarray, best: np.ndarray, tiles: Sequence[int] | None
+) -> Iterator[tuple[Tile, Queries, Queries, tuple[Items, Items]]]:
+    """Tiles with the queries of their images, those of their captions, and both sides' embeddings on the devices.
+
+    `Tile.extra` holds the queries of the captions on the devices.
+    """
+    for tile in tiling.walk(
+        tiles, place_extra=lambda captions: tiling.put_whole(_caption_side(tiling, positive, captions))
+    ):
+        rows, columns = _image_side(positive, best, tile.images), _caption_side(tiling, positive, tile.captions)
+        yield tile, rows, columns, (tile.placed_images, tile.placed_captions)
 
 
 def _no_counts(tiling: Tiling) -> Counts:

@@ -13,7 +13,6 @@ from shnet_jax.evaluate.protocols import Results
 from shnet_jax.observe.table import Table
 
 FORMAT = 1  # raised when a key of the JSON changes its name or meaning
-ARROWS = {"i2t": "i→t", "t2i": "t→i"}
 HEADINGS = {"medr": "MedR", "meanr": "MeanR", **{f"r{k}": f"R@{k}" for k in CUTS}}
 PERSON = {
     "person_r1": "person R@1",
@@ -53,18 +52,18 @@ def intervals_as_dict(differences: Mapping[str, Mapping[str, Interval]]) -> dict
 
 def table(arms: Mapping[str, Results]) -> Table:
     """A row for each arm, one for chance on each gallery; recalls are in percent."""
-    of_chance: list[tuple[str, Metrics]] = []
+    chance_rows: list[tuple[str, Metrics]] = []
     for arm in arms.values():
         card = arm.card
         folds = f", {card['folds']} folds" if card["folds"] != 1 else ""
         name = f"chance ({card['images']} images, {card['captions']} captions{folds})"
         # Of one gallery not every arm has the numbers of a person search.
-        known = (g for n, g in of_chance if n == name and all(g.get(m, v) == v for m, v in arm.chance.items()))
-        if (same := next(known, None)) is None:
-            of_chance.append((name, dict(arm.chance)))
+        rows_of_gallery = (row for title, row in chance_rows if title == name)
+        if row := next((r for r in rows_of_gallery if all(r.get(m, v) == v for m, v in arm.chance.items())), None):
+            row.update(arm.chance)
         else:
-            same.update(arm.chance)
-    rows = [*((name, arm.metrics) for name, arm in arms.items()), *of_chance]
+            chance_rows.append((name, dict(arm.chance)))
+    rows = [*((name, arm.metrics) for name, arm in arms.items()), *chance_rows]
     columns = [*COLUMNS, *(name for name in PERSON if any(name in metrics for _, metrics in rows))]
     cells = [[name, *(f"{metrics[c]:.1f}" if c in metrics else "" for c in columns)] for name, metrics in rows]
     return Table("Recall in per cent, and ranks", ["", *map(heading, columns)], cells)
@@ -108,11 +107,11 @@ def interval_table(arms: Mapping[str, Mapping[str, Interval]]) -> Table:
 def one_line(results: Results) -> str:
     """The recalls of both directions and rSum, for a log."""
     m = results.metrics
-    recalls = "  ".join(
-        f"{d} R@1/5/10 {m[f'{d}_r1']:.1f} {m[f'{d}_r5']:.1f} {m[f'{d}_r10']:.1f}" for d in ("i2t", "t2i")
+    recalls = "".join(
+        f"{name} R@1/5/10 {m[f'{d}_r1']:.1f} {m[f'{d}_r5']:.1f} {m[f'{d}_r10']:.1f}  " for d, name in DIRECTIONS.items()
     )
     persons = "  person R@1 {person_r1:.1f} mAP {person_map:.1f}".format(**m) if "person_r1" in m else ""
-    return f"{recalls}  rSum {m['rsum']:.1f}{persons}"
+    return f"{recalls}rSum {m['rsum']:.1f}{persons}"
 
 
 def card_table(card: Mapping[str, str | int], name: str = "") -> Table:
@@ -122,10 +121,10 @@ def card_table(card: Mapping[str, str | int], name: str = "") -> Table:
 
 
 def heading(column: str) -> str:
-    """The heading of one of COLUMNS or PERSON."""
+    """The heading of one of COLUMNS or PERSON; the first column of a direction names it."""
     if column in PERSON:
         return PERSON[column]
     if column == "rsum":
         return "rSum"
     direction, metric = column.split("_")
-    return f"{ARROWS[direction]} {HEADINGS[metric]}"
+    return f"{DIRECTIONS[direction]} {HEADINGS[metric]}" if metric == "r1" else HEADINGS[metric]

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -20,8 +22,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.observe.clock import Clock
+from shnet_jax.observe.progress import Progress
 from shnet_jax.parallel import axis
-from shnet_jax.parallel.mapping import Mapped, map_specs
+from shnet_jax.parallel.mapping import Mapped, data_mesh, map_specs
 from shnet_jax.types import DATA, Array, Embedding
 
 CAPTIONS_PER_ROW = 8  # a tile has this many captions for each of its images: 512 x 4096 float32 scores are 8 MiB
@@ -117,9 +121,9 @@ class Tiling:
         self,
         tiles: Iterable[int] | None = None,
         *,
-        include: Callable[[Side, int, int], bool] | None = None,
+        include: Callable[[Side, int, int], bool] = lambda captions, tile, round_: True,
         place_captions: Callable[[np.ndarray], Items] | None = None,
-        place_extra: Callable[[Side], Any] | None = None,
+        place_extra: Callable[[Side], Any] = lambda captions: None,
     ) -> Iterator[Tile]:
         """Iterates over all pairs, caption tile by caption tile; captions are sent once for all rounds of their tile.
 
@@ -127,7 +131,7 @@ class Tiling:
 
         Args:
           tiles: numbers of caption tiles; None: all.
-          include: (captions, tile, round) -> whether the round is visited; None: always.
+          include: (captions, tile, round) -> whether the round is visited.
           place_captions: rows -> embeddings on the devices; None: `put_texts`.
           place_extra: gives `Tile.extra` of a tile of captions, placed on the devices by the caller.
         """
@@ -135,21 +139,20 @@ class Tiling:
             captions = self.captions(number)
             placed: tuple[Items, Any] | None = None
             for round_ in range(self.rounds):
-                if include is not None and not include(captions, number, round_):
+                if not include(captions, number, round_):
                     continue
                 if placed is None:
-                    extra = None if place_extra is None else place_extra(captions)
-                    placed = (place_captions or self.put_texts)(captions.items), extra
+                    placed = (place_captions or self.put_texts)(captions.items), place_extra(captions)
                 images = self.image_rows(round_)
                 yield Tile(number, round_, captions, images, placed[0], self.put_images(images.items), placed[1])
 
     def put_images(self, rows: np.ndarray) -> Items:
         """Embeddings of images, split over the devices."""
-        return self.put_split(_on_host(self.images, rows))
+        return self.put_split(jax.tree.map(np.asarray, take(self.images, rows)))
 
     def put_texts(self, index: np.ndarray) -> Items:
         """Embeddings of captions, whole on every device."""
-        return self.put_whole(_on_host(self.texts, index))
+        return self.put_whole(jax.tree.map(np.asarray, take(self.texts, index)))
 
     def put_split(self, tree: Tree) -> Tree:
         """Places leaves [devices * rows, ...], split over the devices."""
@@ -164,18 +167,18 @@ def make_tiling(
     images: Items,
     texts: Items,
     tile: int,
-    mesh: Mesh,
+    mesh: Mesh | None,
     owner: np.ndarray | None = None,
     order: np.ndarray | None = None,
 ) -> Tiling:
     """A Tiling of tiles with `tile` images; a smaller gallery has smaller tiles, whatever the number of devices.
 
-    owner, order: see `Tiling`; zeros and the order of the data unless given.
+    mesh: None for the first device. owner, order: see `Tiling`; zeros and the order of the data unless given.
     """
     t = size(texts)
     rows, columns = tile_shape(size(images), t, tile)
-    owner = np.zeros(t, np.int64) if owner is None else owner
-    return Tiling(images, texts, owner, np.arange(t) if order is None else order, rows, columns, mesh)
+    owner, order = np.zeros(t, np.int64) if owner is None else owner, np.arange(t) if order is None else order
+    return Tiling(images, texts, owner, order, rows, columns, mesh or data_mesh(jax.devices()[:1]))
 
 
 def tile_shape(n: int, t: int, tile: int) -> tuple[int, int]:
@@ -214,6 +217,23 @@ def prefetch_one(dispatched: Iterable[T]) -> Iterator[T]:
     yield from pending
 
 
+@contextmanager
+def show_progress(total: int, step: str, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows the progress of a loop of `total` steps; the loop calls what this yields, with its units, after each step.
+
+    step: name of a step. unit: what the speed counts. done: steps that were finished before.
+    """
+    progress, clock, numbers = Progress(total, what=step, unit=unit), Clock(), count(done + 1)
+
+    def advance(units: int) -> None:
+        clock.tick(units)
+        progress.update(next(numbers), clock)
+
+    with clock:
+        yield advance
+    progress.close()
+
+
 def check_no_nan(nans: int, n: int, t: int) -> None:
     """Raises ValueError where scores of n items with t others are NaN: they have no order."""
     if nans:
@@ -221,10 +241,6 @@ def check_no_nan(nans: int, n: int, t: int) -> None:
             f"{nans} of {n * t} scores are NaN ({n} x {t} items), so nothing can be ranked; "
             "look for NaN in the embeddings"
         )
-
-
-def _on_host(items: Items, rows: np.ndarray) -> Items:
-    return jax.tree.map(np.asarray, take(items, rows))
 
 
 def _block(count: int, size: int, number: int) -> Side:

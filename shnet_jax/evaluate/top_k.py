@@ -31,7 +31,7 @@ from shnet_jax.evaluate.tiles import (
 )
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis
-from shnet_jax.parallel.mapping import Mapped, data_mesh, map_specs
+from shnet_jax.parallel.mapping import Mapped, map_specs
 from shnet_jax.types import DATA, Array, Embedding, Score
 
 NONE = np.iinfo(np.int32).max  # index of a place that holds no item
@@ -89,7 +89,7 @@ def top_k(
         raise ValueError("nothing to search: the gallery is empty")
     if not q:
         return TopK(np.empty((0, min(k, n)), np.int64), np.empty((0, min(k, n)), np.float32))
-    tiling = make_tiling(gallery, _pad_queries(queries), tile, mesh or data_mesh(jax.devices()[:1]))
+    tiling = make_tiling(gallery, _pad_queries(queries), tile, mesh)
     best = _stream(tiling, score, min(k, n), 0).t2i
     return TopK(best.index[:q], best.score[:q])
 
@@ -105,7 +105,7 @@ def top_k_both(
     if k < 1:
         raise ValueError(f"the first {k} items were asked for; expected at least 1")
     n, t = size(images), size(texts)
-    return _stream(make_tiling(images, texts, tile, mesh or data_mesh(jax.devices()[:1])), score, min(k, n), min(k, t))
+    return _stream(make_tiling(images, texts, tile, mesh), score, min(k, n), min(k, t))
 
 
 def _pad_queries(queries: Embedding) -> Embedding:
@@ -122,8 +122,7 @@ def _stream(tiling: Tiling, score: ItemScore, k: int, k_captions: int) -> BothTo
     """
     n, t, devices = size(tiling.images), size(tiling.texts), tiling.mesh.size
     scores, keep = programs(score, tiling.mesh).scores, _keep_best(tiling.mesh, k, k_captions)
-    by_image = TopK(np.full((n, k_captions), NONE, np.int64), np.full((n, k_captions), -np.inf, np.float32))
-    by_caption = TopK(np.empty((t, k), np.int64), np.empty((t, k), np.float32))
+    by_image, by_caption = _empty(n, k_captions), _empty(t, k)
     nothing = (
         np.full((devices, tiling.columns, k), -np.inf, np.float32),
         np.full((devices, tiling.columns, k), NONE, np.int32),
@@ -156,6 +155,10 @@ def _stream(tiling: Tiling, score: ItemScore, k: int, k_captions: int) -> BothTo
     for side in (by_image, by_caption):
         _fill_lowest(side)
     return BothTopK(by_image, by_caption)
+
+
+def _empty(queries: int, k: int) -> TopK:
+    return TopK(np.full((queries, k), NONE, np.int64), np.full((queries, k), -np.inf, np.float32))
 
 
 def _merge(best: TopK, queries: np.ndarray, values: np.ndarray, items: np.ndarray) -> None:

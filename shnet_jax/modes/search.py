@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.encode import Tower, Towers
-from shnet_jax.evaluate.rerank import candidates
+from shnet_jax.evaluate.ranking_methods import candidates
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.table import Table

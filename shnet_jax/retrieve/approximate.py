@@ -6,6 +6,8 @@ that the score re-ranks. The measured recall is kept beside the index.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -38,17 +40,21 @@ def check_index(kind: str, score: Score, candidates: int = 0) -> None:
         )
 
 
-def open_index(
-    search: ConfigDict, embeddings: Embeddings, side: str, tile: int, mesh: Mesh
-) -> tuple[VectorIndex, dict]:
+class OpenIndex(NamedTuple):
+    """A vector index and its report.
+
+    report: kind, settings, vectors, nprobe, ef_search, recall (share of the exact first `depth` that the index finds),
+      queries (number of those that measured it).
+    """
+
+    index: VectorIndex
+    report: dict[str, Any]
+
+
+def open_index(search: ConfigDict, embeddings: Embeddings, side: str, tile: int, mesh: Mesh) -> OpenIndex:
     """The index config.search.index of a side ("images", "texts"), built unless a stored one fits.
 
-    Returns:
-      The index, and a report: kind, settings, vectors, nprobe, ef_search, recall (share of the exact first `depth`
-      that the index finds), queries (number of those that measured it).
-
-    Raises:
-      FolderInUse: another process writes to the folder of the embeddings.
+    Raises FolderInUse where another process writes to the folder of the embeddings.
     """
     builder = BUILDERS[search.index]
     path = embeddings.folder / f"index_{search.index}_{side}.json"
@@ -62,14 +68,14 @@ def open_index(
     report = read_object(path) if path.is_file() else {}
     index = builder.open(search, embeddings, side) if identity.items() <= report.items() else None
     if index is not None and effort.items() <= report.items():
-        return index, report
+        return OpenIndex(index, report)
     with sole_writer(embeddings.folder), disk_faults(embeddings.folder, RuntimeError):  # of FAISS
         if index is None:
             path.unlink(missing_ok=True)  # an interrupted build leaves an index without a report, which is built again
             index = builder.make(search, embeddings, side)
         report = identity | effort | _measured(index, embeddings, side, tile, mesh)
         write_json(path, report)
-    return index, report
+    return OpenIndex(index, report)
 
 
 def _measured(index: VectorIndex, embeddings: Embeddings, side: str, tile: int, mesh: Mesh) -> dict[str, float]:

@@ -20,14 +20,11 @@ from safetensors.numpy import save_file
 
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.evaluate.encode import Tower, Towers, host_fields
-from shnet_jax.evaluate.tiles import prefetch_one
+from shnet_jax.evaluate.tiles import prefetch_one, show_progress
 from shnet_jax.experiment import Experiment
-from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.files import atomic_path, disk_faults, sole_writer, write_json
-from shnet_jax.observe.progress import Progress
 from shnet_jax.retrieve import tensors
 from shnet_jax.retrieve.embeddings import FORMAT, IDS, SOURCE, Embeddings, make_ids, open_embeddings, read_source
-from shnet_jax.types import Embedding
 
 PARTS = "parts"
 
@@ -90,12 +87,12 @@ def _write(
     shutil.rmtree(parts)
 
 
-def check_source(path: Path, stored: dict[str, Any], ours: dict[str, Any]) -> None:
+def check_source(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raises ValueError, naming the fields that differ, unless both origins are the same."""
     lines = [
-        f"{key}: {stored.get(key)!r} there, {ours.get(key)!r} here"
-        for key in sorted(stored.keys() | ours.keys())
-        if stored.get(key) != ours.get(key)
+        f"{key}: {stored.get(key)!r} there, {expected.get(key)!r} here"
+        for key in sorted(stored.keys() | expected.keys())
+        if stored.get(key) != expected.get(key)
     ]
     if lines:
         raise ValueError(
@@ -111,24 +108,18 @@ def _part(parts: Path, side: str, number: int) -> Path:
 def _encode(
     parts: Path, side: str, tower: Tower, count: int, rows: int, batches: Callable[[int, int], Iterator[Part]]
 ) -> None:
-    """Writes the missing parts, each under its name only when it is complete."""
+    """Encodes and writes the missing parts, each atomically."""
     total = -(-count // rows)
     first = next((i for i in range(total) if not _part(parts, side, i).exists()), total)
-    progress, clock = Progress(total, what=f"{side}: batch", unit=side), Clock()
-
-    def dispatched() -> Iterator[tuple[int, Part, Embedding]]:
-        for number, part in enumerate(batches(rows, first), start=first):
-            yield number, part, tower.apply(tower.put(part.batch))
-
-    with clock:
-        for number, part, embedding in prefetch_one(dispatched()):
+    dispatched = (
+        (number, part, tower.apply(tower.put(part.batch))) for number, part in enumerate(batches(rows, first), first)
+    )
+    with show_progress(total, f"{side}: batch", side, done=first) as advance:
+        for number, part, embedding in prefetch_one(dispatched):
             arrays = host_fields(embedding, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}
-            path = _part(parts, side, number)
-            with atomic_path(path) as temporary:
+            with atomic_path(_part(parts, side, number)) as temporary:
                 save_file(arrays, temporary)
-            clock.tick(part.valid)
-            progress.update(number + 1, clock)
-    progress.close()
+            advance(part.valid)
 
 
 def assemble(parts: Path, side: str, count: int, path: Path) -> None:
@@ -139,19 +130,19 @@ def assemble(parts: Path, side: str, count: int, path: Path) -> None:
     """
     files = sorted(parts.glob(f"{side}-*.safetensors"))
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    for path_of_part in files:
-        for name, values in tensors.open_mapped(path_of_part).items():
+    for file in files:
+        for name, values in tensors.open_mapped(file).items():
             if name != "rows":
                 longest = np.maximum(shapes[name][0][1:], values.shape[1:]) if name in shapes else values.shape[1:]
                 shapes[name] = ((count, *map(int, longest)), values.dtype)
     with atomic_path(path) as temporary:
         arrays, times = tensors.create(temporary, shapes), np.zeros(count, np.int8)
-        for path_of_part in files:
-            part = tensors.open_mapped(path_of_part)
+        for file in files:
+            part = tensors.open_mapped(file)
             rows = np.array(part.pop("rows"))
             for name, values in part.items():
-                at: Any = (rows, *map(slice, values.shape[1:]))
-                arrays[name][at] = values
+                index: Any = (rows, *map(slice, values.shape[1:]))
+                arrays[name][index] = values
             np.add.at(times, rows, 1)
         wrong = np.flatnonzero(times != 1)
         if wrong.size:

@@ -13,7 +13,7 @@ from shnet_jax.evaluate.evaluator import embedded_split, evaluate_embedded, make
 from shnet_jax.evaluate.extra_metrics import NO_EXTRA_METRICS
 from shnet_jax.evaluate.metrics import QueryRanks
 from shnet_jax.evaluate.protocols import Provenance
-from shnet_jax.evaluate.rerank import candidates
+from shnet_jax.evaluate.ranking_methods import candidates
 from shnet_jax.evaluate.tiles import take
 from shnet_jax.evaluate.top_k import TopK
 from shnet_jax.experiment import Experiment

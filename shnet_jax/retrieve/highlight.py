@@ -7,8 +7,7 @@ sows none of them has nothing to show. Encoding is not changed by looking.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 from shnet_jax.data.batches import gather, stack_images, stored_fields
 from shnet_jax.experiment import Experiment
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.types import Batch, Embedding
+from shnet_jax.types import Array, Batch, Embedding
 
 GATE, ATTENTION, WEIGHTS = ("semantic", "gate"), ("spatial", "attention"), ("pool", "weights")
 UNITS = ("regions", "grid")  # in the order in which a model joins them
@@ -59,33 +58,22 @@ def highlights(experiment: Experiment, variables: dict[str, Any], split: str, ro
     return looks
 
 
+@partial(jax.jit, static_argnums=0)
 def look(
     model: RetrievalModel, variables: dict[str, Any], batch: Batch
-) -> tuple[Embedding, dict[tuple[str, str], Any], Batch]:
+) -> tuple[Embedding, dict[tuple[str, str], Array], Batch]:
     """Encodes the images of a batch of `data.gallery`.
 
     Returns:
       Their embeddings, {(module, name): array [n, ...]} of what the image tower sowed under the names of this file, and
       the units and masks that it saw.
     """
-
-    return _look_of(model)(variables, batch)
-
-
-@functools.lru_cache(maxsize=4)
-def _look_of(model: RetrievalModel) -> Callable[[Any, Batch], tuple[Embedding, Any, Batch]]:
-    """The program of `look` for a model, compiled once for each shape."""
-
-    def encode(variables: Any, batch: Batch) -> tuple[Embedding, Any, Batch]:
-        full = gather({}, batch)
-        embedding, state = model.apply(variables, full, train=False, method="encode_image", mutable=["intermediates"])
-        leaves = jax.tree_util.tree_leaves_with_path(cast(dict, state).get("intermediates", {}))
-        sown = {}
-        for path, leaf in leaves:
-            names = tuple(str(part.key) for part in path if hasattr(part, "key"))
-            if names[-2:] in (GATE, ATTENTION, WEIGHTS):
-                sown[names[-2:]] = leaf
-        units = {name: values for name, values in full.items() if name in UNITS or name.endswith("_mask")}
-        return cast(Embedding, embedding), sown, units
-
-    return jax.jit(encode)
+    full = gather({}, batch)
+    embedding, state = model.apply(variables, full, train=False, method="encode_image", mutable=["intermediates"])
+    sown = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cast(dict, state).get("intermediates", {})):
+        names = tuple(str(part.key) for part in path if hasattr(part, "key"))
+        if names[-2:] in (GATE, ATTENTION, WEIGHTS):
+            sown[names[-2:]] = leaf
+    units = {name: values for name, values in full.items() if name in UNITS or name.endswith("_mask")}
+    return cast(Embedding, embedding), sown, units

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from shnet_jax.evaluate.metrics import CUTS, QueryRanks
+from shnet_jax.evaluate.metrics import CUTS, DIRECTIONS, QueryRanks
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import HEADINGS, PERSON
 from shnet_jax.observe import html
-from shnet_jax.observe.charts import DIRECTIONS, chart, shares
+from shnet_jax.observe.charts import chart, shares
 from shnet_jax.observe.curves import plot_loss, plot_recall
 from shnet_jax.observe.html import Child, Markup, tag
 from shnet_jax.retrieve.embeddings import Ids
@@ -166,9 +166,9 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> Child:
 
 
 def _by_caption(contents: Contents, examples: Sequence[Example], album: Album) -> Child:
+    right = "the image that it was written for." if contents.persons is None else "the images of its person."
     if not examples:
         return None
-    right = "the image that it was written for." if contents.persons is None else "the images of its person."
     return [
         tag("p", "A caption and the images that fit it best, with their scores. A green frame marks ", right),
         [_caption_query(contents, example, album) for example in examples],
@@ -207,9 +207,9 @@ def _legend(scenes: Iterable[Scene]) -> Markup | None:
 
 
 def _by_image(contents: Contents, examples: Sequence[Example], album: Album) -> Child:
+    right = "its own are green." if contents.persons is None else "those of its person are green."
     if not examples:
         return None
-    right = "its own are green." if contents.persons is None else "those of its person are green."
     return [
         tag("p", "An image and the captions that fit it best, with their scores; ", right),
         [_image_query(contents, example, album) for example in examples],
@@ -247,16 +247,10 @@ def _failures(contents: Contents, album: Album) -> Child:
 
 def _highlights(contents: Contents, album: Album) -> Child:
     drawn = [panels(album.scene(row), look, contents.ids.captions_of(row)) for row, look in contents.highlights]
-    shown = [one for one in drawn if one]
+    images = [image for image in drawn if image]
+    text = (
+        "3SHNet lets the segmentation highlight the regions. The semantic gate passes each region by how well it "
+        "fits the scene as a whole; the spatial attention of each looks up where, and among what, it lies."
+    )
     pooling = pooling_section([look.weights for _, look in contents.highlights])
-    if not shown:
-        return pooling
-    return [
-        tag(
-            "p",
-            "3SHNet lets the segmentation highlight the regions. The semantic gate passes each region by how well it "
-            "fits the scene as a whole; the spatial attention of each looks up where, and among what, it lies.",
-        ),
-        shown,
-        pooling,
-    ]
+    return [tag("p", text), images, pooling] if images else pooling

@@ -14,13 +14,12 @@ from ml_collections import ConfigDict
 from shnet_jax.data.gallery import text_batches
 from shnet_jax.data.tokenise import tokenise_captions
 from shnet_jax.evaluate.encode import Tower, encode_parts
-from shnet_jax.evaluate.rerank import best_candidates, rerank_top_k
+from shnet_jax.evaluate.ranking_methods import best_candidates, rerank_top_k
 from shnet_jax.evaluate.tiles import take
 from shnet_jax.evaluate.top_k import TopK, is_dot_product, top_k, transpose_score
 from shnet_jax.experiment import Experiment
-from shnet_jax.retrieve.approximate import check_index, open_index, rescored
+from shnet_jax.retrieve.approximate import OpenIndex, check_index, open_index, rescored
 from shnet_jax.retrieve.embeddings import Embeddings
-from shnet_jax.retrieve.vector_index import VectorIndex
 from shnet_jax.types import Embedding, Score
 
 CAPTIONS, IMAGES = "captions", "images"
@@ -46,14 +45,6 @@ class Answer:
     kind: str  # "text" | "image"
     target: str  # "images" | "captions"
     hits: tuple[Hit, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _OpenIndex:
-    """A vector index with its report, see `open_index`."""
-
-    index: VectorIndex
-    report: dict[str, Any]
 
 
 class Searcher:
@@ -84,7 +75,7 @@ class Searcher:
         self._candidates = 0 if self._dot_product else candidates
         self.embeddings, self._search, self._options = embeddings, search, (tile, mesh)
         self._score, self._captions_first = score, score if self._dot_product else transpose_score(score)
-        self.indexes: dict[str, _OpenIndex] = {}  # the indexes used so far, by side
+        self.indexes: dict[str, OpenIndex] = {}  # the indexes used so far, by side
 
     @property
     def about(self) -> dict[str, Any]:
@@ -125,9 +116,9 @@ class Searcher:
     def best_own_caption(self, image: int) -> int:
         """Row of the caption that fits its image, a row of the gallery, best."""
         first = self.embeddings.ids.first
-        own = np.arange(first[image], first[image + 1])
-        query, captions = take(self.embeddings.images, np.array([image])), take(self.embeddings.texts, own)
-        return int(own[top_k(query, captions, 1, self._captions_first, *self._options).index[0, 0]])
+        rows = np.arange(first[image], first[image + 1])
+        query, captions = take(self.embeddings.images, np.array([image])), take(self.embeddings.texts, rows)
+        return int(rows[top_k(query, captions, 1, self._captions_first, *self._options).index[0, 0]])
 
     def _row(self, name: str) -> int:
         rows = self.embeddings.ids.rows
@@ -144,7 +135,7 @@ class Searcher:
                 return rerank_top_k(queries, gallery, k, self._candidates, score, *self._options)
             return top_k(queries, gallery, k, score, *self._options)
         if side not in self.indexes:
-            self.indexes[side] = _OpenIndex(*open_index(self._search, self.embeddings, side, *self._options))
+            self.indexes[side] = open_index(self._search, self.embeddings, side, *self._options)
         vectors = np.asarray(queries.vector, np.float32)
         nearest = self.indexes[side].index.search(vectors, min(max(k, self._candidates), len(gallery.vector)))
         if self._candidates:
@@ -153,8 +144,8 @@ class Searcher:
 
     def _hits(self, target: str, best: TopK, query: int, k: int, without: int = -1) -> tuple[Hit, ...]:
         """The first k results of a query, but the row `without`; places without a result have a negative row."""
-        pairs = zip(best.index[query], best.score[query], strict=True)
-        kept = [(int(row), float(score)) for row, score in pairs if row >= 0 and row != without][:k]
+        pairs = zip(best.index[query].tolist(), best.score[query].tolist(), strict=True)
+        kept = [(row, score) for row, score in pairs if row >= 0 and row != without][:k]
         ids, hits = self.embeddings.ids, []
         for rank, (row, score) in enumerate(kept, start=1):
             if target == IMAGES:
@@ -169,13 +160,13 @@ def encode_texts(experiment: Experiment, tower: Tower, texts: Sequence[str]) -> 
     """Encodes sentences; embeddings are on the host. Raises ValueError for one without words."""
     texts = list(texts)
     for number, text in enumerate(texts, 1):
+        query = f"query {number} of {len(texts)}"
         if not isinstance(text, str):
-            raise ValueError(f"query {number} of {len(texts)}: expected text, found {text!r:.80}")
+            raise ValueError(f"{query}: expected text, found {text!r:.80}")
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # what a terminal of another encoding sent
-            raise ValueError(f"query {number} of {len(texts)}: expected text in UTF-8, found {text!r:.80}")
-    blank = [number for number, text in enumerate(texts) if not text.strip()]
-    if blank:
-        raise ValueError(f"query {blank[0] + 1} of {len(texts)} has no words")
+            raise ValueError(f"{query}: expected text in UTF-8, found {text!r:.80}")
+        if not text.strip():
+            raise ValueError(f"{query} has no words")
     if not texts:
         raise ValueError("no query: nothing to encode")
     captions = tokenise_captions([texts], experiment.tokenizer)

@@ -17,10 +17,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 from ml_collections import ConfigDict
 
+from shnet_jax.evaluate.tiles import show_progress
 from shnet_jax.evaluate.top_k import TopK
-from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.files import atomic_path
-from shnet_jax.observe.progress import Progress
 from shnet_jax.retrieve.embeddings import Embeddings
 
 PACKAGES = {"faiss": ("faiss", "faiss-cpu"), "milvus": ("pymilvus", "pymilvus milvus-lite")}
@@ -201,14 +200,11 @@ def source_hash(embeddings: Embeddings) -> str:
 
 def _blocks(vectors: np.ndarray, title: str) -> Iterator[tuple[int, np.ndarray]]:
     """The vectors in blocks of ROWS with the number of the first, showing progress."""
-    progress, clock = Progress(-(-len(vectors) // ROWS), what=title, unit="vectors"), Clock()
-    with clock:
-        for number, start in enumerate(range(0, len(vectors), ROWS), start=1):
+    with show_progress(-(-len(vectors) // ROWS), title, "vectors") as advance:
+        for start in range(0, len(vectors), ROWS):
             block = np.ascontiguousarray(vectors[start : start + ROWS], np.float32)
             yield start, block
-            clock.tick(len(block))
-            progress.update(number, clock)
-    progress.close()
+            advance(len(block))
 
 
 def _faiss_file(embeddings: Embeddings, side: str) -> Path:

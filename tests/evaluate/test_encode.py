@@ -1,9 +1,12 @@
+import threading
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.encode import encode
+from shnet_jax.evaluate.encode import encode, read_ahead, run_together
 from shnet_jax.types import Embedding
+from tests.patience import PATIENCE
 
 
 def portions(order, size):
@@ -21,12 +24,10 @@ def double(batch):
 @pytest.mark.parametrize("size", [1, 3, 7, 8])
 def test_items_come_back_in_the_order_of_the_gallery(size):
     order = np.random.default_rng(0).permutation(7)
-    done = []
-    found = encode(double, portions(order, size), 7, done.append)
+    found = encode(double, portions(order, size), 7)
     np.testing.assert_array_equal(found.vector, 2.0 * np.arange(7)[:, None])
     assert isinstance(found.vector, np.ndarray) and found.vector.dtype == np.float32
     assert found.elements is None and found.mask is None
-    assert done[-1] == 7 and done == sorted(done)
 
 
 def test_sets_of_different_length_are_masked():
@@ -65,3 +66,51 @@ def test_batches_that_are_too_short_are_named():
         encode(double, [(jnp.zeros(2), 3, np.arange(3))], 3)
     with pytest.raises(ValueError, match="2 real rows names the gallery rows of only 1"):
         encode(double, [(jnp.zeros(2), 2, np.arange(1))], 2)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_reading_ahead_keeps_the_order_and_its_bound(count):
+    read, ahead = [], threading.Event()
+
+    def source():
+        for i in range(20):
+            read.append(i)
+            if i == count:
+                ahead.set()
+            yield i
+
+    items = read_ahead(source(), count)
+    assert next(items) == 0 and ahead.wait(PATIENCE)
+    for taken in range(1, 20):
+        assert next(items) == taken
+        assert len(read) <= taken + 1 + count
+    assert not list(items)
+
+
+def test_what_fails_while_reading_ahead_is_raised_and_a_reader_that_is_left_ends():
+    def source():
+        yield 0
+        raise OSError("disk on fire")
+
+    before = {*threading.enumerate()}
+    with pytest.raises(OSError, match="disk on fire"):
+        list(read_ahead(source(), 3))
+    items = read_ahead(range(10**9), 2)
+    next(items)
+    items.close()
+    for thread in {*threading.enumerate()} - before:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def test_tasks_run_together_and_one_that_fails_stops_the_others():
+    meet = threading.Barrier(2, timeout=PATIENCE)
+    assert run_together([lambda _: meet.wait() >= 0, lambda _: -1 if meet.wait() < 0 else 2]) == [True, 2]
+    seen = []
+
+    def broken(_):
+        raise OSError("disk on fire")
+
+    with pytest.raises(OSError, match="disk on fire"):
+        run_together([lambda stopped: seen.append(stopped.wait(PATIENCE)), broken])
+    assert seen == [True]

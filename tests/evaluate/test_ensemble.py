@@ -9,10 +9,11 @@ import pytest
 from shnet_jax.evaluate.bf16_screening import check_score_dtype
 from shnet_jax.evaluate.ensemble import Embedded, combine, mean_score
 from shnet_jax.evaluate.protocols import Provenance, evaluate
+from shnet_jax.evaluate.ranks import Ranks
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
-from tests.evaluate.test_ranks import oracle, recorded
+from tests.evaluate.test_ranks import assert_same, oracle, recorded
 
 N, CAPTIONS = 20, 3
 OWNER = np.repeat(np.arange(N), CAPTIONS)
@@ -41,20 +42,10 @@ def matrix(one):
 def test_ranks_are_those_of_the_mean_matrix(devices, weights):
     members = [member(0), member(1, dim=5), member(2, score=dot)]
     both = combine("all", members, weights)
-    found = evaluate(
-        both.images,
-        both.texts,
-        OWNER,
-        both.score,
-        tile=3,
-        mesh=data_mesh(jax.devices()[:devices]),
-        provenance=both.provenance,
-    )
+    results = evaluate(both.images, both.texts, OWNER, both.score, tile=3, mesh=data_mesh(jax.devices()[:devices]))
     mean = np.average([matrix(m) for m in members], axis=0, weights=weights or None)
-    i2t, t2i = oracle(mean, OWNER)
-    np.testing.assert_array_equal(found.queries.i2t, i2t)
-    np.testing.assert_array_equal(found.queries.t2i, t2i)
-    assert not np.array_equal(i2t, oracle(matrix(members[0]), OWNER)[0])  # or nothing was averaged
+    assert_same(results.queries, oracle(mean, OWNER))
+    assert not np.array_equal(results.queries.i2t, oracle(matrix(members[0]), OWNER).i2t)  # or nothing was averaged
 
 
 def test_folds_of_an_ensemble():
@@ -64,9 +55,8 @@ def test_folds_of_an_ensemble():
     mean = np.mean([matrix(m) for m in members], axis=0)
     for fold in range(4):
         rows, columns = slice(5 * fold, 5 * fold + 5), slice(15 * fold, 15 * fold + 15)
-        i2t, t2i = oracle(mean[rows, columns], OWNER[:15])
-        np.testing.assert_array_equal(found.queries.i2t[rows], i2t)
-        np.testing.assert_array_equal(found.queries.t2i[columns], t2i)
+        queries = Ranks(found.queries.i2t[rows], found.queries.t2i[columns])
+        assert_same(queries, oracle(mean[rows, columns], OWNER[:15]))
 
 
 def test_recorded_matrices_average_as_published():
@@ -75,7 +65,7 @@ def test_recorded_matrices_average_as_published():
     columns = Embedding(np.arange(len(OWNER))[:, None])
     score = mean_score([recorded, recorded])
     found = evaluate((Embedding(a), Embedding(b)), (columns, columns), OWNER, score, tile=7)
-    np.testing.assert_array_equal(found.queries.t2i, oracle((a + b) / 2, OWNER)[1])
+    np.testing.assert_array_equal(found.queries.t2i, oracle((a + b) / 2, OWNER).t2i)
 
 
 def test_the_card_says_so():

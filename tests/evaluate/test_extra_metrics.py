@@ -11,8 +11,16 @@ from data_prep.builder import write_dataset
 from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluate.ensemble import Embedded, combine
 from shnet_jax.evaluate.evaluator import evaluate_embedded
-from shnet_jax.evaluate.extra_metrics import WITHIN, extra_metrics, read_extra_metrics, sibling_captions
-from shnet_jax.evaluate.judgements import coco_number, judgements_folder, read_judgements, read_ratings
+from shnet_jax.evaluate.extra_metrics import (
+    WITHIN,
+    coco_number,
+    extra_metrics,
+    judgements_folder,
+    read_extra_metrics,
+    read_judgements,
+    read_ratings,
+    sibling_captions,
+)
 from shnet_jax.evaluate.metrics import hits
 from shnet_jax.evaluate.protocols import Provenance
 from shnet_jax.models.contract import RetrievalModel

@@ -74,8 +74,6 @@ def encoder(tower, data, stages, microbatches):
         pytest.param("bert", 1, 1, 1, marks=pytest.mark.slow),
         pytest.param("bert", 1, 4, 8, marks=pytest.mark.slow),
         ("bert", 2, 4, 4),
-        pytest.param("bert", 4, 2, 2, marks=pytest.mark.slow),
-        ("transformer", 1, 4, 2),
         pytest.param("transformer", 2, 4, 1, marks=pytest.mark.slow),
         ("clip", 2, 2, 2),
     ],
@@ -94,8 +92,8 @@ def test_every_layer_counts_and_in_its_order():
     tower = variables["params"]["text"]["tower"]
     swapped = tower | {"layer_0": tower["layer_4"], "layer_4": tower["layer_0"]}
     variables = {"params": {"text": variables["params"]["text"] | {"tower": swapped}}}
-    found = encoder("bert", 1, 4, 8)(place_variables(model, variables, mesh(1, 4)), captions())
-    assert np.abs(found.vector - expected).max() > 1e-2
+    swapped_embedding = encoder("bert", 2, 4, 4)(place_variables(model, variables, mesh(2, 4)), captions())
+    assert np.abs(swapped_embedding.vector - expected).max() > 1e-2
 
 
 def test_each_of_several_processes_gets_all_rows(monkeypatch):

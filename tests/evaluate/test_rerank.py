@@ -20,12 +20,13 @@ from shnet_jax.evaluate.pair_scores import (
     score_matrix,
 )
 from shnet_jax.evaluate.person_search import search_persons
+from shnet_jax.evaluate.ranking_methods import caption_candidates, rerank
 from shnet_jax.evaluate.ranks import ranks
-from shnet_jax.evaluate.rerank import caption_candidates, rerank
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
 from tests.evaluate.test_person_search import brute_force
+from tests.evaluate.test_ranks import assert_same
 
 N, T, K, L, D = 21, 50, 3, 6, 4
 
@@ -90,25 +91,7 @@ def test_blocks_and_lists_give_the_score_of_every_pair(devices, tile):
     pairs = np.random.default_rng(4).permutation(N * T)[:77]
     ours = listed_scores(images, texts, pairs // T, pairs % T, made(devices, tile))
     np.testing.assert_allclose(ours, oracle().ravel()[pairs], rtol=1e-5)
-    mine, whole = ranks_of(found, owner, 8, data_mesh(jax.devices()[:1])), exact()
-    np.testing.assert_array_equal(mine.i2t, whole.i2t)
-    np.testing.assert_array_equal(mine.t2i, whole.t2i)
-
-
-def test_the_time_left_is_that_of_the_parts_left(monkeypatch):
-    """What progress counts is what the clock ticks for; else the time left is that of something else."""
-    seen = []
-
-    class Shown(pair_scores.Progress):
-        def update(self, step, clock, **_):
-            seen.append((step, self._total, clock._current.steps))
-
-    monkeypatch.setattr(pair_scores, "Progress", Shown)
-    images, texts, _ = gallery()
-    pairs = np.arange(N * T)
-    listed_scores(images, texts, pairs // T, pairs % T, made())
-    assert len(seen) > 1 and [step for step, _, _ in seen] == [ticks for _, _, ticks in seen]
-    assert seen[-1][0] == seen[-1][1]
+    assert_same(ranks_of(found, owner, 8, data_mesh(jax.devices()[:1])), exact())
 
 
 @functools.cache
@@ -120,10 +103,8 @@ def exact():
 @pytest.mark.parametrize("devices", [1, 2])
 def test_two_stages_with_the_whole_gallery_are_exact(devices):
     staged = rerank(*gallery(), max(N, T), made(devices))
-    found, pairs = staged.ranks, staged.pairs
-    np.testing.assert_array_equal(found.i2t, exact().i2t)
-    np.testing.assert_array_equal(found.t2i, exact().t2i)
-    assert pairs == N * T
+    assert_same(staged.ranks, exact())
+    assert staged.pairs == N * T
 
 
 def test_two_stages_rerank_the_candidates_and_leave_the_others():
@@ -158,18 +139,24 @@ def test_two_stages_rerank_the_candidates_and_leave_the_others():
     np.testing.assert_allclose(again.score, staged.candidates.score, rtol=1e-5)
 
 
-def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
-    images, texts, _ = gallery()
-    folder = open_folder(tmp_path / "scores", {"step": 1})
-    keep, kept = pair_scores.keep, []
+@pytest.fixture
+def kept(monkeypatch):
+    """Files of the blocks that were kept; after the fifth the user stops the run."""
+    keep, files = pair_scores.keep, []
 
     def stopped(path, block):
         keep(path, block)
-        kept.append(path)
-        if len(kept) == 5:
+        files.append(path)
+        if len(files) == 5:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(pair_scores, "keep", stopped)
+    return files
+
+
+def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, kept):
+    images, texts, _ = gallery()
+    folder = open_folder(tmp_path / "scores", {"step": 1})
     with pytest.raises(KeyboardInterrupt):
         score_matrix(images, texts, made(), folder)
     assert len(list(folder.glob("block_*.npy"))) == 5
@@ -181,18 +168,9 @@ def test_a_stopped_run_goes_on_with_its_blocks(tmp_path, monkeypatch):
     assert not list(folder.glob("block_*"))
 
 
-def test_a_stopped_list_goes_on_with_its_pairs(tmp_path, monkeypatch):
+def test_a_stopped_list_goes_on_with_its_pairs(tmp_path, kept):
     images, texts, owner = gallery()
     folder = open_folder(tmp_path / "scores", {"step": 1})
-    keep, kept = pair_scores.keep, []
-
-    def stopped(path, block):
-        keep(path, block)
-        kept.append(path)
-        if len(kept) == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(pair_scores, "keep", stopped)
     with pytest.raises(KeyboardInterrupt):
         rerank(images, texts, owner, 4, made(), folder)
     assert sorted(folder.glob("block_*.npy")) == sorted(kept) and len(kept) == 5

@@ -21,9 +21,11 @@ def oracle(queries, gallery, k):
     return index, np.take_along_axis(scores, index, 1)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize(("n", "q", "k", "tile"), [(37, 5, 4, 3), (37, 21, 37, 2), (3, 1, 10, 512), (64, 9, 7, 4)])
-def test_equals_sorting_whatever_the_ties_sizes_and_tiles(devices, n, q, k, tile):
+@pytest.mark.parametrize(
+    ("n", "q", "k", "tile", "devices"),
+    [(37, 5, 4, 3, 1), (37, 5, 4, 3, 8), (37, 21, 37, 2, 1), (37, 21, 37, 2, 2), (3, 1, 10, 512, 8), (64, 9, 7, 4, 2)],
+)
+def test_equals_sorting_whatever_the_ties_sizes_and_tiles(n, q, k, tile, devices):
     rng = np.random.default_rng([n, q])
     gallery, queries = (rng.integers(-1, 2, (m, 4)).astype(np.float32) for m in (n, q))  # scores -4 .. 4: ties, zeros
     found = top_k(Embedding(queries), Embedding(gallery), k, DOT, tile, data_mesh(jax.devices()[:devices]))
@@ -36,11 +38,10 @@ def test_equal_items_of_real_vectors_keep_their_order_on_any_number_of_devices()
     rng = np.random.default_rng(0)
     gallery = np.tile(rng.normal(size=(11, 24)).astype(np.float32), (7, 1))  # each item 7 times, in many tiles
     queries = rng.normal(size=(6, 24)).astype(np.float32)
-    found = [top_k(Embedding(queries), Embedding(gallery), 9, DOT, 5, data_mesh(jax.devices()[:d])) for d in (1, 2, 8)]
-    for other in found[1:]:
-        np.testing.assert_array_equal(other.index, found[0].index)
-        np.testing.assert_array_equal(other.score, found[0].score)  # bitwise
-    np.testing.assert_array_equal(found[0].index[:, :7], np.arange(0, 77, 11) + found[0].index[:, :1])
+    one, many = (top_k(Embedding(queries), Embedding(gallery), 9, DOT, 5, data_mesh(jax.devices()[:d])) for d in (1, 8))
+    np.testing.assert_array_equal(many.index, one.index)
+    np.testing.assert_array_equal(many.score, one.score)  # bitwise
+    np.testing.assert_array_equal(one.index[:, :7], np.arange(0, 77, 11) + one.index[:, :1])
 
 
 def test_a_score_of_sets_and_its_turned_form():
@@ -57,14 +58,6 @@ def test_a_score_of_sets_and_its_turned_form():
     np.testing.assert_array_equal(by_text.index, np.argsort(-table.T, axis=1, kind="stable")[:, :3])
     np.testing.assert_array_equal(by_image.index, np.argsort(-table, axis=1, kind="stable")[:, :3])
     assert is_dot_product(DOT) and not is_dot_product(score) and transpose_score(score) is transpose_score(score)
-
-
-@pytest.mark.parametrize("tile", [3, 512])
-def test_zeros_of_either_sign_are_a_tie(tile):
-    scores = np.where(np.random.default_rng(0).random((20, 5)) < 0.5, -0.0, 0.0).astype(np.float32)
-    columns = np.arange(5)[:, None]
-    found = top_k(Embedding(columns), Embedding(scores), 4, recorded, tile, data_mesh(jax.devices()[:2]))
-    np.testing.assert_array_equal(found.index, np.tile(np.arange(4), (5, 1)))
 
 
 def test_a_gallery_in_a_file_and_many_queries_at_a_small_tile(tmp_path):
@@ -94,7 +87,7 @@ def both(scores, k, tile, devices=1):
 
 
 @pytest.mark.parametrize(
-    ("n", "t", "k", "tile", "devices"), [(13, 31, 4, 1, 1), (13, 31, 10, 2, 3), (40, 200, 7, 4, 8), (5, 9, 50, 100, 8)]
+    ("n", "t", "k", "tile", "devices"), [(13, 31, 4, 1, 1), (13, 31, 10, 2, 3), (5, 9, 50, 100, 8)]
 )
 @pytest.mark.parametrize("levels", [3, 10**6])
 def test_both_directions_equal_a_stable_sort(n, t, k, tile, devices, levels):
@@ -112,13 +105,10 @@ def test_zeros_of_either_sign_are_a_tie_in_both_directions(tile):
     np.testing.assert_array_equal(top.t2i.index, np.tile(np.arange(4), (40, 1)))
 
 
-def test_scores_of_minus_infinity_come_last_and_are_no_padding():
+def test_scores_of_minus_infinity_tie_come_last_and_are_no_padding():
     scores = np.full((5, 9), -np.inf, np.float32)
     scores[:, 6] = 1.0
     np.testing.assert_array_equal(both(scores, 3, 1, 2).i2t.index, np.tile([6, 0, 1], (5, 1)))
-
-
-def test_scores_of_minus_infinity_tie_in_a_search_too():
     scores = np.full((9, 2), -np.inf, np.float32)
     scores[6, 0] = 1.0
     best = top_k(Embedding(np.arange(2)[:, None]), Embedding(scores), 3, recorded, 1, data_mesh(jax.devices()[:2]))

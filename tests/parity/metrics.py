@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shnet_jax.evaluate.ensemble import mean_score
-from shnet_jax.evaluate.extra_metrics import sibling_captions, top_within
-from shnet_jax.evaluate.judgements import CXC_POSITIVE
+from shnet_jax.evaluate.extra_metrics import CXC_POSITIVE, sibling_captions, top_within
 from shnet_jax.evaluate.metrics import CUTS, DIRECTIONS, Metrics, hits, recall_at, recalls, relevant
 from shnet_jax.evaluate.protocols import evaluate
 from shnet_jax.evaluate.ranks import Ranks, ranks
