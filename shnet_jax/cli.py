@@ -50,6 +50,7 @@ MODES = {
         "shnet_jax.modes.evaluate:evaluate",
         "evaluate a checkpoint, or an ensemble",
         "--workdir=runs/one --config.eval.split=test",
+        own_flags=("card",),
     ),
     "study": Mode(
         "shnet_jax.modes.study:study",
@@ -117,6 +118,7 @@ flags.DEFINE_string("query", "", "Words that search looks for.")
 flags.DEFINE_string("query_file", "", "File of queries, one a line.")
 flags.DEFINE_string("image_id", "", "Image of the split, to search for its captions and images like it.")
 flags.DEFINE_integer("top_k", 10, "Results of search for each query.")
+flags.DEFINE_bool("card", False, "Whether eval prints the protocol cards too, which its files always have.")
 flags.DEFINE_string("host", "127.0.0.1", "Address that serve listens at; the default is for this machine alone.")
 flags.DEFINE_integer("port", 8765, "Port of serve; 0: a free one.")
 DISTRIBUTED = flags.DEFINE_bool(

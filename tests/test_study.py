@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 
 import numpy as np
@@ -181,9 +182,7 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
         (narrow, 4, 2),
         (wide, 3, 2),
         ("interrupted", 0, 0),
-        (narrow, 3, 0),
-        (narrow, 4, 0),
-        (wide, 3, 0),
+        (wide, 3, 0),  # trained and not evaluated yet
         (wide, 4, 2),
     ]
     assert [(arm, run.seed) for arm, found in runs.items() for run in found] == [
@@ -207,5 +206,14 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     narrow = [run.results.metrics["rsum"] for run in runs["narrow"]]
     assert gap["estimate"] == pytest.approx(statistics.mean(rsums) - statistics.mean(narrow))
     assert "wide - narrow" in text and f"[{gap['low']:.1f}, {gap['high']:.1f}]" in text
+    count = len(trained)
     again = study(configuration(only=("wide",)), tmp_path)
-    assert list(again) == ["wide"] and [run.results.metrics["rsum"] for run in again["wide"]] == rsums
+    for before, after in zip(runs["wide"], again["wide"], strict=True):
+        assert json.dumps(module._as_dict(before)) == json.dumps(module._as_dict(after))
+        np.testing.assert_array_equal(before.results.queries.t2i, after.results.queries.t2i)
+    assert list(again) == ["wide"] and len(trained) == count  # at once
+    other = study(configuration(only=("wide",), eval__split="val"), tmp_path)["wide"]
+    assert [run.results.card["split"] for run in other] == ["val", "val"] and len(trained) == count + 2
+    shutil.rmtree(tmp_path / "wide" / "seed_3" / "checkpoints")
+    study(configuration(only=("wide",), eval__split="val"), tmp_path)
+    assert [entry[:2] for entry in trained[count + 2 :]] == [(wide, 3)]

@@ -31,6 +31,9 @@ _INFO, _FEATURES = "dataset_info.json", "features.json"
 # Read when a set is opened, and compared with their checksums: damage need not be a fault in form.
 _SMALL = (_INFO, _FEATURES, "metadata.json")
 
+RENDERED = ("scenes", "people")
+"""Data sets that data_prep renders itself."""
+
 log = logging.getLogger(__name__)
 
 
@@ -48,7 +51,7 @@ def find_dataset(directory: str | Path) -> Path:
     """
     root = to_path(directory)
     if not root.is_dir():
-        raise FileNotFoundError(f"data set folder {str(root)!r}: no such folder")
+        raise FileNotFoundError(f"data set folder {str(root)!r}: no such folder{_how_to_make(root)}")
     if (root / _INFO).is_file():
         return root
     for pattern in ("*", "*/*"):
@@ -64,8 +67,15 @@ def find_dataset(directory: str | Path) -> Path:
     entries = sorted(path.name for path in root.iterdir())
     raise FileNotFoundError(
         f"data set folder {str(root)!r}: no data set ({_INFO}) here or up to two folders below; "
-        f"found {', '.join(entries[:20]) or 'nothing'}"
+        f"found {', '.join(entries[:20]) or 'nothing'}{_how_to_make(root)}"
     )
+
+
+def _how_to_make(folder: Path) -> str:
+    """The command that makes a data set that is not there: by its name a rendered one, else by an import."""
+    if folder.name in RENDERED:
+        return f"; make it: shnet data {folder.name} --out={folder.parent}"
+    return "; make it: shnet data FOLDER says how features and captions there are imported"
 
 
 @dataclass(frozen=True)

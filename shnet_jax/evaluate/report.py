@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shnet_jax.evaluate.bootstrap import NAMES, Interval
-from shnet_jax.evaluate.metrics import CUTS, DIRECTIONS, Metrics
+from shnet_jax.evaluate.metrics import CUTS, DIRECTIONS, Metrics, QueryRanks
 from shnet_jax.evaluate.protocols import Results
 from shnet_jax.observe.table import Table
 
@@ -29,6 +29,13 @@ def as_dict(results: Results) -> dict[str, Any]:
     """All numbers and the card; not the ranks of single queries, which `bootstrap.save_queries` keeps."""
     fields = dataclasses.asdict(dataclasses.replace(results, queries=None))
     return {name: value for name, value in fields.items() if name != "queries"}
+
+
+def from_dict(fields: Mapping[str, Any], queries: QueryRanks | None = None) -> Results:
+    """The results that `as_dict` gave, with the ranks of single queries. Raises TypeError or KeyError for others."""
+    intervals = {name: Interval(**interval) for name, interval in fields["intervals"].items()}
+    known = {name: fields[name] for name in ("metrics", "chance", "card", "extra")}
+    return Results(**known, folds=tuple(fields["folds"]), queries=queries, intervals=intervals)
 
 
 def to_json(arms: Mapping[str, Results], differences: Mapping[str, Mapping[str, Interval]] | None = None) -> str:

@@ -32,16 +32,16 @@ EVALUATION_LOCK = ".lock_evaluation"
 SCORES = "scores"  # in a work folder: blocks of a long ranking that is not finished
 
 
-def evaluate(config: ConfigDict, workdir: str | Path) -> None:
+def evaluate(config: ConfigDict, workdir: str | Path, card: bool = False) -> None:
     """Evaluates a checkpoint, or those of config.eval.ensemble one by one and together.
 
-    Prints tables and card and writes them to results_<data set>_<split>_<protocols>_<checkpoint>.md, .html and .json in
-    `workdir`, and the ranks of all queries to queries_<...>.npz, for config.eval.compare. A data set with the vectors
-    of a pretrained dual encoder (`zero_shot`) gets a row for that too. One evaluation at a time writes to a folder,
-    beside training that may go on there; another one gets FolderInUse.
+    Prints tables, and the protocol cards with `card`. Writes both to results_<data set>_<split>_<protocols>_
+    <checkpoint>.md, .html and .json in `workdir`, and the ranks of all queries to queries_<...>.npz, for
+    config.eval.compare. A data set with the vectors of a pretrained dual encoder (`zero_shot`) gets a row for that too.
+    One evaluation at a time writes to a folder, beside training that may go on there; another one gets FolderInUse.
     """
     with sole_job(Path(workdir), EVALUATION_LOCK):
-        _evaluate(config, Path(workdir))
+        _evaluate(config, Path(workdir), card)
 
 
 def evaluate_checkpoint(config: ConfigDict, workdir: str | Path) -> Results:
@@ -94,7 +94,7 @@ def _embed(evaluator: Evaluator, loaded: Loaded) -> Embedded:
     return evaluator.embed(loaded.variables, loaded.step, loaded.selected_on)
 
 
-def _evaluate(config: ConfigDict, workdir: Path) -> None:
+def _evaluate(config: ConfigDict, workdir: Path, card: bool) -> None:
     evaluation = config.eval
     mesh = make_mesh(config.parallel.devices)
     other = load_queries(Path(evaluation.compare)) if evaluation.compare else None
@@ -113,7 +113,7 @@ def _evaluate(config: ConfigDict, workdir: Path) -> None:
         gaps[f"{name} - {evaluation.compare}"] = recall_intervals([queries], [other])
     save_queries(workdir / f"queries_{_stem(config, dataset)}.npz", queries)
     cards = {f"{name}, {protocol}": results.card for protocol, results in last.items()}
-    _write(config, workdir, dataset, arms, gaps, cards)
+    _write(config, workdir, dataset, arms, gaps, cards, card)
     remove_folder(workdir / SCORES)
 
 
@@ -133,8 +133,9 @@ def _write(
     arms: Mapping[str, Results],
     gaps: Mapping[str, Mapping[str, Interval]],
     cards: Mapping[str, dict[str, str | int]],
+    print_cards: bool,
 ) -> None:
-    """Prints tables and cards, and writes them as Markdown, HTML and JSON."""
+    """Writes tables and cards as Markdown, HTML and JSON; prints tables, and cards if wanted, and the files' names."""
     evaluation, stem = config.eval, _stem(config, dataset)
     tables = [
         table(arms),
@@ -144,12 +145,13 @@ def _write(
     ]
     shown = [one for one in tables if one is not None]
     card_tables = [card_table(card, name) for name, card in cards.items()]
-    text = "\n".join(map(str, [*shown, *card_tables]))
     title = f"{config.name} on {dataset.path.parent.name}, {evaluation.split}"
     write_text(workdir / f"results_{stem}.json", to_json(arms, gaps))
-    write_text(workdir / f"results_{stem}.md", text)
+    write_text(workdir / f"results_{stem}.md", "\n".join(map(str, [*shown, *card_tables])))
     write_text(workdir / f"results_{stem}.html", results_page(title, shown, card_tables))
-    print(text)
+    print("\n".join(map(str, [*shown, *(card_tables if print_cards else [])])))
+    print(f"{workdir / f'results_{stem}'}.html, .md and .json have these tables and the protocol cards")
+    print(f"{workdir / f'queries_{stem}.npz'} has the ranks, for --config.eval.compare of another run")
 
 
 def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded], DataSet, ExtraMetrics]:

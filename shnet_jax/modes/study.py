@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.bootstrap import NAMES, Interval, recall_intervals
+from shnet_jax.data.checksums import CHECKSUMS
+from shnet_jax.data.records import find_dataset
+from shnet_jax.evaluate.bootstrap import NAMES, Interval, load_queries, recall_intervals, save_queries
 from shnet_jax.evaluate.metrics import Metrics, QueryRanks
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.report import PERSON, as_dict, card_table, interval_table, intervals_as_dict
+from shnet_jax.evaluate.report import PERSON, as_dict, card_table, from_dict, interval_table, intervals_as_dict
 from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.experiment import assemble
 from shnet_jax.modes.evaluate import TWO_STAGE_ENSEMBLE, evaluate_checkpoint, evaluate_loaded, evaluate_zero_shot
@@ -25,6 +28,8 @@ from shnet_jax.train.load import load_any
 from shnet_jax.train.loop import train_and_evaluate
 from shnet_jax.train.setup import setup_training
 
+FINISHED, QUERIES = "study_run.json", "study_queries.npz"
+"""Files of a finished run: its configuration and results, and the ranks of its queries."""
 DIFFERENCE = " - "
 """Separator between the names of a pair of config.study.compare."""
 HEADINGS = ("image to text R@1", "R@5", "R@10", "text to image R@1", "R@5", "R@10", "rSum")
@@ -155,13 +160,52 @@ def arm_config(config: ConfigDict, arm: str, seed: int) -> ConfigDict:
     return changed
 
 
+TOOLS = ("convert", "cross", "page", "plan", "scale", "search", "study")
+"""Sections of a configuration that no result of a run depends on."""
+
+
+def _finished(config: ConfigDict, workdir: Path) -> Run | None:
+    """The finished run in `workdir`, from the files that `_keep` wrote; None where it is to be trained or evaluated.
+
+    That is so for another configuration, without its checkpoint, and for a data set that has changed.
+    """
+    path = workdir / FINISHED
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        queries = load_queries(workdir / QUERIES)
+        run = Run(**document["run"] | {"results": from_dict(document["run"]["results"], queries)})
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
+    kept, now = workdir / CHECKSUMS, find_dataset(config.data.dir) / CHECKSUMS
+    same_data = not kept.exists() or not now.exists() or kept.read_bytes() == now.read_bytes()
+    checkpoint = workdir / "checkpoints" / str(run.results.card["checkpoint_step"])
+    return run if document["config"] == _identity(config) and same_data and checkpoint.is_dir() else None
+
+
+def _keep(run: Run, config: ConfigDict, workdir: Path) -> None:
+    """Writes what `_finished` reads; the file that says so comes last."""
+    assert run.results.queries is not None  # an evaluation has them
+    save_queries(workdir / QUERIES, run.results.queries)
+    write_json(workdir / FINISHED, {"config": _identity(config), "run": _as_dict(run)})
+
+
+def _identity(config: ConfigDict) -> dict[str, Any]:
+    """A configuration as JSON values, without TOOLS."""
+    return json.loads(json.dumps({name: value for name, value in config.to_dict().items() if name not in TOOLS}))
+
+
 def _run(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:
     changed = arm_config(config, arm, seed)
     print(f"\n{changed.name}, seed {seed}: {workdir}", flush=True)
+    if (finished := _finished(changed, workdir)) is not None:
+        print(f"finished before: rSum {finished.results.metrics['rsum']:.1f}", flush=True)
+        return finished
     train_and_evaluate(changed, workdir)
     results = evaluate_checkpoint(changed, workdir)
     timing = [line["timing"] for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "train"][-1]
-    return Run(seed, results, timing["seconds"] / 60, timing["examples"] / timing["seconds"])
+    run = Run(seed, results, timing["seconds"] / 60, timing["examples"] / timing["seconds"])
+    _keep(run, changed, workdir)
+    return run
 
 
 def table(runs: Mapping[str, list[Run]], pretrained: Results | None = None) -> Table:

@@ -78,7 +78,10 @@ class Utilisation:
         """
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[1:]))
         if shapes not in self._known:
+            log.info("compiling the training step")
+            start = time.perf_counter()
             self._known[shapes] = step_flops(self._step.lower(*arguments).compile())
+            log.info("compiled in %.1f s", time.perf_counter() - start)
         flops = self._known[shapes]
         self._total = None if flops is None or self._total is None else self._total + flops * self._devices
 

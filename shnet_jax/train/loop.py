@@ -20,6 +20,7 @@ from shnet_jax.evaluate.protocols import Results
 from shnet_jax.evaluate.report import one_line
 from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.observe import cost
+from shnet_jax.observe.banner import parameter_count
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.curves import write_curves
 from shnet_jax.observe.progress import Progress
@@ -35,6 +36,8 @@ from shnet_jax.train.workdir import claimed, with_dtypes
 
 log = logging.getLogger(__name__)
 
+FIRST_LINE = 10
+"""Step of the first log line, beside those of config.train.log_steps: a run shows early whether it learns."""
 STOP_STEPS = 10
 """Steps after which several processes ask each other whether one of them was told to stop."""
 
@@ -102,6 +105,9 @@ class Training:
     def run(self) -> Results:
         """Trains to the end and returns the last validation result."""
         intervals, total = self.setup.intervals, self.setup.total_steps
+        length, first = f"{total} steps of {self.config.train.batch_size} pairs", self.first + 1
+        parameters = parameter_count(self.setup.like.params["model"])
+        self.progress.message(f"{parameters} parameters, {length}; first step {first}")
         results: Results | None = None
         # However the loop ends, a checkpoint under way is completed, unless one process of several fails alone.
         alone = hosts.ending_together(NonFiniteLoss)
@@ -116,7 +122,7 @@ class Training:
             for step in range(self.first + 1, total + 1):
                 self.start_step(step)
                 stop = _stop_signal(signals, step)
-                logs = step % intervals.log == 0 or step == total
+                logs = step % intervals.log == 0 or step in (FIRST_LINE, total)
                 evaluates = step % intervals.evaluate == 0 or step == total
                 saves = step % intervals.save == 0 or stop is not None
                 if logs or evaluates or saves:
