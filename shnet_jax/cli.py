@@ -247,28 +247,30 @@ def _joined(argv: Sequence[str]) -> list[str]:
 def _with_config(argv: list[str]) -> list[str]:
     """The command line with the file of a bundled configuration, or of the run in --workdir where it names none.
 
-    Raises ValueError when there is neither, before any other flag is read.
+    It comes first, as ml_collections knows the fields only after it. Raises ValueError when there is no configuration.
     """
     given = {argument.partition("=")[0].lstrip("-"): argument.partition("=")[2] for argument in argv[1:]}
     name = given.get("mode", MODE.default)
+    rest = [argument for argument in argv[1:] if not re.match("--?config=", argument)]
     if "config" in given:
         path = bundled.config_path(given["config"])
         if ":" in path:
-            bundled.get_config(given["config"])  # an unknown variant is told of here, as ml_collections adds its stack
-        return [f"--config={path}" if re.match("--?config=", argument) else argument for argument in argv]
-    if not given.get("workdir") or name not in MODES:
+            bundled.get_config(given["config"])  # an unknown variant is told of here: ml_collections adds its stack
+    elif given.get("config.convert.source"):  # its file or folder says what the model is
+        path = bundled.config_path("base")
+    elif not given.get("workdir") or name not in MODES:
         return argv  # absl, or the caller, says what is missing
-    if given.get("config.convert.source"):  # its file or folder says what the model is
-        return [*argv, f"--config={bundled.config_path('base')}"]
-    if MODES[name].configured:
+    elif MODES[name].configured:
         raise ValueError(f"--config is missing: a bundled name or a file, as in: shnet {name} {MODES[name].example}")
-    # An evaluation of several runs has a folder of its own for results, and is configured as the first of them.
-    several = given.get("config.eval.ensemble") or given.get("config.cross.runs")
-    workdir = re.findall(r"[^\s,()\[\]'\"]+", several)[0] if several else given["workdir"]
-    from shnet_jax import stored_config
+    else:
+        from shnet_jax import stored_config
 
-    stored_config.get_config(workdir)  # a folder without a run is told of here, as ml_collections adds its stack
-    return [*argv, f"--config={stored_config.__file__}:{workdir}"]
+        # An evaluation of several runs has a folder of its own for results, and is configured as the first of them.
+        several = given.get("config.eval.ensemble") or given.get("config.cross.runs")
+        workdir = re.findall(r"[^\s,()\[\]'\"]+", several)[0] if several else given["workdir"]
+        stored_config.get_config(workdir)  # a folder without a run is told of here
+        path = f"{stored_config.__file__}:{workdir}"
+    return [argv[0], f"--config={path}", *rest]
 
 
 def _with_paths(argument: str) -> str:
