@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "experiment": {"models", "data", "interop", "observe"},  # the parts of a run, put together from its configuration
     "evaluate": {"models", "data", "parallel", "observe", "experiment"},
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluate"},
-    "train": {"models", "losses", "data", "parallel", "observe", "experiment", "evaluate"},
+    "train": {"models", "losses", "data", "parallel", "observe", "interop", "experiment", "evaluate"},
 }
 COMMON = {"types", "registry", "untrusted", "paths", "bundled", "durations"}
 # What a command line calls: may import every part, no part may import it.
