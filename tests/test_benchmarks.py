@@ -34,13 +34,13 @@ def test_a_run_writes_what_is_documented(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(losses, "_with_devices", lambda sizes: losses.measure(sizes, losses.SEVERAL_DEVICES, 4))
     out = tmp_path / "new" / "results.json"
     assert runner.main(["--only=pool,losses", "--quick", f"--out={out}"]) == 0
-    found = json.loads(out.read_text(encoding="utf-8"))
-    assert set(found) == {"machine", "quick", "seconds", "rows"} and found["quick"] is True
-    assert set(found["seconds"]) == {"pool", "losses"}
-    for name in [*found, *found["machine"], *found["rows"][0]]:
+    actual = json.loads(out.read_text(encoding="utf-8"))
+    assert set(actual) == {"machine", "quick", "seconds", "rows"} and actual["quick"] is True
+    assert set(actual["seconds"]) == {"pool", "losses"}
+    for name in [*actual, *actual["machine"], *actual["rows"][0]]:
         assert f"`{name}`" in DOCUMENTED, name
-    assert len(found["rows"]) == 4 + 2
-    for row in found["rows"]:
+    assert len(actual["rows"]) == 4 + 2
+    for row in actual["rows"]:
         assert set(row) == {field.name for field in dataclasses.fields(Row)}
         speed, reference = (row[f"{of}work"] / row[f"{of}seconds"] for of in ("", "reference_"))
         assert row["ratio"] == pytest.approx(speed / reference) and row["ratio"] > 0
@@ -63,10 +63,10 @@ def test_ranks_are_those_of_the_product(monkeypatch):
     (row,) = ranking.run(sizes)
     assert row.ratio > 0
     calls, owner = ranking.contenders(sizes), ranking.owners(sizes)
-    found, scores = calls["ranks"](), calls["product"]()
+    actual, scores = calls["ranks"](), calls["product"]()
     for query, wrong in (
-        ("image 2", dataclasses.replace(found, i2t=found.i2t + (np.arange(6) == 2))),
-        ("caption 7", dataclasses.replace(found, t2i=found.t2i + (np.arange(18) == 7))),
+        ("image 2", dataclasses.replace(actual, i2t=actual.i2t + (np.arange(6) == 2))),
+        ("caption 7", dataclasses.replace(actual, t2i=actual.t2i + (np.arange(18) == 7))),
     ):
         with pytest.raises(RuntimeError, match=rf"{query} has rank \d+; by NumPy's scores \d+, or up to 0 more"):
             ranking.check_ranks(wrong, scores, owner)
@@ -88,8 +88,8 @@ def test_a_benchmark_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
     lost, measured = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert lost["benchmark"] == "pool" and lost["ratio"] is None and "RESOURCE_EXHAUSTED" in lost["note"]
     assert measured["ratio"] == 2
-    said = capsys.readouterr()
-    assert "| pool | did not run to its end |" in said.out and "failed: pool" in said.err
+    output = capsys.readouterr()
+    assert "| pool | did not run to its end |" in output.out and "failed: pool" in output.err
 
 
 @pytest.mark.slow
@@ -238,15 +238,15 @@ def test_memory_of_a_process_over_its_life(tmp_path, monkeypatch):
     looked, most = [], 60 * 2**20
 
     def bytes_of(process, entry="VmRSS"):
-        found = resident_bytes_of(process, entry)
+        actual = resident_bytes_of(process, entry)
         if entry == "VmRSS":
-            looked.append(found)
+            looked.append(actual)
             held = max(looked) > most
-            if held and (tmp_path / "held").exists() and found < most:
+            if held and (tmp_path / "held").exists() and actual < most:
                 (tmp_path / "given back").touch()
             elif held:
                 (tmp_path / "held").touch()
-        return found
+        return actual
 
     resident_bytes_of = resident.bytes_of
     monkeypatch.setattr(resident, "bytes_of", bytes_of)

@@ -63,8 +63,8 @@ def test_candidates_alone_are_written_beside_the_exact_results(workdir):
     evaluate(toy(), workdir)
     exact = (workdir / "results_tiny_test_whole_best.json").read_bytes()
     evaluate(toy(eval__two_stage=3, eval__exact=False), workdir)
-    found = json.loads((workdir / "results_tiny_test_whole_best_two_stage_3.json").read_text("utf-8"))
-    assert all("exact" not in name for name in found["arms"])
+    actual = json.loads((workdir / "results_tiny_test_whole_best_two_stage_3.json").read_text("utf-8"))
+    assert all("exact" not in name for name in actual["arms"])
     assert (workdir / "queries_tiny_test_whole_best_two_stage_3.npz").is_file()
     assert (workdir / "results_tiny_test_whole_best.json").read_bytes() == exact
 

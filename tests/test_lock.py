@@ -19,7 +19,7 @@ PIN = re.compile(
 
 
 def pins(path: Path) -> list[Requirement]:
-    return [Requirement(found["pin"]) for found in PIN.finditer(path.read_text("utf-8"))]
+    return [Requirement(actual["pin"]) for actual in PIN.finditer(path.read_text("utf-8"))]
 
 
 def of_setup(name: str):

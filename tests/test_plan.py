@@ -150,8 +150,8 @@ def test_what_stays_on_the_devices_while_evaluating(split, resident, monkeypatch
     features = config.plan.images * 4 * (16 * 2 + 1)  # regions in float16 and their mask
     expected = 4 * model / (4 if split else 1) + resident * features
     assert programs.stays_while_evaluating(run, mesh) == pytest.approx(expected, rel=0.05)  # vectors stay whole
-    found = programs.compile_program(lambda: jax.jit(lambda x: x @ x).lower(np.ones((8, 8))), 8, 1500.0, beside=1000.0)
-    assert found.needed == found.memory.peak + 1000 and found.fits is (found.needed <= 1500)
+    actual = programs.compile_program(lambda: jax.jit(lambda x: x @ x).lower(np.ones((8, 8))), 8, 1500.0, beside=1000.0)
+    assert actual.needed == actual.memory.peak + 1000 and actual.fits is (actual.needed <= 1500)
 
 
 @pytest.mark.parametrize("target", ["", "tpu", "tpu:v5e", "tpu:v3:2x2", "gpu:0", "cpu:many", "tpu:v5e:4x4:2"])
@@ -336,9 +336,9 @@ def test_largest_batch(start, unit, limit, most, expected):
     tried = []
     compiled = fake(limit, tried)
     first = compiled(start)
-    found = search.largest_batch(compiled, first, unit, most)
-    assert found == expected
-    assert found <= limit and len(set(tried)) == len(tried) and all(pairs % unit == 0 for pairs in tried)
+    actual = search.largest_batch(compiled, first, unit, most)
+    assert actual == expected
+    assert actual <= limit and len(set(tried)) == len(tried) and all(pairs % unit == 0 for pairs in tried)
 
 
 def test_fitting_microbatch():

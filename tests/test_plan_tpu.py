@@ -68,8 +68,8 @@ def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
     ranking = report["rankings"]["exact"]
     assert ranking["fits"] and ranking["bytes_per_device"] > 0 and ranking["work"]["collectives"]["all-reduce"] > 0
     assert ranking["work"]["flops"] >= 2 * 500 * 2500 * 256 / 8
-    said = capsys.readouterr().out
-    assert all(line in said for line in ("\nall-reduce ", "\nall-gather ", "\npeak ", "ranking, exact: 500 images"))
+    output = capsys.readouterr().out
+    assert all(line in output for line in ("\nall-reduce ", "\nall-gather ", "\npeak ", "ranking, exact: 500 images"))
 
 
 @needs_libtpu

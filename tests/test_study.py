@@ -69,11 +69,11 @@ def test_differences_are_of_the_seeds_that_both_arms_have():
         return Run(seed, results(0, QueryRanks(np.full(50, rank), np.full(100, 9), owner)), 1.0, None)
 
     runs = {"ours": [run(0, 0), run(1, 4)], "none": [run(1, 20), run(0, 7)], "new": [run(5, 0)]}
-    found = differences(runs, ("ours - none", "new - none"))
-    assert list(found) == ["ours - none"]  # a seed that the other does not have is not compared
+    actual = differences(runs, ("ours - none", "new - none"))
+    assert list(actual) == ["ours - none"]  # a seed that the other does not have is not compared
     # Both of our seeds are among the first 5, one at rank 0; of the others one is among the first 10.
-    assert [found["ours - none"][f"i2t_r{k}"].estimate for k in (1, 5, 10)] == [50.0, 100.0, 50.0]
-    assert found["ours - none"]["t2i_r10"] == Interval(0.0, 0.0, 0.0)
+    assert [actual["ours - none"][f"i2t_r{k}"].estimate for k in (1, 5, 10)] == [50.0, 100.0, 50.0]
+    assert actual["ours - none"]["t2i_r10"] == Interval(0.0, 0.0, 0.0)
 
 
 def test_rows_that_were_not_trained_have_no_speed():
@@ -165,11 +165,11 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
 
     def counted(config, workdir):
         before = len(tiny.lines(workdir)) if (workdir / "metrics.jsonl").exists() else 0
-        found = real(config, workdir)
+        actual = real(config, workdir)
         trained.append((config.name, config.seed, len(tiny.lines(workdir)) - before))
         if len(trained) == 3:
             raise KeyboardInterrupt
-        return found
+        return actual
 
     monkeypatch.setattr(module, "train_and_evaluate", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -185,7 +185,7 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
         (wide, 3, 0),  # trained and not evaluated yet
         (wide, 4, 2),
     ]
-    assert [(arm, run.seed) for arm, found in runs.items() for run in found] == [
+    assert [(arm, run.seed) for arm, actual in runs.items() for run in actual] == [
         ("narrow", 3),
         ("narrow", 4),
         ("wide", 3),

@@ -75,7 +75,8 @@ def load_published(config: ConfigDict, path: str | Path) -> Model:
     settle_dtypes(config)
     published = open_published(path)
     known = published.fields()
-    flat = {field: value for field, value in _flat(config.to_dict()).items() if field in known}
+    flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    flat = {field: value for field, value in flat.items() if field in known}
     if strange := sorted(known.keys() - flat.keys()):
         raise ValueError(f"{path} needs fields that --config does not have, {', '.join(strange)}: give its own model's")
     # As the type that the field has, since options are often whole numbers where ours are not.
@@ -157,14 +158,6 @@ def write_folder(folder: Path, model: Model) -> None:
         adopt(temporary, model.config)
         write_weights(temporary / WEIGHTS, model.variables, model.step)
         temporary.rename(folder)
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every field of a configuration by its dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in section.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def _check_vocabulary(config: ConfigDict, path: str | Path) -> None:

@@ -33,8 +33,8 @@ def test_interval(time):
     time.now += 50  # before the clock runs
     with clock:
         steps(clock, time, count=4, seconds=2.0, wait=0.5)
-        found = clock.interval(steps_left=10)
-        assert found == {
+        actual = clock.interval(steps_left=10)
+        assert actual == {
             "seconds": 8.0,
             "examples": 32,
             "examples_per_second": 4.0,
@@ -42,9 +42,9 @@ def test_interval(time):
             "eta_seconds": 20.0,
         }
         steps(clock, time, count=2, seconds=1.0, wait=0.0)
-        found = clock.interval(steps_left=8)
-    assert (found["seconds"], found["examples"]) == (10.0, 48)
-    assert (found["examples_per_second"], found["data_wait"], found["eta_seconds"]) == (8.0, 0.0, 8.0)
+        actual = clock.interval(steps_left=8)
+    assert (actual["seconds"], actual["examples"]) == (10.0, 48)
+    assert (actual["examples_per_second"], actual["data_wait"], actual["eta_seconds"]) == (8.0, 0.0, 8.0)
 
 
 def test_pauses_do_not_count(time):
@@ -68,9 +68,9 @@ def test_resumes_from_a_checkpoint(time):
     second = Clock(saved, now=time)
     with second:
         steps(second, time, count=2, seconds=1.0, wait=0.0)
-        found = second.interval(0)
-    assert (found["seconds"], found["examples"]) == (10.0, 48)
-    assert found["examples_per_second"] == 8.0  # of this piece alone
+        actual = second.interval(0)
+    assert (actual["seconds"], actual["examples"]) == (10.0, 48)
+    assert actual["examples_per_second"] == 8.0  # of this piece alone
 
 
 def test_speed_joins_the_last_interval_with_the_current_one(time):

@@ -92,8 +92,8 @@ def test_utilisation(monkeypatch, how):
         utilisation.count(w, batch)
         run(w, batch)
     products = 2 * (16 + 32 + 16) * 64 * 64
-    found = utilisation.report(clock)
-    assert products <= found["flops_per_second"] * 0.5 < 1.1 * products
-    assert found["utilisation"] == found["flops_per_second"] / 1e6
+    actual = utilisation.report(clock)
+    assert products <= actual["flops_per_second"] * 0.5 < 1.1 * products
+    assert actual["utilisation"] == actual["flops_per_second"] / 1e6
     assert len(compiles) == 2  # one for each length, shared by the count and the step
     assert utilisation.report(clock) == {}  # nothing since

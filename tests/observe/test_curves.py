@@ -34,10 +34,10 @@ def test_curves(tmp_path, drawn):
     writer.close()
     assert curves.write_curves(tmp_path).read_bytes().startswith(b"\x89PNG")
     loss, rate, recall = drawn[0].axes
-    found = {line.get_label(): list(line.get_xydata().tolist()) for axes in drawn[0].axes for line in axes.lines}
-    assert found["total"] == [[1, 3.0], [2, 6.0], [3, 9.0]]
-    assert found["lr"] == [[1, 0.1], [2, 0.05], [3, 0.1 / 3]]
-    assert found["text to image, R@5"] == [[3, 50.0]]
+    actual = {line.get_label(): list(line.get_xydata().tolist()) for axes in drawn[0].axes for line in axes.lines}
+    assert actual["total"] == [[1, 3.0], [2, 6.0], [3, 9.0]]
+    assert actual["lr"] == [[1, 0.1], [2, 0.05], [3, 0.1 / 3]]
+    assert actual["text to image, R@5"] == [[3, 50.0]]
     assert [len(axes.lines) for axes in (loss, rate, recall)] == [3, 1, 6]
     assert "320.0" in recall.get_title()
     assert drawn[0].get_suptitle() == curves.run_name(tmp_path) == f"{tmp_path.parent.name}/{tmp_path.name}"

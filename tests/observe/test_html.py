@@ -6,8 +6,10 @@ from shnet_jax.observe import charts, html
 
 
 def test_html_escapes_text_and_attributes():
-    found = html.tag("p", "<b>&", html.tag("i", "x"), None, title='"><', class_="a", data_n=0.5, hidden=True, lang=None)
-    assert found == '<p title="&quot;&gt;&lt;" class="a" data-n="0.5" hidden>&lt;b&gt;&amp;<i>x</i></p>'
+    actual = html.tag(
+        "p", "<b>&", html.tag("i", "x"), None, title='"><', class_="a", data_n=0.5, hidden=True, lang=None
+    )
+    assert actual == '<p title="&quot;&gt;&lt;" class="a" data-n="0.5" hidden>&lt;b&gt;&amp;<i>x</i></p>'
     assert html.render(["a", ["<", None]]) == "a&lt;"
 
 

@@ -24,14 +24,14 @@ def path(tmp_path_factory):
     """Two rows, one of which has a name that would be a program if it were not escaped."""
     rng = np.random.default_rng(0)
     sides = [Embedding(rng.normal(size=(n, 4)).astype(np.float32)) for n in (20, 40)]
-    found = evaluate(
+    actual = evaluate(
         *sides, np.arange(40) // 2, RetrievalModel.score, provenance=Provenance(dataset=EVIL, split="test")
     )
-    arms = {f"two-stage 50, {EVIL}": found, " ".join(HOSTILE): found}
-    assert found.queries is not None
-    intervals = interval_table({name: recall_intervals([found.queries]) for name in arms})
+    arms = {f"two-stage 50, {EVIL}": actual, " ".join(HOSTILE): actual}
+    assert actual.queries is not None
+    intervals = interval_table({name: recall_intervals([actual.queries]) for name in arms})
     path = tmp_path_factory.mktemp("results") / "results.html"
-    cards = [card_table(found.card, name) for name in arms]
+    cards = [card_table(actual.card, name) for name in arms]
     path.write_text(results_page(f"Results of {EVIL}", [table(arms), intervals], cards), "utf-8")
     return path
 

@@ -37,26 +37,26 @@ def alone(fn, *shapes):
 
 
 def test_sum_over_devices():
-    found = work_on(lambda x: psum(x, DATA), (8, 96), specs=P(DATA), out=P())
-    assert found.collectives == {"all-reduce": 96 * FLOAT}
+    actual = work_on(lambda x: psum(x, DATA), (8, 96), specs=P(DATA), out=P())
+    assert actual.collectives == {"all-reduce": 96 * FLOAT}
 
 
 def test_gather_and_scatter():
-    found = work_on(lambda x: all_gather(x, DATA), (16, 32), specs=P(DATA), out=P())
-    assert found.collectives == {"all-gather": 16 * 32 * FLOAT}
-    found = work_on(lambda x: sum_scatter(x, DATA), (16, 32), specs=P(), out=P(DATA))
-    assert found.collectives == {"reduce-scatter": 16 * 32 * FLOAT}
-    found = work_on(lambda x: lax.all_to_all(x, DATA, 1, 0, tiled=True), (16, 32), specs=P(DATA), out=P(DATA))
-    assert found.collectives == {"all-to-all": 2 * 32 * FLOAT}
+    actual = work_on(lambda x: all_gather(x, DATA), (16, 32), specs=P(DATA), out=P())
+    assert actual.collectives == {"all-gather": 16 * 32 * FLOAT}
+    actual = work_on(lambda x: sum_scatter(x, DATA), (16, 32), specs=P(), out=P(DATA))
+    assert actual.collectives == {"reduce-scatter": 16 * 32 * FLOAT}
+    actual = work_on(lambda x: lax.all_to_all(x, DATA, 1, 0, tiled=True), (16, 32), specs=P(DATA), out=P(DATA))
+    assert actual.collectives == {"all-to-all": 2 * 32 * FLOAT}
 
 
 def test_ring_in_a_loop_of_known_length():
     def around(x):
         return lax.scan(lambda c, _: (ring_shift(jnp.sin(c), DATA), None), x, None, length=5)[0]
 
-    found = work_on(around, (16, 32), specs=P(DATA), out=P(DATA))
-    assert found.collectives == {"collective-permute": 5 * 2 * 32 * FLOAT}
-    assert found.loops_once == 0
+    actual = work_on(around, (16, 32), specs=P(DATA), out=P(DATA))
+    assert actual.collectives == {"collective-permute": 5 * 2 * 32 * FLOAT}
+    assert actual.loops_once == 0
 
 
 def test_loops_multiply_and_nest():
@@ -66,24 +66,24 @@ def test_loops_multiply_and_nest():
 
         return lax.scan(lambda c, _: (lax.scan(inner, c, None, length=3)[0], None), x, None, length=7)[0]
 
-    found, xla = alone(fn, (16, 32), (32, 32))
-    assert found.flops == 3 * 7 * 2 * 16 * 32 * 32
-    assert xla["flops"] < found.flops / 3  # why there is a count of our own
-    assert found.loops_once == 0
+    actual, xla = alone(fn, (16, 32), (32, 32))
+    assert actual.flops == 3 * 7 * 2 * 16 * 32 * 32
+    assert xla["flops"] < actual.flops / 3  # why there is a count of our own
+    assert actual.loops_once == 0
 
 
 def test_a_loop_of_unknown_length_counts_once():
     def fn(x, w):
         return lax.while_loop(lambda c: jnp.sum(c) < 1e6, lambda c: jnp.sin(c @ w), x)
 
-    found, _ = alone(fn, (16, 32), (32, 32))
-    assert found.flops == 2 * 16 * 32 * 32 and found.loops_once == 1
+    actual, _ = alone(fn, (16, 32), (32, 32))
+    assert actual.flops == 2 * 16 * 32 * 32 and actual.loops_once == 1
 
 
 def test_product_and_its_traffic():
-    found, xla = alone(jnp.matmul, (64, 48), (48, 32))
-    assert found.flops == xla["flops"] == 2 * 64 * 48 * 32
-    assert found.bytes == xla["bytes accessed"] == FLOAT * (64 * 48 + 48 * 32 + 64 * 32)
+    actual, xla = alone(jnp.matmul, (64, 48), (48, 32))
+    assert actual.flops == xla["flops"] == 2 * 64 * 48 * 32
+    assert actual.bytes == xla["bytes accessed"] == FLOAT * (64 * 48 + 48 * 32 + 64 * 32)
 
 
 def scanned(x, w, length=7, unroll=1):
@@ -166,17 +166,17 @@ def test_the_most_expensive_branch_counts():
     def fn(i, x, w):
         return lax.cond(i[0] > 0, lambda: jnp.sin(x @ w @ w), lambda: x @ w)
 
-    found, _ = alone(fn, (1,), (16, 32), (32, 32))
-    assert found.flops == 2 * 2 * 16 * 32 * 32
+    actual, _ = alone(fn, (1,), (16, 32), (32, 32))
+    assert actual.flops == 2 * 2 * 16 * 32 * 32
 
 
 def test_a_slice_of_a_large_array_is_read_alone():
     def fn(x):
         return lax.scan(lambda c, row: (c + jnp.sin(row), None), x[0], x)[0]
 
-    found, _ = alone(fn, (1000, 2048))
+    actual, _ = alone(fn, (1000, 2048))
     once = 1000 * 2048 * FLOAT
-    assert once < found.bytes < 6 * once  # not 1000 times
+    assert once < actual.bytes < 6 * once  # not 1000 times
 
 
 # As libtpu writes it: no shapes of operands, memory spaces, no number of turns, products as convolutions.
@@ -241,25 +241,25 @@ TPU = TPU.replace("<X>", "f32[1024,512]{1,0:T(8,128)S(1)}").replace("<W>", "f32[
 
 
 def test_text_of_the_tpu_compiler():
-    found = program.work(TPU)
+    actual = program.work(TPU)
     turns = 4  # from 0 by 2 while below 7
     product, batched = 2 * 1024 * 512 * 512, 2 * 64 * 16 * 16 * 512
-    assert found.flops == turns * product + batched
-    assert found.float32 == {"highest": turns * product}
-    assert found.collectives == {
+    assert actual.flops == turns * product + batched
+    assert actual.float32 == {"highest": turns * product}
+    assert actual.collectives == {
         "all-gather": 512 * 512 * FLOAT,
         "collective-permute": turns * 1024 * 512 * FLOAT,
         "all-reduce": (512 + 7 * 512) * FLOAT,
     }
-    assert found.loops_once == 0
+    assert actual.loops_once == 0
     # The weight in each turn, and the gather's operand and result; all else but the counters lies on the chip.
-    assert found.bytes == pytest.approx(FLOAT * 512 * 512 * turns + FLOAT * (64 + 512) * 512, rel=1e-4)
+    assert actual.bytes == pytest.approx(FLOAT * 512 * 512 * turns + FLOAT * (64 + 512) * 512, rel=1e-4)
 
 
 def test_a_loop_whose_start_is_not_known_counts_once():
-    found = program.work(TPU.replace("%copy.2 = s32[] copy(%zero)", "%copy.2 = s32[] partition-id()"))
-    assert found.loops_once == 1
-    assert found.collectives["collective-permute"] == 1024 * 512 * FLOAT
+    actual = program.work(TPU.replace("%copy.2 = s32[] copy(%zero)", "%copy.2 = s32[] partition-id()"))
+    assert actual.loops_once == 1
+    assert actual.collectives["collective-permute"] == 1024 * 512 * FLOAT
 
 
 def test_other_texts_are_refused():
@@ -313,9 +313,9 @@ for name, at in (("<GEMM>", "HIGHEST"), ("<LOW GEMM>", "DEFAULT")):
 
 def test_text_of_the_gpu_compiler():
     """Products in libraries count as if they were written out, a gradient of a convolution as much as itself."""
-    found = program.work(GPU)
+    actual = program.work(GPU)
     product = 2 * 64 * 32 * 16
     convolution = 2 * 10 * 4 * 6 * (3 * 20 - 2) * (3 * 30 - 2)  # without the padding at both ends
-    assert found.flops == product + 4 * 8 * product + 3 * convolution
-    assert found.float32 == {"highest": 8 * product, "default": 8 * product + 3 * convolution}
-    assert found.hidden == 1  # the attention
+    assert actual.flops == product + 4 * 8 * product + 3 * convolution
+    assert actual.float32 == {"highest": 8 * product, "default": 8 * product + 3 * convolution}
+    assert actual.hidden == 1  # the attention

@@ -50,10 +50,10 @@ def test_the_blocks_are_those_that_are_scored(cost, devices):
     images, texts = (Embedding(rng.normal(size=(m, 16)).astype(np.float32)) for m in (N, T))
     scorer = pair_scorer(cost.model, make_programs(cost.model, mesh), PARAMS, mesh, TILE)
     counted = Counted(scorer)
-    found = score_matrix(images, texts, dataclasses.replace(scorer, block=counted.block))
-    np.testing.assert_allclose(found, (images.vector * PARAMS["weights"]["factor"]) @ texts.vector.T, atol=1e-5)
+    actual = score_matrix(images, texts, dataclasses.replace(scorer, block=counted.block))
+    np.testing.assert_allclose(actual, (images.vector * PARAMS["weights"]["factor"]) @ texts.vector.T, atol=1e-5)
     plan = plan_blocks(N, T, cost, mesh, TILE)
-    assert (plan.rounds, plan.pairs) == (counted.calls, counted.pairs) and plan.host_bytes == found.nbytes
+    assert (plan.rounds, plan.pairs) == (counted.calls, counted.pairs) and plan.host_bytes == actual.nbytes
     assert plan.work.flops == 2 * 16 * plan.rounds * TILE * TILE and plan.seconds == 0.5 * plan.pairs / devices
     assert f"{plan.pairs:,} pairs scored, about" in str(plan)
 

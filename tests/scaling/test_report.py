@@ -65,20 +65,20 @@ def test_what_has_no_reference_has_no_efficiency():
 
 
 def test_sentences():
-    said = [*sentences(CONFIG.scale, study_rows())]
-    assert "Fastest: 300 pairs/s, with 4 devices with 4 pairs each, gathered, float32." in said
-    assert "Its slowest part is encode: 100.0 ms alone, of a step of 200.0 ms." in said
+    output = [*sentences(CONFIG.scale, study_rows())]
+    assert "Fastest: 300 pairs/s, with 4 devices with 4 pairs each, gathered, float32." in output
+    assert "Its slowest part is encode: 100.0 ms alone, of a step of 200.0 ms." in output
     sent = "The sum of the gradients over the devices takes at most 7.5 % of a step, alone: 15.0 ms with 2 devices"
-    assert any(sentence.startswith(sent) for sentence in said)
-    weak = said.index(
+    assert any(sentence.startswith(sent) for sentence in output)
+    weak = output.index(
         "Efficiency, 4 pairs on each device, 4 devices with 4 pairs each, float32: gathered 75 %, ring 75 %."
     )
     low = "gathered, float32 with 4 devices; ring, float32 with 4 devices; gathered, bfloat16 with 4 devices; "
-    assert said[weak + 2].startswith(f"It falls below 80 %: {low}")
+    assert output[weak + 2].startswith(f"It falls below 80 %: {low}")
     strong = "Efficiency, 16 pairs over all devices, 4 devices with 4 pairs each, bfloat16: gathered 60 %, ring 60 %."
-    assert strong in said
-    assert "Memory of a device, 4 devices with 4 pairs each, float32: gathered 8.00 MiB, ring 4.00 MiB." in said
-    assert "1 of 24 points have no result: 2 devices with 8 pairs each, ring, bfloat16: out of memory" in said[-1]
+    assert strong in output
+    assert "Memory of a device, 4 devices with 4 pairs each, float32: gathered 8.00 MiB, ring 4.00 MiB." in output
+    assert "1 of 24 points have no result: 2 devices with 8 pairs each, ring, bfloat16: out of memory" in output[-1]
     virtual = [*sentences(CONFIG.scale, study_rows(virtual=True))]
     assert virtual[0].startswith("The devices are virtual") and not any("Efficiency" in s for s in virtual)
     assert "Fastest: 125 pairs/s, with 1 device with 16 pairs each, gathered, float32." in virtual
