@@ -33,7 +33,7 @@ def model(name: str) -> ModuleType:
 
 
 def loss(name: str) -> ModuleType:
-    """The module of a loss: has `init_params(**options)` and `loss(images, texts, ids, ctx, **options) -> dict`."""
+    """The module of a loss: `loss(images, texts, ids, ctx, **options) -> dict`, `init_params` where it learns."""
     return _find("shnet_jax.losses", name, "loss")
 
 

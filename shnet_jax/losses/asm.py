@@ -1,4 +1,4 @@
-"""Adaptive Semantic Margin: hardest-negative hinge whose margin depends on how much two items mean the same.
+"""Adaptive Semantic Margin: hardest-negative hinge whose margin depends on semantic similarity.
 
 Source: docs/models.md, a reconstruction ("ESA-style") of the loss named in Zhao et al. (Image and Vision
 Computing 152, 2024), whose equation was not available. Related, and not the same: ASMR (arXiv 2108.04533) and the
@@ -8,7 +8,7 @@ CIDEr-based margin of arXiv 2110.02623.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,6 @@ from jax import lax
 
 from shnet_jax.losses import pairs
 from shnet_jax.types import Array, Context, Embedding
-
-
-def init_params(**_: Any) -> dict[str, Array]:
-    """Returns no parameters: this loss has none to learn."""
-    return {}
 
 
 def loss(
@@ -56,31 +51,33 @@ def loss(
         )
     if of == "set" and (images.elements is None or texts.elements is None):
         raise ValueError("loss.asm.of is 'set', and this model's embeddings have no elements: set it to 'score'")
-    meaning = lax.stop_gradient(jnp.concatenate([images.vector, texts.vector], axis=1))
-
-    def margins(a: Array, b: Array) -> Array:
-        close = jnp.clip(jnp.einsum("id,jd->ij", a, b, precision=lax.Precision.HIGHEST) / 2, 0.0, 1.0)
-        return margin * (1 + sign * scale * close)
-
-    def widened(images: Embedding, texts: Embedding) -> Array:
-        """Score plus margin; the vector of each item is its own global vector, then both vectors of its pair."""
-        (own_i, pair_i), (own_t, pair_t) = ((x.vector[:, :dim], x.vector[:, dim:]) for x in (images, texts))
-        if of == "set":
-            own_i, own_t = jnp.zeros_like(own_i), jnp.zeros_like(own_t)
-        score = ctx.score(dataclasses.replace(images, vector=own_i), dataclasses.replace(texts, vector=own_t))
-        return score + margins(*lax.stop_gradient((pair_i, pair_t)))
-
     dim = images.vector.shape[1]
+    meaning = lax.stop_gradient(jnp.concatenate([images.vector, texts.vector], axis=1))
+    margins = partial(_margins, margin, sign * scale)
+
+    def score_plus_margin(images: Embedding, texts: Embedding) -> Array:
+        """Score plus margin. The vector of each item is its own global vector, then both vectors of its pair."""
+        vectors = [jnp.zeros_like(x.vector[:, :dim]) if of == "set" else x.vector[:, :dim] for x in (images, texts)]
+        pair_vectors = lax.stop_gradient([x.vector[:, dim:] for x in (images, texts)])
+        images, texts = (dataclasses.replace(x, vector=v) for x, v in zip((images, texts), vectors, strict=True))
+        return ctx.score(images, texts) + margins(*pair_vectors)
+
     images, texts = (
         dataclasses.replace(x, vector=jnp.concatenate([x.vector, meaning], axis=1)) for x in (images, texts)
     )
-    both = pairs.directions(images, texts, ids, dataclasses.replace(ctx, score=widened), mask_same_image=True)
-    own_margin = jax.vmap(lambda g: margins(g[None], g[None])[0, 0])(meaning)
-    positive = both[0].positive - own_margin
-    size = both[0].size
-    gaps = jnp.stack([direction.hardest() for direction in both]) - positive
+    ctx_of_margin = dataclasses.replace(ctx, score=score_plus_margin)
+    sides = pairs.directions(images, texts, ids, ctx_of_margin, mask_same_image=True)
+    positive = sides[0].positive - jax.vmap(lambda pair: margins(pair[None], pair[None])[0, 0])(meaning)
+    size = sides[0].size
+    gaps = jnp.stack([side.hardest() for side in sides]) - positive
     return {
         "asm_loss": jax.nn.relu(gaps).sum() / size,
         "asm_violated": (gaps > 0).sum() / (2 * size),
         "asm_positive": positive.sum() / size,
     }
+
+
+def _margins(margin: float, strength: float, a: Array, b: Array) -> Array:
+    """Margins [n, t] of items whose pairs have the vectors a [n, 2d] and b [t, 2d]."""
+    close = jnp.clip(jnp.einsum("id,jd->ij", a, b, precision=lax.Precision.HIGHEST) / 2, 0.0, 1.0)
+    return margin * (1 + strength * close)

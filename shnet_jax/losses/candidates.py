@@ -57,9 +57,9 @@ class Candidates:
 
     def walk(self, visit: Callable[[Carry, Block], Carry], carry: Carry) -> Carry:
         """Folds `visit` over all blocks: `carry = visit(carry, block)` for each; returns the last carry."""
-        whole = self.in_one_block()
-        if whole is not None:
-            return visit(carry, whole)
+        block = self.in_one_block()
+        if block is not None:
+            return visit(carry, block)
         if self.pairs.strategy == "streamed":
             return lax.scan(lambda carry, block: (visit(carry, block), None), carry, self._tiles())[0]
 
@@ -90,19 +90,19 @@ class Candidates:
 
     def take(self, rows: Array) -> Embedding:
         """Candidates in these rows [b] of the global batch; differentiable."""
-        whole = self.in_one_block()
+        block = self.in_one_block()
         if self.pairs.strategy == "streamed":
-            whole = axis.all_gather(self.own_block(), self.axis)
-        if whole is not None:
-            place = jnp.maximum(rows - whole.rows[0], 0)  # a query without any negative names row 0
-            return jax.tree.map(lambda x: x[place], whole.items)
+            block = axis.all_gather(self.own_block(), self.axis)
+        if block is not None:
+            place = jnp.maximum(rows - block.rows[0], 0)  # a query without any negative names row 0
+            return jax.tree.map(lambda x: x[place], block.items)
 
         def pick(taken: Embedding, block: Block) -> Embedding:
             place = rows - block.rows[0]
-            here = (place >= 0) & (place < block.rows.shape[0])
+            inside = (place >= 0) & (place < block.rows.shape[0])
 
             def choose(old: Array, items: Array) -> Array:
-                return jnp.where(here.reshape(-1, *[1] * (items.ndim - 1)), items[jnp.where(here, place, 0)], old)
+                return jnp.where(inside.reshape(-1, *[1] * (items.ndim - 1)), items[jnp.where(inside, place, 0)], old)
 
             return jax.tree.map(choose, taken, block.items)
 
@@ -144,12 +144,12 @@ class Candidates:
         return Block(jax.tree.map(cut, block.items), cut(block.ids), rows)
 
 
-def merge_best(best: tuple[Array, Array], found: tuple[Array, Array], rank: int) -> tuple[Array, Array]:
+def merge_best(best: tuple[Array, Array], new: tuple[Array, Array], rank: int) -> tuple[Array, Array]:
     """Merges two lists of (scores, rows) [b, k] into the `rank` best; ties go to the lowest row.
 
     So every strategy and every device names the same, in whatever order blocks were visited. NaN comes first.
     """
-    scores, rows = (jnp.concatenate(both, axis=1) for both in zip(best, found, strict=True))
+    scores, rows = (jnp.concatenate(lists, axis=1) for lists in zip(best, new, strict=True))
     order = -jnp.where(jnp.isnan(scores), jnp.inf, scores)
     _, rows, scores = lax.sort((order, rows, scores), dimension=1, num_keys=2)
     return scores[:, :rank], rows[:, :rank]

@@ -8,7 +8,6 @@ orthogonal to its item's global vector (ours).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,6 @@ from shnet_jax.losses import pairs
 from shnet_jax.types import Array, Context, Embedding
 
 TINY = 1e-12
-
-
-def init_params(**_: Any) -> dict[str, Array]:
-    """Returns no parameters: this loss has none to learn."""
-    return {}
 
 
 def loss(
@@ -79,8 +73,10 @@ def _repulsion(items: Embedding, sharpness: float) -> Array:
     residual = residual * lax.rsqrt(jnp.sum(jnp.square(residual), axis=-1, keepdims=True) + TINY)
     squares = jnp.sum(jnp.square(residual[:, :, None] - residual[:, None, :]), axis=-1)
     valid = _valid(items)
-    both = valid[:, :, None] * valid[:, None, :] * (1 - jnp.eye(valid.shape[1]))
-    return jnp.sum(both * jnp.exp(-sharpness * squares), axis=(1, 2)) / jnp.maximum(jnp.sum(both, axis=(1, 2)), 1.0)
+    counted = valid[:, :, None] * valid[:, None, :] * (1 - jnp.eye(valid.shape[1]))
+    return jnp.sum(counted * jnp.exp(-sharpness * squares), axis=(1, 2)) / jnp.maximum(
+        jnp.sum(counted, axis=(1, 2)), 1.0
+    )
 
 
 def _mean_kernel(a: Embedding, b: Embedding, gamma: float) -> Array:

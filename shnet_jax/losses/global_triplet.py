@@ -6,18 +6,12 @@ It keeps the towers' own vectors a retrieval model of their own: they find the c
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from shnet_jax.losses import triplet
 from shnet_jax.types import Array, Context, Embedding
-
-
-def init_params(**_: Any) -> dict[str, Array]:
-    """Returns no parameters: this loss has none to learn."""
-    return {}
 
 
 def loss(
@@ -34,7 +28,7 @@ def loss(
     softness: float = 0.0,
 ) -> dict[str, Array]:
     """Triplet loss on dot products of global vectors: `triplet.loss` and its options; values are global_triplet_*."""
-    found = triplet.loss(
+    values = triplet.loss(
         Embedding(images.vector),  # the elements do not travel
         Embedding(texts.vector),
         ids,
@@ -47,7 +41,7 @@ def loss(
         softness=softness,
         name="global_triplet",
     )
-    return {f"global_{name}": value for name, value in found.items()}
+    return {f"global_{name}": value for name, value in values.items()}
 
 
 def product(images: Embedding, texts: Embedding) -> Array:

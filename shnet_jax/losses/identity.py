@@ -41,7 +41,7 @@ def loss(images: Embedding, texts: Embedding, ids: Array, ctx: Context, *, class
     lost, right = jnp.zeros(()), jnp.zeros(())
     for side in (images, texts):
         logits = jnp.dot(side.vector, ctx.params["kernel"], precision=jax.lax.Precision.HIGHEST) + ctx.params["bias"]
-        own = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]  # an id outside gives NaN, which stops the run
-        lost += (jax.nn.logsumexp(logits, axis=1) - own).sum()
+        of_id = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]  # an id outside gives NaN, which stops the run
+        lost += (jax.nn.logsumexp(logits, axis=1) - of_id).sum()
         right += (jnp.argmax(logits, axis=1) == ids).sum()
     return {"identity_loss": lost / (2 * size), "identity_accuracy": right / (2 * size)}

@@ -59,21 +59,20 @@ def loss(
         scale = jnp.exp(_limited(ctx.params["log_scale"]))
     else:
         scale = jnp.asarray(1 / temperature, jnp.float32)
-    both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
-    size = both[0].size
+    sides = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
+    size = sides[0].size
 
-    def cross_entropy(direction: pairs.Direction, negatives: Array) -> Array:
-        own = scale * direction.positive
-        return jnp.logaddexp(own, negatives) - own
+    def cross_entropy(side: pairs.Direction, negatives: Array) -> Array:
+        positive = scale * side.positive
+        return jnp.logaddexp(positive, negatives) - positive
 
-    found = [direction.logsumexp_and_first(jnp.multiply, scale) for direction in both]
-    losses = jnp.stack([cross_entropy(side, negatives) for side, (negatives, _) in zip(both, found, strict=True)])
-    queue = pairs.over_queues(both, ctx, lambda side: cross_entropy(side, side.logsumexp(jnp.multiply, scale)))
+    negatives, first = zip(*(side.logsumexp_and_first(jnp.multiply, scale) for side in sides), strict=True)
+    losses = jnp.stack([cross_entropy(side, x) for side, x in zip(sides, negatives, strict=True)])
+    queue = pairs.over_queues(sides, ctx, lambda side: cross_entropy(side, side.logsumexp(jnp.multiply, scale)))
     queue = queue / (2 * size)
-    correct = jnp.stack([first for _, first in found])
     return {
         "infonce_loss": losses.sum() / (2 * size) + queue,
-        "infonce_accuracy": correct.sum() / (2 * size),
+        "infonce_accuracy": jnp.stack(first).sum() / (2 * size),
         "infonce_scale": scale / axis.axis_size(ctx.axis),
     } | ({"infonce_queue": queue} if ctx.keys else {})
 

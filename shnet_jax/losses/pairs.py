@@ -32,11 +32,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
 from shnet_jax.losses.candidates import Block, Candidates, merge_best
@@ -46,7 +46,14 @@ from shnet_jax.types import Array, Context, Embedding, Queue, Score
 OfScore = Callable[..., Array]
 """Elementwise function (scores [b, t], *args) -> [b, t]; args are [b, 1] or []. It closes over no traced value."""
 
-Kind = Literal["sum", "logsumexp"]
+
+@dataclasses.dataclass(frozen=True)
+class _Reduction:
+    """A reduction over the negatives of a query. ranked: `_Reduced.partner` and `highest` are asked for."""
+
+    kind: Literal["sum", "logsumexp"]
+    of_score: OfScore
+    ranked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +83,20 @@ class Direction:
 
     def sum(self, of_score: OfScore, *args: Array) -> Array:
         """Sum [b] over each query's negatives of `of_score(score, *args)`; 0 where it has none."""
-        return _reduce(self, "sum", of_score, args)[0]
+        return _reduce(self, _Reduction("sum", of_score), args).value
 
     def logsumexp(self, of_score: OfScore, *args: Array) -> Array:
         """Log-sum-exp [b] over each query's negatives of `of_score(score, *args)`; -inf where it has none."""
-        return _reduce(self, "logsumexp", of_score, args)[0]
+        return _reduce(self, _Reduction("logsumexp", of_score), args).value
 
     def logsumexp_and_first(self, of_score: OfScore, *args: Array) -> tuple[Array, Array]:
         """Returns `logsumexp`, and whether each query scores its own partner above every negative, [b] bool.
 
         For the metric of a loss that walks over all candidates anyway. Undefined for a direction against a queue.
         """
-        value, (own, highest) = _reduce(self, "logsumexp", of_score, args, ranked=True)
-        return value, own > highest
+        reduced = _reduce(self, _Reduction("logsumexp", of_score, ranked=True), args)
+        assert reduced.partner is not None and reduced.highest is not None
+        return reduced.value, reduced.partner > reduced.highest
 
     def hardest(self, rank: int = 1) -> Array:
         """Score [b] of each query's rank-th hardest negative; -inf where it has fewer.
@@ -124,8 +132,8 @@ def directions(
     known = ctx.score(images, texts) if local and images.elements is not None else None
 
     def direction(queries: Embedding, items: Embedding, score: Score, known: Array | None) -> Direction:
-        met = Candidates(items, ids, ctx.pairs, ctx.axis)
-        return Direction(queries, met, positive, score, mask_same_image, ids, known=known)
+        candidates = Candidates(items, ids, ctx.pairs, ctx.axis)
+        return Direction(queries, candidates, positive, score, mask_same_image, ids, known=known)
 
     return (
         direction(images, texts, ctx.score, known),
@@ -133,7 +141,7 @@ def directions(
     )
 
 
-def over_queues(both: tuple[Direction, Direction], ctx: Context, term: Callable[[Direction], Array]) -> Array:
+def over_queues(sides: tuple[Direction, Direction], ctx: Context, term: Callable[[Direction], Array]) -> Array:
     """This device's sum [] of `term`, a loss of each query [b], over both directions against the queues.
 
     0 without momentum encoders, and in steps in which their queues take no part yet. The positive of a query is its
@@ -144,9 +152,9 @@ def over_queues(both: tuple[Direction, Direction], ctx: Context, term: Callable[
     """
     if ctx.keys is None:
         return jnp.zeros(())
-    sides = (ctx.keys.text_queue, ctx.keys.texts), (ctx.keys.image_queue, ctx.keys.images)
-    total = sum(term(_against(queue, keys, of)).sum() for (queue, keys), of in zip(sides, both, strict=True))
-    return jnp.where(ctx.keys.active, total, 0.0)
+    keys = ctx.keys
+    against = _against(keys.text_queue, keys.texts, sides[0]), _against(keys.image_queue, keys.images, sides[1])
+    return jnp.where(keys.active, sum(term(side).sum() for side in against), 0.0)
 
 
 def _against(queue: Queue, keys: Embedding, direction: Direction) -> Direction:
@@ -177,19 +185,18 @@ def _search(direction: Direction, rank: int) -> Best:
     """Scores and rows of each query's `rank` hardest negatives; without gradient."""
     b = direction.positive.shape[0]
     queries, items = lax.stop_gradient((direction.queries, direction.candidates.items))
-    search = dataclasses.replace(direction.candidates, items=items)
+    candidates = dataclasses.replace(direction.candidates, items=items)
+    detached = dataclasses.replace(direction, queries=queries, candidates=candidates)
     none = jnp.full((b, rank), -jnp.inf), jnp.zeros((b, rank), jnp.int32)
 
     def visit(best: Best, block: Block) -> Best:
         # Here and not behind the walk: a score may have parameters, and its backward pass is not wanted.
-        scores = lax.stop_gradient(
-            direction.score(queries, block.items) if direction.known is None else direction.known
-        )
+        scores = lax.stop_gradient(_scores(detached, block))
         scores = jnp.where(_negatives(direction, block), scores, -jnp.inf)
         values, columns = _best(scores, min(rank, scores.shape[1]))
         return merge_best(best, (values, block.rows[columns]), rank)
 
-    return search.walk(visit, none)
+    return candidates.walk(visit, none)
 
 
 def _best(scores: Array, rank: int) -> tuple[Array, Array]:
@@ -210,85 +217,119 @@ def _negatives(direction: Direction, block: Block) -> Array:
     return (direction.candidates.own_block().rows[:, None] != block.rows) & counted
 
 
-@struct.dataclass
-class _Inputs:
-    """Inputs that a reduction is differentiated with respect to, other than the candidates."""
+class _Reduced(NamedTuple):
+    """A reduction over the blocks so far, [b] each.
+
+    partner: the score of each query with its own partner. highest: that of its highest negative. Both are as the blocks
+    have them, so of two equal items neither is above the other. They have no gradient. None where not asked for.
+    """
+
+    value: Array
+    partner: Array | None = None
+    highest: Array | None = None
+
+
+class _Differentiated(NamedTuple):
+    """The arrays, other than the candidates, by which a reduction is differentiated.
+
+    captured: what the score closes over, as parameters of its model.
+    """
 
     queries: Embedding
     args: tuple[Array, ...]
-    closed_over: list[Array]
+    captured: list[Array]
 
 
-Found = tuple[Array, tuple[Array, ...]]
-"""Reduction [b] over the blocks so far and, where asked for, the score of each query with its own partner [b] and the
-highest of its negatives [b], both as the blocks have them: of two equal items neither is above the other."""
+class _Fixed(NamedTuple):
+    """The arrays by which a reduction is not differentiated."""
+
+    query_ids: Array
+    candidate_ids: Array
+    query_mask: Array | None
+    candidate_mask: Array | None
 
 
-def _reduce(
-    direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], ranked: bool = False
-) -> Found:
-    """Reduction over the negatives of all blocks, which are scored once more in the backward pass.
+def _reduce(direction: Direction, reduction: _Reduction, args: tuple[Array, ...]) -> _Reduced:
+    """Reduction over the negatives of all blocks."""
+    block = direction.candidates.in_one_block()
+    if block is None:
+        return _Blockwise(direction, reduction)(args)
+    # Scored once; what the backward pass needs of it is kept.
+    reduced = lax.stop_gradient(_reduce_block(direction, reduction, args, block))
+    slope = _slope(direction, reduction, args, block, reduced.value)
+    return reduced._replace(value=reduced.value + (slope - lax.stop_gradient(slope)))
 
-    ranked: the two further scores of `Found` are asked for; they have no gradient.
-    """
-    candidates = direction.candidates
-    whole = candidates.in_one_block()
-    if whole is not None:  # scored once; what the backward pass needs of it is kept
-        value, further = lax.stop_gradient(_of_block(direction, kind, of_score, args, whole, ranked))
-        slope = _slope(direction, kind, of_score, args, whole, value)
-        return value + (slope - lax.stop_gradient(slope)), further
 
-    # A score may close over traced parameters of its model: gradients must find them among the arguments.
-    score, closed_over = jax.closure_convert(direction.score, direction.queries, candidates.tile_items())
-    fixed = (direction.ids, candidates.ids, direction.queries.mask, candidates.items.mask)
+class _Blockwise:
+    """A reduction over several blocks, which are scored once more in the backward pass instead of being kept."""
 
-    def bind(inputs: _Inputs, items: Embedding, fixed: Any) -> Direction:
-        own_ids, ids, of_queries, of_items = fixed
-        items = dataclasses.replace(items, mask=of_items)
+    def __init__(self, direction: Direction, reduction: _Reduction):
+        self.direction, self.reduction = direction, reduction
+        # A score may close over traced parameters of its model: gradients must find them among the arguments.
+        items = direction.candidates.tile_items()
+        self.score, self.captured = jax.closure_convert(direction.score, direction.queries, items)
+        self.reduce = jax.custom_vjp(self.fold)
+        self.reduce.defvjp(self.forward, self.backward)
+
+    def __call__(self, args: tuple[Array, ...]) -> _Reduced:
+        queries, candidates = self.direction.queries, self.direction.candidates
+        inputs = _Differentiated(_without_mask(queries), args, self.captured)
+        fixed = _Fixed(self.direction.ids, candidates.ids, queries.mask, candidates.items.mask)
+        return self.reduce(inputs, _without_mask(candidates.items), fixed)
+
+    def bound(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> Direction:
+        """The direction, made of the arguments of the differentiated function alone."""
+        items = dataclasses.replace(items, mask=fixed.candidate_mask)
         return dataclasses.replace(
-            direction,
-            queries=dataclasses.replace(inputs.queries, mask=of_queries),
-            candidates=dataclasses.replace(candidates, items=items, ids=ids),
-            ids=own_ids,
-            score=lambda queries, items: score(queries, items, *inputs.closed_over),
+            self.direction,
+            queries=dataclasses.replace(inputs.queries, mask=fixed.query_mask),
+            candidates=dataclasses.replace(self.direction.candidates, items=items, ids=fixed.candidate_ids),
+            ids=fixed.query_ids,
+            score=lambda queries, items: self.score(queries, items, *inputs.captured),
         )
 
-    @jax.custom_vjp
-    def reduce(inputs: _Inputs, items: Embedding, fixed: Any) -> Found:
-        bound = bind(inputs, items, fixed)
-        combine, start = (jnp.add, 0.0) if kind == "sum" else (jnp.logaddexp, -jnp.inf)
+    def fold(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> _Reduced:
+        """Folds the reduction over the blocks."""
+        direction = self.bound(inputs, items, fixed)
+        combine, start = (jnp.add, 0.0) if self.reduction.kind == "sum" else (jnp.logaddexp, -jnp.inf)
 
-        def visit(found: Found, block: Block) -> Found:
-            value, further = _of_block(bound, kind, of_score, inputs.args, block, ranked)
-            return combine(found[0], value), jax.tree.map(jnp.maximum, found[1], further)
+        def visit(total: _Reduced, block: Block) -> _Reduced:
+            part = _reduce_block(direction, self.reduction, inputs.args, block)
+            ranks = jax.tree.map(jnp.maximum, total[1:], part[1:])
+            return _Reduced(combine(total.value, part.value), *ranks)
 
-        none = jnp.full(direction.positive.shape, -jnp.inf)
-        further: tuple[Array, ...] = (none, none) if ranked else ()
-        return bound.candidates.walk(visit, (jnp.full_like(none, start), further))
+        lowest = jnp.full(direction.positive.shape, -jnp.inf)
+        ranks = (lowest, lowest) if self.reduction.ranked else ()
+        return direction.candidates.walk(visit, _Reduced(jnp.full_like(lowest, start), *ranks))
 
-    def forward(inputs: _Inputs, items: Embedding, fixed: Any) -> tuple[Found, Any]:
-        found = reduce(inputs, items, fixed)
-        return found, (inputs, items, fixed, found[0])
+    def forward(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> tuple[_Reduced, Any]:
+        """The reduction and what its backward pass needs: inputs and values, no scores."""
+        reduced = self.reduce(inputs, items, fixed)  # not `fold`, of which jax.checkpoint would keep what no tile needs
+        return reduced, (inputs, items, fixed, reduced.value)
 
-    def backward(residuals: Any, cotangents: Found) -> tuple[_Inputs, Embedding, None]:
+    def backward(self, residuals: Any, cotangents: _Reduced) -> tuple[_Differentiated, Embedding, None]:
+        """Gradients by inputs and by this device's candidates; scores each block once more."""
         inputs, items, fixed, value = residuals
-        cotangent, _ = cotangents
 
-        def visit(sums: _Inputs, block: Block) -> tuple[_Inputs, Embedding]:
-            def slope(inputs: _Inputs, tile: Embedding) -> Array:
-                at = dataclasses.replace(block, items=dataclasses.replace(tile, mask=block.items.mask))
-                return _slope(bind(inputs, items, fixed), kind, of_score, inputs.args, at, value)
-
-            _, pull = jax.vjp(slope, inputs, dataclasses.replace(block.items, mask=None))
-            gradient, of_tile = pull(cotangent)
-            return jax.tree.map(jnp.add, sums, gradient), of_tile
+        def visit(sums: _Differentiated, block: Block) -> tuple[_Differentiated, Embedding]:
+            slope = partial(self.slope, items, fixed, value, block)
+            _, pull = jax.vjp(slope, inputs, _without_mask(block.items))
+            by_inputs, by_tile = pull(cotangents.value)
+            return jax.tree.map(jnp.add, sums, by_inputs), by_tile
 
         zeros = jax.tree.map(jnp.zeros_like, inputs)
-        return *bind(inputs, items, fixed).candidates.walk_back(visit, zeros), None
+        return *self.bound(inputs, items, fixed).candidates.walk_back(visit, zeros), None
 
-    reduce.defvjp(forward, backward)
-    queries, items = (dataclasses.replace(x, mask=None) for x in (direction.queries, candidates.items))
-    return reduce(_Inputs(queries, args, closed_over), items, fixed)
+    def slope(
+        self, items: Embedding, fixed: _Fixed, value: Array, block: Block, inputs: _Differentiated, tile: Embedding
+    ) -> Array:
+        """`_slope` of a block as a function of the inputs and of the block's own items."""
+        block = dataclasses.replace(block, items=dataclasses.replace(tile, mask=block.items.mask))
+        return _slope(self.bound(inputs, items, fixed), self.reduction, inputs.args, block, value)
+
+
+def _without_mask(items: Embedding) -> Embedding:
+    return dataclasses.replace(items, mask=None)
 
 
 def _scores(direction: Direction, block: Block) -> Array:
@@ -296,28 +337,24 @@ def _scores(direction: Direction, block: Block) -> Array:
     return direction.score(direction.queries, block.items) if direction.known is None else direction.known
 
 
-def _of_block(
-    direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block, ranked: bool
-) -> Found:
+def _reduce_block(direction: Direction, reduction: _Reduction, args: tuple[Array, ...], block: Block) -> _Reduced:
     """Reduction over the negatives of one block."""
     scores, negative = _scores(direction, block), _negatives(direction, block)
-    values = of_score(scores, *args)
-    further: tuple[Array, ...] = ()
-    if ranked:
-        own = direction.candidates.own_block().rows[:, None] == block.rows
-        further = tuple(jnp.max(jnp.where(counted, scores, -jnp.inf), axis=1) for counted in (own, negative))
-    if kind == "sum":
-        return jnp.sum(jnp.where(negative, values, 0.0), axis=1), further
-    return jax.nn.logsumexp(jnp.where(negative, values, -jnp.inf), axis=1), further
+    values = reduction.of_score(scores, *args)
+    ranks: tuple[Array, ...] = ()
+    if reduction.ranked:
+        partner = direction.candidates.own_block().rows[:, None] == block.rows
+        ranks = tuple(jnp.max(jnp.where(counted, scores, -jnp.inf), axis=1) for counted in (partner, negative))
+    if reduction.kind == "sum":
+        return _Reduced(jnp.sum(jnp.where(negative, values, 0.0), axis=1), *ranks)
+    return _Reduced(jax.nn.logsumexp(jnp.where(negative, values, -jnp.inf), axis=1), *ranks)
 
 
-def _slope(
-    direction: Direction, kind: Kind, of_score: OfScore, args: tuple[Array, ...], block: Block, value: Array
-) -> Array:
+def _slope(direction: Direction, reduction: _Reduction, args: tuple[Array, ...], block: Block, value: Array) -> Array:
     """Surrogate [b] whose derivative is the block's part of the derivative of the reduction, `value` [b]."""
-    values = of_score(_scores(direction, block), *args)
+    values = reduction.of_score(_scores(direction, block), *args)
     weights = _negatives(direction, block).astype(values.dtype)
-    if kind == "logsumexp":
+    if reduction.kind == "logsumexp":
         share = jnp.exp(values - value[:, None])  # of the sum of exponentials
         weights = lax.stop_gradient(jnp.where(weights > 0, share, 0.0))
     return jnp.sum(weights * values, axis=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -15,11 +14,6 @@ from shnet_jax.types import Array, Context, Embedding
 
 EPSILON = 1e-8
 """Constant added to the target probability inside the logarithm (IRRA)."""
-
-
-def init_params(**_: Any) -> dict[str, Array]:
-    """Returns no parameters: this loss has none to learn."""
-    return {}
 
 
 def loss(images: Embedding, texts: Embedding, ids: Array, ctx: Context, *, temperature: float) -> dict[str, Array]:
@@ -45,9 +39,9 @@ def loss(images: Embedding, texts: Embedding, ids: Array, ctx: Context, *, tempe
 
     total, matched = jnp.zeros(()), jnp.zeros(())
     for other, stranger in zip(others, strangers, strict=True):
-        own = other.positive / temperature
-        norm = jnp.logaddexp(own, other.logsumexp(lambda c: c / temperature))
-        log_p = own - norm
+        positive = other.positive / temperature
+        norm = jnp.logaddexp(positive, other.logsumexp(lambda c: c / temperature))
+        log_p = positive - norm
 
         # sum_j p_j log p_j, and the part of p that strangers have
         entropy = other.sum(lambda c, norm: _x_exp_x(c / temperature - norm), norm[:, None]) + _x_exp_x(log_p)

@@ -55,23 +55,28 @@ def build(
         name: _options(name, module, loss_config.get(name, ConfigDict()), TrainingLength(steps_per_epoch, total_steps))
         for name, module in modules.items()
     }
-    params = {name: module.init_params(**options[name]) for name, module in modules.items()}
-    met = Pairs(**loss_config.get("pairs", {}))
+    params = {name: _init_params(module)(**options[name]) for name, module in modules.items()}
+    pairs = Pairs(**loss_config.get("pairs", {}))
 
     def total(images: Embedding, texts: Embedding, ids: Array, ctx: Context) -> dict[str, Array]:
         values: dict[str, Array] = {}
         weighted = []
         for name, module in modules.items():
             keys = ctx.keys if _takes_queues(module) else None
-            known = dataclasses.replace(ctx, params=ctx.params[name], pairs=met, keys=keys)
-            own = module.loss(images, texts, ids, known, **options[name])
-            if clash := sorted({"loss", *values} & set(own)):
+            ctx_of_loss = dataclasses.replace(ctx, params=ctx.params[name], pairs=pairs, keys=keys)
+            terms = module.loss(images, texts, ids, ctx_of_loss, **options[name])
+            if clash := sorted({"loss", *values} & set(terms)):
                 raise ValueError(f"loss {name!r} returns {clash}, which another loss or the total returns as well")
-            values |= own
-            weighted += [weights[name] * value for key, value in own.items() if key.endswith("_loss")]
+            values |= terms
+            weighted += [weights[name] * value for key, value in terms.items() if key.endswith("_loss")]
         return {"loss": sum(weighted), **values}
 
     return params, total
+
+
+def _init_params(module: ModuleType) -> Callable[..., dict[str, Array]]:
+    """The `init_params` of a loss; a loss without one has nothing to learn."""
+    return getattr(module, "init_params", lambda **_: {})
 
 
 def _takes_queues(module: ModuleType) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,6 @@ from shnet_jax.types import WARM_UP, Array, Context, Embedding
 
 TAKES_QUEUES = True
 """Whether this loss has a term for the queues of momentum encoders (`ctx.keys`): see losses/total.py."""
-
-
-def init_params(**_: Any) -> dict[str, Array]:
-    """Returns no parameters: this loss has none to learn."""
-    return {}
 
 
 def loss(
@@ -47,7 +42,7 @@ def loss(
     reduction: "sum" over the global batch (published) | "mean", the sum divided by B.
     mask_same_image: captions of the same image are no negatives (published: False, they are).
     rank: 1, the hardest negative (published) | k, the k-th hardest; for large batches, whose hardest "negatives" are
-      mostly matches that nobody labelled.
+      mostly false negatives.
     softness: 0, the hardest negative itself (published) | t > 0, in its place t log sum_j exp(S_ij / t), in which all
       hard ones take part; in units of the score.
     name: the section of config.loss that these options are of, for messages.
@@ -57,47 +52,56 @@ def loss(
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"loss.{name}.reduction is 'sum' or 'mean', not {reduction!r}")
+    _check_negative(ids.shape[0], ctx, rank, softness, name)
+    sides = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
+    size = sides[0].size
+    every = partial(_every_violation, margin)
+    negative = partial(_hardest, rank, softness)
+
+    def hardest_violation(side: pairs.Direction) -> Array:
+        return jax.nn.relu(margin + negative(side) - side.positive)
+
+    negatives = jnp.stack([negative(side) for side in sides])
+    positives = jnp.stack([side.positive for side in sides])
+    gaps = margin + negatives - positives
+    batch, queue = jax.nn.relu(gaps).sum(), pairs.over_queues(sides, ctx, hardest_violation)
+    if warmup_steps:
+        # A cond keeps what either branch's backward pass needs, in every step: after the warm-up, B x B zeros. Under
+        # checkpoint this branch keeps its inputs alone, and scores once more for its gradient.
+        warm = jax.checkpoint(lambda: (sum(every(side).sum() for side in sides), pairs.over_queues(sides, ctx, every)))
+        with jax.named_scope(WARM_UP):
+            batch, queue = lax.cond(ctx.step < warmup_steps, warm, lambda: (batch, queue))
+    if reduction == "mean":
+        batch, queue = batch / size, queue / size
+    return {
+        "triplet_loss": batch + queue,
+        "triplet_violated": (gaps > 0).sum() / (2 * size),
+        "triplet_positive": positives.sum() / (2 * size),
+        "triplet_negative": jnp.where(jnp.isneginf(negatives), 0.0, negatives).sum() / (2 * size),
+    } | ({"triplet_queue": queue} if ctx.keys else {})
+
+
+def _check_negative(count: int, ctx: Context, rank: int, softness: float, name: str) -> None:
+    """Raises ValueError for a rank or softness that cannot be. count: pairs of this device."""
     if rank < 1 or softness < 0 or (rank > 1 and softness > 0):
         raise ValueError(
             f"loss.{name}.rank is {rank} and softness {softness}; rank is at least 1, softness at least 0, "
             "and only one of them may differ from rank 1 and softness 0"
         )
-    candidates = ids.shape[0] * (1 if ctx.pairs.strategy == "local" else axis.axis_size(ctx.axis))
+    candidates = count * (1 if ctx.pairs.strategy == "local" else axis.axis_size(ctx.axis))
     if rank >= candidates:
         raise ValueError(f"loss.{name}.rank is {rank}; a query meets only {candidates - 1} others")
-    both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
-    size = both[0].size
 
-    def every(direction: pairs.Direction) -> Array:
-        # Scored inside the branch: a gradient of scores from outside would be computed after the warm-up too.
-        direction = dataclasses.replace(direction, known=None)
-        own = direction.positive[:, None]
-        return direction.sum(lambda scores, own: jax.nn.relu(margin + scores - own), own)
 
-    def negative(direction: pairs.Direction) -> Array:
-        if not softness:
-            return direction.hardest(rank)
-        return softness * direction.logsumexp(lambda scores: scores / softness)
+def _hardest(rank: int, softness: float, side: pairs.Direction) -> Array:
+    """Score [b] of each query's rank-th hardest negative, or their soft maximum."""
+    if not softness:
+        return side.hardest(rank)
+    return softness * side.logsumexp(lambda scores: scores / softness)
 
-    negatives = jnp.stack([negative(direction) for direction in both])
-    positives = jnp.stack([direction.positive for direction in both])
-    gaps = margin + negatives - positives
 
-    def hard(direction: pairs.Direction) -> Array:
-        return jax.nn.relu(margin + negative(direction) - direction.positive)
-
-    share, queue = jax.nn.relu(gaps).sum(), pairs.over_queues(both, ctx, hard)
-    if warmup_steps:
-        # A cond keeps what either branch's backward pass needs, in every step: after the warm-up, B x B zeros. Under
-        # checkpoint this branch keeps its inputs alone, and scores once more for its gradient.
-        warm = jax.checkpoint(lambda: (sum(every(side).sum() for side in both), pairs.over_queues(both, ctx, every)))
-        with jax.named_scope(WARM_UP):
-            share, queue = lax.cond(ctx.step < warmup_steps, warm, lambda: (share, queue))
-    if reduction == "mean":
-        share, queue = share / size, queue / size
-    return {
-        "triplet_loss": share + queue,
-        "triplet_violated": (gaps > 0).sum() / (2 * size),
-        "triplet_positive": positives.sum() / (2 * size),
-        "triplet_negative": jnp.where(jnp.isneginf(negatives), 0.0, negatives).sum() / (2 * size),
-    } | ({"triplet_queue": queue} if ctx.keys else {})
+def _every_violation(margin: float, side: pairs.Direction) -> Array:
+    """Sum [b] of the violations of the margin by all negatives of a query."""
+    # Scored inside the branch: a gradient of scores from outside would be computed after the warm-up too.
+    side = dataclasses.replace(side, known=None)
+    return side.sum(lambda scores, positive: jax.nn.relu(margin + scores - positive), side.positive[:, None])

@@ -49,8 +49,8 @@ def loss(
     Returns shares that add up over devices to: uto_loss; uto_batch and uto_queue, its two lines; uto_positive, the mean
     score of the pairs.
     """
-    both = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
-    size, positive = both[0].size, both[0].positive
+    sides = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
+    size, positive = sides[0].size, sides[0].positive
 
     def softmax_of(direction: pairs.Direction) -> Array:
         # A log of a sum of exponentials: exp(scale / 2) itself would overflow half precision, exp(scale) float32.
@@ -59,8 +59,8 @@ def loss(
     def reward(scores: Array) -> Array:
         return jnp.log1p(jax.nn.relu(scores))
 
-    batch = batch_weight * (softmax_of(both[0]) + softmax_of(both[1]) - reward(positive)).sum() / size
-    queue = pairs.over_queues(both, ctx, lambda queued: softmax_of(queued) - reward(queued.positive)) / size
+    batch = batch_weight * (softmax_of(sides[0]) + softmax_of(sides[1]) - reward(positive)).sum() / size
+    queue = pairs.over_queues(sides, ctx, lambda queued: softmax_of(queued) - reward(queued.positive)) / size
     return {
         "uto_loss": batch + queue,
         "uto_batch": batch,
