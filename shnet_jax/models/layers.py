@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from ml_collections import ConfigDict
 
 from shnet_jax.ops.matmul import DType, einsum, matmul
 from shnet_jax.types import Array
 
 Initializer = nn.initializers.Initializer
+M = TypeVar("M", bound=nn.Module)
 
 xavier_uniform: Initializer = nn.initializers.xavier_uniform()
 """Initializer U(±sqrt(6 / (fan_in + fan_out))) of the first layer of the published image encoders (VSE-infinity)."""
 
 LayerNorm = partial(nn.LayerNorm, use_fast_variance=False)
 """Flax's LayerNorm with the two-pass variance: the fast formula loses digits where the mean is large."""
+
+
+def from_config(module: type[M], section: ConfigDict, **others: Any) -> M:
+    """Builds a module from the fields of a section of the configuration that are its attributes, and from others."""
+    names = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+    return module(**{name: section[name] for name in names if name in section} | others)
 
 
 def torch_uniform(fan_in: int) -> Initializer:

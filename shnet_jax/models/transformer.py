@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Self
 
 import flax.linen as nn
@@ -10,9 +9,19 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from shnet_jax.models.layers import FeedForward, Initializer, LayerNorm, SelfAttention, feed_forward, xavier_uniform
+from shnet_jax.models.layers import (
+    FeedForward,
+    Initializer,
+    LayerNorm,
+    SelfAttention,
+    feed_forward,
+    from_config,
+    xavier_uniform,
+)
 from shnet_jax.ops.matmul import DType
 from shnet_jax.types import Array
+
+EPSILON = 1e-5  # of every LayerNorm of `Transformer`
 
 normal: Initializer = nn.initializers.normal(0.02)
 """Initializer of BERT's and CLIP's parameters, and of every table of embeddings."""
@@ -78,10 +87,9 @@ class Tower(nn.Module, kw_only=True):
     remat: bool = False
 
     @classmethod
-    def from_config(cls, section: ConfigDict, **changes: Any) -> Self:
-        """Builds the tower from the fields of a section of the configuration that are attributes; changes: others."""
-        names = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
-        tower = cls(**{name: section[name] for name in names if name in section} | changes)
+    def from_config(cls, section: ConfigDict, **others: Any) -> Self:
+        """Builds the tower of a section of the configuration; others: attributes that the section lacks."""
+        tower = from_config(cls, section, **others)
         if not 0 <= tower.frozen_layers <= tower.layers:
             raise ValueError(f"config.text.frozen_layers is {tower.frozen_layers}, the tower has {tower.layers} layers")
         return tower
@@ -131,12 +139,12 @@ class Transformer(TextTower, kw_only=True):
     def __call__(self, tokens: Array, mask: Array, *, train: bool) -> Array:
         """tokens [t, L] int32, mask [t, L] bool -> [t, L, width] float32."""
         x = nn.Dropout(self.dropout, deterministic=not train)(self.embed(tokens))
-        return LayerNorm(epsilon=1e-5, name="norm")(self.run_layers(x, mask, train=train))
+        return LayerNorm(epsilon=EPSILON, name="norm")(self.run_layers(x, mask, train=train))
 
     @nn.nowrap
     def make_layer(self, name: str | None = None) -> Layer:
         """See `Tower.make_layer`."""
-        return Layer(self.heads, self.mlp_dim, self.dropout, self.dtype, xavier_uniform, 1e-5, name=name)
+        return Layer(self.heads, self.mlp_dim, self.dropout, self.dtype, xavier_uniform, EPSILON, name=name)
 
 
 def build(text: ConfigDict) -> Transformer:
