@@ -18,7 +18,8 @@ from flax import traverse_util
 from shnet_jax.data.model_folder import below
 from shnet_jax.interop.bert_weights import check_size, read_tensors
 from shnet_jax.interop.torch_weights import Slot, Slots, linear_slots, norm_slots, to_variables
-from shnet_jax.models.clip import ACTIVATIONS, EPSILON, Text, Vision
+from shnet_jax.models.clip import EPSILON, Text, Vision
+from shnet_jax.models.layers import ACTIVATIONS
 from shnet_jax.untrusted import read_object
 
 UNUSED = ("logit_scale", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.models.layers import Dense, LayerNorm, torch_uniform, xavier_uniform
+from shnet_jax.models.contract import RetrievalModel, TwoTowers, check_choices
+from shnet_jax.models.layers import Dense, LayerNorm, from_config, torch_uniform, xavier_uniform
 from shnet_jax.models.pooling import GPO
-from shnet_jax.models.shnet import given_unit
-from shnet_jax.models.text import TextEncoder, build_tower
+from shnet_jax.models.text import TextEncoder, build_encoder
+from shnet_jax.models.units import given_unit
 from shnet_jax.ops import graphs
 from shnet_jax.ops.interaction import SIDES, Interaction, interaction_scores
 from shnet_jax.ops.matmul import DTYPES, einsum, matmul
@@ -122,19 +122,12 @@ class ImageEncoder(nn.Module):
         return jnp.zeros((batch["regions"].shape[0], regions, regions), bool)
 
 
-class Globals(RetrievalModel):
+class Globals(TwoTowers):
     """Both towers; the score is the dot product of their global vectors, as nobody attends to anything."""
-
-    image: ImageEncoder
-    text: TextEncoder
 
     def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_image`."""
         return Embedding(self.image(batch, train=train)[2])
-
-    def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
-        """See `RetrievalModel.encode_text`."""
-        return self.text(batch["tokens"], batch["token_mask"], train=train)
 
 
 class CMSEI(RetrievalModel):
@@ -160,10 +153,10 @@ class CMSEI(RetrievalModel):
 
     def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_text`."""
-        found = self.text(batch["tokens"], batch["token_mask"], train=train, with_elements=True)
-        if not self.how.refine or found.elements is None:
-            return found
-        return dataclasses.replace(found, elements=self.text_gates(found.elements))
+        words = self.text(batch["tokens"], batch["token_mask"], train=train, with_elements=True)
+        if not self.how.refine or words.elements is None:
+            return words
+        return dataclasses.replace(words, elements=self.text_gates(words.elements))
 
     def score(self, images: Embedding, texts: Embedding) -> Array:  # type: ignore[override]  # a method: see contract
         """Scores [n, t] of every image with every text; see `ops.interaction`."""
@@ -188,11 +181,9 @@ def build(config: ConfigDict) -> CMSEI | Globals:
     Raises ValueError for a field of `config.model` or `config.text` that is none of its choices.
     """
     m, c = config.model, config.model.cmsei
-    unknown = [side for side in c.attend if side not in SIDES]
-    if unknown or len(set(c.attend)) < len(c.attend):
+    check_choices(config, {"cmsei.attend": SIDES, "dtype": DTYPES})
+    if len(set(c.attend)) < len(c.attend):
         raise ValueError(f"config.model.cmsei.attend is {tuple(c.attend)}; choose from {', '.join(SIDES)}, each once")
-    if m.dtype not in DTYPES:
-        raise ValueError(f"config.model.dtype is {m.dtype!r}; choose from {', '.join(DTYPES)}")
     if tuple(m.units) != ("regions",):
         raise ValueError(
             f"config.model.units is {tuple(m.units)}; the graphs of CMSEI-style models are over regions only"
@@ -204,17 +195,8 @@ def build(config: ConfigDict) -> CMSEI | Globals:
         )
     if c.geometry_heads and m.dim % c.geometry_heads:
         raise ValueError(f"config.model.cmsei.geometry_heads is {c.geometry_heads}, model.dim {m.dim}: it must divide")
-    image = ImageEncoder(
-        dim=m.dim,
-        spatial_graph=c.spatial_graph,
-        semantic_graph=c.semantic_graph,
-        iou_threshold=c.iou_threshold,
-        relation_threshold=c.relation_threshold,
-        geometry_heads=c.geometry_heads,
-        feature_dropout=m.feature_dropout,
-        dtype=m.dtype,
-    )
-    text = TextEncoder(tower=build_tower(config), dim=m.dim, dtype=config.text.dtype)
+    image = from_config(ImageEncoder, c, dim=m.dim, feature_dropout=m.feature_dropout, dtype=m.dtype)
+    text = build_encoder(config)
     if not c.attend:
         return Globals(image=image, text=text)
     how = Interaction(

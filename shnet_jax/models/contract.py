@@ -10,11 +10,13 @@ what lies there its own learning rate and keeps the frozen layers as they are.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, cast
 
 import flax.linen as nn
+from ml_collections import ConfigDict
 
 from shnet_jax.ops.matmul import einsum
 from shnet_jax.types import Array, Batch, Embedding, Score
@@ -58,10 +60,43 @@ class RetrievalModel(nn.Module):
 
     def __call__(self, batch: Batch, *, train: bool) -> tuple[Embedding, Embedding]:
         """Both towers on one batch; used to initialise the parameters, those of the score too."""
-        found = self.encode_image(batch, train=train), self.encode_text(batch, train=train)
+        images, texts = self.encode_image(batch, train=train), self.encode_text(batch, train=train)
         if self.is_initializing() and not has_static_score(self):
-            self.score(*found)
-        return found
+            self.score(images, texts)
+        return images, texts
+
+
+class TwoTowers(RetrievalModel):
+    """Model of two independent towers, whose score is the dot product of their unit vectors.
+
+    Attributes:
+      image: called as image(batch, train=train) -> unit vectors [n, dim].
+      text: as `models.text.TextEncoder`.
+    """
+
+    image: nn.Module
+    text: nn.Module
+
+    def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
+        """See `RetrievalModel.encode_image`."""
+        return Embedding(self.image(batch, train=train))
+
+    def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
+        """See `RetrievalModel.encode_text`."""
+        return self.text(batch["tokens"], batch["token_mask"], train=train)
+
+
+def check_choices(config: ConfigDict, choices: Mapping[str, Collection[str]]) -> None:
+    """Raises ValueError for a field of `config.model` that is none of its choices, or a list that is not of them.
+
+    choices: of each field, by its path below `config.model`. `units` may not be empty.
+    """
+    for path, known in choices.items():
+        value = functools.reduce(lambda section, name: section[name], path.split("."), config.model)
+        values = (value,) if isinstance(value, str) else tuple(value)
+        if [one for one in values if one not in known] or (path == "units" and not values):
+            shown = value if isinstance(value, str) else values
+            raise ValueError(f"config.model.{path} is {shown!r}; choose from {', '.join(known)}")
 
 
 def scorer(model: RetrievalModel, params: Mapping[str, Any]) -> Score:
@@ -71,10 +106,10 @@ def scorer(model: RetrievalModel, params: Mapping[str, Any]) -> Score:
     """
     if has_static_score(model):
         return model.score
-    own = {name: params[name] for name in model.score_params}
+    score_params = {name: params[name] for name in model.score_params}
 
     def score(images: Embedding, texts: Embedding) -> Array:
-        return cast(Array, model.apply({"params": own}, images, texts, method="score"))
+        return cast(Array, model.apply({"params": score_params}, images, texts, method="score"))
 
     score.__qualname__ = f"{type(model).__name__}.score"  # messages name it
     return score

@@ -15,17 +15,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from shnet_jax.models.clip import Vision, build_vision
-from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.models.layers import Dense, xavier_uniform
-from shnet_jax.models.mlp import MLP
+from shnet_jax.models.contract import RetrievalModel, check_choices
+from shnet_jax.models.layers import from_config
 from shnet_jax.models.pooling import GPO
 from shnet_jax.models.sets import MODES, SetHead
-from shnet_jax.models.shnet import UNIT_MASKS, given_unit
-from shnet_jax.models.text import TextEncoder, build_tower
+from shnet_jax.models.text import build_encoder, build_tower
+from shnet_jax.models.units import UNIT_MASKS, UnitEncoder, build_mlp, given_unit
 from shnet_jax.ops.matmul import DTYPES
 from shnet_jax.ops.norms import l2norm
 from shnet_jax.ops.set_similarity import SIMILARITIES, set_similarity
-from shnet_jax.types import DATA, Array, Batch, Embedding, Score
+from shnet_jax.types import Array, Batch, Embedding, Score
 
 HEADS = ("learned", "none")
 SOURCES = ("units", "picture")
@@ -52,30 +51,14 @@ class SetScore:
         return RetrievalModel.score(images, texts) + self.eta * within
 
 
-class UnitEncoder(nn.Module):
-    """VSE-infinity's tower: linear and MLP on each kind of unit, GPO over all; the units are the tokens.
-
-    Attributes are those of `config.model` (configs/base.py).
-    """
-
-    dim: int
-    units: tuple[str, ...]
-    feature_dropout: float
-    mlp: partial
-    dtype: str
+class UnitTokens(UnitEncoder, kw_only=True):
+    """VSE-infinity's tower: linear and MLP on each kind of unit, GPO over all; the units are the tokens."""
 
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool) -> Embedding:
         """Image fields of `batch` -> global unit vectors [n, dim], tokens [n, N, dim] and their mask."""
-        tokens, masks = [], []
-        for unit in self.units:
-            x, mask = given_unit(batch, unit)
-            x = nn.Dropout(self.feature_dropout, deterministic=not train)(x)
-            linear = Dense(self.dim, dtype=self.dtype, kernel_init=xavier_uniform, name=f"{unit}_linear")(x)
-            tokens.append(linear + self.mlp(self.dim // 2, self.dim, name=f"{unit}_mlp")(x, mask, train=train))
-            masks.append(mask)
-        together, mask = jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1)
-        return Embedding(l2norm(GPO(name="pool")(together, mask)), together, mask)
+        units = self.project(batch, train=train)
+        return Embedding(l2norm(GPO(name="pool")(units.projected, units.mask)), units.projected, units.mask)
 
 
 class GivenTokens(nn.Module):
@@ -148,7 +131,7 @@ class ESA(RetrievalModel):
     @property
     def norm_depth(self) -> int:
         """See `RetrievalModel.norm_depth`: the MLPs of the units have one BatchNorm."""
-        return 1 if isinstance(self.image, UnitEncoder) else 0
+        return 1 if isinstance(self.image, UnitTokens) else 0
 
     @property
     def set_sizes(self) -> tuple[int, int]:
@@ -166,18 +149,18 @@ class ESA(RetrievalModel):
 
     def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_text`; elements are unit vectors [t, M, dim]."""
-        found = self.text(batch["tokens"], batch["token_mask"], train=train, with_elements=True)
+        tokens = self.text(batch["tokens"], batch["token_mask"], train=train, with_elements=True)
         # Neither the token that begins a caption nor the one that ends it says anything of a part of it.
-        mask = found.mask & (jnp.arange(found.mask.shape[1]) > 0)
-        mask &= jnp.arange(found.mask.shape[1]) < jnp.sum(found.mask, axis=1, keepdims=True) - 1
-        return _with_set(self.text_set, found.replace(mask=mask))
+        mask = tokens.mask & (jnp.arange(tokens.mask.shape[1]) > 0)
+        mask &= jnp.arange(tokens.mask.shape[1]) < jnp.sum(tokens.mask, axis=1, keepdims=True) - 1
+        return _with_set(self.text_set, tokens.replace(mask=mask))
 
 
-def _with_set(head: SetHead | None, found: Embedding) -> Embedding:
+def _with_set(head: SetHead | None, tokens: Embedding) -> Embedding:
     if head is None:
-        return Embedding(found.vector)
-    assert found.elements is not None and found.mask is not None  # the towers here give both
-    return Embedding(found.vector, head(found.vector, found.elements, found.mask))
+        return Embedding(tokens.vector)
+    assert tokens.elements is not None and tokens.mask is not None  # the towers here give both
+    return Embedding(tokens.vector, head(tokens.vector, tokens.elements, tokens.mask))
 
 
 def image_fields(config: ConfigDict) -> tuple[str, ...]:
@@ -194,17 +177,14 @@ def build(config: ConfigDict) -> ESA:
     """
     m, esa = config.model, config.model.esa
     _check(config)
-    mlp = partial(MLP, dtype=m.dtype, include_padding=m.bn_include_padding, axis=DATA if m.bn_sync else None)
     image: nn.Module
     if esa.source == "picture":
         image = PictureEncoder(build_vision(m.clip, m.dtype))
     elif esa.head == "none":
         image = GivenTokens(m.dim, tuple(m.units))
     else:
-        image = UnitEncoder(m.dim, tuple(m.units), m.feature_dropout, mlp, m.dtype)
-    tower = build_tower(config)
-    learned = esa.head == "learned"
-    text = TextEncoder(tower=tower, dim=m.dim, dtype=config.text.dtype) if learned else EndToken(tower)
+        image = from_config(UnitTokens, m, units=tuple(m.units), mlp=build_mlp(m))
+    text = build_encoder(config) if esa.head == "learned" else EndToken(build_tower(config))
     head = partial(SetHead, mode=esa.mode, depth=esa.depth, heads=esa.heads, dtype=m.dtype)
     return ESA(
         image=image,
@@ -218,14 +198,8 @@ def build(config: ConfigDict) -> ESA:
 def _check(config: ConfigDict) -> None:
     m, esa = config.model, config.model.esa
     choices = {"source": SOURCES, "head": HEADS, "mode": MODES, "similarity": SIMILARITIES}
-    for field, known in choices.items():
-        if esa[field] not in known:
-            raise ValueError(f"config.model.esa.{field} is {esa[field]!r}; choose from {', '.join(known)}")
-    if m.dtype not in DTYPES:
-        raise ValueError(f"config.model.dtype is {m.dtype!r}; choose from {', '.join(DTYPES)}")
-    unknown = [u for u in m.units if u not in UNIT_MASKS]
-    if unknown or not m.units:
-        raise ValueError(f"config.model.units is {tuple(m.units)}; choose from {', '.join(UNIT_MASKS)}")
+    choices = {f"esa.{field}": known for field, known in choices.items()}
+    check_choices(config, choices | {"dtype": DTYPES, "units": UNIT_MASKS})
     if bool(esa.size) != bool(esa.text_size) or min(esa.size, esa.text_size) < 0:
         raise ValueError(
             f"config.model.esa.size is {esa.size} and text_size {esa.text_size}: both sides have sets, or neither (0)"

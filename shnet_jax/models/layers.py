@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from ml_collections import ConfigDict
 
 from shnet_jax.ops.matmul import DType, einsum, matmul
 from shnet_jax.types import Array
 
 Initializer = nn.initializers.Initializer
+M = TypeVar("M", bound=nn.Module)
 
 xavier_uniform: Initializer = nn.initializers.xavier_uniform()
 """Initializer U(±sqrt(6 / (fan_in + fan_out))) of the first layer of the published image encoders (VSE-infinity)."""
 
 LayerNorm = partial(nn.LayerNorm, use_fast_variance=False)
 """Flax's LayerNorm with the two-pass variance: the fast formula loses digits where the mean is large."""
+
+
+def from_config(module: type[M], section: ConfigDict, **others: Any) -> M:
+    """Builds a module from the fields of a section of the configuration that are its attributes, and from others."""
+    names = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+    return module(**{name: section[name] for name in names if name in section} | others)
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -33,15 +44,6 @@ def torch_uniform(fan_in: int) -> Initializer:
         return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
     return init
-
-
-def run_layer(layer: nn.Module, x: Array, mask: Array, *, train: bool, remat: bool) -> Array:
-    """Runs layer(x, mask, train=train) of a tower; remat: its activations are recomputed in the backward pass."""
-
-    def run(layer: nn.Module, x: Array, mask: Array) -> Array:
-        return layer(x, mask, train=train)
-
-    return (nn.remat(run) if remat else run)(layer, x, mask)
 
 
 class Dense(nn.Module):
@@ -154,8 +156,20 @@ class SelfAttention(nn.Module):
         return Dense(width, self.dtype, self.kernel_init, name="out")(mixed.reshape(x.shape))
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),  # by erf
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # of the first CLIP models
+}
+
+
+def feed_forward(x: Array, hidden: int, dtype: DType, kernel_init: Initializer, activation: str = "gelu") -> Array:
+    """Two-layer perceptron on x [..., width], with layers "in" and "out" of the calling module; zero biases."""
+    inner = ACTIVATIONS[activation](Dense(hidden, dtype, kernel_init, name="in")(x))
+    return Dense(x.shape[-1], dtype, kernel_init, name="out")(inner)
+
+
 class FeedForward(nn.Module):
-    """A transformer's two-layer perceptron with the exact (erf) GELU; the biases start at zero."""
+    """`feed_forward` as a module."""
 
     hidden: int
     dtype: DType
@@ -164,5 +178,4 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [..., width] -> [..., width]."""
-        hidden = jax.nn.gelu(Dense(self.hidden, self.dtype, self.kernel_init, name="in")(x), approximate=False)
-        return Dense(x.shape[-1], self.dtype, self.kernel_init, name="out")(hidden)
+        return feed_forward(x, self.hidden, self.dtype, self.kernel_init)

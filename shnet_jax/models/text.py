@@ -49,6 +49,11 @@ def build_tower(config: ConfigDict) -> nn.Module:
     return importlib.import_module(path).build(text)
 
 
+def build_encoder(config: ConfigDict) -> TextEncoder:
+    """`TextEncoder` on the tower of a configuration. Raises ValueError as `build_tower`."""
+    return TextEncoder(tower=build_tower(config), dim=config.model.dim, dtype=config.text.dtype)
+
+
 class TextEncoder(nn.Module):
     """Tower -> linear -> GPO over all valid tokens, [CLS] and [SEP] included -> unit length (3SHNet).
 

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.models.layers import Dense, LayerNorm, xavier_uniform
-from shnet_jax.models.mlp import MLP, BatchNorm
+from shnet_jax.models.contract import TwoTowers, check_choices
+from shnet_jax.models.layers import Dense, LayerNorm, from_config, xavier_uniform
+from shnet_jax.models.mlp import BatchNorm
 from shnet_jax.models.pooling import GPO
-from shnet_jax.models.shnet import UNIT_MASKS, given_unit
-from shnet_jax.models.text import TextEncoder, build_tower
+from shnet_jax.models.text import build_encoder
+from shnet_jax.models.units import UNIT_MASKS, UnitEncoder, build_mlp
 from shnet_jax.ops.matmul import DTYPES, einsum
 from shnet_jax.ops.norms import l2norm
-from shnet_jax.types import DATA, Array, Batch, Embedding
+from shnet_jax.types import DATA, Array, Batch
 
 SLOTS = 36
 """Regions of an image, ordered by the detector's confidence, that the published norm is made for."""
@@ -83,19 +83,14 @@ def write_back(units: Array, guide: Array, mask: Array, scale: float) -> Array:
     return share[..., None] * guide[:, None, :]
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(UnitEncoder, kw_only=True):
     """The visual tower. Attributes are those of `config.model` and `config.model.user`."""
 
-    dim: int
-    units: tuple[str, ...]
     guides: tuple[str, ...]
     attention_scale: float
     dropout: float
     norm: str
-    feature_dropout: float
-    mlp: partial
     axis: str | None
-    dtype: str
 
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool) -> Array:
@@ -103,23 +98,15 @@ class ImageEncoder(nn.Module):
 
         Raises ValueError when `norm` is "slots" and an image has another number of regions than SLOTS.
         """
-        projected, masks = [], []
-        for unit in self.units:
-            x, mask = given_unit(batch, unit)
-            x = nn.Dropout(self.feature_dropout, deterministic=not train)(x)
-            x = self._enhanced(unit, x, mask, batch, train)
-            linear = Dense(self.dim, dtype=self.dtype, kernel_init=xavier_uniform, name=f"{unit}_linear")(x)
-            projected.append(linear + self.mlp(self.dim // 2, self.dim, name=f"{unit}_mlp")(x, mask, train=train))
-            masks.append(mask)
-        pooled_set, pooled_mask = jnp.concatenate(projected, axis=1), jnp.concatenate(masks, axis=1)
-        self.sow("intermediates", "pooled_set", pooled_set)
-        pooled = GPO(name="pool")(pooled_set, pooled_mask)
+        units = self.project(batch, train=train)
+        self.sow("intermediates", "pooled_set", units.projected)
+        pooled = GPO(name="pool")(units.projected, units.mask)
         self.sow("intermediates", "pooled", pooled)
         return l2norm(pooled)
 
-    def _enhanced(self, unit: str, x: Array, mask: Array, batch: Batch, train: bool) -> Array:
+    def enhance(self, unit: str, x: Array, mask: Array, batch: Batch, *, train: bool) -> Array:
         """Units [n, N, d] of one kind plus the update by each guide."""
-        added = []
+        updates = []
         if "sge" in self.guides:
             if self.norm == "slots" and x.shape[1] != SLOTS:
                 raise ValueError(
@@ -129,36 +116,27 @@ class ImageEncoder(nn.Module):
             weight = mask[..., None].astype(x.dtype)
             mean = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
             guide = SelfGuide(self.dropout, self.norm, self.axis, self.dtype, name=f"{unit}_sge")
-            new = guide(x, mean, mask, train=train)
-            self.sow("intermediates", "guide", new)
-            added.append(write_back(x, new, mask, self.attention_scale))
+            guide_vector = guide(x, mean, mask, train=train)
+            self.sow("intermediates", "guide", guide_vector)
+            updates.append(write_back(x, guide_vector, mask, self.attention_scale))
         if "cge" in self.guides:
             given = batch["image_embedding"].astype(jnp.float32)
-            clip = l2norm(Dense(x.shape[-1], self.dtype, xavier_uniform, name=f"{unit}_cge")(given))
-            added.append(write_back(x, clip, mask, self.attention_scale))
-        enhanced = sum(added, x)
+            guide_vector = l2norm(Dense(x.shape[-1], self.dtype, xavier_uniform, name=f"{unit}_cge")(given))
+            updates.append(write_back(x, guide_vector, mask, self.attention_scale))
+        enhanced = sum(updates, x)
         self.sow("intermediates", "enhanced", enhanced)
         return enhanced
 
 
-class USER(RetrievalModel):
+class USER(TwoTowers):
     """USER's towers with any text tower; the score is the dot product of unit vectors."""
 
     image: ImageEncoder
-    text: TextEncoder
 
     @property
     def norm_depth(self) -> int:
         """See `RetrievalModel.norm_depth`: those of the self-guide, then that of the units' MLP."""
         return 2 if "sge" in self.image.guides else 1
-
-    def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
-        """See `RetrievalModel.encode_image`."""
-        return Embedding(self.image(batch, train=train))
-
-    def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
-        """See `RetrievalModel.encode_text`."""
-        return self.text(batch["tokens"], batch["token_mask"], train=train)
 
 
 def image_fields(config: ConfigDict) -> tuple[str, ...]:
@@ -174,12 +152,7 @@ def build(config: ConfigDict) -> USER:
     norm where images may have other units than its SLOTS regions.
     """
     m, options = config.model, config.model.user
-    for field, values, choices in (("units", m.units, UNIT_MASKS), ("user.guides", options.guides, GUIDES)):
-        if [v for v in values if v not in choices] or (field == "units" and not values):
-            raise ValueError(f"config.model.{field} is {tuple(values)}; choose from {', '.join(choices)}")
-    for field, value, choices in (("user.norm", options.norm, NORMS), ("dtype", m.dtype, DTYPES)):
-        if value not in choices:
-            raise ValueError(f"config.model.{field} is {value!r}; choose from {', '.join(choices)}")
+    check_choices(config, {"units": UNIT_MASKS, "user.guides": GUIDES, "user.norm": NORMS, "dtype": DTYPES})
     if (
         options.norm == "slots"
         and "sge" in options.guides
@@ -190,17 +163,15 @@ def build(config: ConfigDict) -> USER:
             f"config.model.units = {tuple(m.units)} and config.data.region_drop = {config.data.region_drop} images "
             "differ in their units: drop no regions and use no other units, or set config.model.user.norm to 'layer'"
         )
-    axis = DATA if m.bn_sync else None
-    image = ImageEncoder(
+    image = from_config(
+        ImageEncoder,
+        options,
         dim=m.dim,
         units=tuple(m.units),
         guides=tuple(options.guides),
-        attention_scale=options.attention_scale,
-        dropout=options.dropout,
-        norm=options.norm,
         feature_dropout=m.feature_dropout,
-        mlp=partial(MLP, dtype=m.dtype, include_padding=m.bn_include_padding, axis=axis),
-        axis=axis,
+        mlp=build_mlp(m),
+        axis=DATA if m.bn_sync else None,
         dtype=m.dtype,
     )
-    return USER(image=image, text=TextEncoder(tower=build_tower(config), dim=m.dim, dtype=config.text.dtype))
+    return USER(image=image, text=build_encoder(config))

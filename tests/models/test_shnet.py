@@ -9,6 +9,7 @@ from flax import traverse_util
 
 from configs.base import get_config
 from shnet_jax.models import shnet
+from shnet_jax.models.units import UNIT_MASKS
 from shnet_jax.parallel import axis, mapping
 from shnet_jax.types import DATA
 from tests.models import image_oracle as oracle
@@ -51,7 +52,7 @@ def images(n: int = 3) -> dict[str, np.ndarray]:
 
 def fields(arm: str, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The fields that the arm reads, and the masks."""
-    wanted = {*shnet.image_fields(config_of(arm)), *shnet.UNIT_MASKS.values()}
+    wanted = {*shnet.image_fields(config_of(arm)), *UNIT_MASKS.values()}
     return {name: x for name, x in batch.items() if name in wanted}
 
 
@@ -105,7 +106,7 @@ def test_equals_numpy(arm):
 def test_order_of_units_and_what_masked_ones_hold_are_irrelevant(arm):
     plain, batch = encode(arm, images()), dict(images())
     order = {"regions": [2, 0, 3, 1], "grid": [1, 2, 0]}
-    for unit, mask in shnet.UNIT_MASKS.items():
+    for unit, mask in UNIT_MASKS.items():
         junk = np.where(batch[mask][..., None], batch[unit], 1e4)
         batch[unit], batch[mask] = junk[:, order[unit]], batch[mask][:, order[unit]]
     np.testing.assert_allclose(encode(arm, batch), plain, atol=2e-6)
@@ -116,14 +117,14 @@ def test_every_field_read_matters_to_its_own_image_only(arm):
     plain = encode(arm, images())
     for name in shnet.image_fields(config_of(arm)):
         x = images()[name].copy()
-        x[1] = x[1][:, ::-1] if name in shnet.UNIT_MASKS else np.roll(x[1], 1, axis=0)
+        x[1] = x[1][:, ::-1] if name in UNIT_MASKS else np.roll(x[1], 1, axis=0)
         moved = np.abs(encode(arm, images() | {name: x}) - plain).max(axis=1)
         assert moved[1] > 1e-4 and moved[[0, 2]].max() < 1e-6, name
 
 
 def test_without_a_mask_all_units_are_valid():
-    batch = {name: x for name, x in images().items() if name not in shnet.UNIT_MASKS.values()}
-    ones = {name: np.ones_like(images()[name]) for name in shnet.UNIT_MASKS.values()}
+    batch = {name: x for name, x in images().items() if name not in UNIT_MASKS.values()}
+    ones = {name: np.ones_like(images()[name]) for name in UNIT_MASKS.values()}
     np.testing.assert_allclose(encode("none", batch), encode("none", images() | ones), atol=1e-6)
 
 

@@ -13,6 +13,7 @@ from configs import user as user_config
 from shnet_jax import registry
 from shnet_jax.experiment import assemble
 from shnet_jax.models import user
+from shnet_jax.models.units import UNIT_MASKS
 from shnet_jax.models.user import SLOTS
 from tests.models.test_shnet import compiled, random_variables
 from tests.models.user_oracle import Encoder
@@ -69,7 +70,7 @@ def oracle(arm: str, train: bool, params=None):
     found = Encoder(
         params or own["params"]["image"], stats, c.model.user.guides, c.model.user.norm, c.model.user.attention_scale
     )
-    masks = {name: batch(arm)[user.UNIT_MASKS[name]] for name in c.model.units}
+    masks = {name: batch(arm)[UNIT_MASKS[name]] for name in c.model.units}
     return lambda given: found({name: given[name] for name in c.model.units}, masks, given["image_embedding"])
 
 

@@ -214,7 +214,7 @@ def test_the_published_settings_of_a_recording_reach_the_step(tmp_path):
 def test_a_converted_checkpoint_takes_the_attention_scale_of_its_recording(tmp_path):
     (variables, regions), scale = tower(), 4.0
     tokens, mask = np.array([[1, 5, 2, 0], [3, 4, 5, 1], [2, 2, 0, 0]]), np.ones((BATCH, 36), bool)
-    texts = user.TextEncoder(BERT(6, layers=1, width=8, heads=2, mlp_dim=8, max_positions=32), dim=DIM)
+    texts = user.TextEncoder(BERT(vocab_size=6, layers=1, width=8, heads=2, mlp_dim=8, max_positions=32), dim=DIM)
     shapes = jax.eval_shape(lambda: texts.init(jax.random.key(0), tokens, tokens > 0, train=False))
     of_texts = {"params": jax.tree.map(lambda leaf: 0.4 * draw(*leaf.shape), shapes)["params"]}
     arrays = {"meta.num_heads": np.float32(2), "meta.attention_lamda": np.float32(scale)}

@@ -1,3 +1,5 @@
+"""The transformer towers with random weights against NumPy float64 (CLIP's: tests/interop/test_clip_weights.py)."""
+
 import contextlib
 import io
 from functools import partial
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
+from shnet_jax.models import transformer
 from shnet_jax.models.bert import BERT, EPSILON
+from shnet_jax.models.transformer import Transformer
 from tests.models import text_oracle as oracle
 
 SIZES: dict[str, Any] = {
@@ -22,6 +26,25 @@ SIZES: dict[str, Any] = {
 }
 
 
+def bert(x, params):
+    """Post-norm layers on x, the sum of the embeddings of words and positions."""
+    x = oracle.layer_norm(x + np.asarray(params["types"], np.float64)[0], params["norm"], EPSILON)
+    for k in range(2):
+        p = params[f"layer_{k}"]
+        x = oracle.layer_norm(x + oracle.attention(x, p["attention"], 4), p["attention_norm"], EPSILON)
+        x = oracle.layer_norm(x + oracle.mlp(x, p["mlp"]), p["mlp_norm"], EPSILON)
+    return x
+
+
+def pre_norm(x, params):
+    for k in range(2):
+        p = params[f"layer_{k}"]
+        normed = oracle.layer_norm(x, p["attention_norm"], transformer.EPSILON)
+        x = x + oracle.attention(normed, p["attention"], 4)
+        x = x + oracle.mlp(oracle.layer_norm(x, p["mlp_norm"], transformer.EPSILON), p["mlp"])
+    return oracle.layer_norm(x, params["norm"], transformer.EPSILON)
+
+
 def random_params(model, length: int):
     """Parameters far from their initial values, so that no term is too small to see."""
     tokens = jnp.zeros((1, length), jnp.int32)
@@ -30,8 +53,9 @@ def random_params(model, length: int):
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(0.0, 0.5, p.shape), jnp.float32), params)
 
 
-def test_equals_numpy_caption_by_caption():
-    model = BERT(**SIZES)
+@pytest.mark.parametrize(("tower", "reference"), [(BERT, bert), (Transformer, pre_norm)])
+def test_equals_numpy_caption_by_caption(tower, reference):
+    model = tower(**SIZES)
     params = random_params(model, 7)
     rng = np.random.default_rng(2)
     tokens, lengths = rng.integers(1, 30, (4, 7)), (7, 2, 5, 3)
@@ -39,20 +63,16 @@ def test_equals_numpy_caption_by_caption():
     out = np.asarray(jax.jit(partial(model.apply, train=False))({"params": params}, tokens, mask))
     assert out.dtype == np.float32
     for i, length in enumerate(lengths):
-        x = np.asarray(params["words"], np.float64)[tokens[i, :length]]
-        x = x + np.asarray(params["positions"], np.float64)[:length] + np.asarray(params["types"], np.float64)[0]
-        x = oracle.layer_norm(x, params["norm"], EPSILON)
-        for k in range(2):
-            p = params[f"layer_{k}"]
-            x = oracle.layer_norm(x + oracle.attention(x, p["attention"], 4), p["attention_norm"], EPSILON)
-            x = oracle.layer_norm(x + oracle.mlp(x, p["mlp"]), p["mlp_norm"], EPSILON)
-        np.testing.assert_allclose(out[i, :length], x, rtol=1e-4, atol=1e-4)
+        words, positions = (np.asarray(params[name], np.float64) for name in ("words", "positions"))
+        expected = reference(words[tokens[i, :length]] + positions[:length], params)
+        np.testing.assert_allclose(out[i, :length], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_captions_longer_than_the_positions_are_refused():
+@pytest.mark.parametrize("tower", [BERT, Transformer])
+def test_captions_longer_than_the_positions_are_refused(tower):
     tokens = jnp.ones((1, 13), jnp.int32)
     with pytest.raises(ValueError, match=r"13 tokens.*12 positions"):
-        jax.eval_shape(lambda: BERT(**SIZES).init(jax.random.key(0), tokens, tokens > 0, train=False))
+        jax.eval_shape(lambda: tower(**SIZES).init(jax.random.key(0), tokens, tokens > 0, train=False))
 
 
 def test_heads_must_divide_the_width():
@@ -80,7 +100,7 @@ def test_remat_gives_the_same_gradient_for_less_memory():
     tokens = np.random.default_rng(0).integers(1, 20, (64, 16)).astype(np.int32)
     mask = np.ones_like(tokens, bool)
     models = [
-        BERT(20, layers=4, width=16, heads=2, mlp_dim=64, max_positions=16, dropout=0.3, remat=remat)
+        BERT(vocab_size=20, layers=4, width=16, heads=2, mlp_dim=64, max_positions=16, dropout=0.3, remat=remat)
         for remat in (False, True)
     ]
     params = jax.jit(partial(models[0].init, train=False))(jax.random.key(0), tokens, mask)
