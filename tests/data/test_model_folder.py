@@ -429,12 +429,13 @@ def test_settings_beside_clip(tmp_path, file, content, message):
         (tmp_path / file).unlink()
 
 
-def test_a_post_processor_that_is_not_clips(tmp_path):
+@pytest.mark.parametrize(("template", "message"), [(f"$A {END}", "makes"), (f"{END} $A {END}", "puts .* expected")])
+def test_a_post_processor_that_is_not_clips(tmp_path, template, message):
     made = tokenizers.Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
     number = made.token_to_id(END)
-    made.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, number)])
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(END, number)])
     made.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="its post_processor makes"):
+    with pytest.raises(ValueError, match=f"its post_processor {message}"):
         tokenise.clip(tmp_path / "tokenizer.json")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import faulthandler
 import json
 import os
@@ -59,26 +59,14 @@ class Watch:
                 self.seen.append(f"open {path}")
 
 
-@dataclasses.dataclass
-class Counts:
-    """Inputs tried, taken without an error, and refused with a documented one."""
-
-    tried: int = 0
-    taken: int = 0
-    refused: int = 0
-
-
 def attempt(target: Target, data: bytes, folder: Path, watch: Watch | None) -> tuple[str | None, bool]:
     """(what is wrong, None if nothing is; whether the input was taken)."""
     for path in folder.iterdir():
         path.unlink()
     before, taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, False
     try:
-        if watch is None:
+        with watch or contextlib.nullcontext():
             target.parse(folder, data)
-        else:
-            with watch:
-                target.parse(folder, data)
         taken = True
     except target.errors as error:
         if not str(error).strip():
@@ -100,9 +88,12 @@ def _kind(wrong: str) -> str:
     return f"{places[-1] if places else ''} {re.split('[ :]', lines[-1])[0]}"
 
 
-def run(name: str, seed: int, seconds: float, out: Path) -> Counts:
-    """Tries inputs of a target; each is in out/current while it is tried, findings stay beside it."""
-    target, rng, counts = TARGETS[name], random.Random(f"{name} {seed}"), Counts()
+def run(name: str, seed: int, seconds: float, out: Path) -> None:
+    """Tries inputs of a target; each is in out/current while it is tried, findings stay beside it.
+
+    out/counts.json has how many were tried, and how many of them were taken without an error.
+    """
+    target, rng, tried, taken = TARGETS[name], random.Random(f"{name} {seed}"), 0, 0
     folder = Path(tempfile.mkdtemp(prefix="fuzz_"))
     seeds, watch, kinds = target.seeds(), Watch(folder), set()
     for data in seeds:  # libraries are imported before anything is limited
@@ -112,24 +103,21 @@ def run(name: str, seed: int, seconds: float, out: Path) -> Counts:
     end = time.monotonic() + seconds
     try:
         while time.monotonic() < end:
-            data = (
-                seeds[counts.tried] if counts.tried < len(seeds) and not seed else target.make(rng.choice(seeds), rng)
-            )
+            data = seeds[tried] if tried < len(seeds) and not seed else target.make(rng.choice(seeds), rng)
             (out / "current").write_bytes(data)
             faulthandler.dump_traceback_later(SECONDS, exit=True)
-            wrong, taken = attempt(target, data, folder, watch)
+            wrong, was_taken = attempt(target, data, folder, watch)
             faulthandler.cancel_dump_traceback_later()
-            counts = Counts(counts.tried + 1, counts.taken + taken, counts.refused + (not taken))
+            tried, taken = tried + 1, taken + was_taken
             if wrong is not None and (kind := _kind(wrong)) not in kinds:
                 kinds.add(kind)
-                (out / f"{name}_{seed}_{counts.tried}").write_bytes(data)
-                (out / f"{name}_{seed}_{counts.tried}.txt").write_text(wrong + "\n")
-            if counts.tried % 50 == 0:
-                (out / "counts.json").write_text(json.dumps(dataclasses.asdict(counts)))
+                (out / f"{name}_{seed}_{tried}").write_bytes(data)
+                (out / f"{name}_{seed}_{tried}.txt").write_text(wrong + "\n")
+            if tried % 50 == 0:
+                (out / "counts.json").write_text(json.dumps({"tried": tried, "taken": taken}))
     finally:
         shutil.rmtree(folder)
-    (out / "counts.json").write_text(json.dumps(dataclasses.asdict(counts)))
-    return counts
+    (out / "counts.json").write_text(json.dumps({"tried": tried, "taken": taken}))
 
 
 if __name__ == "__main__":
