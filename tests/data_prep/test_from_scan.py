@@ -237,8 +237,8 @@ def test_the_mark_that_windows_writes_is_no_part_of_a_caption(src, tmp_path):
     for name in ("dev_caps.txt", "dev_ids.txt"):
         (src / name).write_bytes(b"\xef\xbb\xbf" + (src / name).read_bytes())
     path = from_scan.import_scan(src, "toy", tmp_path / "out", splits=["dev"])
-    found = open_dataset(path)
-    assert "\ufeff" not in found.image_ids("dev")[0] + next(found.captions("dev"))[0]
+    dataset = open_dataset(path)
+    assert "\ufeff" not in dataset.image_ids("dev")[0] + next(dataset.captions("dev"))[0]
 
 
 @pytest.mark.parametrize("flag", ["--max_regions=3", "--pool_grids=2", "--max_cells=9", "--panoptic_png=x"])
