@@ -291,8 +291,8 @@ print(json.dumps({"rows": rows, "growth": peak() - before}))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    images = 3000
-    shape = (images * PER, 16, 256)  # 234 MiB, a hole in the file that takes no disk
+    images = 1500
+    shape = (images * PER, 16, 256)  # 117 MiB, a hole in the file that takes no disk
     array = np.lib.format.open_memmap(tmp_path / "dev_ims.npy", mode="w+", dtype=np.float32, shape=shape)
     size = array.nbytes
     del array
@@ -301,7 +301,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     root = Path(from_scan.__file__).parent.parent
     out = json.loads(subprocess.run(run, check=True, capture_output=True, text=True, cwd=root).stdout)
     assert out["rows"] == images
-    assert out["growth"] < size / 20
+    assert out["growth"] < size / 10
 
 
 @pytest.mark.parametrize(("per_image", "images"), [(4, 5), (4, 6), (6, 5), (10, 3), (3, 1), (1, 6)])
