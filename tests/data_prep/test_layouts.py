@@ -288,9 +288,7 @@ def test_the_whole_one_of_two_lines_of_an_image(read):
     later = "\t".join(_cells("8", FEATURES["7"]).values())
     records, error = read("\n".join([complete[0][:90], *complete, later]) + "\n")
     assert "2 images have more than one line, such as '7'; the first whole one of each is taken" in error
-    assert (
-        "image '007.jpg': its line at byte 91 is taken, not the broken line" in error and "image '8.jpg'" not in error
-    )
+    assert "image '007.jpg': its line at byte 91 is taken, not the broken one" in error and "image '8.jpg'" not in error
     assert [record["regions"][0, 0] for record in records] == [7, 8]
 
 
