@@ -83,8 +83,9 @@ class BottomUp(Source):
 
     def read(self, image_id: str) -> Record:
         """regions [K, D] float32, boxes [K, 4] in 0..1, ..."""
-        lines = self._places.need(image_id, "its line")
-        return first_whole(image_id, ((f"its line at byte {line.offset}", line) for line in lines), self._record)
+        places = self._places.need(image_id, "its line")
+        lines = ((f"its line at byte {line.offset} is taken, not the broken one", line) for line in places)
+        return first_whole(image_id, lines, self._record)
 
     def _record(self, line: _Line) -> Record:
         where = f"{line.path}, byte {line.offset}"
@@ -108,17 +109,18 @@ def lines_by_image(where: str, lines: Iterable[tuple[str, T]]) -> Names[list[T]]
 def first_whole(image_id: str, lines: Iterable[tuple[str, T]], parse_line: Callable[[T], Record]) -> Record:
     """The record of the first line of an image that can be parsed; says so where others were broken.
 
-    lines: at least one, each with its name in words. Raises the DataError of the first where all are broken.
+    lines: at least one, each with the words that say that it is taken.
+    Raises the DataError of the first where all are broken.
     """
     faults: list[DataError] = []
-    for name, line in lines:
+    for taken, line in lines:
         try:
             record = parse_line(line)
         except DataError as error:
             faults.append(error)
             continue
         for fault in faults:
-            print(f"image {image_id!r}: {name} is taken, not the broken line: {fault}", file=sys.stderr)
+            print(f"image {image_id!r}: {taken}: {fault}", file=sys.stderr)
         return record
     raise faults[0]
 

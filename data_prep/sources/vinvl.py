@@ -207,7 +207,7 @@ class Vinvl(Detections):
 
     def read(self, image_id: str) -> Record:
         """regions [K, D], boxes [K, 4] in 0..1, box_scores [K], box_classes [K]."""
-        lines = ((where, (cells, where)) for cells, where in self._rows.need(image_id))
+        lines = ((f"{row[1]} is taken, not the broken line", row) for row in self._rows.need(image_id))
         return first_whole(image_id, lines, lambda line: self._record(image_id, *line))
 
     def _record(self, image_id: str, cells: Sequence[bytes], where: str) -> Record:

@@ -6,6 +6,7 @@ in docs/data.md are made of it.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -15,6 +16,18 @@ import numpy as np
 FEATURE_DTYPES = ("float16", "bfloat16", "float32")
 PER_CAPTION = "n"
 """Letter of the number of captions of an image, the one size that differs between the records of a set."""
+SIZES = {
+    "n": "captions",
+    "K, D": "regions and their width",
+    "G, Dg": "grid cells and their width",
+    "C": "classes",
+    "h, w": "rows and columns of the map of a class",
+    "H, W": "of the label map",
+    "R": "relations",
+    "E": "numbers of a vector",
+    "Y, X": "pixels of the picture",
+}
+"""The letters of sizes, by what they count."""
 MAP_VOID = 255
 """Unlabelled pixel in COCO's label maps; stored as class number C, so that ids stay contiguous."""
 MASKS = {"regions": "region_mask", "grid": "grid_mask"}
@@ -106,8 +119,14 @@ FIELDS: dict[str, Field] = {
 
 
 def markdown_table() -> str:
-    """The table of all fields in docs/data.md."""
-    lines = ["| field | shape, dtype | meaning | read by |", "|---|---|---|---|"]
+    """The sizes and the table of all fields in docs/data.md."""
+    sizes = "; ".join(f"{letters}: {counted}" for letters, counted in SIZES.items())
+    lines = [
+        *textwrap.wrap(f"Sizes: {sizes}.", 120),
+        "",
+        "| field | shape, dtype | meaning | read by |",
+        "|---|---|---|---|",
+    ]
     for name, field in (TEXT_FIELDS | FIELDS).items():
         shape = f"[{', '.join(field.shape)}] " if field.shape else ""
         lines.append(f"| {name} | {shape}{field.kind} | {field.doc}{_bounds(field)} | {field.readers} |")

@@ -175,10 +175,10 @@ def test_bad_records_are_left_out_and_listed(good, src, tmp_path, capsys, monkey
     assert listed[6]["image_id"] == "dev9.jpg"
 
     from_scan.main(_flags(good, tmp_path / "whole"))
-    whole, rest = open_dataset(tmp_path / "whole"), open_dataset(tmp_path / "out")
+    full, rest = open_dataset(tmp_path / "whole"), open_dataset(tmp_path / "out")
     for split in ("dev", "train"):
         rows = sorted(set(range(IMAGES)) - {f.row for f in RECORDS.values() if f.split == split})
-        records = whole.open_split(split, ["image_id", "regions", "captions"])
+        records = full.open_split(split, ["image_id", "regions", "captions"])
         kept = list(rest.open_split(split, ["image_id", "regions", "captions"]))
         assert rest.image_ids(split).tolist() == [record["image_id"] for record in kept]
         for left, row in zip(kept, rows, strict=True):

@@ -135,8 +135,8 @@ def test_another_shape_than_the_records_have(good, tmp_path, capsys):
     shape["dimensions"] = ["4", "7"]
     (path / "features.json").write_text(json.dumps(described))
     write_checksums(path)
-    found = _found(path, capsys)
+    actual = _found(path, capsys)
     assert (
-        "array_record-00000: record 0 of this file (split 'train' row 0): expected a record as it was written" in found
+        "array_record-00000: record 0 of this file (split 'train' row 0): expected a record as it was written" in actual
     )
-    assert "ValueError: cannot reshape array of size 24 into shape (4,7)" in found
+    assert "ValueError: cannot reshape array of size 24 into shape (4,7)" in actual

@@ -57,7 +57,7 @@ def _refused(path, message, text="train={}", **options):
 
 
 def _rows(sentences):
-    return [(f"{i}.jpg", text) for i, own in enumerate(sentences) for text in own]
+    return [(f"{i}.jpg", text) for i, group in enumerate(sentences) for text in group]
 
 
 def _parquet(columns):
@@ -68,7 +68,7 @@ def _parquet(columns):
 
 def _torch(sentences):
     file = io.BytesIO()
-    torch_writer.save(file, {f"{i}.jpg": json.dumps(own) for i, own in enumerate(sentences)})
+    torch_writer.save(file, {f"{i}.jpg": json.dumps(group) for i, group in enumerate(sentences)})
     return file.getvalue()
 
 
@@ -80,20 +80,20 @@ def _csv(rows, **options):
 
 def _karpathy(sentences):
     images = [
-        {"filename": f"{i}.jpg", "split": "train", "sentences": [{"raw": text} for text in own]}
-        for i, own in enumerate(sentences)
+        {"filename": f"{i}.jpg", "split": "train", "sentences": [{"raw": text} for text in group]}
+        for i, group in enumerate(sentences)
     ]
     return json.dumps({"images": images})
 
 
 def _coco(sentences):
     images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(len(sentences))]
-    found = [{"image_id": i, "caption": text} for i, own in enumerate(sentences) for text in own]
-    return json.dumps({"images": images, "annotations": found})
+    annotations = [{"image_id": i, "caption": text} for i, group in enumerate(sentences) for text in group]
+    return json.dumps({"images": images, "annotations": annotations})
 
 
 def _objects(sentences):
-    return [{"image": f"{i}.jpg", "caption": own} for i, own in enumerate(sentences)]
+    return [{"image": f"{i}.jpg", "caption": group} for i, group in enumerate(sentences)]
 
 
 FORMATS = {
@@ -106,9 +106,11 @@ FORMATS = {
     "oscar_captions.pt": _torch,
     "comma.csv": lambda s: _csv([("image", "caption"), *_rows(s)]),
     "semicolon.csv": lambda s: _csv([("image", "caption"), *_rows(s)], delimiter=";", quoting=csv.QUOTE_ALL),
-    "cells.csv": lambda s: _csv([("raw", "filename"), *((json.dumps(own), f"{i}.jpg") for i, own in enumerate(s))]),
-    "printed.csv": lambda s: _csv([("raw", "filename"), *((repr(own), f"{i}.jpg") for i, own in enumerate(s))]),
-    "numpy.csv": lambda s: _csv([("raw", "filename"), *((str(np.array(own)), f"{i}.jpg") for i, own in enumerate(s))]),
+    "cells.csv": lambda s: _csv([("raw", "filename"), *((json.dumps(group), f"{i}.jpg") for i, group in enumerate(s))]),
+    "printed.csv": lambda s: _csv([("raw", "filename"), *((repr(group), f"{i}.jpg") for i, group in enumerate(s))]),
+    "numpy.csv": lambda s: _csv(
+        [("raw", "filename"), *((str(np.array(group)), f"{i}.jpg") for i, group in enumerate(s))]
+    ),
     "captions.txt": lambda s: _csv([("image", "caption"), *_rows(s)], lineterminator="\n"),
     "quoted.tsv": lambda s: _csv([("image", "caption"), *_rows(s)], delimiter="\t", quoting=csv.QUOTE_ALL),
     "plain.tsv": lambda s: "".join(f"{name}\t{text}\n" for name, text in [("image", "caption"), *_rows(s)]),
@@ -161,18 +163,18 @@ def folder(tmp_path_factory):
 @example([NASTY[:3], NASTY[3:]])
 def test_as_many_captions_are_read_as_were_written(folder, name, sentences):
     path = _write(folder / name, FORMATS[name](sentences))
-    expected = {f"{i}.jpg": [_spaced(text) for text in own] for i, own in enumerate(sentences)}
-    texts = [text for own in sentences for text in own]
+    expected = {f"{i}.jpg": [_spaced(text) for text in group] for i, group in enumerate(sentences)}
+    texts = [text for group in sentences for text in group]
     if any(LIKE_A_LIST.match(text) for text in texts):
         return  # see test_what_a_cell_holds_that_is_no_sentence
     unclear = name in ("plain.tsv", "results.csv") and all('"' not in t or t[0] == t[-1] == '"' for t in texts)
     if unclear or any(character in text for text in texts for character in HOLDS_NO.get(name, "")):
         try:
-            found = _flat(path)
+            actual = _flat(path)
         except DataError as error:
             assert name in str(error)
             return
-        assert sum(map(len, found.values())) >= len(texts)
+        assert sum(map(len, actual.values())) >= len(texts)
         return
     assert _flat(path) == expected
 
@@ -198,10 +200,12 @@ def test_as_many_captions_are_stored_as_were_written(tmp_path, capsys, name):
     flags = [f"--captions=train={path}", f"--grids={tmp_path}", "--name=toy", f"--out={tmp_path / 'out'}"]
     assert from_grid_feats.main(flags) == 0
     stored = open_dataset(tmp_path / "out").captions("train")
-    assert list(stored) == [[_spaced(text) for text in own] for own in sentences]
-    said = capsys.readouterr().err.splitlines()[-1]
+    assert list(stored) == [[_spaced(text) for text in group] for group in sentences]
+    printed = capsys.readouterr().err.splitlines()[-1]
     count = len(texts)
-    assert f"{count} captions of 2 images; stored 2 images with {count} captions" in said and "none left out" in said
+    assert (
+        f"{count} captions of 2 images; stored 2 images with {count} captions" in printed and "none left out" in printed
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- quotation
@@ -335,8 +339,8 @@ def test_ids_of_captions_that_do_not_fit_are_the_fault_of_their_image(tmp_path):
     items = captions.read(str(path), strict=False)["train"]
     assert items[0].fault and items[1].caption_ids == (7, 8)
     images = [{"id": 1, "file_name": "1.jpg"}, {"id": "2", "file_name": "2.jpg"}]
-    found = [{"image_id": 1, "caption": "a", "id": 5}, {"image_id": "1", "caption": "b"}]
-    content = {"images": images, "annotations": [*found, {"image_id": 2, "caption": "c", "id": 6}]}
+    annotations = [{"image_id": 1, "caption": "a", "id": 5}, {"image_id": "1", "caption": "b"}]
+    content = {"images": images, "annotations": [*annotations, {"image_id": 2, "caption": "c", "id": 6}]}
     _write(path, json.dumps(content))
     items = captions.read(f"train={path}", strict=False)["train"]
     assert "row 1: expected caption ids of all captions" in str(items[0].record().error)
@@ -439,9 +443,13 @@ def test_parquet_of_hugging_face(tmp_path):
     each = {"image": pictures, "caption_0": ["a", "b"], "caption_1": ["c", None]}
     assert _flat(_write(path, _parquet(each))) == {"7.jpg": ["a", "c"], "8.jpg": ["b"]}
     _refused(_write(path, _parquet({"image": [b"x"], "caption": ["a"]})), "names the image, found pictures alone")
-    whole = _parquet(columns)
-    for broken in (whole[:-9], whole.replace(b"caption", b"capti\x80n"), whole.replace(b"\1\0\0\0b", b"\1\0\0\0\xb8")):
-        assert broken != whole
+    complete = _parquet(columns)
+    for broken in (
+        complete[:-9],
+        complete.replace(b"caption", b"capti\x80n"),
+        complete.replace(b"\1\0\0\0b", b"\1\0\0\0\xb8"),
+    ):
+        assert broken != complete
         _refused(_write(path, broken), "expected a Parquet file|expected a column named caption")
 
 
@@ -503,14 +511,14 @@ def test_what_is_left_out_is_counted_and_said(tmp_path, capsys):
     flags = [f"--captions={path}", f"--split_lists=train={tmp_path / 'train.txt'}", f"--grids={tmp_path}"]
     flags += ["--name=toy", f"--out={tmp_path / 'out'}", "--absent=skip", "--on_bad_record=skip"]
     assert from_grid_feats.main(flags) == 0
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith(
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1].startswith(
         "toy: read 9 rows, 16 captions of 9 images; stored 4 images with 8 captions (train 4 with 8); left out 5: "
         "1 bad records; 1 absent from a joined file; 1 without captions, such as '0.jpg'; 2 in no split list, such as "
         "'6.jpg'; the bad ones are listed in "
     )
-    assert "note: --split_lists: 1 of 8 names have no captions, such as '77.jpg'" in said
-    assert any(line.startswith("toy: 6 records, 2 of them left out in ") for line in said)
+    assert "note: --split_lists: 1 of 8 names have no captions, such as '77.jpg'" in printed
+    assert any(line.startswith("toy: 6 records, 2 of them left out in ") for line in printed)
 
 
 # --------------------------------------------------------------------------------------- files that are something else

@@ -28,8 +28,8 @@ def _folder(path, images, numbers=True):
     for side, array in vectors.items():
         save_file({"vector": array}, path / f"{side}.safetensors")
     ids = [str(100 + n) for n in range(len(captions))] if numbers else names
-    found = {"image_ids": list(images), "caption_ids": ids, "captions": captions, "caption_image": rows}
-    (path / "ids.json").write_text(json.dumps(found))
+    content = {"image_ids": list(images), "caption_ids": ids, "captions": captions, "caption_image": rows}
+    (path / "ids.json").write_text(json.dumps(content))
     (path / "embeddings.json").write_text(json.dumps({"format": 1, "checkpoint": path.name}))
     open_embeddings(path)  # the project's own reader takes it
     return dict(zip(images, vectors["images"], strict=True)), dict(zip(captions, vectors["texts"], strict=True))
@@ -62,13 +62,13 @@ def test_splits_in_folders_of_their_own(tmp_path):
     one = _captions(tmp_path / "c.json", {"9.jpg": ["x", "y"]}, splits={"9.jpg": "test"})
     assert from_embeddings.main([*flags, one, f"--embeddings={tmp_path / 'a,b' / 'test'}"]) == 0  # a path with a comma
     (tmp_path / "a,b" / "test").rename(tmp_path / "test")
-    both = _captions(tmp_path / "c.json", {"9.jpg": ["x", "y"], **IMAGES}, splits={"9.jpg": "test"})
+    captions = _captions(tmp_path / "c.json", {"9.jpg": ["x", "y"], **IMAGES}, splits={"9.jpg": "test"})
     joined = f"--embeddings={tmp_path / 'test'},{tmp_path / 'train'}"
-    assert from_embeddings.main([*flags, both, joined, "--overwrite"]) == 0
+    assert from_embeddings.main([*flags, captions, joined, "--overwrite"]) == 0
     for record in stored_records(tmp_path / "out", "train"):
         _check(record | {"captions": IMAGES[record["image_id"]]}, train)
     _check(stored_records(tmp_path / "out", "test")[0], test)
-    made = [found["checkpoint"] for found in open_dataset(tmp_path / "out").metadata["embeddings"]]
+    made = [model["checkpoint"] for model in open_dataset(tmp_path / "out").metadata["embeddings"]]
     assert made == ["test", "train"]
 
 
@@ -92,17 +92,17 @@ def test_what_mode_embed_writes(known, tmp_path):
         ]
         for name in images
     }
-    entries = [{"filename": name, "split": "test", "sentences": found} for name, found in sentences.items()]
+    entries = [{"filename": name, "split": "test", "sentences": raw} for name, raw in sentences.items()]
     (tmp_path / "c.json").write_text(json.dumps({"images": entries[::-1]}))
     flags = [f"--captions={tmp_path / 'c.json'}", f"--embeddings={tmp_path / 'e'}", "--name=toy"]
     assert from_embeddings.main([*flags, f"--out={tmp_path / 'out'}"]) == 0
-    found = {record["image_id"]: record for record in stored_records(tmp_path / "out", "test")}
-    assert len(found) == tiny.SPLITS["test"]
+    actual = {record["image_id"]: record for record in stored_records(tmp_path / "out", "test")}
+    assert len(actual) == tiny.SPLITS["test"]
     for row, name in enumerate(made.ids.image_ids):
         first, last = made.ids.first[row], made.ids.first[row + 1]
-        np.testing.assert_array_equal(found[name]["image_embedding"], made.images.vector[row])
+        np.testing.assert_array_equal(actual[name]["image_embedding"], made.images.vector[row])
         expected = made.texts.vector[first:last][:: -1 if known else 1]
-        np.testing.assert_array_equal(found[name]["caption_embeddings"], expected)
+        np.testing.assert_array_equal(actual[name]["caption_embeddings"], expected)
     for entry in entries:  # captions of another file of this name
         entry["sentences"][0]["raw"] += " once more"
     (tmp_path / "c.json").write_text(json.dumps({"images": entries}))

@@ -76,21 +76,23 @@ def test_a_name_without_its_folder(entries, image_id, found):
 def test_what_is_changed_or_not_read_is_said_once(tmp_path, run):
     others = {"info": np.array({"objects": [1]}, object), "attrs": np.ones(3), "scale": 0.1}
     quantised = {"x": (REGIONS[0] * 20).astype(np.int8), "bbox": BOXES + np.float32(0.7)}
-    _, said = run(from_npz.main, _npz(tmp_path / "f", image_w=200, image_h=100, **quantised, **others))
-    lines = [line for line in said.splitlines() if line.startswith("note: ")]
+    _, printed = run(from_npz.main, _npz(tmp_path / "f", image_w=200, image_h=100, **quantised, **others))
+    lines = [line for line in printed.splitlines() if line.startswith("note: ")]
     for remark in (
         "not read: attrs, info, scale",
         "boxes that end up to a pixel",
         "regions are int8: stored as they are",
     ):
-        assert sum(remark in line and "(2 times, first in " in line for line in lines) == 1, said
+        assert sum(remark in line and "(2 times, first in " in line for line in lines) == 1, printed
     assert len(lines) == 3 and not notes._FOUND
 
 
 def test_scores_of_one_column_and_of_many(tmp_path, run):
-    records, said = run(from_npz.main, _npz(tmp_path / "f", conf=np.full((3, 1), 0.5), objects_id=np.ones((3, 9), int)))
+    records, printed = run(
+        from_npz.main, _npz(tmp_path / "f", conf=np.full((3, 1), 0.5), objects_id=np.ones((3, 9), int))
+    )
     assert records[0]["box_scores"].tolist() == [0.5] * 3 and "box_classes" not in records[0]
-    assert "note: not read: objects_id [9] of each region, expected one number (2 times" in said
+    assert "note: not read: objects_id [9] of each region, expected one number (2 times" in printed
 
 
 @pytest.mark.parametrize(
@@ -102,8 +104,8 @@ def test_scores_of_one_column_and_of_many(tmp_path, run):
     ],
 )
 def test_padding_and_what_else_is_left_out(arrays, remark, tmp_path, run):
-    records, said = run(from_npz.main, _npz(tmp_path / "f", **arrays), "--max_regions=5")
-    assert f"note: {remark} (2 times" in said and records[0]["region_mask"].tolist() == [True] * 3 + [False] * 2
+    records, printed = run(from_npz.main, _npz(tmp_path / "f", **arrays), "--max_regions=5")
+    assert f"note: {remark} (2 times" in printed and records[0]["region_mask"].tolist() == [True] * 3 + [False] * 2
 
 
 @pytest.mark.parametrize(
@@ -117,8 +119,8 @@ def test_padding_and_what_else_is_left_out(arrays, remark, tmp_path, run):
     ],
 )
 def test_what_is_refused(arrays, message, tmp_path, run):
-    records, said = run(from_npz.main, _npz(tmp_path / "f", **arrays))
-    assert records is None and message in said and said.count("\n") == 1, said
+    records, printed = run(from_npz.main, _npz(tmp_path / "f", **arrays))
+    assert records is None and message in printed and printed.count("\n") == 1, printed
 
 
 def test_different_numbers_of_regions_name_the_flag(tmp_path, run):
@@ -135,8 +137,8 @@ def test_a_file_that_cannot_be_opened_is_a_bad_record(tmp_path, run):
     (tmp_path / "f" / "42.npz").unlink()
     (tmp_path / "f" / "42.npz").symlink_to("nothing.npz")
     assert "42.npz: cannot be read: No such file" in run(from_npz.main, flag)[1]
-    records, said = run(from_npz.main, flag, "--on_bad_record=skip")
-    assert [record["image_id"] for record in records] == [FILES[1]] and "left out 1: 1 bad records" in said
+    records, printed = run(from_npz.main, flag, "--on_bad_record=skip")
+    assert [record["image_id"] for record in records] == [FILES[1]] and "left out 1: 1 bad records" in printed
 
 
 @pytest.mark.parametrize(
@@ -205,15 +207,15 @@ def test_what_of_hdf5_is_not_read_is_said(form, tmp_path, run):
                     file[form.format(number=number, name=name)] = value
         if form == "{name}":
             file["image_id"] = NUMBERS
-    records, said = run(from_hdf5.main, f"--hdf5={tmp_path / 'a.h5'}")
-    assert records and "note: not read: attrs_id, mask (1 times, first in " in said
+    records, printed = run(from_hdf5.main, f"--hdf5={tmp_path / 'a.h5'}")
+    assert records and "note: not read: attrs_id, mask (1 times, first in " in printed
 
 
 def test_hdf5_of_one_data_set_an_image_has_nothing_else(tmp_path, run):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["42"], file["139"], file["1390"] = *REGIONS, REGIONS[0]
-    records, said = run(from_hdf5.main, f"--hdf5={tmp_path / 'a.h5'}")
-    assert records and "note:" not in said
+    records, printed = run(from_hdf5.main, f"--hdf5={tmp_path / 'a.h5'}")
+    assert records and "note:" not in printed
 
 
 @pytest.mark.parametrize(
@@ -234,8 +236,8 @@ def test_places_of_regions_in_a_row(places, message, tmp_path):
             Hdf5Features([tmp_path / "a.h5"])
     else:
         start, end = places[0]
-        found = Hdf5Features([tmp_path / "a.h5"]).read("42.jpg")["regions"]
-        np.testing.assert_array_equal(found, REGIONS.reshape(6, 64)[start:end])
+        actual = Hdf5Features([tmp_path / "a.h5"]).read("42.jpg")["regions"]
+        np.testing.assert_array_equal(actual, REGIONS.reshape(6, 64)[start:end])
 
 
 @pytest.mark.parametrize("ids", [np.array(NUMBERS), np.array([b"42", b"139"]), np.array([[42], [139]], ">i4")])
@@ -272,8 +274,8 @@ def test_base64_of_other_floats_is_refused(dtype, once):
     ],
 )
 def test_base64_of_float32_is_read(array):
-    found = decode(cell(array.astype(np.float32)).encode(), np.float32, 4, "here", "features")
-    np.testing.assert_array_equal(found, array.astype(np.float32))
+    actual = decode(cell(array.astype(np.float32)).encode(), np.float32, 4, "here", "features")
+    np.testing.assert_array_equal(actual, array.astype(np.float32))
 
 
 def test_msgpack_of_texts_for_bytes():
@@ -302,8 +304,8 @@ def test_labels_of_regions_in_another_order(order, sizes, tmp_path, run):
     (tmp_path / "val.feature.tsv").write_text(start + "".join(rows))
     (tmp_path / "val.label.tsv").write_text("".join(f"{number}\t{json.dumps(content)}\n" for number in NUMBERS))
     flags = [f"--vinvl={tmp_path / 'val.feature.tsv'}", f"--vinvl_labels={tmp_path / 'val.label.tsv'}"]
-    records, said = run(from_vinvl.main, *flags)
+    records, printed = run(from_vinvl.main, *flags)
     if order == (0, 1, 2):
         np.testing.assert_allclose(records[0]["boxes"], shares, atol=1e-6)
     else:
-        assert records is None and "expected the objects of the features' regions, found boxes elsewhere" in said
+        assert records is None and "expected the objects of the features' regions, found boxes elsewhere" in printed

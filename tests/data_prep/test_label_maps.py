@@ -44,14 +44,14 @@ def test_upsnet_puts_stuff_first():
 @pytest.mark.parametrize("shape", [(48, 64), (7, 7), (5, 100)])
 def test_shares_are_the_adaptive_average_of_the_one_hot_map(shape):
     labels = np.random.default_rng(0).choice([0, 3, 132, 255], shape).astype(np.uint8)
-    found = label_maps.class_shares(labels, 133)
+    actual = label_maps.class_shares(labels, 133)
     for row in range(7):
         for column in range(7):
             top, bottom = int(np.floor(row * shape[0] / 7)), int(np.ceil((row + 1) * shape[0] / 7))
             left, right = int(np.floor(column * shape[1] / 7)), int(np.ceil((column + 1) * shape[1] / 7))
             cell = labels[top:bottom, left:right]
             expected = [(cell == c).mean(dtype=np.float64) for c in range(133)]
-            np.testing.assert_allclose(found[:, row, column], expected, rtol=1e-6)
+            np.testing.assert_allclose(actual[:, row, column], expected, rtol=1e-6)
 
 
 def test_shrink_takes_the_pixel_at_the_centre_of_each_cell():

@@ -35,9 +35,9 @@ UNITS = CELLS.reshape(24, 32)
     ],
 )
 def test_the_same_units_of_every_layout(array, layout):
-    found = units.as_units(array, "here", None, layout)
-    np.testing.assert_array_equal(found, UNITS)
-    assert found.flags.c_contiguous
+    actual = units.as_units(array, "here", None, layout)
+    np.testing.assert_array_equal(actual, UNITS)
+    assert actual.flags.c_contiguous
 
 
 @pytest.mark.parametrize("shape", [(2048, 1, 1), (1, 2048, 1, 1), (1, 1, 2048), (1, 1, 1, 2048)])
@@ -73,8 +73,8 @@ def test_clear_layouts_need_no_flag(shape, found):
 
 
 def test_pooling_of_channels_last():
-    found = units.as_units(CELLS, "here", 2, "hwc")
-    np.testing.assert_allclose(found, CELLS.reshape(2, 2, 2, 3, 32).mean((1, 3)).reshape(4, 32), atol=1e-6)
+    actual = units.as_units(CELLS, "here", 2, "hwc")
+    np.testing.assert_allclose(actual, CELLS.reshape(2, 2, 2, 3, 32).mean((1, 3)).reshape(4, 32), atol=1e-6)
 
 
 @pytest.fixture
@@ -148,9 +148,9 @@ def _xywh(found):
 def test_the_same_boxes_of_every_form(form):
     given = SHARES * np.tile(SIZE, 2) if form.startswith("pixels") else SHARES
     given = _xywh(given) if form.endswith("xywh") else given
-    found = boxes.shares(given.astype(np.float32), SIZE, form, "here")
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, SHARES, atol=1e-6)
+    actual = boxes.shares(given.astype(np.float32), SIZE, form, "here")
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, SHARES, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ def test_boxes_of_another_form_are_refused(given, size, form, match):
 
 
 def test_a_corner_may_be_a_pixel_outside():
-    found = boxes.shares(np.array([[-0.6, 0, 200.9, 100]]), SIZE, "pixels", "here")
-    assert found.tolist() == [[0, 0, 1, 1]]
+    actual = boxes.shares(np.array([[-0.6, 0, 200.9, 100]]), SIZE, "pixels", "here")
+    assert actual.tolist() == [[0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize(
@@ -284,13 +284,11 @@ def test_a_header_that_is_not_known_is_refused_by_name(header, match, read):
 
 
 def test_the_whole_one_of_two_lines_of_an_image(read):
-    whole = ["\t".join(_cells(number, FEATURES[number]).values()) for number in "78"]
+    complete = ["\t".join(_cells(number, FEATURES[number]).values()) for number in "78"]
     later = "\t".join(_cells("8", FEATURES["7"]).values())
-    records, error = read("\n".join([whole[0][:90], *whole, later]) + "\n")
+    records, error = read("\n".join([complete[0][:90], *complete, later]) + "\n")
     assert "2 images have more than one line, such as '7'; the first whole one of each is taken" in error
-    assert (
-        "image '007.jpg': its line at byte 91 is taken, not the broken line" in error and "image '8.jpg'" not in error
-    )
+    assert "image '007.jpg': its line at byte 91 is taken, not the broken one" in error and "image '8.jpg'" not in error
     assert [record["regions"][0, 0] for record in records] == [7, 8]
 
 

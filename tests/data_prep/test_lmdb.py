@@ -118,14 +118,14 @@ def test_vilbert_and_mmf(tmp_path, run, kind, protocol):
     key = b"folder/COCO_val2014_000000000042" if kind == "mmf" else b"42"
     keys = pickle.dumps([key], protocol)
     path = write(tmp_path / "coco.lmdb", {key: pickle.dumps(record, protocol), b"keys": keys}, subdir=False)
-    (found,), _ = run(from_lmdb.main, f"--lmdb={path}", "--feature_dtype=float32", "--absent=skip")
-    np.testing.assert_array_equal(found["regions"], FEATURES)
-    np.testing.assert_allclose(found["boxes"], SHARES, atol=1e-6)
+    (actual,), _ = run(from_lmdb.main, f"--lmdb={path}", "--feature_dtype=float32", "--absent=skip")
+    np.testing.assert_array_equal(actual["regions"], FEATURES)
+    np.testing.assert_allclose(actual["boxes"], SHARES, atol=1e-6)
     if kind == "mmf":
-        assert found["box_classes"].tolist() == [4, 2] and "box_scores" not in found
+        assert actual["box_classes"].tolist() == [4, 2] and "box_scores" not in actual
     else:
-        assert found["box_classes"].tolist() == [1, 0]
-        np.testing.assert_array_equal(found["box_scores"], np.float32([0.7, 0.5]))
+        assert actual["box_classes"].tolist() == [1, 0]
+        np.testing.assert_array_equal(actual["box_scores"], np.float32([0.7, 0.5]))
 
 
 def test_an_image_without_a_record(tmp_path, run):
@@ -211,17 +211,17 @@ def test_a_value_of_another_kind(value, message, tmp_path, capsys):
 def test_numbers_of_msgpack_numpy():
     packed_number = {b"nd": False, b"type": "<f8", b"data": np.float64(0.5).tobytes()}
     old = {"nd": True, "type": b"<f4", "shape": [2, 8], "data": FEATURES.tobytes()}  # of its first versions
-    found = parse_value(msgpack.packb({"a": packed_number, "features": old}), "here")
-    assert found["a"] == 0.5 and type(found["a"]) is float
-    np.testing.assert_array_equal(found["features"], FEATURES)
+    actual = parse_value(msgpack.packb({"a": packed_number, "features": old}), "here")
+    assert actual["a"] == 0.5 and type(actual["a"]) is float
+    np.testing.assert_array_equal(actual["features"], FEATURES)
 
 
 def test_one_name_in_two_folders_and_two_of_one_number(tmp_path):
     value = packed({"features": FEATURES})
-    both = Lmdb(write(tmp_path / "a", {b"a/1": value, b"b/1": value, b"a/2": value}), Reading())
-    assert both.read("a/1.jpg")["regions"].shape == (2, 8) == both.read("2.jpg")["regions"].shape
+    source = Lmdb(write(tmp_path / "a", {b"a/1": value, b"b/1": value, b"a/2": value}), Reading())
+    assert source.read("a/1.jpg")["regions"].shape == (2, 8) == source.read("2.jpg")["regions"].shape
     with pytest.raises(DataError, match=r"image '1\.jpg': expected one entry .*, found 'a/1' and 'b/1'"):
-        both.read("1.jpg")
+        source.read("1.jpg")
     twice = Lmdb(write(tmp_path / "b", {b"vg_7": value, b"coco_val2014_000000000007": value}), Reading())
     with pytest.raises(DataError, match=r"expected one entry of this name or number"):
         twice.read("7.jpg")
@@ -230,7 +230,7 @@ def test_one_name_in_two_folders_and_two_of_one_number(tmp_path):
 def test_files_that_are_no_lmdb(tmp_path, run):
     (tmp_path / "img_db").mkdir()
     inner = write(tmp_path / "img_db" / "feat_th0.2_max100_min10", {b"42": b"x"})
-    whole = (inner / "data.mdb").read_bytes()
+    complete = (inner / "data.mdb").read_bytes()
     cases = {
         "no such file or folder": tmp_path / "absent",
         "found the folders feat_th0.2_max100_min10; give one of them": inner.parent,
@@ -238,13 +238,13 @@ def test_files_that_are_no_lmdb(tmp_path, run):
     for name, data, message in (
         ("empty", b"", "expected an LMDB file, found other bytes"),
         ("other", b"x" * 9000, "expected an LMDB file, found other bytes"),
-        ("cut", whole[:-4096], f"expected {len(whole)} bytes, found {len(whole) - 4096}: the file is cut off"),
-        ("half", whole[:4100], "expected a second page"),
-        ("pages", whole[:40] + b"\x07" + whole[41:], "the file is damaged"),
+        ("cut", complete[:-4096], f"expected {len(complete)} bytes, found {len(complete) - 4096}: the file is cut off"),
+        ("half", complete[:4100], "expected a second page"),
+        ("pages", complete[:40] + b"\x07" + complete[41:], "the file is damaged"),
         ("pointer", b"version https://git-lfs.github.com/spec/v1\n" + b"x" * 200, "git-LFS pointer"),
         (
             "version",
-            whole.replace(b"\xde\xc0\xef\xbe\x01", b"\xde\xc0\xef\xbe\x09"),
+            complete.replace(b"\xde\xc0\xef\xbe\x01", b"\xde\xc0\xef\xbe\x09"),
             "LMDB data format v9 is not supported",
         ),
     ):

@@ -73,8 +73,8 @@ def test_files_of_a_folder(tmp_path):
     for name in ("7.npy", "b.jpg.npy", "c.pth", "c.npy", "sub/7.npy", "7.txt"):
         (tmp_path / name).write_text("")
     names = FileNames(tmp_path, (".npy", ".pth"))
-    found = {"COCO_x_007.jpg": "7.npy", "b.jpg": "b.jpg.npy", "c.jpg": "c.npy", "sub/007.jpg": "sub/7.npy"}
-    assert {image_id: names.find(image_id) for image_id in found} == {k: tmp_path / v for k, v in found.items()}
+    expected = {"COCO_x_007.jpg": "7.npy", "b.jpg": "b.jpg.npy", "c.jpg": "c.npy", "sub/007.jpg": "sub/7.npy"}
+    assert {image_id: names.find(image_id) for image_id in expected} == {k: tmp_path / v for k, v in expected.items()}
     assert names.find("d") is None and names.find("nowhere/7") is None
 
 

@@ -135,10 +135,10 @@ def _one(tmp_path, save=np.savez, **arrays):
 
 
 def test_rows_behind_the_number_of_boxes_are_padding(tmp_path):
-    found = _one(
+    actual = _one(
         tmp_path, x=np.ones((5, 8)), bbox=np.pad(PIXELS[0], ((0, 2), (0, 0))), num_bbox=3, image_w=200, image_h=100
     )
-    assert found["regions"].shape == (3, 8) and found["boxes"].shape == (3, 4)
+    assert actual["regions"].shape == (3, 8) and actual["boxes"].shape == (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -474,9 +474,9 @@ def test_files_that_are_no_hdf5(data, match, tmp_path):
 
 def test_an_hdf5_file_cut_off_anywhere(tmp_path):
     _hdf5(tmp_path / "a.h5", {"42_features": REGIONS[0]})
-    whole = (tmp_path / "a.h5").read_bytes()
-    for size in range(0, len(whole), 97):
-        (tmp_path / "a.h5").write_bytes(whole[:size])
+    complete = (tmp_path / "a.h5").read_bytes()
+    for size in range(0, len(complete), 97):
+        (tmp_path / "a.h5").write_bytes(complete[:size])
         with pytest.raises(DataError, match=r"a\.h5: "):
             Hdf5Features([tmp_path / "a.h5"]).read("42")
 

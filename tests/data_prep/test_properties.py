@@ -38,7 +38,7 @@ def records(draw):
     k, d, g, e, r = draw(st.tuples(*[st.integers(1, 4)] * 4, st.integers(0, 3)))
     regions, grid = draw(st.sampled_from(FLOATS)), draw(st.sampled_from(FLOATS))
     fields = draw(st.sets(st.sampled_from(["grid", "relations", "seg_map", "categories", "identity", "box_classes"])))
-    found = []
+    made = []
     for number in range(draw(st.integers(2, 4))):
         sentences = draw(st.lists(SENTENCE, min_size=1, max_size=4))
         mask = rng.random(k) < 0.5
@@ -58,8 +58,8 @@ def records(draw):
             "box_classes": rng.integers(0, 2**31, k).astype(np.int32),
         }
         optional = {"grid", "relations", "seg_map", "categories", "identity", "box_classes"}
-        found.append({name: value for name, value in record.items() if name not in optional or name in fields})
-    return found
+        made.append({name: value for name, value in record.items() if name not in optional or name in fields})
+    return made
 
 
 @settings(max_examples=10)
@@ -69,9 +69,9 @@ def test_records_come_back_bit_by_bit(tmp_path_factory, given_records):
     dataset = open_dataset(path)
     read = list(dataset.open_split("train", list(dataset.features)))
     assert len(read) == len(given_records) and {*read[0]} == {*given_records[0]}
-    for found, expected in zip(read, given_records, strict=True):
-        assert found.pop("image_id") == expected["image_id"] and found.pop("captions") == expected["captions"]
-        for name, value in found.items():
+    for actual, expected in zip(read, given_records, strict=True):
+        assert actual.pop("image_id") == expected["image_id"] and actual.pop("captions") == expected["captions"]
+        for name, value in actual.items():
             same(np.asarray(value), np.asarray(expected[name]), name)
     assert list(dataset.captions("train")) == [record["captions"] for record in given_records]
     assert dataset.image_ids("train").tolist() == [record["image_id"] for record in given_records]

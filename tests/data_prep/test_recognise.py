@@ -329,12 +329,12 @@ OTHERS = ("captions", "name", "out", "segmenter", "backbone")
 
 def commands(text):
     """Module and flags of each command in a report, as a shell would split it."""
-    found = []
+    parsed = []
     for line in text.split("\n"):
         if line.startswith("  python -m data_prep."):
             _, _, module, *words = shlex.split(line)
-            found.append((module.removeprefix("data_prep."), dict(word[2:].split("=", 1) for word in words)))
-    return found
+            parsed.append((module.removeprefix("data_prep."), dict(word[2:].split("=", 1) for word in words)))
+    return parsed
 
 
 def whole(folder, value):
@@ -354,8 +354,8 @@ def test_the_command_imports_the_folder(make, tmp_path, monkeypatch):
     module, expected = make(folder)
     text, known = recognise(folder)
     assert known, text
-    [(found, flags)] = commands(text)
-    assert found == module and "needed:" not in text and "not read" not in text, text
+    [(actual, flags)] = commands(text)
+    assert actual == module and "needed:" not in text and "not read" not in text, text
     shown = {name: value for name, value in flags.items() if name not in OTHERS or name in expected}
     assert shown == {name: whole(folder, value) for name, value in expected.items()}, text
     assert flags["name"] == "a_folder_of_mine" and flags["out"] == "data_sets"
@@ -363,7 +363,7 @@ def test_the_command_imports_the_folder(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(extract, "load_extractor", lambda settings, device: conftest.Colours())
     [words] = [shlex.split(line)[3:] for line in text.split("\n") if line.startswith("  python")]
-    assert import_module(f"data_prep.{'extract.__main__' if found == 'extract' else found}").main(words) == 0
+    assert import_module(f"data_prep.{'extract.__main__' if actual == 'extract' else actual}").main(words) == 0
     text, known = recognise(tmp_path / "data_sets")
     assert known and "data_prep.verify" in text and "main.py --mode=train --config=configs/" in text
     assert sum(open_dataset(tmp_path / "data_sets").splits.values()) > 1
@@ -374,8 +374,8 @@ def test_the_command_imports_the_folder(make, tmp_path, monkeypatch):
 
 
 def needs(tmp_path, *expected, known=True):
-    text, found = recognise(tmp_path)
-    assert found == known and all(part in text for part in expected), text
+    text, actual = recognise(tmp_path)
+    assert actual == known and all(part in text for part in expected), text
     return text
 
 
@@ -492,12 +492,12 @@ def test_hdf5_files_of_two_splits_and_of_another_layout(tmp_path):
     (tmp_path / "a_val_ids.txt").write_text("42\n139\n")
     (tmp_path / "b_train_ids.txt").write_text("1\n2\n")
     hdf5_by_id(tmp_path)
-    found = [flags for _, flags in commands(needs(tmp_path))]
-    assert [flags["hdf5"] for flags in found] == [
+    flags_of_each = [flags for _, flags in commands(needs(tmp_path))]
+    assert [flags["hdf5"] for flags in flags_of_each] == [
         str(tmp_path / "detections.h5"),
         f"{tmp_path / 'train36.hdf5'},{tmp_path / 'val36.hdf5'}",
     ]
-    assert found[1]["hdf5_ids"] == f"{tmp_path / 'b_train_ids.txt'},{tmp_path / 'a_val_ids.txt'}"
+    assert flags_of_each[1]["hdf5_ids"] == f"{tmp_path / 'b_train_ids.txt'},{tmp_path / 'a_val_ids.txt'}"
 
 
 def test_dark_photographs_are_no_label_maps(tmp_path):
@@ -582,8 +582,8 @@ def test_a_first_image_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(("make", "library"), [(hdf5_rows, "h5py"), (lmdb, "lmdb"), (clip_retrieval, "pyarrow")])
 def test_a_library_that_is_missing(make, library, tmp_path, monkeypatch):
     module, _ = make(tmp_path)
-    found = places.find_spec
-    monkeypatch.setattr(places, "find_spec", lambda name: None if name == library else found(name))
+    find_spec = places.find_spec
+    monkeypatch.setattr(places, "find_spec", lambda name: None if name == library else find_spec(name))
     text = needs(tmp_path, f"pip install -e '.[{next(e for e, name in places.LIBRARIES.items() if name == library)}]'")
     assert [name for name, _ in commands(text)] == [module]
 

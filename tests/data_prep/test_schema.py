@@ -6,7 +6,7 @@ import pytest
 
 from data_prep import schema
 from data_prep.schema import DataError
-from shnet_jax.data.schema import FIELDS, MASKS, VISUAL_FIELDS, batch_lines, markdown_table
+from shnet_jax.data.schema import FIELDS, MASKS, SIZES, VISUAL_FIELDS, batch_lines, markdown_table
 from tests.data_prep.example import record
 
 
@@ -155,4 +155,6 @@ def test_what_is_made_of_the_schema_is_up_to_date():
     root = Path(schema.__file__).parents[1]
     assert f"\n\n{markdown_table()}\n\n" in (root / "docs" / "data.md").read_text("utf-8")
     assert f"\n{batch_lines()}\n" in (root / "shnet_jax" / "types.py").read_text("utf-8")
+    letters = {axis for field in FIELDS.values() for axis in field.shape if not axis.isdigit()}
+    assert letters == {letter for names in SIZES for letter in names.split(", ")}
     assert {*VISUAL_FIELDS, *MASKS, *MASKS.values()} <= {*FIELDS}

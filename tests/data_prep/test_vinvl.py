@@ -72,11 +72,11 @@ def test_rows_of_features(tmp_path, run, kind, index):
 def test_the_first_whole_line_of_an_image_counts(tmp_path, capsys):
     features, other = IMAGES[0][0], IMAGES[1][0]
     rows = [[*row("42", features)[:2], "AAAA"], row("42", features), row("42", other)]
-    found = Vinvl([write(tmp_path / "a.tsv", rows)], Reading()).read("42.jpg")
-    np.testing.assert_array_equal(found["regions"], features[:, :2048])
-    said = capsys.readouterr().err
-    assert "1 images have more than one line, such as '42'; the first whole one of each is taken" in said
-    assert "is taken, not the broken line: " in said and "expected a multiple of 3 float32" in said
+    actual = Vinvl([write(tmp_path / "a.tsv", rows)], Reading()).read("42.jpg")
+    np.testing.assert_array_equal(actual["regions"], features[:, :2048])
+    printed = capsys.readouterr().err
+    assert "1 images have more than one line, such as '42'; the first whole one of each is taken" in printed
+    assert "is taken, not the broken line: " in printed and "expected a multiple of 3 float32" in printed
     with pytest.raises(DataError, match=r"b\.tsv, byte 0: column 'features': expected a multiple of 3"):
         Vinvl([write(tmp_path / "b.tsv", rows[:1]), tmp_path / "b.tsv"], Reading()).read("42.jpg")
 
@@ -93,10 +93,10 @@ def test_labels_give_scores_and_classes(tmp_path, run, with_sizes):
     write(
         tmp_path / "train.feature.tsv", [json_row(n, f) for n, (f, _) in zip(NUMBERS, IMAGES, strict=True)], index=True
     )
-    found = [objects(len(boxes), boxes) for _, boxes in IMAGES]
+    contents = [objects(len(boxes), boxes) for _, boxes in IMAGES]
     if with_sizes:
-        found = [{"objects": entries, "image_w": 200, "image_h": 100} for entries in found]
-    labels = write(tmp_path / "train.label.tsv", [[n, json.dumps(c)] for n, c in zip(NUMBERS, found, strict=True)])
+        contents = [{"objects": entries, "image_w": 200, "image_h": 100} for entries in contents]
+    labels = write(tmp_path / "train.label.tsv", [[n, json.dumps(c)] for n, c in zip(NUMBERS, contents, strict=True)])
     flags = [f"--vinvl={tmp_path / 'train.feature.tsv'}", f"--vinvl_labels={labels}", "--max_regions=4"]
     records, _ = run(from_vinvl.main, *flags, "--feature_dtype=float32")
     check(records)

@@ -75,10 +75,10 @@ def test_the_trainer_is_told_the_counts():
 def test_the_share_that_it_is_told_is_that_of_rare_and_frequent_words(monkeypatch):
     monkeypatch.setattr(vocabulary, "_MAX_COUNTED", 30_000)
     rare, frequent = {f"rare{n}": 3 for n in range(10_000)}, {f"frequent{n}": 270 for n in range(1_000)}
-    said = told(Counter(rare | frequent))
-    assert said.total() == pytest.approx(30_000, rel=0.01)
-    assert sum(said[word] for word in rare) == pytest.approx(3_000, rel=0.1)
-    assert {said[word] for word in frequent} == {27}
+    counts = told(Counter(rare | frequent))
+    assert counts.total() == pytest.approx(30_000, rel=0.01)
+    assert sum(counts[word] for word in rare) == pytest.approx(3_000, rel=0.1)
+    assert {counts[word] for word in frequent} == {27}
 
 
 def test_many_different_words_leave_frequent_ones_whole(tmp_path, monkeypatch):
