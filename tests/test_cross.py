@@ -8,22 +8,13 @@ import zlib
 import numpy as np
 import pytest
 
+from data_prep.builder import write_dataset
 from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluate.zero_shot import zero_shot
 from shnet_jax.modes.cross import cross
 from shnet_jax.modes.evaluate import evaluate, evaluate_checkpoint
-from shnet_jax.modes.train import train
+from tests.retrieve.gallery import toy, toy_run
 from tests.train import tiny
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick():
-        yield
-
-
-def toy(**changes):
-    return tiny.config(model__name="tests.train.toy", train__steps=2, train__eval_epochs=0.0, **changes)
 
 
 def with_vectors(record):
@@ -38,9 +29,7 @@ def with_vectors(record):
 
 @pytest.fixture(scope="module")
 def run():
-    path = tiny.folder() / "cross_run"
-    train(toy(), path)
-    return path
+    return toy_run()
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +94,10 @@ def test_evaluation_prints_the_zero_shot_row_beside_ours(run, vectors, capsys):
     assert theirs["card"]["parameters"].startswith("none learned here")
 
 
-def test_a_vector_without_direction():
-    def broken(record):
-        record = with_vectors(record)
-        record["caption_embeddings"][2] = 0
-        return record
-
+def test_a_vector_without_direction(tmp_path):
+    vectors = np.ones((5, 8), np.float32) * (np.arange(5) != 2)[:, None]
+    record = {"image_id": "a", "captions": list("abcde"), "image_embedding": np.ones(8, np.float32)}
+    splits = {"test": [record | {"caption_embeddings": vectors.astype(np.float32)}]}
+    broken = open_dataset(write_dataset(tmp_path, "broken", splits, {"source": "made by the tests"}))
     with pytest.raises(ValueError, match="split 'test': caption_embeddings: row 2 is all zero"):
-        zero_shot(open_dataset(tiny.write("broken", broken)), "test")
+        zero_shot(broken, "test")

@@ -154,19 +154,17 @@ class Towers:
 
     def place(self, variables: dict[str, Any]) -> tuple[Tower, Tower]:
         """The towers of images and of captions with variables {"params", "batch_stats"} on their devices."""
-        for_text: Any
+        text_variables: Any
         if self._stage_mesh is None:
-            for_text = shared = replicate(variables, self._text_mesh)
+            text_variables = shared = replicate(variables, self._text_mesh)
+            rest: Any = variables
         else:
-            for_text = place_variables(self._model, variables, self._stage_mesh)
-            shared = for_text.shared  # without the layers of the text tower, which may be more than a device holds
-        if self._image_mesh is self._text_mesh:
-            for_image = shared
-        else:
-            for_image = replicate(variables if self._stage_mesh is None else shared, self._image_mesh)
+            text_variables = place_variables(self._model, variables, self._stage_mesh)
+            shared = rest = text_variables.shared  # without the layers, which may be more than a device holds
+        image_variables = shared if self._image_mesh is self._text_mesh else replicate(rest, self._image_mesh)
         return (
-            self._tower(self._image_mesh, self._mapping, partial(self._encode_image, for_image)),
-            self._tower(self._text_mesh, self._text_mapping, partial(self._encode_text, for_text)),
+            self._tower(self._image_mesh, self._mapping, partial(self._encode_image, image_variables)),
+            self._tower(self._text_mesh, self._text_mapping, partial(self._encode_text, text_variables)),
         )
 
     def _tower(self, mesh: Mesh, mapping: str, apply: Callable[[Batch], Embedding]) -> Tower:

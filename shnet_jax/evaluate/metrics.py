@@ -66,7 +66,8 @@ def chance(caption_counts: np.ndarray) -> Metrics:
     metrics: Metrics = {}
     for direction, survival in (("i2t", i2t), ("t2i", _survival(n, 1))):
         recall = (100.0 * (1 - survival[min(k, len(survival) - 1)]) for k in CUTS)
-        metrics |= _named(direction, [*recall, np.argmax(survival[1:] <= 0.5 + 1e-9) + 1, survival[1:].sum() + 1])
+        median = float(np.argmax(survival[1:] <= 0.5 + 1e-9)) + 1
+        metrics |= _named(direction, [*recall, median, survival[1:].sum() + 1])
     return _with_sum(metrics)
 
 

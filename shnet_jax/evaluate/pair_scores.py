@@ -136,17 +136,17 @@ def score_matrix(images: Embedding, texts: Embedding, scorer: PairScorer, folder
     blocks = [(tile, round_) for tile in range(tiling.caption_tiles) for round_ in range(tiling.rounds)]
     files = {} if folder is None else {block: folder / f"block_{block[0]}_{block[1]}.npy" for block in blocks}
     finished = _read_finished(files)
-    for (tile, round_), block in finished:
-        _place(scores, tiling.image_rows(round_), tiling.captions(tile), block)
+    for block, values in finished:
+        _place(scores, tiling.image_rows(block[1]), tiling.captions(block[0]), values)
     walk = scorer.walk(tiling, set(blocks) - {block for block, _ in finished})
     dispatched = ((tile, scorer.block(scorer.params, tile.placed_images, tile.placed_captions)) for tile in walk)
     with show_progress(len(blocks) - len(finished), "block of scores", "pairs") as advance:
-        for tile, values in prefetch_one(dispatched):
-            block = np.asarray(values, np.float32)
-            _place(scores, tile.images, tile.captions, block)
+        for tile, on_device in prefetch_one(dispatched):
+            values = np.asarray(on_device, np.float32)
+            _place(scores, tile.images, tile.captions, values)
             if files:
-                keep(files[tile.number, tile.round], block)
-            advance(block.size)
+                keep(files[tile.number, tile.round], values)
+            advance(values.size)
     return scores
 
 

@@ -6,7 +6,8 @@ that the score re-ranks. The measured recall is kept beside the index.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -40,7 +41,8 @@ def check_index(kind: str, score: Score, candidates: int = 0) -> None:
         )
 
 
-class OpenIndex(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class OpenIndex:
     """A vector index and its report.
 
     report: kind, settings, vectors, nprobe, ef_search, recall (share of the exact first `depth` that the index finds),

@@ -16,7 +16,7 @@ import numpy as np
 from shnet_jax.data.batches import gather, stack_images, stored_fields
 from shnet_jax.experiment import Experiment
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.types import Array, Batch, Embedding
+from shnet_jax.types import Batch, Embedding
 
 GATE, ATTENTION, WEIGHTS = ("semantic", "gate"), ("spatial", "attention"), ("pool", "weights")
 UNITS = ("regions", "grid")  # in the order in which a model joins them
@@ -61,7 +61,7 @@ def highlights(experiment: Experiment, variables: dict[str, Any], split: str, ro
 @partial(jax.jit, static_argnums=0)
 def look(
     model: RetrievalModel, variables: dict[str, Any], batch: Batch
-) -> tuple[Embedding, dict[tuple[str, str], Array], Batch]:
+) -> tuple[Embedding, dict[tuple[str, ...], Any], Batch]:
     """Encodes the images of a batch of `data.gallery`.
 
     Returns:

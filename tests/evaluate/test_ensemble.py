@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from shnet_jax.evaluate.bf16_screening import check_score_dtype
-from shnet_jax.evaluate.ensemble import Embedded, combine, mean_score
+from shnet_jax.evaluate.ensemble import Embedded, combine
 from shnet_jax.evaluate.protocols import Provenance, evaluate
 from shnet_jax.evaluate.ranks import Ranks
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
-from tests.evaluate.test_ranks import assert_same, oracle, recorded
+from tests.evaluate.test_ranks import assert_same, oracle
 
 N, CAPTIONS = 20, 3
 OWNER = np.repeat(np.arange(N), CAPTIONS)
@@ -57,15 +57,6 @@ def test_folds_of_an_ensemble():
         rows, columns = slice(5 * fold, 5 * fold + 5), slice(15 * fold, 15 * fold + 15)
         queries = Ranks(found.queries.i2t[rows], found.queries.t2i[columns])
         assert_same(queries, oracle(mean[rows, columns], OWNER[:15]))
-
-
-def test_recorded_matrices_average_as_published():
-    rng = np.random.default_rng(5)
-    a, b = (rng.standard_normal((N, len(OWNER))).astype(np.float32) for _ in range(2))
-    columns = Embedding(np.arange(len(OWNER))[:, None])
-    score = mean_score([recorded, recorded])
-    found = evaluate((Embedding(a), Embedding(b)), (columns, columns), OWNER, score, tile=7)
-    np.testing.assert_array_equal(found.queries.t2i, oracle((a + b) / 2, OWNER).t2i)
 
 
 def test_the_card_says_so():

@@ -168,13 +168,6 @@ def test_embeddings_that_are_not_finite_are_an_error_or_ranked_by_their_scores(g
     assert_same(rank(), oracle(product, owner))
 
 
-def test_padding_is_never_counted():
-    # Padding repeats the last item, which wins everywhere here.
-    scores = np.zeros((5, 5), np.float32)
-    scores[4, :] = scores[:, 4] = 9
-    assert_same(ranked(scores, np.arange(5), 3), oracle(scores, np.arange(5)))
-
-
 @pytest.mark.parametrize(
     ("owner", "message"),
     [

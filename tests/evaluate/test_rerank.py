@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from shnet_jax.evaluate import pair_scores
-from shnet_jax.evaluate.metrics import person_metrics
 from shnet_jax.evaluate.pair_scores import (
     listed_scores,
     make_programs,
@@ -19,9 +18,9 @@ from shnet_jax.evaluate.pair_scores import (
     remove_folder,
     score_matrix,
 )
-from shnet_jax.evaluate.person_search import search_persons
-from shnet_jax.evaluate.ranking_methods import caption_candidates, rerank
-from shnet_jax.evaluate.ranks import ranks
+from shnet_jax.evaluate.protocols import evaluate
+from shnet_jax.evaluate.ranking_methods import RankingMethod, caption_candidates, rerank
+from shnet_jax.evaluate.ranks import Ranks, ranks
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
@@ -111,7 +110,6 @@ def test_two_stages_rerank_the_candidates_and_leave_the_others():
     images, texts, owner = gallery()
     k = 4
     staged = rerank(images, texts, owner, k, made())
-    found, pairs = staged.ranks, staged.pairs
     vectors, scores = images.vector @ texts.vector.T, oracle()
 
     def ordered(whole, score):
@@ -121,19 +119,26 @@ def test_two_stages_rerank_the_candidates_and_leave_the_others():
 
     i2t = [min(ordered(vectors[i], scores[i]).index(j) for j in np.flatnonzero(owner == i)) for i in range(N)]
     t2i = [ordered(vectors[:, j], scores[:, j]).index(owner[j]) for j in range(T)]
-    np.testing.assert_array_equal(found.i2t, i2t)
-    np.testing.assert_array_equal(found.t2i, t2i)
+    assert_same(staged.ranks, Ranks(i2t, t2i))
     assert (np.array(t2i) >= k).any() and (np.array(t2i) < k).any()
-    assert max(N, T) * k <= pairs <= (N + T) * k
+    assert max(N, T) * k <= staged.pairs <= (N + T) * k
 
     people = np.random.default_rng(5).integers(0, 7, N)
-    sides = Embedding(images.vector), Embedding(texts.vector), people, people[owner]
     places = np.empty((N, T))  # of each image in the ranking, best the largest
     for j in range(T):
         places[ordered(vectors[:, j], scores[:, j]), j] = -np.arange(N)
-    ours = person_metrics(search_persons(*sides, RetrievalModel.score, 4, candidates=staged.candidates))
-    assert ours == pytest.approx(brute_force(places, people, people[owner]), abs=1e-4)
-    assert ours != person_metrics(search_persons(*sides, RetrievalModel.score, 4))
+    method = RankingMethod(
+        "two stages",
+        lambda images, texts, owner, fold: rerank(images, texts, owner, k, made()),
+        "two stages",
+        lambda images, texts: caption_candidates(images, texts, k, made()),
+    )
+    score, expected = scorer(Sets(Bilinear()), PARAMS), brute_force(places, people, people[owner])
+    for protocol in ("whole", "folds3"):  # persons are searched in the whole gallery
+        results = evaluate(images, texts, owner, score, protocol, tile=4, method=method, image_person=people)
+        assert {name: results.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    exactly = evaluate(images, texts, owner, score, tile=8, image_person=people).metrics
+    assert {name: exactly[name] for name in expected} != pytest.approx(expected, abs=1e-4)
     again = caption_candidates(images, texts, k, made())
     np.testing.assert_array_equal(again.index, staged.candidates.index)
     np.testing.assert_allclose(again.score, staged.candidates.score, rtol=1e-5)

@@ -23,7 +23,8 @@ def toy(**changes) -> ConfigDict:
 def toy_run() -> Path:
     """A run of 2 steps of the toy model."""
     path = tiny.folder() / "retrieve"
-    train(toy(), path)
+    with tiny.quick():
+        train(toy(), path)
     return path
 
 

@@ -37,12 +37,12 @@ def section(**changes):
 
 def check(search, embeddings, at_least):
     for side, other in (("images", embeddings.texts), ("texts", embeddings.images)):
-        index, known = approximate.open_index(search, embeddings, side, 64, MESH)
+        opened = approximate.open_index(search, embeddings, side, 64, MESH)
         gallery = getattr(embeddings, side)
         exact = top_k(other, gallery, 10, RetrievalModel.score, 64)
-        found = approximate.rescored(index.search(np.asarray(other.vector), 10), other.vector, gallery.vector)
+        found = approximate.rescored(opened.index.search(np.asarray(other.vector), 10), other.vector, gallery.vector)
         assert approximate.overlap(found.index, exact.index) >= at_least
-        assert known["recall"] >= at_least and known["queries"] == 256
+        assert opened.report["recall"] >= at_least and opened.report["queries"] == 256
         same = found.index == exact.index
         np.testing.assert_allclose(found.score[same], exact.score[same], atol=1e-5)
         assert (np.diff(found.score, axis=1) <= 0).all()
@@ -74,7 +74,7 @@ def test_another_nprobe_is_measured_again_without_a_new_index(embeddings, monkey
     recalls = []
     for nprobe in (1, 64):
         search = section(index="faiss", faiss="IVF64,Flat", nprobe=nprobe)
-        recalls.append(approximate.open_index(search, embeddings, "texts", 64, MESH)[1]["recall"])
+        recalls.append(approximate.open_index(search, embeddings, "texts", 64, MESH).report["recall"])
         monkeypatch.setattr(vector_index.FaissIndex, "make", None)
     assert recalls[0] < 0.95 and recalls[1] == 1.0, recalls
 
@@ -85,8 +85,9 @@ def test_milvus_in_a_file(embeddings, monkeypatch):
     search = section(index="milvus", milvus="FLAT")
     check(search, embeddings, 0.999)
     monkeypatch.setattr(vector_index.MilvusIndex, "make", None)
-    index, known = approximate.open_index(search, embeddings, "texts", 64, MESH)
-    assert known["vectors"] == 600 and index.search(np.asarray(embeddings.texts.vector[5:6]), 1).index[0, 0] == 5
+    opened = approximate.open_index(search, embeddings, "texts", 64, MESH)
+    nearest = opened.index.search(np.asarray(embeddings.texts.vector[5:6]), 1)
+    assert opened.report["vectors"] == 600 and nearest.index[0, 0] == 5
 
 
 @pytest.mark.parametrize("kind", ["faiss", "milvus"])

@@ -9,13 +9,14 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from shnet_jax.data.batches import stack_images, stored_fields
 from shnet_jax.evaluate.evaluator import provenance
-from shnet_jax.experiment import Experiment, assemble, init_variables
+from shnet_jax.experiment import Experiment, abstract_variables, assemble
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import pictures
 from shnet_jax.retrieve.embed import embed
@@ -31,13 +32,7 @@ from tests.train import tiny
 TEXTS = " ".join(HOSTILE).replace("\0", "")
 """What a caption of a data set can be: with a NUL it is refused."""
 EVIL = "<script>document.title='owned';console.error('owned')</script>"
-pytestmark = pytest.mark.slow  # every one needs the page, which takes a model's compilation
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick():
-        yield
+slow = pytest.mark.slow  # needs the page, which takes a model's compilation
 
 
 def evil(record):
@@ -61,15 +56,25 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The page of an untrained 3SHNet."""
+    """The page of a 3SHNet with random parameters."""
     c = tiny.config(data__dir=str(tiny.write("evil", evil)))
     c.name = f"name {EVIL}"
     c.page.update({"queries": 2, "failures": 2, "highlights": 2, "results": 3})
     folder, experiment, mesh = tmp_path_factory.mktemp("page"), assemble(c), make_mesh(1)
-    variables = init_variables(experiment, 0)
+    rng, shapes = np.random.default_rng(0), abstract_variables(experiment)  # to initialise takes a compilation
+    variables = {
+        "params": jax.tree.map(lambda s: np.asarray(0.1 * rng.standard_normal(s.shape), s.dtype), shapes["params"]),
+        "batch_stats": jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes["batch_stats"]),
+    }
     embeddings = embed(experiment, variables, "test", mesh, folder / "embeddings", {})
     about = provenance(experiment, "test", 1, "none", 1)
     contents = collect(experiment, variables, embeddings, c, about, mesh)
+    again = collect(experiment, variables, embeddings, c, about, mesh)
+    assert (again.captions, again.images, again.image_failures) == (
+        contents.captions,
+        contents.images,
+        contents.image_failures,
+    )
     history = [{"kind": "eval", "step": s, "i2t_r1": 5.0 * s} for s in (1, 2)]
     photographs = folder / "photographs"
     photographs.mkdir()
@@ -106,6 +111,7 @@ class Tags(HTMLParser):
         self.words.append(data)
 
 
+@slow
 def test_everything_is_there_and_nothing_comes_from_elsewhere(made):
     text = made.path.read_text("utf-8")
     page = Tags(text)
@@ -126,6 +132,7 @@ def test_everything_is_there_and_nothing_comes_from_elsewhere(made):
     assert text.count("✓ right") >= 2 and "card good" in text
 
 
+@slow
 @needs_browser
 def test_a_browser_shows_it_without_a_word_of_complaint(made):
     seen = look_at(made.path, tiny.folder() / "browser")
@@ -139,20 +146,20 @@ def test_a_browser_shows_it_without_a_word_of_complaint(made):
     assert seen.tags.count("bdi") > 10  # where a text's marks of direction end
 
 
+@slow
 def test_looking_changes_no_number(made):
-    experiment, rows = made.experiment, range(10)
+    experiment, rows = made.experiment, [2, 0]
     records = experiment.dataset.open_split("test", stored_fields(experiment.dataset, experiment.fields))
-    batch = {"image_index": np.arange(10, dtype=np.int32), **stack_images(records, rows)}
-    found, seen, _ = look(experiment.model, made.variables, batch)
-    np.testing.assert_allclose(found.vector, made.embeddings.images.vector, atol=1e-5)
-    first, second = highlights(experiment, made.variables, "test", [2, 0])
-    for one, row in ((first, 2), (second, 0)):
-        np.testing.assert_allclose(one.gate, seen["semantic", "gate"][row], atol=1e-5)
-        np.testing.assert_allclose(one.attention.sum(1), 1, atol=1e-4)
-        np.testing.assert_array_equal(one.valid, records[row]["region_mask"])
-        assert one.units == {"regions": 8} and len(one.weights) == 2 * one.valid.sum() + 50
-        assert (one.gate[one.valid] > 0).all() and not one.gate[~one.valid].any()
-        np.testing.assert_allclose(one.weights.sum(), 1, atol=1e-5)
+    batch = {"image_index": np.array(rows, np.int32), **stack_images(records, rows)}
+    embedding, sown, _ = look(experiment.model, made.variables, batch)
+    np.testing.assert_allclose(embedding.vector, made.embeddings.images.vector[rows], atol=1e-5)
+    for place, (shown, row) in enumerate(zip(highlights(experiment, made.variables, "test", rows), rows, strict=True)):
+        np.testing.assert_allclose(shown.gate, sown["semantic", "gate"][place], atol=1e-5)
+        np.testing.assert_allclose(shown.attention.sum(1), 1, atol=1e-4)
+        np.testing.assert_array_equal(shown.valid, records[row]["region_mask"])
+        assert shown.units == {"regions": 8} and len(shown.weights) == 2 * shown.valid.sum() + 50
+        assert (shown.gate[shown.valid] > 0).all() and not shown.gate[~shown.valid].any()
+        np.testing.assert_allclose(shown.weights.sum(), 1, atol=1e-5)
 
 
 def test_a_file_that_is_no_photograph(tmp_path):

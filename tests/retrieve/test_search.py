@@ -28,12 +28,6 @@ from tests.retrieve import gallery
 from tests.train import tiny
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model():
     return shnet_jax.load(gallery.toy_run())
@@ -160,8 +154,6 @@ def test_a_run_of_a_model_that_shows_nothing_and_photographs(tmp_path, capsys):
     assert "no photograph in" in out and f"{path} (" in out
     text = path.read_text("utf-8")
     assert "What it looks at" not in text and "There are no photographs here" in text and "How it learned" in text
-    page(toy(), workdir)
-    assert path.read_text("utf-8") == text
     for name in open_dataset(tiny.dataset()).image_ids("test"):
         Image.new("RGB", (90, 60), "red").save(tmp_path / f"{name}.jpg")
     page(toy(), workdir)
