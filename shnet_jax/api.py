@@ -100,6 +100,13 @@ class Retriever:
         self._mesh, self._candidates = make_mesh(config.parallel.devices), candidates(config.eval)
         self._galleries: dict[str, Embeddings] = {}
 
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"Retriever({config.name!r}: model {config.model.name}, step {self.loaded.step}, on "
+            f"{self.dataset.path.parent.name})"
+        )
+
     @property
     def dataset(self) -> DataSet:
         """The data set that images come from."""

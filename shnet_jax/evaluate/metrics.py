@@ -204,3 +204,13 @@ def _person_chance(n: int, size: int) -> Metrics:
     values["person_map"] = (harmonic + (size - 1) * (n - harmonic) / max(n - 1, 1)) / n
     values |= {f"person_r{k}": 1 - float(survival[min(k, n)]) for k in CUTS}
     return {name: 100 * value for name, value in values.items()}
+
+
+def recall_line(metrics: Metrics) -> str:
+    """The recalls of both directions and rSum in one line, with those of a person search where there are any."""
+    recalls = "".join(
+        f"{name} R@1/5/10 {metrics[f'{side}_r1']:.1f} {metrics[f'{side}_r5']:.1f} {metrics[f'{side}_r10']:.1f}  "
+        for side, name in DIRECTIONS.items()
+    )
+    persons = "  person R@1 {person_r1:.1f} mAP {person_map:.1f}".format(**metrics) if "person_r1" in metrics else ""
+    return f"{recalls}rSum {metrics['rsum']:.1f}{persons}"

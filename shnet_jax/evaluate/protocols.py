@@ -12,12 +12,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from shnet_jax.evaluate.bootstrap import Interval
-from shnet_jax.evaluate.metrics import Metrics, QueryRanks, chance, mean, person_chance, person_metrics, recalls
+from shnet_jax.evaluate.metrics import (
+    CUTS,
+    DIRECTIONS,
+    Metrics,
+    QueryRanks,
+    chance,
+    mean,
+    person_chance,
+    person_metrics,
+    recall_line,
+    recalls,
+)
 from shnet_jax.evaluate.person_search import search_persons
 from shnet_jax.evaluate.ranking_methods import Ranked, RankingMethod
 from shnet_jax.evaluate.ranks import check_captions, ranks
 from shnet_jax.evaluate.tiles import Items, ItemScore, size, take, vectors_of
 from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.observe import html
 
 TIE_RULE = "rank = items that score strictly higher + items that score the same and have a smaller index"
 UNKNOWN = "not stated"
@@ -63,6 +75,21 @@ class Results:
     queries: QueryRanks | None = None
     extra: Metrics = dataclasses.field(default_factory=dict)
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The recalls in one line."""
+        return f"Results({self.card.get('split', UNKNOWN)}: {recall_line(self.metrics)})"
+
+    def _repr_html_(self) -> str:
+        """The recalls beside those of chance, as a table for notebooks."""
+        columns = [*(f"{side}_r{cut}" for side in DIRECTIONS for cut in CUTS), "rsum"]
+        heading = ["", *(f"{name} R@{cut}" for name in DIRECTIONS.values() for cut in CUTS), "rSum"]
+        split = str(self.card.get("split", UNKNOWN))
+        rows = [
+            [name, *(f"{metrics[column]:.1f}" for column in columns)]
+            for name, metrics in ((split, self.metrics), ("chance", self.chance))
+        ]
+        return html.table(heading, rows)
 
 
 def find_protocol(name: str) -> Protocol:

@@ -111,16 +111,6 @@ def interval_table(arms: Mapping[str, Mapping[str, Interval]]) -> Table:
     return Table("95 % confidence intervals", ["95 % intervals", *map(heading, columns)], rows)
 
 
-def one_line(results: Results) -> str:
-    """The recalls of both directions and rSum, for a log."""
-    m = results.metrics
-    recalls = "".join(
-        f"{name} R@1/5/10 {m[f'{d}_r1']:.1f} {m[f'{d}_r5']:.1f} {m[f'{d}_r10']:.1f}  " for d, name in DIRECTIONS.items()
-    )
-    persons = "  person R@1 {person_r1:.1f} mAP {person_map:.1f}".format(**m) if "person_r1" in m else ""
-    return f"{recalls}rSum {m['rsum']:.1f}{persons}"
-
-
 def card_table(card: Mapping[str, str | int], name: str = "") -> Table:
     """The protocol card, with its name in the title, in two columns."""
     rows = [[key.replace("_", " "), str(card[key])] for key in card]

@@ -18,6 +18,7 @@ from shnet_jax.evaluate.ranking_methods import best_candidates, rerank_top_k
 from shnet_jax.evaluate.tiles import take
 from shnet_jax.evaluate.top_k import TopK, is_dot_product, top_k, transpose_score
 from shnet_jax.experiment import Experiment
+from shnet_jax.observe import html
 from shnet_jax.retrieve.approximate import OpenIndex, check_index, open_index, rescored
 from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.types import Embedding, Score
@@ -45,6 +46,14 @@ class Answer:
     kind: str  # "text" | "image"
     target: str  # "images" | "captions"
     hits: tuple[Hit, ...]
+
+    def _repr_html_(self) -> str:
+        """The results as a table, for notebooks."""
+        rows = [
+            [str(hit.rank), f"{hit.score:.3f}", hit.image_id, hit.caption or next(iter(hit.captions), "")]
+            for hit in self.hits
+        ]
+        return html.table(["", "score", "image", "caption"], rows, words=True)
 
 
 class Searcher:

@@ -16,8 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluate.evaluator import Evaluator
+from shnet_jax.evaluate.metrics import recall_line
 from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.report import one_line
 from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.observe import cost
 from shnet_jax.observe.banner import parameter_count
@@ -203,7 +203,7 @@ class Training:
             results = self.evaluate(step)
             self.writer.write(step, "eval", results.metrics, self.clock.totals())
             split = self.config.data.val_split
-            self.progress.message(f"step {step}/{self.setup.total_steps}  {split}: {one_line(results)}")
+            self.progress.message(f"step {step}/{self.setup.total_steps}  {split}: {recall_line(results.metrics)}")
             self.save(results.metrics)
             if hosts.is_first():
                 write_curves(self.workdir)
