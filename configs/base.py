@@ -1,6 +1,6 @@
 """Every field of a configuration: its unit, meaning and default. The other files here change only what differs.
 
-`main.py` takes any field as a flag: `--config=configs/demo.py --config.train.batch_size=256`. An unknown field or a
+`shnet` takes any field as a flag: `--config=demo --config.train.batch_size=256`. An unknown field or a
 value of the wrong type is an error. Faithful choices ("published") are those of the released 3SHNet code.
 
 A duration stands in one of `*_steps` (batches), `*_epochs` and `*_percent` (of the training); the others are 0 or ().

@@ -17,7 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """Needs `--config.data.dir` with boxes (docs/models.md); COCO and Flickr30K also `--config.text.weights`.
 
     Flickr8k needs `make minilm`, and a set made by from_scan and then by relations --geometric. Scenes need
-    `python -m data_prep.scenes --out=data_sets` alone. `--mode=study` compares the arms.
+    `shnet data scenes --out=data_sets` alone. `--mode=study` compares the arms.
     """
     (data,) = choose(variant, ("coco", "f30k", "flickr8k", "scenes"))
     c = {"coco": coco, "f30k": f30k, "flickr8k": flickr8k, "scenes": scenes}[data]()

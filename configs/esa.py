@@ -11,7 +11,7 @@ from configs.variants import choose
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """People needs `python -m data_prep.people --out=data_sets` alone, Flickr8k what shnet.py:flickr8k needs.
+    """People needs `shnet data people --out=data_sets` alone, Flickr8k what shnet.py:flickr8k needs.
 
     The others need `--config.data.dir` and `--config.text.weights`, a CLIP ViT-B/16 folder (docs/models.md).
     """

@@ -1,8 +1,8 @@
 """Lists the importers, or says which of them takes what lies in a folder.
 
-python -m data_prep                      # the importers, a line each
-python -m data_prep FOLDER_OR_FILE       # what is recognised there, and the command that imports it
-python -m data_prep NAME ARGS            # runs data_prep.NAME, or data_prep.from_NAME
+shnet data                      # the importers, a line each
+shnet data FOLDER_OR_FILE       # what is recognised there, and the command that imports it
+shnet data NAME ARGS            # runs data_prep.NAME, or data_prep.from_NAME
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _EXTRA = re.compile(r"\[(" + "|".join(LIBRARIES) + r")\]")
 
 
 def commands() -> dict[str, str]:
-    """The docstring of each `python -m data_prep.NAME` by NAME; no module is imported for it."""
+    """The docstring of each `shnet data NAME` by NAME; no module is imported for it."""
     folder = Path(__file__).parent
     docs = {}
     for path in [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/__main__.py"))]:
         name = path.parent.name if path.name == "__main__.py" else path.stem
         text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-        if path.parent / path.name != Path(__file__) and f"python -m data_prep.{name}" in text:
+        if path.parent / path.name != Path(__file__) and f"shnet data {name}" in text:
             docs[name] = text
     return docs
 
@@ -43,15 +43,15 @@ def listing() -> str:
         if not name.startswith("from_") and name != "extract":
             others.append(name)
             continue
-        flag = re.search(rf"data_prep\.{name} +--(\w+)", text)
+        flag = re.search(rf"shnet data {name} +--(\w+)", text)
         key = flag[1] if flag else ""
         layout = PARTS[key].help if key in PARTS else text.partition("\n")[0].removeprefix("Imports ").rstrip(".")
         extra = _EXTRA.search(text)
         lines.append(f"  {f'{name} --{key}=':34}{layout}{f' (extra {extra[1]})' if extra else ''}")
     return "\n".join(
         [
-            "python -m data_prep FOLDER          what lies there, and the command that imports it",
-            "python -m data_prep.NAME --help     the flags of an importer or command",
+            "shnet data FOLDER         what lies there, and the command that imports it",
+            "shnet data NAME --help    the flags of an importer or command",
             "",
             "importers:",
             *lines,

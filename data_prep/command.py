@@ -18,8 +18,8 @@ Main = Callable[[Sequence[str] | None], int]
 
 
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m data_prep.MODULE`, described by the first line of the module's docstring."""
-    return argparse.ArgumentParser(prog=f"python -m data_prep.{module}", description=(doc or "").partition("\n")[0])
+    """The parser of `shnet data MODULE`, described by the first line of the module's docstring."""
+    return argparse.ArgumentParser(prog=f"shnet data {module}", description=(doc or "").partition("\n")[0])
 
 
 def at_least(least: int) -> Callable[[str], int]:

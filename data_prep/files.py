@@ -61,7 +61,7 @@ def check_folder(folder: Path, *suffixes: str) -> None:
     if not any(path.suffix in suffixes for path in folder.rglob("*")):
         kinds = Counter("folder" if path.is_dir() else path.suffix or "no ending" for path in folder.iterdir())
         listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(4)) or "nothing"
-        raise DataError(f"{folder}: expected {wanted} of each image, found {listed}; see: python -m data_prep {folder}")
+        raise DataError(f"{folder}: expected {wanted} of each image, found {listed}; see: shnet data {folder}")
 
 
 def read_label_map(path: Path, mode: str | None = None) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Imports regions and boxes from TSV files of bottom-up attention.
 
-python -m data_prep.from_bottom_up --bottom_up=FILE.tsv --captions=dataset_coco.json --name=NAME --out=DATA_DIR
+shnet data from_bottom_up --bottom_up=FILE.tsv --captions=dataset_coco.json --name=NAME --out=DATA_DIR
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Imports what clip-retrieval's `inference` writes: vectors of images and captions by CLIP, joined by row.
 
-    python -m data_prep.from_clip_retrieval --src=DIR --split=train --name=NAME --out=DATA_DIR
+    shnet data from_clip_retrieval --src=DIR --split=train --name=NAME --out=DATA_DIR
 
 DIR/img_emb/img_emb_K.npy, DIR/text_emb/text_emb_K.npy (may be absent) and DIR/metadata/metadata_K.parquet with the
 columns image_path and caption, perhaps split. Rows of one image_path become the captions of one image.

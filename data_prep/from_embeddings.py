@@ -1,6 +1,6 @@
 """Imports vectors that `--mode=embed` of another run wrote, as image_embedding and caption_embeddings.
 
-python -m data_prep.from_embeddings --embeddings=FOLDER,... --captions=dataset_coco.json --name=NAME --out=DATA_DIR
+shnet data from_embeddings --embeddings=FOLDER,... --captions=dataset_coco.json --name=NAME --out=DATA_DIR
 """
 
 from __future__ import annotations

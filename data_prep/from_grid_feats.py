@@ -1,6 +1,6 @@
 """Imports the feature maps of grid-feats-vqa, one .pth or .npy an image.
 
-python -m data_prep.from_grid_feats --grids=DIR --captions=dataset_coco.json --pool_grids=7 --name=NAME --out=DATA_DIR
+shnet data from_grid_feats --grids=DIR --captions=dataset_coco.json --pool_grids=7 --name=NAME --out=DATA_DIR
 """
 
 from __future__ import annotations

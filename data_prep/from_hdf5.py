@@ -1,6 +1,6 @@
 """Imports regions and boxes, or a grid, from HDF5 files.
 
-    python -m data_prep.from_hdf5 --hdf5=train36.hdf5,val36.hdf5 --captions=dataset_coco.json --name=NAME \\
+    shnet data from_hdf5 --hdf5=train36.hdf5,val36.hdf5 --captions=dataset_coco.json --name=NAME \\
         --out=DATA_DIR [--sizes=instances_train2014.json]
 
 It needs: pip install -e '.[hdf5]'

@@ -1,6 +1,6 @@
 """Imports regions and boxes from an LMDB file of UNITER, ViLBERT or MMF.
 
-python -m data_prep.from_lmdb --lmdb=FOLDER --captions=dataset_coco.json --name=NAME --out=DATA_DIR
+shnet data from_lmdb --lmdb=FOLDER --captions=dataset_coco.json --name=NAME --out=DATA_DIR
 
 It needs: pip install -e '.[lmdb]'
 """

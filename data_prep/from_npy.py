@@ -1,6 +1,6 @@
 """Imports features kept as one .npy file an image, with captions and ids in text files.
 
-    python -m data_prep.from_npy --src=DIR --features=DIR --as=grid|regions --name=NAME --out=DATA_DIR
+    shnet data from_npy --src=DIR --features=DIR --as=grid|regions --name=NAME --out=DATA_DIR
 
 `--src` holds {split}_caps.txt and {split}_ids.txt as in the SCAN layout, and any of its arrays, which are
 imported too (3SHNet keeps COCO so: regions by image, segmentations by split). `--features` holds ID.npy for

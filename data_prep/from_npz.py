@@ -1,6 +1,6 @@
 """Imports regions and boxes, or a grid, kept as one .npz an image.
 
-python -m data_prep.from_npz --npz=DIR --captions=dataset_coco.json --name=NAME --out=DATA_DIR
+shnet data from_npz --npz=DIR --captions=dataset_coco.json --name=NAME --out=DATA_DIR
 """
 
 from __future__ import annotations

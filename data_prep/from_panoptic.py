@@ -1,6 +1,6 @@
 """Imports segmentations in COCO's panoptic format, PNG and JSON.
 
-    python -m data_prep.from_panoptic --panoptic=panoptic_val2017.json --captions=val=captions_val2017.json \\
+    shnet data from_panoptic --panoptic=panoptic_val2017.json --captions=val=captions_val2017.json \\
         --name=NAME --out=DATA_DIR
 """
 

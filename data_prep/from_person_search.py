@@ -1,6 +1,6 @@
 """Imports CUHK-PEDES, ICFG-PEDES or RSTPReid: an annotation file and a folder of pictures, as their authors send them.
 
-    python -m data_prep.from_person_search --annotations=reid_raw.json --images=imgs --name=cuhk_pedes --out=DATA_DIR
+    shnet data from_person_search --annotations=reid_raw.json --images=imgs --name=cuhk_pedes --out=DATA_DIR
 
 Pictures are resized and kept as they are in the record; no picture or caption is part of this project.
 """

@@ -1,6 +1,6 @@
 """Imports the SCAN layout ({split}_ims.npy, {split}_caps.txt, {split}_ids.txt) and 3SHNet's arrays beside it.
 
-    python -m data_prep.from_scan --src=DIR --name=NAME --out=DATA_DIR [--splits=train,val,test] [--overwrite]
+    shnet data from_scan --src=DIR --name=NAME --out=DATA_DIR [--splits=train,val,test] [--overwrite]
 
 Arrays may have one row an image or, as the released ones do, one row a caption with equal rows in a row.
 """
@@ -277,7 +277,7 @@ def split_names(src: Path) -> list[str]:
     if not src.is_dir():
         raise DataError(f"{src}: no such folder")
     names = sorted(path.name.removesuffix("_caps.txt") for path in src.glob("*_caps.txt"))
-    refuse(not names, src, "at least one SPLIT_caps.txt", f"none; see: python -m data_prep {src}")
+    refuse(not names, src, "at least one SPLIT_caps.txt", f"none; see: shnet data {src}")
     return names
 
 

@@ -1,6 +1,6 @@
 """Imports regions and boxes from a dictionary by image that PyTorch saved, as Oscar's retrieval has them.
 
-python -m data_prep.from_torch --torch=FILE.pt --captions=dataset_coco.json --name=NAME --out=DATA_DIR
+shnet data from_torch --torch=FILE.pt --captions=dataset_coco.json --name=NAME --out=DATA_DIR
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Imports the label maps that UPSNet writes for COCO (its folders pan_2ch or ssegs).
 
-python -m data_prep.from_upsnet --upsnet=DIR --captions=val=captions_val2017.json --name=NAME --out=DATA_DIR
+shnet data from_upsnet --upsnet=DIR --captions=val=captions_val2017.json --name=NAME --out=DATA_DIR
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Imports regions and boxes from the TSV files of VinVL and Oscar.
 
-python -m data_prep.from_vinvl --vinvl=features.tsv --captions=dataset_coco.json --name=NAME --out=DATA_DIR
+shnet data from_vinvl --vinvl=features.tsv --captions=dataset_coco.json --name=NAME --out=DATA_DIR
 """
 
 from __future__ import annotations

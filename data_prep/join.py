@@ -89,7 +89,7 @@ def writing_options(args: argparse.Namespace, also: Collection[str] = ()) -> Wri
 
 
 def importer(module: str, kind: str, doc: str | None) -> Callable[..., int]:
-    """The `main(argv)` of `python -m data_prep.MODULE`, which needs the flag --KIND of `parts`."""
+    """The `main(argv)` of `shnet data MODULE`, which needs the flag --KIND of `parts`."""
 
     @command.reports_errors
     def main(argv: Sequence[str] | None = None) -> int:

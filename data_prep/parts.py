@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
     help: layout and fields, for --help.
     open: makes the source from all flags; raises DataError when files are missing.
-    recognise: finds it in a folder, for `python -m data_prep FOLDER`.
+    recognise: finds it in a folder, for `shnet data FOLDER`.
     options: names in OPTIONS of the flags that this format takes.
     """
 

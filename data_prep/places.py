@@ -1,4 +1,4 @@
-"""Folders looked at from outside: names, and the first bytes of files, for `python -m data_prep FOLDER`.
+"""Folders looked at from outside: names, and the first bytes of files, for `shnet data FOLDER`.
 
 The recognisers beside the readers (`recognise`) take a `Place` and yield what they would read in it.
 """

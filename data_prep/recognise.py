@@ -176,12 +176,12 @@ def _import(report: Report, source: Recognised) -> str:
     flags |= {"name": name if name[:1].isalpha() else f"set_{name}", "out": "data_sets"}
     lines = [source.what]
     lines += [f"pip install -e '.[{source.extra}]'"] if missing(source.extra) else []
-    lines += [_line("-m", f"data_prep.{source.module}", *(f"--{flag}={value}" for flag, value in flags.items()))]
+    lines += [_line("data", source.module, *(f"--{flag}={value}" for flag, value in flags.items()))]
     return "\n".join([*lines, *(f"needed: {lack}" for lack in lacks), *(f"note: {note}" for note in notes)])
 
 
 def _line(*words: str) -> str:
-    return "  " + shlex.join(["python", *words])
+    return "  " + shlex.join(["shnet", *words])
 
 
 def _options(source: Recognised, sizes: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
@@ -269,11 +269,11 @@ def _data_set(path: Path) -> str:
     """Commands that check a data set of this project and train on it."""
     fields = {feature.name for feature in path.glob("features.json") if has_keys(ends(feature), "seg_semantic")}
     name = path.resolve().parent.name
-    train = ["main.py", "--mode=train", f"--config=configs/{'base' if fields else 'vse'}.py"]
+    train = ["train", f"--config={'base' if fields else 'vse'}"]
     return "\n".join(
         [
             f"{path}: a data set of this project, to be checked and trained on",
-            _line("-m", "data_prep.verify", str(path)),
+            _line("data", "verify", str(path)),
             _line(*train, f"--workdir=runs/{name}", f"--config.data.dir={path}", "--config.text.weights=BERT_FOLDER"),
         ]
     )
@@ -287,4 +287,4 @@ def _alone(report: Report) -> list[str]:
         f"{', '.join(sorted(there & set(kinds)))}: {why}" for kinds, why in _NOT_TAKEN.items() if there & set(kinds)
     ]
     what = "features or photographs of these images" if report.captions else "features, or photographs, and captions"
-    return ["\n".join([*lines, f"needed: {what}, in a layout of those that `python -m data_prep` lists"])]
+    return ["\n".join([*lines, f"needed: {what}, in a layout of those that `shnet data` lists"])]

@@ -1,7 +1,7 @@
 """Adds relations between regions to a data set that has boxes, as a new data set.
 
-    python -m data_prep.relations --data=DATA/coco --name=coco_graphs --out=DATA --scene_graphs=predicted.json
-    python -m data_prep.relations --data=DATA/coco --name=coco_stand_in --out=DATA --geometric
+    shnet data relations --data=DATA/coco --name=coco_graphs --out=DATA --scene_graphs=predicted.json
+    shnet data relations --data=DATA/coco --name=coco_stand_in --out=DATA --geometric
 
 `--scene_graphs` takes Visual Genome's JSON, annotated or predicted (`data_prep.scene_graphs`). `--geometric` derives a
 stand-in from boxes and classes alone (`data_prep.geometric`); its results are to be called that. Confidences of

@@ -1,6 +1,6 @@
 """Says whether a data set is usable: counts, values, duplicates, checksums, as a table for a human.
 
-    python -m data_prep.verify DATA_DIR [--sample=N]
+    shnet data verify DATA_DIR [--sample=N]
 
 Exit status 0 when it is usable (there may be notes), 1 when it is not.
 """

@@ -1,6 +1,6 @@
 """Makes a data set from photographs and captions with pretrained models.
 
-    python -m data_prep.extract --images=DIR --captions=FILE --segmenter=MODEL --backbone=MODEL --name=NAME --out=DIR
+    shnet data extract --images=DIR --captions=FILE --segmenter=MODEL --backbone=MODEL --name=NAME --out=DIR
 
 Tars and Parquet files as --images bring their captions with them.
 A run that was stopped goes on with the same command.

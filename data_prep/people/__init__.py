@@ -1,7 +1,7 @@
 """Rendered figures with true captions: a person search that needs no download and shows nobody.
 
 `person(seed, number)` says what a figure wears, `record(seed, index)` is one image of it, `draw(seed, index)` its
-picture; `python -m data_prep.people --out=DIR` writes a set. Figures come in pairs that differ in one respect, so that
+picture; `shnet data people --out=DIR` writes a set. Figures come in pairs that differ in one respect, so that
 a caption has to be read as a whole, and every figure is seen IMAGES times, each in another view, light and place.
 """
 

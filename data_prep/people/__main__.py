@@ -1,4 +1,4 @@
-"""`python -m data_prep.people`."""
+"""`shnet data people`."""
 
 import sys
 

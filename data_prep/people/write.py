@@ -1,4 +1,4 @@
-"""Writes a data set of rendered figures: `python -m data_prep.people --out=DIR`."""
+"""Writes a data set of rendered figures: `shnet data people --out=DIR`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Rendered scenes with true captions: a data set that needs no download, of any size.
 
-`scene(seed, index)` is one record, `draw(seed, index)` its picture; `python -m data_prep.scenes --out=DIR`
+`scene(seed, index)` is one record, `draw(seed, index)` its picture; `shnet data scenes --out=DIR`
 writes a set. A caption states attributes (in the regions), places and relations (in the label map) and nearly
 always fits one image only.
 """

@@ -1,4 +1,4 @@
-"""`python -m data_prep.scenes`."""
+"""`shnet data scenes`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Writes a data set of rendered scenes: `python -m data_prep.scenes --out=DIR`."""
+"""Writes a data set of rendered scenes: `shnet data scenes --out=DIR`."""
 
 from __future__ import annotations
 

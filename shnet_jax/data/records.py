@@ -279,7 +279,7 @@ class RandomAccess:
         place = number - (ends[shard - 1] if shard else 0)
         return DataError(
             f"{file}: record {place} of this file (split {self.split!r} row {number}): expected a record as it was "
-            f"written, found: {found}; `python -m data_prep.verify {self.dataset.path}` tells which files are damaged: "
+            f"written, found: {found}; `shnet data verify {self.dataset.path}` tells which files are damaged: "
             "copy them again, or import the set again",
             file=file.name,
         )

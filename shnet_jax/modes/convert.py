@@ -59,7 +59,7 @@ def convert(config: ConfigDict, workdir: str | Path) -> None:
     write_run(workdir, model)
     print(
         f"{workdir}: {_describe(model)}, from {source}\n"
-        f"python main.py --mode=eval --workdir={workdir} --config=... --config.data.dir=...  evaluates it"
+        f"shnet eval --workdir={workdir} --config.data.dir=...  evaluates it"
     )
 
 

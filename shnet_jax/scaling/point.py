@@ -142,7 +142,7 @@ def time_part(part: Part, warmup: int, steps: int) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes OUT: the figures of the point CONFIG or, without one, a description of this machine."""
-    parser = argparse.ArgumentParser(description="One point of a scaling study; called by main.py --mode=scale.")
+    parser = argparse.ArgumentParser(description="One point of a scaling study; called by `shnet scale`.")
     parser.add_argument("--config", type=Path, help="configuration of the point; without it OUT describes the machine")
     parser.add_argument("--compile_only", action="store_true", help="the compiler's figures only, nothing is run")
     parser.add_argument("out", type=Path)

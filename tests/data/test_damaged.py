@@ -101,7 +101,7 @@ def test_a_damaged_shard_is_named_with_the_place_in_it(spoil, place, found, copy
     with pytest.raises(
         DataError,
         match=rf"{SHARD}: record {place} of this file \(split 'train' row {7 + place}\): expected a record as it was "
-        rf"written, found: .*({found}).*`python -m data_prep\.verify {copy}` tells .* import the set again",
+        rf"written, found: .*({found}).*`shnet data verify {copy}` tells .* import the set again",
     ):
         for row in range(7, 14):
             records[row]

@@ -1,4 +1,4 @@
-"""`python -m data_prep FOLDER`: each layout is recognised, and the command that is printed imports it."""
+"""`shnet data FOLDER`: each layout is recognised, and the command that is printed imports it."""
 
 import codecs
 import csv
@@ -331,9 +331,9 @@ def commands(text):
     """Module and flags of each command in a report, as a shell would split it."""
     parsed = []
     for line in text.split("\n"):
-        if line.startswith("  python -m data_prep."):
+        if line.startswith("  shnet data "):
             _, _, module, *words = shlex.split(line)
-            parsed.append((module.removeprefix("data_prep."), dict(word[2:].split("=", 1) for word in words)))
+            parsed.append((module, dict(word[2:].split("=", 1) for word in words)))
     return parsed
 
 
@@ -365,7 +365,7 @@ def test_the_command_imports_the_folder(make, tmp_path, monkeypatch):
     [words] = [shlex.split(line)[3:] for line in text.split("\n") if line.startswith("  python")]
     assert import_module(f"data_prep.{'extract.__main__' if actual == 'extract' else actual}").main(words) == 0
     text, known = recognise(tmp_path / "data_sets")
-    assert known and "data_prep.verify" in text and "main.py --mode=train --config=configs/" in text
+    assert known and "shnet data verify " in text and "shnet train --config=" in text
     assert sum(open_dataset(tmp_path / "data_sets").splits.values()) > 1
     assert "a_folder_of_mine/1.0.0" in text
 
@@ -670,4 +670,4 @@ def test_an_importer_by_its_name(tmp_path, monkeypatch, capsys):
 
 def test_importers_name_the_command(tmp_path, capsys):
     assert from_scan.main([f"--src={tmp_path}", "--name=a", f"--out={tmp_path}"]) == 1
-    assert f"see: python -m data_prep {tmp_path}" in capsys.readouterr().err
+    assert f"see: shnet data {tmp_path}" in capsys.readouterr().err
