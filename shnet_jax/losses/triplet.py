@@ -50,9 +50,7 @@ def loss(
     breaks the margin; triplet_positive and triplet_negative, the mean score of the pairs and of these negatives (0 for
     a query that has none), these three in the batch; with momentum encoders triplet_queue, their part of the loss.
     """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"loss.{name}.reduction is 'sum' or 'mean', not {reduction!r}")
-    _check_negative(ids.shape[0], ctx, rank, softness, name)
+    _check_options(reduction, rank, softness, ids.shape[0], ctx, name)
     sides = pairs.directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
     size = sides[0].size
     every = partial(_every_violation, margin)
@@ -81,8 +79,10 @@ def loss(
     } | ({"triplet_queue": queue} if ctx.keys else {})
 
 
-def _check_negative(count: int, ctx: Context, rank: int, softness: float, name: str) -> None:
-    """Raises ValueError for a rank or softness that cannot be. count: pairs of this device."""
+def _check_options(reduction: str, rank: int, softness: float, count: int, ctx: Context, name: str) -> None:
+    """Raises ValueError for options that cannot be. count: pairs of this device."""
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"loss.{name}.reduction is 'sum' or 'mean', not {reduction!r}")
     if rank < 1 or softness < 0 or (rank > 1 and softness > 0):
         raise ValueError(
             f"loss.{name}.rank is {rank} and softness {softness}; rank is at least 1, softness at least 0, "

@@ -1,5 +1,6 @@
-"""Collectives on a named device axis. They are the identity when `axis` is None (not mapped) and on an axis of one
-device, where XLA would still copy what goes through them: all gradients of a model, in a step.
+"""Collectives on a named device axis, which are the identity without an axis (None) and on an axis of one device.
+
+XLA would copy all that passes through them on one device: in a step, all gradients of a model.
 """
 
 from __future__ import annotations

@@ -55,11 +55,11 @@ def connect(coordinator: str, count: int, index: int, heartbeat: int = HEARTBEAT
 
 @contextmanager
 def ending_together(*common: type[Exception]) -> Iterator[None]:
-    """Context that ends this process at once, with status 1, for an error of its own; one process alone re-raises it.
+    """Ends this process of several at once, with status 1, for an error that it raises alone.
 
-    As of a record that cannot be read, of memory, or of a connection to a process that died. An orderly end would wait
-    for the others at a barrier, as a checkpoint that is being saved and JAX itself do, while they wait for this one's
-    part of a step: for minutes. common: what all processes raise in the same step, and SystemExit: an orderly end.
+    Such errors are an unreadable record, lack of memory, a lost connection. An orderly end would wait for the others at
+    a barrier (of JAX, or of a checkpoint), while they wait for this one's part of a step: for minutes.
+    common: errors that all processes raise in the same step. They, and SystemExit, end in order.
     """
     try:
         yield

@@ -1,15 +1,14 @@
-"""The only file that knows how a per-device function is mapped over devices: `jax.shard_map` or `jax.pmap`.
+"""Mapping of a per-device function over devices by `jax.shard_map` or `jax.pmap`; no other file knows which.
 
-A step is written once, as `fn(state, batch, *rest)` for one device: it sees its own rows of the batch, whole
-copies of everything else, and reaches the other devices through the named axis `DATA` (see `axis`).
+Neither this file nor JAX reduces gradients: `reduce_over_devices` in train/step.py does, by one explicit `psum`.
 
-Gradients follow one convention, the same under both mappings:
+A step is written once, as `fn(state, batch, *rest)` of one device. It sees its own rows of the batch, whole copies of
+everything else, and the other devices through the named axis `DATA` (parallel/axis.py). The convention:
   - a loss is this device's share; the shares add up (`psum`) to the global loss;
-  - gradients of replicated parameters are combined by one explicit `psum`;
+  - gradients of replicated parameters are combined by that `psum`;
   - nothing differentiates through a cross-device sum or mean of the loss.
-`check_vma=False` below belongs to it: with `check_vma=True` gradients of replicated parameters arrive already
-summed, and the explicit reduction would make updates too large by the number of devices, with a correct loss
-and no error.
+`check_vma=False` below belongs to it. With `check_vma=True` gradients of replicated parameters arrive already summed,
+and the explicit `psum` would make updates too large by the number of devices, with a correct loss and no error.
 """
 
 from __future__ import annotations
@@ -182,12 +181,12 @@ def _map(
             donate_argnums=donate,
         )
         return _Pmapped(mapped, data_mesh(mesh.local_devices), split_output)
-    whole = P(DATA) if split_output else P()
+    output_specs = P(DATA) if split_output else P()
     sharded = jax.shard_map(
         per_device,
         mesh=mesh,
         in_specs=(P() if state_specs is None else state_specs, P(DATA), P()),
-        out_specs=whole if state_specs is None else (state_specs, whole),
+        out_specs=output_specs if state_specs is None else (state_specs, output_specs),
         check_vma=False,
     )
     return jax.jit(lambda state, batch, *rest: sharded(state, batch, rest), donate_argnums=donate)

@@ -1,8 +1,7 @@
-"""Checkpoints: all of a state (parameters, optimiser, averages, queues, ...), data position, clock and metric as one.
+"""Checkpoints: the whole training state, the data position, the clock and the validation result of a step.
 
-The only file that imports orbax. Saving is asynchronous. A step's folder gets its name only when it is complete, so a
-run killed while saving continues from the checkpoint before. The thread that writes a checkpoint also computes its
-checksums (`train.integrity`), just before the folder is named, so training waits for neither.
+The only file that imports orbax. Saving is asynchronous, checksums (train/integrity.py) included. A step's folder gets
+its name when it is complete, so a run killed while saving continues from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -252,22 +251,26 @@ class Checkpoints:
             )
         if saved is None:
             raise CheckpointError(f"checkpoint {step} in {self.folder} has no {name!r}: the run was configured without")
-        self._check(step, name, saved, tree)
-        return ocp.args.StandardRestore(jax.tree.map(lambda leaf: _abstract(leaf, sharding), tree))
-
-    def _check(self, step: int, item: str, saved_tree: Any, target: Any) -> None:
-        saved, expected = _shapes(saved_tree), _shapes(target)
-        wrong = [
-            f"{item}/{name}: saved {saved.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
-            for name in sorted(saved.keys() | expected.keys())
-            if saved.get(name) != expected.get(name)
-        ]
-        if wrong:
+        if wrong := _shape_differences(name, saved, tree):
             shown = "\n  ".join(wrong[:10]) + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "")
             raise CheckpointError(
                 f"checkpoint {step} in {self.folder} does not fit this configuration and data set "
                 f"(another model, text tower or feature size?):\n  {shown}"
             )
+
+        def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or getattr(leaf, "sharding", None))
+
+        return ocp.args.StandardRestore(jax.tree.map(abstract, tree))
+
+
+def _shape_differences(item: str, saved_tree: Any, target: Any) -> list[str]:
+    saved, expected = _shapes(saved_tree), _shapes(target)
+    return [
+        f"{item}/{name}: saved {saved.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+        for name in sorted(saved.keys() | expected.keys())
+        if saved.get(name) != expected.get(name)
+    ]
 
 
 def _reason(error: Exception) -> str:
@@ -301,14 +304,6 @@ def _from_items(items: dict[str, Any], like: TrainState) -> TrainState:
     )
 
 
-def _abstract(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
-    sharding = sharding or getattr(leaf, "sharding", None)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    def key(part: Any) -> str:
-        return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
-
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {"/".join(map(key, path)): tuple(leaf.shape) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

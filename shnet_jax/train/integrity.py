@@ -2,8 +2,8 @@
 
     checkpoints/300/checksums.json   {"model/d/87a1bf": {"bytes": 202, "sha256": "5e1c..."}, ...}
 
-Orbax names the folder of a step when all of it is written; the checksums are made just before, so no kill can leave a
-named step without them. A step that has none comes from an earlier version of this code.
+Orbax names the folder of a step when all of it is written, so no kill leaves a named step without checksums. A step
+without them was saved by an earlier version.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ DAMAGED = ".damaged"
 
 log = logging.getLogger(__name__)
 
-# Orbax writes these two once more when it names the folder. Of the first all but the time of that is compared; nothing
-# is read from the second.
+# Orbax writes these two once more when it names the folder. The first is compared without the time of that, the second
+# is never read.
 _METADATA, _COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
 _TIME = "commit_timestamp_nsecs"
 
@@ -33,7 +32,7 @@ class CheckpointError(RuntimeError):
 
 
 def write_checksums(folder: Path) -> None:
-    """Size and SHA-256 of each file below `folder` into its checksums.json."""
+    """Writes size and SHA-256 of each file below `folder` into its checksums.json."""
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     write_json(folder / CHECKSUMS, {n: _measure(folder / n) for n in names if n not in (_COMMITTED, CHECKSUMS)})
 
@@ -45,34 +44,27 @@ def faults(folder: Path, below: str = "") -> list[str] | None:
     """
     if not (folder / CHECKSUMS).exists():
         return None
-    return list(_faults(folder, below))
-
-
-def _faults(folder: Path, below: str) -> Iterator[str]:
     try:
-        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        known = {name: dict(entry) for name, entry in expected.items()}
+        saved = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        expected = {name: dict(entry) for name, entry in saved.items() if name.startswith(below)}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        if not below:
-            yield f"{CHECKSUMS}: expected a JSON object of sizes and SHA-256, found {error}"
-        return
-    for name, entry in known.items():
-        if not name.startswith(below):
-            continue
-        try:
-            measured = _measure(folder / name)
-        except FileNotFoundError:
-            yield f"{name}: expected {entry.get('bytes', 'some')} bytes, found no file"
-        except (OSError, ValueError) as error:
-            yield f"{name}: cannot be read: {error}"
-        else:
-            key = next((key for key in measured if measured[key] != entry.get(key)), None)
-            if key is not None:
-                yield f"{name}: expected {_text(key, entry.get(key))}, found {_text(key, measured[key])}"
+        return [] if below else [f"{CHECKSUMS}: expected a JSON object of sizes and SHA-256, found {error}"]
+    return [fault for name, entry in expected.items() if (fault := _fault(folder, name, entry))]
 
 
-def _text(key: str, value: Any) -> str:
-    return f"{value} bytes" if key == "bytes" else f"{key} {value}"
+def _fault(folder: Path, name: str, expected: dict[str, Any]) -> str:
+    """How a file differs from what was written; "" when it does not."""
+    try:
+        measured = _measure(folder / name)
+    except FileNotFoundError:
+        return f"{name}: expected {expected.get('bytes', 'some')} bytes, found no file"
+    except (OSError, ValueError) as error:
+        return f"{name}: cannot be read: {error}"
+    for key, value in measured.items():
+        if value != expected.get(key):
+            text = "{} bytes" if key == "bytes" else f"{key} {{}}"
+            return f"{name}: expected {text.format(expected.get(key))}, found {text.format(value)}"
+    return ""
 
 
 def _measure(path: Path) -> dict[str, Any]:

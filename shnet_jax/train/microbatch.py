@@ -1,18 +1,16 @@
-"""The gradient of a large batch, encoded in microbatches: memory no longer grows with the batch.
+"""The exact gradient of a large batch, encoded in microbatches so that memory does not grow with the batch.
 
-A contrastive loss needs all embeddings at once, but not all activations (gradient caching, Gao et al. 2021, arXiv
-2101.06983). Every microbatch is encoded, and its embeddings are kept. The loss is differentiated by the embeddings.
-Every microbatch is encoded once more, now differentiated, with the cached gradient of its embeddings. The sum is the
-gradient of the whole batch. Each microbatch draws its dropout from a key of its own, the same in all passes.
+Gradient caching (Gao et al. 2021, arXiv 2101.06983): encode every microbatch and keep its embeddings, differentiate the
+loss by all embeddings, then encode every microbatch once more and pull its part of that gradient back. Each microbatch
+draws its dropout from its own key, the same in all passes.
 
-BatchNorm ties the microbatches of a device together. `statistics` chooses which statistics normalise:
+BatchNorm ties the microbatches of a device together. `statistics` chooses which moments normalise:
 
-  exact    those of the device's whole batch, through which gradients flow as well. They are computed in passes of their
-           own, as many as BatchNorms lie one behind the other (`norm_depth`), and differentiated in as many.
-  local    each microbatch's own, as if it lay on a device of its own. No further pass.
-  running  the running averages; gradients do not flow through statistics. No further pass.
+  exact    those of the device's whole batch, with their gradient: `norm_depth` further passes, forward and backward
+  local    each microbatch's, as if it were on a device of its own
+  running  the running averages, as constants
 
-In all three the running averages take up the statistics of the batch.
+In all three the running averages take up the moments of the batch.
 """
 
 from __future__ import annotations

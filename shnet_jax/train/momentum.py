@@ -1,14 +1,12 @@
 """Momentum encoders and queues of past keys (MoCo, He et al. 2020; USER, Zhang et al. 2024).
 
-The key encoders are running averages of the model's parameters. `train.step.key_pass` makes, in this order (USER's
-released code):
+The key encoders are running averages of the model's parameters. `key_pass` in train/step.py follows USER's released
+code:
 
-  1. the EMA update, by the parameters that the batch will be scored with, before the optimiser changes these;
-  2. the key encoder pass over the batch, without a gradient;
-  3. the keys and the queues for the loss (losses/pairs.py): the keys of this batch are not in the queues yet;
-  4. the queues after this batch: the keys of the global batch overwrite the oldest entries.
-
-Key encoders and queues are part of the training state, and so of its checkpoints.
+  1. the EMA update, before the optimiser changes the parameters
+  2. the key encoder pass over the batch, without a gradient
+  3. the loss, with these keys and the queues of the batches before (losses/pairs.py)
+  4. the keys of the global batch overwrite the oldest entries of the queues
 """
 
 from __future__ import annotations
@@ -59,7 +57,7 @@ class Momentum:
 
 @struct.dataclass
 class MomentumState:
-    """params, batch_stats: of the key encoders, as the model's own. images, texts: the queues."""
+    """Variables of the key encoders, as the model has them, and both queues."""
 
     params: Any
     batch_stats: Any

@@ -1,10 +1,11 @@
-"""The training step of one device on the named axis `data`. parallel/mapping.py maps it over the devices.
+"""The training step. Gradients are summed over the devices in one place, `reduce_over_devices`.
 
-key_pass       the key encoders of momentum contrast, where there are any: EMA update, keys, queues
-local_loss     this device's share of the loss; the shares add up over the devices (losses/pairs.py)
-gradients      its gradient, of the whole batch at once or in microbatches
-reduce         the sum over the devices: the only place where gradients meet
-apply_update   the optimiser, unless loss or gradient is not finite
+`train_step` is a function of one device on the named axis `data`, and parallel/mapping.py maps it over the devices:
+
+  key_pass              EMA update, keys and queues of momentum encoders, where there are any (train/momentum.py)
+  gradients             the gradient of this device's share of the loss, at once or in microbatches
+  reduce_over_devices   the `psum` of gradients and metrics; shares of the loss add up (losses/pairs.py)
+  apply_update          the optimiser, unless loss or gradient is not finite
 """
 
 from __future__ import annotations
@@ -101,13 +102,20 @@ def train_step(options: StepOptions, state: TrainState, batch: Batch, table: Any
         options = dataclasses.replace(options, split=jax.tree.map(lambda _: sharding.WHOLE, state.params))
     inputs = step_input(options, state, batch, table)
     next_momentum, keys = key_pass(options, state, inputs) if options.key_options is not None else (None, None)
-    local = gradients(options, state, inputs, keys)
-    # Shares of the loss add up over the devices, and so do their gradients (losses/pairs.py).
-    grads = sharding.reduce(local.params, options.split, options.axis_name)
+    reduced = reduce_over_devices(options, gradients(options, state, inputs, keys))
+    return apply_update(options, state, reduced, next_momentum)
+
+
+def reduce_over_devices(options: StepOptions, local: Gradients) -> Gradients:
+    """Sums gradients and metrics over the devices, and averages the running statistics.
+
+    Split parameters are the exception: the gradient of their gathering is a reduce-scatter, so theirs arrive summed
+    (parallel/sharding.py). Adds the metric grad_norm.
+    """
+    params = sharding.reduce(local.params, options.split, options.axis_name)
     metrics = axis.psum(local.metrics, options.axis_name)
-    metrics["grad_norm"] = sharding.global_norm(grads, options.split, options.axis_name)
-    batch_stats = axis.pmean(local.batch_stats, options.axis_name)
-    return apply_update(options, state, Gradients(grads, metrics, batch_stats), next_momentum)
+    metrics["grad_norm"] = sharding.global_norm(params, options.split, options.axis_name)
+    return Gradients(params, metrics, axis.pmean(local.batch_stats, options.axis_name))
 
 
 def step_input(options: StepOptions, state: TrainState, batch: Batch, table: Any) -> StepInput:

@@ -28,8 +28,8 @@ CONFIG = "config.json"
 
 log = logging.getLogger(__name__)
 
-# What may differ between the runs of one work folder: nothing that changes the parameters. Data set and vocabulary may
-# have moved, so their paths are free and their contents are compared.
+# Fields that may change between the runs of one work folder, as no parameter depends on them. Data set and vocabulary
+# may have moved: their contents are compared instead of their paths.
 FREE_TO_CHANGE = (
     "config.convert.",
     "config.cross.",
@@ -51,14 +51,11 @@ FREE_TO_CHANGE = (
     "config.train.keep",
     "config.train.on_nonfinite",
 )
-
-
-# Of these, what decides which state is the best one: numbers of two kinds cannot be compared.
+# Of these, fields that decide which checkpoint is the best: numbers of two kinds cannot be compared.
 SELECTING = ("config.eval.person", "config.eval.protocols")
 
-
-# Fields of these that a run's file does not have, as it is older than they, have to be off: they would change what it
-# learns. Others are options of something that is off, or say what it did anyway, and are taken as they are given.
+# Fields that have to be off in a run that is older than they, as they would change what it learns. Other younger fields
+# are options of something that is off, or name what the run did anyway, and are taken as they are given.
 SWITCHES = re.compile(
     r"config\.(loss\.weights\.|loss\.\w+\.warmup_(steps|percent)$|optim\.|momentum\.(queue|from_)|model\.\w+$"
     r"|train\.(log|checkpoint)_(epochs|percent)$|train\.eval_(steps|percent)$)"
@@ -105,17 +102,17 @@ def sole_job(folder: Path, name: str, check: Callable[[], None] | None = None) -
 
 
 def with_dtypes(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The configuration with what a run or a job settles of "auto"; `assemble` settles the rest for this machine.
+    """Settles the dtypes "auto" of a run that began before, and of a job of several machines.
 
     A run in `workdir` keeps the dtypes that it began with. A job takes float32 unless all its machines are fast at
-    bfloat16.
+    bfloat16. `assemble` settles the others for this machine.
     """
     config = ConfigDict(config.to_dict())
     path = workdir / CONFIG
     if automatic(config) and path.exists() and any((workdir / "checkpoints").glob("*")):
-        had = load_config(path).to_dict()
+        saved = load_config(path).to_dict()
         for section in automatic(config):
-            began = _value(had, f"config.{section}.dtype")
+            began = _value(saved, f"config.{section}.dtype")
             if isinstance(began, str) and began:
                 config[section].dtype = began
                 log.info("config.%s.dtype: auto is %s, as the run in %s began with", section, began, workdir)
@@ -181,16 +178,16 @@ def claim(workdir: Path, experiment: Experiment) -> None:
 
 def _changes(config: dict[str, Any], saved: ConfigDict, workdir: Path) -> list[str]:
     """Fields that keep a run with the configuration `saved` from continuing with `config`, one line each."""
-    had = saved.to_dict()
+    saved_fields = saved.to_dict()
     refused, younger = [], []
     free = (*FREE_TO_CHANGE, *(f"config.model.{name}." for name in younger_models(saved, config)))
     for change in differences(config, complete(saved, ConfigDict(config)).to_dict()):
         if change.name.startswith(free) and not change.name.startswith(SELECTING):
             continue
-        kept = _value(had, change.name)
-        if kept is ABSENT and not SWITCHES.match(change.name):
+        saved_value = _value(saved_fields, change.name)
+        if saved_value is ABSENT and not SWITCHES.match(change.name):
             younger.append(f"{change.name}: {change.ours!r}")
-        elif change.ours is not ABSENT or kept:  # a field that is no more, and was off, has changed nothing
+        elif change.ours is not ABSENT or saved_value:  # a field that is no more, and was off, has changed nothing
             refused.append(str(change))
     if younger:
         given = ", ".join(younger)
@@ -279,8 +276,7 @@ def load_config(path: Path) -> ConfigDict:
 def complete(saved: ConfigDict, like: ConfigDict) -> ConfigDict:
     """The configuration of a run, with the fields of `like` that are younger than it switched off.
 
-    A field that a run's file does not have did not exist when it was trained, and what it asks for was not done: it is
-    False, 0, "" or (), as its default in configs/base.py then has to be.
+    A younger field asks for something that was not done: it becomes False, 0, "" or ().
     """
     filled = ConfigDict(saved.to_dict())
     for name, value in like.items():

@@ -7,7 +7,7 @@ import pytest
 
 from shnet_jax.losses import infonce
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.types import PAIR_STRATEGIES, Context, Embedding, Pairs
+from shnet_jax.types import Context, Embedding, Pairs
 from tests.losses import oracle
 from tests.losses.test_triplet import IDS, pairs
 
@@ -35,19 +35,6 @@ def test_value_and_gradients(mask):
     for i, grad in enumerate(grads):
         reference = oracle.gradient(lambda x, i=i: expected(*at[:i], x, *at[i + 1 :]), at[i])
         np.testing.assert_allclose(grad, reference, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_fixed_temperature_equals_the_learned_one_at_its_start():
-    images, texts = pairs()
-    params = infonce.init_params(temperature=0.1, learn_temperature=True)
-    fixed = infonce.init_params(temperature=0.1, learn_temperature=False)
-    assert fixed == {}
-    learned = run(images, texts, params)
-    np.testing.assert_allclose(
-        run(images, texts, fixed, learn_temperature=False)["infonce_loss"], learned["infonce_loss"], 1e-6
-    )
-    np.testing.assert_allclose(learned["infonce_scale"], 10.0, rtol=1e-6)
 
 
 def test_scale_stops_at_its_limit():
@@ -84,7 +71,7 @@ def test_accuracy_counts_both_directions():
     assert float(out["infonce_accuracy"]) == 0.5
 
 
-@pytest.mark.parametrize("strategy", PAIR_STRATEGIES)
+@pytest.mark.parametrize("strategy", ["gathered", "streamed", "ring"])
 def test_accuracy_takes_a_tie_for_wrong_in_every_strategy(strategy):
     images, texts = (Embedding(jnp.eye(4)[jnp.array(rows)]) for rows in ([0, 0, 2, 3], [0, 1, 2, 3]))
     ctx = Context(jnp.int32(0), {}, RetrievalModel.score, pairs=Pairs(strategy, tile=3))

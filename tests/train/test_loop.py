@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -36,16 +37,18 @@ def same_arrays(ours, theirs):
         assert ours[name].tobytes() == array.tobytes(), name
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(False, id="streaming"), pytest.param(True, id="resident", marks=pytest.mark.slow)],
-)
-def undisturbed(request):
-    """(configuration, final arrays, log) of a run that nothing interrupts."""
-    config = toy(data__resident=request.param)
-    workdir = tiny.folder() / f"undisturbed_{request.param}"
+@functools.cache
+def run_of(resident):
+    """(configuration, work folder, final arrays, log) of a run that nothing interrupts."""
+    config = toy(data__resident=resident)
+    workdir = tiny.folder() / f"undisturbed_{resident}"
     train_and_evaluate(config, workdir)
-    return config, tiny.arrays(workdir, config.train.steps), tiny.lines(workdir)
+    return config, workdir, tiny.arrays(workdir, config.train.steps), tiny.lines(workdir)
+
+
+@pytest.fixture
+def undisturbed():
+    return run_of(False)
 
 
 def at_step(monkeypatch, number, act):
@@ -62,7 +65,7 @@ def at_step(monkeypatch, number, act):
 
 
 def test_the_log_of_a_run(undisturbed):
-    config, _, lines = undisturbed
+    config, _, _, lines = undisturbed
     steps = [(line["step"], line["kind"]) for line in lines]
     # log_steps 4, an evaluation every half epoch of 10 steps, and both at the end, 11.
     assert steps == [(4, "train"), (5, "eval"), (8, "train"), (10, "eval"), (11, "train"), (11, "eval")]
@@ -71,9 +74,10 @@ def test_the_log_of_a_run(undisturbed):
     assert lines[0]["lr"] == pytest.approx(config.optim.lr * 3 / 5)  # step 4 of a warm-up over half an epoch
 
 
-def test_resuming_gives_the_same_run(undisturbed, monkeypatch, tmp_path):
+@pytest.mark.parametrize("resident", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_resuming_gives_the_same_run(resident, monkeypatch, tmp_path):
     """A signal after step 2; a crash in step 9, whose last checkpoint, 6, lies within a log interval; the rest."""
-    config, arrays, lines = undisturbed
+    config, _, arrays, lines = run_of(resident)
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         train_and_evaluate(config, tmp_path)
@@ -95,8 +99,7 @@ def test_resuming_gives_the_same_run(undisturbed, monkeypatch, tmp_path):
 
 
 def test_a_finished_run_is_only_evaluated(undisturbed, monkeypatch):
-    config, arrays, lines = undisturbed
-    workdir = tiny.folder() / f"undisturbed_{config.data.resident}"
+    config, workdir, arrays, lines = undisturbed
     at_step(monkeypatch, 1, lambda: pytest.fail("a step was made"))
     results = train_and_evaluate(config, workdir)
     assert results.metrics["rsum"] == lines[-1]["rsum"]
@@ -174,7 +177,7 @@ def test_not_finite_skipped_from_the_start(poisoned, tmp_path, caplog):
 
 def test_claim_names_the_fields_that_differ(undisturbed):
     config = undisturbed[0].copy_and_resolve_references()
-    workdir = tiny.folder() / f"undisturbed_{config.data.resident}"
+    workdir = undisturbed[1]
     config.unlock()
     config.optim.lr = 0.25
     config.model.dim = 17
@@ -188,7 +191,7 @@ def test_claim_names_the_fields_that_differ(undisturbed):
 
 def test_claim_leaves_free_what_does_not_change_the_parameters(undisturbed):
     config = undisturbed[0].copy_and_resolve_references()
-    workdir = tiny.folder() / f"undisturbed_{config.data.resident}"
+    workdir = undisturbed[1]
     moved = tiny.folder() / "moved"
     if not moved.exists():
         moved.symlink_to(tiny.dataset().parent)
@@ -243,18 +246,14 @@ def test_a_configuration_that_cannot_be_trained(changes, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_resident_reading_changes_no_example(tmp_path):
-    arrays = {}
-    for resident in (False, True):
-        config = toy(data__resident=resident, train__eval_epochs=0.0)
-        train_and_evaluate(config, tmp_path / str(resident))
-        arrays[resident] = tiny.arrays(tmp_path / str(resident), config.train.steps)
-    for name, array in arrays[False].items():
-        np.testing.assert_allclose(arrays[True][name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+def test_resident_reading_changes_no_example():
+    arrays = run_of(True)[2]
+    for name, array in run_of(False)[2].items():
+        np.testing.assert_allclose(arrays[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mapping, split", [("pmap", False), ("shard_map", False), ("shard_map", True)])
+@pytest.mark.parametrize("mapping, split", [("pmap", False), ("shard_map", True)])
 def test_four_devices_resume_between_the_batches_of_an_update(mapping, split, monkeypatch, tmp_path):
     """split: parameters, moments and gathered gradients; toy arrays are large enough for that here."""
     monkeypatch.setattr(sharding, "SMALLEST", 16)
