@@ -85,10 +85,10 @@ def parse_json(data: bytes | str, path: object) -> Any:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises as `read_json`, and ValueError for a value of another kind."""
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def read_npz(path: Path, names: Collection[str] | None = None, most: int | None = None) -> dict[str, np.ndarray]:

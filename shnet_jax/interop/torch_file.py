@@ -55,6 +55,12 @@ class TorchFile:
     def _bytes(self) -> np.ndarray:
         return np.memmap(self.path, np.uint8, "r")
 
+    def state(self, value: Any, what: str) -> dict[str, Tensor]:
+        """State dict that a value of the content is. Raises ValueError, which calls the value `what`, for another."""
+        if isinstance(value, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in value.items()):
+            return value
+        raise ValueError(f"{self.path}: {what} is not a dict of tensors by their names")
+
     def array(self, tensor: Tensor) -> np.ndarray:
         """Array of a tensor: read-only, memory-mapped; its checksum is verified at the first use.
 

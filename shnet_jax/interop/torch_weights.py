@@ -181,6 +181,24 @@ def to_variables(arrays: Mapping[str, np.ndarray], slots: Slots) -> dict:
     return traverse_util.unflatten_dict(flat)
 
 
+def to_params(arrays: Mapping[str, np.ndarray], slots: Slots, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts torch arrays by name to the "params" of a model whose parameters are shaped as `like`, float32.
+
+    Raises ValueError as `to_variables`, and one that names each misshapen tensor.
+    """
+    flat = traverse_util.flatten_dict(dict(like))
+    expected = {name: slot.theirs(flat[slot.path].shape) for name, slot in slots.items() if name in arrays}
+    wrong = [
+        f"{name} is {np.shape(arrays[name])}, expected {shape}"
+        for name, shape in expected.items()
+        if np.shape(arrays[name]) != shape
+    ]
+    if wrong:
+        raise ValueError(f"tensors whose shapes are not those of the configuration: {'; '.join(wrong)}")
+    params = traverse_util.flatten_dict(to_variables(arrays, slots)["params"])
+    return traverse_util.unflatten_dict({path: np.ascontiguousarray(a, np.float32) for path, a in params.items()})
+
+
 def gpo_params(arrays: Mapping[str, np.ndarray], prefix: str = "") -> dict:
     """Parameters of our `GPO` from torch's, whose names begin with `prefix` ("gpool." in the published encoders)."""
     slots = gpo_slots(prefix)

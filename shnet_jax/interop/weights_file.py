@@ -32,15 +32,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
 
     Raises FileNotFoundError, and ValueError for a file that is cut off or was written by something else.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    check_kind(path)
-    try:
-        with safe_open(path, framework="flax") as file:
-            notes = file.metadata() or {}
-            flat: dict[str, jax.Array] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, AttributeError) as error:  # also of 8-bit floats, which it does not know in JAX
-        raise ValueError(f"{path}: not a readable safetensors file (cut off?): {error}") from None
+    flat, notes = read_safetensors(path)
     step = notes.get("step", "")
     if notes.get("format") != FORMAT or not step.isdecimal():
         raise ValueError(f"{path}: not written by --config.convert.to: its header says {notes}")
@@ -48,3 +40,15 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
         raise ValueError(f"{path}: tensors that belong to no collection: {', '.join(strange)}")
     tree = traverse_util.unflatten_dict({tuple(name.split("/")): array for name, array in flat.items()})
     return {name: tree.get(name, {}) for name in COLLECTIONS}, int(step)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, jax.Array], dict[str, str]]:
+    """Reads (tensors by name, metadata) of a safetensors file. Raises FileNotFoundError, or ValueError for damage."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    check_kind(path)
+    try:
+        with safe_open(path, framework="flax") as file:  # NumPy alone has no bfloat16
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+    except (SafetensorError, AttributeError) as error:  # also of 8-bit floats, which it does not know in JAX
+        raise ValueError(f"{path}: not a readable safetensors file (cut off?): {error}") from None

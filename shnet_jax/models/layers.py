@@ -15,6 +15,7 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from shnet_jax.ops.matmul import DType, einsum, matmul
+from shnet_jax.ops.norms import masked_softmax
 from shnet_jax.types import Array
 
 Initializer = nn.initializers.Initializer
@@ -115,6 +116,13 @@ class GRU(nn.Module):
         return states.swapaxes(0, 1)
 
 
+def split_heads(x: Array, heads: int) -> Array:
+    """Reshapes [..., width] to [..., heads, size]. Raises ValueError for heads that do not divide the width."""
+    if x.shape[-1] % heads:
+        raise ValueError(f"width {x.shape[-1]} does not divide into {heads} attention heads")
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention over the valid members of each sequence (Vaswani et al., 2017).
 
@@ -135,25 +143,15 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """x [t, L, width], mask [t, L] bool -> [t, L, width]; masked members are attended to by none."""
-        width = x.shape[-1]
-        if width % self.heads:
-            raise ValueError(f"width {width} does not divide into {self.heads} attention heads")
-        size = width // self.heads
-
-        def project(name: str) -> Array:
-            dense = Dense(width, self.dtype, self.kernel_init, name=name)
-            return dense(x).reshape(*x.shape[:-1], self.heads, size)
-
-        query, key, value = project("query"), project("key"), project("value")
-        logits = einsum("tqhd,tkhd->thqk", query / math.sqrt(size), key, self.dtype)
+        dense = partial(Dense, x.shape[-1], self.dtype, self.kernel_init)
+        query, key, value = (split_heads(dense(name=name)(x), self.heads) for name in ("query", "key", "value"))
+        logits = einsum("tqhd,tkhd->thqk", query / math.sqrt(query.shape[-1]), key, self.dtype)
         allowed = mask[:, None, None, :]
         if self.causal:
             allowed = allowed & jnp.tri(x.shape[1], dtype=bool)
-        # The least finite number, not -inf: a sequence without valid members must not give NaN.
-        logits = jnp.where(allowed, logits, jnp.finfo(logits.dtype).min)
-        weights = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.softmax(logits, axis=-1))
+        weights = nn.Dropout(self.dropout, deterministic=not train)(masked_softmax(logits, allowed))
         mixed = einsum("thqk,tkhd->tqhd", weights, value, self.dtype)
-        return Dense(width, self.dtype, self.kernel_init, name="out")(mixed.reshape(x.shape))
+        return dense(name="out")(mixed.reshape(x.shape))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

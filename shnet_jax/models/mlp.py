@@ -71,11 +71,11 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         used = Moments(mean.value, var.value, jnp.zeros(()))
         if train and not self.is_initializing():
-            used = found = moments()
+            used = of_batch = moments()
             if self.has_variable("given_moments", "batch"):
                 used = self.get_variable("given_moments", "batch")
             if self.is_mutable_collection("moments"):
-                self.put_variable("moments", "batch", found)
+                self.put_variable("moments", "batch", of_batch)
             if self.is_mutable_collection("batch_stats"):
                 mean.value, var.value = used.into(mean.value, var.value)
         return used.mean, scale * lax.rsqrt(used.var + self.epsilon), bias
@@ -95,13 +95,13 @@ class BatchNorm(nn.Module):
 def merge(parts: Any) -> Any:
     """Merges the moments of the parts of a batch, a tree of Moments with leaves [parts, ...]."""
 
-    def whole(parts: Moments) -> Moments:
+    def merge_layer(parts: Moments) -> Moments:
         count = jnp.sum(parts.count)
         share = (parts.count / jnp.maximum(count, 1.0))[:, None]
         mean = jnp.sum(share * parts.mean, axis=0)
         return Moments(mean, jnp.sum(share * (parts.var + jnp.square(parts.mean - mean)), axis=0), count)
 
-    return jax.tree.map(whole, parts, is_leaf=lambda x: isinstance(x, Moments))
+    return jax.tree.map(merge_layer, parts, is_leaf=lambda x: isinstance(x, Moments))
 
 
 def advance(batch_stats: Any, moments: Any) -> Any:

@@ -8,14 +8,15 @@ set.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from shnet_jax.models.layers import Dense, FeedForward, LayerNorm, xavier_uniform
+from shnet_jax.models.layers import Dense, FeedForward, LayerNorm, split_heads, xavier_uniform
 from shnet_jax.ops.matmul import DType, einsum
-from shnet_jax.ops.norms import l2norm
+from shnet_jax.ops.norms import l2norm, masked_softmax
 from shnet_jax.types import Array
 
 MODES = ("slot", "merge")
@@ -38,22 +39,15 @@ class SlotAttention(nn.Module):
     def __call__(self, slots: Array, tokens: Array, mask: Array) -> Array:
         """slots [n, M, d], tokens [n, N, d], mask [n, N] -> slots [n, M, d]."""
         width = slots.shape[-1]
-        if width % self.heads:
-            raise ValueError(f"slots of width {width} do not divide into {self.heads} attention heads")
-        size = width // self.heads
-
-        def project(name: str, x: Array) -> Array:
-            dense = Dense(width, self.dtype, xavier_uniform, name=name)
-            return dense(x).reshape(*x.shape[:-1], self.heads, size)
-
-        query = project("query", LayerNorm(epsilon=EPSILON, name="slot_norm")(slots))
-        key, value = project("key", tokens), project("value", tokens)
-        logits = einsum("nmhd,nkhd->nhmk", query / math.sqrt(size), key, self.dtype)
+        dense = partial(Dense, width, self.dtype, xavier_uniform)
+        query = split_heads(dense(name="query")(LayerNorm(epsilon=EPSILON, name="slot_norm")(slots)), self.heads)
+        key, value = (split_heads(dense(name=name)(tokens), self.heads) for name in ("key", "value"))
+        logits = einsum("nmhd,nkhd->nhmk", query / math.sqrt(query.shape[-1]), key, self.dtype)
         weights = jnp.where(mask[:, None, None, :], jax.nn.softmax(logits, axis=2), 0.0)  # over the slots
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + TINY)
         self.sow("intermediates", "attention", weights)
         mixed = einsum("nhmk,nkhd->nmhd", weights, value, self.dtype).reshape(slots.shape)
-        slots = slots + Dense(width, self.dtype, xavier_uniform, name="out")(mixed)
+        slots = slots + dense(name="out")(mixed)
         hidden = LayerNorm(epsilon=EPSILON, name="mlp_norm")(slots)
         slots = slots + FeedForward(4 * width, self.dtype, xavier_uniform, name="mlp")(hidden)
         return LayerNorm(epsilon=EPSILON, name="norm")(slots)
@@ -75,8 +69,7 @@ class Merge(nn.Module):
         query = Dense(width, self.dtype, xavier_uniform, name="query")(vector)
         key = Dense(width, self.dtype, xavier_uniform, name="key")(tokens)
         logits = einsum("nd,nkd->nk", query / math.sqrt(width), key, self.dtype)
-        # The least finite number, not -inf: an item without valid tokens must not give NaN.
-        importance = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1)
+        importance = masked_softmax(logits, mask)
         cluster = jax.nn.softmax(Dense(self.size, self.dtype, xavier_uniform, name="cluster")(tokens), axis=-1)
         weights = jnp.where(mask, importance, 0.0)[..., None] * cluster
         weights = weights / (jnp.sum(weights, axis=1, keepdims=True) + TINY)

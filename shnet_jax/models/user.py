@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -21,7 +20,7 @@ from shnet_jax.models.pooling import GPO
 from shnet_jax.models.text import build_encoder
 from shnet_jax.models.units import UNIT_MASKS, UnitEncoder, build_mlp
 from shnet_jax.ops.matmul import DTYPES, einsum
-from shnet_jax.ops.norms import l2norm
+from shnet_jax.ops.norms import l2norm, masked_softmax
 from shnet_jax.types import DATA, Array, Batch
 
 SLOTS = 36
@@ -53,13 +52,14 @@ class SelfGuide(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=not train)
         dense = partial(Dense, dtype=self.dtype, kernel_init=xavier_uniform)
         local = self._normalised(dense(units.shape[-1], name="local")(units), train)
-        whole = dense(units.shape[-1], name="global")(mean)
-        whole = BatchNorm(axis=self.axis, name="global_norm")(whole, None, train=train)
-        local, whole = drop(jnp.tanh(local)), drop(jnp.tanh(whole))
+        global_vector = dense(units.shape[-1], name="global")(mean)
+        global_vector = BatchNorm(axis=self.axis, name="global_norm")(global_vector, None, train=train)
+        local, global_vector = drop(jnp.tanh(local)), drop(jnp.tanh(global_vector))
         self.sow("intermediates", "locals", local)
-        self.sow("intermediates", "wholes", whole)
-        logits = Dense(1, kernel_init=xavier_uniform, name="weight")(local * whole[:, None, :])[..., 0]
-        weights = masked_softmax(logits, mask)
+        self.sow("intermediates", "globals", global_vector)
+        agreement = local * global_vector[:, None, :]
+        logits = Dense(1, kernel_init=xavier_uniform, name="weight")(agreement)[..., 0]
+        weights = _attention(logits, mask)
         self.sow("intermediates", "weights", weights)
         return l2norm(einsum("nk,nkd->nd", weights, units, "float32"))
 
@@ -70,16 +70,14 @@ class SelfGuide(nn.Module):
         return norm(local.swapaxes(1, 2), None, train=train).swapaxes(1, 2)
 
 
-def masked_softmax(logits: Array, mask: Array) -> Array:
+def _attention(logits: Array, mask: Array) -> Array:
     """Softmax over the valid of [n, N]; 0 where masked, everywhere for a set without valid members."""
-    # The least finite number, not -inf: a set without valid members must not give NaN.
-    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-    return jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
+    return jnp.where(mask, masked_softmax(logits, mask), 0.0)
 
 
 def write_back(units: Array, guide: Array, mask: Array, scale: float) -> Array:
     """Update of units [n, N, d] by a guide [n, d]: b_i guide, b = l2norm(softmax(scale <guide, unit_i>))."""
-    share = l2norm(masked_softmax(scale * einsum("nkd,nd->nk", units, guide, "float32"), mask))
+    share = l2norm(_attention(scale * einsum("nkd,nd->nk", units, guide, "float32"), mask))
     return share[..., None] * guide[:, None, :]
 
 

@@ -37,8 +37,8 @@ def relation_graph(relations: Array, regions: int) -> Array:
     subject, target = relations[..., 0], relations[..., 2]
     # Out of bounds, and so dropped, where the row is padding: a negative index would count from the end.
     at = (jnp.arange(n)[:, None], jnp.where(subject < 0, regions, subject), jnp.where(target < 0, regions, target))
-    found = jnp.zeros((n, regions, regions), bool).at[at].set(True, mode="drop")
-    return found | found.swapaxes(1, 2)
+    directed = jnp.zeros((n, regions, regions), bool).at[at].set(True, mode="drop")
+    return directed | directed.swapaxes(1, 2)
 
 
 def confident_graph(scores: Array, threshold: float) -> Array:

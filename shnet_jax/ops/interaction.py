@@ -26,7 +26,7 @@ from flax import struct
 from jax import lax
 
 from shnet_jax.ops.matmul import DType, einsum
-from shnet_jax.ops.norms import cosine, l2norm
+from shnet_jax.ops.norms import cosine, l2norm, masked_softmax
 from shnet_jax.types import Array, Embedding
 
 SIDES = ("objects", "words")
@@ -60,16 +60,16 @@ def interaction_scores(images: Embedding, texts: Embedding, how: Interaction) ->
     refinement) d. The blocks are computed once more in the backward pass, so that what exists at a time is
     [block, K, d] and never [n, t, K, d].
     """
-    own, others = _items(images), _items(texts)
-    n, t = len(own.vector), len(others.vector)
+    image_items, text_items = _items(images), _items(texts)
+    n, t = len(images.vector), len(texts.vector)
     rows = min(n, max(1, math.isqrt(how.block)))
     columns = min(t, max(1, how.block // rows))
-    one = jax.checkpoint(partial(_block, how=how))
+    score_block = jax.checkpoint(partial(_block, how=how))
     if (rows, columns) == (n, t):
-        return one(own, others)
-    across, down = _cut(others, columns), _cut(own, rows)
-    found = lax.map(lambda some: lax.map(lambda others: one(some, others), across), down)
-    return found.swapaxes(1, 2).reshape(-1, found.shape[1] * columns)[:n, :t]
+        return score_block(image_items, text_items)
+    across, down = _cut(text_items, columns), _cut(image_items, rows)
+    scores = lax.map(lambda row: lax.map(lambda column: score_block(row, column), across), down)
+    return scores.swapaxes(1, 2).reshape(-1, scores.shape[1] * columns)[:n, :t]
 
 
 @struct.dataclass
@@ -124,7 +124,7 @@ def _attend(own: _Items, other: _Items, positive: Array, sharpness: float, how: 
     """
     d = own.vector.shape[-1]
     logits = sharpness * l2norm(positive, axis=2)  # each element of `other` shares its attention among `own`'s
-    weights = _shares(logits, other.mask[:, None, None, :])
+    weights = masked_softmax(logits, other.mask[:, None, None, :])
     seen = einsum("tnkl,tlc->tnkc", weights, other.elements[..., : 2 * d], how.dtype)  # [U, B U]
     context = seen[..., :d]
     refined = jnp.broadcast_to(own.elements[None, ..., :d], context.shape)
@@ -141,7 +141,7 @@ def _attend(own: _Items, other: _Items, positive: Array, sharpness: float, how: 
         score = score + how.local / len(how.attend) * jnp.sum(aligned, axis=1) / count
     if how.cross:
         whole = _pairs(jnp.broadcast_to(other.vector[:, None, None, :], (t, n, 1, d)))
-        shares = _shares(how.cross_sharpness * cosine(refined, whole), mask)
+        shares = masked_softmax(how.cross_sharpness * cosine(refined, whole), mask)
         score = score + how.cross * cosine(jnp.sum(shares[..., None] * refined, axis=1), whole[:, 0])
     return score.reshape(t, n)
 
@@ -149,8 +149,3 @@ def _attend(own: _Items, other: _Items, positive: Array, sharpness: float, how: 
 def _pairs(x: Array) -> Array:
     """Merges the first two axes: [t, n, ...] -> [t * n, ...]."""
     return x.reshape(-1, *x.shape[2:])
-
-
-def _shares(logits: Array, mask: Array) -> Array:
-    """Softmax along the last axis over the valid entries; finite, though arbitrary, where none is valid."""
-    return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1)

@@ -1,7 +1,8 @@
-"""Normalisation of vectors."""
+"""Normalisation of vectors and of weights."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from shnet_jax.types import Array
@@ -19,6 +20,12 @@ def cosine(a: Array, b: Array) -> Array:
     """Cosine of vectors along the last axis, of shapes that broadcast; 0 where one of them is 0."""
     lengths = (_length(a, -1) + 1e-8) * (_length(b, -1) + 1e-8)
     return jnp.sum(a * b, axis=-1) / lengths[..., 0]
+
+
+def masked_softmax(logits: Array, mask: Array) -> Array:
+    """Softmax along the last axis over the valid entries; finite, though arbitrary, where none is valid."""
+    # The least finite number, not -inf: a set without valid members must not give NaN.
+    return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1)
 
 
 def _length(x: Array, axis: int) -> Array:

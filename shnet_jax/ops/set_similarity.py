@@ -153,9 +153,9 @@ def _hard_forward(kind: str, images: Array, image_mask: Array, texts: Array, tex
 
     def visit(best: tuple[Array, Array], at: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Any]:
         number, element, valid = at
-        found = _cosines(element, texts)
-        to_texts = jnp.where(text_mask, found, _LOW)
-        to_image = jnp.where(valid[:, None, None], found, _LOW)
+        cosines = _cosines(element, texts)
+        to_texts = jnp.where(text_mask, cosines, _LOW)
+        to_image = jnp.where(valid[:, None, None], cosines, _LOW)
         columns = jnp.maximum(best[0], to_image), jnp.where(to_image > best[0], number, best[1])
         return columns, (jnp.max(to_texts, axis=1), jnp.argmax(to_texts, axis=1).astype(jnp.int16))
 

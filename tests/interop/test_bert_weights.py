@@ -185,7 +185,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"pytorch_model\.bin: no file of torch\.save"):
         load_bert(folder)
     save(folder / "pytorch_model.bin", {"model": [1]})
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: expected a dict of tensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: its content is not a dict of tensors"):
         load_bert(folder)
     (folder / "vocab.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"vocab\.txt is missing"):

@@ -1,4 +1,4 @@
-"""The transformer towers with random weights against NumPy float64 (CLIP's: tests/interop/test_clip_weights.py)."""
+"""The text towers with random weights against NumPy float64 (CLIP's: tests/interop/test_clip_weights.py)."""
 
 import contextlib
 import io
@@ -13,6 +13,7 @@ from jax.ad_checkpoint import print_saved_residuals
 
 from shnet_jax.models import transformer
 from shnet_jax.models.bert import BERT, EPSILON
+from shnet_jax.models.bigru import BiGRU
 from shnet_jax.models.transformer import Transformer
 from tests.models import text_oracle as oracle
 
@@ -27,7 +28,8 @@ SIZES: dict[str, Any] = {
 
 
 def bert(x, params):
-    """Post-norm layers on x, the sum of the embeddings of words and positions."""
+    """Post-norm layers on x, the embeddings of the words."""
+    x = x + np.asarray(params["positions"], np.float64)[: len(x)]
     x = oracle.layer_norm(x + np.asarray(params["types"], np.float64)[0], params["norm"], EPSILON)
     for k in range(2):
         p = params[f"layer_{k}"]
@@ -37,12 +39,19 @@ def bert(x, params):
 
 
 def pre_norm(x, params):
+    x = x + np.asarray(params["positions"], np.float64)[: len(x)]
     for k in range(2):
         p = params[f"layer_{k}"]
         normed = oracle.layer_norm(x, p["attention_norm"], transformer.EPSILON)
         x = x + oracle.attention(normed, p["attention"], 4)
         x = x + oracle.mlp(oracle.layer_norm(x, p["mlp_norm"], transformer.EPSILON), p["mlp"])
     return oracle.layer_norm(x, params["norm"], transformer.EPSILON)
+
+
+def both_directions(x, params):
+    """Each direction of the GRU runs over the true length."""
+    backward = oracle.gru(x[::-1], params["backward"])[::-1]
+    return np.concatenate([oracle.gru(x, params["forward"]), backward], axis=-1)
 
 
 def random_params(model, length: int):
@@ -53,19 +62,23 @@ def random_params(model, length: int):
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(0.0, 0.5, p.shape), jnp.float32), params)
 
 
-@pytest.mark.parametrize(("tower", "reference"), [(BERT, bert), (Transformer, pre_norm)])
-def test_equals_numpy_caption_by_caption(tower, reference):
-    model = tower(**SIZES)
+@pytest.mark.parametrize(
+    ("model", "reference"),
+    [(BERT(**SIZES), bert), (Transformer(**SIZES), pre_norm), (BiGRU(vocab_size=30, width=10), both_directions)],
+)
+def test_equals_numpy_caption_by_caption(model, reference):
     params = random_params(model, 7)
     rng = np.random.default_rng(2)
-    tokens, lengths = rng.integers(1, 30, (4, 7)), (7, 2, 5, 3)
+    tokens, lengths = rng.integers(1, 30, (4, 7)), (7, 2, 1, 4)
     mask = np.arange(7) < np.array(lengths)[:, None]
     out = np.asarray(jax.jit(partial(model.apply, train=False))({"params": params}, tokens, mask))
     assert out.dtype == np.float32
     for i, length in enumerate(lengths):
-        words, positions = (np.asarray(params[name], np.float64) for name in ("words", "positions"))
-        expected = reference(words[tokens[i, :length]] + positions[:length], params)
+        words = np.asarray(params["words"], np.float64)[tokens[i, :length]]
+        expected = reference(words, params)
         np.testing.assert_allclose(out[i, :length], expected, rtol=1e-4, atol=1e-4)
+        if isinstance(model, BiGRU):
+            assert not out[i, length:].any()
 
 
 @pytest.mark.parametrize("tower", [BERT, Transformer])
@@ -75,9 +88,16 @@ def test_captions_longer_than_the_positions_are_refused(tower):
         jax.eval_shape(lambda: tower(**SIZES).init(jax.random.key(0), tokens, tokens > 0, train=False))
 
 
-def test_heads_must_divide_the_width():
-    tokens, model = jnp.ones((1, 3), jnp.int32), BERT(**SIZES | {"heads": 5})
-    with pytest.raises(ValueError, match=r"width 16 .* 5 attention heads"):
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (BERT(**SIZES | {"heads": 5}), r"width 16 .* 5 attention heads"),
+        (BiGRU(vocab_size=5, width=7), r"width 7 .* odd"),
+    ],
+)
+def test_widths_that_do_not_divide(model, message):
+    tokens = jnp.ones((1, 3), jnp.int32)
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, tokens > 0, train=False))
 
 

@@ -80,7 +80,7 @@ def _image(folder: Path) -> list[Row]:
         sown = updated["intermediates"]
         ours = {
             "sge_local": sown["regions_sge"]["locals"][0],
-            "sge_global_in": sown["regions_sge"]["wholes"][0],
+            "sge_global_in": sown["regions_sge"]["globals"][0],
             "sge_weights": sown["regions_sge"]["weights"][0],
             "sge_new_global": sown["guide"][0],
             "sge_output": sown["enhanced"][0],
