@@ -70,10 +70,7 @@ def test_several_tables(home, capsys):
 @pytest.mark.parametrize("flag", ["eval.ensemble", "cross.runs", "cross.data_dirs"])
 def test_lists_of_folders_in_flags(home, flag):
     (home / "a,b=1").mkdir()
-    for given, expected in (
-        ("~/a,b=1,runs/c", (str(home / "a,b=1"), "runs/c")),
-        ("runs/a=1", ("runs/a=1",)),
-    ):
+    for given, expected in (("~/a,b=1,runs/c", (str(home / "a,b=1"), "runs/c")), ("runs/a=1", ("runs/a=1",))):
         assert main._with_paths(f"--config.{flag}={given}") == f"--config.{flag}={expected!r}"
     for given in ("('a','b')", "'a'", ""):
         assert main._with_paths(f"--config.{flag}={given}") == f"--config.{flag}={given}"

@@ -102,10 +102,7 @@ def _by_number(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]
 
 
-MODELS = {
-    "segmenter": "facebook/mask2former-swin-large-coco-panoptic",
-    "backbone": "openai/clip-vit-large-patch14-336",
-}
+MODELS = {"segmenter": "facebook/mask2former-swin-large-coco-panoptic", "backbone": "openai/clip-vit-large-patch14-336"}
 """Models that docs/extract.md uses; smaller ones, or folders, will do."""
 
 

@@ -22,18 +22,7 @@ from data_prep.scenes import features, render, shapes, world
 from data_prep.scenes.captions import Facts, holds
 from data_prep.scenes.world import CLASS_NAMES, PREDICATES, Scene
 
-__all__ = [
-    "CLASS_NAMES",
-    "PREDICATES",
-    "Facts",
-    "Scene",
-    "draw",
-    "holds",
-    "records",
-    "sample",
-    "scene",
-    "tell",
-]
+__all__ = ["CLASS_NAMES", "PREDICATES", "Facts", "Scene", "draw", "holds", "records", "sample", "scene", "tell"]
 
 VERSION = 1  # raised when the same (seed, index) gives another record
 CAPTIONS = 5

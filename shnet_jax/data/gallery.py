@@ -11,14 +11,7 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from shnet_jax.data.batches import (
-    HostBatch,
-    pad_tokens,
-    read_options,
-    stack_images,
-    stored_fields,
-    token_buckets,
-)
+from shnet_jax.data.batches import HostBatch, pad_tokens, read_options, stack_images, stored_fields, token_buckets
 from shnet_jax.data.records import DataSet, RandomAccess
 from shnet_jax.data.tokenise import Captions, Tokenizer, tokenise_split
 

@@ -20,13 +20,7 @@ from shnet_jax.data import model_folder
 from shnet_jax.data.model_folder import GENERIC, MAX_ID, FolderVocabulary, Settings, added_tokens, below, read_lines
 from shnet_jax.untrusted import read_object
 
-ROLES = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+ROLES = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
 ROLES_FIELD = "special_tokens"
 """Field of our description, the special tokens by their roles, that a tokenizer.json does not have."""

@@ -42,10 +42,7 @@ FIELDS = ("regions", "grid", "seg_semantic", "seg_map", "categories")
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("sets")
-    splits = {
-        "train": [_record("train", i) for i in range(IMAGES)],
-        "test": [_record("test", i) for i in range(7)],
-    }
+    splits = {"train": [_record("train", i) for i in range(IMAGES)], "test": [_record("test", i) for i in range(7)]}
     return write_dataset(out, "tiny", splits, {"source": "made by the tests"})
 
 

@@ -206,12 +206,7 @@ def test_gather_against_numpy():
     keep = np.array([[1, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]], bool)
     regions = np.arange(3 * 4 * 2, dtype=np.float16).reshape(3, 4, 2) + 1
     regions[0, 3] = np.nan  # what lies under a mask must not matter
-    batch = {
-        "image_index": np.arange(3, dtype=np.int32),
-        "regions": regions,
-        "region_mask": mask,
-        "region_keep": keep,
-    }
+    batch = {"image_index": np.arange(3, dtype=np.int32), "regions": regions, "region_mask": mask, "region_keep": keep}
     batch |= {"grid": np.ones((3, 2, 2), ml_dtypes.bfloat16), "grid_keep": np.array([[1, 0]] * 3, bool)}
     out = batches.gather(None, batch)
     # Rows 1 and 2 would lose every valid region: they keep all valid ones.
@@ -237,10 +232,7 @@ def test_steps_per_epoch_counts_captions(tiny, captions):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"batch_size": 9, "captions_per_image": 2},
-            "9 pairs; expected a multiple of data.captions_per_image, 2",
-        ),
+        ({"batch_size": 9, "captions_per_image": 2}, "9 pairs; expected a multiple of data.captions_per_image, 2"),
         ({"batch_size": 500}, "split 'train' has .* captions, fewer than the 500 of one step"),
         ({"batch_size": 24, "captions_per_image": 2, "shard_count": 2}, "has 23 images, fewer than the 24"),
         ({"max_tokens": 33}, r"token_buckets is \(16, 24, 32\); none holds data.max_tokens = 33"),

@@ -25,10 +25,7 @@ ODD = ("<|endoftext|>", "</w>", "\u2581", " ", "\n", "\0", "\u200f", "e\u0301", 
 
 # Half of them are made of what a vocabulary knows: special tokens, marks of words, bytes that are none.
 TEXTS = st.lists(
-    st.one_of(
-        st.text(max_size=60),
-        st.lists(st.sampled_from([*PIECES, *ODD]), max_size=12).map("".join),
-    ),
+    st.one_of(st.text(max_size=60), st.lists(st.sampled_from([*PIECES, *ODD]), max_size=12).map("".join)),
     min_size=1,
     max_size=6,
 )

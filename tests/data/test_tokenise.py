@@ -77,12 +77,7 @@ def test_flat_captions_equal_one_by_one(kind, vocab, pieces_of_tiny, monkeypatch
     monkeypatch.setattr(tokenise, "_CHUNK", 3)  # captions cross chunk borders
     t = tokenise.wordpiece(vocab) if kind == "wordpiece" else pieces_of_tiny
     # "##s" is a continuation as text too: a caption must not join the one before it.
-    texts = [
-        ["a dog jumps"],
-        ["jumping, a dog", "ings", "dog", "\u200b"],
-        ["zebra a"],
-        ["a", "jumps a dogs jumps"],
-    ]
+    texts = [["a dog jumps"], ["jumping, a dog", "ings", "dog", "\u200b"], ["zebra a"], ["a", "jumps a dogs jumps"]]
     flat = tokenise.tokenise_captions(iter(texts), t)
     assert flat.image.tolist() == [0, 1, 1, 1, 1, 2, 3, 3]
     assert flat.pieces.dtype == flat.image.dtype == np.int32

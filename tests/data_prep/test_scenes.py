@@ -10,10 +10,11 @@ import pytest
 from skimage.color import rgb2hsv
 from skimage.feature import hog
 
-from data_prep import scenes
+from data_prep import scenes, schema
 from data_prep.scenes import captions, features, render, shapes, world, write
 from data_prep.scenes.captions import Facts, Mention
 from data_prep.scenes.world import ABOVE, BEHIND, CLASS_NAMES, COLOURS, LEFT_OF, ON, SHAPES
+from shnet_jax.data.records import open_dataset
 
 GALLERY = 250
 WAVES = ((0.0, 1.0, 0.0), (0.0, 1.0, 0.0))
@@ -73,8 +74,6 @@ def test_processes_give_the_same_records_in_order():
 
 
 def test_records_have_the_fields_of_the_schema():
-    from data_prep import schema
-
     first = schema.signature(scenes.scene(0, 0))
     for record in scenes.records(0, 1, 12, workers=0):
         schema.check_record(record, "scene")
@@ -339,23 +338,20 @@ def test_the_command_line_refuses_bad_values(tmp_path, capsys, flag, message):
 
 
 @pytest.mark.slow
-def test_command_line_writes_once(tmp_path):
-    def run(*more):
-        command = [sys.executable, "-m", "data_prep.scenes", f"--out={tmp_path}", "--val=8", "--test=0", *more]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    first = run("--train=70")
+def test_command_line_writes_once(tmp_path, capsys):
+    flags = [f"--out={tmp_path}", "--val=8", "--test=0"]
+    command = [sys.executable, "-m", "data_prep.scenes", *flags, "--train=70"]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
     assert first.returncode == 0 and first.stdout.strip() == str(tmp_path / "scenes" / "1.0.0"), first.stderr
     assert "scenes: 78 records in " in first.stderr
-    from shnet_jax.data.records import open_dataset
-
     data = open_dataset(tmp_path)
     assert data.splits == {"train": 70, "val": 8}
     assert data.num_classes == len(CLASS_NAMES) and list(data.metadata["predicates"]) == list(world.PREDICATES)
     read = data.open_split("train", ("image_id", "captions", "regions", "seg_map", "categories"))[69]
     made = scenes.scene(0, 69)
     same(read, {name: made[name] for name in read})
-    again = run("--train=70")
-    assert again.returncode == 0 and "exists and was made with these settings" in again.stderr
-    other = run("--train=71")
-    assert other.returncode == 1 and "--name" in other.stderr and '"train": 70' in other.stderr
+    assert write.main([*flags, "--train=70"]) == 0
+    assert "exists and was made with these settings" in capsys.readouterr().err
+    assert write.main([*flags, "--train=71"]) == 1
+    error = capsys.readouterr().err
+    assert "--name" in error and '"train": 70' in error

@@ -37,13 +37,7 @@ def write_models(folder: Path, torch, transformers) -> dict[str, str]:
     square = {"height": 32, "width": 32}
     clip = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     siglip = transformers.SiglipConfig(text_config=text, vision_config=vision)
-    dinov2 = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 56,
-        "patch_size": 14,
-    }
+    dinov2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
     registers = transformers.Dinov2WithRegistersConfig(**dinov2, num_register_tokens=4)
     cropped = transformers.BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
     stages = ["stage1", "stage2", "stage3", "stage4"]
