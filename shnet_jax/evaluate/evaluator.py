@@ -23,7 +23,7 @@ from shnet_jax.evaluate.encode import Encoder
 from shnet_jax.evaluate.ensemble import Embedded, MeanScore
 from shnet_jax.evaluate.extra_metrics import WITHIN, ExtraMetrics, extra_metrics
 from shnet_jax.evaluate.pair_scores import digest, open_folder
-from shnet_jax.evaluate.protocols import Provenance, Results, evaluate, find_protocol
+from shnet_jax.evaluate.protocols import Provenance, Results, count_folds, evaluate
 from shnet_jax.evaluate.ranking_methods import RankingMethod, RankingMethods
 from shnet_jax.evaluate.ranks import check_captions
 from shnet_jax.evaluate.tiles import tile_shape
@@ -86,7 +86,7 @@ class Evaluator:
 
     def _check_folds(self, protocols: Sequence[str]) -> None:
         for protocol in protocols:
-            if self._gallery.images % find_protocol(protocol).folds:
+            if self._gallery.images % count_folds(protocol):
                 raise ValueError(
                     f"config.eval.protocols has {protocol!r}; the split has {self._gallery.images} images, which must "
                     'divide into folds of equal size ("whole": the whole split)'

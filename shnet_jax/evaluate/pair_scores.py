@@ -135,12 +135,13 @@ def score_matrix(images: Embedding, texts: Embedding, scorer: PairScorer, folder
     scores = np.empty((len(images.vector), len(texts.vector)), np.float32)
     blocks = [(tile, round_) for tile in range(tiling.caption_tiles) for round_ in range(tiling.rounds)]
     files = {} if folder is None else {block: folder / f"block_{block[0]}_{block[1]}.npy" for block in blocks}
-    finished = _read_finished(files)
-    for block, values in finished:
+    missing = set(blocks)
+    for block, values in _read_finished(files):
         _place(scores, tiling.image_rows(block[1]), tiling.captions(block[0]), values)
-    walk = scorer.walk(tiling, set(blocks) - {block for block, _ in finished})
+        missing.remove(block)
+    walk = scorer.walk(tiling, missing)
     dispatched = ((tile, scorer.block(scorer.params, tile.placed_images, tile.placed_captions)) for tile in walk)
-    with show_progress(len(blocks) - len(finished), "block of scores", "pairs") as advance:
+    with show_progress(len(missing), "block of scores", "pairs") as advance:
         for tile, on_device in prefetch_one(dispatched):
             values = np.asarray(on_device, np.float32)
             _place(scores, tile.images, tile.captions, values)
@@ -269,14 +270,13 @@ def _pairs_file(folder: Path, block: int, rows: np.ndarray, columns: np.ndarray)
     return folder / f"block_pairs_{block}_{name[:16]}.npy"
 
 
-def _read_finished(files: Mapping[Block, Path]) -> list[tuple[Block, np.ndarray]]:
-    """Reads the finished blocks, a view of the file each, and logs how many there are."""
-    finished = [(block, np.load(path, "r", allow_pickle=False)) for block, path in files.items() if path.exists()]
+def _read_finished(files: Mapping[Block, Path]) -> Iterator[tuple[Block, np.ndarray]]:
+    """Reads the finished blocks, and logs how many there are."""
+    finished = [block for block, path in files.items() if path.exists()]
+    for block in finished:
+        yield block, np.load(files[block], allow_pickle=False)
     if finished:
-        log.info(
-            "%s: %d of %d blocks of scores are there", next(iter(files.values())).parent, len(finished), len(files)
-        )
-    return finished
+        log.info("%s: %d of %d blocks of scores are there", files[finished[0]].parent, len(finished), len(files))
 
 
 def ranks_of(scores: np.ndarray, owner: np.ndarray, tile: int, mesh: Mesh) -> Ranks:

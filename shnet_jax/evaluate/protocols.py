@@ -36,14 +36,6 @@ UNKNOWN = "not stated"
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
-    """Evaluation protocol: a gallery ranked as a whole (1 fold) or in consecutive blocks of images of equal size."""
-
-    name: str
-    folds: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Provenance:
     """The data, checkpoint and settings behind embeddings, as far as the caller knows; part of the protocol card."""
 
@@ -92,13 +84,12 @@ class Results:
         return html.table(heading, rows)
 
 
-def find_protocol(name: str) -> Protocol:
-    """The protocol of that name: "whole", or "folds<k>" such as "folds5" (COCO 1K)."""
-    if name == "whole":
-        return Protocol(name, 1)
-    if match := re.fullmatch(r"folds([1-9]\d*)", name):
-        return Protocol(name, int(match[1]))
-    raise ValueError(f'unknown protocol {name!r}: expected "whole" or "folds<k>" such as "folds5"')
+def count_folds(protocol: str) -> int:
+    """Folds of the gallery: 1 of "whole", k of "folds<k>", consecutive blocks of images of equal size (5: COCO 1K)."""
+    match = re.fullmatch(r"whole|folds([1-9]\d*)", protocol)
+    if match is None:
+        raise ValueError(f'unknown protocol {protocol!r}: expected "whole" or "folds<k>" such as "folds5"')
+    return int(match[1] or 1)
 
 
 def evaluate(
@@ -114,7 +105,7 @@ def evaluate(
     method: RankingMethod | None = None,
     image_person: np.ndarray | None = None,
 ) -> Results:
-    """Ranks a gallery by a named protocol (see `find_protocol`).
+    """Ranks a gallery by a named protocol (see `count_folds`).
 
     Several processes call it together, each with a mesh of its own devices, and share the work of `ranks.ranks`.
 
@@ -126,38 +117,37 @@ def evaluate(
     Raises:
       ValueError: as `ranks.ranks`, and folds of unequal size.
     """
-    plan = find_protocol(protocol)
-    n, t = size(images), size(texts)
+    folds, n, t = count_folds(protocol), size(images), size(texts)
     owner = check_captions(caption_image, n, t)
-    if n % plan.folds:
-        raise ValueError(f"protocol {plan.name}: {n} images do not divide into {plan.folds} folds of equal size")
-    folds, of_chance = [], []
+    if n % folds:
+        raise ValueError(f"protocol {protocol}: {n} images do not divide into {folds} folds of equal size")
+    metrics, chance_metrics = [], []
     queries = QueryRanks(np.empty(n, np.int64), np.empty(t, np.int64), owner)
     ranked: list[Ranked] = []
-    for fold, (rows, captions) in enumerate(_folds(owner, n, plan.folds)):
+    for fold, (rows, captions) in enumerate(_folds(owner, n, folds)):
         fold_owner = owner[captions] - rows[0]
         # The whole gallery is not copied: it may be gigabytes.
-        sides = (images, texts) if plan.folds == 1 else (take(images, rows), take(texts, captions))
+        sides = (images, texts) if folds == 1 else (take(images, rows), take(texts, captions))
         if method is None:
             ranked += [Ranked(ranks(*sides, fold_owner, score, tile, mesh, score_dtype, shared=True), 0)]
         else:
             ranked += [method.rank(*sides, fold_owner, fold)]
         queries.i2t[rows], queries.t2i[captions] = ranked[-1].ranks.i2t, ranked[-1].ranks.t2i
-        folds.append(recalls(ranked[-1].ranks))
-        of_chance.append(chance(np.bincount(fold_owner)))
-    card = _card(plan, provenance or Provenance(), n, t, jax.tree.leaves(images)[0].dtype)
+        metrics.append(recalls(ranked[-1].ranks))
+        chance_metrics.append(chance(np.bincount(fold_owner)))
+    card = _card(protocol, provenance or Provenance(), n, t, jax.tree.leaves(images)[0].dtype)
     if method is not None:
         card |= {"pairs_scored": sum(r.pairs for r in ranked)}
         card |= {"ranking_seconds": round(sum(r.seconds for r in ranked), 1)}  # type: ignore[dict-item]
         card |= {"ranking": method.description} if method.description else {}
-    results = Results(mean(folds), tuple(folds), mean(of_chance), card, queries)
+    results = Results(mean(metrics), tuple(metrics), mean(chance_metrics), card, queries)
     if image_person is None:
         return results
     persons = image_person, image_person[owner]
     if method is None or method.exact:
         scores = search_persons(images, texts, *persons, score, tile, mesh)
     else:
-        candidates = ranked[0].candidates if plan.folds == 1 else method.candidates(images, texts)
+        candidates = ranked[0].candidates if folds == 1 else method.candidates(images, texts)
         vectors = vectors_of(images), vectors_of(texts)
         scores = search_persons(*vectors, *persons, RetrievalModel.score, tile, mesh, candidates)
     return _with_persons(results, queries, *persons, scores)
@@ -183,20 +173,20 @@ def _folds(owner: np.ndarray, n: int, folds: int) -> Iterator[tuple[np.ndarray, 
         yield rows, np.flatnonzero((owner >= rows[0]) & (owner <= rows[-1]))
 
 
-def _card(plan: Protocol, provenance: Provenance, n: int, t: int, dtype: np.dtype) -> dict[str, str | int]:
-    size = n // plan.folds
+def _card(protocol: str, provenance: Provenance, n: int, t: int, dtype: np.dtype) -> dict[str, str | int]:
+    folds = count_folds(protocol)
     gallery = (
         f"all {n} images and {t} captions together"
-        if plan.folds == 1
-        else f"mean over {plan.folds} consecutive galleries of {size} images with their captions"
+        if folds == 1
+        else f"mean over {folds} consecutive galleries of {n // folds} images with their captions"
     )
     device = jax.devices()[0]
     return {
-        "protocol": plan.name,
+        "protocol": protocol,
         **dataclasses.asdict(provenance),
         "images": n,
         "captions": t,
-        "folds": plan.folds,
+        "folds": folds,
         "gallery": gallery,
         "ranking": "each image once; image to text counts the best-ranked own caption",
         "ties": TIE_RULE,

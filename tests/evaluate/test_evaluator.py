@@ -84,13 +84,19 @@ def test_what_fails_while_reading_is_raised_as_it_is(monkeypatch, field):
         Encoder(parts, data_mesh(jax.devices()[:2])).encode(gallery, variables(parts.config.model.name))
 
 
+@functools.cache
+def unstaged(**changes):
+    return encoded(experiment(**changes), 4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("mapping", "overlap"), [("shard_map", False), ("pmap", True)])
 def test_a_text_tower_in_stages_gives_the_same_up_to_rounding(mapping, overlap, caplog):
     caplog.set_level("INFO", logger="shnet_jax")
-    changes = LAYERED | {"eval__batch_size": 2, "parallel__mapping": mapping}
-    images, texts = encoded(experiment(**changes), 4)
-    staged = encoded(experiment(**changes, eval__stages=2, eval__microbatches=2, eval__overlap=overlap), 4)
+    changes = LAYERED | {"eval__batch_size": 2}
+    images, texts = unstaged(**changes)
+    stages = {"eval__stages": 2, "eval__microbatches": 2, "eval__overlap": overlap, "parallel__mapping": mapping}
+    staged = encoded(experiment(**changes | stages), 4)
     np.testing.assert_array_equal(staged[0].vector, images.vector)
     np.testing.assert_allclose(staged[1].vector, texts.vector, atol=2e-6)
     idle = "text tower in 2 stages, microbatches: 2; a stage is idle for 33.3 % of the ticks"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shnet_jax.evaluate.metrics import recalls
-from shnet_jax.evaluate.protocols import Provenance, evaluate, find_protocol
+from shnet_jax.evaluate.protocols import Provenance, count_folds, evaluate
 from shnet_jax.evaluate.ranks import ranks
 from shnet_jax.evaluate.report import PERSON, card_table, table, to_json
 from shnet_jax.models.contract import RetrievalModel
@@ -61,7 +61,7 @@ def test_images_that_do_not_divide_into_folds_are_an_error():
 @pytest.mark.parametrize("name", ["", "fold5", "folds", "folds0", "folds-1", "folds5x"])
 def test_unknown_protocols_are_an_error(name):
     with pytest.raises(ValueError, match="unknown protocol"):
-        find_protocol(name)
+        count_folds(name)
 
 
 def test_the_card_says_what_was_computed_on_what():
