@@ -371,7 +371,7 @@ def main(argv: Sequence[str]) -> None:
         if DISTRIBUTED.value:
             hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
         if hosts.is_first():
-            log.info("%s", banner(MODE.value, WORKDIR.value))
+            log.info("%s", banner(MODE.value, str(WORKDIR.value)))
             if warning := unused_accelerator():
                 log.warning("%s", warning)
         call(CONFIG.value, str(WORKDIR.value), **{flag: flags.FLAGS[flag].value for flag in mode.own_flags})
