@@ -17,7 +17,7 @@ from configs import demo
 from data_prep.scenes.write import write
 from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.parallel.mapping import put_batch
-from shnet_jax.train.setup import setup_training, training_data
+from shnet_jax.training.setup import setup_training, training_data
 
 AIM = 0.95  # at most 5 % of a step is spent waiting
 

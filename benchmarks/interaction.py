@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarks.rows import Row, compare
 from benchmarks.timing import interleave
-from shnet_jax.evaluate.pair_scores import make_programs, pair_scorer, ranks_of, score_matrix
-from shnet_jax.evaluate.ranking_methods import rerank
+from shnet_jax.evaluation.pair_scores import make_programs, pair_scorer, ranks_of, score_matrix
+from shnet_jax.evaluation.ranking_methods import rerank
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.ops.interaction import Interaction, interaction_scores
 from shnet_jax.parallel.mapping import data_mesh

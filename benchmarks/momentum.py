@@ -15,7 +15,7 @@ from configs import user as user_config
 from shnet_jax import registry
 from shnet_jax.data.batches import gather
 from shnet_jax.parallel.mapping import make_mesh, put_batch
-from shnet_jax.train.setup import build_step
+from shnet_jax.training.setup import build_step
 
 
 @dataclasses.dataclass(frozen=True)

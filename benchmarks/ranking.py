@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.rows import Row, compare
 from benchmarks.timing import interleave
-from shnet_jax.evaluate.ranks import Ranks, ranks
+from shnet_jax.evaluation.ranks import Ranks, ranks
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
 

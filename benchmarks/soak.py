@@ -19,7 +19,7 @@ from benchmarks.memory import ROOT, write
 from benchmarks.rows import Row
 from shnet_jax.experiment import assemble
 from shnet_jax.parallel.mapping import make_mesh
-from shnet_jax.train.setup import training_data
+from shnet_jax.training.setup import training_data
 
 CURVE = Path("runs/bench/soak.json")
 """Resident memory over the batches."""

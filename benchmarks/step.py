@@ -22,7 +22,7 @@ from shnet_jax.data.batches import gather
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh, put_batch, replicate
 from shnet_jax.plan.planned_run import describe, random_batch
-from shnet_jax.train.setup import build_step
+from shnet_jax.training.setup import build_step
 from shnet_jax.types import Batch
 
 DTYPES = ("float32", "bfloat16")

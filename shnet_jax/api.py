@@ -15,10 +15,10 @@ from shnet_jax.data.fields import checked_fields
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.data.records import DataSet as DataSet
 from shnet_jax.data.records import open_dataset as open_dataset
-from shnet_jax.evaluate.encode import Towers, encode_parts
-from shnet_jax.evaluate.pair_scores import digest
-from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.ranking_methods import candidates
+from shnet_jax.evaluation.encode import Towers, encode_parts
+from shnet_jax.evaluation.pair_scores import digest
+from shnet_jax.evaluation.protocols import Results
+from shnet_jax.evaluation.ranking_methods import candidates
 from shnet_jax.modes.evaluate import evaluate_checkpoint
 from shnet_jax.modes.study import Run
 from shnet_jax.modes.study import study as run_study
@@ -27,9 +27,9 @@ from shnet_jax.paths import to_path
 from shnet_jax.retrieve.embeddings import SOURCE, Embeddings, make_ids, open_embeddings
 from shnet_jax.retrieve.searcher import Answer, Searcher, encode_texts
 from shnet_jax.stored_config import get_config as stored_config
-from shnet_jax.train.load import Loaded
-from shnet_jax.train.load import load as load_trained
-from shnet_jax.train.loop import train_and_evaluate
+from shnet_jax.training.load import Loaded
+from shnet_jax.training.load import load as load_trained
+from shnet_jax.training.loop import train_and_evaluate
 from shnet_jax.types import Embedding
 
 

@@ -356,9 +356,9 @@ def main(argv: Sequence[str]) -> None:
     from shnet_jax.observe.banner import banner, unused_accelerator
     from shnet_jax.observe.files import FolderInUse, describe
     from shnet_jax.parallel import hosts
-    from shnet_jax.train.checkpoint import CheckpointError
-    from shnet_jax.train.loop import NonFiniteLoss
-    from shnet_jax.train.workdir import WorkdirError
+    from shnet_jax.training.checkpoint import CheckpointError
+    from shnet_jax.training.loop import NonFiniteLoss
+    from shnet_jax.training.workdir import WorkdirError
 
     mode = MODES[MODE.value]
     module, function = mode.target.split(":")

@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from shnet_jax.bundled import get_config as bundled_config
-from shnet_jax.train.workdir import CONFIG, WorkdirError, complete, trained_config
+from shnet_jax.training.workdir import CONFIG, WorkdirError, complete, trained_config
 
 TOOLS = ("eval", "search", "page", "cross", "convert", "plan", "scale", "study")
 """Sections that say what is done with a trained model; the run's own choice, younger fields by their default."""

@@ -95,7 +95,7 @@ class Pairs:
 
 @struct.dataclass
 class Queue:
-    """Embeddings of one modality that momentum encoders gave for past batches (train/momentum.py).
+    """Embeddings of one modality that momentum encoders gave for past batches (training/momentum.py).
 
     vectors: [K, d] float32, of unit length. ids: [K] int32, their image ids; NO_IMAGE where no batch has been yet.
     pointer: [] int32, the slot that is overwritten next.

@@ -19,7 +19,7 @@ from benchmarks.rows import Row, compare, table
 from benchmarks.timing import Timing, interleave
 from configs import base
 from shnet_jax.data.records import open_dataset
-from shnet_jax.evaluate.ranks import Ranks
+from shnet_jax.evaluation.ranks import Ranks
 from shnet_jax.models import shnet
 from shnet_jax.types import WARM_UP, Array
 

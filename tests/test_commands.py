@@ -11,9 +11,9 @@ import pytest
 
 from shnet_jax.modes.evaluate import evaluate, evaluate_checkpoint
 from shnet_jax.modes.train import train
-from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.load import load
-from shnet_jax.train.workdir import WorkdirError
+from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.training.load import load
+from shnet_jax.training.workdir import WorkdirError
 from tests.train import tiny
 
 

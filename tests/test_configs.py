@@ -18,7 +18,7 @@ import configs
 from configs import base, shnet, units_study
 from configs.variants import choose
 from shnet_jax.modes.study import arm_config
-from shnet_jax.train.load import _model_differences, _sections_of_others
+from shnet_jax.training.load import _model_differences, _sections_of_others
 
 FILES = sorted({module.name for module in pkgutil.iter_modules(configs.__path__)} - {"variants"})
 # One entry for each loss term or ensemble, named by the user; {prefix of the field: type of its value}.

@@ -28,9 +28,9 @@ from shnet_jax.modes.convert import convert, load_folder, load_published, load_r
 from shnet_jax.modes.evaluate import evaluate_checkpoint
 from shnet_jax.modes.train import train
 from shnet_jax.plan import planned_run
-from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.load import load
-from shnet_jax.train.workdir import WorkdirError
+from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.training.load import load
+from shnet_jax.training.workdir import WorkdirError
 from tests.interop.torch_writer import attributes, of_numpy, save
 from tests.models import image_oracle, text_oracle
 from tests.train import tiny

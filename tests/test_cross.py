@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.builder import write_dataset
 from shnet_jax.data.records import open_dataset
-from shnet_jax.evaluate.zero_shot import zero_shot
+from shnet_jax.evaluation.zero_shot import zero_shot
 from shnet_jax.modes.cross import cross
 from shnet_jax.modes.evaluate import evaluate, evaluate_checkpoint
 from tests.retrieve.gallery import toy, toy_run

@@ -13,10 +13,10 @@ from configs import base
 from shnet_jax.durations import TrainingLength, count_steps
 from shnet_jax.losses import total, triplet
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.train import momentum
-from shnet_jax.train.optim import schedule
-from shnet_jax.train.setup import StepIntervals, step_intervals
-from shnet_jax.train.workdir import _changes
+from shnet_jax.training import momentum
+from shnet_jax.training.optim import schedule
+from shnet_jax.training.setup import StepIntervals, step_intervals
+from shnet_jax.training.workdir import _changes
 
 LENGTH = TrainingLength(steps_per_epoch=7.5, total_steps=200)
 

@@ -27,9 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "observe": {"parallel"},  # only the type of a mapped step
     "interop": {"models", "data", "observe"},  # data: what lies in a model folder; observe: atomic writes
     "experiment": {"models", "data", "interop", "observe"},  # the parts of a run, put together from its configuration
-    "evaluate": {"models", "data", "parallel", "observe", "experiment"},
-    "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluate"},
-    "train": {"models", "losses", "data", "parallel", "observe", "interop", "experiment", "evaluate"},
+    "evaluation": {"models", "data", "parallel", "observe", "experiment"},
+    "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluation"},
+    "training": {"models", "losses", "data", "parallel", "observe", "interop", "experiment", "evaluation"},
 }
 COMMON = {"types", "registry", "untrusted", "paths", "bundled", "durations"}
 # What a command line calls: may import every part, no part may import it.
@@ -54,7 +54,7 @@ ONLY_IN = {
     "tensorflow": ("",),
     "torch": ("shnet_jax/interop/*", "data_prep/extract*"),
     "torchvision": ("shnet_jax/interop/*", "data_prep/extract*"),
-    "orbax": ("shnet_jax/train/checkpoint.py",),
+    "orbax": ("shnet_jax/training/checkpoint.py",),
     "pmap": ("shnet_jax/parallel/mapping.py",),
     "shard_map": ("shnet_jax/parallel/mapping.py",),
 }
@@ -139,22 +139,22 @@ def test_tests_need_neither_torch_nor_tensorflow():
         ("shnet_jax/losses/a.py", "from ..models import shnet"),
         ("shnet_jax/losses/a.py", "def f():\n  from shnet_jax import models"),
         ("shnet_jax/ops/a.py", "from shnet_jax.models.contract import RetrievalModel"),
-        ("shnet_jax/data/a.py", "from shnet_jax.train import loop"),
-        ("shnet_jax/observe/a.py", "from shnet_jax.train import loop"),
-        ("shnet_jax/evaluate/a.py", "from shnet_jax.retrieve.index import Index"),
-        ("shnet_jax/train/a.py", "from shnet_jax.modes.train import train"),
+        ("shnet_jax/data/a.py", "from shnet_jax.training import loop"),
+        ("shnet_jax/observe/a.py", "from shnet_jax.training import loop"),
+        ("shnet_jax/evaluation/a.py", "from shnet_jax.retrieve.index import Index"),
+        ("shnet_jax/training/a.py", "from shnet_jax.modes.train import train"),
         ("shnet_jax/types.py", "from shnet_jax.ops import norms"),
         ("shnet_jax/data/a.py", "from data_prep.schema import Record"),
-        ("shnet_jax/train/a.py", "import importlib\nimportlib.import_module('configs.base')"),
+        ("shnet_jax/training/a.py", "import importlib\nimportlib.import_module('configs.base')"),
         ("shnet_jax/api.py", "import tests.parity"),
         ("data_prep/a.py", "from shnet_jax.models import text"),
         ("shnet_jax/data/a.py", "import tensorflow as tf"),
         ("shnet_jax/interop/a.py", "from tensorflow import io"),
         ("shnet_jax/models/a.py", "import torch.nn"),
-        ("shnet_jax/train/state.py", "import orbax.checkpoint as ocp"),
-        ("shnet_jax/train/step.py", "import jax\njax.pmap(f)"),
-        ("shnet_jax/train/step.py", "from jax import shard_map"),
-        ("shnet_jax/train/step.py", "from jax.experimental.shard_map import shard_map"),
+        ("shnet_jax/training/state.py", "import orbax.checkpoint as ocp"),
+        ("shnet_jax/training/step.py", "import jax\njax.pmap(f)"),
+        ("shnet_jax/training/step.py", "from jax import shard_map"),
+        ("shnet_jax/training/step.py", "from jax.experimental.shard_map import shard_map"),
         ("shnet_jax/surprise.py", ""),
     ],
 )
@@ -168,10 +168,10 @@ def test_a_breach_is_found(path, source):
     [
         ("shnet_jax/models/a.py", "from shnet_jax.ops import norms\nfrom .text import Tower\nimport jax"),
         ("shnet_jax/data/a.py", "import tensorflow_datasets as tfds"),
-        ("shnet_jax/train/checkpoint.py", "import orbax.checkpoint as ocp"),
+        ("shnet_jax/training/checkpoint.py", "import orbax.checkpoint as ocp"),
         ("shnet_jax/interop/torch_weights.py", "import torch"),
         ("shnet_jax/parallel/mapping.py", "import jax\njax.shard_map, jax.pmap"),
-        ("shnet_jax/train/a.py", "from shnet_jax.evaluate import rank\nMAPPING = 'pmap'"),
+        ("shnet_jax/training/a.py", "from shnet_jax.evaluation import rank\nMAPPING = 'pmap'"),
         ("data_prep/a.py", "from shnet_jax.data.records import open_dataset\nfrom data_prep import schema"),
         ("main.py", "from shnet_jax.modes.train import train\nfrom configs import base"),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shnet_jax import bundled, cli, stored_config
-from shnet_jax.train.workdir import CONFIG, save_config
+from shnet_jax.training.workdir import CONFIG, save_config
 from tests.patience import PATIENCE
 from tests.train import tiny
 

@@ -30,7 +30,7 @@ from shnet_jax.plan.planned_run import (
     variable_shapes,
 )
 from shnet_jax.plan.table import table
-from shnet_jax.train.setup import training_data
+from shnet_jax.training.setup import training_data
 from tests.train import tiny
 
 needs_libtpu = pytest.mark.skipif(

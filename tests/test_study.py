@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.bootstrap import NAMES, Interval
-from shnet_jax.evaluate.metrics import QueryRanks
-from shnet_jax.evaluate.protocols import Results
+from shnet_jax.evaluation.bootstrap import NAMES, Interval
+from shnet_jax.evaluation.metrics import QueryRanks
+from shnet_jax.evaluation.protocols import Results
 from shnet_jax.modes import study as module
 from shnet_jax.modes.study import Run, arm_config, differences, study, table
 from tests.train import tiny

@@ -35,7 +35,7 @@ from shnet_jax.interop.bert_weights import read_tensors
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.modes.convert import load_folder
 from shnet_jax.retrieve import pictures, tensors
-from shnet_jax.train.workdir import WorkdirError, save_config, trained_config
+from shnet_jax.training.workdir import WorkdirError, save_config, trained_config
 
 
 class Bomb:

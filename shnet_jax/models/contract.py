@@ -32,7 +32,7 @@ class RetrievalModel(nn.Module):
 
     @property
     def norm_depth(self) -> int:
-        """Number of BatchNorms on the longest path through a tower; 0: there is none (see train/microbatch.py)."""
+        """Number of BatchNorms on the longest path through a tower; 0: there is none (see training/microbatch.py)."""
         return 0
 
     @property

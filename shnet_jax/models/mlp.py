@@ -39,7 +39,7 @@ class BatchNorm(nn.Module):
     The running variance takes the unbiased variance of the batch, the normalisation the biased one (torch); and rows
     can be left out of the statistics by a mask (the better choice for padded sets; the published code counts them).
 
-    A batch that is encoded in parts (train/microbatch.py) makes the collection "moments" mutable to learn the
+    A batch that is encoded in parts (training/microbatch.py) makes the collection "moments" mutable to learn the
     statistics of a part, and provides those to normalise with as the collection "given_moments".
 
     Attributes:

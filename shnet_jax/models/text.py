@@ -4,7 +4,7 @@ A tower is a `flax.linen.Module` called as `tower(tokens, mask, train=train)`: t
 [t, L] bool (valid tokens first) -> features [t, L, width] float32. Features of valid tokens must not depend
 on L, what masked features hold is free. Its file has `build(text: ConfigDict) -> nn.Module`, given
 `config.text`. A tower of equal layers that has `layers`, `make_layer` and `run_layers`, as BERT has, can
-also be spread over devices layer by layer (`evaluate/pipelined.py`).
+also be spread over devices layer by layer (`evaluation/pipelined.py`).
 """
 
 from __future__ import annotations

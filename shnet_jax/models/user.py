@@ -2,7 +2,7 @@
 
 The guide is found in the units themselves (SGE, as in the released code) or comes from a pretrained model (CGE, which
 was not released: ours). Without any guide this is VSE-infinity. Momentum encoders and queues are no part of the model:
-`train/momentum.py`; the objective is `losses/uto.py`.
+`training/momentum.py`; the objective is `losses/uto.py`.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from shnet_jax.interop.published import open_published
 from shnet_jax.interop.weights_file import read_weights, write_weights
 from shnet_jax.observe.files import disk_faults, sole_writer
 from shnet_jax.plan import planned_run
-from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.workdir import CONFIG, WorkdirError, adopt, complete, trained_config
+from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.training.workdir import CONFIG, WorkdirError, adopt, complete, trained_config
 
 log = logging.getLogger(__name__)
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from shnet_jax.data.records import find_dataset
-from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.report import card_table, table, to_json
-from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
+from shnet_jax.evaluation.protocols import Results
+from shnet_jax.evaluation.report import card_table, table, to_json
+from shnet_jax.evaluation.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.modes.evaluate import evaluate_loaded, evaluate_zero_shot
 from shnet_jax.observe.files import LOCK, write_text
 from shnet_jax.observe.results_page import results_page
 from shnet_jax.observe.table import Table
-from shnet_jax.train.load import load_any
-from shnet_jax.train.workdir import sole_job, trained_config
+from shnet_jax.training.load import load_any
+from shnet_jax.training.workdir import sole_job, trained_config
 
 Matrix = dict[str, dict[str, Results]]
 """Results by run, then by data set."""

@@ -9,14 +9,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.data.checksums import CHECKSUMS, sha256
-from shnet_jax.evaluate.evaluator import provenance
-from shnet_jax.evaluate.pair_scores import digest
+from shnet_jax.evaluation.evaluator import provenance
+from shnet_jax.evaluation.pair_scores import digest
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import embed as writer
 from shnet_jax.retrieve.embeddings import Embeddings
-from shnet_jax.train.load import Loaded, load
-from shnet_jax.train.workdir import CONFIG
+from shnet_jax.training.load import Loaded, load
+from shnet_jax.training.workdir import CONFIG
 
 
 def embed(config: ConfigDict, workdir: str | Path) -> None:

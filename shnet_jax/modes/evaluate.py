@@ -10,22 +10,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.data.records import DataSet, open_dataset
-from shnet_jax.evaluate.bootstrap import Interval, load_queries, recall_intervals, save_queries
-from shnet_jax.evaluate.ensemble import Embedded, combine, mean_score
-from shnet_jax.evaluate.evaluator import Evaluator, choose_ranking_methods, evaluate_embedded
-from shnet_jax.evaluate.extra_metrics import ExtraMetrics, read_extra_metrics
-from shnet_jax.evaluate.pair_scores import remove_folder
-from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.report import card_table, comparison_table, extra_table, interval_table, table, to_json
-from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
-from shnet_jax.evaluate.zero_shot import zero_shot
+from shnet_jax.evaluation.bootstrap import Interval, load_queries, recall_intervals, save_queries
+from shnet_jax.evaluation.ensemble import Embedded, combine, mean_score
+from shnet_jax.evaluation.evaluator import Evaluator, choose_ranking_methods, evaluate_embedded
+from shnet_jax.evaluation.extra_metrics import ExtraMetrics, read_extra_metrics
+from shnet_jax.evaluation.pair_scores import remove_folder
+from shnet_jax.evaluation.protocols import Results
+from shnet_jax.evaluation.report import card_table, comparison_table, extra_table, interval_table, table, to_json
+from shnet_jax.evaluation.zero_shot import NAME as ZERO_SHOT
+from shnet_jax.evaluation.zero_shot import zero_shot
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.files import write_text
 from shnet_jax.observe.results_page import results_page
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
-from shnet_jax.train.load import Loaded, load, load_any
-from shnet_jax.train.workdir import sole_job, trained_config
+from shnet_jax.training.load import Loaded, load, load_any
+from shnet_jax.training.workdir import sole_job, trained_config
 
 TWO_STAGE_ENSEMBLE = "an ensemble is ranked exactly: set config.eval.two_stage to 0 and config.eval.exact to True"
 EVALUATION_LOCK = ".lock_evaluation"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.evaluator import provenance
+from shnet_jax.evaluation.evaluator import provenance
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.curves import run_name
 from shnet_jax.observe.files import write_text
@@ -16,7 +16,7 @@ from shnet_jax.observe.writer import read_metrics
 from shnet_jax.retrieve.examples import collect
 from shnet_jax.retrieve.page import render_page
 from shnet_jax.retrieve.scene import Album
-from shnet_jax.train.load import load
+from shnet_jax.training.load import load
 
 
 def page(config: ConfigDict, workdir: str | Path) -> None:

@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.encode import check
-from shnet_jax.evaluate.pipelined import schedule_text
+from shnet_jax.evaluation.encode import check
+from shnet_jax.evaluation.pipelined import schedule_text
 from shnet_jax.experiment import settle_dtypes
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.observe.files import write_json
@@ -30,7 +30,7 @@ from shnet_jax.plan.programs import Program, bounds, compile_program, lower_enco
 from shnet_jax.plan.rank_plan import RankPlan, measure_round, plan_ranking
 from shnet_jax.plan.search import advice, fitting_microbatch, largest_batch
 from shnet_jax.plan.table import table
-from shnet_jax.train.setup import pairs_per_device
+from shnet_jax.training.setup import pairs_per_device
 from shnet_jax.types import Score
 
 log = logging.getLogger(__name__)

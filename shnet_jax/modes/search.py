@@ -10,15 +10,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.encode import Tower, Towers
-from shnet_jax.evaluate.ranking_methods import candidates
+from shnet_jax.evaluation.encode import Tower, Towers
+from shnet_jax.evaluation.ranking_methods import candidates
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.table import Table
 from shnet_jax.retrieve.approximate import check_index
 from shnet_jax.retrieve.searcher import CAPTIONS, Answer, Searcher, encode_texts
 from shnet_jax.retrieve.vector_index import PACKAGES, require
-from shnet_jax.train.load import Loaded, load
+from shnet_jax.training.load import Loaded, load
 
 RESULTS = "search.json"
 FORMAT = 1  # of RESULTS

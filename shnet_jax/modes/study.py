@@ -13,20 +13,20 @@ from ml_collections import ConfigDict
 
 from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.data.records import find_dataset
-from shnet_jax.evaluate.bootstrap import NAMES, Interval, load_queries, recall_intervals, save_queries
-from shnet_jax.evaluate.metrics import Metrics, QueryRanks
-from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.report import PERSON, as_dict, card_table, from_dict, interval_table, intervals_as_dict
-from shnet_jax.evaluate.zero_shot import NAME as ZERO_SHOT
+from shnet_jax.evaluation.bootstrap import NAMES, Interval, load_queries, recall_intervals, save_queries
+from shnet_jax.evaluation.metrics import Metrics, QueryRanks
+from shnet_jax.evaluation.protocols import Results
+from shnet_jax.evaluation.report import PERSON, as_dict, card_table, from_dict, interval_table, intervals_as_dict
+from shnet_jax.evaluation.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.experiment import assemble
 from shnet_jax.modes.evaluate import TWO_STAGE_ENSEMBLE, evaluate_checkpoint, evaluate_loaded, evaluate_zero_shot
 from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.results_page import results_page
 from shnet_jax.observe.table import Table
 from shnet_jax.observe.writer import read_metrics
-from shnet_jax.train.load import load_any
-from shnet_jax.train.loop import train_and_evaluate
-from shnet_jax.train.setup import setup_training
+from shnet_jax.training.load import load_any
+from shnet_jax.training.loop import train_and_evaluate
+from shnet_jax.training.setup import setup_training
 
 FINISHED, QUERIES = "study_run.json", "study_queries.npz"
 """Files of a finished run: its configuration and results, and the ranks of its queries."""

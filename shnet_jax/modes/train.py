@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.report import table
+from shnet_jax.evaluation.report import table
 from shnet_jax.parallel import hosts
-from shnet_jax.train.loop import train_and_evaluate
+from shnet_jax.training.loop import train_and_evaluate
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:

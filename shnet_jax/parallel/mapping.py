@@ -1,6 +1,6 @@
 """Mapping of a per-device function over devices by `jax.shard_map` or `jax.pmap`; no other file knows which.
 
-Neither this file nor JAX reduces gradients: `reduce_over_devices` in train/step.py does, by one explicit `psum`.
+Neither this file nor JAX reduces gradients: `reduce_over_devices` in training/step.py does, by one explicit `psum`.
 
 A step is written once, as `fn(state, batch, *rest)` of one device. It sees its own rows of the batch, whole copies of
 everything else, and the other devices through the named axis `DATA` (parallel/axis.py). The convention:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.evaluate.pair_scores import GROUP, LISTED_AT_ONCE, make_programs
+from shnet_jax.evaluation.pair_scores import GROUP, LISTED_AT_ONCE, make_programs
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.compiled import memory
 from shnet_jax.observe.work import work

@@ -17,7 +17,7 @@ from shnet_jax.data.pictures import VIEW
 from shnet_jax.data.records import DataSet, Feature
 from shnet_jax.data.schema import FIELDS
 from shnet_jax.data.tokenise import load_tokenizer
-from shnet_jax.evaluate.encode import image_tower, text_tower
+from shnet_jax.evaluation.encode import image_tower, text_tower
 from shnet_jax.experiment import assemble, fit_weights, optional_fields, settle_dtypes
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding

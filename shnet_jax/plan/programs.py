@@ -13,8 +13,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from shnet_jax.evaluate.encode import halves, image_tower, text_tower
-from shnet_jax.evaluate.pipelined import make_pipelined_text_encoder, placed_shapes, stage_mesh
+from shnet_jax.evaluation.encode import halves, image_tower, text_tower
+from shnet_jax.evaluation.pipelined import make_pipelined_text_encoder, placed_shapes, stage_mesh
 from shnet_jax.observe.compiled import Memory, OutOfMemory, compile_lowered, memory
 from shnet_jax.observe.hardware import Chip
 from shnet_jax.observe.work import Work, steady_and_warm_up
@@ -27,7 +27,7 @@ from shnet_jax.plan.planned_run import (
     train_batch_shapes,
     variable_shapes,
 )
-from shnet_jax.train.setup import TrainSetup, build_step
+from shnet_jax.training.setup import TrainSetup, build_step
 from shnet_jax.types import DATA
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.evaluate.tiles import Queries, Tiling, programs, score_inputs, tile_shape
+from shnet_jax.evaluation.tiles import Queries, Tiling, programs, score_inputs, tile_shape
 from shnet_jax.observe.compiled import memory
 from shnet_jax.observe.work import Work, work
 from shnet_jax.types import DATA, Embedding, Score

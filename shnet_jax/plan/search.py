@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.plan.planned_run import PlannedRun, variable_shapes
 from shnet_jax.plan.programs import Program
-from shnet_jax.train.setup import takes_microbatches
+from shnet_jax.training.setup import takes_microbatches
 
 
 def largest_batch(compiled: Callable[[int], Program], first: Program, unit: int, most: int) -> int:

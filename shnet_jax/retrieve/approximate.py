@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.top_k import TopK, is_dot_product, top_k
+from shnet_jax.evaluation.top_k import TopK, is_dot_product, top_k
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.files import disk_faults, sole_writer, write_json
 from shnet_jax.retrieve.embeddings import Embeddings

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from shnet_jax.data.gallery import Part, open_gallery
-from shnet_jax.evaluate.encode import Tower, Towers, host_fields
-from shnet_jax.evaluate.tiles import prefetch_one, show_progress
+from shnet_jax.evaluation.encode import Tower, Towers, host_fields
+from shnet_jax.evaluation.tiles import prefetch_one, show_progress
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe.files import atomic_path, disk_faults, sole_writer, write_json
 from shnet_jax.retrieve import tensors

@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.evaluator import embedded_split, evaluate_embedded, make_ranking_methods
-from shnet_jax.evaluate.extra_metrics import NO_EXTRA_METRICS
-from shnet_jax.evaluate.metrics import QueryRanks
-from shnet_jax.evaluate.protocols import Provenance
-from shnet_jax.evaluate.ranking_methods import candidates
-from shnet_jax.evaluate.tiles import take
-from shnet_jax.evaluate.top_k import TopK
+from shnet_jax.evaluation.evaluator import embedded_split, evaluate_embedded, make_ranking_methods
+from shnet_jax.evaluation.extra_metrics import NO_EXTRA_METRICS
+from shnet_jax.evaluation.metrics import QueryRanks
+from shnet_jax.evaluation.protocols import Provenance
+from shnet_jax.evaluation.ranking_methods import candidates
+from shnet_jax.evaluation.tiles import take
+from shnet_jax.evaluation.top_k import TopK
 from shnet_jax.experiment import Experiment
 from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.retrieve.highlight import highlights

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from shnet_jax.evaluate.metrics import CUTS, DIRECTIONS, QueryRanks
-from shnet_jax.evaluate.protocols import Results
-from shnet_jax.evaluate.report import HEADINGS, PERSON
+from shnet_jax.evaluation.metrics import CUTS, DIRECTIONS, QueryRanks
+from shnet_jax.evaluation.protocols import Results
+from shnet_jax.evaluation.report import HEADINGS, PERSON
 from shnet_jax.observe import html
 from shnet_jax.observe.charts import chart, shares
 from shnet_jax.observe.curves import plot_loss, plot_recall

@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 
 from shnet_jax.data.gallery import text_batches
 from shnet_jax.data.tokenise import tokenise_captions
-from shnet_jax.evaluate.encode import Tower, encode_parts
-from shnet_jax.evaluate.ranking_methods import best_candidates, rerank_top_k
-from shnet_jax.evaluate.tiles import take
-from shnet_jax.evaluate.top_k import TopK, is_dot_product, top_k, transpose_score
+from shnet_jax.evaluation.encode import Tower, encode_parts
+from shnet_jax.evaluation.ranking_methods import best_candidates, rerank_top_k
+from shnet_jax.evaluation.tiles import take
+from shnet_jax.evaluation.top_k import TopK, is_dot_product, top_k, transpose_score
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe import html
 from shnet_jax.retrieve.approximate import OpenIndex, check_index, open_index, rescored

@@ -28,7 +28,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from shnet_jax.evaluate.encode import Tower
+from shnet_jax.evaluation.encode import Tower
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe import html
 from shnet_jax.observe.html import Child, Markup, tag

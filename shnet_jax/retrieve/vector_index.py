@@ -17,8 +17,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.tiles import show_progress
-from shnet_jax.evaluate.top_k import TopK
+from shnet_jax.evaluation.tiles import show_progress
+from shnet_jax.evaluation.top_k import TopK
 from shnet_jax.observe.files import atomic_path
 from shnet_jax.retrieve.embeddings import Embeddings
 

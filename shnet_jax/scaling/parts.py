@@ -1,4 +1,4 @@
-"""The parts of the training step that a scaling study times alone: functions of train/step.py, each a program."""
+"""The parts of the training step that a scaling study times alone: functions of training/step.py, each a program."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax.data.batches import gather
 from shnet_jax.parallel import axis, sharding
 from shnet_jax.parallel.mapping import Mapped, map_encode, map_step, put_batch, replicate
-from shnet_jax.train.setup import TrainSetup
-from shnet_jax.train.state import TrainState
-from shnet_jax.train.step import Gradients, apply_update, gradients, key_pass, local_loss, step_input
+from shnet_jax.training.setup import TrainSetup
+from shnet_jax.training.state import TrainState
+from shnet_jax.training.step import Gradients, apply_update, gradients, key_pass, local_loss, step_input
 from shnet_jax.types import DATA, Array, Batch, Context, Embedding, Keys
 
 STEADY_STEP = 2**30

@@ -30,9 +30,9 @@ from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.plan.planned_run import describe, random_batch
 from shnet_jax.plan.programs import lower_train, planned_setup
 from shnet_jax.scaling.parts import PROGRAMS, Part, Run
-from shnet_jax.train.setup import setup_training, training_data
-from shnet_jax.train.state import TrainState
-from shnet_jax.train.workdir import load_config
+from shnet_jax.training.setup import setup_training, training_data
+from shnet_jax.training.state import TrainState
+from shnet_jax.training.workdir import load_config
 
 RANDOM_BATCHES = 4
 """Number of different random batches, used in turn."""

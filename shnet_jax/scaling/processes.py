@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from shnet_jax.scaling.sweep import Point, Record
-from shnet_jax.train.workdir import save_config
+from shnet_jax.training.workdir import save_config
 
 MEASURED, FAILED, OUT_OF_MEMORY = "measured", "failed", "out of memory"
 

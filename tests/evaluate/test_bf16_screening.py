@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.bf16_screening import error_bound, rounded_scores
-from shnet_jax.evaluate.ranks import ranks
-from shnet_jax.evaluate.tiles import programs
+from shnet_jax.evaluation.bf16_screening import error_bound, rounded_scores
+from shnet_jax.evaluation.ranks import ranks
+from shnet_jax.evaluation.tiles import programs
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
@@ -102,7 +102,7 @@ def test_a_pair_scores_the_same_in_every_column(n, t, dim):
 
 def test_the_share_that_was_checked_again_is_logged(caplog):
     rng = np.random.default_rng(0)
-    with caplog.at_level(logging.INFO, logger="shnet_jax.evaluate.ranks"):
+    with caplog.at_level(logging.INFO, logger="shnet_jax.evaluation.ranks"):
         for make in (spread, ulps):
             images, texts, owner = make(20, 40, 64, rng)
             ranks(Embedding(images), Embedding(texts), owner, SCORE, 4, score_dtype="bfloat16")

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.bootstrap import NAMES, load_queries, recall_intervals, save_queries
-from shnet_jax.evaluate.metrics import QueryRanks
+from shnet_jax.evaluation.bootstrap import NAMES, load_queries, recall_intervals, save_queries
+from shnet_jax.evaluation.metrics import QueryRanks
 
 N = 400
 

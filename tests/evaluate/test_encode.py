@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.encode import encode, read_ahead, run_together
+from shnet_jax.evaluation.encode import encode, read_ahead, run_together
 from shnet_jax.types import Embedding
 from tests.patience import PATIENCE
 

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.bf16_screening import check_score_dtype
-from shnet_jax.evaluate.ensemble import Embedded, combine
-from shnet_jax.evaluate.protocols import Provenance, evaluate
-from shnet_jax.evaluate.ranks import Ranks
+from shnet_jax.evaluation.bf16_screening import check_score_dtype
+from shnet_jax.evaluation.ensemble import Embedded, combine
+from shnet_jax.evaluation.protocols import Provenance, evaluate
+from shnet_jax.evaluation.ranks import Ranks
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding

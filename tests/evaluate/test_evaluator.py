@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from shnet_jax.data.gallery import Part, open_gallery
-from shnet_jax.evaluate import evaluator
-from shnet_jax.evaluate.encode import Encoder, pieces
-from shnet_jax.evaluate.evaluator import Evaluator
+from shnet_jax.evaluation import evaluator
+from shnet_jax.evaluation.encode import Encoder, pieces
+from shnet_jax.evaluation.evaluator import Evaluator
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.models.text import TextEncoder, build_tower
 from shnet_jax.parallel.mapping import data_mesh

@@ -9,9 +9,9 @@ import pytest
 from configs import base
 from data_prep.builder import write_dataset
 from shnet_jax.data.records import open_dataset
-from shnet_jax.evaluate.ensemble import Embedded, combine
-from shnet_jax.evaluate.evaluator import evaluate_embedded
-from shnet_jax.evaluate.extra_metrics import (
+from shnet_jax.evaluation.ensemble import Embedded, combine
+from shnet_jax.evaluation.evaluator import evaluate_embedded
+from shnet_jax.evaluation.extra_metrics import (
     WITHIN,
     coco_number,
     extra_metrics,
@@ -21,8 +21,8 @@ from shnet_jax.evaluate.extra_metrics import (
     read_ratings,
     sibling_captions,
 )
-from shnet_jax.evaluate.metrics import hits
-from shnet_jax.evaluate.protocols import Provenance
+from shnet_jax.evaluation.metrics import hits
+from shnet_jax.evaluation.protocols import Provenance
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.types import Embedding

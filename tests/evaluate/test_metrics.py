@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.metrics import chance, mean, recalls
-from shnet_jax.evaluate.ranks import Ranks
+from shnet_jax.evaluation.metrics import chance, mean, recalls
+from shnet_jax.evaluation.ranks import Ranks
 
 
 def test_numbers_by_hand():

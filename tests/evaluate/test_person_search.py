@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.ensemble import MeanScore
-from shnet_jax.evaluate.metrics import PERSON_METRICS, person_chance, person_metrics
-from shnet_jax.evaluate.person_search import _order, search_persons
-from shnet_jax.evaluate.top_k import TopK
+from shnet_jax.evaluation.ensemble import MeanScore
+from shnet_jax.evaluation.metrics import PERSON_METRICS, person_chance, person_metrics
+from shnet_jax.evaluation.person_search import _order, search_persons
+from shnet_jax.evaluation.top_k import TopK
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.esa import SetScore
 from shnet_jax.parallel.mapping import data_mesh

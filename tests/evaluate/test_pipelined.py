@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import base
-from shnet_jax.evaluate.pipelined import (
+from shnet_jax.evaluation.pipelined import (
     check_pipeline,
     make_pipelined_text_encoder,
     place_variables,

@@ -4,10 +4,10 @@ import json
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.metrics import recalls
-from shnet_jax.evaluate.protocols import Provenance, count_folds, evaluate
-from shnet_jax.evaluate.ranks import ranks
-from shnet_jax.evaluate.report import PERSON, card_table, table, to_json
+from shnet_jax.evaluation.metrics import recalls
+from shnet_jax.evaluation.protocols import Provenance, count_folds, evaluate
+from shnet_jax.evaluation.ranks import ranks
+from shnet_jax.evaluation.report import PERSON, card_table, table, to_json
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
 

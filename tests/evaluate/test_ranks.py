@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shnet_jax.evaluate.ranks import Ranks, best_captions, count, match_scores, ranks
-from shnet_jax.evaluate.tiles import Tiling, make_tiling, prefetch_one
+from shnet_jax.evaluation.ranks import Ranks, best_captions, count, match_scores, ranks
+from shnet_jax.evaluation.tiles import Tiling, make_tiling, prefetch_one
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding

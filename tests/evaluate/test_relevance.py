@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.metrics import hits, hubness, precision_at_r, recall_at, relevant
-from shnet_jax.evaluate.protocols import evaluate
+from shnet_jax.evaluation.metrics import hits, hubness, precision_at_r, recall_at, relevant
+from shnet_jax.evaluation.protocols import evaluate
 from shnet_jax.types import Embedding
 from tests.evaluate.test_ranks import recorded
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate import pair_scores
-from shnet_jax.evaluate.pair_scores import (
+from shnet_jax.evaluation import pair_scores
+from shnet_jax.evaluation.pair_scores import (
     listed_scores,
     make_programs,
     open_folder,
@@ -18,9 +18,9 @@ from shnet_jax.evaluate.pair_scores import (
     remove_folder,
     score_matrix,
 )
-from shnet_jax.evaluate.protocols import evaluate
-from shnet_jax.evaluate.ranking_methods import RankingMethod, caption_candidates, rerank
-from shnet_jax.evaluate.ranks import Ranks, ranks
+from shnet_jax.evaluation.protocols import evaluate
+from shnet_jax.evaluation.ranking_methods import RankingMethod, caption_candidates, rerank
+from shnet_jax.evaluation.ranks import Ranks, ranks
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding

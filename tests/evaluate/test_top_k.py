@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.top_k import is_dot_product, top_k, top_k_both, transpose_score
+from shnet_jax.evaluation.top_k import is_dot_product, top_k, top_k_both, transpose_score
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding

@@ -46,14 +46,14 @@ from data_prep.sources.units import UnitFiles
 from data_prep.sources.vinvl import Vinvl
 from shnet_jax.data import tokenise
 from shnet_jax.data.index import IndexBuilder, read_index, write_index
-from shnet_jax.evaluate.bootstrap import load_queries, save_queries
-from shnet_jax.evaluate.metrics import QueryRanks
+from shnet_jax.evaluation.bootstrap import load_queries, save_queries
+from shnet_jax.evaluation.metrics import QueryRanks
 from shnet_jax.interop import bert_weights, clip_weights, weights_file
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
 from shnet_jax.retrieve import pictures, tensors
 from shnet_jax.retrieve.embeddings import read_ids
-from shnet_jax.train.workdir import WorkdirError, trained_config
+from shnet_jax.training.workdir import WorkdirError, trained_config
 from shnet_jax.untrusted import MAX_IMAGE_BYTES, MAX_PIXELS
 from tests.fuzz.mutate import mutate, with_true_checksums
 from tests.interop import torch_writer

@@ -18,7 +18,7 @@ from shnet_jax.models import esa
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.models.esa import SetScore
 from shnet_jax.ops.set_similarity import SIMILARITIES, set_similarity
-from shnet_jax.train.loop import train_and_evaluate
+from shnet_jax.training.loop import train_and_evaluate
 from shnet_jax.types import Embedding
 from tests.train import tiny
 

@@ -11,7 +11,7 @@ import pytest
 
 from shnet_jax import registry
 from shnet_jax.models import user
-from shnet_jax.train.microbatch import Splitting, embed_in_parts
+from shnet_jax.training.microbatch import Splitting, embed_in_parts
 from tests.models import test_cmsei
 from tests.models.test_shnet import compiled, random_variables
 from tests.train import test_parallel_models as models

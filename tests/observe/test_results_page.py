@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.bootstrap import recall_intervals
-from shnet_jax.evaluate.protocols import Provenance, evaluate
-from shnet_jax.evaluate.report import card_table, interval_table, table
+from shnet_jax.evaluation.bootstrap import recall_intervals
+from shnet_jax.evaluation.protocols import Provenance, evaluate
+from shnet_jax.evaluation.report import card_table, interval_table, table
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.results_page import results_page
 from shnet_jax.observe.table import Table

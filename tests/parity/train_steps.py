@@ -16,9 +16,9 @@ from shnet_jax.losses import total
 from shnet_jax.models.bert import BERT
 from shnet_jax.models.shnet import SHNet
 from shnet_jax.models.text import TextEncoder
-from shnet_jax.train.optim import make_optimiser, schedule
-from shnet_jax.train.state import create_state
-from shnet_jax.train.step import make_step
+from shnet_jax.training.optim import make_optimiser, schedule
+from shnet_jax.training.state import create_state
+from shnet_jax.training.step import make_step
 from tests.parity import adamw, bert, shnet, user
 from tests.parity.compare import Fixture, Row, compare, skip
 

@@ -22,7 +22,7 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.mlp import MLP
 from shnet_jax.models.text import TextEncoder
 from shnet_jax.models.user import ImageEncoder, SelfGuide, write_back
-from shnet_jax.train import momentum
+from shnet_jax.training import momentum
 from shnet_jax.types import Context, Embedding, Keys, Queue
 from tests.parity.compare import Fixture, Row, compare, compare_gradient, skip
 

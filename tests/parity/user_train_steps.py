@@ -15,10 +15,10 @@ from shnet_jax.losses import total
 from shnet_jax.models.bert import BERT
 from shnet_jax.models.text import TextEncoder
 from shnet_jax.models.user import USER
-from shnet_jax.train import momentum
-from shnet_jax.train.optim import make_optimiser, schedule
-from shnet_jax.train.state import TrainState, create_state
-from shnet_jax.train.step import make_step
+from shnet_jax.training import momentum
+from shnet_jax.training.optim import make_optimiser, schedule
+from shnet_jax.training.state import TrainState, create_state
+from shnet_jax.training.step import make_step
 from tests.parity import adamw, bert, user
 from tests.parity.compare import Fixture, Row, compare, skip
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate.pair_scores import make_programs, pair_scorer, score_matrix
-from shnet_jax.evaluate.ranking_methods import rerank
+from shnet_jax.evaluation.pair_scores import make_programs, pair_scorer, score_matrix
+from shnet_jax.evaluation.ranking_methods import rerank
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.plan import block_plan

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from shnet_jax.evaluate import ranks
-from shnet_jax.evaluate.tiles import Programs, make_tiling, programs
+from shnet_jax.evaluation import ranks
+from shnet_jax.evaluation.tiles import Programs, make_tiling, programs
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.plan.rank_plan import measure_round, plan_ranking

@@ -11,14 +11,14 @@ from safetensors.numpy import load_file, save
 from data_prep.builder import write_dataset
 from shnet_jax.data.gallery import open_gallery
 from shnet_jax.data.records import open_dataset
-from shnet_jax.evaluate.encode import Encoder
+from shnet_jax.evaluation.encode import Encoder
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.modes.embed import embed, split_embeddings
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import embed as writing
 from shnet_jax.retrieve import tensors
 from shnet_jax.retrieve.embeddings import make_ids, open_embeddings
-from shnet_jax.train.load import load
+from shnet_jax.training.load import load
 from tests.retrieve import gallery
 from tests.train import tiny
 

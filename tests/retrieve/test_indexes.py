@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from shnet_jax.evaluate.top_k import top_k
+from shnet_jax.evaluation.top_k import top_k
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.retrieve import approximate, vector_index

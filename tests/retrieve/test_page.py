@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from shnet_jax.data.batches import stack_images, stored_fields
-from shnet_jax.evaluate.evaluator import provenance
+from shnet_jax.evaluation.evaluator import provenance
 from shnet_jax.experiment import Experiment, abstract_variables, assemble
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import pictures

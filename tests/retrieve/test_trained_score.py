@@ -11,13 +11,13 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from shnet_jax.api import Retriever
-from shnet_jax.evaluate.evaluator import provenance
+from shnet_jax.evaluation.evaluator import provenance
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.modes import search as search_mode
 from shnet_jax.modes.embed import split_embeddings
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve.examples import collect
-from shnet_jax.train.load import Loaded
+from shnet_jax.training.load import Loaded
 from tests.train import tiny
 
 FACTORS = np.linspace(-3.0, 2.0, 16).astype(np.float32)

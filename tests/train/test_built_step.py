@@ -11,7 +11,7 @@ import pytest
 from shnet_jax import registry
 from shnet_jax.parallel import sharding
 from shnet_jax.parallel.mapping import data_mesh, put_batch
-from shnet_jax.train.setup import build_step
+from shnet_jax.training.setup import build_step
 from shnet_jax.types import DATA
 from tests.models.test_shnet import random_variables
 from tests.train import test_parallel_step as whole_model

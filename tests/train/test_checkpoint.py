@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.state import create_state
+from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.training.state import create_state
 
 
 def make_state(rows=3, ema=True, value=0.0, statistics=True):

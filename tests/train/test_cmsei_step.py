@@ -13,8 +13,8 @@ from shnet_jax.data.batches import gather
 from shnet_jax.losses import total
 from shnet_jax.models import cmsei
 from shnet_jax.parallel.mapping import data_mesh, map_step, put_batch, replicate
-from shnet_jax.train.state import create_state
-from shnet_jax.train.step import make_step
+from shnet_jax.training.state import create_state
+from shnet_jax.training.step import make_step
 from shnet_jax.types import DATA
 from tests.models import test_cmsei as small
 from tests.models.test_shnet import random_variables

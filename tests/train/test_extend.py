@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from shnet_jax.modes.convert import convert
-from shnet_jax.train.loop import train_and_evaluate
-from shnet_jax.train.workdir import CONFIG, WorkdirError, load_config
+from shnet_jax.training.loop import train_and_evaluate
+from shnet_jax.training.workdir import CONFIG, WorkdirError, load_config
 from tests.train import tiny
 
 

@@ -29,11 +29,11 @@ from shnet_jax.modes.scale import scale
 from shnet_jax.observe.files import FolderInUse, describe, disk_faults, sole_writer
 from shnet_jax.observe.writer import MetricWriter
 from shnet_jax.retrieve import tensors
-from shnet_jax.train import integrity
-from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.integrity import set_damaged_aside
-from shnet_jax.train.loop import train_and_evaluate
-from shnet_jax.train.workdir import WorkdirError, claim, load_config, save_config
+from shnet_jax.training import integrity
+from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.training.integrity import set_damaged_aside
+from shnet_jax.training.loop import train_and_evaluate
+from shnet_jax.training.workdir import WorkdirError, claim, load_config, save_config
 from tests.train import tiny
 from tests.train.test_checkpoint import iterator, make_state, save
 from tests.train.test_loop import same_arrays, toy

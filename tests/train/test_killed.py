@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from shnet_jax.train.checkpoint import Checkpoints
+from shnet_jax.training.checkpoint import Checkpoints
 from tests.patience import PATIENCE
 from tests.processes import ROOT, Program
 from tests.train import tiny

@@ -12,11 +12,11 @@ import pytest
 
 from shnet_jax.experiment import assemble
 from shnet_jax.parallel import sharding
-from shnet_jax.train import loop
-from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.loop import NonFiniteLoss, train_and_evaluate
-from shnet_jax.train.signals import Interrupted
-from shnet_jax.train.workdir import WorkdirError, claim, load_config
+from shnet_jax.training import loop
+from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.training.loop import NonFiniteLoss, train_and_evaluate
+from shnet_jax.training.signals import Interrupted
+from shnet_jax.training.workdir import WorkdirError, claim, load_config
 from tests.train import tiny
 
 

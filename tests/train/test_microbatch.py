@@ -20,9 +20,9 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.mlp import MLP, merge, running_moments
 from shnet_jax.ops.norms import l2norm
 from shnet_jax.parallel.mapping import data_mesh, map_step, put_batch, replicate
-from shnet_jax.train.microbatch import Splitting, cached_gradients, embed_in_parts
-from shnet_jax.train.state import create_state
-from shnet_jax.train.step import make_step
+from shnet_jax.training.microbatch import Splitting, cached_gradients, embed_in_parts
+from shnet_jax.training.state import create_state
+from shnet_jax.training.step import make_step
 from shnet_jax.types import DATA, Context, Embedding
 from tests.train import test_parallel_step as whole_model
 

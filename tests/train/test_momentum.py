@@ -20,10 +20,10 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.ops.norms import l2norm
 from shnet_jax.parallel import sharding
 from shnet_jax.parallel.mapping import data_mesh, map_step, put_batch, replicate
-from shnet_jax.train import momentum
-from shnet_jax.train.setup import build_step, setup_training
-from shnet_jax.train.state import create_state
-from shnet_jax.train.step import make_step
+from shnet_jax.training import momentum
+from shnet_jax.training.setup import build_step, setup_training
+from shnet_jax.training.state import create_state
+from shnet_jax.training.step import make_step
 from shnet_jax.types import DATA, Embedding, Queue
 from tests.losses import oracle
 from tests.train import tiny

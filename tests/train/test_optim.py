@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from shnet_jax.train.optim import make_optimiser, schedule
+from shnet_jax.training.optim import make_optimiser, schedule
 
 LEAVES = {
     "model/image/linear/kernel": (4, 3),

@@ -14,9 +14,9 @@ from shnet_jax import registry
 from shnet_jax.data.batches import gather
 from shnet_jax.losses import total
 from shnet_jax.parallel.mapping import data_mesh, map_step, put_batch, replicate
-from shnet_jax.train import momentum
-from shnet_jax.train.state import create_state
-from shnet_jax.train.step import make_step
+from shnet_jax.training import momentum
+from shnet_jax.training.state import create_state
+from shnet_jax.training.step import make_step
 from shnet_jax.types import DATA
 
 IMAGES, CAPTIONS, REGIONS, CLASSES, TOKENS, VOCABULARY = 8, 2, 3, 5, 4, 11

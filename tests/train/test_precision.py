@@ -10,9 +10,9 @@ import pytest
 
 from shnet_jax import experiment
 from shnet_jax.modes import plan as plan_mode
-from shnet_jax.train import workdir as workdirs
-from shnet_jax.train.load import load
-from shnet_jax.train.loop import train_and_evaluate
+from shnet_jax.training import workdir as workdirs
+from shnet_jax.training.load import load
+from shnet_jax.training.loop import train_and_evaluate
 from tests.train import tiny
 
 BAND = 30.0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from shnet_jax.modes.evaluate import evaluate
-from shnet_jax.train.loop import train_and_evaluate
+from shnet_jax.training.loop import train_and_evaluate
 from tests.processes import Program
 from tests.train import tiny
 from tests.train.test_loop import same_arrays

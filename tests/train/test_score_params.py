@@ -11,14 +11,14 @@ import pytest
 from flax import linen as nn
 
 from shnet_jax.data.batches import gather
-from shnet_jax.evaluate.evaluator import Evaluator, choose_ranking_methods, evaluate_embedded, provenance
-from shnet_jax.evaluate.extra_metrics import read_extra_metrics
-from shnet_jax.evaluate.report import comparison_table
+from shnet_jax.evaluation.evaluator import Evaluator, choose_ranking_methods, evaluate_embedded, provenance
+from shnet_jax.evaluation.extra_metrics import read_extra_metrics
+from shnet_jax.evaluation.report import comparison_table
 from shnet_jax.experiment import assemble, init_variables
 from shnet_jax.losses import total
 from shnet_jax.parallel.mapping import data_mesh, map_step, put_batch, replicate
-from shnet_jax.train.state import create_state
-from shnet_jax.train.step import make_step
+from shnet_jax.training.state import create_state
+from shnet_jax.training.step import make_step
 from shnet_jax.types import DATA
 from tests.train import tiny, toy
 from tests.train.toy import image_fields  # noqa: F401  # this file is the model of config.model.name = __name__

@@ -11,10 +11,10 @@ from shnet_jax.data import tokenise
 from shnet_jax.data.records import open_dataset
 from shnet_jax.experiment import assemble
 from shnet_jax.parallel.mapping import make_mesh
-from shnet_jax.train.load import load
-from shnet_jax.train.loop import train_and_evaluate
-from shnet_jax.train.setup import training_data
-from shnet_jax.train.workdir import WorkdirError, claim
+from shnet_jax.training.load import load
+from shnet_jax.training.loop import train_and_evaluate
+from shnet_jax.training.setup import training_data
+from shnet_jax.training.workdir import WorkdirError, claim
 from tests.interop.test_bert_weights import CONFIG, arrays, write
 from tests.train import tiny
 

@@ -12,8 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from shnet_jax.losses import total
-from shnet_jax.train.state import create_state
-from shnet_jax.train.step import make_step
+from shnet_jax.training.state import create_state
+from shnet_jax.training.step import make_step
 from tests.train import toy
 
 INFONCE = {"temperature": 0.1, "learn_temperature": True, "mask_same_image": True}

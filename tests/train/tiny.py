@@ -22,7 +22,7 @@ from configs import demo
 from data_prep import scenes
 from data_prep.builder import write_dataset
 from shnet_jax.observe.writer import read_metrics
-from shnet_jax.train import loop
+from shnet_jax.training import loop
 
 SPLITS = {"train": 40, "val": 10, "test": 10}
 

@@ -1,7 +1,7 @@
 """Checkpoints: the whole training state, the data position, the clock and the validation result of a step.
 
-The only file that imports orbax. Saving is asynchronous, checksums (train/integrity.py) included. A step's folder gets
-its name when it is complete, so a run killed while saving continues from the checkpoint before.
+The only file that imports orbax. Saving is asynchronous, checksums (training/integrity.py) included. A step's folder
+gets its name when it is complete, so a run killed while saving continues from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from shnet_jax.observe.files import free_space
-from shnet_jax.train import integrity
-from shnet_jax.train.integrity import CheckpointError
-from shnet_jax.train.state import TrainState
+from shnet_jax.training import integrity
+from shnet_jax.training.integrity import CheckpointError
+from shnet_jax.training.state import TrainState
 
 SELECTION_METRICS = ("person_r1", "rsum")
 """Metrics of the validation result; the first present one decides which checkpoint is the best (higher is better)."""

@@ -32,7 +32,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.evaluate.tiles import ItemScore, Queries
+from shnet_jax.evaluation.tiles import ItemScore, Queries
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis
 from shnet_jax.parallel.mapping import Mapped, map_specs

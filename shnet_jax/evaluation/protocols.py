@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from shnet_jax.evaluate.bootstrap import Interval
-from shnet_jax.evaluate.metrics import (
+from shnet_jax.evaluation.bootstrap import Interval
+from shnet_jax.evaluation.metrics import (
     CUTS,
     DIRECTIONS,
     Metrics,
@@ -24,10 +24,10 @@ from shnet_jax.evaluate.metrics import (
     recall_line,
     recalls,
 )
-from shnet_jax.evaluate.person_search import search_persons
-from shnet_jax.evaluate.ranking_methods import Ranked, RankingMethod
-from shnet_jax.evaluate.ranks import check_captions, ranks
-from shnet_jax.evaluate.tiles import Items, ItemScore, size, take, vectors_of
+from shnet_jax.evaluation.person_search import search_persons
+from shnet_jax.evaluation.ranking_methods import Ranked, RankingMethod
+from shnet_jax.evaluation.ranks import check_captions, ranks
+from shnet_jax.evaluation.tiles import Items, ItemScore, size, take, vectors_of
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe import html
 

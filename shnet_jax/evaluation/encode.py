@@ -24,16 +24,16 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather
 from shnet_jax.data.gallery import Gallery, Part
-from shnet_jax.evaluate.bf16_screening import check_score_dtype
-from shnet_jax.evaluate.pipelined import (
+from shnet_jax.evaluation.bf16_screening import check_score_dtype
+from shnet_jax.evaluation.pipelined import (
     check_pipeline,
     make_pipelined_text_encoder,
     place_variables,
     schedule_text,
     stage_mesh,
 )
-from shnet_jax.evaluate.ranking_methods import candidates
-from shnet_jax.evaluate.tiles import prefetch_one
+from shnet_jax.evaluation.ranking_methods import candidates
+from shnet_jax.evaluation.tiles import prefetch_one
 from shnet_jax.experiment import Experiment
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.hosts import own_rows

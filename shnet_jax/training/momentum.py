@@ -1,6 +1,6 @@
 """Momentum encoders and queues of past keys (MoCo, He et al. 2020; USER, Zhang et al. 2024).
 
-The key encoders are running averages of the model's parameters. `key_pass` in train/step.py follows USER's released
+The key encoders are running averages of the model's parameters. `key_pass` in training/step.py follows USER's released
 code:
 
   1. the EMA update, before the optimiser changes the parameters

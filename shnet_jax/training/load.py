@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from shnet_jax.experiment import AUTO, Experiment, abstract_variables, assemble
 from shnet_jax.models.contract import scorer
-from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.workdir import Difference, complete, differences, trained_config, younger_models
+from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.training.workdir import Difference, complete, differences, trained_config, younger_models
 from shnet_jax.types import Score
 
 

@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from shnet_jax.evaluate.bootstrap import NAMES, Interval
-from shnet_jax.evaluate.metrics import CUTS, DIRECTIONS, Metrics, QueryRanks
-from shnet_jax.evaluate.protocols import Results
+from shnet_jax.evaluation.bootstrap import NAMES, Interval
+from shnet_jax.evaluation.metrics import CUTS, DIRECTIONS, Metrics, QueryRanks
+from shnet_jax.evaluation.protocols import Results
 from shnet_jax.observe.table import Table
 
 FORMAT = 1  # raised when a key of the JSON changes its name or meaning

@@ -22,8 +22,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.evaluate.ranks import Ranks, ranks
-from shnet_jax.evaluate.tiles import Side, Tile, Tiling, make_tiling, prefetch_one, show_progress
+from shnet_jax.evaluation.ranks import Ranks, ranks
+from shnet_jax.evaluation.tiles import Side, Tile, Tiling, make_tiling, prefetch_one, show_progress
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.observe.files import atomic_path, write_text
 from shnet_jax.parallel.mapping import Mapped, map_specs, replicate

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from shnet_jax.data.records import DataSet
-from shnet_jax.evaluate.ensemble import Embedded
-from shnet_jax.evaluate.protocols import Provenance
+from shnet_jax.evaluation.ensemble import Embedded
+from shnet_jax.evaluation.protocols import Provenance
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Embedding
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import token_buckets
-from shnet_jax.evaluate.pair_scores import (
+from shnet_jax.evaluation.pair_scores import (
     PairScorer,
     listed_scores,
     make_programs,
@@ -26,9 +26,9 @@ from shnet_jax.evaluate.pair_scores import (
     ranks_of,
     score_matrix,
 )
-from shnet_jax.evaluate.ranks import Ranks, ranks
-from shnet_jax.evaluate.tiles import take, vectors_of
-from shnet_jax.evaluate.top_k import TopK, top_k
+from shnet_jax.evaluation.ranks import Ranks, ranks
+from shnet_jax.evaluation.tiles import take, vectors_of
+from shnet_jax.evaluation.top_k import TopK, top_k
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.types import Embedding, Score
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from shnet_jax.evaluate.ranks import Ranks
+from shnet_jax.evaluation.ranks import Ranks
 
 CUTS = (1, 5, 10)
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}  # in names of metrics, and in print

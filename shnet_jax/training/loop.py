@@ -1,6 +1,6 @@
 """The training loop: batches in; steps, log lines, evaluations, checkpoints out. Resumes exactly where it stopped.
 
-The step itself is `train_step` in train/step.py; train/setup.py gives it its options and maps it over the devices.
+The step itself is `train_step` in training/step.py; training/setup.py gives it its options and maps it over devices.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from shnet_jax.evaluate.evaluator import Evaluator
-from shnet_jax.evaluate.metrics import recall_line
-from shnet_jax.evaluate.protocols import Results
+from shnet_jax.evaluation.evaluator import Evaluator
+from shnet_jax.evaluation.metrics import recall_line
+from shnet_jax.evaluation.protocols import Results
 from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.observe import cost
 from shnet_jax.observe.banner import parameter_count
@@ -27,12 +27,12 @@ from shnet_jax.observe.progress import Progress
 from shnet_jax.observe.writer import MetricWriter, NoWriter
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import put_batch
-from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.setup import setup_training, training_data
-from shnet_jax.train.signals import Interrupted, stop_signals
-from shnet_jax.train.state import TrainState
-from shnet_jax.train.warm_start import warm_start
-from shnet_jax.train.workdir import claimed, with_dtypes
+from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.training.setup import setup_training, training_data
+from shnet_jax.training.signals import Interrupted, stop_signals
+from shnet_jax.training.state import TrainState
+from shnet_jax.training.warm_start import warm_start
+from shnet_jax.training.workdir import claimed, with_dtypes
 
 log = logging.getLogger(__name__)
 

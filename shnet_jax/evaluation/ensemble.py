@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shnet_jax.evaluate.protocols import Provenance
-from shnet_jax.evaluate.ranking_methods import RankingMethod
-from shnet_jax.evaluate.tiles import Items, ItemScore
+from shnet_jax.evaluation.protocols import Provenance
+from shnet_jax.evaluation.ranking_methods import RankingMethod
+from shnet_jax.evaluation.tiles import Items, ItemScore
 from shnet_jax.types import Array
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 from jax.sharding import Mesh
 
-from shnet_jax.evaluate.metrics import PERSON_METRICS, person_scores
-from shnet_jax.evaluate.tiles import Items, ItemScore, make_tiling, prefetch_one, programs, size
-from shnet_jax.evaluate.top_k import TopK
+from shnet_jax.evaluation.metrics import PERSON_METRICS, person_scores
+from shnet_jax.evaluation.tiles import Items, ItemScore, make_tiling, prefetch_one, programs, size
+from shnet_jax.evaluation.top_k import TopK
 from shnet_jax.parallel import hosts
 
 SLICE = 256  # captions whose images are sorted at once: 20,000 images of each are 20 MB of scores

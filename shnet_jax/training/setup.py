@@ -18,17 +18,17 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, train_batches
 from shnet_jax.data.tokenise import NO_UNKNOWN, Captions, Tokenizer, tokenise_split
 from shnet_jax.durations import TrainingLength, count_steps, given
-from shnet_jax.evaluate.encode import check as check_evaluation
+from shnet_jax.evaluation.encode import check as check_evaluation
 from shnet_jax.experiment import Experiment, abstract_variables
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
 from shnet_jax.parallel.sharding import WHOLE, global_norm, specs, split_axes
-from shnet_jax.train import momentum
-from shnet_jax.train.microbatch import STATISTICS
-from shnet_jax.train.optim import make_optimiser, schedule
-from shnet_jax.train.state import TrainState, create_state
-from shnet_jax.train.step import StepOptions, train_step
+from shnet_jax.training import momentum
+from shnet_jax.training.microbatch import STATISTICS
+from shnet_jax.training.optim import make_optimiser, schedule
+from shnet_jax.training.state import TrainState, create_state
+from shnet_jax.training.step import StepOptions, train_step
 from shnet_jax.types import DATA
 
 log = logging.getLogger(__name__)

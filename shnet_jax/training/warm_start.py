@@ -13,8 +13,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax.data.tokenise import kept_vocabulary
 from shnet_jax.interop.weights_file import read_weights
 from shnet_jax.paths import to_path
-from shnet_jax.train.checkpoint import CheckpointError, Checkpoints
-from shnet_jax.train.workdir import trained_config
+from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.training.workdir import trained_config
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.evaluate.tiles import (
+from shnet_jax.evaluation.tiles import (
     Items,
     ItemScore,
     Tile,

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax.data.batches import steps_per_epoch
 from shnet_jax.durations import count_steps
 from shnet_jax.experiment import Experiment
-from shnet_jax.train.checkpoint import Checkpoints
-from shnet_jax.train.optim import schedule
+from shnet_jax.training.checkpoint import Checkpoints
+from shnet_jax.training.optim import schedule
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from shnet_jax.experiment import Experiment, automatic
 from shnet_jax.observe.files import LOCK, FolderInUse, sole_writer, write_text
 from shnet_jax.observe.machine import fast_dtype
 from shnet_jax.parallel import hosts
-from shnet_jax.train.extend import LENGTH, refused_extension
-from shnet_jax.train.integrity import CheckpointError, set_damaged_aside
+from shnet_jax.training.extend import LENGTH, refused_extension
+from shnet_jax.training.integrity import CheckpointError, set_damaged_aside
 
 CONFIG = "config.json"
 

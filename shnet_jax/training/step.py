@@ -2,7 +2,7 @@
 
 `train_step` is a function of one device on the named axis `data`, and parallel/mapping.py maps it over the devices:
 
-  key_pass              EMA update, keys and queues of momentum encoders, where there are any (train/momentum.py)
+  key_pass              EMA update, keys and queues of momentum encoders, where there are any (training/momentum.py)
   gradients             the gradient of this device's share of the loss, at once or in microbatches
   reduce_over_devices   the `psum` of gradients and metrics; shares of the loss add up (losses/pairs.py)
   apply_update          the optimiser, unless loss or gradient is not finite
@@ -22,10 +22,10 @@ from jax import lax
 
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel import axis, sharding
-from shnet_jax.train import momentum
-from shnet_jax.train.microbatch import Embeddings, Splitting, cached_gradients, embed_in_parts
-from shnet_jax.train.momentum import MomentumState
-from shnet_jax.train.state import TrainState
+from shnet_jax.training import momentum
+from shnet_jax.training.microbatch import Embeddings, Splitting, cached_gradients, embed_in_parts
+from shnet_jax.training.momentum import MomentumState
+from shnet_jax.training.state import TrainState
 from shnet_jax.types import Array, Batch, Context, Keys
 
 Metrics = dict[str, Array]
@@ -40,9 +40,9 @@ class StepOptions:
     total_loss: (images, texts, ids, ctx) -> {"loss": this device's share, ...}; see losses/pairs.py.
     prepare_batch: (table, raw batch) -> model input (looks resident features up, applies masks).
     ema: decay of the running average that is evaluated; 0: there is none.
-    microbatch, statistics: pairs that a device encodes at once, 0: all of its own; see train/microbatch.py.
+    microbatch, statistics: pairs that a device encodes at once, 0: all of its own; see training/microbatch.py.
     split: axes along which the parameters are split over the devices (`parallel.sharding.split_axes`); None: none is.
-    key_options: of the momentum encoders, whose state is `state.momentum` (train/momentum.py); None: there are none.
+    key_options: of the momentum encoders, whose state is `state.momentum` (training/momentum.py); None: there are none.
     """
 
     model: RetrievalModel

@@ -10,8 +10,8 @@ from typing import Any, cast
 import numpy as np
 from jax.sharding import Mesh
 
-from shnet_jax.evaluate.bf16_screening import check_score_dtype, screen_programs
-from shnet_jax.evaluate.tiles import (
+from shnet_jax.evaluation.bf16_screening import check_score_dtype, screen_programs
+from shnet_jax.evaluation.tiles import (
     Items,
     ItemScore,
     Queries,

@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.data.records import DataSet
-from shnet_jax.evaluate.ensemble import Embedded, MeanScore
-from shnet_jax.evaluate.metrics import (
+from shnet_jax.evaluation.ensemble import Embedded, MeanScore
+from shnet_jax.evaluation.metrics import (
     CUTS,
     DIRECTIONS,
     Metrics,
@@ -34,8 +34,8 @@ from shnet_jax.evaluate.metrics import (
     recall_at,
     relevant,
 )
-from shnet_jax.evaluate.tiles import Items, ItemScore, size
-from shnet_jax.evaluate.top_k import top_k_both
+from shnet_jax.evaluation.tiles import Items, ItemScore, size
+from shnet_jax.evaluation.top_k import top_k_both
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.types import Array, Embedding
 from shnet_jax.untrusted import read_object

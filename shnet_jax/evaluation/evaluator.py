@@ -17,16 +17,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.gallery import open_gallery
-from shnet_jax.evaluate.bf16_screening import check_score_dtype
-from shnet_jax.evaluate.bootstrap import recall_intervals
-from shnet_jax.evaluate.encode import Encoder
-from shnet_jax.evaluate.ensemble import Embedded, MeanScore
-from shnet_jax.evaluate.extra_metrics import WITHIN, ExtraMetrics, extra_metrics
-from shnet_jax.evaluate.pair_scores import digest, open_folder
-from shnet_jax.evaluate.protocols import Provenance, Results, count_folds, evaluate
-from shnet_jax.evaluate.ranking_methods import RankingMethod, RankingMethods
-from shnet_jax.evaluate.ranks import check_captions
-from shnet_jax.evaluate.tiles import tile_shape
+from shnet_jax.evaluation.bf16_screening import check_score_dtype
+from shnet_jax.evaluation.bootstrap import recall_intervals
+from shnet_jax.evaluation.encode import Encoder
+from shnet_jax.evaluation.ensemble import Embedded, MeanScore
+from shnet_jax.evaluation.extra_metrics import WITHIN, ExtraMetrics, extra_metrics
+from shnet_jax.evaluation.pair_scores import digest, open_folder
+from shnet_jax.evaluation.protocols import Provenance, Results, count_folds, evaluate
+from shnet_jax.evaluation.ranking_methods import RankingMethod, RankingMethods
+from shnet_jax.evaluation.ranks import check_captions
+from shnet_jax.evaluation.tiles import tile_shape
 from shnet_jax.experiment import Experiment
 from shnet_jax.models.contract import has_static_score, scorer
 from shnet_jax.parallel.mapping import data_mesh

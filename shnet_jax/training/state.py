@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from shnet_jax.train.momentum import Momentum, MomentumState, first_state
+from shnet_jax.training.momentum import Momentum, MomentumState, first_state
 from shnet_jax.types import Array
 
 
@@ -21,7 +21,7 @@ class TrainState:
     rng: data of the random key; each step folds its number in.
     nonfinite: [] int32, batches whose loss or gradient was not finite (their update was not made). With on_nonfinite =
       "stop" the state changes no more once this is above 0.
-    momentum: key encoders and queues (train/momentum.py), None without them.
+    momentum: key encoders and queues (training/momentum.py), None without them.
     """
 
     step: Array
