@@ -37,7 +37,7 @@ from shnet_jax.training.workdir import claimed, with_dtypes
 log = logging.getLogger(__name__)
 
 FIRST_LINE = 10
-"""Step of the first log line, beside those of config.train.log_steps: a run shows early whether it learns."""
+"""Step of the first log line, where config.train.log_steps is larger: a run shows early whether it learns."""
 STOP_STEPS = 10
 """Steps after which several processes ask each other whether one of them was told to stop."""
 
@@ -122,7 +122,7 @@ class Training:
             for step in range(self.first + 1, total + 1):
                 self.start_step(step)
                 stop = _stop_signal(signals, step)
-                logs = step % intervals.log == 0 or step in (FIRST_LINE, total)
+                logs = step % intervals.log == 0 or step in (min(FIRST_LINE, intervals.log), total)
                 evaluates = step % intervals.evaluate == 0 or step == total
                 saves = step % intervals.save == 0 or stop is not None
                 if logs or evaluates or saves:

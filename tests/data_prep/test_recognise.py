@@ -362,7 +362,7 @@ def test_the_command_imports_the_folder(make, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(extract, "load_extractor", lambda settings, device: conftest.Colours())
-    [words] = [shlex.split(line)[3:] for line in text.split("\n") if line.startswith("  python")]
+    [words] = [shlex.split(line)[3:] for line in text.split("\n") if line.startswith("  shnet data ")]
     assert import_module(f"data_prep.{'extract.__main__' if actual == 'extract' else actual}").main(words) == 0
     text, known = recognise(tmp_path / "data_sets")
     assert known and "shnet data verify " in text and "shnet train --config=" in text
@@ -389,7 +389,7 @@ def test_captions_that_are_missing(make, tmp_path):
 def test_ids_of_rows_that_are_missing(tmp_path):
     hdf5(tmp_path)
     (tmp_path / "ids.txt").write_text("42\n")
-    text = needs(tmp_path, "data_prep.from_hdf5", "needed: the ids of the rows: --hdf5_ids=FILE")
+    text = needs(tmp_path, "shnet data from_hdf5", "needed: the ids of the rows: --hdf5_ids=FILE")
     assert "--hdf5_ids=/" not in text
 
 
@@ -397,10 +397,10 @@ def test_pictures_of_annotations_that_are_missing(tmp_path):
     panoptic(tmp_path)
     for path in (tmp_path / "panoptic_val2017").iterdir():
         path.unlink()
-    needs(tmp_path, "data_prep.from_panoptic", "needed: the folder of its PNG files: --panoptic_png=DIR")
+    needs(tmp_path, "shnet data from_panoptic", "needed: the folder of its PNG files: --panoptic_png=DIR")
     made = test_from_person_search.rows()
     (tmp_path / "raw.json").write_text(json.dumps(made))
-    needs(tmp_path, "data_prep.from_person_search", f"needed: the folder of its pictures, with {made[0]['file_path']}")
+    needs(tmp_path, "shnet data from_person_search", f"needed: the folder of its pictures, with {made[0]['file_path']}")
 
 
 def test_texts_of_the_scan_layout_alone(tmp_path):
@@ -576,7 +576,7 @@ def test_links_pipes_and_folders_that_vanish(tmp_path, monkeypatch):
 def test_a_first_image_that_cannot_be_read(tmp_path):
     (tmp_path / "f").mkdir()
     np.savez(tmp_path / "f" / "1.npz", x=np.zeros((2, 3, 4, 5, 6)))
-    needs(tmp_path, "data_prep.from_npz", "note: the first image cannot be read: ", "expected an array of one image")
+    needs(tmp_path, "shnet data from_npz", "note: the first image cannot be read: ", "expected an array of one image")
 
 
 @pytest.mark.parametrize(("make", "library"), [(hdf5_rows, "h5py"), (lmdb, "lmdb"), (clip_retrieval, "pyarrow")])

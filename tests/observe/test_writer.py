@@ -95,7 +95,7 @@ def events(workdir):
 def test_tensorboard_has_the_scalars_and_forgets_dropped_steps(tmp_path):
     train(tmp_path, [1, 2])
     actual = {(e.step, v.tag): v.simple_value for e in events(tmp_path) for v in e.summary.value}
-    assert actual[2, "training/loss"] == 0.5
+    assert actual[2, "train/loss"] == 0.5
     assert actual[2, "timing/examples_per_second"] == 1.0
     assert not any(e.session_log.status == SessionLog.START for e in events(tmp_path))
     train(tmp_path, [2], resume_step=1)
