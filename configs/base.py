@@ -343,7 +343,7 @@ def _search() -> ConfigDict:
 
 
 def _page() -> ConfigDict:
-    """What --mode=page shows of config.search.split."""
+    """Contents of the HTML page, about config.search.split."""
     page = ConfigDict()
     page.pictures = ""  # folder with the photographs, ID.jpg, .jpeg, .png or .webp; "": boxes and label map are drawn
     page.queries = 6  # captions, and images, shown with what they find, evenly spaced in the split

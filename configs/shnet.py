@@ -48,7 +48,7 @@ def f30k() -> ConfigDict:
 
 
 def flickr8k() -> ConfigDict:
-    """What suits 1,250 training images: InfoNCE on two captions of 128 images, a frozen MiniLM text tower."""
+    """Settings for 1,250 training images: InfoNCE on two captions of 128 images, a frozen MiniLM text tower."""
     c = frozen_minilm(base.get_config())
     c.data.captions_per_image = 2
     c.model.dim = 512

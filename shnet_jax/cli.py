@@ -316,9 +316,12 @@ def _unknown_field(argv: Sequence[str]) -> str | None:
     return None
 
 
-def _choose_platform() -> None:
-    """Keeps JAX from looking for accelerators where Linux shows none: libtpu would, for seconds and with 10 lines."""
-    seen = any(Path("/").glob(pattern.lstrip("/")) for pattern in ACCELERATORS)
+def _choose_platform(root: Path = Path("/")) -> None:
+    """Keeps JAX from looking for accelerators where Linux shows none: libtpu would, for seconds and with 10 lines.
+
+    root: of the file system, for tests.
+    """
+    seen = [path for pattern in ACCELERATORS for path in root.glob(pattern.lstrip("/"))]
     if sys.platform == "linux" and not seen:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -145,6 +145,10 @@ class Keys:
     active: Array | bool = True
 
 
+DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
+"""Directions of retrieval: in names of metrics, and in print."""
+
+
 @struct.dataclass
 class Context:
     """Inputs of a loss other than the embeddings.

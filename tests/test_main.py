@@ -132,6 +132,20 @@ def test_help():
     assert "--query " in of_search and "--top_k " in of_search and "--target " not in of_search
 
 
+@pytest.mark.parametrize(
+    ("devices", "asked", "platforms"),
+    [((), None, "cpu"), (("nvidia0",), None, None), (("accel0",), None, None), ((), "tpu", "tpu")],
+)
+def test_jax_looks_for_accelerators_only_where_there_may_be_some(devices, asked, platforms, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "environ", {} if asked is None else {"JAX_PLATFORMS": asked})
+    (tmp_path / "dev").mkdir()
+    for name in devices:
+        (tmp_path / "dev" / name).touch()
+    cli._choose_platform(tmp_path)
+    assert os.environ.get("JAX_PLATFORMS") == platforms
+
+
 @pytest.mark.parametrize("name", cli.MODES)
 def test_the_example_of_each_mode_is_right(name):
     """Its flags are known, and it names a configuration where the mode needs one."""
@@ -181,7 +195,7 @@ def test_faults_of_the_run(debug, tmp_path):
 @pytest.mark.slow
 def test_a_finished_run_says_so_on_a_terminal_without_arrows(tmp_path):
     flags = [*tiny.flags(tiny.config()), "--config.model.name=tests.train.toy", "--config.train.steps=2"]
-    command = [sys.executable, "main.py", DEMO, f"--workdir={tmp_path}", *flags]
+    command = [sys.executable, "main.py", DEMO, f"--workdir={tmp_path}", *flags, "--config.name=scenes → ü"]
     for _ in range(2):  # the second one finds nothing left to do
         done = subprocess.run(
             command,
@@ -192,4 +206,4 @@ def test_a_finished_run_says_so_on_a_terminal_without_arrows(tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert b"i->t R@1" in done.stdout
+        assert b"scenes -> \\xfc, val" in done.stdout

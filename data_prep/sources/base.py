@@ -27,7 +27,7 @@ class Source(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the data set should know of it, such as `class_names`; most files hold nothing of that kind."""
+        """Metadata of the data set that the files hold, such as `class_names`; most have none."""
         return {}
 
     def read(self, image_id: str) -> Record:

@@ -40,7 +40,7 @@ _ONCE = (
 
 @contextmanager
 def _faults_of(where: str, reason: str = "damaged?") -> Iterator[None]:
-    """What h5py raises in the block becomes a DataError."""
+    """Context in which errors of h5py become DataError."""
     try:
         yield
     except DataError:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shnet_jax.evaluation.metrics import CUTS, DIRECTIONS, PERSON_METRICS, QueryRanks
+from shnet_jax.evaluation.metrics import CUTS, PERSON_METRICS, QueryRanks
 from shnet_jax.evaluation.ranks import check_captions
 from shnet_jax.observe.files import atomic_path
+from shnet_jax.types import DIRECTIONS
 from shnet_jax.untrusted import read_npz
 
 LEVEL = 0.95

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from shnet_jax.evaluation.ranks import Ranks
+from shnet_jax.types import DIRECTIONS
 
 CUTS = (1, 5, 10)
-DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}  # in names of metrics, and in print
 PERSON_METRICS = ("person_r1", "person_r5", "person_r10", "person_map", "person_minp")
 Metrics = dict[str, float]
 """Metrics by name: i2t_r1, i2t_r5, i2t_r10 (percent), i2t_medr, i2t_meanr (best is 1), also for t2i; rsum (of 600)."""

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from shnet_jax.evaluation.bootstrap import Interval
 from shnet_jax.evaluation.metrics import (
     CUTS,
-    DIRECTIONS,
     Metrics,
     QueryRanks,
     chance,
@@ -30,6 +29,7 @@ from shnet_jax.evaluation.ranks import check_captions, ranks
 from shnet_jax.evaluation.tiles import Items, ItemScore, size, take, vectors_of
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe import html
+from shnet_jax.types import DIRECTIONS
 
 TIE_RULE = "rank = items that score strictly higher + items that score the same and have a smaller index"
 UNKNOWN = "not stated"

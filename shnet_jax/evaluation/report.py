@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from shnet_jax.evaluation.bootstrap import NAMES, Interval
-from shnet_jax.evaluation.metrics import CUTS, DIRECTIONS, Metrics, QueryRanks
+from shnet_jax.evaluation.metrics import CUTS, Metrics, QueryRanks
 from shnet_jax.evaluation.protocols import Results
 from shnet_jax.observe.table import Table
+from shnet_jax.types import DIRECTIONS
 
 FORMAT = 1  # raised when a key of the JSON changes its name or meaning
 HEADINGS = {"medr": "MedR", "meanr": "MeanR", **{f"r{k}": f"R@{k}" for k in CUTS}}

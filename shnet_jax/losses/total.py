@@ -21,6 +21,8 @@ return.
 
 `ctx.params` holds the learnable parameters of every loss by its name: {loss name: its params}.
 """
+LOSS = "_loss"
+"""End of the names of a loss's terms that add up to the objective; its other terms are metrics."""
 WARMUP = tuple(f"warmup_{unit}" for unit in UNITS)
 
 
@@ -67,8 +69,11 @@ def build(
             terms = module.loss(images, texts, ids, ctx_of_loss, **options[name])
             if clash := sorted({"loss", *values} & set(terms)):
                 raise ValueError(f"loss {name!r} returns {clash}, which another loss or the total returns as well")
+            if not any(key.endswith(LOSS) for key in terms):
+                expected = f"expected a term of the objective, whose name ends in {LOSS!r}"
+                raise ValueError(f"loss {name!r} returns {sorted(terms)}; {expected}")
             values |= terms
-            weighted += [weights[name] * value for key, value in terms.items() if key.endswith("_loss")]
+            weighted += [weights[name] * value for key, value in terms.items() if key.endswith(LOSS)]
         return {"loss": sum(weighted), **values}
 
     return params, total

@@ -25,7 +25,6 @@ DARK = {
 }
 """Colours of a light page that a dark one has others for."""
 MARKERS = {"i2t": "o", "t2i": "s"}
-DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 
 # Okabe and Ito's colours, told apart without full colour vision, as far as both papers show them.
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")

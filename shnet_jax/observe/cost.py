@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.hardware import chip
+from shnet_jax.observe.progress import waiting
 from shnet_jax.observe.work import work
 from shnet_jax.parallel.mapping import Mapped
 
@@ -78,10 +79,8 @@ class Utilisation:
         """
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[1:]))
         if shapes not in self._known:
-            log.info("compiling the training step")
-            start = time.perf_counter()
-            self._known[shapes] = step_flops(self._step.lower(*arguments).compile())
-            log.info("compiled in %.1f s", time.perf_counter() - start)
+            with waiting("compiling the training step"):
+                self._known[shapes] = step_flops(self._step.lower(*arguments).compile())
         flops = self._known[shapes]
         self._total = None if flops is None or self._total is None else self._total + flops * self._devices
 

@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from shnet_jax.observe.charts import DIRECTIONS, INK, MARKERS, RECALLS, theme
+from shnet_jax.observe.charts import INK, MARKERS, RECALLS, theme
 from shnet_jax.observe.writer import FILE, read_metrics
+from shnet_jax.types import DIRECTIONS
 
 PICTURE = "curves.png"
 CUTS = (1, 5, 10)

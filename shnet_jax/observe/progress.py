@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from shnet_jax.observe.clock import Clock
 
+log = logging.getLogger(__name__)
+
 LIVE_SECONDS = 0.2
 PLAIN_SECONDS = 10.0
+
+
+@contextmanager
+def waiting(what: str, seconds: float = PLAIN_SECONDS) -> Iterator[None]:
+    """Logs that the block is at work every `seconds`, as a compilation says nothing by itself, and how long it took.
+
+    A block that is done earlier logs nothing.
+    """
+    done, start = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        while not done.wait(seconds):
+            log.info("%s: %.0f s", what, time.monotonic() - start)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        if (took := time.monotonic() - start) >= seconds:
+            log.info("%s took %.0f s", what, took)
 
 
 class Progress:

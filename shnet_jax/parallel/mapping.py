@@ -8,7 +8,8 @@ everything else, and the other devices through the named axis `DATA` (parallel/a
   - gradients of replicated parameters are combined by that `psum`;
   - nothing differentiates through a cross-device sum or mean of the loss.
 `check_vma=False` below belongs to it. With `check_vma=True` gradients of replicated parameters arrive already summed,
-and the explicit `psum` would make updates too large by the number of devices, with a correct loss and no error.
+and the explicit `psum` would make them too large by the number of devices n, with a correct loss and no error. AdamW
+nearly hides that, as its updates hardly depend on the scale; clipping would begin at a norm of clip_norm / n.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from shnet_jax.evaluation.tiles import check_no_nan
 from shnet_jax.evaluation.top_k import TopK, is_dot_product, top_k
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.files import disk_faults, sole_writer, write_json
@@ -99,10 +100,12 @@ def overlap(approximate: np.ndarray, exact: np.ndarray) -> float:
 def rescored(results: TopK, queries: np.ndarray, vectors: np.ndarray) -> TopK:
     """The results of an index with the scores of the stored vectors instead of those of its compressed ones.
 
-    In the order of the exact search; places without a result come last, with index -1 and score -inf.
+    In the order of the exact search; places without a result come last, with index -1 and score -inf. Raises ValueError
+    for scores that are NaN, as the exact search does.
     """
     score = np.full(results.index.shape, -np.inf, np.float32)
     for row, index in enumerate(results.index):
         score[row, index >= 0] = np.asarray(vectors[index[index >= 0]]) @ queries[row]
+    check_no_nan(int(np.isnan(score).sum()), len(score), score.shape[1])
     order = np.lexsort((results.index, -score), axis=1)
     return TopK(np.take_along_axis(results.index, order, 1), np.take_along_axis(score, order, 1))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shnet_jax.evaluation.metrics import CUTS, DIRECTIONS, QueryRanks
+from shnet_jax.evaluation.metrics import CUTS, QueryRanks
 from shnet_jax.evaluation.protocols import Results
 from shnet_jax.evaluation.report import HEADINGS, PERSON
 from shnet_jax.observe import html
@@ -22,6 +22,7 @@ from shnet_jax.retrieve.embeddings import Ids
 from shnet_jax.retrieve.highlight import Highlight
 from shnet_jax.retrieve.highlight_view import panels, pooling_section
 from shnet_jax.retrieve.scene import Album, Scene
+from shnet_jax.types import DIRECTIONS
 
 RANK_BANDS = ((0, 1, "first"), (1, 5, "2 to 5"), (5, 10, "6 to 10"), (10, 50, "11 to 50"), (50, np.inf, "beyond 50"))
 LEGEND = 8  # classes in the legend of a query's pictures, at most

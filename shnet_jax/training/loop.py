@@ -23,7 +23,7 @@ from shnet_jax.observe import cost
 from shnet_jax.observe.banner import parameter_count
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.curves import write_curves
-from shnet_jax.observe.progress import Progress
+from shnet_jax.observe.progress import Progress, waiting
 from shnet_jax.observe.writer import MetricWriter, NoWriter
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import put_batch
@@ -56,7 +56,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> Results:
     """
     experiment = assemble(with_dtypes(config, Path(workdir)))
     with claimed(Path(workdir), experiment):
-        return Training(experiment, Path(workdir)).run()
+        with waiting("preparing the model and the data"):
+            training = Training(experiment, Path(workdir))
+        return training.run()
 
 
 class Training:
@@ -195,7 +197,8 @@ class Training:
 
     def evaluate(self, step: int) -> Results:
         """The validation result of the state, which is that after `step`."""
-        return self.evaluator.run(self.state.variables, step)
+        with waiting(f"evaluating step {step}"):
+            return self.evaluator.run(self.state.variables, step)
 
     def evaluate_and_save(self, step: int) -> Results:
         """Evaluates; writes the result to log and curves and saves a checkpoint with it."""

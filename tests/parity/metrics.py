@@ -9,13 +9,13 @@ import numpy as np
 
 from shnet_jax.evaluation.ensemble import mean_score
 from shnet_jax.evaluation.extra_metrics import CXC_POSITIVE, sibling_captions, top_within
-from shnet_jax.evaluation.metrics import CUTS, DIRECTIONS, Metrics, hits, recall_at, recalls, relevant
+from shnet_jax.evaluation.metrics import CUTS, Metrics, hits, recall_at, recalls, relevant
 from shnet_jax.evaluation.protocols import evaluate
 from shnet_jax.evaluation.ranks import Ranks, ranks
 from shnet_jax.evaluation.top_k import top_k_both
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import make_mesh
-from shnet_jax.types import Array, Embedding
+from shnet_jax.types import DIRECTIONS, Array, Embedding
 from tests.parity.compare import Fixture, Row, compare, skip
 
 GROUP = "metrics"

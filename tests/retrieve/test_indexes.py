@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from shnet_jax.evaluation.top_k import top_k
+from shnet_jax.evaluation.top_k import TopK, top_k
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.retrieve import approximate, vector_index
@@ -115,3 +115,10 @@ def test_overlap_is_the_share_of_the_exact_results():
     assert approximate.overlap(np.array([[1, 2, 9], [4, -1, 3]]), np.array([[1, 2, 3], [3, 4, 5]])) == pytest.approx(
         4 / 6
     )
+
+
+def test_nan_in_stored_vectors_is_told():
+    results = TopK(np.array([[0, 1, -1]]), np.zeros((1, 3), np.float32))
+    vectors = np.array([[1.0, 0.0], [np.nan, 0.0]], np.float32)
+    with pytest.raises(ValueError, match="1 of 3 scores are NaN"):
+        approximate.rescored(results, np.ones((1, 2), np.float32), vectors)
