@@ -54,7 +54,10 @@ def test_evaluation_of_the_best_or_last_checkpoint(which, workdir):
 
 def test_evaluation_writes_its_results(workdir, capsys):
     evaluate(toy(), workdir)
-    assert "3SHNet region" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "3SHNet region" in out and "protocol card " not in out  # the protocol card is in the files
+    assert "protocol card " in (workdir / "results_tiny_test_whole_best.md").read_text("utf-8")
+    assert f"{workdir / 'results_tiny_test_whole_best'}.html, .md and .json have" in out
     document = json.loads((workdir / "results_tiny_test_whole_best.json").read_text("utf-8"))
     assert "rsum" in json.dumps(document) and "3SHNet region" in json.dumps(document)
 
@@ -155,7 +158,7 @@ def test_an_ensemble_of_runs_has_rows_of_its_own(workdir, tmp_path, capsys):
     config = toy(model__dim=3, eval__ensemble=(str(workdir), str(other)), eval__hubness=True)
     config.eval.score_dtype = "bfloat16"  # of the members; ranks are the same
     config.eval.protocols = ("whole", "folds2")
-    evaluate(config, tmp_path / "both")
+    evaluate(config, tmp_path / "both", card=True)
     names = [f"{name}, {p}" for name in ("3SHNet region", "other", "ensemble of 2") for p in config.eval.protocols]
     document = json.loads((tmp_path / "both/results_tiny_test_whole+folds2_best.json").read_text("utf-8"))
     assert list(document["arms"]) == names

@@ -29,5 +29,5 @@ def test_training_ends_at_a_damaged_record(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 1, run.stderr
     last = run.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {shard}: record ") and "(split 'train' row " in last and "data_prep.verify" in last
+    assert last.startswith(f"error: {shard}: record ") and "(split 'train' row " in last and "shnet data verify" in last
     assert "Traceback" not in run.stderr

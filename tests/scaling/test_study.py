@@ -275,7 +275,7 @@ def test_parts_are_those_of_the_step_after_the_warm_up():
     run = measuring.random_run(config)
     batch = run.put(next(run.batches))
     state, params = run.steady_state(), jax.device_get(run.steady_state().params)
-    assert int(state.step) > 1000 * run.setup.steps_per_epoch
+    assert int(state.step) >= 2**29  # far beyond any warm-up
 
     part = parts.collectives_part(run, batch)
     summed = jax.device_get(part.program(part.state, part.batch, part.table))
