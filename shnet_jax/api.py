@@ -13,8 +13,7 @@ from ml_collections import ConfigDict
 from shnet_jax import bundled
 from shnet_jax.data.fields import checked_fields
 from shnet_jax.data.gallery import Part, open_gallery
-from shnet_jax.data.records import DataSet as DataSet
-from shnet_jax.data.records import open_dataset as open_dataset
+from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.evaluation.encode import Towers, encode_parts
 from shnet_jax.evaluation.pair_scores import digest
 from shnet_jax.evaluation.protocols import Results
@@ -31,6 +30,8 @@ from shnet_jax.training.load import Loaded
 from shnet_jax.training.load import load as load_trained
 from shnet_jax.training.loop import train_and_evaluate
 from shnet_jax.types import Embedding
+
+__all__ = ["Retriever", "evaluate", "get_config", "load", "open_dataset", "study", "train"]
 
 
 def get_config(name: str) -> ConfigDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import logging as python_logging
@@ -182,8 +183,8 @@ def overview() -> str:
             *lines,
             "",
             "shnet MODE --help: the flags of a mode. shnet --version. shnet train --helpfull: every flag.",
-            "--config takes a bundled name (demo, base, ...) or a file of yours; eval, search, page, embed and convert",
-            "read the run's own. Every field of a configuration is a flag; configs/base.py documents them.",
+            "--config takes a bundled name (demo, base, ...) or a file of yours. Modes that work on a finished run",
+            "read its own. Every field of a configuration is a flag; configs/base.py documents them.",
         ]
     )
 
@@ -267,10 +268,21 @@ def _with_config(argv: list[str]) -> list[str]:
 
         # An evaluation of several runs has a folder of its own for results, and is configured as the first of them.
         several = given.get("config.eval.ensemble") or given.get("config.cross.runs")
-        workdir = re.findall(r"[^\s,()\[\]'\"]+", several)[0] if several else given["workdir"]
+        workdir = _first_path(several) if several else given["workdir"]
         stored_config.get_config(workdir)  # a folder without a run is told of here
         path = f"{stored_config.__file__}:{workdir}"
     return [argv[0], f"--config={path}", *rest]
+
+
+def _first_path(text: str) -> str:
+    """The first of the paths that a flag of PATH_LISTS has, as a tuple or list in Python's notation."""
+    try:
+        paths = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        paths = ()
+    if not isinstance(paths, tuple | list) or not paths or not isinstance(paths[0], str):
+        raise ValueError(f"expected work folders, as runs/a,runs/b or ('runs/a', 'runs/b'); found {text}")
+    return paths[0]
 
 
 def _with_paths(argument: str) -> str:

@@ -158,6 +158,19 @@ def test_the_example_of_each_mode_is_right(name):
     assert all(name in base[section] for section, _, name in (field.partition(".") for field in fields))
 
 
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("('a b', 'c')", "a b"), ("('runs/x,1',)", "runs/x,1"), ("['it\\'s']", "it's")],
+)
+def test_the_first_of_several_runs(text, path):
+    assert cli._first_path(text) == path
+    argument = cli._with_paths("--config.cross.runs=none one,other")
+    assert cli._first_path(argument.partition("=")[2]) == "none one"
+    for wrong in ("()", "('a'", "(1,)"):
+        with pytest.raises(ValueError, match="expected work folders"):
+            cli._first_path(wrong)
+
+
 def test_a_run_gives_its_own_configuration(tmp_path):
     """Younger fields of the model are off, as they were; those of the tools have their defaults; another tower is not
     taken up unasked."""

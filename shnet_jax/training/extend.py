@@ -11,7 +11,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax.data.batches import steps_per_epoch
 from shnet_jax.durations import count_steps
 from shnet_jax.experiment import Experiment
-from shnet_jax.training.checkpoint import Checkpoints
 from shnet_jax.training.optim import schedule
 
 log = logging.getLogger(__name__)
@@ -28,9 +27,8 @@ def refused_extension(workdir: Path, experiment: Experiment, saved: ConfigDict) 
     config = experiment.config
     per_epoch = steps_per_epoch(experiment.dataset, config.data.train_split, config.train.batch_size)
     before, total = count_steps(saved.train, per_epoch), count_steps(config.train, per_epoch)
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.step("last") or 0
-    checkpoints.close()
+    # By the names of complete checkpoints: process 0 alone is here, and orbax would wait for the others.
+    step = max((int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()), default=0)
     if total == before:
         return None
     if total < before:

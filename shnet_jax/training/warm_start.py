@@ -50,8 +50,8 @@ def warm_start(variables: dict[str, Any], config: ConfigDict | FrozenConfigDict)
     fitting = {name: array for name, array in theirs.items() if _shape(array) == _shape(ours.get(name))}
     if not fitting:
         raise ValueError(f"config.train.init_from is {source}: none of its {len(theirs)} arrays fits this model")
-    log.info("warm start from %s: %d of %d arrays; %d keep their initial values", source, len(fitting), len(ours),
-             len(ours) - len(fitting))  # fmt: skip
+    kept = len(ours) - len(fitting)
+    log.info("warm start from %s: %d of %d arrays; %d keep their initial values", source, len(fitting), len(ours), kept)
     merged = traverse_util.unflatten_dict({**ours, **fitting}, sep="/")
     return {name: merged.get(name, {}) for name in variables}
 
