@@ -69,11 +69,11 @@ def run(sizes: Sizes) -> list[Row]:
     variables = init(jax.random.key(0), {name: values[:1] for name, values in host.items()})
     steps = {queue: Steps(configuration(sizes, queue), variables, host) for queue in (0, *sizes.queues)}
     times = interleave({str(queue): call for queue, call in steps.items()}, sizes.rounds)
-    what = f"USER's train step, {sizes.pairs} pairs, BERT of {sizes.layers} layers, {sizes.tokens} tokens"
+    step_name = f"USER's train step, {sizes.pairs} pairs, BERT of {sizes.layers} layers, {sizes.tokens} tokens"
     return [
         compare(
             "momentum",
-            f"{what}, key encoders and queues of {queue} images and captions",
+            f"{step_name}, key encoders and queues of {queue} images and captions",
             times[str(queue)],
             "the same without them",
             times["0"],

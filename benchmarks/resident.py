@@ -39,10 +39,10 @@ def watch(command: Sequence[str], folder: Path) -> tuple[Curve, int]:
 
     Raises RuntimeError with the end of what it said when it fails.
     """
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=folder, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
+            [sys.executable, *command], cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
         curve: Curve = []
         peak = 0
@@ -55,7 +55,7 @@ def watch(command: Sequence[str], folder: Path) -> tuple[Curve, int]:
         finally:
             process.kill()
         if process.returncode:
-            said.seek(0)
-            text = said.read().decode(errors="replace")[-2000:]
+            output.seek(0)
+            text = output.read().decode(errors="replace")[-2000:]
             raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}:\n{text}")
     return curve, peak

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from benchmarks.flops import image_training_flops, step_flops
-from benchmarks.product import best_product
+from benchmarks.product import Product, best_product
 from benchmarks.rows import Row, compare
 from benchmarks.timing import interleave
 from configs import base
@@ -100,9 +100,10 @@ def image_gradient(model: RetrievalModel, variables: Any, batch: dict[str, np.nd
     return partial(gradient, {"image": variables["params"]["image"]}, jax.device_put(batch))
 
 
-def run(sizes: Sizes) -> list[Row]:
-    """Measures each dtype against the fastest matrix product of that dtype, and bfloat16 against float32."""
-    configs = {dtype: configuration(dtype, sizes.layers) for dtype in DTYPES}
+def measured_calls(
+    sizes: Sizes, configs: dict[str, FrozenConfigDict], products: dict[str, Product]
+) -> dict[str, Callable[[], Any]]:
+    """The calls to time, by "KIND DTYPE": a step, the image tower's gradient and the fastest matrix product."""
     models = {dtype: registry.model(config.model.name).build(config) for dtype, config in configs.items()}
     host = host_batch(configs["float32"], sizes.pairs, sizes.tokens)
     fields = ("image_index", "regions", "region_mask", "seg_semantic", "seg_map", "categories")
@@ -111,28 +112,33 @@ def run(sizes: Sizes) -> list[Row]:
     }
     init = jax.jit(lambda key, batch: models["float32"].init(key, gather({}, batch), train=False))
     variables = init(jax.random.key(0), {name: values[:1] for name, values in host.items()})
-
-    products = {dtype: best_product(dtype) for dtype in DTYPES}
     calls: dict[str, Callable[[], Any]] = {}
     for dtype in DTYPES:
         calls[f"step {dtype}"] = Steps(configs[dtype], models[dtype], variables, host)
         calls[f"image {dtype}"] = image_gradient(models[dtype], variables, images)
         calls[f"product {dtype}"] = products[dtype].call
-    times = interleave(calls, sizes.rounds)
+    return calls
+
+
+def run(sizes: Sizes) -> list[Row]:
+    """Measures each dtype against the fastest matrix product of that dtype, and bfloat16 against float32."""
+    configs = {dtype: configuration(dtype, sizes.layers) for dtype in DTYPES}
+    products = {dtype: best_product(dtype) for dtype in DTYPES}
+    times = interleave(measured_calls(sizes, configs, products), sizes.rounds)
 
     on_cpu = jax.default_backend() == "cpu"
     aims = {"float32": 0.9} if on_cpu else {"bfloat16": 0.5}
     flops = step_flops(configs["float32"], SHAPES, sizes.tokens, sizes.pairs)
     image = sizes.images * image_training_flops(configs["float32"].model, SHAPES)
     rows = []
-    for kind, what, work in (
+    for kind, name, work in (
         ("step", f"train step, {sizes.pairs} pairs, BERT of {sizes.layers} layers, {sizes.tokens} tokens", flops),
         ("image", f"image tower with gradient, {sizes.images} images", image),
     ):
         rows += [
             compare(
                 "step",
-                f"{what}, {dtype}",
+                f"{name}, {dtype}",
                 times[f"{kind} {dtype}"],
                 f"{dtype} product of {products[dtype].size} x {products[dtype].size} matrices",
                 times[f"product {dtype}"],
@@ -149,7 +155,7 @@ def run(sizes: Sizes) -> list[Row]:
         rows.append(
             compare(
                 "step",
-                f"{what}, bfloat16",
+                f"{name}, bfloat16",
                 times[f"{kind} bfloat16"],
                 "the same in float32",
                 times[f"{kind} float32"],

@@ -69,7 +69,7 @@ def write_dataset(
     _check_names(name, splits)
     target = Path(out) / name / VERSION
     if target.exists() and not overwrite:
-        raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
+        raise FileExistsError(f"data set {target} exists; give another --name, or --overwrite to replace it")
     bad = BadRecords(on_bad_record)
     with (
         sole_writer(target.parent),

@@ -178,8 +178,8 @@ def _check(row: Row) -> None:
         raise DataError(f"{row.where}: image {row.file!r}: {row.fault}; {hint}")
     for caption in row.captions:
         if not is_text(caption):
-            what = f"visible text in UTF-8, found {caption!r:.80}" if caption else "a caption, found an empty one"
-            raise DataError(f"{row.where}: image {row.file!r}: expected {what}; {hint}")
+            contents = f"visible text in UTF-8, found {caption!r:.80}" if caption else "a caption, found an empty one"
+            raise DataError(f"{row.where}: image {row.file!r}: expected {contents}; {hint}")
 
 
 def _check_file(path: Path) -> None:

@@ -33,7 +33,7 @@ def data_errors() -> Iterator[None]:
 
 
 def read_json(path: Path) -> Any:
-    """Parsed contents of a JSON file. Raises DataError naming the file."""
+    """Parsed fault of a JSON file. Raises DataError naming the file."""
     with data_errors():
         return untrusted.read_json(path)
 
@@ -56,8 +56,8 @@ def check_folder(folder: Path, *suffixes: str) -> None:
     """Raises DataError, which says what lies there, unless a file of one of these endings is in or below a folder."""
     wanted = " or ".join(f"ID{suffix}" for suffix in suffixes)
     if not folder.is_dir():
-        what = "no such folder, it is a file" if folder.exists() else "no such folder"
-        raise DataError(f"{folder}: {what}; expected one with {wanted} of each image")
+        fault = "no such folder, it is a file" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {fault}; expected one with {wanted} of each image")
     if not any(path.suffix in suffixes for path in folder.rglob("*")):
         kinds = Counter("folder" if path.is_dir() else path.suffix or "no ending" for path in folder.iterdir())
         listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(4)) or "nothing"

@@ -167,8 +167,8 @@ def recognise(place: Place) -> Iterator[Recognised]:
         with parquet.open_parquet(shards.files[0].metadata) as file:
             says_split = rows.SPLIT in file.schema_arrow.names
         flags |= {} if says_split else {"split": split_of(place.path) or "train"}
-    what = f"clip-retrieval's {', '.join(folders)}"
-    yield Recognised(what, "from_clip_retrieval", flags, captions=False, extra="parquet")
+    contents = f"clip-retrieval's {', '.join(folders)}"
+    yield Recognised(contents, "from_clip_retrieval", flags, captions=False, extra="parquet")
 
 
 def import_clip_retrieval(

@@ -381,7 +381,7 @@ def recognise(place: Place) -> Iterator[Recognised]:
         return
     names = {file.name for file in place.files}
     fields = [field for field, suffix in ARRAYS.items() if all(f"{split}{suffix}" in names for split in splits)]
-    what, flags = f"SCAN's layout, {', '.join(splits)}", {"src": str(place.path)}
+    contents, flags = f"SCAN's layout, {', '.join(splits)}", {"src": str(place.path)}
     if fields:
 
         def read(reading: Reading) -> Iterator[Record]:
@@ -390,14 +390,14 @@ def recognise(place: Place) -> Iterator[Recognised]:
                 if array.ndim > 2:
                     yield {field: as_units(array[0], f"{splits[0]}{ARRAYS[field]}", None, reading.layout)}
 
-        what += f", with {', '.join(fields)}"
-        yield Recognised(what, "from_scan", flags, captions=False, read=read, pads={}, pool="")
+        contents += f", with {', '.join(fields)}"
+        yield Recognised(contents, "from_scan", flags, captions=False, read=read, pads={}, pool="")
         return
     for folder in place.folders:
         if all(f"{split}_ids.txt" in names for split in splits) and (files := unit_files(look(folder))):
             field = "regions" if open_units(files[0]).ndim == 2 else "grid"
             yield Recognised(
-                f"{what}, with features by image in {folder.name}",
+                f"{contents}, with features by image in {folder.name}",
                 "from_npy",
                 {**flags, "features": str(folder), "as": field},
                 captions=False,
@@ -407,7 +407,7 @@ def recognise(place: Place) -> Iterator[Recognised]:
             )
             return
     wanted = "SPLIT_ims.npy or another array of each split; or SPLIT_ids.txt and a folder of ID.npy for from_npy"
-    yield Recognised(what, "from_scan", flags, captions=False, lacks=(wanted,))
+    yield Recognised(contents, "from_scan", flags, captions=False, lacks=(wanted,))
 
 
 @command.reports_errors

@@ -286,5 +286,7 @@ def _alone(report: Report) -> list[str]:
     lines += [
         f"{', '.join(sorted(there & set(kinds)))}: {why}" for kinds, why in _NOT_TAKEN.items() if there & set(kinds)
     ]
-    what = "features or photographs of these images" if report.captions else "features, or photographs, and captions"
-    return ["\n".join([*lines, f"needed: {what}, in a layout of those that `shnet data` lists"])]
+    contents = (
+        "features or photographs of these images" if report.captions else "features, or photographs, and captions"
+    )
+    return ["\n".join([*lines, f"needed: {contents}, in a layout of those that `shnet data` lists"])]

@@ -163,7 +163,8 @@ def _check_fields(config: ConfigDict, dataset: DataSet, fields: tuple[str, ...])
     of_classes = {"seg_map", "categories", "seg_semantic"} & {*fields}
     if of_classes and dataset.num_classes not in (None, config.model.num_classes):
         raise ValueError(
-            f"{dataset.path}: {dataset.num_classes} classes, config.model.num_classes is {config.model.num_classes}"
+            f"{dataset.path} has {dataset.num_classes} classes and config.model.num_classes is "
+            f"{config.model.num_classes}: add --config.model.num_classes={dataset.num_classes}"
         )
 
 

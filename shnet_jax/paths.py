@@ -27,11 +27,11 @@ def to_paths(text: str) -> list[Path]:
 
 def named_paths(text: str) -> list[tuple[str, Path]]:
     """Name and path of each entry of NAME=PATH,NAME=PATH,...; the name is "" where only a path is given."""
-    found = []
+    paths = []
     for entry in _entries(text, lambda entry: _exists(entry) or _exists(_split(entry)[1])):
         name, rest = ("", entry) if _exists(entry) else _split(entry)
-        found.append((name, to_path(rest)))
-    return found
+        paths.append((name, to_path(rest)))
+    return paths
 
 
 def _exists(text: str) -> bool:

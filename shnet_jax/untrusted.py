@@ -75,8 +75,8 @@ def parse_json(data: bytes | str, path: object) -> Any:
         return json.loads(data)
     except json.JSONDecodeError as error:
         end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
-        what = "a file that is cut off" if end and error.doc.strip() else "other text"
-        raise ValueError(f"{path}: expected JSON, found {what}: {error}") from None
+        contents = "a file that is cut off" if end and error.doc.strip() else "other text"
+        raise ValueError(f"{path}: expected JSON, found {contents}: {error}") from None
     except ValueError as error:  # of bytes that are no UTF-8 and of numbers of thousands of digits
         raise ValueError(f"{path}: expected JSON: {error}") from None
     except RecursionError:
@@ -128,9 +128,11 @@ def parse_npz(
         *(zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, zlib.error),
         *(EOFError, OverflowError, ValueError, struct.error),
     ) as error:
-        what = "" if start.startswith(b"PK") else kind_of(start)
-        what = f"{what} (cut off?)" if isinstance(error, zipfile.BadZipFile) and start.startswith(b"PK") else what
-        raise ValueError(f"{where}: expected arrays as np.savez writes them{what}: {error}") from None
+        contents = "" if start.startswith(b"PK") else kind_of(start)
+        contents = (
+            f"{contents} (cut off?)" if isinstance(error, zipfile.BadZipFile) and start.startswith(b"PK") else contents
+        )
+        raise ValueError(f"{where}: expected arrays as np.savez writes them{contents}: {error}") from None
 
 
 def _check_sizes(entries: list[zipfile.ZipInfo], file_size: int, most: int | None) -> None:
@@ -190,13 +192,13 @@ def open_npy(path: Path) -> np.ndarray:
         start = file.read(_START)
         length = int.from_bytes(start[8:12] if start[6:7] > b"\1" else start[8:10], "little")
         if not start.startswith(_NPY) or 12 + length > path.stat().st_size + 2:
-            what = ", found no header of one (cut off?)" if start.startswith(_NPY) else kind_of(start)
-            raise ValueError(f"{path}: expected a .npy array of numbers{what or ', found another kind of file'}")
+            contents = ", found no header of one (cut off?)" if start.startswith(_NPY) else kind_of(start)
+            raise ValueError(f"{path}: expected a .npy array of numbers{contents or ', found another kind of file'}")
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except NPY_FAULTS as error:
-        what = " (cut off?)" if "mmap length" in str(error) else ""
-        raise ValueError(f"{path}: expected a .npy array of numbers{what}: {error}") from None
+        contents = " (cut off?)" if "mmap length" in str(error) else ""
+        raise ValueError(f"{path}: expected a .npy array of numbers{contents}: {error}") from None
 
 
 def parse_npy(data: bytes, name: str) -> np.ndarray:
@@ -241,12 +243,12 @@ def inside(folder: Path, name: str) -> Path:
             if error.errno == errno.ELOOP:
                 raise
         # Where nothing is, no link has to be followed: an image has several names, and most of them have no file.
-        here = longest <= _NAME and (not os.path.lexists(path) or _belongs(path.resolve(), folder.resolve()))
+        belongs_here = longest <= _NAME and (not os.path.lexists(path) or _belongs(path.resolve(), folder.resolve()))
     except (OSError, RuntimeError, UnicodeEncodeError) as error:  # links in a circle
         raise ValueError(f"{folder}: {name!r:.200} is no name of a file in this folder: {error}") from None
-    if not here:
-        what = "leads out of this folder by a link" if longest <= _NAME else "is too long for a name"
-        raise ValueError(f"{folder}: {name!r:.200} {what}; what it names is not read")
+    if not belongs_here:
+        problem = "leads out of this folder by a link" if longest <= _NAME else "is too long for a name"
+        raise ValueError(f"{folder}: {name!r:.200} {problem}; what it names is not read")
     return path
 
 
@@ -324,8 +326,8 @@ def _opened(data: bytes, name: str, formats: tuple[str, ...]) -> Iterator[Image.
             picture.load()
             yield picture
     except UnidentifiedImageError:
-        what = kind_of(data[:_START]) or f", found no {', '.join(formats)}"
-        raise ValueError(f"{name}: expected a picture{what}") from None
+        contents = kind_of(data[:_START]) or f", found no {', '.join(formats)}"
+        raise ValueError(f"{name}: expected a picture{contents}") from None
     except PICTURE_FAULTS as error:
         raise ValueError(f"{name}: expected a picture: {error}") from None
 

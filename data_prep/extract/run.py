@@ -143,7 +143,7 @@ def prepare(args: argparse.Namespace) -> Work:
     """Read the captions and plan the blocks. Raises DataError, FileExistsError before any work is done."""
     target = args.out / args.name / VERSION
     if target.exists() and not args.overwrite:
-        raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
+        raise FileExistsError(f"data set {target} exists; give another --name, or --overwrite to replace it")
     chosen = settings.from_arguments(args)
     folder = args.out / f".{args.name}.extract"
     strict = args.on_bad_record == "fail"

@@ -166,10 +166,10 @@ def _header(names: tuple[str, ...], where: str) -> tuple[str, ...]:
     unknown = [name for name in names if name not in _NAMES]
     missing = [" or ".join(wanted) for wanted in _NEEDED if sum(name in wanted for name in names) != 1]
     if unknown or missing or len(set(names)) < len(names):
-        what = f"the names {', '.join(map(repr, unknown))}" if unknown else f"not one column {', '.join(missing)}"
+        contents = f"the names {', '.join(map(repr, unknown))}" if unknown else f"not one column {', '.join(missing)}"
         raise DataError(
             f"{where}: expected a header of {', '.join(COLUMNS[0])} or {', '.join(COLUMNS[1])} in any order, found "
-            f"{what:.200}; rename the columns"
+            f"{contents:.200}; rename the columns"
         )
     return names
 
@@ -259,8 +259,8 @@ def recognise(place: Place) -> Iterator[Recognised]:
             for name, line in islice(_lines(files[0]), SAMPLE):
                 yield parse(line.read(), f"{line.path}, image {name!r}", line.columns, reading.form)
 
-        what = f"regions by line in {', '.join(file.name for file in files)}"
-        yield Recognised(what, "from_bottom_up", {"bottom_up": listed(files)}, read=read)
+        contents = f"regions by line in {', '.join(file.name for file in files)}"
+        yield Recognised(contents, "from_bottom_up", {"bottom_up": listed(files)}, read=read)
 
 
 def _is_known(path: Path) -> bool:

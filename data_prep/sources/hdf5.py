@@ -179,8 +179,8 @@ class _File:
             self._file = h5py.File(path, "r")
             names = frozenset(name for name in self._file if isinstance(name, str))  # bytes are no name of an image
         except FAULTS as error:
-            what = "" if start.startswith(b"\x89HDF") else kind_of(start)
-            raise DataError(f"{path}: expected an HDF5 file{what} (cut off?): {error}") from None
+            contents = "" if start.startswith(b"\x89HDF") else kind_of(start)
+            raise DataError(f"{path}: expected an HDF5 file{contents} (cut off?): {error}") from None
         self._features = detections.the_one(names, FEATURES, str(path)) or ""
         self.has_rows = bool(self._features)
         self._names = names if self.has_rows else frozenset()

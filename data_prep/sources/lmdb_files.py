@@ -215,8 +215,8 @@ def parse_value(value: bytes, where: str) -> Mapping[str, Any]:
         else:
             kinds = {b"(": "a pickle of protocol 0", b"}": "a pickle of protocol 1", b"\x93NUMPY": "a .npy array"}
             kinds |= {b"\x04\x22\x4d\x18": "LZ4 (UNITER's texts?)", b"\xff\xd8": "a JPEG", b"\x89PNG": "a PNG"}
-            what = next((kind for magic, kind in kinds.items() if value.startswith(magic)), f"{value[:8]!r}")
-            raise DataError(f"{where}: expected a value of npz, msgpack or pickle (protocol 2 to 5), found {what}")
+            contents = next((kind for magic, kind in kinds.items() if value.startswith(magic)), f"{value[:8]!r}")
+            raise DataError(f"{where}: expected a value of npz, msgpack or pickle (protocol 2 to 5), found {contents}")
     if not isinstance(content, dict):
         raise DataError(f"{where}: expected a dictionary, found {type(content).__name__}")
     return {_text(key): v.value if isinstance(v, torch_pickle.Array) else v for key, v in content.items()}
@@ -269,6 +269,6 @@ def _array(record: Mapping[str, Any], name: str, where: str) -> np.ndarray:
         cell = value if isinstance(value, bytes) else value.encode("latin-1", "replace")
         return decode(cell, np.float32, count, where, name)
     if not isinstance(value, np.ndarray) or value.ndim == 0 or value.dtype.kind not in "biuf":
-        what = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
-        raise DataError(f"{where}: {name!r}: expected an array of numbers, or base64 of float32, found {what}")
+        contents = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise DataError(f"{where}: {name!r}: expected an array of numbers, or base64 of float32, found {contents}")
     return value

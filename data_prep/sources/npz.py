@@ -83,5 +83,5 @@ def recognise(place: Place) -> Iterator[Recognised]:
             source = NpzFiles(place.path, reading)
             return (source.record(file.stem, file) for file in files[:SAMPLE])
 
-        what = f"{len(files)} files ID.npz with {', '.join(names)}"
-        yield Recognised(what, "from_npz", {"npz": str(place.path)}, read=read)
+        contents = f"{len(files)} files ID.npz with {', '.join(names)}"
+        yield Recognised(contents, "from_npz", {"npz": str(place.path)}, read=read)

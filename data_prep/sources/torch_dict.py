@@ -80,5 +80,5 @@ def recognise(place: Place) -> Iterator[Recognised]:
     if files:
         little = [file for file in files if file.stat().st_size <= _LITTLE][:1]
         read = (lambda reading: TorchDict(little, reading).first(SAMPLE)) if little else None
-        what = f"tensors by image in {', '.join(file.name for file in files)}"
-        yield Recognised(what, "from_torch", {"torch": listed(files)}, read=read)
+        contents = f"tensors by image in {', '.join(file.name for file in files)}"
+        yield Recognised(contents, "from_torch", {"torch": listed(files)}, read=read)

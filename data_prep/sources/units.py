@@ -67,9 +67,9 @@ class UnitFiles(Source):
 def recognise(place: Place) -> Iterator[Recognised]:
     """A folder of ID.npy, ID.pth or ID.pt, each with the features of an image."""
     if files := unit_files(place):
-        what = f"{len(files)} files ID{files[0].suffix}, the first of shape {list(open_units(files[0]).shape)}"
+        contents = f"{len(files)} files ID{files[0].suffix}, the first of shape {list(open_units(files[0]).shape)}"
         yield Recognised(
-            what,
+            contents,
             "from_grid_feats",
             {"grids": str(place.path)},
             read=partial(first_units, files, "grid"),
@@ -171,8 +171,8 @@ def refusal(shape: Sequence[int]) -> str:
     stands_out = width >= 2 * max(channels, height) or channels == height < width
     if width < _STEP and not stands_out:
         return ""
-    what = "looks like [h, w, D]" if width > max(channels, height) else "may as well be [h, w, D]"
-    return f"expected a map [D, h, w], this {what}; {flags}"
+    shape = "looks like [h, w, D]" if width > max(channels, height) else "may as well be [h, w, D]"
+    return f"expected a map [D, h, w], this {shape}; {flags}"
 
 
 def narrow(units: int, width: int) -> bool:

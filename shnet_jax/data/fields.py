@@ -24,24 +24,24 @@ def checked_fields(given: Mapping[str, np.ndarray], wanted: Sequence[str], datas
             f"the model reads {', '.join(wanted)} of each image; "
             f"found {', '.join(f'{name} of {count}' for name, count in counts.items()) or 'nothing'}"
         )
-    found = {name: _checked(name, np.asarray(given[name]), dataset) for name in wanted if name in given}
+    arrays = {name: _checked(name, np.asarray(given[name]), dataset) for name in wanted if name in given}
     for unit, mask in MASKS.items():
-        if unit in found and mask in found:
-            if found[mask].shape[1] != found[unit].shape[1]:
+        if unit in arrays and mask in arrays:
+            if arrays[mask].shape[1] != arrays[unit].shape[1]:
                 raise ValueError(
-                    f"{mask}: expected {found[unit].shape[1]} values an image, one for each of {unit}, "
-                    f"found {found[mask].shape[1]}"
+                    f"{mask}: expected {arrays[unit].shape[1]} values an image, one for each of {unit}, "
+                    f"found {arrays[mask].shape[1]}"
                 )
-            _refuse(mask, ~found[mask].any(axis=1), "at least one that is real", "none")
-    return found
+            _refuse(mask, ~arrays[mask].any(axis=1), "at least one that is real", "none")
+    return arrays
 
 
 def _checked(name: str, values: np.ndarray, dataset: DataSet) -> np.ndarray:
     like = dataset.features[name]
     shape, free = like.shape, name in FIELDS and FIELDS[name].counts_units
     fits = values.ndim == 1 + len(shape) and all(
-        size is None or size == found or (free and axis == 0)
-        for axis, (size, found) in enumerate(zip(shape, values.shape[1:], strict=False))
+        size is None or size == actual or (free and axis == 0)
+        for axis, (size, actual) in enumerate(zip(shape, values.shape[1:], strict=False))
     )
     if not fits:
         wanted = ", ".join(

@@ -137,8 +137,8 @@ def read_index(folder: Path, split: str) -> Index | None:
     expected |= {"identities": "i"} if "identities" in arrays else {}
     for name, kinds in expected.items():
         if name not in arrays or arrays[name].ndim != 1 or arrays[name].dtype.kind not in kinds:
-            found = f"{arrays[name].dtype} {list(arrays[name].shape)}" if name in arrays else "none"
-            raise _damaged(path, f"{expectation}: {name} [n] of dtype kind {kinds}, found {found}")
+            shape = f"{arrays[name].dtype} {list(arrays[name].shape)}" if name in arrays else "none"
+            raise _damaged(path, f"{expectation}: {name} [n] of dtype kind {kinds}, found {shape}")
     index = Index(
         arrays["image_ids"],
         arrays["caption_counts"],

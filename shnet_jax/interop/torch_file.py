@@ -104,8 +104,8 @@ def open_torch_file(path: str | Path, scale: int = 1) -> TorchFile:
         if start == _LEGACY_START:
             return _open_legacy(path, file, scale)
         if not start.startswith(b"PK\x03\x04"):
-            what = "a tar archive of torch 0.1" if _is_tar(file) else "no file of torch.save"
-            raise ValueError(f"{path}: {what}; expected its zip archive or its stream of pickles (cut off?)")
+            contents = "a tar archive of torch 0.1" if _is_tar(file) else "no file of torch.save"
+            raise ValueError(f"{path}: {contents}; expected its zip archive or its stream of pickles (cut off?)")
         try:
             with zipfile.ZipFile(file) as archive:
                 return _open_zip(path, file, archive.infolist(), scale)

@@ -98,7 +98,9 @@ def _options(name: str, module: ModuleType, config: ConfigDict, length: Training
     unknown = sorted(set(options) - set(takes))
     missing = sorted(n for n, p in takes.items() if p.default is p.empty and n not in options)
     if unknown or missing:
-        faults = [f"{what} {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
+        faults = [
+            f"{problem} {', '.join(names)}" for problem, names in (("unknown", unknown), ("missing", missing)) if names
+        ]
         raise ValueError(
             f"options loss.{name}: {'; '.join(faults)}; {module.__name__} takes {', '.join(sorted(takes))}"
         )

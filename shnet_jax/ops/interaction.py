@@ -140,9 +140,9 @@ def _attend(own: _Items, other: _Items, positive: Array, sharpness: float, how: 
         count = jnp.maximum(jnp.sum(mask, axis=1), 1)
         score = score + how.local / len(how.attend) * jnp.sum(aligned, axis=1) / count
     if how.cross:
-        whole = _pairs(jnp.broadcast_to(other.vector[:, None, None, :], (t, n, 1, d)))
-        shares = masked_softmax(how.cross_sharpness * cosine(refined, whole), mask)
-        score = score + how.cross * cosine(jnp.sum(shares[..., None] * refined, axis=1), whole[:, 0])
+        global_scores = _pairs(jnp.broadcast_to(other.vector[:, None, None, :], (t, n, 1, d)))
+        shares = masked_softmax(how.cross_sharpness * cosine(refined, global_scores), mask)
+        score = score + how.cross * cosine(jnp.sum(shares[..., None] * refined, axis=1), global_scores[:, 0])
     return score.reshape(t, n)
 
 

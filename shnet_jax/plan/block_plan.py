@@ -92,10 +92,10 @@ def measure_pairs(cost: PairCost, mesh: Mesh) -> float:
 
 def _sides(cost: PairCost, rows: int, columns: int, mesh: Mesh) -> tuple[Any, Any, Any]:
     """Shapes of the score's parameters, of a round's images and of its captions."""
-    split, whole = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=whole), cost.score_params)
+    split, replicated = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=replicated), cost.score_params)
     image, text = cost.items
-    return params, item_shapes(image, rows * mesh.size, split), item_shapes(text, columns, whole)
+    return params, item_shapes(image, rows * mesh.size, split), item_shapes(text, columns, replicated)
 
 
 def _blocks(n: int, t: int, mesh: Mesh, tile: int) -> tuple[int, int, int]:

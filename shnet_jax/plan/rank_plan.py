@@ -127,7 +127,7 @@ def _compile_round(
     rows: int, columns: int, items: Items, mesh: Mesh, score: Score
 ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
     """The programs that score tiles of rows x columns and count."""
-    split, whole = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
+    split, replicated = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
 
     def queries(count: int, sharding: NamedSharding) -> Queries:
         dtypes: Any = Queries(jnp.int32, bool, jnp.int32, jnp.float32)  # type: ignore[arg-type]
@@ -135,9 +135,9 @@ def _compile_round(
 
     run, total = programs(score, mesh), rows * mesh.size
     image, text = (score_inputs(score, item) for item in items)
-    scored = run.scores.lower(item_shapes(image, total, split), item_shapes(text, columns, whole))
+    scored = run.scores.lower(item_shapes(image, total, split), item_shapes(text, columns, replicated))
     scores = jax.ShapeDtypeStruct((total, columns), scored.out_info.dtype, sharding=split)
-    counted = run.count.lower(scores, queries(total, split), queries(columns, whole))
+    counted = run.count.lower(scores, queries(total, split), queries(columns, replicated))
     return scored.compile(), counted.compile()
 
 

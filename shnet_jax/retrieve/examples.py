@@ -95,8 +95,8 @@ def _by_caption(searcher: Searcher, rows: np.ndarray, ranks: QueryRanks, k: int)
 def _by_image(searcher: Searcher, rows: np.ndarray, ranks: QueryRanks, k: int) -> list[Example]:
     """The k captions that each image finds."""
     best = searcher.best_captions(take(searcher.embeddings.images, rows), k)
-    own = np.array([searcher.best_own_caption(row) for row in rows.tolist()], np.int64)
-    return _examples(rows, ranks.i2t, own, best)
+    best_own = np.array([searcher.best_own_caption(row) for row in rows.tolist()], np.int64)
+    return _examples(rows, ranks.i2t, best_own, best)
 
 
 def _examples(rows: np.ndarray, ranks: np.ndarray, matches: np.ndarray, best: TopK) -> list[Example]:
