@@ -80,13 +80,15 @@ class Candidates:
             return carry, axis.sum_scatter(gradients, self.axis)
 
         def add(state: tuple[Carry, Embedding], block: Block) -> tuple[Carry, Embedding]:
+            # The sums travel a visit behind their block, so that they and the next block travel during the products.
             carry, sums = state
+            sums = axis.ring_shift(sums, self.axis)
             carry, gradient = visit(carry, block)
-            # The sums travel with their block; after the whole ring they are back home.
-            return carry, axis.ring_shift(jax.tree.map(jnp.add, sums, gradient), self.axis)
+            return carry, jax.tree.map(jnp.add, sums, gradient)
 
         zeros = jax.tree.map(jnp.zeros_like, dataclasses.replace(self.items, mask=None))
-        return self._around(add, (carry, zeros))
+        carry, sums = self._around(add, (carry, zeros))
+        return carry, axis.ring_shift(sums, self.axis)  # those of the last visit are one device from home
 
     def take(self, rows: Array) -> Embedding:
         """Candidates in these rows [b] of the global batch; differentiable."""
