@@ -18,6 +18,7 @@ from shnet_jax.evaluation.encode import Towers, encode_parts
 from shnet_jax.evaluation.pair_scores import digest
 from shnet_jax.evaluation.protocols import Results
 from shnet_jax.evaluation.ranking_methods import candidates
+from shnet_jax.evaluation.tiles import tile_size
 from shnet_jax.modes.evaluate import evaluate_checkpoint
 from shnet_jax.modes.study import Run
 from shnet_jax.modes.study import study as run_study
@@ -171,7 +172,7 @@ class Retriever:
             ids = make_ids(self.dataset, split)
             images, texts = self.encode_images(split), self.encode_texts(ids.captions)
             self._galleries[split] = Embeddings(Path(), {"split": split}, ids, images, texts)
-        options = self.config.eval.tile, self._mesh, self._candidates
+        options = tile_size(self.config.eval, self._mesh), self._mesh, self._candidates
         return Searcher(self._galleries[split], self.loaded.score, *options)
 
 

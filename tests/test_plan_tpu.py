@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
+import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from configs import base, demo
 from data_prep.scenes import write as scenes
 from data_prep.scenes.features import REGION_SIZE
+from shnet_jax.losses import total
+from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.modes import plan as plan_mode
 from shnet_jax.observe.hardware import GIB, target_devices
-from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.parallel import axis
+from shnet_jax.parallel.mapping import data_mesh, map_step
 from shnet_jax.plan import programs
 from shnet_jax.plan.planned_run import describe, variable_shapes
+from shnet_jax.types import DATA, Context, Embedding
 from tests.test_plan import needs_libtpu, small
 
 
@@ -90,3 +97,55 @@ def test_a_global_batch_of_32768_fits():
     assert found.work.loops_once == 0
     # Two forward passes and a backward one, as much as two: 4 x 2 operations for each weight of the layers and token.
     assert found.work.flops > 8 * 85e6 * pairs * 32
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+def test_a_ring_sends_while_it_scores():
+    """Blocks travel during the products of a visit: forward with the scores, backward with all three products.
+
+    A product is a fusion of kind kOutput on a TPU; of the sums of gradients two products are left to wait for.
+    """
+    mesh = data_mesh(target_devices("tpu:v5e:2x4"))
+    params, compute = total.build(
+        ConfigDict(
+            {
+                "weights": {"sigmoid": 1.0},
+                "sigmoid": base.get_config().loss.sigmoid.to_dict(),
+                "pairs": {"strategy": "ring", "tile": 128},
+            }
+        ),
+        4,
+    )
+
+    def step(step, batch):
+        def share(images, texts):
+            context = Context(step=step, params=params, score=RetrievalModel.score, axis=DATA)
+            return compute(Embedding(images), Embedding(texts), batch["ids"], context)["loss"]
+
+        value, gradients = jax.value_and_grad(share, argnums=(0, 1))(batch["images"], batch["texts"])
+        return axis.psum((value, jnp.vdot(*gradients)), DATA)
+
+    size, dim = 2048, 256
+    vectors = jax.ShapeDtypeStruct((size, dim), jnp.float32)
+    batch = {"images": vectors, "texts": vectors, "ids": jax.ShapeDtypeStruct((size,), jnp.int32)}
+    text = map_step(step, mesh).lower(jax.ShapeDtypeStruct((), jnp.int32), batch).compile().as_text()
+    block = f"f32[{size // mesh.size},{dim}]"
+    in_loops = [
+        sent for body in re.split(r"\n(?=%)", text.split("\nENTRY")[0]) if (sent := _products_meanwhile(body, block))
+    ]
+    assert sorted(in_loops) == [[1], [2, 3]]
+
+
+def _products_meanwhile(body, shape):
+    """How many products are computed while each array of this shape is on its way, in a body of a loop."""
+    started, products, counts = {}, 0, []
+    for line in body.splitlines():
+        name = line.split("=")[0].strip().lstrip("%")
+        if "collective-permute-start(" in line and f"({shape}" in line:
+            started[name] = products
+        elif "collective-permute-done(" in line and (source := line.split("done(%")[-1].split(")")[0]) in started:
+            counts.append(products - started[source])
+        products += "kind=kOutput" in line
+    return sorted(counts)

@@ -26,7 +26,7 @@ from shnet_jax.evaluation.pair_scores import digest, open_folder
 from shnet_jax.evaluation.protocols import Provenance, Results, count_folds, evaluate
 from shnet_jax.evaluation.ranking_methods import RankingMethod, RankingMethods
 from shnet_jax.evaluation.ranks import check_captions
-from shnet_jax.evaluation.tiles import tile_shape
+from shnet_jax.evaluation.tiles import tile_shape, tile_size
 from shnet_jax.experiment import Experiment
 from shnet_jax.models.contract import has_static_score, scorer
 from shnet_jax.parallel.mapping import data_mesh
@@ -65,7 +65,7 @@ class Evaluator:
         self._gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
         n, t = self._gallery.images, len(self._gallery.captions)
         check_captions(self._gallery.caption_image, n, t)
-        tile_shape(n, t, config.eval.tile)
+        tile_shape(n, t, tile_size(config.eval, mesh))
         self._check_folds(config.eval.protocols[:1])
         self.methods = make_ranking_methods(experiment, mesh)
 
@@ -134,7 +134,7 @@ def choose_ranking_methods(
     methods, in_blocks = make_ranking_methods(experiment, mesh), not has_static_score(experiment.model)
     blocks = None
     if (evaluation.two_stage or in_blocks) and jax.process_count() == 1:
-        blocks = open_folder(folder, _identity(experiment, variables, provenance))
+        blocks = open_folder(folder, _identity(experiment, variables, provenance, mesh))
     if evaluation.two_stage:
         chosen += [methods.vectors(), methods.rerank(variables, blocks)]
     if (in_blocks or evaluation.two_stage) and (evaluation.exact or not chosen):
@@ -142,7 +142,7 @@ def choose_ranking_methods(
     return chosen
 
 
-def _identity(experiment: Experiment, variables: dict[str, Any], provenance: Provenance) -> dict[str, Any]:
+def _identity(experiment: Experiment, variables: dict[str, Any], provenance: Provenance, mesh: Mesh) -> dict[str, Any]:
     """JSON values that tell which scores a folder of blocks holds."""
     config = experiment.config
     return {
@@ -152,7 +152,7 @@ def _identity(experiment: Experiment, variables: dict[str, Any], provenance: Pro
         "variables": digest(variables),
         "model": config.model.to_dict(),
         "data": config.data.to_dict(),
-        "tile": config.eval.tile,
+        "tile": tile_size(config.eval, mesh),
     }
 
 
@@ -168,7 +168,7 @@ def evaluate_embedded(
     check_score_dtype(embedded.score, evaluation.score_dtype)
     # Extra metrics are of the model's score, so of no other ranking method.
     by_score = embedded.method is None or embedded.method.exact
-    values = extra_metrics(embedded, extra, evaluation.tile, _ranking_mesh(mesh)) if by_score else {}
+    values = extra_metrics(embedded, extra, tile_size(evaluation, mesh), _ranking_mesh(mesh)) if by_score else {}
     by_protocol = {}
     for protocol in evaluation.protocols:
         results = _evaluate_by(embedded, protocol, evaluation, mesh)
@@ -191,7 +191,7 @@ def _evaluate_by(embedded: Embedded, protocol: str, evaluation: ConfigDict | Fro
         embedded.score,
         protocol,
         embedded.provenance,
-        tile=evaluation.tile,
+        tile=tile_size(evaluation, mesh),
         mesh=_ranking_mesh(mesh),
         score_dtype=evaluation.score_dtype,
         method=embedded.method,

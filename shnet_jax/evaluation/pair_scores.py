@@ -26,7 +26,7 @@ from shnet_jax.evaluation.ranks import Ranks, ranks
 from shnet_jax.evaluation.tiles import Side, Tile, Tiling, make_tiling, prefetch_one, show_progress
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.observe.files import atomic_path, write_text
-from shnet_jax.parallel.mapping import Mapped, map_specs, replicate
+from shnet_jax.parallel.mapping import Mapped, map_specs, on_cpu, replicate
 from shnet_jax.types import DATA, Array, Embedding
 
 IDENTITY = "identity.json"
@@ -84,8 +84,12 @@ GROUP = 8
 
 Alone, a pair has arrays with axes of 1, whose sums are slow on a CPU."""
 
-LISTED_AT_ONCE = 4
-"""Groups that a device scores at once."""
+LISTED_ON_CPU, LISTED = 4, 128
+
+
+def listed_at_once(mesh: Mesh) -> int:
+    """Groups that a device of the mesh scores at once: few on a CPU, many where starting a kernel costs more."""
+    return LISTED_ON_CPU if on_cpu(mesh) else LISTED
 
 
 def make_programs(model: RetrievalModel, mesh: Mesh) -> tuple[Mapped, Mapped]:
@@ -104,7 +108,7 @@ def make_programs(model: RetrievalModel, mesh: Mesh) -> tuple[Mapped, Mapped]:
             )
             return score(image, texts_of)[0]
 
-        return jax.lax.map(one, (rows, columns), batch_size=min(LISTED_AT_ONCE, rows.shape[0]))
+        return jax.lax.map(one, (rows, columns), batch_size=min(listed_at_once(mesh), rows.shape[0]))
 
     split, copied = P(DATA), P()
     return (
@@ -260,7 +264,8 @@ def _lay_out(tiling: Tiling, rows: np.ndarray, columns: np.ndarray) -> ListedPai
     # A chunk holds most blocks at once, and is a multiple of what a device scores at once.
     counts = np.diff(starts)
     typical = int(np.median(counts[counts > 0])) if counts.any() else 1
-    chunk = -(-max(typical, 1) // LISTED_AT_ONCE) * LISTED_AT_ONCE
+    at_once = listed_at_once(tiling.mesh)
+    chunk = -(-max(typical, 1) // at_once) * at_once
     return ListedPairs(tiling, rows, place, groups, starts, chunk)
 
 

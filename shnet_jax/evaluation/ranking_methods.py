@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import token_buckets
@@ -27,10 +30,17 @@ from shnet_jax.evaluation.pair_scores import (
     score_matrix,
 )
 from shnet_jax.evaluation.ranks import Ranks, ranks
-from shnet_jax.evaluation.tiles import take, vectors_of
-from shnet_jax.evaluation.top_k import TopK, top_k
+from shnet_jax.evaluation.tiles import check_no_nan, prefetch_one, take, tile_size, vectors_of
+from shnet_jax.evaluation.top_k import NONE, TopK, top_k
 from shnet_jax.models.contract import RetrievalModel, has_static_score
-from shnet_jax.types import Embedding, Score
+from shnet_jax.parallel.mapping import Mapped, map_specs, on_cpu
+from shnet_jax.types import DATA, Array, Embedding, Score
+
+CANDIDATE_BYTES = 64 * 2**20
+"""Most bytes of candidates that a device is given at once."""
+
+PAIRS_ON_CPU, PAIRS = 64, 4096
+"""Pairs of candidates that a device scores at once: arrays of few on a CPU, few programs of many elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +94,7 @@ class RankingMethods:
 
     def __init__(self, model: RetrievalModel, config: FrozenConfigDict, mesh: Mesh):
         self._model, self._config, self._mesh = model, config, mesh
-        self._programs = make_programs(model, mesh)
+        self._programs, self._tile = make_programs(model, mesh), tile_size(config.eval, mesh)
 
     def exact(self, variables: Mapping[str, Any], folder: Path | None = None) -> RankingMethod:
         """Exact ranking of every query against the whole gallery. folder: `pair_scores.open_folder`, for blocks."""
@@ -92,12 +102,12 @@ class RankingMethods:
 
         def streamed(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranked:
             dtype = evaluation.score_dtype
-            ranked = ranks(images, texts, owner, self._model.score, evaluation.tile, self._mesh, dtype)
+            ranked = ranks(images, texts, owner, self._model.score, self._tile, self._mesh, dtype)
             return Ranked(ranked, len(images.vector) * len(texts.vector))
 
         def in_blocks(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranked:
             scores = score_matrix(images, texts, scorer, _fold_folder(folder, images, fold))
-            return Ranked(ranks_of(scores, owner, evaluation.tile, self._mesh), scores.size)
+            return Ranked(ranks_of(scores, owner, self._tile, self._mesh), scores.size)
 
         return RankingMethod("exact", streamed if has_static_score(self._model) else in_blocks)
 
@@ -118,13 +128,13 @@ class RankingMethods:
 
         def function(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranked:
             vectors = vectors_of(images), vectors_of(texts)
-            return Ranked(ranks(*vectors, owner, RetrievalModel.score, self._config.eval.tile, self._mesh), 0)
+            return Ranked(ranks(*vectors, owner, RetrievalModel.score, self._tile, self._mesh), 0)
 
         return RankingMethod("global vectors", function, "by the product of global vectors alone")
 
     def _scorer(self, variables: Mapping[str, Any]) -> PairScorer:
-        tile, buckets = self._config.eval.tile, token_buckets(self._config.data)
-        return pair_scorer(self._model, self._programs, variables["params"], self._mesh, tile, buckets)
+        buckets = token_buckets(self._config.data)
+        return pair_scorer(self._model, self._programs, variables["params"], self._mesh, self._tile, buckets)
 
 
 def _fold_folder(folder: Path | None, images: Embedding, fold: int) -> Path | None:
@@ -151,21 +161,58 @@ def candidates(evaluation: ConfigDict | FrozenConfigDict) -> int:
 
 
 def best_candidates(
-    queries: Embedding, gallery: Embedding, items: np.ndarray, k: int, score: Score, tile: int, mesh: Mesh
+    queries: Embedding, gallery: Embedding, items: np.ndarray, k: int, score: Score, mesh: Mesh
 ) -> TopK:
     """The k best of each query's candidates by the score; -1 and -inf behind the last one.
 
-    items: [q, c] rows of the gallery, -1 for none. The other arguments, order and errors are those of `top_k.top_k`.
+    items: [q, c] rows of the gallery, -1 for none. score, mesh: as for `top_k.top_k`, whose order and errors these are.
     """
-    k = min(k, items.shape[1])
-    index, values = np.full((len(items), k), -1, np.int64), np.full((len(items), k), -np.inf, np.float32)
-    for query, candidate_rows in enumerate(items):
-        rows = np.sort(candidate_rows[candidate_rows >= 0])  # equal scores rank by the smaller row
-        if len(rows):
-            best = top_k(take(queries, np.array([query])), take(gallery, rows), k, score, tile, mesh)
-            places = best.index.shape[1]
-            index[query, :places], values[query, :places] = rows[best.index[0]], best.score[0]
-    return TopK(index, values)
+    q, c = items.shape
+    k = min(k, c)
+    if not q:
+        return TopK(np.empty((0, k), np.int64), np.empty((0, k), np.float32))
+    rows = np.sort(np.where(items < 0, NONE, items), axis=1)  # equal scores rank by the smaller row
+    real = rows != NONE
+    part = mesh.size * _queries_at_once(gallery, -(-q // mesh.size), c)
+    sharding, program = NamedSharding(mesh, P(DATA)), _candidate_scores(score, mesh)
+
+    def dispatch(start: int) -> tuple[slice, Array]:
+        numbers = np.minimum(np.arange(start, start + part), q - 1)  # padding repeats the last query
+        candidates = take(gallery, np.where(real[numbers], rows[numbers], 0))
+        placed = jax.device_put(jax.tree.map(np.asarray, (take(queries, numbers), candidates)), sharding)
+        return slice(start, min(start + part, q)), program(*placed)
+
+    scores = np.empty((q, c), np.float32)
+    for answered, on_devices in prefetch_one(map(dispatch, range(0, q, part))):
+        scores[answered] = np.asarray(on_devices, np.float32)[: answered.stop - answered.start]
+    check_no_nan(int((np.isnan(scores) & real).sum()), q, c)
+    scores = np.where(real, scores, -np.inf) + np.float32(0)  # -0.0 and 0.0 are a tie
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    index = np.where(real, rows, -1).astype(np.int64)
+    return TopK(np.take_along_axis(index, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+
+def _queries_at_once(gallery: Embedding, q: int, candidates: int) -> int:
+    """Queries of which a device holds all candidates: a power of two, so that a few programs serve all searches."""
+    bytes_per_query = candidates * sum(leaf[:1].nbytes for leaf in jax.tree.leaves(gallery))
+    fits = max(1, CANDIDATE_BYTES // bytes_per_query)
+    return min(1 << (q - 1).bit_length(), 1 << (fits.bit_length() - 1))
+
+
+@lru_cache(maxsize=8)
+def _candidate_scores(score: Score, mesh: Mesh) -> Mapped:
+    """The program (queries [m], their candidates [m, c], both split over the devices) -> scores [m, c]."""
+    pairs = PAIRS_ON_CPU if on_cpu(mesh) else PAIRS
+
+    def of_query(pair: tuple[Embedding, Embedding]) -> Array:
+        query, candidates = pair
+        return score(candidates, jax.tree.map(lambda a: a[None], query))[:, 0]
+
+    def scores(queries: Embedding, candidates: Embedding) -> Array:
+        m, c = candidates.vector.shape[:2]
+        return jax.lax.map(of_query, (queries, candidates), batch_size=min(m, max(1, pairs // c)))
+
+    return map_specs(scores, mesh, (P(DATA), P(DATA)), P(DATA))
 
 
 def rerank_top_k(
@@ -173,7 +220,7 @@ def rerank_top_k(
 ) -> TopK:
     """`top_k.top_k` among the `count` candidates of each query, or k where that is more, which its vector finds."""
     nearest = top_k(vectors_of(queries), vectors_of(gallery), max(k, count), RetrievalModel.score, tile, mesh)
-    return best_candidates(queries, gallery, nearest.index, k, score, tile, mesh)
+    return best_candidates(queries, gallery, nearest.index, k, score, mesh)
 
 
 def rerank(

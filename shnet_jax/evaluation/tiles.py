@@ -20,14 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.clock import Clock
 from shnet_jax.observe.progress import Progress
 from shnet_jax.parallel import axis
-from shnet_jax.parallel.mapping import Mapped, data_mesh, map_specs
+from shnet_jax.parallel.mapping import Mapped, data_mesh, map_specs, on_cpu
 from shnet_jax.types import DATA, Array, Embedding
 
+TILE_ON_CPU, TILE = 512, 2048  # images of a tile unless config.eval.tile says how many
 CAPTIONS_PER_ROW = 8  # a tile has this many captions for each of its images: 512 x 4096 float32 scores are 8 MiB
 
 Items = Any
@@ -181,6 +183,14 @@ def make_tiling(
     return Tiling(images, texts, owner, order, rows, columns, mesh or data_mesh(jax.devices()[:1]))
 
 
+def tile_size(evaluation: ConfigDict | FrozenConfigDict, mesh: Mesh) -> int:
+    """Images of a score tile: config.eval.tile, or where it is 0 the size for the devices of `mesh`.
+
+    A CPU keeps a small tile in its cache; an accelerator takes longer to be told of one than to compute it.
+    """
+    return evaluation.tile or (TILE_ON_CPU if on_cpu(mesh) else TILE)
+
+
 def tile_shape(n: int, t: int, tile: int) -> tuple[int, int]:
     """Images and captions of a tile, of a gallery of n images and t captions. Raises ValueError below 1."""
     if tile < 1:
@@ -204,8 +214,9 @@ def vectors_of(items: Embedding) -> Embedding:
 
 
 def take(items: Tree, rows: np.ndarray) -> Tree:
-    """Items of the given rows, in that order."""
-    return jax.tree.map(lambda a: a[rows], items)
+    """Items of the given rows, in that order; those that lie side by side on the host are not copied."""
+    adjoin = rows.ndim == 1 and len(rows) > 0 and bool((np.diff(rows) == 1).all())
+    return jax.tree.map(lambda a: a[rows[0] : rows[-1] + 1] if adjoin else a[rows], items)
 
 
 def prefetch_one(dispatched: Iterable[T]) -> Iterator[T]:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.evaluation.encode import check
 from shnet_jax.evaluation.pipelined import schedule_text
+from shnet_jax.evaluation.tiles import tile_size
 from shnet_jax.experiment import settle_dtypes
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.observe.files import write_json
@@ -120,7 +121,7 @@ def _rankings(run: PlannedRun, mesh: Mesh) -> dict[str, RankPlan]:
     """Plans of the ranking methods of --mode=eval, by name; with seconds if the devices are local."""
     evaluation, model, items = run.config.eval, run.model, embedding_shapes(run)
     n, t = gallery_size(run)
-    tile, local = evaluation.tile, mesh.devices.flat[0].platform != "tpu"
+    tile, local = tile_size(evaluation, mesh), mesh.devices.flat[0].platform != "tpu"
     log.info("compiling the ranking")
 
     def in_tiles(score: Score) -> RankPlan:

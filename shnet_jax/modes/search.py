@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.evaluation.encode import Tower, Towers
 from shnet_jax.evaluation.ranking_methods import candidates
+from shnet_jax.evaluation.tiles import tile_size
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.table import Table
@@ -65,7 +66,8 @@ def open_search(config: ConfigDict, workdir: Path) -> tuple[Loaded, Tower, Searc
         require(config.search.index)  # before hours of embedding
     embeddings = split_embeddings(loaded, config, workdir, mesh)
     _, tower = Towers(loaded.experiment, mesh, mesh).place(loaded.variables)
-    return loaded, tower, Searcher(embeddings, loaded.score, config.eval.tile, mesh, count, config.search)
+    tile = tile_size(config.eval, mesh)
+    return loaded, tower, Searcher(embeddings, loaded.score, tile, mesh, count, config.search)
 
 
 def read_queries(query: str, query_file: str) -> list[str]:

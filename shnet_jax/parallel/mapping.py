@@ -54,6 +54,11 @@ def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.asarray(devices), (DATA,), axis_types=(AxisType.Auto,))
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether the devices of a mesh are CPUs, real or virtual; their best sizes are small."""
+    return bool(mesh.devices.flat[0].platform == "cpu")
+
+
 def grid_mesh(devices: Sequence[jax.Device], shape: Mapping[str, int]) -> Mesh:
     """The devices as a mesh of several axes: {axis name: size}, the last one varying fastest.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shnet_jax.evaluation.pair_scores import GROUP, LISTED_AT_ONCE, make_programs
+from shnet_jax.evaluation.pair_scores import GROUP, listed_at_once, make_programs
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.compiled import memory
 from shnet_jax.observe.work import work
@@ -63,7 +63,8 @@ def plan_two_stage(first: RankPlan, k: int, cost: PairCost, mesh: Mesh, tile: in
     rows, columns, rounds = _blocks(n, t, mesh, tile)
     pairs = min(n * t, n * min(k, t) + t * min(k, n))
     full = -(-pairs // (rounds * mesh.size * GROUP)) + rows // 2  # and half a group of padding for each image
-    size = -(-full // LISTED_AT_ONCE) * LISTED_AT_ONCE * mesh.size
+    at_once = listed_at_once(mesh)
+    size = -(-full // at_once) * at_once * mesh.size
     split = NamedSharding(mesh, P(DATA))
     listed = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for shape in ((size,), (size, GROUP))]
     compiled = make_programs(cost.model, mesh)[1].lower(*_sides(cost, rows, columns, mesh), *listed).compile()

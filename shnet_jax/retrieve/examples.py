@@ -14,7 +14,7 @@ from shnet_jax.evaluation.extra_metrics import NO_EXTRA_METRICS
 from shnet_jax.evaluation.metrics import QueryRanks
 from shnet_jax.evaluation.protocols import Provenance
 from shnet_jax.evaluation.ranking_methods import candidates
-from shnet_jax.evaluation.tiles import take
+from shnet_jax.evaluation.tiles import take, tile_size
 from shnet_jax.evaluation.top_k import TopK
 from shnet_jax.experiment import Experiment
 from shnet_jax.retrieve.embeddings import Embeddings
@@ -53,7 +53,8 @@ def collect(
     ranks = by_protocol["whole"].queries
     assert ranks is not None  # `evaluate_embedded` gives them
 
-    searcher, k = Searcher(embeddings, gallery.score, config.eval.tile, mesh, candidates(config.eval)), counts.results
+    tile, k = tile_size(config.eval, mesh), counts.results
+    searcher = Searcher(embeddings, gallery.score, tile, mesh, candidates(config.eval))
     ids, n = embeddings.ids, len(embeddings.ids.image_ids)
     rows = spaced(n, counts.queries)
     captions = ids.first[rows] + np.arange(len(rows)) % np.diff(ids.first)[rows]  # not the first caption of each

@@ -62,7 +62,7 @@ class Searcher:
     Args:
       embeddings: of the gallery.
       score: of the model.
-      tile: config.eval.tile.
+      tile: of `tiles.tile_size`.
       mesh: devices.
       candidates: items of each query that the vectors find and a score other than their product re-ranks; 0: the score
         sees the whole gallery.
@@ -148,7 +148,7 @@ class Searcher:
         vectors = np.asarray(queries.vector, np.float32)
         nearest = self.indexes[side].index.search(vectors, min(max(k, self._candidates), len(gallery.vector)))
         if self._candidates:
-            return best_candidates(queries, gallery, nearest.index, k, score, *self._options)
+            return best_candidates(queries, gallery, nearest.index, k, score, self._options[1])
         return rescored(nearest, vectors, gallery.vector)
 
     def _hits(self, target: str, best: TopK, query: int, k: int, without: int = -1) -> tuple[Hit, ...]:

@@ -42,6 +42,7 @@ MAX_RESULTS = 100
 MAX_QUERIES = 64  # of a request, and of a batch
 MAX_LETTERS = 2000  # of a query
 MAX_BODY = 2**20
+MAX_READ = 16 * MAX_BODY  # a client that still sends when it is refused may not read why
 SHOWN = 20  # results on the page
 
 STYLE = """
@@ -225,13 +226,15 @@ def _count(value: object) -> int:
 
 async def _batch_of(request: Request) -> tuple[list[str], int]:
     """The queries and the number of results of a POST request. Raises ValueError or HTTPException."""
-    if int(request.headers.get("content-length") or 0) > MAX_BODY:
-        raise HTTPException(413, f"expected at most {MAX_BODY} bytes")
-    body = b""
+    body, received = b"", 0
     async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise HTTPException(413, f"expected at most {MAX_BODY} bytes")
+        received += len(part)
+        if received > MAX_READ:
+            break
+        if received <= MAX_BODY:
+            body += part
+    if received > MAX_BODY:
+        raise HTTPException(413, f"expected at most {MAX_BODY} bytes")
     document = parse_json(body, "the body of the request")
     queries = document.get("queries") if isinstance(document, dict) else None
     if not isinstance(queries, list) or not 1 <= len(queries) <= MAX_QUERIES:

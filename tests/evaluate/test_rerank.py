@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shnet_jax.evaluation import pair_scores
+from shnet_jax.evaluation import pair_scores, ranking_methods
 from shnet_jax.evaluation.pair_scores import (
     listed_scores,
     make_programs,
@@ -19,7 +19,7 @@ from shnet_jax.evaluation.pair_scores import (
     score_matrix,
 )
 from shnet_jax.evaluation.protocols import evaluate
-from shnet_jax.evaluation.ranking_methods import RankingMethod, caption_candidates, rerank
+from shnet_jax.evaluation.ranking_methods import RankingMethod, best_candidates, caption_candidates, rerank
 from shnet_jax.evaluation.ranks import Ranks, ranks
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.parallel.mapping import data_mesh
@@ -215,3 +215,30 @@ def test_nan_and_no_candidates_are_errors():
         rerank(broken, texts, owner, T, made())
     with pytest.raises(ValueError, match="two_stage is 0"):
         rerank(images, texts, owner, 0, made())
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("part", [1, 10**9])
+def test_candidates_of_any_number_of_queries(devices, part, monkeypatch):
+    """In parts of any size: the highest scores first, of equal ones the smaller row, -1 behind the last candidate."""
+    monkeypatch.setattr(ranking_methods, "CANDIDATE_BYTES", part)
+    rng = np.random.default_rng(0)
+    queries, gallery = (rng.integers(-1, 2, (n, 2)).astype(np.float32) for n in (9, 30))
+    items = np.stack([rng.permutation(30)[:7] for _ in queries])
+    items[0], items[1, 3:] = -1, -1
+    mesh = data_mesh(jax.devices()[:devices])
+    best = best_candidates(Embedding(queries), Embedding(gallery), items, 4, RetrievalModel.score, mesh)
+    for query, candidates in enumerate(items):
+        scores = {row: float(queries[query] @ gallery[row]) for row in candidates if row >= 0}
+        expected = sorted(scores, key=lambda row: (-scores[row], row))[:4]
+        np.testing.assert_array_equal(best.index[query], np.pad(expected, (0, 4 - len(expected)), constant_values=-1))
+        values = [scores[row] for row in expected] + [-np.inf] * (4 - len(expected))
+        np.testing.assert_allclose(best.score[query], values)
+
+
+def test_a_candidate_without_a_score_is_an_error():
+    gallery = Embedding(np.array([[1.0, 0.0], [np.nan, 0.0]], np.float32))
+    queries, mesh = Embedding(np.ones((1, 2), np.float32)), data_mesh(jax.devices()[:1])
+    assert best_candidates(queries, gallery, np.array([[0, -1]]), 1, RetrievalModel.score, mesh).index.item() == 0
+    with pytest.raises(ValueError, match="NaN"):
+        best_candidates(queries, gallery, np.array([[0, 1]]), 1, RetrievalModel.score, mesh)
