@@ -74,15 +74,17 @@ setup: environment
 		echo "$$from" > "$(STAMP)"; \
 	fi
 
+# What one of these commands has compiled, the others load.
+demo: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/runs/compiled
 demo: setup
-	$(PY) -m data_prep.scenes --out=data_sets
+	$(PY) -m data_prep.scenes --out=data_sets --pictures
 	$(VENV)/bin/shnet study --config=demo --workdir=runs/demo
 	$(VENV)/bin/shnet page --workdir=runs/demo/full/seed_0
 	@echo "Tables: runs/demo/study.html; curves: runs/demo/*/seed_0/curves.png; logs: runs/demo/*/seed_0/metrics.jsonl"
 	@echo "What it finds and looks at: open runs/demo/full/seed_0/page_scenes_test.html"
 	@echo "Search it:           $(VENV)/bin/shnet search --workdir=runs/demo/full/seed_0 --query='a red star above the sea'"
 	@echo "  in the browser:    $(VENV)/bin/shnet serve --workdir=runs/demo/full/seed_0"
-	@echo "A longer run:        $(VENV)/bin/shnet train --config=demo --workdir=runs/longer --config.train.epochs=30"
+	@echo "A longer run:        $(VENV)/bin/shnet train --config=scenes --workdir=runs/longer --config.train.epochs=30"
 	@echo "Your features instead of rendered scenes: docs/data.md"
 
 # all-MiniLM-L6-v2 as a PyPI package, a pretrained BERT without any download at run time (its files are checked by sha256

@@ -1,4 +1,4 @@
-"""Reading records and training on them: does the input keep up with the step of the demo?"""
+"""Reading records and training on them: does the input keep up with the step of configs/scenes.py?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.rows import Row, compare
 from benchmarks.timing import interleave
-from configs import demo
+from configs import scenes
 from data_prep.scenes.write import write
 from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.parallel.mapping import put_batch
@@ -37,8 +37,8 @@ QUICK = Sizes(images=64, batch_size=40, steps=8, rounds=2)
 
 
 def configuration(data_set: Path, sizes: Sizes, *, resident: bool) -> ConfigDict:
-    """The demo; its captions padded to one length, so that every step costs the same."""
-    c = demo.get_config()
+    """configs/scenes.py; its captions padded to one length, so that every step costs the same."""
+    c = scenes.get_config()
     c.data.dir = str(data_set)
     c.data.resident = resident
     c.data.token_buckets = (c.data.max_tokens,)
@@ -48,7 +48,7 @@ def configuration(data_set: Path, sizes: Sizes, *, resident: bool) -> ConfigDict
 
 
 class Training:
-    """The steps of the demo, fed by its stream or by one batch that is on the device already."""
+    """The steps of configs/scenes.py, fed by its stream or by one batch that is on the device already."""
 
     def __init__(self, experiment: Experiment):
         self._setup, self._prefetch = setup_training(experiment), experiment.config.data.prefetch
@@ -120,7 +120,7 @@ def _measure(config: ConfigDict, sizes: Sizes, name: str) -> list[Row]:
             "input",
             f"{name}: reading alone",
             times["read"],
-            "the demo's step alone",
+            "the step alone",
             times["step"],
             work=sizes.steps * images,
             unit="images",
@@ -131,7 +131,7 @@ def _measure(config: ConfigDict, sizes: Sizes, name: str) -> list[Row]:
             "input",
             f"{name}: steps on the stream",
             times["fed"],
-            "the demo's step alone",
+            "the step alone",
             times["step"],
             work=sizes.steps * images,
             unit="images",

@@ -105,7 +105,7 @@ def stages(data_set: Path, workdir: Path, images: int, val: int) -> dict[str, Se
     """Command lines for Python: one after another, in this order. The first one writes `data_set`."""
     folder, name = data_set.parents[1], data_set.parent.name
     changes = SMALL | {"data.dir": str(data_set)}
-    common = ["main.py", "--config=configs/demo.py", f"--workdir={workdir}"]
+    common = ["main.py", "--config=configs/scenes.py", f"--workdir={workdir}"]
     common += [f"--config.{name}={value}" for name, value in changes.items()]
     return {
         "import": ["-m", "benchmarks.memory", str(folder), name, f"--images={images}", f"--val={val}"],

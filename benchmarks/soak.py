@@ -1,4 +1,4 @@
-"""Does reading leak? The demo's training stream at full speed, for as many batches as two hours of training take.
+"""Does reading leak? The training stream of scenes.py at full speed, for as many batches as two hours of training take.
 
 Alone, with any number of batches: `python -m benchmarks.soak --batches=1000`.
 """
@@ -30,7 +30,7 @@ WARM = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """batches: 14,400 are two hours of the demo on 2 cores, at 0.5 s a step. images: of the data set."""
+    """batches: 14,400 are two hours of scenes.py on 2 cores, at 0.5 s a step. images: of the data set."""
 
     batches: int = 14400
     images: int = 1280
@@ -50,7 +50,7 @@ def run(sizes: Sizes) -> list[Row]:
     return [
         Row(
             "soak",
-            f"the demo's training stream after {sizes.batches} batches",
+            f"the training stream of scenes.py after {sizes.batches} batches",
             f"after {curve[0][0]} batches",
             memory_bytes=end,
             reference_memory_bytes=start,

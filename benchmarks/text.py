@@ -39,7 +39,7 @@ QUICK = Sizes(images=16, batch=16, layers=2, rounds=2)
 
 
 def caption_lengths(images: int) -> np.ndarray:
-    """Tokens of the demo's captions in a vocabulary that has their words, as BERT's: words, punctuation and 2."""
+    """Tokens of the scenes' captions in a vocabulary that has their words, as BERT's: words, punctuation and 2."""
     captions = (c for i in range(images) for c in scenes.scene(0, i, label_noise=0.0, regions=16)["captions"])
     return np.array([min(len(re.findall(r"\w+|[^\w\s]", caption)) + 2, LIMIT) for caption in captions])
 

@@ -1,11 +1,11 @@
 """SGE of USER, 3SHNet, VSE-infinity and 3SHNet with queues under one recipe, `configs/user_study.py:DATA`.
 
-DATA: flickr8k (default), the recipe of shnet.py:hybrid,flickr8k | demo, that of demo.py.
+DATA: flickr8k (default), the recipe of shnet.py:hybrid,flickr8k | scenes, that of scenes.py.
 """
 
 from ml_collections import ConfigDict
 
-from configs import demo, shnet
+from configs import scenes, shnet
 from configs.variants import choose
 
 
@@ -14,8 +14,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
     SGE has the norm for any number of units, as regions are dropped; keys follow within a short run.
     """
-    (data,) = choose(variant, ("flickr8k", "demo"))
-    c = demo.get_config() if data == "demo" else shnet.get_config("hybrid,flickr8k")
+    (data,) = choose(variant, ("flickr8k", "scenes"))
+    c = scenes.get_config() if data == "scenes" else shnet.get_config("hybrid,flickr8k")
     c.name = f"USER and 3SHNet, one recipe, {data}"
     c.model.user.norm = "layer"
     c.momentum.decay = 0.99

@@ -182,8 +182,14 @@ def dummy_batch(experiment: Experiment) -> Batch:
 def init_variables(experiment: Experiment, seed: int) -> dict[str, Any]:
     """Initial {"params", "batch_stats"}: random from `seed`, the text tower from `config.text.weights` if given."""
     batch = dummy_batch(experiment)
-    init = jax.jit(lambda key: experiment.model.init(key, batch, train=False))
-    variables = nn.meta.unbox(dict(init(jax.random.key(seed))))
+
+    @jax.jit
+    def init(key: jax.Array) -> dict[str, Any]:
+        # Without what the model sows: the forward pass that makes it would be compiled, which takes many seconds.
+        made = experiment.model.init(key, batch, train=False)
+        return {name: made[name] for name in ("params", "batch_stats") if name in made}
+
+    variables = nn.meta.unbox(init(jax.random.key(seed)))
     text = experiment.config.text
     if text.weights and text.tower == "clip":
         words, vision = clip_weights.load_clip(Path(text.weights).expanduser())

@@ -7,6 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from shnet_jax.bundled import get_config as bundled_config
+from shnet_jax.paths import to_path
 from shnet_jax.training.workdir import CONFIG, WorkdirError, complete, trained_config
 
 TOOLS = ("eval", "search", "page", "cross", "convert", "plan", "scale", "study")
@@ -27,7 +28,19 @@ def get_config(workdir: str) -> ConfigDict:
     base = bundled_config("base")
     for section in TOOLS:
         saved[section] = ConfigDict(base[section].to_dict() | saved.get(section, ConfigDict()).to_dict())
+    saved.data.dir = _data_set(saved.data.dir, folder)
     return complete(saved, base)
+
+
+def _data_set(directory: str, workdir: Path) -> str:
+    """The data set of a run. A relative path that leads nowhere from here is tried from each folder above the run.
+
+    Runs are trained from such a folder, so that their modes work from any other one.
+    """
+    if not directory or Path(directory).exists() or to_path(directory).is_absolute():
+        return directory
+    above = (parent / directory for parent in workdir.resolve().parents)
+    return next((str(path) for path in above if path.exists()), directory)
 
 
 def _runs_below(folder: Path) -> str:

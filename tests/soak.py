@@ -70,7 +70,12 @@ def flags(data: Path, mode: str, **changes: Any) -> list[str]:
     values = dict(tiny.CHANGES) | {"data.dir": data, "model.name": "tests.train.toy", "train.steps": STEPS}
     values |= {"train.eval_epochs": 1.0, "eval.batch_size": 4}
     values |= {name.replace("__", "."): value for name, value in changes.items()}
-    return ["main.py", f"--mode={mode}", "--config=configs/demo.py", *(f"--config.{n}={v}" for n, v in values.items())]
+    return [
+        "main.py",
+        f"--mode={mode}",
+        "--config=configs/scenes.py",
+        *(f"--config.{n}={v}" for n, v in values.items()),
+    ]
 
 
 def subjects(place: Path) -> tuple[list[Subject], list[str]]:

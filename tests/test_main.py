@@ -193,6 +193,21 @@ def test_a_run_gives_its_own_configuration(tmp_path):
         stored_config.get_config(str(tmp_path))
 
 
+def test_a_run_works_from_another_folder(tmp_path, monkeypatch):
+    """The relative path of its data set leads nowhere from there, but from a folder above the run."""
+    config, workdir = bundled.get_config("demo"), tmp_path / "project/runs/demo/full"
+    workdir.mkdir(parents=True)
+    save_config(config, workdir / CONFIG)
+    (workdir / "vocabulary.model").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    assert stored_config.get_config(str(workdir)).data.dir == config.data.dir  # nowhere: as it was
+    (tmp_path / "project" / config.data.dir).mkdir(parents=True)
+    found = stored_config.get_config("project/runs/demo/full").data.dir
+    assert Path(found) == tmp_path / "project" / config.data.dir
+    (tmp_path / config.data.dir).mkdir(parents=True)
+    assert stored_config.get_config(str(workdir)).data.dir == config.data.dir  # what is here comes first
+
+
 @pytest.mark.parametrize("debug", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_faults_of_the_run(debug, tmp_path):
     flags = ["-v=1"] if debug else []

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 import shnet_jax
 from configs import cmsei as cmsei_config
-from configs import demo, user_study
 from configs import esa as esa_config
+from configs import scenes, user_study
 from data_prep import people
 from data_prep.builder import write_dataset
 from shnet_jax.modes import plan as plan_mode
@@ -59,11 +59,11 @@ def small(c: ConfigDict, data: Path, **changes) -> ConfigDict:
 
 
 def shnet() -> ConfigDict:
-    return small(demo.get_config(), tiny.dataset())
+    return small(scenes.get_config(), tiny.dataset())
 
 
 def user() -> ConfigDict:
-    c = user_study.get_config("demo")
+    c = user_study.get_config("scenes")
     changes = {"momentum__queue": 16, "momentum__from_epoch": 0.0, "loss__weights__uto": 1.0}
     return small(c, tiny.dataset(), model__name="user", **changes)
 

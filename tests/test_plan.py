@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base, demo
+from configs import base, scenes
 from configs import esa as esa_config
 from shnet_jax.experiment import abstract_variables, assemble
 from shnet_jax.modes import plan as plan_mode
@@ -39,8 +39,8 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def small(**changes):
-    """configs/demo.py without its data set, made tiny; changes by dotted name with "__" for the dot."""
-    c = demo.get_config()
+    """configs/scenes.py without its data set, made tiny; changes by dotted name with "__" for the dot."""
+    c = scenes.get_config()
     fixed = {
         "data.dir": "", "data.resident": False, "data.token_buckets": (16, 48), "data.max_tokens": 16, "model.dim": 32,
         "model.semantic": False, "model.spatial": False, "model.scene_tokens": False, "model.category_token": False,

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, demo
-from data_prep.scenes import write as scenes
+from configs import base, scenes
+from data_prep.scenes import write
 from data_prep.scenes.features import REGION_SIZE
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
@@ -52,10 +52,10 @@ def test_the_warm_up_is_known_on_tpu():
 @needs_libtpu
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
-def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
-    """`--mode=plan --target=tpu:v5e:2x4`: configs/demo.py as it is, segmentation included, and its data set's sizes."""
-    config = demo.get_config()
-    data = {"images": scenes.SIZES["train"], "gallery": scenes.SIZES["test"], "regions": 16, "region_dim": REGION_SIZE}
+def test_the_scenes_are_planned_for_tpu(tmp_path, capsys):
+    """`--mode=plan --target=tpu:v5e:2x4`: configs/scenes.py as it is, and the sizes of its data set."""
+    config = scenes.get_config()
+    data = {"images": write.SIZES["train"], "gallery": write.SIZES["test"], "regions": 16, "region_dim": REGION_SIZE}
     config.data.dir, config.text.vocab_size = "", 134
     config.plan.update(data | {"search": False, "effort": -1.0})  # a third of the time
     assert config.model.semantic and config.model.spatial and config.train.batch_size == 320

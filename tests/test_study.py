@@ -15,6 +15,7 @@ from shnet_jax.evaluation.metrics import QueryRanks
 from shnet_jax.evaluation.protocols import Results
 from shnet_jax.modes import study as module
 from shnet_jax.modes.study import Run, arm_config, differences, study, table
+from shnet_jax.modes.study_charts import study_charts, validation_curve
 from tests.train import tiny
 
 
@@ -82,6 +83,19 @@ def test_rows_that_were_not_trained_have_no_speed():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert rows[2][-3:] == ["50.0", "2.0", ""]
     assert [rows[3][i] for i in (0, -3)] == ["zero-shot", "30.0"]
+
+
+def test_charts():
+    names = [f"{side}_r{cut}" for side in ("i2t", "t2i") for cut in (1, 5, 10)]
+    recalls = {"a": [dict.fromkeys(names, 10.0), dict.fromkeys(names, 20.0)], "<b>": [dict.fromkeys(names, 50.0)]}
+    curves = {"a": [[(1, 60.0), (2, 90.0)], [(1, 120.0)]], "<b>": []}
+    compared, learned = study_charts(recalls, curves)
+    assert "lowest to the highest seed" in compared and "image to text R@1" not in learned
+    assert "</b>a</span>" in compared and "</b>&lt;b&gt;</span>" in compared and "&lt;b&gt;" not in learned
+    (alone,) = study_charts({"a": recalls["a"][:1]}, {"a": []})
+    assert "seed" not in alone
+    history = [{"kind": "train", "step": 1, "loss": 1.0}, {"kind": "eval", "step": 2, "rsum": 9}]
+    assert validation_curve(history) == [(2, 9.0)]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +207,8 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
         ("both", 3),
         ("both", 4),
     ]
+    page = (tmp_path / "study.html").read_text("utf-8")
+    assert page.count("<svg") == 2 and page.count("</b>both</span>") == 1  # an ensemble has no curve
     text = (tmp_path / "study.md").read_text("utf-8")
     rsums = [run.results.metrics["rsum"] for run in runs["wide"]]
     assert f"{statistics.mean(rsums):.1f} ± {statistics.stdev(rsums):.1f}" in text

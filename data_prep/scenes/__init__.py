@@ -22,7 +22,19 @@ from data_prep.scenes import features, render, shapes, world
 from data_prep.scenes.captions import Facts, holds
 from data_prep.scenes.world import CLASS_NAMES, PREDICATES, Scene
 
-__all__ = ["CLASS_NAMES", "PREDICATES", "Facts", "Scene", "draw", "holds", "records", "sample", "scene", "tell"]
+__all__ = [
+    "CLASS_NAMES",
+    "PREDICATES",
+    "Facts",
+    "Scene",
+    "draw",
+    "holds",
+    "image_id",
+    "records",
+    "sample",
+    "scene",
+    "tell",
+]
 
 VERSION = 1  # raised when the same (seed, index) gives another record
 CAPTIONS = 5
@@ -32,6 +44,11 @@ PIXELS, NOTES, MISTAKES = range(3, 6)  # streams of random numbers; world.py has
 _CHUNK = 32  # images of one task of a worker process; even, so that a pair's scenes are made once
 
 sample = world.sample
+
+
+def image_id(seed: int, index: int) -> str:
+    """The id of a scene's image."""
+    return f"scene-{seed}-{index:010d}"
 
 
 def draw(seed: int, index: int) -> np.ndarray:
@@ -71,7 +88,7 @@ def scene(
     source = features.planes(draw(seed, index))
     seg_map = features.noisy_map(made.label_map, label_noise, rng)
     record: dict[str, Any] = {
-        "image_id": f"scene-{seed}-{index:010d}",
+        "image_id": image_id(seed, index),
         "captions": [text for text, _ in tell(seed, index)],
         "caption_ids": index * CAPTIONS + np.arange(CAPTIONS, dtype=np.int64),
         "grid": features.describe(source, features.grid_boxes(), grid=True),

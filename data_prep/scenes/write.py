@@ -8,13 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from data_prep import builder, command, scenes, vocabulary
 from data_prep.schema import Record
+from shnet_jax.observe.files import atomic_path
 from shnet_jax.paths import to_path
 
 SIZES = {"train": 4000, "val": 500, "test": 500}
 # Indices of the splits lie far apart: the images of a split do not depend on the sizes of the others.
 FIRST = {"train": 0, "val": 1_000_000_000, "test": 2_000_000_000}
+PICTURES = "pictures"  # folder beside the versions of a data set, where page and serve look for photographs
 
 
 def _share(text: str) -> float:
@@ -77,6 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser, name: str, sizes: Mapping[str
     parser.add_argument("--seed", type=command.at_least(0), default=0, help="world that they are drawn from")
 
 
+def write_pictures(folder: Path, seed: int, indices: Iterable[int]) -> None:
+    """Write the pictures of scenes as `folder`/IMAGE_ID.jpg; those that are there stay as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in indices:
+        path = folder / f"{scenes.image_id(seed, index)}.jpg"
+        if not path.exists():
+            with atomic_path(path) as temporary:
+                Image.fromarray(scenes.draw(seed, index)).save(temporary, "JPEG", quality=95)
+
+
 @command.reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
@@ -88,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--relation_noise", type=_share, default=0.0, help=noise)
     regions = "regions of an image: things, distractors and padding"
     parser.add_argument("--regions", type=command.at_least(scenes.LEAST_REGIONS), default=16, help=regions)
+    pictures = f"also write the pictures of the split test, which page and serve show, to OUT/NAME/{PICTURES}"
+    parser.add_argument("--pictures", action="store_true", help=pictures)
     args = parser.parse_args(argv)
     sizes = {split: getattr(args, split) for split in SIZES}
     for split, size in sizes.items():
@@ -96,5 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {"label_noise": args.label_noise, "regions": args.regions}
     if args.relation_noise:  # sets without are what they were before there was this choice
         options["relation_noise"] = args.relation_noise
-    print(write(args.out, args.name, args.seed, sizes, options))
+    target = write(args.out, args.name, args.seed, sizes, options)
+    if args.pictures:
+        write_pictures(target.parent / PICTURES, args.seed, range(FIRST["test"], FIRST["test"] + sizes["test"]))
+    print(target)
     return 0

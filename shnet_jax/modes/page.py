@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluation.evaluator import provenance
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.curves import run_name
@@ -15,16 +16,14 @@ from shnet_jax.observe.writer import FILE as METRICS
 from shnet_jax.observe.writer import read_metrics
 from shnet_jax.retrieve.examples import collect
 from shnet_jax.retrieve.page import render_page
-from shnet_jax.retrieve.scene import Album
+from shnet_jax.retrieve.scene import Album, find_pictures
 from shnet_jax.training.load import load
 
 
 def page(config: ConfigDict, workdir: str | Path) -> None:
     """Writes WORKDIR/page_DATASET_SPLIT.html about config.search.split: numbers, curves, examples, highlighting."""
     workdir, mesh = Path(workdir), one_process_mesh(config)
-    pictures = Path(config.page.pictures) if config.page.pictures else None
-    if pictures is not None and not pictures.is_dir():
-        raise ValueError(f"config.page.pictures is {str(pictures)!r}: no such folder")
+    pictures = find_pictures(config.page.pictures, open_dataset(config.data.dir))
     loaded = load(workdir, config)
     split, dataset = config.search.split, loaded.experiment.dataset
     embeddings = split_embeddings(loaded, config, workdir, mesh)
@@ -36,7 +35,7 @@ def page(config: ConfigDict, workdir: str | Path) -> None:
     text = render_page(contents, album)
     path = workdir / f"page_{dataset.path.parent.name}_{split}.html"
     write_text(path, text)
-    if pictures is not None and not album.photographs:
+    if config.page.pictures and not album.photographs:
         print(
             f"no photograph in {pictures} is named after an image of the page; boxes and label maps are drawn instead"
         )

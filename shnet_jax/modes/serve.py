@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from shnet_jax.data.records import open_dataset
 from shnet_jax.modes.search import open_search
+from shnet_jax.retrieve.scene import find_pictures
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +29,7 @@ def serve(config: ConfigDict, workdir: str | Path, host: str = "127.0.0.1", port
         raise ValueError(f"serving needs {error.name}: pip install 'shnet_jax[serve]'") from None
     if not 0 <= port <= 65535:
         raise ValueError(f"--port is {port}; expected 0 to 65535")
-    pictures = Path(config.page.pictures) if config.page.pictures else None
-    if pictures is not None and not pictures.is_dir():
-        raise ValueError(f"config.page.pictures is {str(pictures)!r}: no such folder")
+    pictures = find_pictures(config.page.pictures, open_dataset(config.data.dir))
     loaded, tower, searcher = open_search(config, Path(workdir))
     engine = server.Engine(loaded.experiment, loaded.variables, tower, searcher, pictures)
     log.info("compiling the programs of a search")

@@ -20,9 +20,11 @@ from shnet_jax.evaluation.report import PERSON, as_dict, card_table, from_dict, 
 from shnet_jax.evaluation.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.experiment import assemble
 from shnet_jax.modes.evaluate import TWO_STAGE_ENSEMBLE, evaluate_checkpoint, evaluate_loaded, evaluate_zero_shot
+from shnet_jax.modes.study_charts import study_charts, validation_curve
 from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.results_page import results_page
 from shnet_jax.observe.table import Table
+from shnet_jax.observe.writer import FILE as METRICS
 from shnet_jax.observe.writer import read_metrics
 from shnet_jax.training.load import load_any
 from shnet_jax.training.loop import train_and_evaluate
@@ -52,8 +54,8 @@ def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
     """Trains config.study.arms with config.study.seeds below `workdir` and evaluates the best checkpoint of each.
 
     Then config.study.ensembles of arms of the same seed. An interrupted study continues with the same command; finished
-    runs are not repeated. Prints the tables and writes them to study.md, with the protocol cards to study.html and with
-    all numbers to study.json. Raises ValueError for an arm that the configuration does not have.
+    runs are not repeated. Prints the tables and writes them to study.md, with charts and protocol cards to study.html,
+    and with all numbers to study.json. Raises ValueError for an arm that the configuration does not have.
     """
     workdir = Path(workdir)
     arms, ensembles = _plan(config)
@@ -121,7 +123,14 @@ def _write(config: ConfigDict, runs: Mapping[str, list[Run]], pretrained: Result
         document["differences"] = intervals_as_dict(gaps)
     write_text(workdir / "study.md", text)
     cards = [card_table(run.results.card, f"{arm}, seed {run.seed}") for arm in runs for run in runs[arm]]
-    write_text(workdir / "study.html", results_page(f"{config.name}, {config.eval.split}", tables, cards))
+    recalls = {arm: [run.results.metrics for run in arm_runs] for arm, arm_runs in runs.items()}
+    histories = {arm: [workdir / arm / f"seed_{run.seed}" / METRICS for run in runs[arm]] for arm in runs}
+    curves = {
+        arm: [validation_curve(list(read_metrics(path))) for path in paths if path.is_file()]
+        for arm, paths in histories.items()
+    }
+    title, figures = f"{config.name}, {config.eval.split}", study_charts(recalls, curves)
+    write_text(workdir / "study.html", results_page(title, tables, cards, figures))
     write_json(workdir / "study.json", document)
     return text
 
@@ -202,7 +211,7 @@ def _run(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:
         return finished
     train_and_evaluate(changed, workdir)
     results = evaluate_checkpoint(changed, workdir)
-    timing = [line["timing"] for line in read_metrics(workdir / "metrics.jsonl") if line["kind"] == "train"][-1]
+    timing = [line["timing"] for line in read_metrics(workdir / METRICS) if line["kind"] == "train"][-1]
     run = Run(seed, results, timing["seconds"] / 60, timing["examples"] / timing["seconds"])
     _keep(run, changed, workdir)
     return run

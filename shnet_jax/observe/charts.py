@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
@@ -25,6 +26,8 @@ DARK = {
 }
 """Colours of a light page that a dark one has others for."""
 MARKERS = {"i2t": "o", "t2i": "s"}
+SYMBOLS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "*": "★"}
+"""Markers as characters of a page."""
 
 # Okabe and Ito's colours, told apart without full colour vision, as far as both papers show them.
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -63,15 +66,40 @@ def svg(figure: Figure) -> Markup:
     return Markup(text)
 
 
-def chart(caption: str, plot: Callable[[Axes], None], x_label: str = "step") -> Markup:
-    """Page figure with one pair of axes, which `plot` fills."""
+def chart(caption: str, plot: Callable[[Axes], None], x_label: str = "step", left: float = 0.13) -> Markup:
+    """Page figure with one pair of axes, which `plot` fills; their legend stands below them as text of the page.
+
+    left: share of the width that is left to the labels of the vertical axis. Charts side by side have axes of one size.
+    """
     with matplotlib.rc_context(theme()):
-        figure = Figure(figsize=(WIDTH, 0.62 * WIDTH), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.62 * WIDTH))
+        figure.subplots_adjust(left=left, right=0.98, top=0.97, bottom=0.16)
         axes = figure.subplots()
         plot(axes)
         axes.set_title("")  # the caption says it
         axes.set_xlabel(x_label)
-        return tag("figure", tag("figcaption", caption), svg(figure))
+        legend = _legend(axes)
+        return tag("figure", tag("figcaption", caption), svg(figure), legend)
+
+
+def _legend(axes: Axes) -> Markup | None:
+    """Takes the legend out of the axes: symbols and names of the curves, which wrap on a narrow page; None without."""
+    drawn = axes.get_legend()
+    if drawn is None:
+        return None
+    drawn.remove()
+    curves, names = axes.get_legend_handles_labels()
+    symbols = [
+        tag("b", SYMBOLS.get(curve.get_marker(), "━"), style=_coloured(to_hex(curve.get_color()))) for curve in curves
+    ]
+    return tag("div", [tag("span", *entry) for entry in zip(symbols, names, strict=True)], class_="keys")
+
+
+def _coloured(colour: str) -> str:
+    """CSS of text in the colour of a curve; for browsers without light-dark(), the light colour stands before it."""
+    light = "currentColor" if colour == INK else colour
+    dark = {of_light.lower(): of_dark for of_light, of_dark in DARK.items()}.get(colour.lower())
+    return f"color:{light}" + (f";color:light-dark({light},{dark})" if dark else "")
 
 
 def shares(parts: Sequence[tuple[str, float]], label: str) -> Markup:

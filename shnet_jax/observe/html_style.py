@@ -45,6 +45,7 @@ figure svg{display:block;width:100%;max-width:600px;height:auto}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:0 28px}
 .keys{display:flex;flex-wrap:wrap;gap:1px 12px}
 .keys i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px;border:1px solid var(--shade)}
+.keys b{margin-right:4px}
 .bar{display:flex;height:26px;border-radius:7px;overflow:hidden;font-size:.8125rem;line-height:26px;text-align:center;
 margin:6px 0;color:#fff}
 .bar div{flex-basis:0;min-width:2px;overflow:hidden}

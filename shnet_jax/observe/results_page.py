@@ -9,11 +9,12 @@ from shnet_jax.observe.html import Markup, tag
 from shnet_jax.observe.table import Table
 
 
-def results_page(title: str, tables: Sequence[Table], cards: Sequence[Table]) -> str:
-    """HTML page with each table under its title, then the protocol cards, of which the first is open."""
+def results_page(title: str, tables: Sequence[Table], cards: Sequence[Table], figures: Sequence[Markup] = ()) -> str:
+    """HTML page with the figures, each table under its title, and the protocol cards, of which the first is open."""
     return html.document(
         title,
         tag("h1", title),
+        tag("div", figures, class_="pair") if figures else None,
         [tag("section", tag("h2", tag("bdi", table.title)), _cells(table)) for table in tables],
         tag("h2", "How this was measured"),
         [

@@ -17,7 +17,21 @@ from shnet_jax.data.records import DataSet
 from shnet_jax.observe.html import Markup, keys, tag
 from shnet_jax.retrieve.pictures import class_name, inside, label_map, photograph, shares, small
 
+PICTURES = "pictures"  # folder beside the versions of a data set that may hold its photographs
 OUTLINES = 12  # boxes drawn of an image that has neither photograph nor label map
+
+
+def find_pictures(folder: str, dataset: DataSet) -> Path | None:
+    """The folder of photographs: `folder`, or else the one that lies beside the version of the data set, or None.
+
+    Raises ValueError for a `folder` that is not there.
+    """
+    if not folder:
+        beside = dataset.path.parent / PICTURES
+        return beside if beside.is_dir() else None
+    if not Path(folder).is_dir():
+        raise ValueError(f"config.page.pictures is {folder!r}: no such folder")
+    return Path(folder)
 
 
 @dataclasses.dataclass
@@ -85,11 +99,12 @@ class Scene:
         return f".{self.name}>.base{{background-image:url({source});{pixels}}}.{self.name}{{{shape}}}\n"
 
     def classes(self, most: int = 3) -> list[tuple[str, str, float]]:
-        """The largest classes: (name, colour, share)."""
-        return shares(self.record["seg_map"], self.names, most) if "seg_map" in self.record else []
+        """The largest classes of the label map that is shown: (name, colour, share); [] where a photograph is."""
+        shown = self.photo is None and "seg_map" in self.record
+        return shares(self.record["seg_map"], self.names, most) if shown else []
 
     def legend(self, most: int) -> Markup | None:
-        """The colours and shares of the largest classes; None without a label map."""
+        """The colours and shares of the largest classes; None where no label map is shown."""
         classes = self.classes(most)
         return keys((colour, f"{name} {share:.0%}") for name, colour, share in classes) if classes else None
 

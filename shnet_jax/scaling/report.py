@@ -50,7 +50,7 @@ def page(config: ConfigDict, machine: Mapping[str, Any], rows: Sequence[Row], fi
     return document(
         f"Scaling study: {config.name}",
         tag("h1", f"Scaling study: {config.name}"),
-        [tag("p", sentence) for sentence in sentences(config.scale, rows)],
+        [tag("p", sentence.replace(" %", "\u00a0%")) for sentence in sentences(config.scale, rows)],
         tag("h2", "Charts"),
         tag("div", figures, class_="pair"),
         tag("h2", "All points"),

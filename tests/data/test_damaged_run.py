@@ -24,7 +24,7 @@ def test_training_ends_at_a_damaged_record(tmp_path):
     config = tiny.config()
     config.data.dir = str(path)
     flags = [flag for flag in tiny.flags(config) if not flag.startswith("--config.train.steps")]
-    command = [sys.executable, "main.py", "--mode=train", "--config=configs/demo.py", f"--workdir={tmp_path / 'run'}"]
+    command = [sys.executable, "main.py", "--mode=train", "--config=configs/scenes.py", f"--workdir={tmp_path / 'run'}"]
     command += ["--config.model.name=tests.train.toy", "--config.train.steps=60", *flags]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 1, run.stderr

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from skimage.color import rgb2hsv
 from skimage.feature import hog
 
@@ -337,6 +338,18 @@ def test_the_command_line_refuses_bad_values(tmp_path, capsys, flag, message):
     assert not (tmp_path / "sets").exists()
 
 
+def test_pictures(tmp_path):
+    """Those that are there stay; find_dataset passes the folder over."""
+    write.write_pictures(tmp_path / "pictures", 3, range(5, 7))
+    paths = [tmp_path / "pictures" / f"{scenes.image_id(3, index)}.jpg" for index in (5, 6)]
+    assert sorted((tmp_path / "pictures").iterdir()) == paths
+    shown = np.asarray(Image.open(paths[1])).astype(int)
+    assert shown.shape == (128, 128, 3) and np.abs(shown - scenes.draw(3, 6)).mean() < 6
+    paths[0].write_bytes(b"mine")
+    write.write_pictures(tmp_path / "pictures", 3, range(5, 7))
+    assert paths[0].read_bytes() == b"mine"
+
+
 @pytest.mark.slow
 def test_command_line_writes_once(tmp_path, capsys):
     flags = [f"--out={tmp_path}", "--val=8", "--test=0"]
@@ -350,7 +363,7 @@ def test_command_line_writes_once(tmp_path, capsys):
     read = data.open_split("train", ("image_id", "captions", "regions", "seg_map", "categories"))[69]
     made = scenes.scene(0, 69)
     same(read, {name: made[name] for name in read})
-    assert write.main([*flags, "--train=70"]) == 0
+    assert write.main([*flags, "--train=70", "--pictures"]) == 0 and not [*(tmp_path / "scenes/pictures").iterdir()]
     assert "exists and was made with these settings" in capsys.readouterr().err
     assert write.main([*flags, "--train=71"]) == 1
     error = capsys.readouterr().err

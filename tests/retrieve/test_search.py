@@ -159,6 +159,11 @@ def test_a_run_of_a_model_that_shows_nothing_and_photographs(tmp_path, capsys):
     page(toy(), workdir)
     text = path.read_text("utf-8")
     assert "data:image/jpeg" in text and "aspect-ratio:1.5" in text and "There are no photographs here" not in text
+    beside = tiny.dataset().parent / "pictures"
+    beside.symlink_to(tmp_path)
+    page(gallery.toy(page__queries=2), workdir)
+    beside.unlink()
+    assert "data:image/jpeg" in path.read_text("utf-8")  # photographs beside the data set need no flag
     for changes, message in (
         ({"page__pictures": str(tmp_path / "none")}, "none': no such folder"),
         ({"page__results": 0}, "config.page.results is 0"),

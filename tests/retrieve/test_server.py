@@ -8,9 +8,7 @@ import re
 import subprocess
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,6 +18,7 @@ from shnet_jax.modes.search import open_search
 from shnet_jax.modes.serve import serve
 from shnet_jax.retrieve import server
 from tests.browser import BROWSER, HOSTILE, needs_browser
+from tests.load import get, get_json, under_load
 from tests.patience import PATIENCE
 from tests.retrieve import gallery
 from tests.train import tiny
@@ -50,21 +49,6 @@ def address(engine):
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     running.should_exit = True
     thread.join()
-
-
-def get(url, body=None, **query):
-    """(status, text) of a request; body: of a POST."""
-    url += f"?{urllib.parse.urlencode(query)}" if query else ""
-    try:
-        with urllib.request.urlopen(url, body, timeout=PATIENCE) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def get_json(*args, **query):
-    status, text = get(*args, **query)
-    return status, json.loads(text)
 
 
 def test_health(address, engine):
@@ -161,34 +145,10 @@ def test_in_a_browser(address, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_thousand_requests_of_sixteen_clients(address, engine):
+def test_a_thousand_requests_of_sixteen_clients(address):
     """None is lost or answered with somebody else's results."""
-    words = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "circle", "square")]
-    expected = {query: answer.hits[0].image_id for query, answer in zip(words, engine.by_words(words), strict=True)}
-    names = engine.searcher.embeddings.ids.image_ids
-
-    def one(number):
-        start = time.perf_counter()
-        query, kind = words[number % len(words)], number % 10
-        if kind == 0:
-            right = get(f"{address}/image/{names[number % len(names)]}")[0] == 200
-        elif kind == 1:
-            right = get(f"{address}/", q=query)[0] == 200
-        elif kind == 2:
-            right = get(f"{address}/search", q="")[0] == 400
-        elif kind < 6:
-            body = json.dumps({"queries": [query, words[0]], "k": 1}).encode()
-            results = get_json(f"{address}/search", body)[1]["results"]
-            right = [r["hits"][0]["image_id"] for r in results] == [expected[query], expected[words[0]]]
-        else:
-            right = get_json(f"{address}/search", q=query, k=1)[1]["hits"][0]["image_id"] == expected[query]
-        return right, time.perf_counter() - start
-
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(one, range(1000)))
-    assert all(right for right, _ in answers)
-    seconds = sorted(second for _, second in answers)
-    print(f"p50 {1e3 * seconds[500]:.0f} ms, p99 {1e3 * seconds[990]:.0f} ms")
+    right, seconds = under_load(address)
+    assert right == len(seconds) == 1000
 
 
 def test_mistakes_are_told_before_anything_is_loaded():

@@ -30,7 +30,7 @@ def start(workdir, *more, mode="train", logs=None):
     logs = logs or workdir.parent
     logs.mkdir(exist_ok=True)
     log = logs / f"{len(list(logs.glob('*.log')))}.log"
-    command = ["main.py", f"--mode={mode}", "--config=configs/demo.py", *flags, f"--workdir={workdir}", *more]
+    command = ["main.py", f"--mode={mode}", "--config=configs/scenes.py", *flags, f"--workdir={workdir}", *more]
     return Program(command, log, XLA_FLAGS="--xla_force_host_platform_device_count=1")
 
 

@@ -21,7 +21,7 @@ def start(workdir: Path) -> Program:
     changes = dict(tiny.CHANGES) | {"data.dir": tiny.dataset(), "model.name": MODEL}
     changes |= {"eval.two_stage": 4, "eval.tile": 1}
     flags = [f"--config.{name}={value}" for name, value in changes.items()]
-    command = ["main.py", "--mode=eval", "--config=configs/demo.py", *flags, f"--workdir={workdir}"]
+    command = ["main.py", "--mode=eval", "--config=configs/scenes.py", *flags, f"--workdir={workdir}"]
     return Program(command, workdir.with_suffix(".log"))
 
 

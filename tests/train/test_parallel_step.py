@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import demo
+from configs import scenes
 from shnet_jax import registry
 from shnet_jax.data.batches import gather
 from shnet_jax.losses import total
@@ -26,7 +26,7 @@ WAYS = [(1, "shard_map"), (2, "pmap"), (8, "shard_map")]
 
 
 def configuration(bn_sync: bool):
-    c = demo.get_config()
+    c = scenes.get_config()
     c.model.update({"dim": 8, "map_channels": 2, "num_classes": CLASSES, "dropout": 0.0, "dtype": "float32"})
     c.model.bn_sync = bn_sync
     c.text.update({"width": 4, "vocab_size": VOCABULARY, "dropout": 0.0, "dtype": "float32"})

@@ -43,7 +43,7 @@ class Job:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         values = dict(tiny.CHANGES) | {"data.dir": tiny.dataset()} | CHANGES
         flags = [f"--config.{name}={value}" for name, value in values.items()]
-        command = ["main.py", "--config=configs/demo.py", *flags, f"--workdir={workdir}", "--heartbeat_seconds=10"]
+        command = ["main.py", "--config=configs/scenes.py", *flags, f"--workdir={workdir}", "--heartbeat_seconds=10"]
         command += ["--distributed", f"--coordinator_address={address}", "--process_count=2", *more]
         self.metrics, place = workdir / "metrics.jsonl", workdir.parent
         devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

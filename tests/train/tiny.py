@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from configs import demo
+from configs import scenes as recipe
 from data_prep import scenes
 from data_prep.builder import write_dataset
 from shnet_jax.observe.writer import read_metrics
@@ -87,15 +87,15 @@ def quick() -> Iterator[None]:
 
 
 def config(**changes: Any) -> ConfigDict:
-    """configs/demo.py made tiny; `changes` by dotted name with "__" for the dot."""
-    c = demo.get_config()
+    """configs/scenes.py made tiny; `changes` by dotted name with "__" for the dot."""
+    c = recipe.get_config()
     c.data.dir = str(dataset())
     c.update_from_flattened_dict(dict(CHANGES) | {name.replace("__", "."): v for name, v in changes.items()})
     return c
 
 
 def flags(c: ConfigDict) -> list[str]:
-    """The flags that turn configs/demo.py into `c`."""
+    """The flags that turn configs/scenes.py into `c`."""
     return [f"--config.{name}={value}" for name, value in (CHANGES | {"data.dir": c.data.dir}).items()]
 
 
