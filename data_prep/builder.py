@@ -44,6 +44,7 @@ def write_dataset(
     found: Found | None = None,
     overwrite: bool = False,
     on_bad_record: Policy = "fail",
+    least_captions: int = 1,
 ) -> Path:
     """Write `out/name/1.0.0/` and return that folder. It appears only when whole.
 
@@ -59,6 +60,7 @@ def write_dataset(
       found: what the files hold that the records were made from; what became of it is said at the end.
       overwrite: replace an existing data set of that name.
       on_bad_record: "skip" leaves bad records out and lists them in skipped.json; "fail" raises for the first.
+      least_captions: captions that every record has to have; 0 for photographs that are only searched.
 
     Raises:
       DataError: a record is not as it has to be, an image_id occurs twice in a split or in `train*` and another split,
@@ -77,12 +79,13 @@ def write_dataset(
         _whole_or_nothing(target) as folder,
     ):
         progress = Progress(total, what=name, unit="records")
-        writer = _Writer(folder, name, dict(metadata), files or {}, progress, bad)
+        writer = _Writer(folder, name, dict(metadata), files or {}, progress, bad, least_captions)
         indices = {split: writer.write(split, records) for split, records in splits.items()}
         progress.close()
-        learn = [indices["train"]] if "train" in indices else indices.values()
+        learn = [indices["train"]] if "train" in indices else list(indices.values())
         captions = chain.from_iterable(index.all_captions() for index in learn)
-        vocabulary.train(chain.from_iterable(captions), folder / SENTENCEPIECE)
+        if any(len(index.ends) for index in learn):
+            vocabulary.train(chain.from_iterable(captions), folder / SENTENCEPIECE)
         bad.write(folder)
         write_checksums(folder)
     listed = f"; the bad ones are listed in {target / SKIPPED}" if bad else ""
@@ -150,9 +153,10 @@ class _Writer:
         files: Files,
         progress: Progress,
         bad: BadRecords,
+        least_captions: int,
     ):
         self._folder, self._name, self._metadata, self._files = folder, name, metadata, files
-        self._progress, self._bad = progress, bad
+        self._progress, self._bad, self._least_captions = progress, bad, least_captions
         self._first: schema.Signature | None = None
         self._rows: dict[str, dict[str, int]] = {}  # split -> image id -> row
         self._tfds: tfds.core.SequentialWriter | None = None
@@ -209,7 +213,7 @@ class _Writer:
         record = schema.close_void(item)
         where = f"split {split!r} row {row} (image {record.get('image_id')!r})"
         files = self._files.get(split, {})
-        schema.check_record(record, where, files)
+        schema.check_record(record, where, files, least_captions=self._least_captions)
         if self._first is not None:
             schema.check_like(record, self._first, where, files)
         schema.check_predicates(record, self._metadata.get("predicates"), where, files)

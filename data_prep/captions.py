@@ -109,13 +109,20 @@ def _rows(captions: str, listed: bool) -> Iterator[Row]:
 
 
 def gather(
-    rows: Iterable[Row], split_lists: str | None, what: object, *, strict: bool = True, flag: str = "--split=NAME"
+    rows: Iterable[Row],
+    split_lists: str | None,
+    what: object,
+    *,
+    strict: bool = True,
+    flag: str = "--split=NAME",
+    uncaptioned: str = "",
 ) -> Splits:
     """The images of all rows by split, in their order; rows of one image become its captions.
 
     split_lists: the flag of `add_arguments`; images in none of the lists are left out, and so are those without
     captions; `found` of the result says both. what: the flag or folder, and flag: the one that would say the split, for
-    messages. strict: see `read`.
+    messages. strict: see `read`. uncaptioned: where no row has a caption, all images are kept, in this split unless a
+    row names another; "": that is an error.
 
     Raises DataError as `read`.
     """
@@ -130,6 +137,10 @@ def gather(
             groups[row.file] = _Group(None if lists is None else lists.split(row.file))
         _add(groups[row.file], row, None if lists else flag)
     kept = {file: group for file, group in groups.items() if (group.captions or group.fault) and group.split != ""}
+    if uncaptioned and not kept and not any(group.captions for group in groups.values()):
+        kept = {file: group for file, group in groups.items() if group.split != ""}
+        for group in kept.values():
+            group.split = group.split or uncaptioned
     outside = [file for file, group in groups.items() if group.split == ""]
     without = [file for file, group in groups.items() if group.split != "" and file not in kept]
     left_out = {reason: names for reason, names in ((WITHOUT, without), (OUTSIDE, outside)) if names}

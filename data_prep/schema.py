@@ -105,19 +105,22 @@ def close_void(record: Record) -> Record:
     return record | {"seg_map": np.where(seg_map == MAP_VOID, np.uint8(classes), seg_map).astype(seg_map.dtype)}
 
 
-def check_record(record: Mapping[str, Any], where: str, files: Mapping[str, str] | None = None) -> None:
+def check_record(
+    record: Mapping[str, Any], where: str, files: Mapping[str, str] | None = None, *, least_captions: int = 1
+) -> None:
     """Check one record by itself.
 
     Args:
       record: what an importer yields.
       where: split, row and image, as the start of an error message.
       files: the file that each field came from, for the message; fields may be missing.
+      least_captions: 0 for photographs that are only searched.
 
     Raises:
       DataError: naming place, file, field, what was expected and what was found.
     """
     files = files or {}
-    _check_text(record, where, files)
+    _check_text(record, where, files, least_captions)
     sizes: dict[str, tuple[int, str]] = {PER_CAPTION: (len(record["captions"]), "captions")}
     for name in record:
         if name not in TEXT_FIELDS:
@@ -134,15 +137,15 @@ def check_record(record: Mapping[str, Any], where: str, files: Mapping[str, str]
             raise _error(where, files, mask, "at least one valid unit", f"none of {record[mask].size}")
 
 
-def _check_text(record: Mapping[str, Any], where: str, files: Mapping[str, str]) -> None:
+def _check_text(record: Mapping[str, Any], where: str, files: Mapping[str, str], least_captions: int) -> None:
     for name in ("image_id", "captions"):
         if name not in record:
             raise _error(where, files, name, "this required field", f"only {sorted(record)}")
     image_id, captions = record["image_id"], record["captions"]
     if not is_text(image_id):
         raise _error(where, files, "image_id", "text that is not empty", repr(image_id))
-    if not isinstance(captions, list) or not captions:
-        raise _error(where, files, "captions", "a list of at least 1 string", repr(captions))
+    if not isinstance(captions, list) or len(captions) < least_captions:
+        raise _error(where, files, "captions", f"a list of at least {least_captions} string", repr(captions))
     for number, caption in enumerate(captions):
         if not is_text(caption):
             raise _error(where, files, "captions", "text", f"{caption!r} as caption {number} of {len(captions)}")

@@ -183,7 +183,7 @@ def _check_records(report: Report, indices: Mapping[str, Index], sample: int | N
             where = f"split {split!r} row {row} (image {record['image_id']!r})"
             report.problems += _differences(record, index, row, f"{where}: {index_file(split)}")
             try:
-                schema.check_record(record, where)
+                schema.check_record(record, where, least_captions=0)
             except DataError as error:
                 report.problems.append(str(error))
                 continue
@@ -238,6 +238,10 @@ def _check_ids(report: Report, indices: Mapping[str, Index]) -> None:
     for image_id, found_in in splits.items():
         if len(found_in) > 1:
             shared[tuple(found_in)].append(image_id)
+    for split, index in indices.items():
+        if without := int((index.caption_counts == 0).sum()):
+            text = f"split {split}: {without} of {len(index)} images have no caption: they are searched, not trained on"
+            report.notes.append(text)
     for names, same in shared.items():
         line = f"{len(same)} images in {' and '.join(names)}, such as {same[0]!r}"
         serious = len(set(names)) < len(names) or schema.leaks(*names)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -170,7 +171,8 @@ class Retriever:
     def _searcher(self, split: str) -> Searcher:
         if split not in self._galleries:
             ids = make_ids(self.dataset, split)
-            images, texts = self.encode_images(split), self.encode_texts(ids.captions)
+            images = self.encode_images(split)
+            texts = self.encode_texts(ids.captions) if ids.captions else jax.tree.map(lambda array: array[:0], images)
             self._galleries[split] = Embeddings(Path(), {"split": split}, ids, images, texts)
         options = tile_size(self.config.eval, self._mesh), self._mesh, self._candidates
         return Searcher(self._galleries[split], self.loaded.score, *options)

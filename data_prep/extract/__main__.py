@@ -1,8 +1,9 @@
-"""Makes a data set from photographs and captions with pretrained models.
+"""Makes a data set from photographs, with or without captions, with pretrained models.
 
-    shnet data extract --images=DIR --captions=FILE --segmenter=MODEL --backbone=MODEL --name=NAME --out=DIR
+    shnet data extract --images=DIR [--captions=FILE] --segmenter=MODEL --backbone=MODEL --name=NAME --out=DIR
 
-Tars and Parquet files as --images bring their captions with them.
+Tars and Parquet files as --images bring their captions with them. Photographs without any captions are a data set that
+can be searched, not trained on.
 A run that was stopped goes on with the same command.
 
 It needs: pip install -e '.[extract]'

@@ -10,8 +10,9 @@ from typing import Generic, Protocol, TypeVar
 from PIL import Image
 
 from data_prep.files import inside
+from data_prep.names import EXTENSIONS
 from data_prep.rows import Row
-from data_prep.schema import DataError
+from data_prep.schema import DataError, is_text
 from shnet_jax import untrusted
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class Photographs(Protocol):
         """The photograph, see `untrusted.parse_picture`. Raises BrokenImage, DataError as `place`."""
 
     def rows(self, split: str | None) -> Iterator[Row]:
-        """Captions, perhaps with splits, stored beside the photographs; `split` is that of rows that name none.
+        """Names, with the captions and splits stored beside the photographs; `split` is that of rows that name none.
 
         Raises DataError where there is nothing.
         """
@@ -78,7 +79,7 @@ class ByName(Generic[T]):
 
 
 class Folder:
-    """Photographs as files of a folder, whose captions come from a file of their own."""
+    """Photographs as files of a folder; captions, if any, come from a file of their own."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -102,5 +103,19 @@ class Folder:
             return untrusted.read_picture(path)
 
     def rows(self, split: str | None) -> Iterator[Row]:
-        """Captions beside the photographs; see `Photographs`."""
-        raise DataError(f"{self._folder}: a folder of photographs has no captions; give --captions=FILE")
+        """The photographs in and below the folder by name, without captions; see `Photographs`."""
+        for file in files_below(self._folder):
+            if not is_text(file):
+                raise DataError(f"{self._folder}: expected names in UTF-8, found {file!r:.200}; rename this photograph")
+            yield Row(file, (), split=split, where=str(self._folder))
+
+
+def files_below(folder: Path) -> list[str]:
+    """The photographs in and below a folder, by name: paths below it, without hidden ones. DataError without any."""
+    found = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS
+    )
+    files = [file for file in found if not any(part.startswith(".") for part in PurePosixPath(file).parts)]
+    if not files:
+        raise DataError(f"{folder}: expected photographs ({', '.join(EXTENSIONS)}), found none in or below it")
+    return files

@@ -36,6 +36,11 @@ class Work:
     blocks: list[Block]
     found: Found
 
+    @property
+    def least_captions(self) -> int:
+        """Captions that every record has: 1; 0 where no photograph has any."""
+        return min(1, self.found.captions)
+
     def pending(self) -> list[Block]:
         """The blocks that are not done."""
         return [block for block in self.blocks if not block.path.is_file()]
@@ -45,8 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of an extraction."""
     join.add_arguments(parser, captions_required=False)
     settings.add_arguments(parser)
-    inside = parser.add_argument_group("captions inside of --images (tars, Parquet), without --captions")
-    inside.add_argument("--split", help="of images for which neither a column nor the name of a file tells")
+    inside = parser.add_argument_group("without --captions: those inside of --images (tars, Parquet), or none")
+    inside.add_argument(
+        "--split",
+        help=f"of images for which neither a column nor the name of a file tells; {UNCAPTIONED} without captions",
+    )
     inside.add_argument("--caption_from", choices=("txt", "json"), help="of a tar whose KEY.txt and KEY.json differ")
     parser.add_argument("--batch_size", type=command.at_least(1), default=8, help="photographs at once")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
@@ -133,6 +141,8 @@ def recognise(place: Place) -> Iterator[Recognised]:
 
 
 _FOLDERS = 100
+UNCAPTIONED = "photos"
+"""Split of photographs without captions, unless --split names another."""
 
 
 def _is_photograph(path: Path) -> bool:
@@ -150,10 +160,12 @@ def prepare(args: argparse.Namespace) -> Work:
     photographs = open_photographs(chosen.images, args.caption_from)
     if args.captions:
         if given := [f"--{name}" for name in ("split", "caption_from") if getattr(args, name)]:
-            raise DataError(f"{' and '.join(given)}: belongs to captions inside of --images, not to --captions")
+            raise DataError(f"{' and '.join(given)}: belongs to an extraction without --captions")
         splits = captions.read(args.captions, args.split_lists, strict=strict)
     else:
-        splits = captions.gather(photographs.rows(args.split), args.split_lists, chosen.images, strict=strict)
+        splits = captions.gather(
+            photographs.rows(args.split), args.split_lists, chosen.images, strict=strict, uncaptioned=UNCAPTIONED
+        )
     return Work(chosen, photographs, folder, blocks.plan(folder, chosen, splits), splits.found)
 
 
@@ -221,6 +233,7 @@ def build(work: Work, args: argparse.Namespace) -> Path:
         found=found,
         overwrite=args.overwrite,
         on_bad_record=args.on_bad_record,
+        least_captions=work.least_captions,
     )
     blocks.remove(work.folder)
     return path

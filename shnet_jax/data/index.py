@@ -53,7 +53,7 @@ class Index:
         """The captions of image `row`."""
         first, last = self._first[row : row + 2].tolist()
         ends = self.ends[first:last].tolist()
-        starts = [int(self.ends[first - 1]) if first else 0, *ends[:-1]]
+        starts = [int(self.ends[first - 1]) if first else 0, *ends[:-1]][: len(ends)]  # an image may have none
         return [self.text[a:b].decode() for a, b in zip(starts, ends, strict=True)]
 
     def all_captions(self) -> Iterator[list[str]]:

@@ -150,6 +150,16 @@ class DataSet:
             index.add(record["image_id"], record["captions"])
         return index.build()
 
+    def check_captioned(self, split: str) -> None:
+        """Raises ValueError, naming an image, unless every image of a split has a caption."""
+        counts = self.caption_counts(split)
+        if missing := int((counts == 0).sum()):
+            name = str(self.image_ids(split)[int(np.argmin(counts))])
+            raise ValueError(
+                f"{self.path}: split {split!r}: {missing} of {len(counts)} images have no caption, as {name!r}: they "
+                "are for shnet search, serve and page; training and evaluation need captions of every image"
+            )
+
     def _check_split(self, split: str) -> None:
         if split not in self.splits:
             raise ValueError(f"{self.path}: no split {split!r}; it has {', '.join(self.splits)}")

@@ -82,7 +82,7 @@ def dtype_of(name: str) -> np.dtype:
 
 TEXT_FIELDS: dict[str, Field] = {
     "image_id": Field((), ("text",), "unique in its split", "all"),
-    "captions": Field(("n",), ("text",), "sentences of the image, n >= 1, may differ between images", "all"),
+    "captions": Field(("n",), ("text",), "sentences of the image, any number; 0: it is only searched", "all"),
     "caption_ids": Field(("n",), ("int64",), "numbers of the captions", "`--mode=embed`, judgements"),
 }
 

@@ -223,7 +223,9 @@ def wordpiece(path: Path) -> Tokenizer:
 def sentence_piece(path: Path) -> Tokenizer:
     """The tokenizer of a SentencePiece model that has the pieces SPECIAL, [PAD] as id 0."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: SentencePiece model not found (data_prep trains one for every data set)")
+        raise FileNotFoundError(
+            f"{path}: SentencePiece model not found (data_prep trains one for every data set with captions)"
+        )
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except RuntimeError as error:

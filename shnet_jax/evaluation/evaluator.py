@@ -60,6 +60,7 @@ class Evaluator:
         if not config.eval.protocols:
             raise ValueError('config.eval.protocols is empty; expected at least one, such as ("whole",)')
         self.experiment, self.split, self.mesh = experiment, split, mesh
+        experiment.dataset.check_captioned(split)
         self._encoder = Encoder(experiment, mesh)
         _image_persons(experiment, split)
         self._gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)

@@ -14,25 +14,31 @@ from shnet_jax.observe.curves import run_name
 from shnet_jax.observe.files import write_text
 from shnet_jax.observe.writer import FILE as METRICS
 from shnet_jax.observe.writer import read_metrics
-from shnet_jax.retrieve.examples import collect
-from shnet_jax.retrieve.page import render_page
+from shnet_jax.retrieve.examples import collect, collect_likeness
+from shnet_jax.retrieve.page import render_likeness, render_page
 from shnet_jax.retrieve.scene import Album, find_pictures
 from shnet_jax.training.load import load
 
 
 def page(config: ConfigDict, workdir: str | Path) -> None:
-    """Writes WORKDIR/page_DATASET_SPLIT.html about config.search.split: numbers, curves, examples, highlighting."""
+    """Writes WORKDIR/page_DATASET_SPLIT.html about config.search.split: numbers, curves, examples, highlighting.
+
+    Where images have no caption: images most like each other instead of numbers.
+    """
     workdir, mesh = Path(workdir), one_process_mesh(config)
     pictures = find_pictures(config.page.pictures, open_dataset(config.data.dir))
     loaded = load(workdir, config)
     split, dataset = config.search.split, loaded.experiment.dataset
     embeddings = split_embeddings(loaded, config, workdir, mesh)
-    about = provenance(loaded.experiment, split, loaded.step, loaded.selected_on, mesh.size)
-    contents = collect(loaded.experiment, loaded.variables, embeddings, config, about, mesh)
-    history = list(read_metrics(workdir / METRICS)) if (workdir / METRICS).is_file() else []
-    contents = dataclasses.replace(contents, run=run_name(workdir), history=history)
     album = Album(dataset, split, pictures, dataset.metadata.get("class_names", ()))
-    text = render_page(contents, album)
+    if dataset.caption_counts(split).min() > 0:
+        about = provenance(loaded.experiment, split, loaded.step, loaded.selected_on, mesh.size)
+        contents = collect(loaded.experiment, loaded.variables, embeddings, config, about, mesh)
+        history = list(read_metrics(workdir / METRICS)) if (workdir / METRICS).is_file() else []
+        text = render_page(dataclasses.replace(contents, run=run_name(workdir), history=history), album)
+    else:
+        likes = collect_likeness(loaded.experiment, loaded.variables, embeddings, loaded.score, config, mesh)
+        text = render_likeness(dataclasses.replace(likes, run=run_name(workdir)), album)
     path = workdir / f"page_{dataset.path.parent.name}_{split}.html"
     write_text(path, text)
     if config.page.pictures and not album.photographs:

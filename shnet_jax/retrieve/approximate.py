@@ -83,7 +83,8 @@ def open_index(search: ConfigDict, embeddings: Embeddings, side: str, tile: int,
 
 def _measured(index: VectorIndex, embeddings: Embeddings, side: str, tile: int, mesh: Mesh) -> dict[str, float]:
     """Recall of an index against the exact search: {"recall", "depth", "queries"}."""
-    other = embeddings.texts if side == "images" else embeddings.images
+    # A gallery without captions is asked by its images.
+    other = embeddings.texts if side == "images" and embeddings.ids.captions else embeddings.images
     sample = np.linspace(0, len(other.vector) - 1, min(SAMPLE, len(other.vector))).astype(np.int64)
     queries = np.asarray(other.vector[sample])
     gallery = Embedding(getattr(embeddings, side).vector)

@@ -79,12 +79,23 @@ def _write(
         ("images", image, gallery.images, gallery.image_batches),
         ("texts", text, len(gallery.captions), gallery.text_batches),
     ):
-        if not (folder / f"{side}.safetensors").exists():
+        if (folder / f"{side}.safetensors").exists():
+            continue
+        if count:
             _encode(parts, side, tower, count, rows, batches)
             assemble(parts, side, count, folder / f"{side}.safetensors")
+        else:
+            _write_none(folder / f"{side}.safetensors", folder / "images.safetensors")
     write_json(folder / IDS, dataclasses.asdict(make_ids(experiment.dataset, split)))
     write_json(folder / SOURCE, source)
     shutil.rmtree(parts)
+
+
+def _write_none(path: Path, like: Path) -> None:
+    """Writes the embeddings of no captions, of the widths of the images' embeddings in `like`."""
+    shapes = {name: ((0, *array.shape[1:]), array.dtype) for name, array in tensors.open_mapped(like).items()}
+    with atomic_path(path) as temporary:
+        tensors.create(temporary, shapes)
 
 
 def check_source(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:

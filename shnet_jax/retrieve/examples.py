@@ -15,12 +15,13 @@ from shnet_jax.evaluation.metrics import QueryRanks
 from shnet_jax.evaluation.protocols import Provenance
 from shnet_jax.evaluation.ranking_methods import candidates
 from shnet_jax.evaluation.tiles import take, tile_size
-from shnet_jax.evaluation.top_k import TopK
+from shnet_jax.evaluation.top_k import TopK, is_dot_product
 from shnet_jax.experiment import Experiment
 from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.retrieve.highlight import highlights
-from shnet_jax.retrieve.page import Contents, Example
+from shnet_jax.retrieve.page import Contents, Example, Likeness
 from shnet_jax.retrieve.searcher import Searcher
+from shnet_jax.types import Score
 
 
 def collect(
@@ -37,9 +38,7 @@ def collect(
     below 1).
     """
     counts = config.page
-    for name, least in (("queries", 0), ("failures", 0), ("highlights", 0), ("results", 1)):
-        if counts[name] < least:
-            raise ValueError(f"config.page.{name} is {counts[name]}; it must be at least {least}")
+    _check_counts(counts)
     methods = make_ranking_methods(experiment, mesh)
     gallery = embedded_split(
         experiment, provenance.split, variables, embeddings.images, embeddings.texts, provenance, methods
@@ -72,6 +71,41 @@ def collect(
         image_failures=_by_image(searcher, worst(ranks.i2t, counts.failures), ranks, k),
         highlights=list(zip(highlighted, looks, strict=True)),
     )
+
+
+def collect_likeness(
+    experiment: Experiment,
+    variables: dict[str, Any],
+    embeddings: Embeddings,
+    score: Score,
+    config: ConfigDict,
+    mesh: Mesh,
+) -> Likeness:
+    """Chooses what is shown of a gallery without captions of every image, by config.page.
+
+    Raises ValueError as `collect`, and for a score that does not compare images with each other.
+    """
+    counts, split = config.page, embeddings.source["split"]
+    _check_counts(counts)
+    if not is_dot_product(score):
+        experiment.dataset.check_captioned(split)
+    searcher, ids = Searcher(embeddings, score, config.eval.tile, mesh), embeddings.ids
+    rows = spaced(len(ids.image_ids), counts.queries)
+    best = searcher.best_images(take(embeddings.images, rows), counts.results + 1)
+    likes = []
+    for row, index, scores in zip(rows.tolist(), best.index.tolist(), best.score.tolist(), strict=True):
+        others = [(other, value) for other, value in zip(index, scores, strict=True) if other != row and other >= 0]
+        likes.append((row, others[: counts.results]))
+    highlighted = [int(row) for row in spaced(len(ids.image_ids), counts.highlights)]
+    looks = highlights(experiment, variables, split, highlighted)
+    source = str(experiment.dataset.path.parent.name)
+    return Likeness(str(config.name), "", source, split, ids, likes, list(zip(highlighted, looks, strict=True)))
+
+
+def _check_counts(counts: ConfigDict) -> None:
+    for name, least in (("queries", 0), ("failures", 0), ("highlights", 0), ("results", 1)):
+        if counts[name] < least:
+            raise ValueError(f"config.page.{name} is {counts[name]}; it must be at least {least}")
 
 
 def spaced(count: int, most: int, offset: float = 0.5) -> np.ndarray:

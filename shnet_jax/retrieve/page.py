@@ -81,7 +81,7 @@ def render_page(contents: Contents, album: Album) -> str:
         ("captions", "Text to image", _by_caption(contents, contents.captions, album)),
         ("images", "Image to text", _by_image(contents, contents.images, album)),
         ("failures", "Failures worth seeing", _failures(contents, album)),
-        ("highlights", "What it looks at", _highlights(contents, album)),
+        ("highlights", "What it looks at", _highlights(contents.highlights, contents.ids, album)),
     ]
     sections = [section for section in sections if section[2]]
     about = [
@@ -98,6 +98,61 @@ def render_page(contents: Contents, album: Album) -> str:
         tag("p", about, class_="muted"),
         tag("nav", [tag("a", title, href=f"#{name}") for name, title, _ in sections], aria_label="Sections"),
         [tag("section", tag("h2", title), parts, id=name) for name, title, parts in sections],
+        style=album.style(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Likeness:
+    """What the page of a gallery without captions of every image shows.
+
+    title, run: see `Contents`. dataset, split: of the images. likes: (row of an image, [(row, score)] of those most
+    like it). highlights: see `Contents`.
+    """
+
+    title: str
+    run: str
+    dataset: str
+    split: str
+    ids: Ids
+    likes: Sequence[tuple[int, list[tuple[int, float]]]]
+    highlights: Sequence[tuple[int, Highlight]]
+
+
+def render_likeness(contents: Likeness, album: Album) -> str:
+    """The page of a gallery without captions of every image, which has no recalls, as HTML."""
+
+    def card(row: int, head: str) -> Markup:
+        words = tag("div", tag("div", tag("span", head), class_="head"), tag("bdi", ids.image_ids[row]), class_="text")
+        return tag("div", album.scene(row).picture(), words, class_="card")
+
+    ids = contents.ids
+    found = [
+        tag(
+            "div",
+            tag(
+                "div",
+                [card(row, "query"), *(card(r, f"{i}.  {s:.3f}") for i, (r, s) in enumerate(best, 1))],
+                class_="cards",
+            ),
+            class_="query",
+        )
+        for row, best in contents.likes
+    ]
+    about = (
+        f"{contents.dataset}, {contents.split} split: {len(ids.image_ids)} images, {len(ids.captions)} captions. "
+        "Recalls need captions of every image; an image and those most like it are shown instead, with their scores."
+    )
+    sections = [
+        ("likes", "Images like it", found),
+        ("highlights", "What it looks at", _highlights(contents.highlights, ids, album)),
+    ]
+    run = f", {contents.run}" if contents.run else ""
+    return html.document(
+        f"{contents.title}{run}: {contents.dataset} {contents.split}",
+        tag("h1", contents.title),
+        tag("p", about, class_="muted"),
+        [tag("section", tag("h2", title), parts, id=name) for name, title, parts in sections if parts],
         style=album.style(),
     )
 
@@ -246,12 +301,12 @@ def _failures(contents: Contents, album: Album) -> Child:
     ]
 
 
-def _highlights(contents: Contents, album: Album) -> Child:
-    drawn = [panels(album.scene(row), look, contents.ids.captions_of(row)) for row, look in contents.highlights]
+def _highlights(highlights: Sequence[tuple[int, Highlight]], ids: Ids, album: Album) -> Child:
+    drawn = [panels(album.scene(row), look, ids.captions_of(row)) for row, look in highlights]
     images = [image for image in drawn if image]
     text = (
         "3SHNet lets the segmentation highlight the regions. The semantic gate passes each region by how well it "
         "fits the scene as a whole; the spatial attention of each looks up where, and among what, it lies."
     )
-    pooling = pooling_section([look.weights for _, look in contents.highlights])
+    pooling = pooling_section([look.weights for _, look in highlights])
     return [tag("p", text), images, pooling] if images else pooling

@@ -101,15 +101,17 @@ class Searcher:
         """The k best captions of each image of the gallery, and the k images most like it but itself.
 
         A model whose score is no dot product compares images with captions only: there are no images in its answers.
+        A gallery without captions has none in its answers.
         Raises ValueError for an id that the gallery does not have.
         """
         rows = np.array([self._row(name) for name in image_ids], np.int64)
         queries = take(self.embeddings.images, rows)
-        captions = self.best_captions(queries, k)
+        captions = self.best_captions(queries, k) if self.embeddings.ids.captions else None
         images = self.best_images(queries, k + 1) if self._dot_product else None
         answers = []
         for i, name in enumerate(image_ids):
-            answers.append(Answer(name, "image", CAPTIONS, self._hits(CAPTIONS, captions, i, k)))
+            if captions is not None:
+                answers.append(Answer(name, "image", CAPTIONS, self._hits(CAPTIONS, captions, i, k)))
             if images is not None:
                 answers.append(Answer(name, "image", IMAGES, self._hits(IMAGES, images, i, k, without=int(rows[i]))))
         return answers

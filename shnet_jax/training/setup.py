@@ -86,6 +86,7 @@ def setup_training(experiment: Experiment) -> TrainSetup:
             "config.data.val_split is 'test': the checkpoint of a person search is never chosen on the split that is "
             "reported; set it to a validation split (docs/data.md tells how to hold one out)"
         )
+    dataset.check_captioned(config.data.train_split)
     mesh = make_mesh(config.parallel.devices)
     pairs_per_device(config, mesh.size)
     check_evaluation(experiment.model, config, mesh)

@@ -291,10 +291,10 @@ def test_flags_that_do_not_go_together(tmp_path, extract, capsys):
     assert "expected a split; give --split=NAME or --split_lists" in capsys.readouterr().err
     (tmp_path / "c.csv").write_text("image,caption\na.png,a dog\n")
     assert extract(tmp_path / "a.tar", f"--captions=train={tmp_path / 'c.csv'}", "--split=train")[0] == 1
-    assert "--split: belongs to captions inside of --images" in capsys.readouterr().err
+    assert "--split: belongs to an extraction without --captions" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert extract(tmp_path / "empty")[0] == 1
-    assert "has no captions; give --captions=FILE" in capsys.readouterr().err
+    assert "expected photographs (.jpg, " in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- Parquet

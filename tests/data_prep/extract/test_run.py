@@ -56,6 +56,33 @@ def test_broken_photographs_are_named_and_left_out(tmp_path, flags, models, caps
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["cats"]  # the blocks are gone
 
 
+def test_photographs_without_captions_are_a_set_to_search(tmp_path, flags, models, capsys):
+    models()
+    (tmp_path / "photographs" / "more").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "photographs" / "more" / "red.png")
+    (tmp_path / "photographs" / ".trash.jpg").write_bytes(b"")
+    (tmp_path / "photographs" / "notes.txt").write_text("nothing")
+    alone = [flag for flag in flags if not flag.startswith("--captions")]
+    assert command.main(alone) == 0
+    err = capsys.readouterr().err
+    assert "left out 1 photographs that cannot be read: 2.jpg\n" in err
+    dataset = open_dataset(tmp_path / "sets")
+    assert dataset.splits == {"photos": 9}
+    assert dataset.image_ids("photos").tolist() == [f"{n}.jpg" for n in (0, 1, 3, 5, 6, 7, 8, 9)] + ["red.png"]
+    records = dataset.open_split("photos", ["captions", "image_embedding"])
+    assert [record["captions"] for record in records] == [[]] * 9
+    np.testing.assert_allclose(records[8]["image_embedding"], [255, 0, 0])
+    models()
+    assert command.main([*alone, "--split=mine", "--name=again"]) == 0
+    assert open_dataset(tmp_path / "sets" / "again").splits == {"mine": 9}
+
+
+def test_a_folder_without_photographs(tmp_path, flags, capsys):
+    (tmp_path / "empty").mkdir()
+    assert command.main([flag for flag in flags if "--captions" not in flag] + [f"--images={tmp_path / 'empty'}"]) == 1
+    assert "expected photographs (.jpg, .jpeg, .png, " in capsys.readouterr().err
+
+
 def test_a_stopped_run_goes_on(tmp_path, flags, models, capsys):
     first = models(limit=5)
     with pytest.raises(KeyboardInterrupt):
