@@ -56,6 +56,7 @@ def _data() -> ConfigDict:
     data.image_pad = 10  # pictures: crop of this many black pixels around, in training (IRRA 10)
     data.image_erase = 0.5  # pictures: probability that a rectangle is erased in training (IRRA 0.5)
     data.image_erase_area = (0.02, 0.4)  # share of the picture that it takes (IRRA 0.02 to 0.4)
+    data.shuffle_block = 0  # text.tower vectors: examples of a block, read in a row; 0: any order of all of them
     data.read_threads = 4  # threads that read and decode records ahead
     data.prefetch = 8  # batches read ahead
     return data
@@ -424,6 +425,7 @@ def _plan() -> ConfigDict:
     plan.grid = 49  # grid cells of an image
     plan.grid_dim = 2048  # size of a grid cell's feature
     plan.image_embedding = 512  # size of the global vector of a pretrained model
+    plan.caption_embedding = 768  # size of the stored vector of a caption, or of a token
     plan.persons = 11003  # persons in the training split, for a classifier of them (CUHK-PEDES: 11,003)
     plan.picture = (384, 128)  # height and width of a picture (person search)
     return plan

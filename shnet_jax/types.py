@@ -43,7 +43,7 @@ is flipped, cropped and erased as `image_view` says):
   categories      [n, C] bool           classes present
   relations       [n, R, 3] int32       subject box, predicate, object box; padded rows are -1
   relation_scores [n, K, K] float       largest confidence in any predicate of each ordered pair, 0..1
-  image_embedding [n, E] float32        global vector of a pretrained model
+  image_embedding [n, E] float          global vector of a pretrained model
   image           [n, Y, X, 3] uint8    the picture itself, RGB, all of one size
   identity        [n] int32             number of the person among those of the split, in training only: the `ids`
                                         that losses get in place of `image_index`
@@ -53,9 +53,10 @@ text fields, tokens or, of a text side on stored vectors (models/text.py), one o
   caption_embeddings  [t, E] float      vector of each caption
   caption_tokens      [t, L, E] float   vectors of its tokens
   caption_token_mask  [t, L] bool       valid tokens; absent when all are
+  caption_index       [t] int32         in training with resident features alone: the number of each caption
 """
 
-TEXT_ROWS = ("tokens", "caption_embeddings", "caption_tokens")
+TEXT_ROWS = ("tokens", "caption_embeddings", "caption_tokens", "caption_index")
 """Text fields by which the captions of a batch are counted; a batch has one of them."""
 
 

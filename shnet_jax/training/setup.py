@@ -194,22 +194,26 @@ def training_data(experiment: Experiment, mesh: Mesh) -> tuple[grain.DatasetIter
     """
     config, dataset = experiment.config, experiment.dataset
     split = config.data.train_split
-    captions = tokenise_split(dataset, split, experiment.tokenizer)
-    _warn_of_truncated(captions, split, config.data.max_tokens)
-    _warn_of_unknown(captions, split, experiment.tokenizer)
+    captions = None
+    if not experiment.text_fields:
+        captions = tokenise_split(dataset, split, experiment.tokenizer)
+        _warn_of_truncated(captions, split, config.data.max_tokens)
+        _warn_of_unknown(captions, split, experiment.tokenizer)
     iterator = train_batches(
         config,
         dataset,
         captions,
         experiment.tokenizer,
         experiment.fields,
+        experiment.text_fields,
         batch_size=config.train.batch_size // jax.process_count(),
         seed=config.seed,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
     )
-    table = replicate(resident_table(dataset, split, experiment.fields), mesh) if config.data.resident else {}
-    return iterator, table
+    if not config.data.resident:
+        return iterator, {}
+    return iterator, replicate(resident_table(dataset, split, experiment.fields, experiment.text_fields), mesh)
 
 
 def _warn_of_truncated(captions: Captions, split: str, max_tokens: int) -> None:
