@@ -56,6 +56,7 @@ def _data() -> ConfigDict:
     data.image_pad = 10  # pictures: crop of this many black pixels around, in training (IRRA 10)
     data.image_erase = 0.5  # pictures: probability that a rectangle is erased in training (IRRA 0.5)
     data.image_erase_area = (0.02, 0.4)  # share of the picture that it takes (IRRA 0.02 to 0.4)
+    data.shuffle_block = 0  # text.tower vectors: examples of a block, read in a row; 0: any order of all of them
     data.read_threads = 4  # threads that read and decode records ahead
     data.prefetch = 8  # batches read ahead
     return data
@@ -70,7 +71,7 @@ def _tokenizer() -> ConfigDict:
 
 
 def _model() -> ConfigDict:
-    """Both encoders; the sections user, esa, clip and cmsei are read by the models of these names alone."""
+    """Both encoders; the sections user, esa, clip, cmsei and align are read by the models of these names alone."""
     model = ConfigDict()
     model.name = "shnet"  # file in shnet_jax/models, or the dotted path of a module of yours
     model.dim = 1024  # size of the joint embedding (published 1024)
@@ -94,6 +95,7 @@ def _model() -> ConfigDict:
     model.esa = _esa()
     model.clip = _clip()
     model.cmsei = _cmsei()
+    model.align = _align()
     return model
 
 
@@ -157,10 +159,31 @@ def _cmsei() -> ConfigDict:
     return cmsei
 
 
+def _align() -> ConfigDict:
+    """Options of model.name "align": the image side of heads on frozen features (docs/frozen-features.md)."""
+    align = ConfigDict()
+    align.source = "vector"  # what the image side reads: "vector", image_embedding (SAIL) | "units" of the record
+    align.pool = "mean"  # units to one vector: mean | gpo | attention
+    align.pool_first = True  # pool, then map | False: map each unit, then pool
+    align.head = _head()
+    return align
+
+
+def _head() -> ConfigDict:
+    """A head on stored vectors: LayerNorm and a mapping to model.dim (shnet_jax/models/heads.py)."""
+    head = ConfigDict()
+    head.kind = "star"  # star (SAIL) | mlp | linear | swiglu | sharelock | none: the vector as it is
+    head.hidden = 0  # size of the hidden layer; 0: as published, star 8 and mlp 4 times the vector, sharelock 4096
+    head.dropout = 0.0  # on hidden activations; linear, swiglu: on the vector (SAIL 0, ShareLock 0.2)
+    return head
+
+
 def _text() -> ConfigDict:
     """Text tower, the same choice for every model."""
     text = ConfigDict()
-    text.tower = "bert"  # bert | bigru | transformer | clip
+    text.tower = "bert"  # bert | bigru | transformer | clip | vectors: a head on vectors that lie in the record
+    text.source = "caption_embeddings"  # vectors: caption_embeddings, one a caption | caption_tokens, one a token
+    text.head = _head()  # vectors: the head
     text.weights = ""  # bert, clip: folder as Hugging Face saves it; "minilm": what `make minilm` installs
     text.vocab_size = 0  # tokens of the vocabulary; 0: taken from the tokenizer
     text.layers = 12  # transformer layers (bert, transformer); set by the weights folder when there is one
@@ -193,6 +216,7 @@ def _loss() -> ConfigDict:
     loss.pairs = pairs = ConfigDict()  # how the pairs of a global batch meet; see shnet_jax/losses/pairs.py
     pairs.strategy = "gathered"  # gathered | streamed | ring | local (local: each device's pairs only)
     pairs.tile = 1024  # candidates scored at once by "streamed"
+    pairs.dtype = "float32"  # operands of training scores, sums are float32: float32 | bfloat16 (dot products alone)
     loss.triplet = triplet = ConfigDict()
     triplet.margin = 0.2  # gap wanted between a match and a negative, in cosine
     triplet.warmup_epochs = 1.0  # sum over all violations this long, then the hardest negative only (published 1)
@@ -210,7 +234,9 @@ def _loss() -> ConfigDict:
     loss.sigmoid = sigmoid = ConfigDict()
     sigmoid.scale = 10.0  # initial factor on the scores, learned (SigLIP 10)
     sigmoid.bias = -10.0  # initial bias, learned (SigLIP -10)
-    sigmoid.mask_same_image = True  # captions of the same image are no negatives
+    sigmoid.mask_same_image = True  # captions of the same image elsewhere in the batch are no negatives (SAIL False)
+    sigmoid.reduction = "queries"  # sum over all entries, by the pairs B: "queries" (SigLIP) | by all: "pairs" (SAIL)
+    sigmoid.scale_limits = ()  # the scale is clamped to these two after every step; (): not (SAIL 1 and 100)
     loss.uto = uto = ConfigDict()
     uto.scale = 90.0  # mu, sharpness of the sum over negatives (USER 90)
     uto.offset = 0.5  # gamma, score from which on a negative counts (USER 0.5)
@@ -248,8 +274,9 @@ def _momentum() -> ConfigDict:
 
 
 def _optim() -> ConfigDict:
-    """AdamW and the schedule of its learning rate."""
+    """The optimiser and the schedule of its learning rate."""
     optim = ConfigDict()
+    optim.name = "adamw"  # adamw (published) | lion (SAIL)
     optim.lr = 5e-4  # peak learning rate (published 5e-4)
     optim.text_lr_factor = 0.1  # learning rate of the text tower (not its head) relative to lr (published 0.1)
     optim.schedule = "step"  # "step": times decay_factor at each decay | "cosine": to 0 at the end | "constant"
@@ -262,8 +289,8 @@ def _optim() -> ConfigDict:
     optim.warmup_percent = 0.0  # the same in per cent of the training
     optim.weight_decay = 1e-4  # decoupled decay per step, times the learning rate (published 1e-4)
     optim.decay_all = True  # decay norms and biases too (published True)
-    optim.b1 = 0.9  # AdamW, first moment
-    optim.b2 = 0.999  # AdamW, second moment
+    optim.b1 = 0.9  # AdamW, first moment; Lion, the gradient in the update (SAIL 0.9)
+    optim.b2 = 0.999  # AdamW, second moment; Lion, the average that is kept (SAIL 0.99)
     optim.clip_norm = 2.0  # largest global gradient norm; 0: no clipping (published 2)
     optim.ema = 0.0  # decay per batch of the running average that is evaluated; 0: none
     optim.accumulate = 1  # batches whose gradients are averaged before an update
@@ -402,6 +429,7 @@ def _plan() -> ConfigDict:
     plan.grid = 49  # grid cells of an image
     plan.grid_dim = 2048  # size of a grid cell's feature
     plan.image_embedding = 512  # size of the global vector of a pretrained model
+    plan.caption_embedding = 768  # size of the stored vector of a caption, or of a token
     plan.persons = 11003  # persons in the training split, for a classifier of them (CUHK-PEDES: 11,003)
     plan.picture = (384, 128)  # height and width of a picture (person search)
     return plan

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
@@ -20,8 +21,10 @@ from data_prep.bad_records import FIRST, SKIPPED, Bad, BadRecords, Policy
 from data_prep.counts import Found, Stored, summary
 from data_prep.schema import DataError, Record, refuse
 from shnet_jax.data.checksums import CHECKSUMS, sha256
+from shnet_jax.data.columns import ColumnWriter, column_description
 from shnet_jax.data.index import Index, IndexBuilder, write_index
 from shnet_jax.data.records import SENTENCEPIECE, open_dataset
+from shnet_jax.data.schema import COLUMNS, PER_CAPTION
 from shnet_jax.observe.files import disk_faults, sole_writer
 from shnet_jax.observe.progress import Progress
 
@@ -142,6 +145,34 @@ def _whole_or_nothing(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
+def _of_captions(name: str) -> bool:
+    """Whether a field has a row for each caption of an image."""
+    return schema.FIELDS[name].shape[:1] == (PER_CAPTION,)
+
+
+class _Columns:
+    """The fields of a split that become columns, while its records are written."""
+
+    def __init__(self, folder: Path, split: str):
+        self._folder, self._split = folder, split
+        self._writers: dict[str, ColumnWriter] = {}
+
+    def take_out(self, records: list[Record]) -> list[Record]:
+        """Writes the columns' fields of these records; returns the records without them."""
+        for name in COLUMNS:
+            if records and name in records[0]:
+                if name not in self._writers:
+                    self._writers[name] = ColumnWriter(self._folder, name, self._split)
+                join = np.concatenate if _of_captions(name) else np.stack
+                self._writers[name].add(join([record[name] for record in records]))
+        return [{name: value for name, value in record.items() if name not in COLUMNS} for record in records]
+
+    def close(self) -> None:
+        """Completes the files."""
+        for writer in self._writers.values():
+            writer.close()
+
+
 class _Writer:
     """Writer of splits: the first record decides features and shard size; the rest must be like it."""
 
@@ -166,6 +197,7 @@ class _Writer:
         """Write a split and its sidecar."""
         rows = self._rows[split] = {}
         index = IndexBuilder(self._folder.parent)
+        columns = _Columns(self._folder, split)
         chunk: list[Record] = []
         count = absent = captions = 0
         for row, item in enumerate(items):
@@ -193,15 +225,16 @@ class _Writer:
             captions += len(record["captions"])
             chunk.append(schema.stored(record))
             if len(chunk) == _CHUNK:
-                self._tfds.add_examples({split: chunk})
+                self._tfds.add_examples({split: columns.take_out(chunk)})
                 chunk = []
             self._progress.count()
         self._bad.check_split(split, count)
         self.stored[split] = Stored(len(rows), captions, count - absent - len(rows), absent)
         refuse(not rows, f"split {split!r}", "at least one record", "none")
         assert self._tfds is not None  # set by the first record
-        self._tfds.add_examples({split: chunk})
+        self._tfds.add_examples({split: columns.take_out(chunk)})
         self._tfds.close_splits([split])
+        columns.close()
         built = index.build()
         write_index(self._folder, split, built)
         return built
@@ -230,6 +263,11 @@ class _Writer:
         names = self._metadata.get("class_names")
         if names is not None and classes is not None and len(names) != classes:
             raise DataError(f"metadata 'class_names': expected {classes} names, found {len(names)}")
+        columns = {name: record[name] for name in COLUMNS if name in record}
+        if columns:
+            rows = {name: value if _of_captions(name) else value[None] for name, value in columns.items()}
+            self._metadata["columns"] = column_description(rows)
+        record = {name: value for name, value in record.items() if name not in columns}
         features = schema.features(record)
         size = len(features.serialize_example(schema.stored(record)))
         # A DatasetInfo without a builder class: nothing has to be importable to write or to read the set.

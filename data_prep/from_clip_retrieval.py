@@ -27,7 +27,7 @@ from data_prep.files import open_array
 from data_prep.join import Writing
 from data_prep.places import Place, Recognised, missing, split_of
 from data_prep.rows import Row
-from data_prep.schema import DataError, Record, is_text, refuse
+from data_prep.schema import DataError, Record, as_field, is_text, refuse
 from shnet_jax.paths import to_path
 
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
@@ -72,9 +72,12 @@ class Shards:
                 yield row._replace(numbers=(start + number,) * len(row.captions), split=row.split or split)
 
     def vector(self, kind: str, row: int) -> np.ndarray:
-        """The vector in a row of "images" or "texts", [E] float32, copied out of its file."""
+        """The vector in a row of "images" or "texts", [E] float16 or float32 as stored, copied out of its file."""
         shard = bisect_right(self.starts, row) - 1
-        return np.array(open_array(getattr(self.files[shard], kind))[row - self.starts[shard]], np.float32)
+        path = getattr(self.files[shard], kind)
+        vector = np.array(open_array(path)[row - self.starts[shard]])
+        field = "image_embedding" if kind == "images" else "caption_embeddings"
+        return as_field(field, vector, where=f"row {row - self.starts[shard]}", file=path.name)
 
 
 def open_shards(src: Path) -> Shards:
@@ -140,7 +143,8 @@ class Images:
         vectors = [self.shards.vector("images", row) for row in item.caption_ids]
         first = vectors[0]
         for row, vector in zip(item.caption_ids[1:], vectors[1:], strict=True):
-            if vector @ first < SAME * np.linalg.norm(vector) * np.linalg.norm(first):
+            one, other = vector.astype(np.float32), first.astype(np.float32)
+            if one @ other < SAME * np.linalg.norm(one) * np.linalg.norm(other):
                 raise DataError(
                     f"image {item.file!r}: expected one vector in all of its rows, found others in rows "
                     f"{item.caption_ids[0]} and {row} of all"

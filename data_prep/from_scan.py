@@ -8,6 +8,7 @@ Arrays may have one row an image or, as the released ones do, one row a caption 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from data_prep.places import Place, Recognised, look
 from data_prep.schema import DataError, Record, refuse
 from data_prep.sources.detections import Reading
 from data_prep.sources.units import Layout, as_units, first_units, open_units, unit_files
-from shnet_jax.data.schema import MASKS
+from shnet_jax.data.schema import FIELDS, MASKS
 from shnet_jax.paths import to_path
 
 ARRAYS = {
@@ -44,7 +45,11 @@ ARRAYS = {
     "relation_scores": "_relation_scores.npy",
     "image_embedding": "_image_emb.npy",
 }
-CAPTION_EMBEDDINGS = "_caption_emb.npy"
+CAPTION_ARRAYS = {
+    "caption_embeddings": "_caption_emb.npy",
+    "caption_tokens": "_caption_tokens.npy",
+    "caption_token_mask": "_caption_token_mask.npy",
+}
 CAPTION_IDS = "_capids.txt"
 USUAL_CAPTIONS = 5  # captions an image in Flickr and COCO as SCAN distributes them
 _RUNS = 16  # of equal rows, from which the captions of an image are found
@@ -57,7 +62,7 @@ class ScanSplit:
     """The files of one split and how their rows belong to images.
 
     arrays: field -> path; steps: field -> rows of that array for each image (1, or the captions of an image).
-    caption_ids: of all captions, () without; caption_embeddings: file with a row a caption. layout: of the features.
+    caption_ids: of all captions, () without; of_captions: field -> file with a row a caption. layout: of the features.
     """
 
     name: str
@@ -69,7 +74,7 @@ class ScanSplit:
     files: Mapping[str, str]
     feature_dtype: str | None
     caption_ids: tuple[int, ...] = ()
-    caption_embeddings: Path | None = None
+    of_captions: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     layout: Layout | None = None
 
     def __len__(self) -> int:
@@ -80,9 +85,9 @@ class ScanSplit:
         for start in range(0, len(self), _BLOCK):
             stop = min(start + _BLOCK, len(self))
             blocks = {field: _rows(path, start, stop, self.steps[field]) for field, path in self.arrays.items()}
-            if self.caption_embeddings is not None:
-                vectors = _rows(self.caption_embeddings, start * count, stop * count, 1)
-                blocks["caption_embeddings"] = vectors.reshape(stop - start, count, -1)
+            for name, path in self.of_captions.items():
+                rows = _rows(path, start * count, stop * count, 1)
+                blocks[name] = rows.reshape(stop - start, count, *rows.shape[1:])
             for image in range(start, stop):
                 arrays = {field: block[image - start] for field, block in blocks.items()}
                 yield record_or_bad(self.ids[image], self._record, image, arrays)
@@ -143,7 +148,7 @@ def open_split(
         "captions": f"{split}_caps.txt",
         "image_id": ids_file.name,
         "caption_ids": f"{split}{CAPTION_IDS}",
-        "caption_embeddings": f"{split}{CAPTION_EMBEDDINGS}",
+        **{name: f"{split}{suffix}" for name, suffix in CAPTION_ARRAYS.items()},
     }
     image_ids = _image_ids(ids_file, ids, images, per_image, split)
     return ScanSplit(
@@ -156,7 +161,7 @@ def open_split(
         files,
         feature_dtype,
         _caption_ids(src / f"{split}{CAPTION_IDS}", len(captions)),
-        _caption_embeddings(src / f"{split}{CAPTION_EMBEDDINGS}", len(captions)),
+        _caption_arrays(src, split, len(captions)),
         layout,
     )
 
@@ -173,12 +178,14 @@ def _caption_ids(path: Path, captions: int) -> tuple[int, ...]:
     return tuple(map(int, lines))
 
 
-def _caption_embeddings(path: Path, captions: int) -> Path | None:
-    if not path.is_file():
-        return None
-    shape = open_array(path).shape
-    refuse(len(shape) != 2 or shape[0] != captions, path, f"[{captions}, E], a row a caption", list(shape))
-    return path
+def _caption_arrays(src: Path, split: str, captions: int) -> dict[str, Path]:
+    """The files with a row a caption, by field. Raises DataError for one of another shape."""
+    found = {name: path for name, suffix in CAPTION_ARRAYS.items() if (path := src / f"{split}{suffix}").is_file()}
+    for name, path in found.items():
+        shape, axes = open_array(path).shape, FIELDS[name].shape
+        expected = f"[{', '.join([str(captions), *axes[1:]])}], a row a caption"
+        refuse(len(shape) != len(axes) or shape[0] != captions, path, expected, list(shape))
+    return found
 
 
 def _captions_per_image(

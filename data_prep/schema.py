@@ -22,6 +22,7 @@ from shnet_jax.data.schema import (
     MASKS,
     PER_CAPTION,
     TEXT_FIELDS,
+    VECTOR_DTYPES,
     VISUAL_FIELDS,
     dtype_of,
 )
@@ -60,9 +61,9 @@ def as_field(name: str, value: Any, *, where: str, file: str | None = None, dtyp
         raise _error(where, files, name, "numbers", f"an array of {array.dtype}")
     spec = FIELDS[name]
     wanted = spec.dtypes[0]
-    if spec.dtypes is FEATURE_DTYPES:
+    if {*spec.dtypes} == {*FEATURE_DTYPES}:
         as_given = array.dtype.name if array.dtype.name in FEATURE_DTYPES else "float32"
-        wanted = dtype or as_given
+        wanted = as_given if spec.dtypes is VECTOR_DTYPES else dtype or as_given
     target = dtype_of(wanted)
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(target, copy=False)
@@ -130,11 +131,11 @@ def check_record(
     _check_boxes(record, where, files)
     _check_relations(record, where, files)
     _check_labels(record, where, files)
-    for masked, mask in MASKS.items():
+    for masked, mask in (MASKS | {"caption_tokens": "caption_token_mask"}).items():
         if mask in record and masked not in record:
             raise _error(where, files, mask, f"the field {masked!r} that it masks", "none")
-        if mask in record and not record[mask].any():
-            raise _error(where, files, mask, "at least one valid unit", f"none of {record[mask].size}")
+        if mask in record and not record[mask].any(axis=-1).all():
+            raise _error(where, files, mask, "at least one valid unit", f"none of {record[mask].shape[-1]}")
 
 
 def _check_text(record: Mapping[str, Any], where: str, files: Mapping[str, str], least_captions: int) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax import bundled
 from shnet_jax.data.fields import checked_fields
-from shnet_jax.data.gallery import Part, open_gallery
+from shnet_jax.data.gallery import Gallery, Part, open_gallery
 from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.evaluation.encode import Towers, encode_parts
 from shnet_jax.evaluation.pair_scores import digest
@@ -120,7 +120,10 @@ class Retriever:
         return Towers(self.loaded.experiment, self._mesh, self._mesh).place(self.loaded.variables)
 
     def encode_texts(self, texts: str | Sequence[str]) -> Embedding:
-        """Encodes one or more sentences: t embeddings in NumPy, `.vector` [t, d] float32, of unit length."""
+        """Encodes one or more sentences: t embeddings in NumPy, `.vector` [t, d] float32, of unit length.
+
+        Of a run on stored vectors they go through the model that made these, where it is here.
+        """
         return encode_texts(self.loaded.experiment, self._towers[1], [texts] if isinstance(texts, str) else texts)
 
     def encode_images(self, images: str | Mapping[str, np.ndarray]) -> Embedding:
@@ -132,10 +135,7 @@ class Retriever:
         """
         rows = self.config.eval.batch_size * self._mesh.size
         if isinstance(images, str):
-            experiment = self.loaded.experiment
-            gallery = open_gallery(
-                experiment.config, experiment.dataset, images, experiment.tokenizer, experiment.fields
-            )
+            gallery = self._gallery(images)
             return encode_parts(self._towers[0], gallery.image_batches(rows), gallery.images)
         fields = checked_fields(images, self.loaded.experiment.fields, self.dataset)
         count = len(next(iter(fields.values())))
@@ -168,11 +168,24 @@ class Retriever:
                 )
         self._galleries[embeddings.source["split"]] = embeddings
 
+    def _gallery(self, split: str) -> Gallery:
+        experiment = self.loaded.experiment
+        return open_gallery(
+            *(experiment.config, experiment.dataset, split, experiment.tokenizer),
+            *(experiment.fields, experiment.text_fields),
+        )
+
     def _searcher(self, split: str) -> Searcher:
         if split not in self._galleries:
             ids = make_ids(self.dataset, split)
             images = self.encode_images(split)
-            texts = self.encode_texts(ids.captions) if ids.captions else jax.tree.map(lambda array: array[:0], images)
+            if not ids.captions:
+                texts = jax.tree.map(lambda array: array[:0], images)
+            elif self.loaded.experiment.text_fields:
+                rows, gallery = self.config.eval.batch_size * self._mesh.size, self._gallery(split)
+                texts = encode_parts(self._towers[1], gallery.text_batches(rows), len(gallery.captions))
+            else:
+                texts = self.encode_texts(ids.captions)
             self._galleries[split] = Embeddings(Path(), {"split": split}, ids, images, texts)
         options = tile_size(self.config.eval, self._mesh), self._mesh, self._candidates
         return Searcher(self._galleries[split], self.loaded.score, *options)

@@ -63,7 +63,7 @@ MODES = {
         "shnet_jax.modes.search:search",
         "find images by words, captions by an image",
         "--workdir=runs/one --query='a red star above the sea'",
-        own_flags=("query", "query_file", "image_id", "top_k"),
+        own_flags=("query", "query_file", "query_vectors", "image_id", "top_k"),
     ),
     "serve": Mode(
         "shnet_jax.modes.serve:serve",
@@ -117,6 +117,7 @@ MODE = flags.DEFINE_enum("mode", "train", [*MODES], "; ".join(f"{name}: {mode.he
 flags.DEFINE_string("target", "", "Devices that plan compiles for: tpu:v5e:4x4, tpu:v4:2x2x2, gpu or cpu:8.")
 flags.DEFINE_string("query", "", "Words that search looks for.")
 flags.DEFINE_string("query_file", "", "File of queries, one a line.")
+flags.DEFINE_string("query_vectors", "", "Vectors of the queries, an .npy file, for text.tower=vectors.")
 flags.DEFINE_string("image_id", "", "Image of the split, to search for its captions and images like it.")
 flags.DEFINE_integer("top_k", 10, "Results of search for each query.")
 flags.DEFINE_bool("card", False, "Whether eval prints the protocol cards too, which its files always have.")
@@ -134,7 +135,7 @@ HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_seconds", 60, "Seconds without a sign of life after which a process counts as dead and all others end."
 )
 
-PATH_FLAGS = ("workdir", "query_file")
+PATH_FLAGS = ("workdir", "query_file", "query_vectors")
 PATH_LISTS = ("config.eval.ensemble", "config.cross.runs", "config.cross.data_dirs")
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
 """Device files of TPUs and of NVIDIA's and AMD's GPUs (under WSL: dxg)."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +20,11 @@ from shnet_jax import registry
 from shnet_jax.data import clip_bpe, wordpiece
 from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.data.tokenise import Tokenizer, load_tokenizer
+from shnet_jax.data.vector_batches import with_masks
 from shnet_jax.interop import bert_weights, clip_weights
+from shnet_jax.interop.sentence_vectors import Description, SentenceEncoder
 from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.text import VECTORS, text_fields
 from shnet_jax.observe.machine import fast_dtype
 from shnet_jax.types import Batch
 
@@ -36,7 +41,8 @@ class Experiment:
     """The parts of a run: complete configuration, data set, tokenizer, model.
 
     config: with the dtypes, and the sizes that weights or tokenizer decide, filled in.
-    fields: fields of a record that the model reads. notes: remark on optional fields for the protocol card, or "".
+    fields: fields of a record that the model reads. text_fields: those of captions that its text side reads in place of
+      tokens. notes: remark on optional fields for the protocol card, or "".
     """
 
     config: FrozenConfigDict
@@ -45,6 +51,7 @@ class Experiment:
     model: RetrievalModel
     fields: tuple[str, ...]
     notes: str = ""
+    text_fields: tuple[str, ...] = ()
 
 
 def assemble(config: ConfigDict) -> Experiment:
@@ -58,6 +65,8 @@ def assemble(config: ConfigDict) -> Experiment:
     dataset = open_dataset(config.data.dir)
     settle_dtypes(config)
     fit_weights(config)
+    if config.text.tower == VECTORS and not config.tokenizer.path:
+        config.tokenizer.kind = "sentencepiece"  # the data set's own, for what is shown of captions: no token is read
     tokenizer = load_tokenizer(config)
     spare = config.text.vocab_size - tokenizer.vocab_size
     padded = 0 < spare < MOST_SPARE and config.text.vocab_size % 8 == 0
@@ -68,13 +77,14 @@ def assemble(config: ConfigDict) -> Experiment:
         )
     config.text.vocab_size = config.text.vocab_size or tokenizer.vocab_size
     module = registry.model(config.model.name)
-    fields = module.image_fields(config)
-    _check_fields(config, dataset, fields)
+    fields, of_texts = module.image_fields(config), text_fields(config)
+    _check_fields(config, dataset, (*fields, *of_texts))
     _fit_classifier(config, dataset)
     optional, notes = optional_fields(module, config, dataset)
     if notes:
         log.info("%s: %s", dataset.path, notes)
-    return Experiment(FrozenConfigDict(config), dataset, tokenizer, module.build(config), (*fields, *optional), notes)
+    model, fields = module.build(config), (*fields, *optional)
+    return Experiment(FrozenConfigDict(config), dataset, tokenizer, model, fields, notes, of_texts)
 
 
 def automatic(config: ConfigDict) -> list[str]:
@@ -111,6 +121,11 @@ def fit_weights(config: ConfigDict) -> None:
     if config.text.weights and config.text.tower == "clip":
         _fit_clip(config)
     elif config.text.weights:
+        if config.text.tower == VECTORS:
+            raise ValueError(
+                f"config.text.weights is {config.text.weights!r} and config.text.tower 'vectors': the stored vectors "
+                "need no weights; leave text.weights empty"
+            )
         if config.text.tower != "bert":
             raise ValueError(
                 f"config.text.weights are those of a BERT or a CLIP, config.text.tower is {config.text.tower!r}; "
@@ -168,6 +183,30 @@ def _check_fields(config: ConfigDict, dataset: DataSet, fields: tuple[str, ...])
         )
 
 
+def sentence_vectors(experiment: Experiment, texts: Sequence[str]) -> np.ndarray:
+    """Vectors of sentences, [t, E] float32, by the model that made the `caption_embeddings` of the data set.
+
+    Raises ValueError for a data set that does not say which that is, or one that is no BERT of a folder here.
+    """
+    dataset, way = experiment.dataset, "give vectors of the queries instead, --query_vectors=FILE.npy"
+    if experiment.text_fields != ("caption_embeddings",):
+        raise ValueError(f"this run reads {', '.join(experiment.text_fields)} of a caption, not its words: {way}")
+    if "text_encoder" not in dataset.metadata:
+        raise ValueError(f"{dataset.path}: does not say which model made its caption_embeddings: {way}")
+    description = Description.parse(dataset.metadata["text_encoder"], dataset.path)
+    try:
+        return _sentence_encoder(description).encode(texts)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"the model of the stored vectors, {description.encoder}, cannot be used: {error}; {way}"
+        ) from None
+
+
+@functools.lru_cache(maxsize=1)
+def _sentence_encoder(description: Description) -> SentenceEncoder:
+    return SentenceEncoder(description)
+
+
 def dummy_batch(experiment: Experiment) -> Batch:
     """One example of zeros in the shapes of the data set, to trace the model with."""
     batch: dict[str, Any] = {"image_index": np.zeros(1, np.int32)}
@@ -175,6 +214,11 @@ def dummy_batch(experiment: Experiment) -> Batch:
         feature = experiment.dataset.features[field]
         dtype = np.float32 if jnp.issubdtype(feature.dtype, jnp.floating) else feature.dtype
         batch[field] = np.zeros((1, *feature.shape), dtype)
+    if experiment.text_fields:
+        for field in with_masks(experiment.dataset, experiment.text_fields):
+            feature = experiment.dataset.features[field]
+            batch[field] = np.ones((1, *feature.shape[1:]), bool if feature.dtype == bool else np.float32)
+        return batch
     tokens = min(experiment.config.data.token_buckets)
     return batch | {"tokens": np.zeros((1, tokens), np.int32), "token_mask": np.ones((1, tokens), bool)}
 

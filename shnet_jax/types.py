@@ -43,14 +43,26 @@ is flipped, cropped and erased as `image_view` says):
   categories      [n, C] bool           classes present
   relations       [n, R, 3] int32       subject box, predicate, object box; padded rows are -1
   relation_scores [n, K, K] float       largest confidence in any predicate of each ordered pair, 0..1
-  image_embedding [n, E] float32        global vector of a pretrained model
+  image_embedding [n, E] float          global vector of a pretrained model
   image           [n, Y, X, 3] uint8    the picture itself, RGB, all of one size
   identity        [n] int32             number of the person among those of the split, in training only: the `ids`
                                         that losses get in place of `image_index`
-text fields:
-  tokens          [t, L] int32          token ids, 0 where masked
-  token_mask      [t, L] bool           valid tokens
+text fields, tokens or, of a text side on stored vectors (models/text.py), one of the other two:
+  tokens              [t, L] int32      token ids, 0 where masked
+  token_mask          [t, L] bool       valid tokens
+  caption_embeddings  [t, E] float      vector of each caption
+  caption_tokens      [t, L, E] float   vectors of its tokens
+  caption_token_mask  [t, L] bool       valid tokens; absent when all are
+  caption_index       [t] int32         in training with resident features alone: the number of each caption
 """
+
+TEXT_ROWS = ("tokens", "caption_embeddings", "caption_tokens", "caption_index")
+"""Text fields by which the captions of a batch are counted; a batch has one of them."""
+
+
+def count_texts(batch: Batch) -> int:
+    """Number of captions in a batch."""
+    return next(batch[name].shape[0] for name in TEXT_ROWS if name in batch)
 
 
 @struct.dataclass
@@ -79,11 +91,13 @@ Score = Callable[[Embedding, Embedding], Array]
 class Pairs:
     """Strategy by which a loss reaches all pairs of a global batch: `config.loss.pairs`.
 
-    strategy: one of PAIR_STRATEGIES. tile: candidates scored at once by "streamed".
+    strategy: one of PAIR_STRATEGIES. tile: candidates scored at once by "streamed". dtype: of the operands of the
+    scores; the step gives losses a score function of it (`models.contract.scorer`).
     """
 
     strategy: str = "gathered"
     tile: int = 1024
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown strategy or a tile below 1."""
@@ -159,6 +173,7 @@ class Context:
     axis:   name of the mapped device axis, None when unmapped.
     pairs:  how the loss reaches the pairs of other devices.
     keys:   outputs of the momentum encoders, whose queues hold negatives of past batches; None without them.
+    captions: captions of each image: rows i * captions to (i + 1) * captions - 1 are one image and its captions.
     """
 
     step: Array
@@ -167,3 +182,4 @@ class Context:
     axis: str | None = struct.field(pytree_node=False, default=None)
     pairs: Pairs = struct.field(pytree_node=False, default=Pairs())
     keys: Keys | None = None
+    captions: int = struct.field(pytree_node=False, default=1)

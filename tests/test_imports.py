@@ -43,7 +43,7 @@ REACH = {
         *("shnet_jax.observe.files", "shnet_jax.observe.progress", "shnet_jax.observe.table"),
         *("shnet_jax.retrieve.embeddings", "shnet_jax.retrieve.tensors"),  # what --mode=embed writes, taken as a source
         "shnet_jax.observe.terminal",
-        *("shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle"),
+        *("shnet_jax.interop.torch_file", "shnet_jax.interop.torch_pickle", "shnet_jax.interop.sentence_vectors"),
     },
     "configs": {"configs"},
 }

@@ -22,6 +22,7 @@ from shnet_jax.data.augment import Augmentation, alter_words, keep_grid, keep_re
 from shnet_jax.data.pictures import Views, viewed
 from shnet_jax.data.records import DataSet, RandomAccess
 from shnet_jax.data.tokenise import Captions, Tokenizer
+from shnet_jax.data.vector_batches import vector_batches, with_masks
 from shnet_jax.types import Array, Batch
 
 HostBatch = dict[str, np.ndarray]
@@ -44,9 +45,10 @@ def steps_per_epoch(dataset: DataSet, split: str, batch_size: int) -> int:
 def train_batches(
     config: ConfigDict,
     dataset: DataSet,
-    captions: Captions,
+    captions: Captions | None,
     tokenizer: Tokenizer,
     fields: Sequence[str],
+    text_fields: Sequence[str] = (),
     *,
     batch_size: int,
     seed: int,
@@ -69,16 +71,25 @@ def train_batches(
       token_mask   [batch_size, L] bool
       and, unless data.resident, `fields` and the masks of their units, as stored.
     L is the first of data.token_buckets that fits; with several hosts, which must agree on it, the largest.
+    With `text_fields` these and their masks, [batch_size, ...], stand in the place of tokens, or, with data.resident,
+    caption_index [batch_size] int32 (data/vector_batches.py).
 
     Args:
-      captions: of data.train_split (`tokenise.tokenise_split`).
+      captions: of data.train_split (`tokenise.tokenise_split`); None with `text_fields`.
       fields: image fields of the model (`image_fields`).
+      text_fields: stored vectors that the text side reads (`models.text.text_fields`); (): it reads tokens.
       batch_size: pairs in a batch of this host.
       seed: order and augmentation; the same on all hosts.
       shard_index, shard_count: this host among all.
     """
     data = config.data
     images = _images_per_batch(batch_size, data.captions_per_image)
+    if text_fields:
+        hosts = {"host": shard_index, "hosts": shard_count}
+        stored = stored_fields(dataset, fields)
+        source = vector_batches(data, dataset, stored, text_fields, batch_size=batch_size, seed=seed, **hosts)
+        return iter(grain.MapDataset.source(source).to_iter_dataset(read_options(data)))
+    assert captions is not None
     examples, used = _pass_size(dataset, data, captions, images * shard_count)
     records = dataset.open_split(data.train_split, stored_fields(dataset, fields))
     draw = _ExampleDraw.from_config(data, captions, tokenizer, records[0])
@@ -135,13 +146,23 @@ def stored_fields(dataset: DataSet, fields: Sequence[str]) -> tuple[str, ...]:
 
 def stack_images(records: RandomAccess, numbers: Iterable[int]) -> HostBatch:
     """The image fields of the records `numbers`, as stored, with a leading axis."""
-    read = [records[int(number)] for number in numbers]
-    return {field: np.stack([record[field] for record in read]) for field in records.fields}
+    return records.stack(np.fromiter(numbers, np.int64))
 
 
-def resident_table(dataset: DataSet, split: str, fields: Sequence[str]) -> HostBatch:
-    """All records of a split: `fields` and the masks of their units as stored, [N, ...], for `gather`."""
-    records = dataset.open_split(split, stored_fields(dataset, fields))
+def resident_table(dataset: DataSet, split: str, fields: Sequence[str], text_fields: Sequence[str] = ()) -> HostBatch:
+    """All of a split as stored, for `gather`: `fields` and their masks, [N, ...], `text_fields` and theirs [T, ...]."""
+    stored = stored_fields(dataset, fields)
+    beside = {name: dataset.column(split, name) for name in (*stored, *with_masks(dataset, text_fields))}
+    columns = {name: column.block(0, len(column)) for name, column in beside.items() if column is not None}
+    if in_records := [name for name in with_masks(dataset, text_fields) if name not in columns]:
+        for name in in_records:
+            columns[name] = np.concatenate([record[name] for record in dataset.open_split(split, (name,))])
+    stored = tuple(name for name in stored if name not in columns)
+    return columns | (_read_all(dataset.open_split(split, stored)) if stored else {})
+
+
+def _read_all(records: RandomAccess) -> HostBatch:
+    """All records, [N, ...] by field."""
     table = {field: np.empty((len(records), *np.shape(value)), value.dtype) for field, value in records[0].items()}
     for number, record in enumerate(records):
         for field, values in table.items():
@@ -152,13 +173,18 @@ def resident_table(dataset: DataSet, split: str, fields: Sequence[str]) -> HostB
 def gather(table: Mapping[str, Array] | None, batch: Batch) -> Batch:
     """Model inputs made from a batch of `train_batches` or a gallery; pure, part of the compiled step.
 
-    Image fields come from `table` [N, ...] by image_index, or without one from the batch itself. Masks are
+    Image fields come from `table` [N, ...] by image_index, stored vectors of captions by caption_index; what the table
+    lacks comes from the batch itself. Masks are
     narrowed to the units that augmentation keeps; an image that would lose all its units keeps all, as an
     empty set has no pooled vector and keeping one unit would favour it. Units are zero where masked; float16
     and bfloat16 are widened to float32 here, after the transfer to the device; so are pictures altered.
     """
-    rows = {field: jnp.take(values, batch["image_index"], axis=0) for field, values in (table or {}).items()}
+    rows = {
+        field: jnp.take(values, batch["caption_index" if field.startswith("caption_") else "image_index"], axis=0)
+        for field, values in (table or {}).items()
+    }
     out = {field: _widen(jnp.asarray(values)) for field, values in {**batch, **rows}.items()}
+    out.pop("caption_index", None)
     for unit, (mask, keep) in _UNITS.items():
         if unit in out:
             valid = out.get(mask, jnp.ones(out[unit].shape[:2], bool))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from shnet_jax.data.batches import HostBatch, pad_tokens, read_options, stack_images, stored_fields, token_buckets
 from shnet_jax.data.records import DataSet, RandomAccess
-from shnet_jax.data.tokenise import Captions, Tokenizer, tokenise_split
+from shnet_jax.data.tokenise import Captions, Tokenizer, counted_captions, tokenise_split
+from shnet_jax.data.vector_batches import CaptionRows, caption_rows
 
 
 class Part(NamedTuple):
@@ -29,12 +30,16 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Gallery:
-    """The images and captions of a split; number them 0..N-1 and 0..T-1 in the order of the data set."""
+    """The images and captions of a split; number them 0..N-1 and 0..T-1 in the order of the data set.
+
+    texts: stored vectors of captions that the text side reads in place of tokens.
+    """
 
     records: RandomAccess
     captions: Captions
     tokenizer: Tokenizer
     data: ConfigDict
+    texts: Mapping[str, CaptionRows] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -57,6 +62,8 @@ class Gallery:
 
     def text_batches(self, batch_size: int, first: int = 0) -> Iterator[Part]:
         """All captions as `text_batches` gives them, in the order of the data set by their numbers."""
+        if self.texts:
+            return vector_text_batches(self.texts, len(self.captions), batch_size, first)
         return text_batches(self.captions, self.tokenizer, self.data, batch_size, first)
 
 
@@ -77,11 +84,35 @@ def text_batches(
         yield Part(pad_tokens(ids + ids[:1] * (batch_size - len(ids)), buckets), len(numbers), numbers)
 
 
+def vector_text_batches(
+    texts: Mapping[str, CaptionRows], count: int, batch_size: int, first: int = 0
+) -> Iterator[Part]:
+    """All `count` captions in order as stored vectors and their masks, [batch_size, ...] by field.
+
+    first: batches left out at the beginning.
+    """
+    for start in range(first * batch_size, count, batch_size):
+        numbers = np.arange(start, min(start + batch_size, count))
+        padded = np.pad(numbers, (0, batch_size - len(numbers)), constant_values=start)
+        yield Part({name: rows.take(padded) for name, rows in texts.items()}, len(numbers), numbers)
+
+
 def open_gallery(
-    config: ConfigDict, dataset: DataSet, split: str, tokenizer: Tokenizer, fields: Sequence[str]
+    config: ConfigDict,
+    dataset: DataSet,
+    split: str,
+    tokenizer: Tokenizer,
+    fields: Sequence[str],
+    text_fields: Sequence[str] = (),
 ) -> Gallery:
-    """The gallery of a split with the image fields that the model reads; tokenises its captions."""
+    """The gallery of a split with the image fields that the model reads.
+
+    Tokenises its captions, unless the text side reads `text_fields`.
+    """
     records = dataset.open_split(split, stored_fields(dataset, fields))
+    if text_fields:
+        captions = counted_captions(dataset.caption_counts(split))
+        return Gallery(records, captions, tokenizer, config.data, caption_rows(dataset, split, text_fields))
     return Gallery(records, tokenise_split(dataset, split, tokenizer), tokenizer, config.data)
 
 

@@ -165,5 +165,24 @@ def read_index(folder: Path, split: str) -> Index | None:
     return index
 
 
+def read_counts(folder: Path, split: str) -> np.ndarray | None:
+    """Captions of each image of a split, int32 [N], from its sidecar; None without one.
+
+    Raises DataError for counts that are damaged.
+    """
+    path = folder / index_file(split)
+    if not path.is_file():
+        return None
+    try:
+        counts = read_npz(path, {"caption_counts"}).get("caption_counts")
+    except ValueError as error:
+        raise _damaged(path, f"expected an index as data_prep writes it: {error}") from None
+    if counts is None:
+        return None
+    if counts.ndim != 1 or counts.dtype.kind not in "iu" or counts.min(initial=1) < 1:
+        raise _damaged(path, f"expected captions of each image, at least 1, found {counts.dtype} {list(counts.shape)}")
+    return counts
+
+
 def _damaged(path: Path, what: str) -> DataError:
     return DataError(f"{path}: {what}; {REMEDY}", file=path.name)

@@ -21,8 +21,10 @@ from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 
 from shnet_jax.data.checksums import check_files
+from shnet_jax.data.columns import Column, parse_description
 from shnet_jax.data.errors import DataError
-from shnet_jax.data.index import REMEDY, Index, IndexBuilder, index_file, read_index
+from shnet_jax.data.index import REMEDY, Index, IndexBuilder, index_file, read_counts, read_index
+from shnet_jax.data.schema import FIELDS, PER_CAPTION
 from shnet_jax.paths import to_path
 from shnet_jax.untrusted import read_object
 
@@ -87,6 +89,7 @@ class DataSet:
     features: field -> shape and dtype as `open_split` gives them.
     num_classes: C of `categories`, `seg_semantic` and `seg_map` (C itself is void there); None when unknown.
     metadata: what the importer kept (`source`, `class_names`, `predicates`, ...).
+    columns: the fields that lie beside the records (data/columns.py).
     """
 
     path: Path
@@ -94,6 +97,7 @@ class DataSet:
     features: Mapping[str, Feature]
     num_classes: int | None
     metadata: Mapping[str, Any]
+    columns: Mapping[str, Feature] = field(default_factory=dict)
     _indices: dict[str, Index] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def open_split(self, split: str, fields: Sequence[str]) -> RandomAccess:
@@ -109,8 +113,24 @@ class DataSet:
         return self.index(split).image_ids
 
     def caption_counts(self, split: str) -> np.ndarray:
-        """Captions of each image of a split in record order, int32 [N]."""
+        """Captions of each image of a split in record order, int32 [N]; of the index, no other part is read for it."""
+        self._check_split(split)
+        if split not in self._indices:
+            counts = read_counts(self.path, split)
+            if counts is not None and len(counts) == self.splits[split]:
+                return counts
         return self.index(split).caption_counts
+
+    def column(self, split: str, field: str) -> Column | None:
+        """A field that lies beside the records, by rows of images or of captions; None for one in the records."""
+        self._check_split(split)
+        if field not in self.columns:
+            return None
+        shape, dtype = self.columns[field]
+        of_captions = FIELDS[field].shape[:1] == (PER_CAPTION,)
+        rows = int(self.caption_counts(split).sum()) if of_captions else self.splits[split]
+        sizes = tuple(int(size) for size in (shape[1:] if of_captions else shape) if size is not None)
+        return Column(self.path, field, split, rows, sizes, dtype)
 
     def captions(self, split: str) -> Iterator[list[str]]:
         """The captions of each image of a split in record order."""
@@ -175,7 +195,12 @@ def open_dataset(directory: str | Path) -> DataSet:
     metadata = dict(info.metadata.items()) if info.metadata is not None else {}
     features = {name: _feature(name, feature, metadata) for name, feature in sorted(info.features.items())}
     splits = {name: split.num_examples for name, split in info.splits.items() if name != "all"}
-    return DataSet(path, splits, features, metadata.get("num_classes"), metadata)
+    columns = {
+        name: Feature((None, *shape) if FIELDS[name].shape[:1] == (PER_CAPTION,) else shape, dtype)
+        for name, (shape, dtype) in parse_description(metadata.get("columns", {}), path / "metadata.json").items()
+    }
+    features = dict(sorted((features | columns).items()))
+    return DataSet(path, splits, features, metadata.get("num_classes"), metadata, columns)
 
 
 def _check_names(path: Path) -> None:
@@ -248,11 +273,33 @@ class RandomAccess:
         self.dataset, self.split, self.fields = dataset, split, fields
 
     @cached_property
+    def _columns(self) -> dict[str, Column]:
+        """The fields that lie beside the records."""
+        columns = {name: self.dataset.column(self.split, name) for name in self.fields}
+        return {name: column for name, column in columns.items() if column is not None}
+
+    @cached_property
+    def _first(self) -> np.ndarray:
+        """First caption of each image, [N + 1]."""
+        return np.concatenate([[0], np.cumsum(self.dataset.caption_counts(self.split), dtype=np.int64)])
+
+    def stack(self, numbers: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """The records `numbers` with a leading axis, {field: [n, ...]}; of fields of one shape in all records."""
+        numbers = np.asarray(numbers, np.int64)
+        out = {name: column.take(numbers) for name, column in self._columns.items()}
+        if len(out) < len(self.fields):
+            rest = [name for name in self.fields if name not in out]
+            read = [self._decoded(int(number)) for number in numbers]
+            out |= {name: np.stack([record[name] for record in read]) for name in rest}
+        return {name: out[name] for name in self.fields}
+
+    @cached_property
     def _source(self) -> tuple[Any, tfds.features.FeaturesDict, Any]:
         """Undecoded records, the features to decode (data sources know no PartialDecoding), where the records lie."""
         builder = _builder(self.dataset.path)
         raw = builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        features = tfds.features.FeaturesDict({name: builder.info.features[name] for name in self.fields})
+        stored = [name for name in self.fields if name not in self.dataset.columns]
+        features = tfds.features.FeaturesDict({name: builder.info.features[name] for name in stored})
         return raw, features, builder.info.splits[self.split]
 
     def __reduce__(self):
@@ -263,6 +310,16 @@ class RandomAccess:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Record `number`. Raises DataError naming its shard and its place there when it is damaged."""
+        record = {} if self.fields and len(self._columns) == len(self.fields) else self._decoded(number)
+        for name, column in self._columns.items():
+            if FIELDS[name].shape[:1] == (PER_CAPTION,):
+                record[name] = column.block(*self._first[number : number + 2].tolist())
+            else:
+                record[name] = column.block(number, number + 1)[0]
+        return record
+
+    def _decoded(self, number: int) -> dict[str, Any]:
+        """The fields of record `number` that do not lie beside the records."""
         raw, features, _ = self._source
         try:
             data = raw[number]
@@ -272,7 +329,7 @@ class RandomAccess:
             raise self._damaged(number, "the end of the file")
         try:
             record = features.deserialize_example_np(data)
-            missing = [name for name in self.fields if record.get(name) is None]
+            missing = [name for name in self.fields if name not in self._columns and record.get(name) is None]
             if missing:
                 raise self._damaged(number, f"none of the field {', '.join(missing)}")
             return self._plain(record)

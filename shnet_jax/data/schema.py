@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 
 FEATURE_DTYPES = ("float16", "bfloat16", "float32")
+VECTOR_DTYPES = ("float32", "float16", "bfloat16")
+"""Dtypes of vectors of frozen models, which an import keeps as they are given."""
 PER_CAPTION = "n"
 """Letter of the number of captions of an image, the one size that differs between the records of a set."""
 SIZES = {
@@ -24,7 +26,8 @@ SIZES = {
     "h, w": "rows and columns of the map of a class",
     "H, W": "of the label map",
     "R": "relations",
-    "E": "numbers of a vector",
+    "E, F, Fw": "numbers of the vector of an image, a caption, a token",
+    "L": "tokens",
     "Y, X": "pixels of the picture",
 }
 """The letters of sizes, by what they count."""
@@ -32,6 +35,8 @@ MAP_VOID = 255
 """Unlabelled pixel in COCO's label maps; stored as class number C, so that ids stay contiguous."""
 MASKS = {"regions": "region_mask", "grid": "grid_mask"}
 """The mask of each field of units."""
+COLUMNS = ("image_embedding", "caption_embeddings", "caption_tokens", "caption_token_mask")
+"""Fields that lie beside the records, as columns (data/columns.py), in the sets that data_prep writes."""
 VISUAL_FIELDS = ("regions", "grid", "seg_semantic", "image_embedding", "image")
 """Fields of which a record has at least one."""
 
@@ -61,7 +66,7 @@ class Field(NamedTuple):
     @property
     def kind(self) -> str:
         """Its dtype in tables: "float" for one of FEATURE_DTYPES."""
-        return "float" if self.dtypes == FEATURE_DTYPES else self.dtypes[0]
+        return "float" if {*self.dtypes} == {*FEATURE_DTYPES} else self.dtypes[0]
 
     @property
     def counts_units(self) -> bool:
@@ -104,14 +109,18 @@ FIELDS: dict[str, Field] = {
         ("K", "K"), FEATURE_DTYPES, "largest confidence in any predicate of each ordered pair", "cmsei", 0, 1
     ),
     "image_embedding": Field(
-        ("E",), ("float32",), "global vector of a pretrained model", "shnet, esa, user, the zero-shot row"
+        ("E",), VECTOR_DTYPES, "global vector of a pretrained model", "align, shnet, esa, user, the zero-shot row"
     ),
     "caption_embeddings": Field(
-        ("n", "E"),
-        ("float32",),
-        "vector of each caption by the same model",
-        "the [zero-shot row](evaluate.md#zero-shot-row)",
+        ("n", "F"),
+        VECTOR_DTYPES,
+        "vector of each caption by a pretrained model",
+        "`text.tower=vectors`, the [zero-shot row](evaluate.md#zero-shot-row)",
     ),
+    "caption_tokens": Field(
+        ("n", "L", "Fw"), VECTOR_DTYPES, "vectors of its tokens, zero where masked", "`text.source=caption_tokens`"
+    ),
+    "caption_token_mask": Field(("n", "L"), ("bool",), "valid tokens; absent when all are", "with caption_tokens"),
     "identity": Field((), ("int64",), "number of the person in the image", "person search", 0),
     "image": Field(("Y", "X", "3"), ("uint8",), "the picture itself, RGB, all of one size", "esa, pages"),
 }

@@ -138,6 +138,12 @@ def tokenise_captions(captions: Iterable[Sequence[str]], tokenizer: Tokenizer) -
     return Captions(pieces, _offsets(word_lengths), _offsets(caption_words), _offsets(np.asarray(counts, np.int32)))
 
 
+def counted_captions(counts: np.ndarray) -> Captions:
+    """Captions of which the numbers alone are known; counts: [N], captions of each image."""
+    none = np.zeros(1, np.int32)
+    return Captions(none[:0], none, np.zeros(int(counts.sum()) + 1, np.int32), _offsets(counts.astype(np.int32)))
+
+
 def tokenise_split(dataset: DataSet, split: str, tokenizer: Tokenizer) -> Captions:
     """Tokenise all captions of a split of a data set."""
     return tokenise_captions(dataset.captions(split), tokenizer)

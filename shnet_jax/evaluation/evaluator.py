@@ -63,7 +63,9 @@ class Evaluator:
         experiment.dataset.check_captioned(split)
         self._encoder = Encoder(experiment, mesh)
         _image_persons(experiment, split)
-        self._gallery = open_gallery(config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
+        self._gallery = open_gallery(
+            config, experiment.dataset, split, experiment.tokenizer, experiment.fields, experiment.text_fields
+        )
         n, t = self._gallery.images, len(self._gallery.captions)
         check_captions(self._gallery.caption_image, n, t)
         tile_shape(n, t, tile_size(config.eval, mesh))

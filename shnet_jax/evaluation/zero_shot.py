@@ -17,11 +17,15 @@ NAME = "zero-shot"
 
 
 def zero_shot(dataset: DataSet, split: str) -> Embedded | None:
-    """Gallery ranked by the cosine of `image_embedding` and `caption_embeddings`; None unless the data set has both.
+    """Gallery ranked by the cosine of `image_embedding` and `caption_embeddings`; None unless one model made both.
+
+    They are of one model where they are equally wide and the metadata name no other text encoder.
 
     Raises ValueError for a vector of length 0, which has no direction.
     """
-    if not all(field in dataset.features for field in FIELDS):
+    if not all(field in dataset.features for field in FIELDS) or "text_encoder" in dataset.metadata:
+        return None
+    if len({dataset.features[field].shape[-1] for field in FIELDS}) > 1:
         return None
     images, captions = [], []
     for record in dataset.open_split(split, FIELDS):

@@ -65,6 +65,7 @@ class Direction:
     score: of (queries, candidates). mask_same_image: see `directions`.
     ids: [b], image ids of the queries. in_queue: the candidates are a queue; none of them is a positive.
     known: [b, B], the scores with all candidates where both directions share them; None: each finds its own.
+    sharing: queries in a row that have one candidate as their partner, the captions of an image; see `each_image_once`.
     """
 
     queries: Embedding
@@ -75,11 +76,18 @@ class Direction:
     ids: Array
     in_queue: bool = False
     known: Array | None = None
+    sharing: int = 1
 
     @property
     def size(self) -> int:
         """Pairs in the global batch, B. Undefined for a direction against a queue."""
         return self.positive.shape[0] * axis.axis_size(self.candidates.axis)
+
+    @property
+    def width(self) -> int:
+        """Candidates that a query meets, its partner included: those of all devices, unless the strategy is local."""
+        devices = 1 if self.candidates.pairs.strategy == "local" else axis.axis_size(self.candidates.axis)
+        return self.candidates.ids.shape[0] * devices
 
     def sum(self, of_score: OfScore, *args: Array) -> Array:
         """Sum [b] over each query's negatives of `of_score(score, *args)`; 0 where it has none."""
@@ -139,6 +147,20 @@ def directions(
         direction(images, texts, ctx.score, known),
         direction(texts, images, lambda x, y: ctx.score(y, x).T, None if known is None else known.T),
     )
+
+
+def each_image_once(
+    images: Embedding, texts: Embedding, ids: Array, ctx: Context, *, mask_same_image: bool
+) -> Direction:
+    """The local texts against all images, each image once, though it stands in `ctx.captions` rows.
+
+    The image of a caption is its partner whichever of the image's captions it is, and never its negative. For sums over
+    the entries of the matrix of N images and `ctx.captions` * N texts; arguments as those of `directions`.
+    """
+    _, sides = directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
+    items = jax.tree.map(lambda x: x[:: ctx.captions], images)
+    candidates = Candidates(items, ids[:: ctx.captions], ctx.pairs, ctx.axis)
+    return dataclasses.replace(sides, candidates=candidates, known=None, sharing=ctx.captions)
 
 
 def over_queues(sides: tuple[Direction, Direction], ctx: Context, term: Callable[[Direction], Array]) -> Array:
@@ -210,11 +232,13 @@ def _best(scores: Array, rank: int) -> tuple[Array, Array]:
 def _negatives(direction: Direction, block: Block) -> Array:
     """Mask [b, t] bool of the block's candidates that count as negatives."""
     counted = block.rows >= 0
-    if direction.mask_same_image:
+    if direction.mask_same_image:  # its own image among them
         return (direction.ids[:, None] != block.ids) & counted
     if direction.in_queue:
         return jnp.broadcast_to(counted, (direction.ids.shape[0], *counted.shape))
-    return (direction.candidates.own_block().rows[:, None] != block.rows) & counted
+    queries = direction.ids.shape[0]
+    own = axis.axis_index(direction.candidates.axis) * queries + jnp.arange(queries, dtype=jnp.int32)
+    return (own[:, None] // direction.sharing != block.rows) & counted
 
 
 class _Reduced(NamedTuple):

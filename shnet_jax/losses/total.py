@@ -79,6 +79,21 @@ def build(
     return params, total
 
 
+def projection(loss_config: ConfigDict) -> Callable[[Any], Any]:
+    """The function that brings the losses' parameters {loss name: its params} back into their bounds after an update.
+
+    A loss whose parameters have bounds has `project(params, **options)`; the others' are given back as they are.
+    """
+    modules = {name: registry.loss(name) for name, weight in loss_config.weights.items() if weight > 0}
+    bounded = {name: module for name, module in modules.items() if hasattr(module, "project")}
+    options = {name: dict(loss_config.get(name, ConfigDict()).items()) for name in bounded}
+
+    def project(params: Any) -> Any:
+        return params | {name: module.project(params[name], **options[name]) for name, module in bounded.items()}
+
+    return project
+
+
 def _init_params(module: ModuleType) -> Callable[..., dict[str, Array]]:
     """The `init_params` of a loss; a loss without one has nothing to learn."""
     return getattr(module, "init_params", lambda **_: {})

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from shnet_jax.models.contract import RetrievalModel, TwoTowers, check_choices
 from shnet_jax.models.layers import Dense, LayerNorm, from_config, torch_uniform, xavier_uniform
 from shnet_jax.models.pooling import GPO
-from shnet_jax.models.text import TextEncoder, build_encoder
+from shnet_jax.models.text import TextEncoder, VectorEncoder, build_encoder, reads_tokens, text_inputs
 from shnet_jax.models.units import given_unit
 from shnet_jax.ops import graphs
 from shnet_jax.ops.interaction import SIDES, Interaction, interaction_scores
@@ -137,7 +137,7 @@ class CMSEI(RetrievalModel):
     """
 
     image: ImageEncoder
-    text: TextEncoder
+    text: TextEncoder | VectorEncoder
     how: Interaction
     dtype: str
 
@@ -153,7 +153,7 @@ class CMSEI(RetrievalModel):
 
     def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_text`."""
-        words = self.text(batch["tokens"], batch["token_mask"], train=train, with_elements=True)
+        words = self.text(*text_inputs(batch), train=train, with_elements=True)
         if not self.how.refine or words.elements is None:
             return words
         return dataclasses.replace(words, elements=self.text_gates(words.elements))
@@ -197,6 +197,11 @@ def build(config: ConfigDict) -> CMSEI | Globals:
         raise ValueError(f"config.model.cmsei.geometry_heads is {c.geometry_heads}, model.dim {m.dim}: it must divide")
     image = from_config(ImageEncoder, c, dim=m.dim, feature_dropout=m.feature_dropout, dtype=m.dtype)
     text = build_encoder(config)
+    if c.attend and not reads_tokens(config):
+        raise ValueError(
+            "config.text.source is 'caption_embeddings', one vector a caption, and config.model.cmsei.attend needs "
+            "words: store caption_tokens and set text.source to it, or set attend to ()"
+        )
     if not c.attend:
         return Globals(image=image, text=text)
     how = Interaction(

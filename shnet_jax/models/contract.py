@@ -18,7 +18,8 @@ from typing import Any, ClassVar, cast
 import flax.linen as nn
 from ml_collections import ConfigDict
 
-from shnet_jax.ops.matmul import einsum
+from shnet_jax.models.text import text_inputs
+from shnet_jax.ops.matmul import DTYPES, einsum
 from shnet_jax.types import Array, Batch, Embedding, Score
 
 
@@ -33,7 +34,7 @@ class RetrievalModel(nn.Module):
     @property
     def norm_depth(self) -> int:
         """Number of BatchNorms on the longest path through a tower; 0: there is none (see training/microbatch.py)."""
-        return 0
+        return getattr(getattr(self, "text", None), "norm_depth", 0)
 
     @property
     def set_sizes(self) -> tuple[int, int]:
@@ -45,7 +46,7 @@ class RetrievalModel(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define encode_image")
 
     def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
-        """Encodes the tokens [t, L] of `batch` as t embeddings."""
+        """Encodes the t captions of `batch`, as tokens or as stored vectors, as t embeddings."""
         raise TypeError(f"{type(self).__name__} does not define encode_text")
 
     @staticmethod
@@ -71,7 +72,7 @@ class TwoTowers(RetrievalModel):
 
     Attributes:
       image: called as image(batch, train=train) -> unit vectors [n, dim].
-      text: as `models.text.TextEncoder`.
+      text: as `models.text.TextEncoder`, or on stored vectors `models.text.VectorEncoder`.
     """
 
     image: nn.Module
@@ -83,7 +84,7 @@ class TwoTowers(RetrievalModel):
 
     def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_text`."""
-        return self.text(batch["tokens"], batch["token_mask"], train=train)
+        return self.text(*text_inputs(batch), train=train)
 
 
 def check_choices(config: ConfigDict, choices: Mapping[str, Collection[str]]) -> None:
@@ -99,11 +100,13 @@ def check_choices(config: ConfigDict, choices: Mapping[str, Collection[str]]) ->
             raise ValueError(f"config.model.{path} is {shown!r}; choose from {', '.join(known)}")
 
 
-def scorer(model: RetrievalModel, params: Mapping[str, Any]) -> Score:
+def scorer(model: RetrievalModel, params: Mapping[str, Any], dtype: str = "float32") -> Score:
     """Score function of a model, given its "params", `score_params` at least.
 
-    A static score is that function itself.
+    A static score is that function itself. dtype: of the operands of the product, see `check_pairs_dtype`.
     """
+    if dtype != "float32":
+        return rounded_score
     if has_static_score(model):
         return model.score
     score_params = {name: params[name] for name in model.score_params}
@@ -118,3 +121,22 @@ def scorer(model: RetrievalModel, params: Mapping[str, Any]) -> Score:
 def has_static_score(model: RetrievalModel) -> bool:
     """Whether the score needs no parameters: a static method, or a property that gives a function."""
     return not inspect.isfunction(inspect.getattr_static(model, "score"))
+
+
+def rounded_score(images: Embedding, texts: Embedding) -> Array:
+    """`RetrievalModel.score` from bfloat16 operands, with float32 sums, in both passes."""
+    return einsum("nd,td->nt", images.vector, texts.vector, "bfloat16")
+
+
+def check_pairs_dtype(model: RetrievalModel, dtype: str) -> None:
+    """Raises ValueError for a `config.loss.pairs.dtype` that is unknown or that the score of the model does not have.
+
+    A score that looks inside the items has operands of its own, `config.model.dtype`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"config.loss.pairs.dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
+    if dtype != "float32" and model.score is not RetrievalModel.score:
+        raise ValueError(
+            f"config.loss.pairs.dtype is {dtype!r}, and the score of {type(model).__name__} is not the dot product of "
+            "two vectors, whose operands it rounds: set it to 'float32'"
+        )

@@ -19,7 +19,7 @@ from shnet_jax.models.contract import RetrievalModel, check_choices
 from shnet_jax.models.layers import from_config
 from shnet_jax.models.pooling import GPO
 from shnet_jax.models.sets import MODES, SetHead
-from shnet_jax.models.text import build_encoder, build_tower
+from shnet_jax.models.text import build_encoder, build_tower, reads_tokens, text_inputs
 from shnet_jax.models.units import UNIT_MASKS, UnitEncoder, build_mlp, given_unit
 from shnet_jax.ops.matmul import DTYPES
 from shnet_jax.ops.norms import l2norm
@@ -131,7 +131,7 @@ class ESA(RetrievalModel):
     @property
     def norm_depth(self) -> int:
         """See `RetrievalModel.norm_depth`: the MLPs of the units have one BatchNorm."""
-        return 1 if isinstance(self.image, UnitTokens) else 0
+        return max(1 if isinstance(self.image, UnitTokens) else 0, super().norm_depth)
 
     @property
     def set_sizes(self) -> tuple[int, int]:
@@ -149,7 +149,9 @@ class ESA(RetrievalModel):
 
     def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_text`; elements are unit vectors [t, M, dim]."""
-        tokens = self.text(batch["tokens"], batch["token_mask"], train=train, with_elements=True)
+        tokens = self.text(*text_inputs(batch), train=train, with_elements=True)
+        if "tokens" not in batch:  # stored vectors: all that are valid say something
+            return _with_set(self.text_set, tokens)
         # Neither the token that begins a caption nor the one that ends it says anything of a part of it.
         mask = tokens.mask & (jnp.arange(tokens.mask.shape[1]) > 0)
         mask &= jnp.arange(tokens.mask.shape[1]) < jnp.sum(tokens.mask, axis=1, keepdims=True) - 1
@@ -200,6 +202,12 @@ def _check(config: ConfigDict) -> None:
     choices = {"source": SOURCES, "head": HEADS, "mode": MODES, "similarity": SIMILARITIES}
     choices = {f"esa.{field}": known for field, known in choices.items()}
     check_choices(config, choices | {"dtype": DTYPES, "units": UNIT_MASKS})
+    if esa.text_size and not reads_tokens(config):
+        raise ValueError(
+            f"config.text.source is 'caption_embeddings', one vector a caption, and config.model.esa.text_size is "
+            f"{esa.text_size}: a set is made of tokens; store caption_tokens and set text.source to it, or set size "
+            "and text_size to 0"
+        )
     if bool(esa.size) != bool(esa.text_size) or min(esa.size, esa.text_size) < 0:
         raise ValueError(
             f"config.model.esa.size is {esa.size} and text_size {esa.text_size}: both sides have sets, or neither (0)"

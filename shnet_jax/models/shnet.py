@@ -112,7 +112,7 @@ class SHNet(TwoTowers):
     @property
     def norm_depth(self) -> int:
         """See `RetrievalModel.norm_depth`: units, highlighting, fusion; within VSpM one MLP follows another."""
-        return 3 if self.image.spatial else 2 if self.image.semantic else 1
+        return max(3 if self.image.spatial else 2 if self.image.semantic else 1, super().norm_depth)
 
 
 def image_fields(config: ConfigDict) -> tuple[str, ...]:

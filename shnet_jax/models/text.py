@@ -1,10 +1,13 @@
-"""Text encoder: any tower over the tokens, a linear head and learned pooling.
+"""Text encoder: any tower over the tokens, a linear head and learned pooling; or a head on stored vectors.
 
 A tower is a `flax.linen.Module` called as `tower(tokens, mask, train=train)`: tokens [t, L] int32 and mask
 [t, L] bool (valid tokens first) -> features [t, L, width] float32. Features of valid tokens must not depend
 on L, what masked features hold is free. Its file has `build(text: ConfigDict) -> nn.Module`, given
 `config.text`. A tower of equal layers that has `layers`, `make_layer` and `run_layers`, as BERT has, can
 also be spread over devices layer by layer (`evaluation/pipelined.py`).
+
+`text.tower = "vectors"` is no tower: a frozen language model ran before, and `VectorEncoder` maps the vectors of a
+caption that lie in the record, one (`caption_embeddings`) or one a token (`caption_tokens`).
 """
 
 from __future__ import annotations
@@ -12,15 +15,21 @@ from __future__ import annotations
 import importlib
 
 import flax.linen as nn
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from shnet_jax.models.heads import Head, build_head
 from shnet_jax.models.layers import Dense
 from shnet_jax.models.pooling import GPO
 from shnet_jax.ops.matmul import DTYPES, DType
 from shnet_jax.ops.norms import l2norm
-from shnet_jax.types import Array, Embedding
+from shnet_jax.types import Array, Batch, Embedding
 
 TOWERS = ("bert", "bigru", "transformer", "clip")
+VECTORS = "vectors"
+"""Name in `text.tower` of the text side without a tower."""
+SOURCES = ("caption_embeddings", "caption_tokens")
+"""Fields of a record that `text.source` may name: stored vectors of captions, or of their tokens."""
 _FREEZABLE = ("shnet_jax.models.bert", "shnet_jax.models.clip")
 
 
@@ -31,8 +40,13 @@ def build_tower(config: ConfigDict) -> nn.Module:
     `config.text.frozen_layers` with another tower than BERT or CLIP.
     """
     text = config.text
+    if text.tower == VECTORS:
+        raise ValueError(
+            "config.text.tower is 'vectors', a head on stored vectors of captions; this model reads the tower's own "
+            "embedding of a caption, so choose " + " or ".join(TOWERS)
+        )
     if text.tower not in TOWERS and "." not in text.tower:
-        raise ValueError(f"config.text.tower is {text.tower!r}; choose from {', '.join(TOWERS)}")
+        raise ValueError(f"config.text.tower is {text.tower!r}; choose from {', '.join((*TOWERS, VECTORS))}")
     if text.dtype not in DTYPES:
         raise ValueError(f"config.text.dtype is {text.dtype!r}; choose from {', '.join(DTYPES)}")
     if text.vocab_size < 1:
@@ -49,8 +63,42 @@ def build_tower(config: ConfigDict) -> nn.Module:
     return importlib.import_module(path).build(text)
 
 
-def build_encoder(config: ConfigDict) -> TextEncoder:
-    """`TextEncoder` on the tower of a configuration. Raises ValueError as `build_tower`."""
+def reads_tokens(config: ConfigDict) -> bool:
+    """Whether the text side of a configuration has an element for each token of a caption."""
+    return config.text.tower != VECTORS or config.text.source == "caption_tokens"
+
+
+def text_fields(config: ConfigDict) -> tuple[str, ...]:
+    """Fields of a record that the text side reads in place of captions; () for a tower, which reads tokens."""
+    return (config.text.source,) if config.text.tower == VECTORS else ()
+
+
+def text_inputs(batch: Batch) -> tuple[Array, Array]:
+    """What a batch holds of its t captions, for a text encoder: token ids [t, L] or vectors [t, L, E], and a mask."""
+    if "tokens" in batch:
+        return batch["tokens"], batch["token_mask"]
+    if "caption_tokens" in batch:
+        vectors, mask = batch["caption_tokens"], batch.get("caption_token_mask")
+    else:
+        vectors, mask = batch["caption_embeddings"][:, None], None
+    return vectors, jnp.ones(vectors.shape[:2], bool) if mask is None else mask
+
+
+def build_encoder(config: ConfigDict) -> TextEncoder | VectorEncoder:
+    """The text side of a configuration: `TextEncoder` on its tower, or `VectorEncoder`.
+
+    Raises ValueError as `build_tower`, and for vectors from an unknown source.
+    """
+    text = config.text
+    if text.tower == VECTORS:
+        if text.source not in SOURCES:
+            raise ValueError(f"config.text.source is {text.source!r}; choose from {', '.join(SOURCES)}")
+        if text.dtype not in DTYPES:
+            raise ValueError(f"config.text.dtype is {text.dtype!r}; choose from {', '.join(DTYPES)}")
+        head = build_head(
+            text.head, "config.text.head", dim=config.model.dim, dtype=text.dtype, bn_sync=config.model.bn_sync
+        )
+        return VectorEncoder(head)
     return TextEncoder(tower=build_tower(config), dim=config.model.dim, dtype=config.text.dtype)
 
 
@@ -78,6 +126,34 @@ class TextEncoder(nn.Module):
         words = Dense(self.dim, self.dtype, name="head")(features)
         pooled = GPO(name="pool")(words, mask)
         for name, value in (("hidden", features), ("words", words), ("pooled", pooled)):
+            self.sow("intermediates", name, value)
+        vector = l2norm(pooled)
+        return Embedding(vector, words, mask) if with_elements else Embedding(vector)
+
+
+class VectorEncoder(nn.Module):
+    """Stored vectors of a caption -> `Head` -> GPO where there are several -> unit length.
+
+    Attributes:
+      head: maps each vector to the joint space.
+    """
+
+    head: Head
+
+    @property
+    def norm_depth(self) -> int:
+        """BatchNorms of the head; see `contract.RetrievalModel.norm_depth`."""
+        return self.head.norm_depth
+
+    @nn.compact
+    def __call__(self, vectors: Array, mask: Array, *, train: bool, with_elements: bool = False) -> Embedding:
+        """vectors [t, L, E] float, mask [t, L] bool -> unit vectors [t, dim]; L = 1 for one vector a caption.
+
+        with_elements: as in `TextEncoder`.
+        """
+        words = self.head(vectors.astype(jnp.float32), mask, train=train)
+        pooled = words[:, 0] if vectors.shape[1] == 1 else GPO(name="pool")(words, mask)
+        for name, value in (("words", words), ("pooled", pooled)):
             self.sow("intermediates", name, value)
         vector = l2norm(pooled)
         return Embedding(vector, words, mask) if with_elements else Embedding(vector)

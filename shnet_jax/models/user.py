@@ -134,7 +134,7 @@ class USER(TwoTowers):
     @property
     def norm_depth(self) -> int:
         """See `RetrievalModel.norm_depth`: those of the self-guide, then that of the units' MLP."""
-        return 2 if "sge" in self.image.guides else 1
+        return max(2 if "sge" in self.image.guides else 1, super().norm_depth)
 
 
 def image_fields(config: ConfigDict) -> tuple[str, ...]:

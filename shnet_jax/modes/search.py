@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluation.encode import Tower, Towers
@@ -17,30 +18,50 @@ from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.table import Table
 from shnet_jax.retrieve.approximate import check_index
-from shnet_jax.retrieve.searcher import CAPTIONS, Answer, Searcher, encode_texts
+from shnet_jax.retrieve.searcher import CAPTIONS, Answer, Searcher, encode_texts, encode_vectors
 from shnet_jax.retrieve.vector_index import PACKAGES, require
 from shnet_jax.training.load import Loaded, load
+from shnet_jax.untrusted import open_npy
 
 RESULTS = "search.json"
 FORMAT = 1  # of RESULTS
 
 
 def search(
-    config: ConfigDict, workdir: str | Path, query: str = "", query_file: str = "", image_id: str = "", top_k: int = 10
+    config: ConfigDict,
+    workdir: str | Path,
+    query: str = "",
+    query_file: str = "",
+    image_id: str = "",
+    top_k: int = 10,
+    query_vectors: str = "",
 ) -> None:
     """Prints the best images of config.search.split for sentences, or the best captions and images for an image.
 
-    Writes the same to WORKDIR/search.json.
+    Writes the same to WORKDIR/search.json. query_vectors: .npy of the vectors of the queries, in any language that
+    their model speaks, for a run whose text side is stored vectors; query and query_file then only name them.
     """
     workdir = Path(workdir)
     queries = read_queries(query, query_file)
+    vectors = read_vectors(query_vectors) if query_vectors else None
+    if vectors is not None:
+        queries = queries or [f"{Path(query_vectors).name} row {row}" for row in range(len(vectors))]
+        if len(queries) != len(vectors):
+            raise ValueError(
+                f"{query_vectors}: expected a row for each of {len(queries)} queries, found {len(vectors)}"
+            )
     if not queries and not image_id:
-        raise ValueError("--mode=search needs --query, --query_file or --image_id")
+        raise ValueError("--mode=search needs --query, --query_file, --query_vectors or --image_id")
     if top_k < 1:
         raise ValueError(f"--top_k is {top_k}; it must be at least 1")
     loaded, tower, searcher = open_search(config, workdir)
     answers = []
-    if queries:
+    if vectors is not None:
+        if not (of_texts := loaded.experiment.text_fields):
+            raise ValueError("--query_vectors is for runs of config.text.tower=vectors; this one reads words: --query")
+        given = encode_vectors(loaded.experiment, tower, {of_texts[0]: vectors})
+        answers += searcher.images_by_text(queries, given, top_k)
+    elif queries:
         answers += searcher.images_by_text(queries, encode_texts(loaded.experiment, tower, queries), top_k)
     if image_id:
         answers += searcher.by_image([image_id], top_k)
@@ -83,6 +104,11 @@ def read_queries(query: str, query_file: str) -> list[str]:
         if not queries:
             raise ValueError(f"{path}: no query, expected one a line")
     return queries
+
+
+def read_vectors(path: str | Path) -> np.ndarray:
+    """Rows of an .npy file of numbers, [q, ...]. Raises ValueError for another file."""
+    return np.array(open_npy(Path(path)))
 
 
 def document(answers: Sequence[Answer], searcher: Searcher) -> dict[str, Any]:

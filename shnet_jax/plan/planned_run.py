@@ -17,9 +17,11 @@ from shnet_jax.data.pictures import VIEW
 from shnet_jax.data.records import DataSet, Feature
 from shnet_jax.data.schema import FIELDS
 from shnet_jax.data.tokenise import load_tokenizer
+from shnet_jax.data.vector_batches import with_masks
 from shnet_jax.evaluation.encode import image_tower, text_tower
 from shnet_jax.experiment import assemble, fit_weights, optional_fields, settle_dtypes
 from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.text import text_fields
 from shnet_jax.types import Embedding
 
 BERT_VOCABULARY = 30522  # bert-base-uncased; taken if nothing else gives the size
@@ -74,6 +76,9 @@ def _described(config: ConfigDict) -> DataSet:
     if not config.loss.weights.get("identity", 0.0):
         del shapes["identity"]
     features = {name: Feature(shape, FIELDS[name].dtype) for name, shape in shapes.items() if shape is not None}
+    tokens = token_buckets(config.data)[-1]
+    features["caption_embeddings"] = Feature((None, p.caption_embedding), np.dtype(np.float32))
+    features["caption_tokens"] = Feature((None, tokens, p.caption_embedding), np.dtype(np.float32))
     return DataSet(Path("config.plan"), {config.data.train_split: p.images}, features, classes, {})
 
 
@@ -92,6 +97,8 @@ def train_batch_shapes(run: PlannedRun, pairs: int) -> dict[str, jax.ShapeDtypeS
     if "identity" in run.dataset.features and data.identity:
         keeps["identity"] = jax.ShapeDtypeStruct((images,), np.int32)
     kept = {"image_index": fields["image_index"]} if data.resident else fields
+    if data.resident and text_fields(run.config):
+        return {**kept, **keeps, "caption_index": jax.ShapeDtypeStruct((pairs,), np.int32)}
     return {**kept, **keeps, **text_batch_shapes(run, pairs)}
 
 
@@ -101,7 +108,7 @@ def random_batch(run: PlannedRun, pairs: int, seed: int) -> dict[str, np.ndarray
     limits = {"tokens": run.config.text.vocab_size, "seg_map": run.config.model.num_classes}
 
     def values(name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        if name == "image_index":
+        if name in ("image_index", "caption_index"):
             return np.arange(like.shape[0], dtype=like.dtype)
         if name == "categories":
             return rng.random(like.shape) < 0.1
@@ -126,11 +133,15 @@ def image_batch_shapes(run: PlannedRun, rows: int) -> dict[str, jax.ShapeDtypeSt
 def resident_table_shapes(run: PlannedRun) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of `data.batches.resident_table` of the training split."""
     images = image_batch_shapes(run, run.dataset.splits[run.config.data.train_split])
-    return {field: shape for field, shape in images.items() if field != "image_index"}
+    texts = text_batch_shapes(run, run.captions) if text_fields(run.config) else {}
+    return {field: shape for field, shape in images.items() if field != "image_index"} | texts
 
 
 def text_batch_shapes(run: PlannedRun, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the caption fields of a batch, padded to the largest token bucket."""
+    """Shapes of the caption fields of a batch, padded to the largest token bucket; of stored vectors as they are."""
+    if of_texts := text_fields(run.config):
+        features = {name: run.dataset.features[name] for name in with_masks(run.dataset, of_texts)}
+        return {name: jax.ShapeDtypeStruct((rows, *f.shape[1:]), f.dtype) for name, f in features.items()}
     shape = rows, token_buckets(run.config.data)[-1]
     return {"tokens": jax.ShapeDtypeStruct(shape, np.int32), "token_mask": jax.ShapeDtypeStruct(shape, bool)}
 

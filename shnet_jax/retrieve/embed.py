@@ -61,7 +61,10 @@ def _write(
     experiment: Experiment, variables: dict[str, Any], split: str, mesh: Mesh, folder: Path, source: dict[str, Any]
 ) -> None:
     rows = source["batch_rows"]
-    gallery = open_gallery(experiment.config, experiment.dataset, split, experiment.tokenizer, experiment.fields)
+    gallery = open_gallery(
+        *(experiment.config, experiment.dataset, split, experiment.tokenizer),
+        *(experiment.fields, experiment.text_fields),
+    )
     parts = folder / PARTS
     stored = read_source(parts)
     if stored is None:

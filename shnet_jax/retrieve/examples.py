@@ -89,7 +89,7 @@ def collect_likeness(
     _check_counts(counts)
     if not is_dot_product(score):
         experiment.dataset.check_captioned(split)
-    searcher, ids = Searcher(embeddings, score, config.eval.tile, mesh), embeddings.ids
+    searcher, ids = Searcher(embeddings, score, tile_size(config.eval, mesh), mesh), embeddings.ids
     rows = spaced(len(ids.image_ids), counts.queries)
     best = searcher.best_images(take(embeddings.images, rows), counts.results + 1)
     likes = []

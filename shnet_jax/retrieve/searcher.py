@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shnet_jax.data.gallery import text_batches
+from shnet_jax.data.gallery import text_batches, vector_text_batches
 from shnet_jax.data.tokenise import tokenise_captions
 from shnet_jax.evaluation.encode import Tower, encode_parts
 from shnet_jax.evaluation.ranking_methods import best_candidates, rerank_top_k
 from shnet_jax.evaluation.tiles import take
 from shnet_jax.evaluation.top_k import TopK, is_dot_product, top_k, transpose_score
-from shnet_jax.experiment import Experiment
+from shnet_jax.experiment import Experiment, sentence_vectors
 from shnet_jax.observe import html
 from shnet_jax.retrieve.approximate import OpenIndex, check_index, open_index, rescored
 from shnet_jax.retrieve.embeddings import Embeddings
@@ -180,7 +180,41 @@ def encode_texts(experiment: Experiment, tower: Tower, texts: Sequence[str]) -> 
             raise ValueError(f"{query} has no words")
     if not texts:
         raise ValueError("no query: nothing to encode")
+    if experiment.text_fields:
+        return encode_vectors(experiment, tower, {"caption_embeddings": sentence_vectors(experiment, texts)})
     captions = tokenise_captions([texts], experiment.tokenizer)
     on_each = -(-len(texts) // tower.mesh.size)
     rows = tower.mesh.size * min(experiment.config.eval.batch_size, 1 << (on_each - 1).bit_length())
     return encode_parts(tower, text_batches(captions, experiment.tokenizer, experiment.config.data, rows), len(texts))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """Vectors in memory, as `data.gallery` reads them."""
+
+    values: np.ndarray
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by number."""
+        return self.values[rows]
+
+
+def encode_vectors(experiment: Experiment, tower: Tower, given: Mapping[str, np.ndarray]) -> Embedding:
+    """Encodes queries given as stored vectors are, [q, E] or [q, L, E] by field; embeddings are on the host.
+
+    Raises ValueError for vectors of another shape than those of the data set, and for NaN or infinity.
+    """
+    for name, values in given.items():
+        expected = experiment.dataset.features[name].shape[1:]
+        if values.shape[1:] != expected or not len(values) or values.dtype.kind != "f":
+            raise ValueError(
+                f"vectors of queries: expected floats [queries, {', '.join(map(str, expected))}] as {name} of "
+                f"{experiment.dataset.path}, found {values.dtype} {list(values.shape)}"
+            )
+        finite = np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"vectors of queries: row {int(np.argmin(finite))} is not finite")
+    count = len(next(iter(given.values())))
+    on_each = -(-count // tower.mesh.size)
+    rows = tower.mesh.size * min(experiment.config.eval.batch_size, 1 << (on_each - 1).bit_length())
+    return encode_parts(tower, vector_text_batches({n: _Given(v) for n, v in given.items()}, count, rows), count)

@@ -1,8 +1,9 @@
-"""AdamW with a slower text tower, global-norm clipping and the schedules of the configuration."""
+"""AdamW or Lion with a slower text tower, global-norm clipping and the schedules of the configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,12 @@ import optax
 from ml_collections import ConfigDict
 
 from shnet_jax.durations import TrainingLength
+
+OPTIMISERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": partial(optax.scale_by_adam, eps=1e-8),
+    "lion": optax.scale_by_lion,
+}
+"""Direction of an update by `optim.name`, given b1 and b2 (Loshchilov and Hutter 2019; Chen et al. 2023)."""
 
 
 def schedule(config: ConfigDict, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
@@ -54,13 +61,17 @@ def make_optimiser(
     learning_rate: optax.Schedule,
     norm: Callable[[Any], jax.Array] = optax.global_norm,
 ) -> optax.GradientTransformation:
-    """Clip by global norm, Adam moments, decoupled decay, then the rate of each group (as torch's AdamW groups).
+    """Clip by global norm, the direction of AdamW or Lion, decoupled decay, then the rate of each group (as torch's).
 
     norm: of the whole gradient, where a device holds a part of it (`parallel.sharding.global_norm`).
 
     With `optim.accumulate` > 1 the gradients of that many batches are averaged before each update.
+
+    Raises ValueError for an unknown `optim.name`.
     """
     o = config.optim
+    if o.name not in OPTIMISERS:
+        raise ValueError(f"config.optim.name is {o.name!r}; choose from {', '.join(OPTIMISERS)}")
 
     def clip(updates: Any, params: Any) -> Any:
         del params
@@ -78,7 +89,7 @@ def make_optimiser(
 
     optimiser = optax.chain(
         optax.stateless(clip) if o.clip_norm else optax.identity(),
-        optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=1e-8),
+        OPTIMISERS[o.name](b1=o.b1, b2=o.b2),
         optax.add_decayed_weights(o.weight_decay, mask=decayed),
         optax.masked(optax.scale(o.text_lr_factor), text_tower),
         optax.scale_by_learning_rate(learning_rate),

@@ -21,7 +21,7 @@ from shnet_jax.durations import TrainingLength, count_steps, given
 from shnet_jax.evaluation.encode import check as check_evaluation
 from shnet_jax.experiment import Experiment, abstract_variables
 from shnet_jax.losses import total
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, check_pairs_dtype
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
 from shnet_jax.parallel.sharding import WHOLE, global_norm, specs, split_axes
 from shnet_jax.training import momentum
@@ -119,6 +119,8 @@ def build_step(
     rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
     key_options = momentum.options(config, model, steps_per_epoch, total_steps)
     loss_params, total_loss = total.build(config.loss, steps_per_epoch, total_steps, queues=key_options is not None)
+    score_dtype = config.loss.pairs.get("dtype", "float32")
+    check_pairs_dtype(model, score_dtype)
     devices = mesh.size if sharded else 1
     axes = split_axes({"model": variables["params"], "loss": loss_params}, devices)
     tx = make_optimiser(config, rate, norm=partial(global_norm, axes=axes, name=DATA))
@@ -133,6 +135,8 @@ def build_step(
         statistics=config.train.microbatch_statistics,
         axis_name=DATA,
         split=axes,
+        project=total.projection(config.loss),
+        score_dtype=score_dtype,
         key_options=key_options,
     )
     create = partial(
@@ -191,22 +195,26 @@ def training_data(experiment: Experiment, mesh: Mesh) -> tuple[grain.DatasetIter
     """
     config, dataset = experiment.config, experiment.dataset
     split = config.data.train_split
-    captions = tokenise_split(dataset, split, experiment.tokenizer)
-    _warn_of_truncated(captions, split, config.data.max_tokens)
-    _warn_of_unknown(captions, split, experiment.tokenizer)
+    captions = None
+    if not experiment.text_fields:
+        captions = tokenise_split(dataset, split, experiment.tokenizer)
+        _warn_of_truncated(captions, split, config.data.max_tokens)
+        _warn_of_unknown(captions, split, experiment.tokenizer)
     iterator = train_batches(
         config,
         dataset,
         captions,
         experiment.tokenizer,
         experiment.fields,
+        experiment.text_fields,
         batch_size=config.train.batch_size // jax.process_count(),
         seed=config.seed,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
     )
-    table = replicate(resident_table(dataset, split, experiment.fields), mesh) if config.data.resident else {}
-    return iterator, table
+    if not config.data.resident:
+        return iterator, {}
+    return iterator, replicate(resident_table(dataset, split, experiment.fields, experiment.text_fields), mesh)
 
 
 def _warn_of_truncated(captions: Captions, split: str, max_tokens: int) -> None:

@@ -26,7 +26,7 @@ from shnet_jax.training import momentum
 from shnet_jax.training.microbatch import Embeddings, Splitting, cached_gradients, embed_in_parts
 from shnet_jax.training.momentum import MomentumState
 from shnet_jax.training.state import TrainState
-from shnet_jax.types import Array, Batch, Context, Keys
+from shnet_jax.types import Array, Batch, Context, Keys, count_texts
 
 Metrics = dict[str, Array]
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -42,6 +42,8 @@ class StepOptions:
     ema: decay of the running average that is evaluated; 0: there is none.
     microbatch, statistics: pairs that a device encodes at once, 0: all of its own; see training/microbatch.py.
     split: axes along which the parameters are split over the devices (`parallel.sharding.split_axes`); None: none is.
+    project: the losses' parameters -> within their bounds, after each update (`losses.total.projection`).
+    score_dtype: of the operands of training scores, `config.loss.pairs.dtype`.
     key_options: of the momentum encoders, whose state is `state.momentum` (training/momentum.py); None: there are none.
     """
 
@@ -55,6 +57,8 @@ class StepOptions:
     statistics: str = "exact"
     axis_name: str | None = None
     split: Any = None
+    project: Callable[[Any], Any] | None = None
+    score_dtype: str = "float32"
     key_options: momentum.Momentum | None = None
 
 
@@ -74,7 +78,7 @@ class StepInput(NamedTuple):
     @property
     def pairs(self) -> int:
         """Image-text pairs of this device."""
-        return self.batch["tokens"].shape[0]
+        return count_texts(self.batch)
 
 
 class Gradients(NamedTuple):
@@ -123,7 +127,7 @@ def step_input(options: StepOptions, state: TrainState, batch: Batch, table: Any
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     key = jax.random.fold_in(key, axis.axis_index(options.axis_name))
     ids = batch.get("identity", batch["image_index"])  # two images of one person are no negatives
-    return StepInput(batch, table, key, ids, batch["tokens"].shape[0] // batch["image_index"].shape[0])
+    return StepInput(batch, table, key, ids, count_texts(batch) // batch["image_index"].shape[0])
 
 
 def encode(
@@ -184,8 +188,8 @@ def local_loss(
     name, split = options.axis_name, options.split
     loss_params = sharding.gather(params["loss"], split["loss"], name)
     trained, axes = ({n: tree["model"][n] for n in options.model.score_params} for tree in (params, split))
-    score = scorer(options.model, sharding.gather(trained, axes, name))
-    ctx = Context(step=step, params=loss_params, score=score, axis=name, keys=keys)
+    score = scorer(options.model, sharding.gather(trained, axes, name), options.score_dtype)
+    ctx = Context(step=step, params=loss_params, score=score, axis=name, keys=keys, captions=inputs.captions)
     ids = jnp.repeat(inputs.ids, inputs.captions)
     metrics = options.total_loss(images.repeat(inputs.captions), texts, ids, ctx)
     return metrics["loss"], metrics
@@ -240,6 +244,8 @@ def _updated(
     """The state with the optimiser's update and its averages; the counters are as they were."""
     updates, opt_state = options.tx.update(reduced.params, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if options.project is not None:
+        params = params | {"loss": options.project(params["loss"])}
     average = state.ema
     if average is not None:
         # Averages over few steps forget the initial parameters faster.

@@ -44,6 +44,8 @@ def record(row: int = 0, count: int = 2, **changes):
         "image_embedding": rng.normal(size=7).astype(np.float32),
         "identity": np.int64(row),
         "caption_embeddings": rng.normal(size=(count, 7)).astype(np.float32),
+        "caption_tokens": rng.normal(size=(count, 5, 3)).astype(np.float16),
+        "caption_token_mask": np.arange(5) < np.full((count, 1), 4),
         "image": rng.integers(0, 256, (6, 4, 3), dtype=np.uint8),
     }
     return {name: value for name, value in (base | changes).items() if value is not None}

@@ -109,7 +109,7 @@ def test_embeddings_and_numbers_of_captions(src, tmp_path):
             r"dev_capids\.txt line 25: expected a whole number of at most 18 digits, found 'x'",
         ),
         (["1"] * 24 + ["9" * 20], (25, 5), r"dev_capids\.txt line 25: expected a whole number of at most 18 digits"),
-        (["1"] * 25, (5, 5), r"dev_caption_emb\.npy: expected \[25, E\], a row a caption, found \[5, 5\]"),
+        (["1"] * 25, (5, 5), r"dev_caption_emb\.npy: expected \[25, F\], a row a caption, found \[5, 5\]"),
     ],
 )
 def test_files_of_captions_that_do_not_fit(lines, shape, message, src, tmp_path):

@@ -24,6 +24,19 @@ def sigmoid(scores, ids, *, scale, bias, mask):
     return each.sum() / len(ids)
 
 
+def sigmoid_matrix(scores, ids, *, scale, bias, mask, reduction):
+    """scores [N, C N] of images, in rows, with C captions in a row of each; ids [N] of the images."""
+    images, texts = scores.shape
+    captions = texts // images
+    own = np.repeat(np.eye(images, dtype=bool), captions, axis=1)
+    other = ~own & (np.asarray(ids)[:, None] != np.repeat(ids, captions) if mask else True)
+    logits = scale * np.asarray(scores, np.float64) + bias
+    positive, negative = np.logaddexp(0, -logits)[own].sum(), np.logaddexp(0, logits)[other].sum()
+    if reduction == "queries":  # every image stands in the batch once for each of its captions
+        return (positive + captions * negative) / texts
+    return (positive + negative) / (images * texts)
+
+
 def infonce(scores, ids, *, scale, mask, queues=None):
     """scores [B, B], images in rows; queues: see `_queued`."""
     total = 0.0

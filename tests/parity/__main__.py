@@ -15,7 +15,7 @@ from pathlib import Path
 from shnet_jax.observe.terminal import make_output_safe
 from tests.parity.compare import Fixture, Row, skip
 
-CHECKS = ("gpo", "shnet", "bert", "losses", "metrics", "train_steps", "user", "user_train_steps", "convert")
+CHECKS = ("gpo", "shnet", "bert", "losses", "metrics", "train_steps", "user", "user_train_steps", "convert", "align")
 
 
 def unread(folder: Path, opened: list[Fixture], told: set[str]) -> list[Row]:

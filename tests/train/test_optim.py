@@ -153,3 +153,23 @@ def test_warm_up(kind):
 def test_unknown_schedule():
     with pytest.raises(ValueError, match="'linear'; choose step, cosine or constant"):
         rates([0], schedule="linear")
+
+
+def test_lion_is_the_published_rule():
+    """Chen et al. 2023, algorithm 2, with decay on everything; float64."""
+    config = configuration(name="lion", b1=0.9, b2=0.99, clip_norm=0.0, text_lr_factor=1.0)
+    grads, o = [draw(seed, scale=3.0) for seed in (1, 2, 3)], config.optim
+    params = {name: np.float64(value) for name, value in draw(0).items()}
+    average = {name: np.zeros_like(value) for name, value in params.items()}
+    for gradient in grads:
+        for name, g in gradient.items():
+            direction = np.sign(o.b1 * average[name] + (1 - o.b1) * np.float64(g)) + o.weight_decay * params[name]
+            params[name] = params[name] - o.lr * direction
+            average[name] = o.b2 * average[name] + (1 - o.b2) * np.float64(g)
+    for name, ours in run(config, grads).items():
+        np.testing.assert_allclose(ours, params[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_an_unknown_optimiser_is_refused():
+    with pytest.raises(ValueError, match=r"config\.optim\.name is 'sgd'; choose from adamw, lion"):
+        run(configuration(name="sgd"), [])

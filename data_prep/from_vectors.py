@@ -1,0 +1,177 @@
+"""Imports vectors of images and of texts that frozen models made, row by row, as SAIL stores them.
+
+    shnet data from_vectors --image_vectors=DIR --text_vectors=DIR --name=NAME --out=DATA_DIR
+
+Both flags take folders, several by commas, of .pt files (a tensor [rows, E] each, from torch.save) or .npy files, which
+are read in natural order of their names, one after the other. Text i belongs to image i mod N, the number of images.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import command
+from data_prep.builder import write_dataset
+from data_prep.counts import Found
+from data_prep.files import check_file, data_errors, open_array, read_lines
+from data_prep.notes import note
+from data_prep.schema import DataError, Record, as_field, refuse
+from data_prep.torch_files import described
+from shnet_jax.interop.torch_file import open_torch_file
+from shnet_jax.interop.torch_pickle import Tensor
+from shnet_jax.paths import to_path, to_paths
+
+SUFFIXES = (".pt", ".npy")
+_BLOCK = 1024  # rows read at once
+
+
+def natural(path: Path) -> list[tuple[int, str]]:
+    """Sort key by the numbers in a name: 2.pt before 10.pt."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of all files of some folders, one after the other."""
+
+    folders: Sequence[Path]
+
+    @cached_property
+    def _files(self) -> list[tuple[Path, np.ndarray]]:
+        files = []
+        for folder in self.folders:
+            refuse(not folder.is_dir(), folder, "a folder of vectors", "none")
+            found = sorted((path for path in folder.iterdir() if path.suffix in SUFFIXES), key=natural)
+            refuse(not found, folder, f"files {' or '.join(SUFFIXES)}", "none")
+            files += [(path, _open(path)) for path in found]
+        first_path, first = files[0]
+        for path, array in files:
+            expected = f"as wide as {first_path.name}, {first.shape[1]}"
+            refuse(array.shape[1] != first.shape[1], path, expected, array.shape[1])
+        return files
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *np.cumsum([len(array) for _, array in self._files]).tolist()]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, field: str, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop, copied, in a dtype that `field` may have; they may lie in several files."""
+        parts = []
+        while start < stop:
+            number = bisect_right(self._starts, start) - 1
+            path, array = self._files[number]
+            place = start - self._starts[number]
+            rows = np.array(array[place : place + stop - start])
+            parts.append(as_field(field, rows, where=f"rows from {place}", file=path.name))
+            start += len(rows)
+        return np.concatenate(parts)
+
+
+def _open(path: Path) -> np.ndarray:
+    """The vectors [rows, E] of a file, mapped. Raises DataError for anything else."""
+    if path.suffix == ".npy":
+        array = open_array(path)
+    else:
+        check_file(path)
+        with data_errors():
+            file = open_torch_file(path)
+            content = file.content
+            if not isinstance(content, Tensor):
+                raise DataError(f"{path}: expected a tensor [rows, E], found {described(content)}")
+            array = file.array(content)
+    refuse(array.ndim != 2 or not array.size, path, "[rows, E]", list(array.shape))
+    return array
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images start to stop with their texts as records. captions: of all texts; () where nobody gave any."""
+
+    images: Rows
+    texts: Rows
+    captions: Sequence[str]
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[Record]:
+        count = len(self.images)
+        copies = range(len(self.texts) // count)
+        for first in range(self.start, self.stop, _BLOCK):
+            last = min(first + _BLOCK, self.stop)
+            images = self.images.read("image_embedding", first, last)
+            texts = [self.texts.read("caption_embeddings", i * count + first, i * count + last) for i in copies]
+            for row, image in enumerate(range(first, last)):
+                numbers = [i * count + image for i in copies]
+                yield {
+                    "image_id": f"{image:09d}",
+                    "captions": [self.captions[n] if self.captions else f"text {n}" for n in numbers],
+                    "caption_ids": np.array(numbers, np.int64),
+                    "image_embedding": images[row],
+                    "caption_embeddings": np.stack([part[row] for part in texts]),
+                }
+
+
+def import_vectors(
+    image_vectors: Sequence[Path],
+    text_vectors: Sequence[Path],
+    name: str,
+    out: Path,
+    *,
+    captions: Path | None = None,
+    split: str = "train",
+    val: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Import folders and return the version folder of the data set; see `--help` for the arguments."""
+    images, texts = Rows(image_vectors), Rows(text_vectors)
+    refuse(len(texts) % len(images), text_vectors[0], f"a multiple of {len(images)} texts, the images", len(texts))
+    sentences = read_lines(captions) if captions else []
+    refuse(captions and len(sentences) != len(texts), captions, f"{len(texts)} lines, one a text", len(sentences))
+    if not captions:
+        note("no --captions: the texts are called 'text NUMBER'", name)
+    refuse(not 0 <= val < len(images), "--val", f"fewer than the {len(images)} images", val)
+    middle = len(images) - val
+    splits = {split: Split(images, texts, sentences, 0, middle)}
+    if val:
+        refuse(split == "val", "--split", "another than val, which --val makes", split)
+        splits["val"] = Split(images, texts, sentences, middle, len(images))
+    source = f"data_prep.from_vectors of {image_vectors[0].name} and {text_vectors[0].name}"
+    found = Found(len(texts), len(images), len(texts))
+    return write_dataset(out, name, splits, {"source": source}, total=len(images), found=found, overwrite=overwrite)
+
+
+@command.reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = command.parser("from_vectors", __doc__)
+    parser.add_argument("--image_vectors", required=True, help="folders of .pt or .npy of the images, by commas")
+    parser.add_argument("--text_vectors", required=True, help="folders of .pt or .npy of the texts, by commas")
+    parser.add_argument(
+        "--captions", type=to_path, help="the texts themselves, one a line, in the order of the vectors"
+    )
+    parser.add_argument("--split", default="train", help="name of the split; default: train")
+    parser.add_argument("--val", type=command.at_least(0), default=0, help="last images that become the split val")
+    command.add_writing_arguments(parser)
+    args = parser.parse_args(argv)
+    folders = to_paths(args.image_vectors), to_paths(args.text_vectors)
+    chosen = {"captions": args.captions, "split": args.split, "val": args.val, "overwrite": args.overwrite}
+    print(import_vectors(*folders, args.name, args.out, **chosen))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

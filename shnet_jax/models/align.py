@@ -1,0 +1,118 @@
+"""Heads on the frozen vectors of an image model and of a text model, as SAIL trains them (arXiv 2412.04616).
+
+The image side reads `image_embedding`, or tokens (regions, grid) that are pooled before or after the head. The text
+side is `text.tower = "vectors"` as published; any other tower works too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from shnet_jax.models.contract import TwoTowers, check_choices
+from shnet_jax.models.heads import Head, build_head
+from shnet_jax.models.layers import Dense, xavier_uniform
+from shnet_jax.models.pooling import GPO
+from shnet_jax.models.text import build_encoder
+from shnet_jax.models.units import UNIT_MASKS, given_unit
+from shnet_jax.ops.matmul import DTYPES, DType, einsum
+from shnet_jax.ops.norms import l2norm, masked_softmax
+from shnet_jax.types import Array, Batch
+
+SOURCES = ("vector", "units")
+POOLS = ("mean", "gpo", "attention")
+
+
+class Pool(nn.Module):
+    """Tokens to one vector: their mean, `GPO`, or attention by a learned query over a linear map of them.
+
+    Attributes: kind: one of POOLS. dtype: of the operands of the map.
+    """
+
+    kind: str
+    dtype: DType = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        """x [n, N, d], mask [n, N] bool -> [n, d]."""
+        if self.kind == "gpo":
+            return GPO(name="gpo")(x, mask)
+        if self.kind == "attention":
+            keys = Dense(x.shape[-1], self.dtype, xavier_uniform, name="key")(x)
+            query = self.param("query", nn.initializers.normal(1.0), (x.shape[-1],))
+            logits = einsum("nkd,d->nk", keys, query / math.sqrt(x.shape[-1]), "float32")
+            weights = masked_softmax(logits, mask)
+        else:
+            weights = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+        return einsum("nk,nkd->nd", jnp.where(mask, weights, 0.0), x, "float32")
+
+
+class ImageHead(nn.Module):
+    """The image side: `image_embedding`, or the pooled units, through a `Head`.
+
+    Attributes:
+      head: the head.
+      units: kinds of units that are the tokens; (): the vector is read.
+      pool: of the tokens. pool_first: pool, then map; else map each token, then pool.
+    """
+
+    head: Head
+    units: tuple[str, ...] = ()
+    pool: Pool | None = None
+    pool_first: bool = True
+
+    @nn.compact
+    def __call__(self, batch: Batch, *, train: bool) -> Array:
+        """Image fields of `batch` -> unit vectors [n, dim]. Raises ValueError for units of different widths."""
+        if self.pool is None:
+            mapped = self.head(batch["image_embedding"].astype(jnp.float32), train=train)
+        else:
+            tokens, mask = self._tokens(batch)
+            if self.pool_first:
+                mapped = self.head(self.pool(tokens, mask), train=train)
+            else:
+                mapped = self.pool(self.head(tokens, mask, train=train), mask)
+        self.sow("intermediates", "mapped", mapped)
+        return l2norm(mapped)
+
+    def _tokens(self, batch: Batch) -> tuple[Array, Array]:
+        given = [given_unit(batch, unit) for unit in self.units]
+        widths = {unit: x.shape[-1] for unit, (x, _) in zip(self.units, given, strict=True)}
+        if len(set(widths.values())) > 1:
+            found = ", ".join(f"{unit} of {width}" for unit, width in widths.items())
+            raise ValueError(
+                f"one head takes tokens of one width, found {found}: choose one kind in config.model.units"
+            )
+        tokens, masks = zip(*given, strict=True)
+        return jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1)
+
+
+class Align(TwoTowers):
+    """Two heads; the score is the dot product of their unit vectors."""
+
+    image: ImageHead
+
+    @property
+    def norm_depth(self) -> int:
+        """See `RetrievalModel.norm_depth`."""
+        return max(self.image.head.norm_depth, super().norm_depth)
+
+
+def image_fields(config: ConfigDict) -> tuple[str, ...]:
+    """Fields of the record that the model of this configuration reads."""
+    return tuple(config.model.units) if config.model.align.source == "units" else ("image_embedding",)
+
+
+def build(config: ConfigDict) -> Align:
+    """Builds the model of a configuration. Raises ValueError for a field that is none of its choices."""
+    m, align = config.model, config.model.align
+    check_choices(config, {"align.source": SOURCES, "align.pool": POOLS, "dtype": DTYPES, "units": UNIT_MASKS})
+    head = build_head(align.head, "config.model.align.head", dim=m.dim, dtype=m.dtype, bn_sync=m.bn_sync)
+    if align.source == "vector":
+        image = ImageHead(head)
+    else:
+        image = ImageHead(head, tuple(m.units), Pool(align.pool, m.dtype), align.pool_first)
+    return Align(image=image, text=build_encoder(config))
