@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluation.evaluator import provenance
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.curves import run_name
@@ -16,16 +15,17 @@ from shnet_jax.observe.writer import FILE as METRICS
 from shnet_jax.observe.writer import read_metrics
 from shnet_jax.retrieve.examples import collect
 from shnet_jax.retrieve.page import render_page
-from shnet_jax.retrieve.scene import Album, find_pictures
+from shnet_jax.retrieve.scene import Album, check_pictures, find_pictures
 from shnet_jax.training.load import load
 
 
 def page(config: ConfigDict, workdir: str | Path) -> None:
     """Writes WORKDIR/page_DATASET_SPLIT.html about config.search.split: numbers, curves, examples, highlighting."""
     workdir, mesh = Path(workdir), one_process_mesh(config)
-    pictures = find_pictures(config.page.pictures, open_dataset(config.data.dir))
+    check_pictures(config.page.pictures)
     loaded = load(workdir, config)
     split, dataset = config.search.split, loaded.experiment.dataset
+    pictures = find_pictures(config.page.pictures, dataset)
     embeddings = split_embeddings(loaded, config, workdir, mesh)
     about = provenance(loaded.experiment, split, loaded.step, loaded.selected_on, mesh.size)
     contents = collect(loaded.experiment, loaded.variables, embeddings, config, about, mesh)
