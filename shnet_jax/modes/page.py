@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluation.evaluator import provenance
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.curves import run_name
@@ -16,7 +15,7 @@ from shnet_jax.observe.writer import FILE as METRICS
 from shnet_jax.observe.writer import read_metrics
 from shnet_jax.retrieve.examples import collect, collect_likeness
 from shnet_jax.retrieve.page import render_likeness, render_page
-from shnet_jax.retrieve.scene import Album, find_pictures
+from shnet_jax.retrieve.scene import Album, check_pictures, find_pictures
 from shnet_jax.training.load import load
 
 
@@ -26,9 +25,10 @@ def page(config: ConfigDict, workdir: str | Path) -> None:
     Where images have no caption: images most like each other instead of numbers.
     """
     workdir, mesh = Path(workdir), one_process_mesh(config)
-    pictures = find_pictures(config.page.pictures, open_dataset(config.data.dir))
+    check_pictures(config.page.pictures)
     loaded = load(workdir, config)
     split, dataset = config.search.split, loaded.experiment.dataset
+    pictures = find_pictures(config.page.pictures, dataset)
     embeddings = split_embeddings(loaded, config, workdir, mesh)
     album = Album(dataset, split, pictures, dataset.metadata.get("class_names", ()))
     if dataset.caption_counts(split).min() > 0:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from shnet_jax.data.records import open_dataset
 from shnet_jax.modes.search import open_search
-from shnet_jax.retrieve.scene import find_pictures
+from shnet_jax.retrieve.scene import check_pictures, find_pictures
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +28,9 @@ def serve(config: ConfigDict, workdir: str | Path, host: str = "127.0.0.1", port
         raise ValueError(f"serving needs {error.name}: pip install 'shnet_jax[serve]'") from None
     if not 0 <= port <= 65535:
         raise ValueError(f"--port is {port}; expected 0 to 65535")
-    pictures = find_pictures(config.page.pictures, open_dataset(config.data.dir))
+    check_pictures(config.page.pictures)
     loaded, tower, searcher = open_search(config, Path(workdir))
+    pictures = find_pictures(config.page.pictures, loaded.experiment.dataset)
     engine = server.Engine(loaded.experiment, loaded.variables, tower, searcher, pictures)
     log.info("compiling the programs of a search")
     server.warm_up(engine)

@@ -276,9 +276,8 @@ def _image_query(contents: Contents, example: Example, album: Album) -> Markup:
     lines = [_caption_line(contents, example, row, f"{score:.3f}") for row, score in example.best]
     if example.match not in [row for row, _ in example.best]:
         lines.append(_caption_line(contents, example, example.match, f"rank {example.rank}"))
-    scene = album.scene(example.query)
-    picture = tag("div", scene.picture(), tag("div", scene.legend(3), class_="text"), class_="card")
-    return tag("div", tag("div", picture, tag("ol", lines), class_="side"), class_="query")
+    side = tag("div", album.scene(example.query).card(3), tag("ol", lines), class_="side")
+    return tag("div", side, class_="query")
 
 
 def _caption_line(contents: Contents, example: Example, row: int, place: str) -> Markup:

@@ -21,17 +21,16 @@ PICTURES = "pictures"  # folder beside the versions of a data set that may hold 
 OUTLINES = 12  # boxes drawn of an image that has neither photograph nor label map
 
 
-def find_pictures(folder: str, dataset: DataSet) -> Path | None:
-    """The folder of photographs: `folder`, or else the one that lies beside the version of the data set, or None.
-
-    Raises ValueError for a `folder` that is not there.
-    """
-    if not folder:
-        beside = dataset.path.parent / PICTURES
-        return beside if beside.is_dir() else None
-    if not Path(folder).is_dir():
+def check_pictures(folder: str) -> None:
+    """Raises ValueError for a config.page.pictures that is not there."""
+    if folder and not Path(folder).is_dir():
         raise ValueError(f"config.page.pictures is {folder!r}: no such folder")
-    return Path(folder)
+
+
+def find_pictures(folder: str, dataset: DataSet) -> Path | None:
+    """The folder of photographs: config.page.pictures, or else the one beside the version of the data set, or None."""
+    beside = dataset.path.parent / PICTURES
+    return Path(folder) if folder else beside if beside.is_dir() else None
 
 
 @dataclasses.dataclass
@@ -107,6 +106,11 @@ class Scene:
         """The colours and shares of the largest classes; None where no label map is shown."""
         classes = self.classes(most)
         return keys((colour, f"{name} {share:.0%}") for name, colour, share in classes) if classes else None
+
+    def card(self, most: int) -> Markup:
+        """The picture alone as a card, with the legend of its `most` largest classes if a label map is shown."""
+        legend = self.legend(most)
+        return tag("div", self.picture(), tag("div", legend, class_="text") if legend else None, class_="card")
 
     def inside(self, box: np.ndarray) -> str:
         """The largest class within a box."""

@@ -292,9 +292,8 @@ def _image_page(engine: Engine, name: str, answers: Sequence[Answer]) -> str:
     album, ids = engine.album(), engine.searcher.embeddings.ids
     row = ids.rows[name]
     scene, captions = album.scene(row), ids.captions_of(row)
-    picture = tag("div", scene.picture(), tag("div", scene.legend(6), class_="text"), class_="card")
     written = tag("div", tag("h2", tag("bdi", name)), [tag("p", tag("bdi", caption)) for caption in captions])
-    body: list[Child] = [tag("div", picture, written, class_="side")]
+    body: list[Child] = [tag("div", scene.card(6), written, class_="side")]
     for answer in answers:
         hits = answer.hits[:SHOWN]
         if answer.target == CAPTIONS:

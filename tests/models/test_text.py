@@ -133,8 +133,8 @@ def test_without_dropout_the_words_are_projected_before_they_are_looked_up():
     (table, of_table), (batch, of_batch) = (jax.value_and_grad(loss)(params, tower) for tower in towers)
     assert float(table) == pytest.approx(float(batch), rel=1e-6) and float(table) > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), of_table, of_batch)
-    products = [str(jax.make_jaxpr(loss, static_argnums=1)(params, tower)).count("11,300") for tower in towers]
-    assert products[0] > products[1]
+    programs = [str(jax.make_jaxpr(loss, static_argnums=1)(params, tower)) for tower in towers]
+    assert ["f32[11,12]" in program for program in programs] == [True, False]  # the product with the input kernel
     # One past the table is no word of it.
     assert np.isnan(towers[0].apply(params, tokens.at[0, 0].set(11), mask, train=False)[0]).any()
 
