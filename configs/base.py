@@ -70,7 +70,7 @@ def _tokenizer() -> ConfigDict:
 
 
 def _model() -> ConfigDict:
-    """Both encoders; the sections user, esa, clip and cmsei are read by the models of these names alone."""
+    """Both encoders; the sections user, esa, clip, cmsei and dual are read by the models of these names alone."""
     model = ConfigDict()
     model.name = "shnet"  # file in shnet_jax/models, or the dotted path of a module of yours
     model.dim = 1024  # size of the joint embedding (published 1024)
@@ -94,6 +94,7 @@ def _model() -> ConfigDict:
     model.esa = _esa()
     model.clip = _clip()
     model.cmsei = _cmsei()
+    model.dual = _dual()
     return model
 
 
@@ -155,6 +156,13 @@ def _cmsei() -> ConfigDict:
     cmsei.global_weight = 1.0  # weight of the product of the global vectors in the score
     cmsei.block = 64  # pairs that are computed at once; memory grows with block * (regions + tokens) * dim
     return cmsei
+
+
+def _dual() -> ConfigDict:
+    """Options of model.name "dual", see docs/models.md."""
+    dual = ConfigDict()
+    dual.head = "none"  # behind each vector of the dual encoder: "none", zero-shot | "residual", x + linear(x) (ours)
+    return dual
 
 
 def _text() -> ConfigDict:
