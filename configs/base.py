@@ -71,7 +71,7 @@ def _tokenizer() -> ConfigDict:
 
 
 def _model() -> ConfigDict:
-    """Both encoders; the sections user, esa, clip, cmsei and align are read by the models of these names alone."""
+    """Both encoders; sections named after a model are read by that model alone, clip by esa."""
     model = ConfigDict()
     model.name = "shnet"  # file in shnet_jax/models, or the dotted path of a module of yours
     model.dim = 1024  # size of the joint embedding (published 1024)
@@ -96,6 +96,7 @@ def _model() -> ConfigDict:
     model.clip = _clip()
     model.cmsei = _cmsei()
     model.align = _align()
+    model.dual = _dual()
     return model
 
 
@@ -176,6 +177,13 @@ def _head() -> ConfigDict:
     head.hidden = 0  # size of the hidden layer; 0: as published, star 8 and mlp 4 times the vector, sharelock 4096
     head.dropout = 0.0  # on hidden activations; linear, swiglu: on the vector (SAIL 0, ShareLock 0.2)
     return head
+
+
+def _dual() -> ConfigDict:
+    """Options of model.name "dual", see docs/models.md."""
+    dual = ConfigDict()
+    dual.head = "none"  # behind each vector of the dual encoder: "none", zero-shot | "residual", x + linear(x) (ours)
+    return dual
 
 
 def _text() -> ConfigDict:

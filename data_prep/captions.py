@@ -91,11 +91,11 @@ def read(captions: str, split_lists: str | None = None, *, strict: bool = True) 
     photographs; FileNotFoundError when there is none.
     """
     return gather(
-        _rows(captions, split_lists is not None), split_lists, captions, strict=strict, flag="--captions=SPLIT=FILE"
+        file_rows(captions, split_lists is not None), split_lists, captions, strict=strict, flag="--captions=SPLIT=FILE"
     )
 
 
-def _rows(captions: str, listed: bool) -> Iterator[Row]:
+def file_rows(captions: str, listed: bool = False) -> Iterator[Row]:
     """The rows of all files of --captions; `listed` says that split lists count, not what the rows say."""
     for split, path in named_paths(captions):
         _check_file(path)

@@ -76,6 +76,12 @@ MODES = {
         "write an HTML page: hits, failures, highlighting",
         "--workdir=runs/one --config.page.pictures=photos",
     ),
+    "photos": Mode(
+        "shnet_jax.modes.photos:photos",
+        "search your own photographs by words or a photo",
+        "MY_PHOTOS --out=runs/photos --query='a dog on a beach'",
+        own_flags=("folder", "model", "captions", "head", "query", "photo", "top_k", "device", "overwrite"),
+    ),
     "embed": Mode(
         "shnet_jax.modes.embed:embed",
         "write the vectors of a split",
@@ -118,6 +124,17 @@ flags.DEFINE_string("target", "", "Devices that plan compiles for: tpu:v5e:4x4, 
 flags.DEFINE_string("query", "", "Words that search looks for.")
 flags.DEFINE_string("query_file", "", "File of queries, one a line.")
 flags.DEFINE_string("query_vectors", "", "Vectors of the queries, an .npy file, for text.tower=vectors.")
+flags.DEFINE_string("folder", "", "Folder of photographs, the first argument of photos.")
+flags.DEFINE_string(
+    "model",
+    "",
+    "CLIP of photos, folder or hub name; default: openai/clip-vit-base-patch32 (151 million parameters; MIT).",
+)
+flags.DEFINE_string("captions", "", "Captions of some of the photographs of photos: FILE, or SPLIT=FILE,SPLIT=FILE.")
+flags.DEFINE_bool("head", False, "Whether photos trains a head on the captions, and compares it with the CLIP alone.")
+flags.DEFINE_string("photo", "", "Photograph to which photos finds similar ones; it need not be in the folder.")
+flags.DEFINE_string("device", "", "Device of PyTorch that photos uses: cpu, cuda, ...; default: a GPU if there is one.")
+flags.DEFINE_bool("overwrite", False, "Whether photos makes the run again, of other photographs or another model.")
 flags.DEFINE_string("image_id", "", "Image of the split, to search for its captions and images like it.")
 flags.DEFINE_integer("top_k", 10, "Results of search for each query.")
 flags.DEFINE_bool("card", False, "Whether eval prints the protocol cards too, which its files always have.")
@@ -135,7 +152,7 @@ HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_seconds", 60, "Seconds without a sign of life after which a process counts as dead and all others end."
 )
 
-PATH_FLAGS = ("workdir", "query_file", "query_vectors")
+PATH_FLAGS = ("workdir", "query_file", "query_vectors", "folder", "model", "photo")
 PATH_LISTS = ("config.eval.ensemble", "config.cross.runs", "config.cross.data_dirs")
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
 """Device files of TPUs and of NVIDIA's and AMD's GPUs (under WSL: dxg)."""
@@ -162,6 +179,8 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
             print(mode_help(first))
             sys.exit(0)
         arguments[0] = f"--mode={first}"
+        if first == "photos":
+            arguments = _of_photos(arguments)
     elif not first.startswith("-"):
         near = difflib.get_close_matches(first, [*MODES, "data"], n=1)
         hint = f"did you mean {near[0]}?" if near else f"modes: {', '.join([*MODES, 'data'])}"
@@ -169,6 +188,14 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     _choose_platform()
     app.run(main, argv=[program, *arguments], flags_parser=parse_flags)
     raise AssertionError("app.run exits")
+
+
+def _of_photos(arguments: Sequence[str]) -> list[str]:
+    """The arguments of `shnet photos [FOLDER] --out=RUN` by the names of the flags."""
+    mode, *rest = (re.sub("^--?out(?==|$)", "--workdir", argument) for argument in arguments)
+    if rest and not rest[0].startswith("-"):
+        rest[0] = f"--folder={rest[0]}"
+    return [mode, *rest]
 
 
 def overview() -> str:
@@ -220,7 +247,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             _fail("--workdir is missing or empty: give the folder of the run", 2)
         for name, mode in MODES.items():
             for flag in mode.own_flags:
-                if flags.FLAGS[flag].present and MODE.value != name:
+                if flags.FLAGS[flag].present and flag not in MODES[MODE.value].own_flags:
                     _fail(f"--{flag} belongs to --mode={name}, not to --mode={MODE.value}", 2)
         _expand_paths(CONFIG.value)  # ml_collections tells of a file that it could not open when a field is read
     except (flags.Error, OSError, ValueError) as error:
@@ -260,6 +287,8 @@ def _with_config(argv: list[str]) -> list[str]:
             bundled.get_config(given["config"])  # an unknown variant is told of here: ml_collections adds its stack
     elif given.get("config.convert.source"):  # its file or folder says what the model is
         path = bundled.config_path("base")
+    elif name == "photos" and not (Path(given.get("workdir", "")) / "config.json").is_file():
+        path = bundled.config_path("dual")
     elif not given.get("workdir") or name not in MODES:
         return argv  # absl, or the caller, says what is missing
     elif MODES[name].configured:

@@ -47,11 +47,13 @@ class Extractor:
             records = self._segmenter(images)
         if self._backbone is not None:
             for record, (grid, vector) in zip(records, self._backbone(images), strict=True):
+                record["image_embedding"] = vector
+                if self._settings.tokens == "none":
+                    continue
                 if "boxes" in record:
                     record["regions"] = box_average(grid, record["boxes"])
                     record["region_mask"] = np.ones(len(record["boxes"]), bool)
                 record["grid"] = grid.reshape(-1, grid.shape[-1])
-                record["image_embedding"] = vector
         return [self._stored(record, name) for record, name in zip(records, names, strict=True)]
 
     def _stored(self, record: Record, name: str) -> Record:

@@ -38,8 +38,8 @@ class Work:
 
     @property
     def least_captions(self) -> int:
-        """Captions that every record has: 1; 0 where no photograph has any."""
-        return min(1, self.found.captions)
+        """Captions that every record has: 1; 0 where there are photographs without."""
+        return min(min(1, len(item.captions) or len(item.fault)) for block in self.blocks for item in block.items)
 
     def pending(self) -> list[Block]:
         """The blocks that are not done."""
@@ -149,8 +149,11 @@ def _is_photograph(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and not (path.suffix.lower() == ".png" and is_label_map(path))
 
 
-def prepare(args: argparse.Namespace) -> Work:
-    """Read the captions and plan the blocks. Raises DataError, FileExistsError before any work is done."""
+def prepare(args: argparse.Namespace, given: captions.Splits | None = None) -> Work:
+    """Read the captions and plan the blocks. Raises DataError, FileExistsError before any work is done.
+
+    given: the photographs with their captions, where these are known already.
+    """
     target = args.out / args.name / VERSION
     if target.exists() and not args.overwrite:
         raise FileExistsError(f"data set {target} exists; give another --name, or --overwrite to replace it")
@@ -158,9 +161,11 @@ def prepare(args: argparse.Namespace) -> Work:
     folder = args.out / f".{args.name}.extract"
     strict = args.on_bad_record == "fail"
     photographs = open_photographs(chosen.images, args.caption_from)
-    if args.captions:
-        if given := [f"--{name}" for name in ("split", "caption_from") if getattr(args, name)]:
-            raise DataError(f"{' and '.join(given)}: belongs to an extraction without --captions")
+    if given is not None:
+        splits = given
+    elif args.captions:
+        if misplaced := [f"--{name}" for name in ("split", "caption_from") if getattr(args, name)]:
+            raise DataError(f"{' and '.join(misplaced)}: belongs to an extraction without --captions")
         splits = captions.read(args.captions, args.split_lists, strict=strict)
     else:
         splits = captions.gather(

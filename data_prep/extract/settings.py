@@ -11,7 +11,7 @@ from data_prep import command
 from data_prep.schema import DataError
 from shnet_jax.paths import expand, to_path
 
-TOKENS = ("hidden", "projected")
+TOKENS = ("hidden", "projected", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Settings:
     segmenter_sha256, backbone_sha256: what `weights.digest` has to give; "" takes any.
     image_size: side of the square that the backbone sees; None is its own.
     tokens: what grid and regions are made of: "hidden", the backbone's last hidden state | "projected", CLIP's patches
-      in the space of its image embedding, as wide as that.
+      in the space of its image embedding, as wide as that | "none": neither grid nor regions, the global vector alone.
     regions, region_score: most regions of an image, and the least confidence of all but the first.
     seg_map: "panoptic" (segments without overlap, unsure pixels void) or "semantic" (the likeliest class everywhere).
     feature_dtype: what regions, grid and seg_semantic are stored in.
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         choices=TOKENS,
         default="hidden",
-        help="grid and regions: last hidden state, or, of a CLIP, projected to the width of image_embedding",
+        help="grid and regions: last hidden state, or, of a CLIP, projected to the width of image_embedding; or none",
     )
     parser.add_argument("--regions", type=count, default=36, help="most regions of an image")
     parser.add_argument("--region_score", type=float, default=0.1, help="least confidence of a region, 0..1")

@@ -65,6 +65,11 @@ def search(
         answers += searcher.images_by_text(queries, encode_texts(loaded.experiment, tower, queries), top_k)
     if image_id:
         answers += searcher.by_image([image_id], top_k)
+    show(answers, searcher, workdir)
+
+
+def show(answers: Sequence[Answer], searcher: Searcher, workdir: Path) -> None:
+    """Prints answers and the measured recall of an index, and writes them to WORKDIR/search.json."""
     write_json(workdir / RESULTS, document(answers, searcher))
     print(tables(answers), end="")
     for side, index in searcher.indexes.items():

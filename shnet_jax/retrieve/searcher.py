@@ -116,6 +116,16 @@ class Searcher:
                 answers.append(Answer(name, "image", IMAGES, self._hits(IMAGES, images, i, k, without=int(rows[i]))))
         return answers
 
+    def images_like(self, names: Sequence[str], images: Embedding, k: int) -> list[Answer]:
+        """The k images most like each of n others, which are no part of the gallery.
+
+        names: n, of these. images: their embeddings. Raises ValueError for a score that is no dot product.
+        """
+        if not self._dot_product:
+            raise ValueError("images are compared with each other by the dot product only, which this score is not")
+        best = self.best_images(images, k)
+        return [Answer(name, "image", IMAGES, self._hits(IMAGES, best, i, k)) for i, name in enumerate(names)]
+
     def best_images(self, texts: Embedding, k: int) -> TopK:
         """Rows and scores of the k best images for each of t captions."""
         return self._find("images", texts, k, self._score)

@@ -1,0 +1,93 @@
+"""Dual encoders for one's own photographs: the folder of one, and the vectors of single photographs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.extract import run
+from data_prep.extract.settings import Settings
+from data_prep.schema import DataError
+from shnet_jax import untrusted
+
+DEFAULT = "openai/clip-vit-base-patch32"
+"""CLIP ViT-B/32 (Radford et al., 2021): 151 million parameters, 0.6 GB in float32; its code is MIT. English."""
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+FILES = (
+    "config.json",
+    "preprocessor_config.json or processor_config.json",
+    " or ".join(WEIGHTS),
+    "tokenizer.json or merges.txt and vocab.json",
+)
+"""Files of a dual encoder's folder, as Hugging Face saves it."""
+_SMALL = ("*.json", "merges.txt")
+_PATIENCE = 10.0
+"""Seconds without an answer of the hub after which it counts as not reachable."""
+
+
+def folder_of(model: str) -> Path:
+    """The folder of a dual encoder: `model` itself, or the files of that name on the hub, fetched unless they are here.
+
+    Raises DataError, one line that says which files to put where, for a folder that lacks some, and for a name that is
+    neither in the cache nor can be fetched.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        if model.count("/") != 1 or model.startswith((".", "/", "~")):
+            raise DataError(f"--model={model}: no such folder; {_advice(DEFAULT)}")
+        folder = _fetched(model)
+    if lacking := _lacking(folder):
+        raise DataError(f"--model={model}: {folder} has no {', no '.join(lacking)}; {_advice(model)}")
+    kind = untrusted.read_object(folder / "config.json").get("model_type")
+    if kind != "clip":
+        raise DataError(
+            f"{folder / 'config.json'}: expected model_type 'clip', found {kind!r}: only CLIPs search words"
+        )
+    return folder
+
+
+def _advice(model: str) -> str:
+    name = DEFAULT if Path(model).is_dir() else model
+    return (
+        f"expected a folder as Hugging Face saves a CLIP, with {'; '.join(FILES)}: fetch it on a machine with a "
+        f"network (hf download {name} --local-dir=FOLDER) and give --model=FOLDER"
+    )
+
+
+def _lacking(folder: Path) -> list[str]:
+    lacking = []
+    for names in FILES:
+        choices = [choice.split(" and ") for choice in names.split(" or ")]
+        if not any(all((folder / name).is_file() for name in choice) for choice in choices):
+            lacking.append(names)
+    return lacking
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a model in the hub's cache, downloaded if needed."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise DataError(f"{name}: needs {error.name}: pip install 'shnet_jax[extract]'") from error
+
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), etag_timeout=_PATIENCE))
+
+    try:
+        folder = fetch(*_SMALL, WEIGHTS[0])
+        return folder if (folder / WEIGHTS[0]).is_file() else fetch(*_SMALL, WEIGHTS[1])
+    except (OSError, ValueError) as error:  # no network, no such model, HF_HUB_OFFLINE
+        reason = " ".join(str(error).split())
+        raise DataError(f"--model={name}: not here, and not to be had ({reason:.120}...); {_advice(name)}") from error
+
+
+def vectors(model: Path, photographs: Sequence[Path], device: str = "") -> np.ndarray:
+    """The `image_embedding` [n, E] float32 of photographs, as in a data set of `own_photos`.
+
+    Raises FileNotFoundError, or ValueError naming the file for one that is no picture.
+    """
+    images = [untrusted.read_picture(path) for path in photographs]
+    extractor = run.load_extractor(Settings(Path(), "", str(model), tokens="none"), device)
+    return np.stack([record["image_embedding"] for record in extractor(images, [str(path) for path in photographs])])

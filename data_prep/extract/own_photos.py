@@ -1,0 +1,170 @@
+"""Data sets of somebody's own photographs, for `shnet photos`: all of them to search, captioned ones to train on.
+
+DATA/photos     split photos: every photograph in and below the folder, its path as image_id, its captions if it has any
+DATA/captioned  splits train, val and test of those with captions: the caption file's own splits, or, where it has none,
+                by the SHA-256 of the path: the first tenth is test, the second val, the rest train
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from data_prep import captions
+from data_prep.builder import VERSION, write_dataset
+from data_prep.captions import Captioned, Splits
+from data_prep.counts import Found
+from data_prep.extract import run
+from data_prep.extract.images import Folder, files_below
+from data_prep.rows import Row
+from data_prep.schema import DataError, Record, is_text
+from shnet_jax.data.records import open_dataset
+from shnet_jax.observe.files import sole_writer
+from shnet_jax.paths import to_path
+
+ALL, CAPTIONED = "photos", "captioned"
+"""Names of the two data sets; ALL is also the split of the first."""
+LEAST = 10
+"""Captioned photographs that splits are made of."""
+SPLITS = ("train", "val", "test")
+RULE = (
+    "Splits are those of the caption file; where it names none, photographs are ordered by the SHA-256 of their path: "
+    "the first tenth is test, the second val, the rest train."
+)
+
+
+def extract(
+    folder: Path,
+    model: Path,
+    out: Path,
+    caption_files: str = "",
+    *,
+    device: str = "",
+    batch_size: int = 8,
+    overwrite: bool = False,
+) -> tuple[Path, Path | None]:
+    """Writes the data sets into `out` unless they are there; returns the folders of ALL and, with captions, CAPTIONED.
+
+    A stopped extraction goes on; photographs that cannot be read are left out and named.
+
+    Args:
+      folder: of photographs.
+      model: folder of the dual encoder.
+      out: folder of data sets.
+      caption_files: as the flag --captions of the importers; "": no captions.
+      device: of PyTorch, see `data_prep.extract`. batch_size: photographs at once.
+      overwrite: make the data sets again.
+
+    Raises:
+      DataError: no photographs, captions of no photograph or of too few; see also `data_prep.extract`.
+      FileExistsError: the data sets there were made of other photographs, captions or with another model.
+    """
+    files = files_below(folder)
+    for file in files:
+        if not is_text(file):
+            raise DataError(f"{folder}: expected names in UTF-8, found {file!r:.200}; rename this photograph")
+    groups = _captions(folder, files, caption_files) if caption_files else Splits()
+    known = {item.file: item.captions for items in groups.values() for item in items}
+    source = f"photographs of {folder.resolve()} by {model} ({_digest(files, groups)})"
+    target, captioned = out / ALL / VERSION, out / CAPTIONED / VERSION
+    if overwrite or not _made(target, source):
+        everything = Splits({ALL: [Captioned(file, file, known.get(file, ())) for file in files]})
+        everything.found = Found(len(files), len(files), sum(map(len, known.values())))
+        args = _arguments(folder, model, out, source, device, batch_size, overwrite)
+        work = run.prepare(args, everything)
+        with sole_writer(work.folder):
+            run.extract_here(work, args)
+        run.build(work, args)
+    if not groups:
+        return target, None
+    if overwrite or not _made(captioned, source):
+        _write_captioned(out, target, groups, source, overwrite)
+    return target, captioned
+
+
+def _made(target: Path, source: str) -> bool:
+    """Whether a data set is there already. Raises FileExistsError when it was made of something else."""
+    if not target.exists():
+        return False
+    if (found := open_dataset(target).metadata.get("source")) != source:
+        raise FileExistsError(
+            f"{target} was made otherwise: expected {source}, found {found}; --overwrite makes it again, or choose "
+            "another --out"
+        )
+    print(f"{target}: made of these photographs before", file=sys.stderr)
+    return True
+
+
+def _arguments(
+    folder: Path, model: Path, out: Path, source: str, device: str, batch_size: int, overwrite: bool
+) -> argparse.Namespace:
+    """The arguments of `data_prep.extract` that make the set ALL."""
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    flags = [f"--images={folder}", f"--backbone={model}", f"--out={out}", f"--name={ALL}", "--tokens=none"]
+    flags += [f"--source={source}", f"--device={device}", f"--batch_size={batch_size}"]
+    return parser.parse_args(flags + ["--overwrite"] * overwrite)
+
+
+def _digest(files: Sequence[str], groups: Splits) -> str:
+    """A short hash of the names of the photographs, and of captions and splits."""
+    lines = [*files, *(f"{split}\t{item.file}\t{item.captions}" for split, items in groups.items() for item in items)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _captions(folder: Path, files: Sequence[str], caption_files: str) -> Splits:
+    """The photographs with captions by split, named as in `files`."""
+    photographs, names, absent = Folder(folder), set(files), []
+    rows: list[Row] = []
+    for row in captions.file_rows(caption_files):
+        file = photographs.find(row.file).relative_to(to_path(folder)).as_posix()
+        if file in names:
+            rows.append(row._replace(file=file))
+        else:
+            absent.append(row.file)
+    if absent:
+        print(f"note: {len({*absent})} captioned images are not in {folder}, such as {absent[0]!r}", file=sys.stderr)
+    captioned = {row.file for row in rows if any(row.captions)}
+    if len(captioned) < LEAST:
+        raise DataError(
+            f"{caption_files}: expected captions of at least {LEAST} photographs of {folder}, found {len(captioned)}"
+        )
+    if not any(row.split for row in rows):
+        split_of = _split_by_hash(captioned)
+        rows = [row._replace(split=split_of.get(row.file)) for row in rows]
+    groups = captions.gather(rows, None, caption_files)
+    if missing := [split for split in SPLITS if split not in groups]:
+        raise DataError(
+            f"{caption_files}: expected the splits {', '.join(SPLITS)} or none at all, found no {', '.join(missing)}"
+        )
+    of_all = Splits({split: [replace(item, image_id=item.file) for item in groups[split]] for split in SPLITS})
+    of_all.found = groups.found
+    return of_all
+
+
+def _split_by_hash(files: set[str]) -> dict[str, str]:
+    """The split of each file: the first tenth by SHA-256 is test, the second val, the rest train."""
+    order = sorted(files, key=lambda file: hashlib.sha256(file.encode()).digest())
+    tenth = max(1, len(order) // 10)
+    return {file: SPLITS[max(0, 2 - place // tenth)] for place, file in enumerate(order)}
+
+
+def _write_captioned(out: Path, source_set: Path, groups: Splits, source: str, overwrite: bool) -> None:
+    """Writes CAPTIONED with the vectors of ALL; photographs that were left out there are left out here."""
+    everything = open_dataset(source_set)
+    rows = {name: row for row, name in enumerate(everything.image_ids(ALL).tolist())}
+    vectors = everything.open_split(ALL, ["image_embedding"])
+
+    def records(items: Sequence[Captioned]) -> Iterator[Record]:
+        for item in items:
+            if item.file in rows:
+                record = item.record()
+                assert isinstance(record, dict)  # `gather` was strict
+                yield record | {"image_embedding": vectors[rows[item.file]]["image_embedding"]}
+
+    splits = {split: records(items) for split, items in groups.items()}
+    write_dataset(out, CAPTIONED, splits, {"source": source}, total=groups.found.records, overwrite=overwrite)

@@ -1,0 +1,208 @@
+"""`shnet photos`: makes a folder of photographs searchable by a pretrained CLIP, by words and by another photograph.
+
+WORKDIR/config.json, checkpoints/   the CLIP's text tower as a run, which search, serve, page and embed take
+WORKDIR/data_sets/                  the photographs' vectors, see `data_prep.extract.own_photos`
+WORKDIR/head/                       with captions and --head: the run of a head trained on them
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from shnet_jax import bundled
+from shnet_jax.api import Retriever
+from shnet_jax.data.records import open_dataset
+from shnet_jax.evaluation.bootstrap import recall_intervals
+from shnet_jax.evaluation.evaluator import Evaluator, evaluate_embedded
+from shnet_jax.evaluation.extra_metrics import NO_EXTRA_METRICS
+from shnet_jax.evaluation.protocols import Results
+from shnet_jax.evaluation.report import interval_table, table, to_json
+from shnet_jax.experiment import assemble, init_variables
+from shnet_jax.interop import clip_weights
+from shnet_jax.modes.convert import Model, write_run
+from shnet_jax.modes.embed import one_process_mesh
+from shnet_jax.modes.search import open_search, show
+from shnet_jax.observe.files import write_text
+from shnet_jax.observe.progress import waiting
+from shnet_jax.paths import to_path
+from shnet_jax.retrieve.searcher import encode_texts
+from shnet_jax.training.load import load
+from shnet_jax.training.loop import train_and_evaluate
+from shnet_jax.training.workdir import CONFIG, load_config, save_config
+
+log = logging.getLogger(__name__)
+
+HEAD = "head"
+ZERO_SHOT = "zero-shot"
+RESULTS = "results_captioned"
+
+
+def photos(
+    config: ConfigDict,
+    workdir: str | Path,
+    folder: str = "",
+    model: str = "",
+    captions: str = "",
+    head: bool = False,
+    query: str = "",
+    photo: str = "",
+    top_k: int = 10,
+    device: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Makes the run in `workdir` from a folder of photographs, unless it is there, and answers a query.
+
+    Args:
+      config: of configs/dual.py, or of the run that is there.
+      workdir: of the run.
+      folder: of photographs; "": the run is there.
+      model: folder or hub name of a CLIP; "": that of the run, or `encoders.DEFAULT`.
+      captions: files of captions for some of the photographs, as the importers take them; "": none.
+      head: train a head on the captions and compare it with the CLIP's own vectors on held-out photographs.
+      query: words. photo: file of a photograph, which need not be in the folder.
+      top_k: results.
+      device: of PyTorch, which makes vectors of photographs.
+      overwrite: make the run again.
+
+    Raises ValueError or OSError with what to change.
+    """
+    workdir = to_path(workdir)
+    _check_flags(workdir, folder, captions, head, photo)
+    if folder:
+        _make(config, workdir, to_path(folder), model, captions, device, overwrite)
+        if captions:
+            _compare(config, workdir, folder, captions, head)
+    if query or photo:
+        _answer(config, workdir, query, photo, top_k, device)
+    elif folder:
+        _say_what_now(config, workdir)
+
+
+def _check_flags(workdir: Path, folder: str, captions: str, head: bool, photo: str) -> None:
+    if not folder and not (workdir / CONFIG).is_file():
+        raise ValueError(f"{workdir} holds no run yet: shnet photos FOLDER --out={workdir}")
+    if (captions or head) and not folder:
+        raise ValueError("--captions and --head need the photographs: shnet photos FOLDER --out=RUN --captions=FILE")
+    if head and not captions:
+        raise ValueError("--head needs --captions=FILE: a head is trained on captions of your photographs")
+    if folder and not to_path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder of photographs")
+    if photo and not to_path(photo).is_file():
+        raise ValueError(f"--photo={photo}: no such file")
+
+
+def _make(
+    config: ConfigDict, workdir: Path, folder: Path, model: str, captions: str, device: str, overwrite: bool
+) -> None:
+    """Writes data sets and run unless they are there, and completes `config` for them."""
+    from data_prep.extract import encoders, own_photos
+
+    encoder = encoders.folder_of(model or config.text.weights or encoders.DEFAULT).resolve()
+    begun = workdir / CONFIG
+    if begun.is_file() and not overwrite and (other := load_config(begun).text.weights) != str(encoder):
+        raise ValueError(f"{workdir} was made with the model {other}, now it is {encoder}; --overwrite makes it again")
+    if overwrite:
+        for part in ("checkpoints", "embeddings", HEAD):
+            shutil.rmtree(workdir / part, ignore_errors=True)
+        begun.unlink(missing_ok=True)
+    dataset, _ = own_photos.extract(
+        folder, encoder, workdir / "data_sets", captions, device=device, overwrite=overwrite
+    )
+    config.text.weights, config.data.dir = str(encoder), str(dataset.resolve())
+    config.search.split, config.page.pictures = own_photos.ALL, str(folder.resolve())
+    _fit_lengths(config)
+    experiment = assemble(config)
+    if not any((workdir / "checkpoints").glob("*")):
+        with waiting("reading the text tower"):
+            variables = init_variables(experiment, config.seed)
+        write_run(workdir, Model(ConfigDict(experiment.config.to_dict()), variables, 0))
+    else:
+        save_config(experiment.config, begun)
+
+
+def _fit_lengths(config: ConfigDict) -> None:
+    """Cuts captions at the positions of the CLIP, which are 77 of most."""
+    text, _ = clip_weights.sizes(Path(config.text.weights))
+    config.data.max_tokens = longest = min(config.data.max_tokens, text["max_positions"])
+    config.data.token_buckets = (*(size for size in config.data.token_buckets if size < longest), longest)
+
+
+def _compare(config: ConfigDict, workdir: Path, folder: str, captions: str, head: bool) -> None:
+    """Prints and writes recalls on the held-out captions: of the CLIP's own vectors and, if wanted, of a head."""
+    from data_prep.extract import own_photos
+
+    captioned = workdir / "data_sets" / own_photos.CAPTIONED
+    results = {ZERO_SHOT: _evaluate(config, workdir, captioned)}
+    if head:
+        results[HEAD] = _evaluate(_train_head(config, workdir, captioned), workdir / HEAD, captioned)
+    intervals = {name: one.intervals for name, one in results.items()}
+    if head:
+        queries = [results[name].queries for name in (HEAD, ZERO_SHOT)]
+        assert queries[0] is not None and queries[1] is not None  # `evaluate_embedded` gives them
+        intervals[f"{HEAD} - {ZERO_SHOT}"] = recall_intervals([queries[0]], [queries[1]])
+    card = results[ZERO_SHOT].card
+    about = (
+        f"Held out: {card['images']} photographs with {card['captions']} captions, split test. {own_photos.RULE} "
+        "The head saw only train; val chose its checkpoint."
+    )
+    text = f"{table(results)}\n{interval_table(intervals)}\n{about}\n"
+    write_text(workdir / f"{RESULTS}.md", text)
+    write_text(workdir / f"{RESULTS}.json", to_json(results))
+    print(text)
+    if not head:
+        print(f"To train a head on these captions: shnet photos {folder} --out={workdir} --captions={captions} --head")
+
+
+def _evaluate(config: ConfigDict, workdir: Path, captioned: Path) -> Results:
+    """Results of the run in `workdir` on the test split of the captioned photographs."""
+    config = ConfigDict(config.to_dict())
+    config.data.dir, config.eval.split, config.eval.protocols = str(captioned), "test", ("whole",)
+    mesh, loaded = one_process_mesh(config), load(workdir, config)
+    embedded = Evaluator(loaded.experiment, "test", mesh).embed(loaded.variables, loaded.step, loaded.selected_on)
+    return evaluate_embedded(embedded, NO_EXTRA_METRICS, config.eval, mesh)["whole"]
+
+
+def _train_head(config: ConfigDict, workdir: Path, captioned: Path) -> ConfigDict:
+    """Trains the head by configs/dual.py:head, or goes on; returns the configuration of its run."""
+    c = bundled.get_config("dual:head")
+    c.data.dir, c.text.weights = str(captioned.resolve()), config.text.weights
+    c.page.pictures, c.parallel.devices, c.seed = config.page.pictures, config.parallel.devices, config.seed
+    c.text.frozen_layers = load_config(workdir / CONFIG).text.layers
+    _fit_lengths(c)
+    counts = open_dataset(captioned).caption_counts(c.data.train_split)
+    while c.train.batch_size > max(int(counts.sum()), 1):
+        c.train.batch_size //= 2
+    train_and_evaluate(c, workdir / HEAD)
+    return c
+
+
+def _answer(config: ConfigDict, workdir: Path, query: str, photo: str, top_k: int, device: str) -> None:
+    """Prints the photographs that fit words, and those most like a photograph; writes them to search.json."""
+    if top_k < 1:
+        raise ValueError(f"--top_k is {top_k}; it must be at least 1")
+    loaded, tower, searcher = open_search(config, workdir)
+    answers = []
+    if query:
+        answers += searcher.images_by_text([query], encode_texts(loaded.experiment, tower, [query]), top_k)
+    if photo:
+        from data_prep.extract import encoders
+
+        vectors = encoders.vectors(Path(config.text.weights), [to_path(photo)], device)
+        images = Retriever(loaded, config).encode_images({"image_embedding": vectors})
+        answers += searcher.images_like([photo], images, top_k)
+    show(answers, searcher, workdir)
+
+
+def _say_what_now(config: ConfigDict, workdir: Path) -> None:
+    sizes: Mapping[str, int] = open_dataset(config.data.dir).splits
+    print(
+        f"{sum(sizes.values())} photographs can be searched in {workdir}\n"
+        f"  by words:       shnet photos --out={workdir} --query='a dog on a beach'\n"
+        f"  by a photo:     shnet photos --out={workdir} --photo=FILE\n"
+        f"  in the browser: shnet serve --workdir={workdir}"
+    )
