@@ -64,7 +64,13 @@ def test_words_go_through_the_model_that_made_the_vectors(tmp_path):
     vectors = [tmp_path / "vectors" / name for name in ("images", "texts")]
     from_vectors.import_vectors(vectors[:1], vectors[1:], "v", tmp_path, captions=tmp_path / "texts.txt", val=8)
     folder = bert(tmp_path / "bert")
-    argv = [str(tmp_path / "v"), f"--text_encoder={folder}", "--name=words", f"--out={tmp_path}", "--dtype=float32"]
+    argv = [
+        str(tmp_path / "v"),
+        f"--text_encoder={folder}",
+        "--name=words",
+        f"--out={tmp_path}",
+        "--text_dtype=float32",
+    ]
     assert encode_captions.main(argv) == 0
     c = align.get_config("small")
     c.data.dir = str(tmp_path / "words")
