@@ -17,7 +17,20 @@ from benchmarks import machine
 from benchmarks.rows import Row, table
 from shnet_jax.observe.terminal import make_output_safe
 
-BENCHMARKS = ("step", "momentum", "pool", "ranking", "losses", "input", "text", "sets", "interaction", "memory", "soak")
+BENCHMARKS = (
+    "step",
+    "momentum",
+    "pool",
+    "ranking",
+    "losses",
+    "input",
+    "text",
+    "sets",
+    "interaction",
+    "align",
+    "memory",
+    "soak",
+)
 """Files of this package: each has `run(sizes) -> list[Row]` and the sizes FULL and QUICK."""
 
 FAULTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, OSError, SubprocessError)

@@ -70,13 +70,15 @@ def open_encoder(name: str, pooling: str, max_tokens: int, device: str, batch_si
 def encode_captions(
     directory: Path, name: str, out: Path, described: Description, encode: Encode, *, dtype: str, overwrite: bool
 ) -> Path:
-    """Writes the copy and returns its version folder, which appears only when whole."""
+    """Writes the copy and returns its version folder, which appears only when whole.
+
+    overwrite: replace a data set of that name; it may be the one whose captions are encoded.
+    """
     dataset, target = open_dataset(directory), out / name / VERSION
     if target.exists() and not overwrite:
         raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
     if FIELD in dataset.features and FIELD not in dataset.columns:
         raise DataError(f"{dataset.path}: has {FIELD} in its records already: import it again without")
-    refuse(target.resolve() == dataset.path.resolve(), "--name", "another than that of the data set itself", name)
     folder = out / f".{name}.encode_captions"
     with sole_writer(folder), disk_faults(folder):
         source = dataclasses.asdict(described) | {"dataset": str(dataset.path.resolve()), "dtype": dtype}
@@ -162,9 +164,11 @@ def _assemble(folder: Path, dataset: DataSet, name: str, target: Path, described
     metadata = dict(dataset.metadata) | {"columns": kept, "text_encoder": dataclasses.asdict(described)}
     (whole / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
     write_checksums(whole)
+    replaced = target.with_name(f".{target.name}.replaced")
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(replaced)
     whole.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def link(source: Path, target: Path) -> None:
@@ -175,29 +179,39 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """The flags that choose a text model."""
+    name = "minilm, a folder or the name of a transformers model: encodes the captions"
+    parser.add_argument("--text_encoder", required=required, default="", help=name)
+    parser.add_argument("--pooling", choices=_POOLINGS, default="", help="of it; default: as its folder says, or kind")
+    parser.add_argument("--max_tokens", type=command.at_least(3), default=0, help="longer captions are cut")
+    parser.add_argument("--text_encoder_sha256", default="", help="of its weights: an error where they are others")
+    parser.add_argument("--text_dtype", choices=VECTOR_DTYPES, default="float16", help="that its vectors are stored in")
+
+
+def chosen_encoder(args: argparse.Namespace, batch_size: int = 32) -> tuple[Description, Encode]:
+    """The text model that the flags of `add_encoder_arguments` and `--device` choose; says its SHA-256."""
+    described, encode = open_encoder(args.text_encoder, args.pooling, args.max_tokens, args.device, batch_size)
+    sha, wanted = described.sha256, args.text_encoder_sha256.lower()
+    refuse(wanted and wanted != sha, f"{described.encoder}: sha256 of its weights", wanted, sha)
+    print(f"{described.encoder}: {described.pooling} pooling, sha256 of its weights {sha}", file=sys.stderr)
+    return described, encode
+
+
 @command.reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("encode_captions", __doc__)
     parser.add_argument("directory", type=Path, help="the data set")
-    parser.add_argument("--text_encoder", required=True, help="minilm, a folder or the name of a transformers model")
-    parser.add_argument("--pooling", choices=_POOLINGS, default="", help="default: as the folder says, else mean")
-    parser.add_argument("--max_tokens", type=command.at_least(3), default=0, help="longer captions are cut")
-    parser.add_argument("--text_encoder_sha256", default="", help="of its weights: an error where they are others")
+    add_encoder_arguments(parser, required=True)
     parser.add_argument("--batch_size", type=command.at_least(1), default=32, help="captions at once")
     parser.add_argument("--device", default="", help="of PyTorch; default: a GPU if there is one")
-    parser.add_argument("--dtype", choices=VECTOR_DTYPES, default="float16", help="that vectors are stored in")
     parser.add_argument("--name", required=True, help="name of the data set to write")
     parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
     args: argparse.Namespace = parser.parse_args(argv)
-    described, encode = open_encoder(args.text_encoder, args.pooling, args.max_tokens, args.device, args.batch_size)
-    print(
-        f"{described.encoder}: {described.pooling} pooling, sha256 of its weights {described.sha256}", file=sys.stderr
-    )
-    if args.text_encoder_sha256 and args.text_encoder_sha256.lower() != described.sha256:
-        raise DataError(f"{described.encoder}: sha256 of its weights: expected {args.text_encoder_sha256}")
-    options = {"dtype": args.dtype, "overwrite": args.overwrite}
+    described, encode = chosen_encoder(args, args.batch_size)
+    options = {"dtype": args.text_dtype, "overwrite": args.overwrite}
     print(encode_captions(args.directory, args.name, args.out, described, encode, **options))
     return 0
 

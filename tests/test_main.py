@@ -79,7 +79,7 @@ def test_missing_flags(flags, message):
     [
         ("shnet:f31k", "--config=shnet:f31k: variant 'f31k': expected one of region, grid, hybrid and one of "),
         ("configs/demo.py:x", "--config=configs/demo.py:x: expected --config=configs/demo.py, which has no variants"),
-        ("none:x", "--config=none:x: no such file, and no bundled configuration of that name; bundled: base, "),
+        ("none:x", "--config=none:x: no such file, and no bundled configuration of that name; bundled: align, base, "),
         ("shnt", "; did you mean shnet?"),
     ],
 )

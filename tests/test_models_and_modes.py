@@ -15,11 +15,13 @@ import pytest
 from ml_collections import ConfigDict
 
 import shnet_jax
+from configs import align as align_config
 from configs import cmsei as cmsei_config
 from configs import esa as esa_config
 from configs import scenes, user_study
-from data_prep import people
+from data_prep import encode_captions, people
 from data_prep.builder import write_dataset
+from shnet_jax.interop.sentence_vectors import SentenceEncoder, describe
 from shnet_jax.modes import plan as plan_mode
 from shnet_jax.modes.convert import convert
 from shnet_jax.modes.cross import cross
@@ -29,6 +31,7 @@ from shnet_jax.modes.page import page
 from shnet_jax.modes.search import search
 from shnet_jax.modes.train import train
 from shnet_jax.plan import programs
+from tests.interop.test_sentence_vectors import bert
 from tests.train import tiny
 
 pytestmark = pytest.mark.slow
@@ -58,6 +61,17 @@ def small(c: ConfigDict, data: Path, **changes) -> ConfigDict:
     return c
 
 
+@functools.cache
+def vectors() -> Path:
+    """Scenes with the mean of their regions, and their captions as a tiny BERT sees them."""
+    tiny.write("means", lambda record: record | {"image_embedding": record["regions"].astype(np.float32).mean(0)})
+    described = describe(str(bert(tiny.folder() / "bert")))
+    encode, options = SentenceEncoder(described).encode, {"dtype": "float16", "overwrite": False}
+    return encode_captions.encode_captions(
+        tiny.folder() / "means", "encoded", tiny.folder(), described, encode, **options
+    )
+
+
 def shnet() -> ConfigDict:
     return small(scenes.get_config(), tiny.dataset())
 
@@ -84,7 +98,13 @@ def only_traced(*args):
     return jax.jit(lambda x: x).lower(1.0)
 
 
-@pytest.mark.parametrize("model", [shnet, user, cmsei, esa])
+def align() -> ConfigDict:
+    c = small(align_config.get_config("small"), vectors(), data__resident=True)
+    c.model.dtype = c.text.dtype = "float32"
+    return c
+
+
+@pytest.mark.parametrize("model", [shnet, user, cmsei, esa, align])
 def test_every_mode(model, tmp_path, monkeypatch):
     config, first, second = model(), tmp_path / "first", tmp_path / "converted"
     with tiny.quick():

@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data_prep import command
+from data_prep import command, encode_captions
 from data_prep.extract import run
 from shnet_jax.observe.files import sole_writer
 
@@ -25,11 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = command.parser("extract", __doc__)
     run.add_arguments(parser)
+    encode_captions.add_encoder_arguments(parser)
     args: argparse.Namespace = parser.parse_args(argv)
     work = run.prepare(args)
+    encoder = encode_captions.chosen_encoder(args) if args.text_encoder else None  # before hours of photographs
     with sole_writer(work.folder):
         run.extract_here(work, args)
-    print(run.build(work, args))
+    path = run.build(work, args)
+    if encoder is not None:
+        encode_captions.encode_captions(path, args.name, args.out, *encoder, dtype=args.text_dtype, overwrite=True)
+    print(path)
     return 0
 
 

@@ -93,8 +93,12 @@ def test_the_command_with_a_bert(tmp_path, capsys):
     folder = bert(tmp_path / "bert")
     argv = [str(tmp_path / "set"), f"--text_encoder={folder}", "--name=copy", f"--out={tmp_path}"]
     assert encode_captions.main([*argv, "--text_encoder_sha256=00"]) == 1
-    assert "expected 00" in capsys.readouterr().err
+    assert "sha256 of its weights: expected 00, found" in capsys.readouterr().err
     assert encode_captions.main(argv) == 0
     assert "mean pooling, sha256 of its weights" in capsys.readouterr().err
     described = Description.parse(open_dataset(tmp_path / "copy").metadata["text_encoder"], "metadata")
     assert described.encoder == str(folder) and described.pooling == "mean"
+    assert encode_captions.main([*argv[:-2], "--name=set", argv[-1]]) == 1
+    assert "exists; choose another name or ask to overwrite it" in capsys.readouterr().err
+    assert encode_captions.main([*argv[:-2], "--name=set", argv[-1], "--overwrite"]) == 0  # in its own place
+    assert not verify(tmp_path / "set").problems and "text_encoder" in open_dataset(tmp_path / "set").metadata

@@ -8,6 +8,7 @@ from PIL import Image
 from data_prep.extract import __main__ as command
 from data_prep.extract import images
 from shnet_jax.data.records import open_dataset
+from tests.interop.test_sentence_vectors import bert
 
 
 @pytest.fixture
@@ -152,3 +153,16 @@ def test_a_changed_byte_in_what_the_camera_wrote(tmp_path):
             assert images.Folder(tmp_path).load("a.jpg").mode == "RGB"
         except images.BrokenImage as error:
             assert str(path) in str(error)
+
+
+def test_captions_are_encoded_in_the_same_run(tmp_path, flags, models, capsys):
+    models()
+    assert command.main([*flags, f"--text_encoder={bert(tmp_path / 'bert')}", "--text_dtype=float32"]) == 0
+    assert "mean pooling, sha256 of its weights" in capsys.readouterr().err
+    dataset = open_dataset(tmp_path / "sets")
+    assert dataset.metadata["text_encoder"]["pooling"] == "mean" and dataset.metadata["skipped"] == ["2.jpg", "4.jpg"]
+    records = list(dataset.open_split("val", ("image_id", "image_embedding", "caption_embeddings")))
+    assert [(r["image_id"], r["image_embedding"].shape, r["caption_embeddings"].shape) for r in records] == [
+        ("9.jpg", (3,), (1, 8))
+    ]
+    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["cats"]
