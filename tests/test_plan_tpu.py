@@ -43,7 +43,6 @@ def test_the_warm_up_is_known_on_tpu():
 
 
 @needs_libtpu
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
     """`--mode=plan --target=tpu:v5e:2x4`: configs/demo.py as it is, segmentation included, and its data set's sizes."""
@@ -73,7 +72,6 @@ def test_the_demo_is_planned_for_tpu(tmp_path, capsys):
 
 
 @needs_libtpu
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 def test_a_global_batch_of_32768_fits():
     """The published sizes (BERT base, 36 regions, 133 classes, a 64 x 64 map) in bfloat16 on 8 v5e chips of 16 GiB."""

@@ -81,7 +81,6 @@ def test_smooth_chamfer_lies_above_chamfer_by_at_most_log_m():
     np.testing.assert_allclose(farthest, -1 + np.log(4) / SHARPEST, rtol=1e-6)
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("kind", ["smooth_chamfer", "chamfer", "max"])
 def test_the_cosines_of_all_elements_never_exist(kind):
     """Temporaries of value and gradient at 16 x 16 elements stay below half of what those cosines alone would take."""

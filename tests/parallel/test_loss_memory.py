@@ -47,7 +47,6 @@ def temporary_bytes(loss, strategy, size, devices, queue=0, **options):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("size", SIZES)
 def test_streamed_grows_with_the_batch_only(loss, size):
@@ -56,7 +55,6 @@ def test_streamed_grows_with_the_batch_only(loss, size):
     assert temporary_bytes(loss, "streamed", size, devices=8) < tiles + gathered
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("size", SIZES)
 def test_ring_holds_the_block_of_one_device(loss, size):
@@ -66,7 +64,6 @@ def test_ring_holds_the_block_of_one_device(loss, size):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gathered_is_what_the_others_save(loss):
     """The bounds above mean something: the whole block breaks both."""
@@ -76,7 +73,6 @@ def test_gathered_is_what_the_others_save(loss):
         assert temporary_bytes(loss, strategy, 32768, devices=8) < matrix
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     "strategy, loss, options",
     [(s, *WARM[0]) for s in PAIR_STRATEGIES] + [(s, *case) for s in ("gathered", "streamed") for case in WARM[1:]],
