@@ -106,8 +106,11 @@ def test_gpo_equals_the_oracle_through_torch_s_layout(tmp_path, capsys):
         weights = [oracle.gpo_weights(length, ours) for length in lengths]
         pooled = [oracle.pool(f[: len(w)].astype(np.float64), w) for f, w in zip(features, weights, strict=True)]
         padded = np.stack([np.pad(w, (0, max(lengths) - len(w))) for w in weights])
-        _, vjp = jax.vjp(lambda p, f, mask=mask: GPO().apply({"params": p}, f, mask), ours, features)
-        d_params, d_features = vjp(cotangent)
+
+        def along(params, features, mask=mask, cotangent=cotangent):
+            return jnp.vdot(GPO().apply({"params": params}, features, mask), cotangent)
+
+        d_params, d_features = jax.jit(jax.grad(along, argnums=(0, 1)))(ours, features)
         recorded = {"in.features": features, "in.lengths": np.array(lengths), "in.cotangent": cotangent}
         recorded |= {"out.pool_weights": padded[..., None], "out.pooled": np.stack(pooled)}
         recorded["grad.in.features"] = d_features
