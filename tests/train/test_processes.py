@@ -26,6 +26,7 @@ CHANGES = {
     "train.steps": STEPS,
     "train.batch_size": 40,
     "train.eval_epochs": 2.0,
+    "train.checkpoint_steps": 6,
     "train.keep": 100,
     "parallel.devices": 0,
     "model.name": "tests.train.toy",
