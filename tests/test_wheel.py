@@ -71,6 +71,7 @@ def test_a_data_set_and_a_run_from_bundled_files(shnet, tmp_path):
         "from configs import demo\n\ndef get_config():\n    c = demo.get_config()\n    c.name = 'mine'\n    return c\n"
     )
     small = ["--config.data.dir=sets/scenes", "--config.train.steps=2", "--config.train.batch_size=40"]
+    small += [f"--noconfig.model.{part}" for part in ("semantic", "spatial", "scene_tokens", "category_token")]
     small += ["--config.model.dim=16", "--config.text.layers=1", "--config.text.width=16", "--config.text.heads=2"]
     assert "mine, val" in shnet("train", "--config=mine.py", "--workdir=run", *small)
     assert "mine" in shnet("eval", "--workdir=run", "--config.eval.split=test")

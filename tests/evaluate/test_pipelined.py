@@ -139,7 +139,6 @@ def test_a_device_holds_its_share_of_the_layers():
     assert "layer_0" in tower  # what is placed is a copy
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 def test_the_program_is_given_its_share_and_keeps_no_copy():
     model, batch = build("bert", layers=4, width=64, mlp_dim=256), captions(8)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ def loaded():
 def test_captions(recorded, loaded):
     (shape, _), (params, _) = loaded
     tokens, mask = jnp.asarray(recorded["tokens"], jnp.int32), jnp.asarray(recorded["token_mask"])
-    words = Text(**shape).apply({"params": params}, tokens, mask, train=False)
+    words = jax.jit(partial(Text(**shape).apply, train=False))({"params": params}, tokens, mask)
     np.testing.assert_allclose(words[mask], recorded["words"][recorded["token_mask"]], atol=2e-5)
     last = recorded["token_mask"].sum(1) - 1
     np.testing.assert_allclose(words[np.arange(len(last)), last], recorded["caption_vectors"], atol=2e-5)
@@ -45,10 +47,10 @@ def test_captions(recorded, loaded):
 def test_pictures(recorded, loaded, pictures, states):
     """tall: 48 x 16 pixels, with the positions of 32 x 32 interpolated."""
     (_, shape), (_, params) = loaded
-    found = Vision(**shape).apply({"params": params}, jnp.asarray(recorded[pictures]), train=False)
-    np.testing.assert_allclose(found, recorded[states], atol=2e-5)
+    tokens = jax.jit(partial(Vision(**shape).apply, train=False))({"params": params}, recorded[pictures])
+    np.testing.assert_allclose(tokens, recorded[states], atol=2e-5)
     if pictures == "pixels":
-        np.testing.assert_allclose(found[:, 0], recorded["image_vectors"], atol=2e-5)
+        np.testing.assert_allclose(tokens[:, 0], recorded["image_vectors"], atol=2e-5)
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "merges.txt"])

@@ -13,10 +13,14 @@ from tests.losses.test_triplet import IDS, pairs
 
 
 def run(images, texts, params, ids=IDS, **options):
-    ctx = Context(step=jnp.int32(0), params=params, score=RetrievalModel.score)
-    images, texts = (Embedding(jnp.asarray(x, jnp.float32)) for x in (images, texts))
     options = {"temperature": 0.1, "learn_temperature": True, "mask_same_image": True} | options
-    return infonce.loss(images, texts, jnp.asarray(ids), ctx, **options)
+
+    @jax.jit
+    def loss(images, texts, params):
+        ctx = Context(step=jnp.int32(0), params=params, score=RetrievalModel.score)
+        return infonce.loss(Embedding(images), Embedding(texts), jnp.asarray(ids), ctx, **options)
+
+    return loss(jnp.asarray(images, jnp.float32), jnp.asarray(texts, jnp.float32), params)
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -76,7 +80,7 @@ def test_accuracy_takes_a_tie_for_wrong_in_every_strategy(strategy):
     images, texts = (Embedding(jnp.eye(4)[jnp.array(rows)]) for rows in ([0, 0, 2, 3], [0, 1, 2, 3]))
     ctx = Context(jnp.int32(0), {}, RetrievalModel.score, pairs=Pairs(strategy, tile=3))
     options = {"temperature": 0.1, "learn_temperature": False, "mask_same_image": True}
-    out = infonce.loss(images, texts, jnp.arange(4), ctx, **options)
+    out = jax.jit(lambda: infonce.loss(images, texts, jnp.arange(4), ctx, **options))()
     assert float(out["infonce_accuracy"]) == (3 + 2) / 8  # text 0 has two images, text 1 none
 
 

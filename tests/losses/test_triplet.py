@@ -20,9 +20,12 @@ def pairs(seed=0, size=8, dim=6):
 
 
 def run(images, texts, ids=IDS, step=0, **options):
-    ctx = Context(step=jnp.int32(step), params={}, score=RetrievalModel.score)
-    images, texts = (Embedding(jnp.asarray(x, jnp.float32)) for x in (images, texts))
-    return triplet.loss(images, texts, jnp.asarray(ids), ctx, **(OPTIONS | options))
+    @jax.jit
+    def loss(images, texts, step):
+        ctx = Context(step=step, params={}, score=RetrievalModel.score)
+        return triplet.loss(Embedding(images), Embedding(texts), jnp.asarray(ids), ctx, **(OPTIONS | options))
+
+    return loss(jnp.asarray(images, jnp.float32), jnp.asarray(texts, jnp.float32), jnp.int32(step))
 
 
 @pytest.mark.parametrize(("mask", "reduction"), [(True, "sum"), (False, "mean")])

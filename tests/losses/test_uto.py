@@ -15,9 +15,12 @@ OPTIONS = {"scale": 90.0, "offset": 0.5, "batch_weight": 20.0, "mask_same_image"
 
 
 def run(images, texts, ids=IDS, keys=None, **options):
-    ctx = Context(step=jnp.int32(0), params={}, score=RetrievalModel.score, keys=keys)
-    images, texts = (Embedding(jnp.asarray(x, jnp.float32)) for x in (images, texts))
-    return uto.loss(images, texts, jnp.asarray(ids), ctx, **(OPTIONS | options))
+    @jax.jit
+    def loss(images, texts):
+        ctx = Context(step=jnp.int32(0), params={}, score=RetrievalModel.score, keys=keys)
+        return uto.loss(Embedding(images), Embedding(texts), jnp.asarray(ids), ctx, **(OPTIONS | options))
+
+    return loss(jnp.asarray(images, jnp.float32), jnp.asarray(texts, jnp.float32))
 
 
 @pytest.mark.parametrize("mask", [True, False])

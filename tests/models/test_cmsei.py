@@ -205,7 +205,6 @@ def test_gradients_are_finite_where_nothing_agrees():
     assert np.isfinite(compiled(graded)(images.elements)).all()
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 def test_what_exists_at_once_is_a_block_and_no_tile():
     """By the compiler's account: [n, t, K, d] of the tile is never there, in neither pass."""

@@ -53,7 +53,7 @@ def oracle_of(name: str, variables, train: bool, **options: Any) -> oracle.Encod
 def test_seg_embed():
     model = SegEmbed(DIM, dropout=0.5)
     variables = random_variables(model, SEMANTIC[:, :, 0, 0])
-    out = model.apply(variables, SEMANTIC[:, :, 0, 0], train=False)
+    out = compiled(functools.partial(model.apply, train=False))(variables, SEMANTIC[:, :, 0, 0])
     expected = oracle.seg_embed(SEMANTIC[:, :, 0, 0].astype(np.float64), variables["params"])
     np.testing.assert_allclose(out, expected, atol=1e-5)
 

@@ -47,7 +47,7 @@ def test_gru_over_shared_inputs_equals_numpy_forwards_and_backwards():
     lengths = np.array([M, 4, 1])
     active = np.arange(M) < lengths[:, None]
     for reverse in (False, True):
-        states = np.asarray(GRU(32, reverse).apply({"params": p}, inputs, active))
+        states = np.asarray(jax.jit(GRU(32, reverse).apply)({"params": p}, inputs, active))
         for i, length in enumerate(lengths):
             rows = inputs[:length].astype(np.float64)
             expected = gru(rows[::-1], p)[::-1] if reverse else gru(rows, p)

@@ -16,7 +16,6 @@ def device(kind):
     return types.SimpleNamespace(platform="accelerator", device_kind=kind)
 
 
-@pytest.mark.usefixtures("optimised")
 def test_matrix_product_is_counted_exactly():
     compiled = jax.jit(jnp.matmul).lower(np.ones((32, 16), np.float32), np.ones((16, 8), np.float32)).compile()
     assert cost.step_flops(compiled) == 2 * 32 * 16 * 8
@@ -72,7 +71,6 @@ def test_measured_peak_is_that_of_the_fastest_product(dtype, monkeypatch):
     assert cost.measured_flops(jax.devices()[0], dtype, size=8, repeats=3) == 2 * 8**3 / 2.0
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("how", mapping.MAPPINGS)
 def test_utilisation(monkeypatch, how):
     monkeypatch.setattr(cost, "measured_flops", lambda *_: 1e6)

@@ -15,8 +15,6 @@ from shnet_jax.types import DATA, WARM_UP
 
 FLOAT = 4
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 
 def work_on(fn, *shapes, specs, out, devices=8):
     """Work of the per-device `fn` on float32 of these global shapes."""

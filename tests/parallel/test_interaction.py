@@ -112,7 +112,6 @@ def test_loss_and_gradients_equal_the_dense_oracle(strategy, devices):
             np.testing.assert_allclose(found, derivative, rtol=0, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ring", "streamed"])
 def test_memory_of_a_device_is_that_of_the_tile(strategy):

@@ -13,7 +13,7 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis, mapping
 from shnet_jax.types import DATA, PAIR_STRATEGIES, Context, Embedding, Keys, Queue
 
-SIZES = [pytest.param(1024, marks=pytest.mark.slow), 32768]
+SIZE = 32768
 DIM, TILE, FLOAT = 64, 512, 4
 LOSSES = ("triplet", "infonce", "sigmoid")
 WARM = [("triplet", {}), ("triplet", {"rank": 3}), ("triplet", {"softness": 0.1}), ("triplet", {"queue": 4096})]
@@ -47,36 +47,30 @@ def temporary_bytes(loss, strategy, size, devices, queue=0, **options):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("size", SIZES)
-def test_streamed_grows_with_the_batch_only(loss, size):
-    tiles = 8 * size / 8 * TILE * FLOAT
-    gathered = 8 * size * DIM * FLOAT
-    assert temporary_bytes(loss, "streamed", size, devices=8) < tiles + gathered
+def test_streamed_grows_with_the_batch_only(loss):
+    tiles = 8 * SIZE / 8 * TILE * FLOAT
+    gathered = 8 * SIZE * DIM * FLOAT
+    assert temporary_bytes(loss, "streamed", SIZE, devices=8) < tiles + gathered
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("size", SIZES)
-def test_ring_holds_the_block_of_one_device(loss, size):
-    block = (size / 8) ** 2 * FLOAT
-    own = size / 8 * DIM * FLOAT
-    assert temporary_bytes(loss, "ring", size, devices=8) < 3 * block + 20 * own + 20 * size * FLOAT
+def test_ring_holds_the_block_of_one_device(loss):
+    block = (SIZE / 8) ** 2 * FLOAT
+    own = SIZE / 8 * DIM * FLOAT
+    assert temporary_bytes(loss, "ring", SIZE, devices=8) < 3 * block + 20 * own + 20 * SIZE * FLOAT
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gathered_is_what_the_others_save(loss):
     """The bounds above mean something: the whole block breaks both."""
-    matrix = 32768 * 4096 * FLOAT
-    assert temporary_bytes(loss, "gathered", 32768, devices=8) > matrix
+    matrix = SIZE * SIZE / 8 * FLOAT
+    assert temporary_bytes(loss, "gathered", SIZE, devices=8) > matrix
     for strategy in ("streamed", "ring"):
-        assert temporary_bytes(loss, strategy, 32768, devices=8) < matrix
+        assert temporary_bytes(loss, strategy, SIZE, devices=8) < matrix
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     "strategy, loss, options",
     [(s, *WARM[0]) for s in PAIR_STRATEGIES] + [(s, *case) for s in ("gathered", "streamed") for case in WARM[1:]],

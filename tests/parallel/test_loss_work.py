@@ -36,7 +36,6 @@ def program(loss, strategy):
     return run.lower(jax.ShapeDtypeStruct((), jnp.int32), batch).compile().as_text()
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     "loss, strategy, products, rounds",
     [

@@ -59,7 +59,6 @@ def test_map_encode_keeps_the_order_of_rows(how, devices):
     np.testing.assert_array_equal(out["mask"], x > 0)
 
 
-@pytest.mark.usefixtures("optimised")
 @MAPPINGS
 def test_lower_gives_the_cost_of_one_device(how):
     mesh = mapping.data_mesh(jax.devices()[:2])

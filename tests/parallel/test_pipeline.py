@@ -100,7 +100,6 @@ def test_a_device_holds_the_layers_of_its_stage_only(layers, places):
         np.testing.assert_array_equal(shard.data[len(own) :], 0)
 
 
-@pytest.mark.usefixtures("optimised")
 def test_a_program_is_given_its_share_of_the_layers():
     params, x, extra = example(8, 2)
     weights = sum(leaf.nbytes for p in params for leaf in p.values())

@@ -108,7 +108,6 @@ def test_sets_travel_only_for_a_score_that_looks_at_them():
     assert sets.bytes_per_device > vectors.bytes_per_device
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_slice_of_the_largest_gallery_stays_within_the_stated_memory(tmp_path, monkeypatch, devices):

@@ -308,7 +308,6 @@ def test_from_a_data_set():
 
 @pytest.mark.slow
 def test_the_study_itself(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     config = configuration(scale__strategies=("gathered",), scale__batch_sizes=())
     rows = scale_mode.scale(config, tmp_path)
     assert [(r["devices"], r["pairs"], r["status"], r["virtual"]) for r in rows] == [

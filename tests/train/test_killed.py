@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from shnet_jax.scaling.processes import virtual_devices
 from shnet_jax.training.checkpoint import Checkpoints
 from tests.patience import PATIENCE
 from tests.processes import ROOT, Program
@@ -31,7 +32,7 @@ def start(workdir, *more, mode="train", logs=None):
     logs.mkdir(exist_ok=True)
     log = logs / f"{len(list(logs.glob('*.log')))}.log"
     command = ["main.py", f"--mode={mode}", "--config=configs/scenes.py", *flags, f"--workdir={workdir}", *more]
-    return Program(command, log, XLA_FLAGS="--xla_force_host_platform_device_count=1")
+    return Program(command, log, XLA_FLAGS=virtual_devices(os.environ["XLA_FLAGS"], 1))
 
 
 def run(workdir, *more, **options):

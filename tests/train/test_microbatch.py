@@ -182,7 +182,6 @@ def test_dropout_is_the_same_in_all_passes(statistics):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
 def test_memory_follows_the_microbatch():
     many = jax.tree.map(lambda x: np.tile(x, (512, *[1] * (x.ndim - 1))), batch())
     tx = optax.sgd(1.0)

@@ -206,7 +206,7 @@ class Normed(Linear):
 
 def test_both_key_encoders_leave_the_statistics_of_the_batch():
     batch = batches()[0]
-    given = Normed().init(jax.random.key(0), batch, train=False)
+    given = jax.jit(lambda: Normed().init(jax.random.key(0), batch, train=False))()
     _, found = encoded(Normed(), given, image_train=True, text_train=True)
     for tower, rows in (("image_norm", batch["features"]), ("text_norm", batch["tokens"])):
         np.testing.assert_allclose(found[tower]["mean"], 0.01 * rows.mean(0), rtol=1e-4)  # a first mean of 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from configs import base
@@ -53,12 +54,16 @@ def configuration(**changes):
 
 def run(config, grads, rate=None):
     tx = make_optimiser(config, rate or schedule(config, 10, 100))
-    params = tree(draw(0))
-    state = tx.init(params)
-    for gradient in grads:
-        updates, state = tx.update(tree(gradient), state, params)
-        params = jax.tree.map(np.add, params, jax.device_get(updates))
-    return flat(params)
+
+    @jax.jit
+    def descend(params, gradients):
+        state = tx.init(params)
+        for gradient in gradients:
+            updates, state = tx.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    return flat(descend(tree(draw(0)), [tree(gradient) for gradient in grads]))
 
 
 def adamw(config, grads, rate):
@@ -119,7 +124,7 @@ def test_accumulated_gradients_are_averaged():
 
 def rates(steps, **changes):
     rate = schedule(configuration(lr=0.5, **changes), 10, 40)
-    return [float(rate(step)) for step in steps]
+    return jax.jit(jax.vmap(rate))(np.array([*steps]))
 
 
 @pytest.mark.parametrize(

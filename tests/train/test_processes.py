@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from shnet_jax.modes.evaluate import evaluate
+from shnet_jax.scaling.processes import virtual_devices
 from shnet_jax.training.loop import train_and_evaluate
 from tests.processes import Program
 from tests.train import tiny
@@ -24,6 +26,7 @@ CHANGES = {
     "train.steps": STEPS,
     "train.batch_size": 40,
     "train.eval_epochs": 2.0,
+    "train.checkpoint_steps": 6,
     "train.keep": 100,
     "parallel.devices": 0,
     "model.name": "tests.train.toy",
@@ -46,7 +49,7 @@ class Job:
         command = ["main.py", "--config=configs/scenes.py", *flags, f"--workdir={workdir}", "--heartbeat_seconds=10"]
         command += ["--distributed", f"--coordinator_address={address}", "--process_count=2", *more]
         self.metrics, place = workdir / "metrics.jsonl", workdir.parent
-        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        devices = {"XLA_FLAGS": virtual_devices(os.environ["XLA_FLAGS"], 2)}
         job = len(list(place.glob(f"{workdir.name}.*.0.log")))
         logs = [place / f"{workdir.name}.{job}.{i}.log" for i in range(2)]
         self.processes = [Program([*command, f"--process_id={i}"], log, **devices) for i, log in enumerate(logs)]
