@@ -63,11 +63,11 @@ EXTRAS = FORMATS | {
     "formats": ALL_FORMATS,
     "fuzz": ["atheris>=3,<4"],  # python -m tests.fuzz --engine=atheris; on Linux
     "milvus": ["pymilvus>=2.5,<4", "milvus-lite>=2.5,<4"],  # config.search.index="milvus"
-    "mlflow": ["mlflow>=3.1,<4"],  # config.train.log_to
+    "mlflow": ["mlflow>=3.10,<4"],  # config.train.log_to
     "serve": SERVE,  # shnet serve
     "tpu": [f"jax[tpu]{JAX}"],  # also the compiler of --mode=plan, which needs no TPU
-    "trackio": ["trackio>=0.40,<1"],  # config.train.log_to
-    "wandb": ["wandb>=0.27,<1"],  # config.train.log_to
+    "trackio": ["trackio>=0.40,<0.44"],  # config.train.log_to
+    "wandb": ["wandb>=0.28,<0.32"],  # config.train.log_to
 }
 
 ROOT = Path(__file__).parent
