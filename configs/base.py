@@ -318,6 +318,10 @@ def _train() -> ConfigDict:
     train.log_steps = 50  # steps between two log lines; their numbers are means over these steps
     train.log_epochs = 0.0  # the same in epochs
     train.log_percent = 0.0  # the same in per cent of the training
+    train.log_to = ()  # trackers beside metrics.jsonl and TensorBoard: wandb, mlflow, trackio (each an extra)
+    train.log_project = "shnet"  # project of W&B and trackio, experiment of MLflow
+    train.log_tags = ()  # tags of the run in W&B; in MLflow and trackio one tag, or field, "tags"
+    train.profile_steps = ()  # (first, last): steps that JAX's profiler traces into WORKDIR/profile; (): none
     train.eval_epochs = 1.0  # epochs between two evaluations on val_split; all three 0: only at the end
     train.eval_steps = 0  # the same in steps
     train.eval_percent = 0.0  # the same in per cent of the training

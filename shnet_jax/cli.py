@@ -143,7 +143,8 @@ flags.DEFINE_integer("port", 8765, "Port of serve; 0: a free one.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Join a job of several processes; on a TPU pod, under Slurm and on Kubernetes the next three are found.",
+    "Join a job of several processes, of the modes train (each reads and computes its part of every batch) and eval "
+    "(an exact ranking is divided). On a TPU pod, under Slurm and on Kubernetes the next three flags are found.",
 )
 COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, the same in all processes.")
 PROCESSES = flags.DEFINE_integer("process_count", 0, "Processes of the job.")
@@ -151,9 +152,15 @@ PROCESS = flags.DEFINE_integer("process_id", -1, "This process, 0 to process_cou
 HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_seconds", 60, "Seconds without a sign of life after which a process counts as dead and all others end."
 )
+START = flags.DEFINE_integer(
+    "start_seconds",
+    900,
+    "Seconds that a process waits for all others to join: machines of a job do not start together.",
+)
 
 PATH_FLAGS = ("workdir", "query_file", "query_vectors", "folder", "model", "photo")
 PATH_LISTS = ("config.eval.ensemble", "config.cross.runs", "config.cross.data_dirs")
+NAME_LISTS = ("config.train.log_to", "config.train.log_tags")
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
 """Device files of TPUs and of NVIDIA's and AMD's GPUs (under WSL: dxg)."""
 
@@ -222,7 +229,14 @@ def mode_help(name: str) -> str:
     mode = MODES[name]
     shown = ["config", "workdir", *mode.own_flags]
     if name in ("train", "eval"):
-        shown += ["distributed", "coordinator_address", "process_count", "process_id", "heartbeat_seconds"]
+        shown += [
+            "distributed",
+            "coordinator_address",
+            "process_count",
+            "process_id",
+            "heartbeat_seconds",
+            "start_seconds",
+        ]
     lines = [f"  --{flag:21}{flags.FLAGS[flag].help}" for flag in shown]
     needed = "needed" if mode.configured else "by default the configuration of the run in --workdir"
     return "\n".join(
@@ -316,13 +330,15 @@ def _first_path(text: str) -> str:
 
 
 def _with_paths(argument: str) -> str:
-    """The argument with `~` as the home folder, and a list of paths by commas as the tuple that its flag expects."""
+    """The argument with `~` as the home folder, and a list by commas as the tuple that its flag expects."""
     name, equals, value = argument.partition("=")
     flag = name.lstrip("-")
     if flag in PATH_FLAGS:
         value = expand(value)
     elif flag in PATH_LISTS and value and value[0] not in "([\"'":
         value = repr(tuple(map(str, to_paths(value))))
+    elif flag in NAME_LISTS and value and value[0] not in "([\"'":
+        value = repr(tuple(name.strip() for name in value.split(",")))
     return f"{name}{equals}{value}"
 
 
@@ -414,7 +430,7 @@ def main(argv: Sequence[str]) -> None:
         if not DISTRIBUTED.value and (COORDINATOR.value or PROCESSES.value or PROCESS.value >= 0):
             raise ValueError("--coordinator_address, --process_count and --process_id belong to --distributed")
         if DISTRIBUTED.value:
-            hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
+            hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value, START.value)
         if hosts.is_first():
             log.info("%s", banner(MODE.value, str(WORKDIR.value)))
             if warning := unused_accelerator():

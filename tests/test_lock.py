@@ -34,6 +34,20 @@ def test_nothing_but_pins_with_hashes(path):
     assert pins(path) and rest == []
 
 
+@pytest.mark.parametrize("extra", ["cuda12", "cuda13", "tpu"])
+def test_accelerators_add_to_the_lock(extra):
+    """What JAX loads for them, of the version of JAX that is locked, and nothing that the lock has already."""
+    plugin = "libtpu" if extra == "tpu" else f"jax-{extra}-plugin"
+    added, locked = (pins(ROOT / "requirements" / f"{name}.txt") for name in (extra, "lock"))
+    assert not {pin.name for pin in added} & {pin.name for pin in locked}
+    (wanted,) = map(Requirement, of_setup("EXTRAS")[extra])
+    assert wanted.extras == {extra} and any(pin.name == plugin for pin in added)
+    if extra != "tpu":
+        assert {(str(pin.specifier), str(pin.marker).split(" and sys")[0]) for pin in added if pin.name == plugin} == {
+            (str(pin.specifier), str(pin.marker)) for pin in locked if pin.name == "jaxlib"
+        }
+
+
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_the_lock_fits_setup_py(python):
     environment = {"python_version": python, "python_full_version": f"{python}.4", "sys_platform": "linux"}

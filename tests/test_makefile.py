@@ -60,3 +60,28 @@ def test_one_that_fails_fails_all_and_the_others_are_tried(tmp_path):
 def test_no_python_is_no_success(tmp_path):
     status, said = make("/nowhere", tmp_path)
     assert status != 0 and "not found: 3.11 3.12 3.13" in said
+
+
+@pytest.mark.parametrize(
+    ("extras", "accelerator", "by_hash"),
+    [
+        ("cuda12", "cuda12", True),
+        ("dev,cuda13", "cuda13", True),
+        ("tpu", "tpu", True),
+        ("dev", "", True),
+        ("serve,cuda12", "cuda12", False),  # no lock for serve
+    ],
+)
+def test_setup_for_an_accelerator(extras, accelerator, by_hash):
+    """What would run: the check of the machine comes first, then the locks."""
+
+    def dry(*flags):
+        command = [str(shutil.which("make")), "-n", "setup", f"EXTRAS={extras}", *flags]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    said = dry()
+    assert ('[ -n "yes" ]; then \\\n\t\techo "Installing packages into .venv, by hash' in said) == by_hash
+    if accelerator:
+        assert f"accelerators.py {accelerator}; fi" in said and f"requirements/{accelerator}.txt" in said
+        assert said.index("accelerators.py") < said.index("pip install")
+        assert '[ -n "" ]; then .venv/bin/python shnet_jax/observe/accelerators.py' in dry("CHECK_MACHINE=")

@@ -14,8 +14,9 @@ from shnet_jax.evaluation.bootstrap import NAMES, Interval
 from shnet_jax.evaluation.metrics import QueryRanks
 from shnet_jax.evaluation.protocols import Results
 from shnet_jax.modes import study as module
-from shnet_jax.modes.study import Run, arm_config, differences, study, table
+from shnet_jax.modes.study import Run, arm_config, differences, study, table, wall_time_table
 from shnet_jax.modes.study_charts import study_charts, validation_curve
+from shnet_jax.observe.clock import KINDS
 from tests.train import tiny
 
 
@@ -46,6 +47,20 @@ def with_ensemble():
 def results(rsum, queries=None):
     metrics = dict.fromkeys(NAMES, 10.0) | {"rsum": rsum}
     return Results(metrics=metrics, folds=(), chance=dict.fromkeys(NAMES, 1.0), card={}, queries=queries)
+
+
+def test_the_wall_time_of_the_arms():
+    spent = dict.fromkeys(KINDS, 0.0)
+    seeds = [spent | {"step": 90.0, "lost": 30.0}, spent | {"step": 90.0, "compile": 150.0}, None]
+    arms = {
+        "full": [Run(i, results(1), 1.0, 1.0, s) for i, s in enumerate(seeds)],
+        "old": [Run(0, results(1), 1.0, 1.0)],
+    }
+    (row,) = wall_time_table(arms).rows
+    assert row[:2] == ["full", "3.0"]  # mean of 2 and 4 minutes
+    shares = dict(zip(KINDS, row[2:], strict=True))
+    assert shares == dict.fromkeys(KINDS, "0.0") | {"step": "50.0", "lost": "8.3", "compile": "41.7"}
+    assert wall_time_table({"old": arms["old"]}) is None
 
 
 def test_the_table_has_mean_and_standard_deviation():
@@ -217,6 +232,8 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert [run["results"]["metrics"]["rsum"] for run in document["wide"]] == rsums
     assert all(run["results"]["card"]["split"] == "test" for run in document["narrow"])
     assert "2 models: 3SHNet region, wide (0.5), 3SHNet region, narrow (0.5)" in json.dumps(document["both"])
+    assert document["wide"][0]["spent"]["step"] > 0 and document["both"][0]["spent"] is None
+    assert "goodput" in (tmp_path / "study.html").read_text("utf-8")
     assert document["both"][0]["minutes"] == sum(document[arm][0]["minutes"] for arm in ("wide", "narrow"))
     gap = document["differences"]["wide - narrow"]["rsum"]
     narrow = [run.results.metrics["rsum"] for run in runs["narrow"]]

@@ -171,8 +171,8 @@ def refusal(shape: Sequence[int]) -> str:
     stands_out = width >= 2 * max(channels, height) or channels == height < width
     if width < _STEP and not stands_out:
         return ""
-    shape = "looks like [h, w, D]" if width > max(channels, height) else "may as well be [h, w, D]"
-    return f"expected a map [D, h, w], this {shape}; {flags}"
+    likely = "looks like [h, w, D]" if width > max(channels, height) else "may as well be [h, w, D]"
+    return f"expected a map [D, h, w], this {likely}; {flags}"
 
 
 def narrow(units: int, width: int) -> bool:

@@ -21,6 +21,7 @@ from shnet_jax.evaluation.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.experiment import assemble
 from shnet_jax.modes.evaluate import TWO_STAGE_ENSEMBLE, evaluate_checkpoint, evaluate_loaded, evaluate_zero_shot
 from shnet_jax.modes.study_charts import study_charts, validation_curve
+from shnet_jax.observe.clock import KINDS, read_wall_time, shares
 from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.results_page import results_page
 from shnet_jax.observe.table import Table
@@ -41,13 +42,14 @@ HEADINGS = ("image to text R@1", "R@5", "R@10", "text to image R@1", "R@5", "R@1
 class Run:
     """One trained run: its results on config.eval.split, minutes of training and pairs per second.
 
-    Of an ensemble: the minutes of all its members, and no speed.
+    spent: seconds of wall time by `clock.KINDS`. Of an ensemble: the minutes of all its members, and no speed.
     """
 
     seed: int
     results: Results
     minutes: float
     examples_per_second: float | None
+    spent: dict[str, float] | None = None
 
 
 def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
@@ -115,6 +117,7 @@ def _write(config: ConfigDict, runs: Mapping[str, list[Run]], pretrained: Result
     gaps, tables = differences(runs, config.study.compare), [table(runs, pretrained)]
     if gaps:
         tables.append(interval_table(gaps))
+    tables += filter(None, [wall_time_table(runs)])
     text = "\n".join(map(str, tables))
     document: dict[str, Any] = {arm: [_as_dict(run) for run in arm_runs] for arm, arm_runs in runs.items()}
     if pretrained is not None:
@@ -212,7 +215,8 @@ def _run(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:
     train_and_evaluate(changed, workdir)
     results = evaluate_checkpoint(changed, workdir)
     timing = [line["timing"] for line in read_metrics(workdir / METRICS) if line["kind"] == "train"][-1]
-    run = Run(seed, results, timing["seconds"] / 60, timing["examples"] / timing["seconds"])
+    spent = (read_wall_time(workdir) or {}).get("spent")
+    run = Run(seed, results, timing["seconds"] / 60, timing["examples"] / timing["seconds"], spent)
     _keep(run, changed, workdir)
     return run
 
@@ -234,6 +238,22 @@ def table(runs: Mapping[str, list[Run]], pretrained: Results | None = None) -> T
         rows.append([name, "", *(f"{metrics[c]:.1f}" if c in metrics else "" for c in columns), "", ""])
     heading = ["arm", "seeds", *HEADINGS, *(PERSON[c] for c in persons), "minutes", "pairs/s"]
     return Table("Recall in per cent, mean and standard deviation over seeds", heading, rows)
+
+
+def wall_time_table(runs: Mapping[str, list[Run]]) -> Table | None:
+    """A row for each arm: minutes of wall time, mean over its seeds, and their shares; None where none is known.
+
+    The share of "step" is the goodput.
+    """
+    rows = []
+    for arm, arm_runs in runs.items():
+        known = [run.spent for run in arm_runs if run.spent is not None]
+        if known:
+            total = {kind: sum(spent[kind] for spent in known) for kind in KINDS}
+            minutes = sum(total.values()) / 60 / len(known)
+            rows.append([arm, f"{minutes:.1f}", *(f"{100 * share:.1f}" for share in shares(total).values())])
+    title = "Wall time of training: minutes, and on what in per cent (step: goodput; lost: to restarts)"
+    return Table(title, ["arm", "minutes", *KINDS], rows) if rows else None
 
 
 def _mean(runs: list[Run], column: str) -> str:

@@ -9,9 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-GOOGLE = "0x1ae0"
-"""PCI vendor of TPUs."""
-INSTALL = {"GPU": "pip install -U 'jax[cuda12]'", "TPU": "pip install -U 'jax[tpu]'"}
+from shnet_jax.observe.accelerators import has_tpu
+
+INSTALL = {
+    "GPU": "make setup EXTRAS=cuda13, or cuda12 for a driver before 580 (pip install 'shnet_jax[cuda13]')",
+    "TPU": "make setup EXTRAS=tpu (pip install 'shnet_jax[tpu]')",
+}
 
 
 def banner(mode: str, workdir: str | Path) -> str:
@@ -38,14 +41,13 @@ def unused_accelerator(root: Path = Path("/")) -> str | None:
     """
     if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return None
-    vendors = {path.read_text().strip() for path in root.glob("sys/bus/pci/devices/*/vendor")}
     if any(root.glob("dev/nvidia[0-9]*")):
         kind = "GPU"
-    elif GOOGLE in vendors and (any(root.glob("dev/accel*")) or any(root.glob("dev/vfio/[0-9]*"))):
+    elif has_tpu(root):
         kind = "TPU"
     else:
         return None
     return (
-        f"this machine has a {kind}, but JAX runs on the CPU: {INSTALL[kind]} adds support for it, JAX_PLATFORMS=cpu "
+        f"this machine has a {kind}, but JAX runs on the CPU: {INSTALL[kind]} adds support for it; JAX_PLATFORMS=cpu "
         "chooses the CPU on purpose"
     )

@@ -1,11 +1,30 @@
-"""Training clock: time and speed of training, summed over all restarts of a run."""
+"""Training clock: speed, and what the wall time of a run was spent on, summed over all restarts of the run."""
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shnet_jax.observe.files import write_json
+
+KINDS = ("startup", "compile", "input", "step", "evaluation", "checkpoint", "lost")
+"""What wall time is spent on.
+
+startup: from the start of the training function to the first step, in the run's first start; compile: tracing and
+compiling the step; input: waiting for a batch; step: everything else in the loop, while the devices compute;
+evaluation: with the compilation of its programs; checkpoint: the loop waits for a checkpoint; lost: start-ups after an
+interruption, and work after the checkpoint that a restart goes on from, which is done again.
+"""
+WALL_TIME = "wall_time.json"
+RECORD_SECONDS = 10.0
+TRAINING = ("input", "step")
+"""The kinds that are training time, by which speed and time left are computed."""
 
 
 @dataclass
@@ -27,25 +46,41 @@ class Elapsed:
 
 
 class Clock:
-    """Clock that runs inside `with clock:` except while `paused()`; call `tick` after every step.
+    """Clock that runs inside `with clock:` and knows at any time what it is spent on; call `tick` after every step.
 
-    JAX returns from a step before the device is done, so single steps look too short; over a log interval, at
-    whose end the metrics are read from the device, the figures are right.
+    The time is that of "step" unless `spent_on` says otherwise. JAX returns from a step before the device is done, so
+    single steps look too short; over a log interval, at whose end the metrics are read from the device, the figures are
+    right.
 
-    state: what `state()` gave when the run was interrupted; None for a new run.
+    state: what `state()` gave for the checkpoint that the run goes on from; None for a new run.
+    latest: what `state()` gave last before the run was interrupted, which may be later; None where it is not known.
+    started: time by `now` at which the process began to prepare for training; None: when the clock is entered.
     now: a monotonic clock in seconds.
     """
 
-    def __init__(self, state: Mapping[str, float] | None = None, now: Callable[[], float] = time.perf_counter):
-        state = state or {"seconds": 0.0, "examples": 0}
-        self._before = Elapsed(seconds=float(state["seconds"]), examples=int(state["examples"]))
+    def __init__(
+        self,
+        state: Mapping[str, Any] | None = None,
+        now: Callable[[], float] = time.perf_counter,
+        *,
+        latest: Mapping[str, Any] | None = None,
+        started: float | None = None,
+    ):
+        self._spent = _spent(state, latest)
+        self._before = Elapsed(seconds=float((state or {}).get("seconds", 0.0)))
+        self._before.examples = int((state or {}).get("examples", 0))
         self._current = Elapsed()
         self._now = now
+        self._started = started
+        self._kind = "step"
         self._since: float | None = None  # None while not running
         self.last = Elapsed()  # the interval that ended last
 
     def __enter__(self) -> Clock:
         self._since = self._now()
+        if self._started is not None:  # one start-up is needed, any other one is the price of an interruption
+            self._spent["lost" if self._spent["startup"] else "startup"] += self._since - self._started
+            self._started = None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,23 +88,15 @@ class Clock:
         self._since = None
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stops the clock in this block (evaluation, compilation), which is no training time."""
+    def spent_on(self, kind: str) -> Iterator[None]:
+        """Counts the time in this block, except blocks of their own inside it, as time of `kind`, one of KINDS."""
         self._advance()
-        self._since = None
+        outer, self._kind = self._kind, kind
         try:
             yield
         finally:
-            self._since = self._now()
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time in this block as training time spent waiting for a batch."""
-        start = self._now()
-        try:
-            yield
-        finally:
-            self._current.waiting += self._now() - start
+            self._advance()
+            self._kind = outer
 
     def tick(self, examples: int) -> None:
         """Counts one dispatched step with this many examples (image-caption pairs over all devices)."""
@@ -106,15 +133,98 @@ class Clock:
             "examples": self._before.examples + self._current.examples,
         }
 
-    def state(self) -> dict[str, float]:
-        """The state that a checkpoint keeps; plain numbers."""
-        return self.totals()
+    def spent(self) -> dict[str, float]:
+        """Seconds of wall time by KINDS since the run first began, while its command ran."""
+        self._advance()
+        return dict(self._spent)
+
+    def shares(self) -> dict[str, float]:
+        """Shares of the wall time, 0..1, as share_KIND; share_step is the goodput. Empty before any time has passed."""
+        return {f"share_{kind}": share for kind, share in shares(self.spent()).items()}
+
+    def state(self) -> dict[str, Any]:
+        """The state that a checkpoint keeps: totals and the seconds by kind."""
+        return self.totals() | {"spent": self.spent()}
 
     def _advance(self) -> None:
-        if self._since is not None:
-            now = self._now()
-            self._current.seconds += now - self._since
-            self._since = now
+        if self._since is None:
+            return
+        now = self._now()
+        passed, self._since = now - self._since, now
+        self._spent[self._kind] += passed
+        if self._kind in TRAINING:
+            self._current.seconds += passed
+            self._current.waiting += passed if self._kind == "input" else 0.0
+
+
+class TimeRecord:
+    """Keeps the state of a run's clock in WORKDIR/wall_time.json, so that a kill forgets RECORD_SECONDS of it at most.
+
+    written: whether this process writes it; of several, the first.
+    """
+
+    def __init__(self, workdir: str | Path, written: bool = True, now: Callable[[], float] = time.perf_counter):
+        self._path = Path(workdir) / WALL_TIME
+        self._written, self._now = written, now
+        self._next = -math.inf
+
+    def resume(self, step: int, state: Mapping[str, Any] | None, started: float | None = None) -> Clock:
+        """The clock of a run that goes on from the checkpoint of `step`, 0 for none; state: what that keeps of it."""
+        latest = read_wall_time(self._path.parent)
+        if latest is not None and latest["step"] == step:  # nothing is done again
+            state, latest = latest, None
+        return Clock(state, self._now, latest=latest, started=started)
+
+    def update(self, step: int, clock: Clock) -> None:
+        """Writes the state after `step`, unless the last one is recent."""
+        if self._now() >= self._next:
+            self.write(step, clock)
+
+    def write(self, step: int, clock: Clock) -> None:
+        """Writes the state after `step`."""
+        self._next = self._now() + RECORD_SECONDS
+        if self._written:
+            write_json(self._path, {"step": step} | clock.state())
+
+
+def read_wall_time(workdir: str | Path) -> dict[str, Any] | None:
+    """What the last command in a work folder left there: {"step", "seconds", "examples", "spent"}; None for nothing.
+
+    None also for a file that is damaged or of something else: the times are only told, nothing is computed from them.
+    """
+    try:
+        found = json.loads((Path(workdir) / WALL_TIME).read_text("utf-8"))
+        spent = {kind: float(found["spent"][kind]) for kind in KINDS}
+        return {"step": int(found["step"]), "spent": spent} | {k: float(found[k]) for k in ("seconds", "examples")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _spent(state: Mapping[str, Any] | None, latest: Mapping[str, Any] | None) -> dict[str, float]:
+    """Seconds by kind with which a run goes on from the checkpoint of `state`; what came after it is lost."""
+    if state is None:
+        spent: Mapping[str, float] = {}
+        kept = 0.0
+    else:  # a checkpoint from before there were kinds knows the seconds of training
+        spent = state.get("spent", {"step": float(state.get("seconds", 0.0))})
+        kept = sum(spent.values())
+    resumed = {kind: float(spent.get(kind, 0.0)) for kind in KINDS}
+    if latest is not None:
+        resumed["lost"] += max(0.0, sum(latest.get("spent", {}).values()) - kept)
+    return resumed
+
+
+def shares(spent: Mapping[str, float]) -> dict[str, float]:
+    """Shares, 0..1, of seconds by kind; empty where they add up to nothing."""
+    whole = sum(spent.values())
+    return {kind: seconds / whole for kind, seconds in spent.items()} if whole else {}
+
+
+def shares_line(spent: Mapping[str, float]) -> str:
+    """One line about the wall time: what it was spent on, in per cent."""
+    minutes = sum(spent.values()) / 60
+    parts = ", ".join(f"{kind} {100 * share:.1f}" for kind, share in shares(spent).items())
+    return f"wall time {minutes:.1f} min, in per cent: {parts}" if parts else "no wall time yet"
 
 
 def _share(part: float, whole: float) -> float:

@@ -1,8 +1,10 @@
 """FLOPs of the training step, and the utilisation of the devices in the training log.
 
-Matrix products and convolutions of the compiled program count (`observe.work`), with recomputation in the backward pass
-and loop bodies times trip count. Softmax, norms, sorting and the optimiser do not. Every step counts as one after the
-loss's warm-up; during the warm-up the figures are too low.
+It is hardware utilisation: matrix products and convolutions of the compiled program count (`observe.work`), with what
+the backward pass computes once more (`text.remat`, microbatches, tiles of a loss), and loop bodies times trip count.
+Model utilisation (MFU), which counts each product of the model once, is lower where there is such work. Softmax, norms,
+sorting and the optimiser do not count. Every step counts as one after the loss's warm-up; during the warm-up the
+figures are too low.
 """
 
 from __future__ import annotations
@@ -72,25 +74,26 @@ class Utilisation:
         self._known: dict[tuple[tuple[int, ...], ...], float | None] = {}
         self._total: float | None = 0.0
 
-    def count(self, *arguments: object) -> None:
-        """Counts one step with these arguments (state, batch, ...), just before it runs.
+    def count(self, *arguments: object) -> bool:
+        """Counts one step with these arguments (state, batch, ...), just before it runs; whether it was compiled here.
 
         Compiles the step for new shapes; JAX keeps the program, so the step does not compile again.
         """
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[1:]))
-        if shapes not in self._known:
+        if new := shapes not in self._known:
             with waiting("compiling the training step"):
                 self._known[shapes] = step_flops(self._step.lower(*arguments).compile())
         flops = self._known[shapes]
         self._total = None if flops is None or self._total is None else self._total + flops * self._devices
+        return new
 
     def report(self, clock: Clock) -> dict[str, float]:
         """Figures of the interval that `clock.interval` has just ended; unknown ones are left out.
 
-        flops_per_second: of all devices together. utilisation: fraction of their peak, 0..1.
+        flops_per_second: of all devices together. hardware_utilisation: fraction of their peak, 0..1.
         """
         total, self._total = self._total, 0.0
         if not total or not clock.last.seconds:
             return {}
         rate = total / clock.last.seconds
-        return {"flops_per_second": rate} | ({"utilisation": rate / self._peak} if self._peak else {})
+        return {"flops_per_second": rate} | ({"hardware_utilisation": rate / self._peak} if self._peak else {})

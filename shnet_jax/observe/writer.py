@@ -1,4 +1,4 @@
-"""Metrics on disk: a JSON line for each log line in `workdir/metrics.jsonl`, and TensorBoard events.
+"""Metrics of a run: `workdir/metrics.jsonl`, TensorBoard events, and the trackers that the configuration names.
 
     {"step": 50, "kind": "train", "loss": 12.3, "lr": 0.0005, "timing": {"examples_per_second": 812.0}}
 
@@ -9,18 +9,14 @@ has the same lines as an undisturbed one. For that, write a step's lines before 
 from __future__ import annotations
 
 import json
-import math
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
-
 from shnet_jax.observe.files import atomic_path
+from shnet_jax.observe.sinks import JsonLines, Line, Sink, TensorBoard
 
 FILE = "metrics.jsonl"
 KINDS = ("train", "eval")
@@ -28,23 +24,24 @@ RESERVED = ("step", "kind", "timing")
 
 
 class MetricWriter:
-    """Appends metrics of one run; in a job of several processes only the first should have one.
+    """Hands the metrics of one run to its sinks; in a job of several processes only the first should have one.
 
     resume_step: the step that the run continues from, 0 for a new one. Lines of later steps, which a run
       killed after its last checkpoint has left, are dropped, since they will be written again; TensorBoard is
       told to forget them too.
+    more: sinks beside metrics.jsonl and TensorBoard, as `trackers.open_trackers` gives them; closed with them.
     Raises ValueError when the file holds something else than metrics.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int = 0):
+    def __init__(self, workdir: str | Path, resume_step: int = 0, more: Sequence[Sink] = ()):
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / FILE
         resumed = path.exists()
         if resumed:
             _drop_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = _Board(workdir / "tensorboard", purge_step=resume_step + 1 if resumed else None)
+        board = TensorBoard(workdir / "tensorboard", purge_step=resume_step + 1 if resumed else None)
+        self._sinks: list[Sink] = [JsonLines(path), board, *more]
 
     def write(
         self,
@@ -63,48 +60,15 @@ class MetricWriter:
             raise ValueError(f"kind of metrics is {' or '.join(KINDS)}, not {kind!r}")
         if clash := sorted(set(values) & set(RESERVED)):
             raise ValueError(f"metrics of step {step} may not be called {', '.join(clash)}")
-        line: dict[str, Any] = {"step": step, "kind": kind, **_scalars(values)}
-        if timing:
-            line["timing"] = _scalars(timing)
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        for group, scalars in ((kind, values), ("timing", timing or {})):
-            for name, value in scalars.items():
-                self._board.add(f"{group}/{name}", float(value), step)
-        self._board.flush()
+        line = Line(step, kind, values, timing or {})
+        for sink in self._sinks:
+            sink.write(line)
 
     def close(self) -> None:
-        """Closes both files."""
-        self._file.close()
-        self._board.close()
-
-
-class _Board:
-    """Writer of TensorBoard's events in the calling thread.
-
-    tensorboardX's own SummaryWriter has a thread of its own: that dies of a full disk, and the queue to it then fills
-    until training waits forever.
-    purge_step: TensorBoard forgets what it knows of this step and later ones.
-    """
-
-    def __init__(self, folder: Path, purge_step: int | None):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"))
-        if purge_step is not None:
-            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, name: str, value: float, step: int) -> None:
-        self._write(Event(step=step, summary=scalar(name, value)))
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._events.write_event(event)
-
-    def flush(self) -> None:
-        self._events.flush()
-
-    def close(self) -> None:
-        self._events.close()
+        """Closes all sinks."""
+        with ExitStack() as stack:
+            for sink in self._sinks:
+                stack.enter_context(closing(sink))
 
 
 class NoWriter:
@@ -144,14 +108,3 @@ def _drop_after(path: Path, step: int) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _scalars(values: Mapping[str, Any]) -> dict[str, float | int | str]:
-    return {name: _scalar(value) for name, value in values.items()}
-
-
-def _scalar(value: Any) -> float | int | str:
-    if isinstance(value, int):
-        return value
-    number = float(value)
-    return number if math.isfinite(number) else str(number)

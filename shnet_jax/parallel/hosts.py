@@ -17,26 +17,36 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # nothing public waits for processes without using their devices
 from jax.experimental import multihost_utils
 
 Tree = TypeVar("Tree")
 
 
 HEARTBEAT = 60
-"""Seconds without a sign of life after which a process counts as dead (JAX itself: 100)."""
+"""Seconds without a sign of life after which a process counts as dead (JAX itself: 100). A thread outside of Python
+gives the signs, so a process that compiles for minutes, or is otherwise busy, does not miss one."""
+START = 900
+"""Seconds that a process waits for all others to join (JAX itself: 300): machines of a job do not start together."""
+COMPILE = 3600
+"""Seconds that a process which has compiled a program waits for the others."""
+SHUTDOWN = 900
+"""Seconds that a process which is done waits for the others (JAX itself: 300): the first has results to write."""
 
 
-def connect(coordinator: str, count: int, index: int, heartbeat: int = HEARTBEAT) -> None:
+def connect(coordinator: str, count: int, index: int, heartbeat: int = HEARTBEAT, start: int = START) -> None:
     """Joins the job; must come before anything else asks JAX for devices.
 
     coordinator: host:port of process 0, the same in all. count: processes. index: this one, 0..count-1. On a TPU pod,
     under Slurm, Open MPI and on Kubernetes JAX finds all three by itself: give "", 0 and -1.
     heartbeat: seconds after which all others end when a process, or its machine, is gone without a word. Where it can
     be seen at once, as from a closed connection, they end at once.
-    Raises ValueError when only some of the three are given, or for a heartbeat below 1.
+    start: seconds that this process waits until all have joined.
+    Raises ValueError when only some of the three are given, or for a heartbeat or start below 1.
     """
-    if heartbeat < 1:
-        raise ValueError(f"--heartbeat_seconds is {heartbeat}; it must be at least 1")
+    for name, seconds in (("heartbeat", heartbeat), ("start", start)):
+        if seconds < 1:
+            raise ValueError(f"--{name}_seconds is {seconds}; it must be at least 1")
     given = (bool(coordinator), count > 0, index >= 0)
     if any(given) and not all(given):
         raise ValueError(
@@ -45,10 +55,14 @@ def connect(coordinator: str, count: int, index: int, heartbeat: int = HEARTBEAT
         )
     if all(given) and index >= count:
         raise ValueError(f"--process_id is {index}; with {count} processes it is at most {count - 1}")
-    if all(given):
-        jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=heartbeat)
-    else:
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
+    jax.distributed.initialize(
+        coordinator or None,
+        count if all(given) else None,
+        index if all(given) else None,
+        initialization_timeout=start,
+        heartbeat_timeout_seconds=heartbeat,
+        shutdown_timeout_seconds=SHUTDOWN,
+    )
     # Where the coordinator dies JAX says so and aborts; the stacks of some twenty threads would bury its words.
     faulthandler.enable(all_threads=False)
 
@@ -90,6 +104,25 @@ def anywhere(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def largest(*values: float) -> list[float]:
+    """The largest of each value over the processes. All must ask at the same step."""
+    if jax.process_count() == 1:
+        return [*values]
+    return multihost_utils.process_allgather(np.asarray(values, np.float32)).max(0).tolist()
+
+
+def meet(name: str, seconds: int = COMPILE) -> None:
+    """Waits until all processes are here; each meeting of a job has a name of its own.
+
+    Before the first collective of a new program: one process may compile for minutes longer than another, and
+    collectives wait less for each other (Gloo for 30 s). A process that is dead ends the wait.
+    """
+    if jax.process_count() > 1:
+        client = distributed.global_state.client
+        assert client is not None  # in a job of several processes
+        client.wait_at_barrier(name, timeout_in_ms=1000 * seconds)
 
 
 def own_rows(batch: Tree) -> Tree:

@@ -153,6 +153,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("result", "status", str),
     ("pairs/s", "examples_per_second", "{:,.0f}".format),
     ("step, ms", "step_seconds", lambda seconds: f"{1e3 * seconds:,.1f}"),
+    ("goodput", "goodput", percent),
+    ("compiled in, s", "compile_seconds", "{:,.1f}".format),
     ("efficiency", "efficiency", percent),
     ("strong", "strong_efficiency", percent),
     ("memory", "memory", bytes_text),
@@ -198,6 +200,8 @@ _GLOSSARY = {
     "Strong scaling": "The batch stays the same, so each device gets fewer pairs.",
     "Efficiency": "Pairs/s divided by the devices times the pairs/s of one device with the same strategy, precision "
     "and pairs on it. The column for strong scaling divides by one device with the whole batch instead.",
+    "Goodput": "Share of a step that is not spent waiting for its batch. Compilation comes once, before the first "
+    "step; evaluations, checkpoints and restarts are no part of this study: the log of a training run has them.",
     "Strategy": "How the loss sees the pairs of other devices. gathered: all at once. streamed: gathered, scored in "
     "tiles. ring: embeddings travel from device to device. local: not at all, which is another loss.",
     "Memory": "By the compiler: arguments, results and temporaries of the step on one device. Allocator: the most that "

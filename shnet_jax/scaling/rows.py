@@ -56,6 +56,7 @@ def make_rows(scale: ConfigDict, records: Mapping[Point, Record], *, virtual: bo
             "device_memory": record.get("device_peak"),
             "flops": record.get("flops"),
             "compile_seconds": record.get("compile_seconds"),
+            "goodput": goodput(record.get("seconds", {})),
             "collective_bytes": sent,
             "exchange_bytes": None if sent is None else sent - collectives.get("all-reduce", 0.0),
         }
@@ -63,6 +64,11 @@ def make_rows(scale: ConfigDict, records: Mapping[Point, Record], *, virtual: bo
         row |= {f"{part}_seconds": record.get("seconds", {}).get(part) for part in ("step", *PARTS)}
         rows.append(row | {"message": record["message"]})
     return rows
+
+
+def goodput(seconds: Mapping[str, float]) -> float | None:
+    """Share of a step, 0..1, in which the devices do not wait for its batch; None where it was not timed."""
+    return 1 - seconds["input"] / seconds["step"] if seconds.get("step") else None
 
 
 def scaling_lines(scale: ConfigDict, rows: Sequence[Row]) -> Iterator[Line]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from shnet_jax.evaluation.protocols import Results
 from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.observe import cost
 from shnet_jax.observe.banner import parameter_count
-from shnet_jax.observe.clock import Clock
+from shnet_jax.observe.clock import TimeRecord, shares_line
 from shnet_jax.observe.curves import write_curves
+from shnet_jax.observe.profile import Profile
 from shnet_jax.observe.progress import Progress, waiting
+from shnet_jax.observe.trackers import open_trackers
 from shnet_jax.observe.writer import MetricWriter, NoWriter
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import put_batch
 from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.training.setup import setup_training, training_data
-from shnet_jax.training.signals import Interrupted, stop_signals
+from shnet_jax.training.signals import Interrupted, StopVote, stop_signals
 from shnet_jax.training.state import TrainState
 from shnet_jax.training.warm_start import warm_start
 from shnet_jax.training.workdir import claimed, with_dtypes
@@ -38,8 +41,6 @@ log = logging.getLogger(__name__)
 
 FIRST_LINE = 10
 """Step of the first log line, where config.train.log_steps is larger: a run shows early whether it learns."""
-STOP_STEPS = 10
-"""Steps after which several processes ask each other whether one of them was told to stop."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -69,7 +70,7 @@ class Training:
     """
 
     def __init__(self, experiment: Experiment, workdir: Path):
-        config = experiment.config
+        started, config = time.perf_counter(), experiment.config
         self.experiment, self.config, self.workdir = experiment, config, workdir
         self.setup = setup_training(experiment)
         self.iterator, self.table = training_data(experiment, self.setup.mesh)
@@ -77,11 +78,15 @@ class Training:
         self.checkpoints = Checkpoints(workdir, config.train.keep)
         self.first = self.checkpoints.step("last") or 0
         self.state, notes = self._restored() if self.first else (self._initial(), {})
-        self.clock = Clock(notes.get("clock"))
+        self.record = TimeRecord(workdir, written=hosts.is_first())
+        self.clock = self.record.resume(self.first, notes.get("clock"), started)
         self.sums: dict[str, Any] = {name: np.float32(value) for name, value in notes.get("sums", {}).items()}
         self._unread: tuple[int, dict[str, jax.Array]] | None = None  # (step, metrics) of the newest step
-        self.writer = MetricWriter(workdir, resume_step=self.first) if hosts.is_first() else NoWriter()
+        self.writer: MetricWriter | NoWriter = NoWriter()
+        if hosts.is_first():
+            self.writer = MetricWriter(workdir, self.first, open_trackers(config, workdir))
         self.progress = Progress(self.setup.total_steps, shown=hosts.is_first())
+        self.profile = Profile(config.train.profile_steps, workdir, self.first, shown=hosts.is_first())
         dtypes = config.model.dtype, config.text.dtype
         self.utilisation = cost.Utilisation(self.setup.step, self.setup.mesh.size, dtypes)
 
@@ -111,30 +116,38 @@ class Training:
         parameters = parameter_count(self.setup.like.params["model"])
         self.progress.message(f"{parameters} parameters, {length}; first step {first}")
         results: Results | None = None
+        vote = StopVote()
         # However the loop ends, a checkpoint under way is completed, unless one process of several fails alone.
         alone = hosts.ending_together(NonFiniteLoss)
         with (
             stop_signals() as signals,
             self.clock,
-            closing(self.checkpoints),
             closing(self.writer),
+            closing(self.checkpoints),  # first: the time between a signal and the end of the process may be short
             closing(self.progress),
+            closing(self.profile),
             alone,
         ):
             for step in range(self.first + 1, total + 1):
-                self.start_step(step)
-                stop = _stop_signal(signals, step)
+                with self.profile.step(step):
+                    self.start_step(step)
+                stop = vote.after(step, signals, self.clock.speed()[1])
                 logs = step % intervals.log == 0 or step in (min(FIRST_LINE, intervals.log), total)
                 evaluates = step % intervals.evaluate == 0 or step == total
                 saves = step % intervals.save == 0 or stop is not None
-                if logs or evaluates or saves:
+                if logs or evaluates or saves or self.profile.ends_with(step):
                     self.read_metrics()
+                if self.profile.ends_with(step):
+                    self.profile.close()
                 if logs:
                     self.write_log_line(step)
                 if evaluates:
                     results = self.evaluate_and_save(step)
                 elif saves:
                     self.save()
+                self.record.update(step, self.clock)
+                if stop is not None or step == total:
+                    self.settle(step)
                 if stop is not None:
                     name = signal.Signals(stop).name
                     log.warning("stopped by %s after step %d of %d; the same command continues", name, step, total)
@@ -143,11 +156,12 @@ class Training:
 
     def start_step(self, step: int) -> None:
         """Starts step number `step` on its batch and reads the metrics of the one before."""
-        with self.clock.waiting_for_data():
+        with self.clock.spent_on("input"):
             host_batch = next(self.iterator)
         batch = put_batch(host_batch, self.setup.mesh, self.config.parallel.mapping)
-        with self.clock.paused():  # compiles when the shapes are new
-            self.utilisation.count(self.state, batch, self.table)
+        with self.clock.spent_on("compile"):  # when the shapes are new, which they are in all processes
+            if self.utilisation.count(self.state, batch, self.table):
+                hosts.meet(f"compiled for step {step}")
         self.state, metrics = self.setup.step(self.state, batch, self.table)
         self.read_metrics()
         self._unread = step, metrics
@@ -190,6 +204,7 @@ class Training:
     def write_log_line(self, step: int) -> None:
         """Writes the means of the metrics since the last log line, and begins new sums."""
         timing = self.clock.interval(self.setup.total_steps - step) | self.utilisation.report(self.clock)
+        timing |= self.clock.shares()
         updates = (int(self.state.step) - int(self.state.nonfinite)) // self.config.optim.accumulate
         learning_rate = float(self.setup.rate(max(updates - 1, 0)))
         self.writer.write(step, "train", _means(jax.device_get(self.sums)) | {"lr": learning_rate}, timing)
@@ -202,9 +217,9 @@ class Training:
 
     def evaluate_and_save(self, step: int) -> Results:
         """Evaluates; writes the result to log and curves and saves a checkpoint with it."""
-        with self.clock.paused():
+        with self.clock.spent_on("evaluation"):
             results = self.evaluate(step)
-            self.writer.write(step, "eval", results.metrics, self.clock.totals())
+            self.writer.write(step, "eval", results.metrics, self.clock.totals() | self.clock.shares())
             split = self.config.data.val_split
             self.progress.message(f"step {step}/{self.setup.total_steps}  {split}: {recall_line(results.metrics)}")
             self.save(results.metrics)
@@ -217,16 +232,15 @@ class Training:
         sums = {name: float(value) for name, value in jax.device_get(self.sums).items()}
         job = {"devices": self.setup.mesh.size, "processes": jax.process_count()}
         notes = {"clock": self.clock.state(), "sums": sums} | job
-        self.checkpoints.save(int(self.state.step), self.state, notes, self.iterator, metrics)
+        with self.clock.spent_on("checkpoint"):
+            self.checkpoints.save(int(self.state.step), self.state, notes, self.iterator, metrics)
 
-
-def _stop_signal(signals: list[int], step: int) -> int | None:
-    """The signal that asks this job to stop after `step`, None for none; the same answer in all processes."""
-    if jax.process_count() > 1 and step % STOP_STEPS:
-        return None
-    if not hosts.anywhere(bool(signals)):
-        return None
-    return signals[0] if signals else signal.SIGTERM  # another process was told
+    def settle(self, step: int) -> None:
+        """Waits for the checkpoint under way, keeps the time that the run took until here, and shows it."""
+        with self.clock.spent_on("checkpoint"):
+            self.checkpoints.wait()
+        self.record.write(step, self.clock)
+        self.progress.message(shares_line(self.clock.spent()))
 
 
 def check_job(notes: dict[str, Any], devices: int, workdir: Path) -> None:

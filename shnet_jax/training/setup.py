@@ -22,6 +22,7 @@ from shnet_jax.evaluation.encode import check as check_evaluation
 from shnet_jax.experiment import Experiment, abstract_variables
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel, check_pairs_dtype
+from shnet_jax.observe import profile, trackers
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
 from shnet_jax.parallel.sharding import WHOLE, global_norm, specs, split_axes
 from shnet_jax.training import momentum
@@ -92,6 +93,7 @@ def setup_training(experiment: Experiment) -> TrainSetup:
     check_evaluation(experiment.model, config, mesh)
     per_epoch = steps_per_epoch(dataset, config.data.train_split, config.train.batch_size)
     total_steps = count_steps(config.train, per_epoch)
+    profile.check(config.train.profile_steps, total_steps)
     shapes = abstract_variables(experiment)
     setup = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
     momentum.check_start(config, per_epoch, total_steps)
@@ -278,6 +280,7 @@ def _check(config: FrozenConfigDict) -> None:
             raise ValueError(f"config.{name} is {config[section][field]}; it must be at least 1")
     if train.steps < 0 or (train.epochs <= 0 and not train.steps):
         raise ValueError(f"config.train.epochs is {train.epochs} and steps {train.steps}; one must be above 0")
+    trackers.check(train.log_to)
     if not 0 <= config.optim.ema < 1:
         raise ValueError(f"config.optim.ema is {config.optim.ema}; it must be at least 0 and below 1")
     if jax.process_count() > 1 and config.parallel.mapping == "pmap":

@@ -49,7 +49,11 @@ FREE_TO_CHANGE = (
     "config.train.init_from",  # of the first step alone
     "config.train.init_partial",
     "config.train.keep",
+    "config.train.log_project",
+    "config.train.log_tags",
+    "config.train.log_to",
     "config.train.on_nonfinite",
+    "config.train.profile_steps",
 )
 # Of these, fields that decide which checkpoint is the best: numbers of two kinds cannot be compared.
 SELECTING = ("config.eval.person", "config.eval.protocols")

@@ -92,6 +92,6 @@ def test_utilisation(monkeypatch, how):
     products = 2 * (16 + 32 + 16) * 64 * 64
     actual = utilisation.report(clock)
     assert products <= actual["flops_per_second"] * 0.5 < 1.1 * products
-    assert actual["utilisation"] == actual["flops_per_second"] / 1e6
+    assert actual["hardware_utilisation"] == actual["flops_per_second"] / 1e6
     assert len(compiles) == 2  # one for each length, shared by the count and the step
     assert utilisation.report(clock) == {}  # nothing since

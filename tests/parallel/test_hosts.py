@@ -1,6 +1,7 @@
 """What a process of several does with a fault that it has alone; the jobs themselves: tests/train/test_processes.py."""
 
 import os
+import types
 
 import jax
 import numpy as np
@@ -65,9 +66,24 @@ def test_the_heartbeat_is_that_of_the_coordination_service(monkeypatch):
     monkeypatch.setattr("jax.distributed.initialize", lambda *args, **options: given.append((args, options)))
     monkeypatch.setattr("faulthandler.enable", lambda **_: None)
     hosts.connect("127.0.0.1:1", 2, 0, heartbeat=7)
-    assert given == [(("127.0.0.1:1", 2, 0), {"heartbeat_timeout_seconds": 7})]
+    hosts.connect("", 0, -1, start=50)
+    limits = {"heartbeat_timeout_seconds": 7, "initialization_timeout": 900, "shutdown_timeout_seconds": 900}
+    found = limits | {"heartbeat_timeout_seconds": 60, "initialization_timeout": 50}
+    assert given == [(("127.0.0.1:1", 2, 0), limits), ((None, None, None), found)]
 
 
 def test_a_heartbeat_takes_a_second_at_least():
     with pytest.raises(ValueError, match="heartbeat_seconds is 0"):
         hosts.connect("127.0.0.1:1", 2, 0, heartbeat=0)
+    with pytest.raises(ValueError, match="start_seconds is 0"):
+        hosts.connect("127.0.0.1:1", 2, 0, start=0)
+
+
+def test_processes_meet_by_the_coordination_service(monkeypatch):
+    hosts.meet("alone")  # waits for nobody
+    met = []
+    client = types.SimpleNamespace(wait_at_barrier=lambda name, timeout_in_ms: met.append((name, timeout_in_ms)))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.distributed.global_state, "client", client)
+    hosts.meet("compiled", seconds=3)
+    assert met == [("compiled", 3000)]

@@ -57,6 +57,13 @@ def test_efficiency():
     assert by_size[1, 4]["collective_bytes"] == 0  # a device alone sends nothing
 
 
+def test_goodput():
+    rows = study_rows(virtual=True)
+    assert {row["goodput"] for row in rows if row["devices"] > 1} == {None}
+    assert {round(row["goodput"], 9) for row in rows if row["devices"] == 1} == {0.9}
+    assert "goodput" in page(CONFIG, MACHINE, rows, [])
+
+
 def test_what_has_no_reference_has_no_efficiency():
     lost = next(row for row in study_rows() if row["memory"] is None)
     assert lost["ideal"] == 220 and lost["status"] == "out of memory"

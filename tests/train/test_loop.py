@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import gzip
+import json
 import logging
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 
 from shnet_jax.experiment import assemble
+from shnet_jax.observe.clock import KINDS, read_wall_time
+from shnet_jax.observe.writer import read_metrics
 from shnet_jax.parallel import sharding
 from shnet_jax.training import loop
 from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -83,6 +88,7 @@ def test_resuming_gives_the_same_run(resident, monkeypatch, tmp_path):
         train_and_evaluate(config, tmp_path)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert Checkpoints(tmp_path).step("last") == 2
+    first = read_wall_time(tmp_path)
 
     def crash():
         assert (tmp_path / "metrics.jsonl").read_text().count('"train"') == 2  # steps 4 and 8
@@ -96,6 +102,13 @@ def test_resuming_gives_the_same_run(resident, monkeypatch, tmp_path):
     train_and_evaluate(config, tmp_path)
     same_arrays(tiny.arrays(tmp_path, config.train.steps), arrays)
     assert tiny.lines(tmp_path) == lines
+
+    last = read_wall_time(tmp_path)
+    assert (first["step"], last["step"]) == (2, 11) and (first["examples"], last["examples"]) == (40, 220)
+    assert first["spent"]["lost"] == 0 and last["spent"]["startup"] == first["spent"]["startup"]
+    assert all(last["spent"][kind] > 0 for kind in KINDS)  # also what was made again, and the later start-ups
+    shares = list(read_metrics(tmp_path / "metrics.jsonl"))[-1]["timing"]
+    assert sum(shares[f"share_{kind}"] for kind in KINDS) == pytest.approx(1)
 
 
 def test_a_finished_run_is_only_evaluated(undisturbed, monkeypatch):
@@ -226,6 +239,9 @@ def test_a_folder_without_a_checkpoint_can_be_claimed_anew(tmp_path):
         ({"train__microbatch": 3}, "microbatch is 3; it must divide"),
         ({"train__microbatch_statistics": "sync"}, "'sync'; choose from exact, local, running"),
         ({"train__log_steps": 0}, "config.train.log_steps is 0; it must be at least 1"),
+        ({"train__profile_steps": (4,)}, r"profile_steps is \(4,\); expected the first and the last step"),
+        ({"train__profile_steps": (4, 12)}, "between 1 and the 11 steps of the training"),
+        ({"train__log_to": ("comet",)}, "log_to has 'comet'; choose from wandb, mlflow, trackio"),
         ({"data__captions_per_image": 0}, "config.data.captions_per_image is 0; it must be at least 1"),
         ({"model__dim": 0}, "config.model.dim is 0; it must be at least 1"),
         ({"optim__ema": 1.0}, "config.optim.ema is 1.0"),
@@ -308,3 +324,29 @@ def test_another_job_than_the_one_that_saved(tmp_path, caplog):
     assert not caplog.messages
     loop.check_job(saved | {"processes": 1}, 8, tmp_path)
     assert "saved on 4 devices, going on with 8: the same batches in the same order" in caplog.text
+
+
+def step_numbers(workdir):
+    """Numbers of the steps that a trace in a work folder holds, from the file for Perfetto."""
+    (path,) = workdir.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return [int(e["args"]["step_num"]) for e in events if e.get("name") == "train" and "step_num" in e.get("args", {})]
+
+
+@pytest.mark.slow
+def test_a_trace_of_chosen_steps(monkeypatch, tmp_path, caplog):
+    """The run is stopped within the steps; the rest of them is traced when it goes on; then they are over."""
+    config = toy(train__steps=9, train__eval_epochs=0.0, train__profile_steps=(4, 7))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train_and_evaluate(config, tmp_path)
+    assert step_numbers(tmp_path) == [4, 5] and list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+    shutil.rmtree(tmp_path / "profile")
+    train_and_evaluate(config, tmp_path)
+    assert step_numbers(tmp_path) == [6, 7]
+    shutil.rmtree(tmp_path / "profile")
+    config.train.steps = 10
+    with caplog.at_level(logging.INFO, logger="shnet_jax"):
+        train_and_evaluate(config, tmp_path)
+    assert "profile_steps is (4, 7), and the run goes on from step 9: no trace" in caplog.text
+    assert not (tmp_path / "profile").exists()

@@ -16,7 +16,7 @@ from shnet_jax.modes.evaluate import evaluate
 from shnet_jax.scaling.processes import virtual_devices
 from shnet_jax.training.loop import train_and_evaluate
 from tests.processes import Program
-from tests.train import tiny
+from tests.train import late, tiny
 from tests.train.test_loop import same_arrays
 
 pytestmark = pytest.mark.slow
@@ -150,15 +150,30 @@ def test_a_process_that_dies_or_falls_silent_ends_the_other_and_the_job_goes_on(
     ends_as(workdir, undisturbed)
 
 
-def test_sigterm_in_one_process_stops_both_and_the_job_goes_on(tmp_path):
-    """With parameters split over the devices of both processes."""
+def test_sigterm_stops_both_processes_in_order_and_the_job_goes_on(tmp_path):
+    """In one of them, then in both, as a scheduler sends it; with parameters split over the devices of both.
+
+    Both end by themselves: nobody has to kill them after a period of grace.
+    """
     undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
     together(undisturbed, "--mode=train", *SPLIT)
-    with Job(workdir, "--mode=train", *SPLIT) as job:
-        job.until_it_trains()
-        job.processes[1].send(signal.SIGTERM)  # not the one that writes the log
-        job.outputs(128 + signal.SIGTERM)
-    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
-    assert 8 < saved < STEPS and saved % 10 == 0
+    saved = 0
+    for told in ((1,), (0, 1)):  # the first one writes the log
+        with Job(workdir, "--mode=train", *SPLIT) as job:
+            job.until_it_trains()
+            for process in told:
+                job.processes[process].send(signal.SIGTERM)
+            printed = job.outputs(128 + signal.SIGTERM)
+        before, saved = saved, max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+        assert before + 8 <= saved < STEPS
+        assert all(f"stopped by SIGTERM after step {saved} of {STEPS}" in text for text in printed)
     together(workdir, "--mode=train", *SPLIT)
     ends_as(workdir, undisturbed)
+
+
+def test_a_process_that_compiles_long_does_not_count_as_dead(tmp_path):
+    """Of the step, then of an evaluation; the other one waits for it, and gets its signs of life."""
+    short = WITHOUT_QUEUES, "--config.train.steps=12", "--config.model.name=tests.train.late"
+    printed = together(tmp_path / "run", "--mode=train", *short)
+    assert "rSum" in printed[0]
+    assert all(f"silent for {late.SECONDS} s, {train=}" in printed[1] for train in (True, False))
