@@ -15,13 +15,13 @@ import tempfile
 
 from hypothesis import settings
 
+from tests.compiling import xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers share it
-    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8, quick)}".strip()
     compiled = tempfile.mkdtemp(prefix="shnet_jax_compiled_")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled

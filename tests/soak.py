@@ -30,6 +30,7 @@ import numpy as np
 from absl import logging
 
 from shnet_jax.observe.terminal import make_output_safe
+from tests.compiling import xla_flags
 from tests.processes import ROOT, Program
 
 STEPS = 30
@@ -240,7 +241,7 @@ def surroundings(place: Path) -> Iterator[None]:
     """The environment of all processes: one CPU device, badly compiled programs, kept for the next process."""
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": xla_flags(1),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

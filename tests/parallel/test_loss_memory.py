@@ -77,9 +77,13 @@ def test_gathered_is_what_the_others_save(loss):
     ids=str,
 )
 def test_a_warm_up_that_is_over_costs_no_memory(strategy, loss, options):
-    """Beside what its branch works in; what that branch keeps for its backward pass would be 2.5 to 6.5 blocks."""
+    """Beside what its branch works in: a block in each direction, forward and backward, and with queues one more.
+
+    What that branch keeps for its backward pass would be 3.5 blocks or more, with queues 4.8. jax 0.10 lets it work where
+    the others did, jax 0.12 beside them.
+    """
     with_it, without = (
         temporary_bytes(loss, strategy, 2048, devices=1, **options | {"warmup_epochs": epochs}) for epochs in (1.0, 0.0)
     )
     block = 2048 * FLOAT * (TILE if strategy == "streamed" else options.get("queue", 2048))
-    assert with_it < without + 1.3 * block
+    assert with_it < without + (3.2 if "queue" in options else 2.2) * block

@@ -1,0 +1,12 @@
+"""Flags of XLA with which tests compile; imports nothing that starts JAX."""
+
+from importlib.metadata import version
+
+
+def xla_flags(devices: int, quick: bool = True) -> str:
+    """So many virtual CPU devices and, if quick, no emitters of fusions, which take two thirds of a compilation.
+
+    jaxlib after 0.10 has no flag for the emitters.
+    """
+    emitters = ["--xla_cpu_use_fusion_emitters=false"] if quick and version("jaxlib").startswith("0.10.") else []
+    return " ".join([f"--xla_force_host_platform_device_count={devices}", *emitters])
