@@ -79,8 +79,8 @@ def test_gathered_is_what_the_others_save(loss):
 def test_a_warm_up_that_is_over_costs_no_memory(strategy, loss, options):
     """Beside what its branch works in: a block in each direction, forward and backward, and with queues one more.
 
-    What that branch keeps for its backward pass would be 3.5 blocks or more, with queues 4.8. jax 0.10 lets it work where
-    the others did, jax 0.12 beside them.
+    What that branch keeps for its backward pass would be 3.5 blocks or more, with queues 4.8. jax 0.10 lets it work
+    where the others did, jax 0.12 beside them.
     """
     with_it, without = (
         temporary_bytes(loss, strategy, 2048, devices=1, **options | {"warmup_epochs": epochs}) for epochs in (1.0, 0.0)
