@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from shnet_jax import stored_config
 from shnet_jax.modes.evaluate import evaluate, evaluate_checkpoint
 from shnet_jax.modes.train import train
 from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -192,7 +193,10 @@ def test_a_field_younger_than_the_run_has_to_be_off(workdir, tmp_path):
     path = tmp_path / "old/config.json"
     saved = json.loads(path.read_text("utf-8"))
     del saved["model"]["bn_sync"], saved["model"]["cmsei"]  # the section of another model is no part of this one
+    del saved["optim"]["name"], saved["loss"]["pairs"]["dtype"], saved["loss"]["sigmoid"]["reduction"]
     path.write_text(json.dumps(saved))
     assert load(tmp_path / "old", toy()).step
+    old = stored_config.get_config(str(tmp_path / "old"))
+    assert (old.optim.name, old.loss.pairs.dtype, old.loss.sigmoid.reduction) == ("adamw", "float32", "queries")
     with pytest.raises(ValueError, match=r"config\.model\.bn_sync: True, there False"):
         load(tmp_path / "old", toy(model__bn_sync=True))

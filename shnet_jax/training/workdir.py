@@ -277,19 +277,23 @@ def load_config(path: Path) -> ConfigDict:
         raise WorkdirError(f"{path}: not the JSON of a configuration ({error})") from None
 
 
-def complete(saved: ConfigDict, like: ConfigDict) -> ConfigDict:
-    """The configuration of a run, with the fields of `like` that are younger than it switched off.
+BEFORE = {"loss.pairs.dtype": "float32", "loss.sigmoid.reduction": "queries", "optim.name": "adamw"}
+"""What runs did that are older than these fields; other younger fields were off."""
 
-    A younger field asks for something that was not done: it becomes False, 0, "" or ().
+
+def complete(saved: ConfigDict, like: ConfigDict, prefix: str = "") -> ConfigDict:
+    """The configuration of a run, with the fields of `like` that are younger than it as if it had had them.
+
+    A younger field asks for something that was not done: it becomes False, 0, "" or (), or what BEFORE says.
     """
     filled = ConfigDict(saved.to_dict())
     for name, value in like.items():
         if isinstance(value, ConfigDict) and not isinstance(filled.get(name, value), ConfigDict):
             raise WorkdirError(f"the configuration of the run has {filled[name]!r:.80} as {name}, expected a section")
         if isinstance(value, ConfigDict):
-            filled[name] = complete(filled.get(name, ConfigDict()), value)
+            filled[name] = complete(filled.get(name, ConfigDict()), value, f"{prefix}{name}.")
         elif name not in filled:
-            filled[name] = type(value)()
+            filled[name] = BEFORE.get(prefix + name, type(value)())
     return filled
 
 
