@@ -45,7 +45,10 @@ EXTRAS = FORMATS | {
         "eccv_caption==0.1.0",  # ECCV Caption's own scoring, which ours is compared with; also its judgements
         "faiss-cpu>=1.9,<2",  # the tests of config.search.index="faiss"
         "hypothesis>=6.100,<7",
+        "ipykernel>=6.29,<8",  # runs examples/quickstart.ipynb
         "mypy>=1.15,<3",
+        "nbclient>=0.10,<1",
+        "nbformat>=5.10,<6",
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",
