@@ -51,7 +51,10 @@ EXTRAS = FORMATS | {
         "faiss-cpu>=1.9,<2",  # the tests of config.search.index="faiss"
         "hypothesis>=6.100,<7",
         "kubernetes-validate>=1.35,<2",  # the tests of docs/launch
+        "ipykernel>=6.29,<8",  # runs examples/quickstart.ipynb
         "mypy>=1.15,<3",
+        "nbclient>=0.10,<1",
+        "nbformat>=5.10,<6",
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",

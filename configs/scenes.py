@@ -1,4 +1,4 @@
-"""3SHNet region on the rendered scenes: nothing to download. `demo.py` is this made shorter."""
+"""3SHNet region on the rendered scenes: nothing to download."""
 
 from ml_collections import ConfigDict
 

@@ -38,5 +38,7 @@ def test_what_a_notebook_shows():
     model = shnet_jax.load(gallery.toy_run())
     assert repr(model) == "Retriever('3SHNet region': model tests.train.toy, step 2, on tiny)"
     answer = model.search("a <b>red</b> star", top_k=3)[0]
+    first = answer.hits[0]
+    assert repr(answer) == f"Answer('a <b>red</b> star': 3 images, first {first.image_id!r} with {first.score:.3f})"
     page = answer._repr_html_()
     assert page.count("<tr>") == 4 and all(hit.image_id in page for hit in answer.hits)

@@ -47,6 +47,11 @@ class Answer:
     target: str  # "images" | "captions"
     hits: tuple[Hit, ...]
 
+    def __repr__(self) -> str:
+        """The query, how many results it has, and the first one."""
+        first = f", first {self.hits[0].image_id!r} with {self.hits[0].score:.3f}" if self.hits else ""
+        return f"Answer({self.query!r}: {len(self.hits)} {self.target}{first})"
+
     def _repr_html_(self) -> str:
         """The results as a table, for notebooks."""
         rows = [
