@@ -28,7 +28,7 @@ from shnet_jax.paths import to_path
 
 ALL, CAPTIONED = "photos", "captioned"
 """Names of the two data sets; ALL is also the split of the first."""
-LEAST = 10
+LEAST = 50
 """Captioned photographs that splits are made of."""
 SPLITS = ("train", "val", "test")
 RULE = (

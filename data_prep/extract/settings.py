@@ -62,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--segmenter", type=expand, default="", help="Mask2Former, MaskFormer or DETR on COCO panoptic: folder or name"
     )
-    parser.add_argument("--backbone", type=expand, default="", help="CLIP, SigLIP or DINOv2: folder or name")
+    parser.add_argument(
+        "--backbone",
+        type=expand,
+        default="",
+        help="CLIP, SigLIP, DINOv2, DINOv3: folder or name; a convolutional network of timm: timm/NAME",
+    )
     for what in ("segmenter", "backbone"):
         parser.add_argument(f"--{what}_sha256", default="", help="of its weights: an error where they are others")
     parser.add_argument("--image_size", type=count, help="side of the square that the backbone sees; default: its own")

@@ -154,8 +154,13 @@ def _compare(config: ConfigDict, workdir: Path, folder: str, captions: str, head
     write_text(workdir / f"{RESULTS}.md", text)
     write_text(workdir / f"{RESULTS}.json", to_json(results))
     print(text)
-    if not head:
-        print(f"To train a head on these captions: shnet photos {folder} --out={workdir} --captions={captions} --head")
+    if head:
+        every = f"--config.data.dir={config.data.dir} --config.search.split={own_photos.ALL}"
+        print(f"To search with the head: shnet search --workdir={workdir / HEAD} {every} --query=...\n")
+    else:
+        print(
+            f"To train a head on these captions: shnet photos {folder} --out={workdir} --captions={captions} --head\n"
+        )
 
 
 def _evaluate(config: ConfigDict, workdir: Path, captioned: Path) -> Results:

@@ -1,0 +1,279 @@
+"""`shnet photos` from pictures to answers, with the recorded tiny CLIP; a stand-in for its vision tower, no PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+import shnet_jax
+from data_prep.extract import encoders, own_photos, run
+from data_prep.schema import DataError
+from shnet_jax import bundled, cli
+from shnet_jax.data.records import open_dataset
+from shnet_jax.interop import clip_weights
+from shnet_jax.models import dual
+from shnet_jax.modes.page import page
+from shnet_jax.modes.photos import photos
+from shnet_jax.modes.search import search
+from shnet_jax.stored_config import get_config
+from shnet_jax.training.workdir import load_config
+from tests.train import tiny
+
+GOLDEN = Path(__file__).parent / "golden" / "clip"
+WIDTH = 20  # of the joint space of the recorded CLIP
+
+
+def colours(pictures, names):
+    """In place of the vision tower: the mean colour of each picture, mixed into the joint space."""
+    mix = np.random.default_rng(0).standard_normal((3, WIDTH))
+    return [{"image_embedding": (np.asarray(p).mean((0, 1)) @ mix).astype(np.float32)} for p in pictures]
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    monkeypatch.setattr(run, "load_extractor", lambda settings, device: colours)
+    with tiny.quick():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(GOLDEN / name, folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+    return folder
+
+
+def draw(folder, count):
+    """Pictures of `count` colours, every other one in a folder below, and a file that is no picture."""
+    (folder / "below").mkdir(parents=True)
+    for number, colour in enumerate(np.random.default_rng(1).integers(0, 256, (count, 3)).tolist()):
+        Image.new("RGB", (8, 8), tuple(colour)).save(folder / ("below" if number % 2 else ".") / f"{number}.png")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("photos") / "mine", 6)
+
+
+def config():
+    c = bundled.get_config("dual")
+    c.parallel.devices, c.eval.batch_size = 1, 8
+    return c
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, folder, model):
+    """The run of the photographs."""
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_extractor", lambda settings, device: colours)
+        photos(config(), workdir, folder=str(folder), model=str(model), query="a red star", top_k=3)
+    return workdir
+
+
+def stored(workdir) -> ConfigDict:
+    return get_config(str(workdir))
+
+
+def results(workdir):
+    return json.loads((workdir / "search.json").read_text())["results"]
+
+
+def test_words_find_photographs_by_the_clips_own_cosine(made, folder, model, capsys):
+    dataset = open_dataset(made / "data_sets")
+    assert dataset.splits == {"photos": 6} and dataset.metadata["skipped"] == ["broken.jpg"]
+    assert "below/1.png" in dataset.image_ids("photos")
+    search(stored(made), made, query="a red star", top_k=6)
+    images = np.stack([r["image_embedding"] for r in dataset.open_split("photos", ["image_embedding"])])
+    retriever = shnet_jax.load(made)
+    query = retriever.encode_texts("a red star").vector[0]
+    expected = images / np.linalg.norm(images, axis=1, keepdims=True) @ query
+    found = results(made)[0]["hits"]
+    np.testing.assert_allclose([hit["score"] for hit in found], np.sort(expected)[::-1], atol=1e-5)
+    assert [hit["image_id"] for hit in found] == dataset.image_ids("photos")[np.argsort(-expected)].tolist()
+
+
+def test_a_new_photograph_finds_those_like_it(made, tmp_path, capsys):
+    shutil.copy(made.parent / "run" / "config.json", tmp_path)
+    original = Path(stored(made).page.pictures) / "below" / "1.png"
+    shutil.copy(original, tmp_path / "new.png")
+    photos(stored(made), made, photo=str(tmp_path / "new.png"), top_k=2)
+    (answer,) = results(made)
+    assert answer["kind"] == "image" and answer["target"] == "images"
+    assert answer["hits"][0]["image_id"] == "below/1.png" and answer["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"text\.png"):
+        photos(stored(made), made, photo=str(tmp_path / "text.png"))
+
+
+def test_the_page_shows_the_photographs(made, capsys):
+    page(stored(made), made)
+    text = (made / "page_photos_photos.html").read_text()
+    assert text.count("data:image/jpeg") == 6
+
+
+def test_the_same_command_makes_nothing_again(made, folder, model, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load_extractor", lambda settings, device: pytest.fail("extracted again"))
+    photos(stored(made), made, folder=str(folder), model=str(model))
+    streams = capsys.readouterr()
+    assert "made of these photographs before" in streams.err
+    assert f"6 photographs can be searched in {made}" in streams.out
+
+
+def test_other_photographs_or_another_model_are_an_error(made, folder, model, tmp_path):
+    with pytest.raises(FileExistsError, match=r"was made otherwise: .*; --overwrite makes it again"):
+        photos(stored(made), made, folder=str(draw(tmp_path / "other", 2)), model=str(model))
+    other = shutil.copytree(model, tmp_path / "clip")
+    with pytest.raises(ValueError, match=r"was made with the model .*; --overwrite makes it again"):
+        photos(stored(made), made, folder=str(folder), model=str(other))
+
+
+@pytest.mark.slow  # makes a run twice
+def test_more_photographs_with_overwrite(folder, model, tmp_path, capsys):
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    photos(config(), tmp_path / "run", folder=str(mine), model=str(model), query="a dog", top_k=20)
+    Image.new("RGB", (8, 8), "red").save(mine / "red.png")
+    photos(config(), tmp_path / "run", folder=str(mine), model=str(model), query="a dog", top_k=20, overwrite=True)
+    assert {"red.png"} <= {hit["image_id"] for hit in results(tmp_path / "run")[0]["hits"]}
+
+
+@pytest.mark.slow  # trains
+def test_captions_give_a_table_and_a_head(model, tmp_path, capsys):
+    mine = draw(tmp_path / "mine", 60)
+    names = [path.relative_to(mine).as_posix() for path in sorted(mine.rglob("*.png"))]
+    rows = ["image,caption", *(f"{name},a picture number {name[-5]}" for name in names[5:]), "gone.jpg,a dog"]
+    (tmp_path / "captions.csv").write_text("\n".join(rows) + "\n")
+    flags = {"folder": str(mine), "model": str(model), "captions": str(tmp_path / "captions.csv")}
+    photos(config(), tmp_path / "run", **flags)
+    out = capsys.readouterr()
+    assert "1 captioned images are not in" in out.err and "--captions=" in out.out and "--head" in out.out
+    assert open_dataset(tmp_path / "run/data_sets/photos").splits == {"photos": 60}
+    captioned = open_dataset(tmp_path / "run/data_sets/captioned")
+    assert captioned.splits == {"train": 45, "val": 5, "test": 5}
+    first = sorted(names[5:], key=lambda name: hashlib.sha256(name.encode()).digest())[:5]
+    assert sorted(first) == sorted(captioned.image_ids("test").tolist())
+    photos(config(), tmp_path / "run", head=True, **flags)
+    document = json.loads((tmp_path / "run/results_captioned.json").read_text())
+    assert set(document["arms"]) == {"zero-shot", "head"}
+    assert document["arms"]["head"]["card"]["images"] == 5
+    text = (tmp_path / "run/results_captioned.md").read_text()
+    assert "| head - zero-shot |" in text and "the first tenth is test" in text
+    head = load_config(tmp_path / "run/head/config.json")
+    assert head.text.frozen_layers == 2 and head.train.batch_size == 32
+
+
+def test_the_head_begins_as_the_clip(model):
+    """At first the head is the identity, whatever the vectors."""
+    c = bundled.get_config("dual:head")
+    text, _ = clip_weights.sizes(model)
+    c.text.update(text | {"frozen_layers": 2})
+    with_head, without = dual.build(c), dual.build(bundled_like(c))
+    batch = {
+        "image_embedding": jnp.asarray(np.random.default_rng(0).standard_normal((2, WIDTH)), jnp.float32),
+        "tokens": jnp.ones((2, 5), jnp.int32),
+        "token_mask": jnp.ones((2, 5), bool),
+    }
+    variables = with_head.init(jax.random.key(0), batch, train=False)
+    assert set(variables["params"]) == {"text", "image_head", "text_head"}
+    alone = {"params": {"text": variables["params"]["text"]}}
+    for found, expected in zip(
+        with_head.apply(variables, batch, train=False), without.apply(alone, batch, train=False), strict=True
+    ):
+        np.testing.assert_allclose(found.vector, expected.vector, atol=1e-6)
+        np.testing.assert_allclose(jnp.linalg.norm(found.vector, axis=1), 1, atol=1e-6)
+    with pytest.raises(ValueError, match="image_embedding is 7 wide, the joint space of the text tower 20"):
+        without.apply(alone, batch | {"image_embedding": jnp.ones((2, 7))}, train=False)
+
+
+def bundled_like(c):
+    plain = ConfigDict(c.to_dict())
+    plain.model.dual.head = "none"
+    return plain
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "holds no run yet: shnet photos FOLDER --out="),
+        ({"captions": "c.csv"}, "holds no run yet"),
+        ({"folder": "absent"}, "absent: no such folder of photographs"),
+        ({"folder": ".", "head": True}, "--head needs --captions=FILE"),
+        ({"folder": ".", "photo": "absent.jpg"}, "--photo=absent.jpg: no such file"),
+    ],
+)
+def test_mistakes_in_flags(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        photos(config(), tmp_path / "run", **arguments)
+
+
+def test_too_few_captions_and_splits_that_are_not_whole(folder, model, tmp_path):
+    (tmp_path / "c.csv").write_text("image,caption\n0.png,a dog\n")
+    with pytest.raises(DataError, match=r"expected captions of at least 50 photographs of .*, found 1"):
+        own_photos.extract(folder, model, tmp_path, str(tmp_path / "c.csv"))
+    many = draw(tmp_path / "many", 50)
+    names = [path.relative_to(many).as_posix() for path in sorted(many.rglob("*.png"))]
+    (tmp_path / "c.csv").write_text("\n".join(["image,caption,split", *(f"{n},a dog,train" for n in names)]) + "\n")
+    with pytest.raises(DataError, match="expected the splits train, val, test or none at all, found no val, test"):
+        own_photos.extract(many, model, tmp_path, str(tmp_path / "c.csv"))
+
+
+def test_a_model_that_is_not_here_is_one_line(tmp_path, model, monkeypatch):
+    def fails(*args, **kwargs):
+        assert kwargs["etag_timeout"] <= 10
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(DataError) as error:
+        encoders.folder_of(encoders.DEFAULT)
+    assert "\n" not in str(error.value) and "model.safetensors or pytorch_model.bin" in str(error.value)
+    assert f"hf download {encoders.DEFAULT} --local-dir=FOLDER" in str(error.value)
+    part = shutil.copytree(model, tmp_path / "part")
+    (part / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"has no tokenizer\.json or merges\.txt and vocab\.json; expected a folder"):
+        encoders.folder_of(str(part))
+    with pytest.raises(DataError, match="no such folder"):
+        encoders.folder_of(str(tmp_path / "absent"))
+    (part / "tokenizer.json").write_text("{}")
+    (part / "config.json").write_text('{"model_type": "siglip"}')
+    with pytest.raises(DataError, match="expected model_type 'clip', found 'siglip'"):
+        encoders.folder_of(str(part))
+
+
+def test_a_name_on_the_hub_is_fetched_with_the_weights_it_has(tmp_path, model, monkeypatch):
+    asked = []
+
+    def fetch(name, allow_patterns, etag_timeout):
+        asked.append(allow_patterns[-1])
+        if "pytorch_model.bin" in allow_patterns:
+            shutil.copy(model / "model.safetensors", tmp_path / "clip" / "pytorch_model.bin")
+        return str(tmp_path / "clip")
+
+    shutil.copytree(model, tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert encoders.folder_of("somebody/clip") == tmp_path / "clip"
+    assert asked == ["model.safetensors", "pytorch_model.bin"]
+
+
+def test_the_command_line(tmp_path):
+    assert cli._of_photos(["--mode=photos", "mine", "--out=r", "--query", "a dog"]) == [
+        *("--mode=photos", "--folder=mine", "--workdir=r", "--query", "a dog")
+    ]
+    assert cli._of_photos(["--mode=photos", "--out", "r"]) == ["--mode=photos", "--workdir", "r"]
+    argv = cli._with_config(["shnet", "--mode=photos", f"--workdir={tmp_path}", "--folder=mine"])
+    assert argv[1] == f"--config={bundled.CONFIGS / 'dual.py'}"
+    assert "openai/clip-vit-base-patch32" in cli.mode_help("photos") and encoders.DEFAULT in cli.mode_help("photos")
