@@ -386,9 +386,7 @@ def _search() -> ConfigDict:
 def _page() -> ConfigDict:
     """Contents of the HTML page, about config.search.split."""
     page = ConfigDict()
-    page.pictures = (
-        ""  # folder of photographs, ID.jpg, .jpeg, .png or .webp; "": `pictures` beside the data set, if any
-    )
+    page.pictures = ""  # folder of photographs, ID.jpg, .jpeg, .png, .webp; "": `pictures` beside the data set, if any
     page.queries = 6  # captions, and images, shown with what they find, evenly spaced in the split
     page.failures = 4  # worst-ranked captions, and images, shown
     page.highlights = 4  # images whose highlighting is shown
