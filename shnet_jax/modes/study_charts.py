@@ -26,7 +26,9 @@ def study_charts(
 
     recalls: the metrics of each seed by arm. curves: those of each seed by arm; arms without any are left out.
     """
-    looks = {arm: {"color": colour, "marker": marker} for arm, colour, marker in _looks([*recalls])}
+    looks: dict[str, dict[str, Any]] = {
+        arm: {"color": colour, "marker": marker} for arm, colour, marker in _looks([*recalls])
+    }
 
     def plot_recalls(axes: Axes) -> None:
         columns = [(f"{key}_r{cut}", f"{direction} R@{cut}") for key, direction in DIRECTIONS.items() for cut in CUTS]

@@ -88,9 +88,10 @@ def _legend(axes: Axes) -> Markup | None:
     if drawn is None:
         return None
     drawn.remove()
-    curves, names = axes.get_legend_handles_labels()
+    curves = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    names = [str(line.get_label()) for line in curves]
     symbols = [
-        tag("b", SYMBOLS.get(curve.get_marker(), "━"), style=_coloured(to_hex(curve.get_color()))) for curve in curves
+        tag("b", SYMBOLS.get(str(line.get_marker()), "━"), style=_coloured(to_hex(line.get_color()))) for line in curves
     ]
     return tag("div", [tag("span", *entry) for entry in zip(symbols, names, strict=True)], class_="keys")
 
