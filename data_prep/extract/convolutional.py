@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image
 
+from data_prep.extract import hub
 from data_prep.schema import DataError
 
 PREFIX = "timm/"
@@ -61,9 +61,9 @@ def load(name: str, device: torch.device, image_size: int | None = None) -> Conv
         near = ", ".join(timm.list_models(f"*{known.split('.')[0]}*")[:3]) or "none near it"
         raise DataError(f"--backbone={name}: timm has no model of this name; near it: {near}")
     try:
-        hub = timm.get_pretrained_cfg(known).hf_hub_id
-        if hub:  # timm itself would try for a minute to reach the hub
-            snapshot_download(hub, allow_patterns=["config.json"], etag_timeout=10.0)
+        place = timm.get_pretrained_cfg(known).hf_hub_id
+        if place:  # timm itself would try for a minute to reach the hub
+            hub.fetch(place, "config.json")
         network = timm.create_model(known, pretrained=True, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
