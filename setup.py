@@ -68,6 +68,7 @@ EXTRAS = FORMATS | {
     "milvus": ["pymilvus>=2.5,<4", "milvus-lite>=2.5,<4"],  # config.search.index="milvus"
     "mlflow": ["mlflow>=3.10,<4"],  # config.train.log_to
     "serve": SERVE,  # shnet serve
+    "timm": ["timm>=1.0.20,<2"],  # data_prep.extract --backbone=timm/NAME; brings torchvision, built for the same torch
     "tpu": [f"jax[tpu]{JAX}"],  # also the compiler of --mode=plan, which needs no TPU
     "trackio": ["trackio>=0.40,<0.44"],  # config.train.log_to
     "wandb": ["wandb>=0.28,<0.32"],  # config.train.log_to

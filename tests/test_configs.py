@@ -89,7 +89,7 @@ def test_sections_are_in_reading_order():
     sections = re.findall(r"(?m)^    c\.(\w+) = ", source)
     assert sections == [*order.split(), "convert", "plan", "scale"]
     functions = re.findall(r"(?m)^def _(\w+)", source)
-    assert functions == [*sections[2:5], "user", "esa", "clip", "cmsei", "align", "head", *sections[5:]]
+    assert functions == [*sections[2:5], "user", "esa", "clip", "cmsei", "align", "head", "dual", *sections[5:]]
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)

@@ -150,7 +150,9 @@ def test_jax_looks_for_accelerators_only_where_there_may_be_some(devices, asked,
 def test_the_example_of_each_mode_is_right(name):
     """Its flags are known, and it names a configuration where the mode needs one."""
     mode = cli.MODES[name]
-    given = {flag.partition("=")[0].lstrip("-") for flag in shlex.split(mode.example)}
+    arguments = [f"--mode={name}", *shlex.split(mode.example)]
+    arguments = cli._of_photos(arguments) if name == "photos" else arguments
+    given = {flag.partition("=")[0].lstrip("-") for flag in arguments[1:]}
     fields = {flag.removeprefix("config.") for flag in given if flag.startswith("config.")}
     assert {"workdir"} <= given and ("config" in given) == mode.configured
     assert given - {f"config.{field}" for field in fields} <= {"config", "workdir", *mode.own_flags}

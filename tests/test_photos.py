@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
 from pathlib import Path
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import shnet_jax
-from data_prep.extract import encoders, own_photos, run
+from data_prep.extract import encoders, hub, own_photos, run
 from data_prep.schema import DataError
 from shnet_jax import bundled, cli
 from shnet_jax.data.records import open_dataset
@@ -232,12 +232,22 @@ def test_too_few_captions_and_splits_that_are_not_whole(folder, model, tmp_path)
         own_photos.extract(many, model, tmp_path, str(tmp_path / "c.csv"))
 
 
-def test_a_model_that_is_not_here_is_one_line(tmp_path, model, monkeypatch):
+@pytest.fixture
+def silent():
+    """Address of a server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_a_model_that_is_not_here_is_one_line(tmp_path, model, monkeypatch, silent):
     def fails(*args, **kwargs):
-        assert kwargs["etag_timeout"] <= 10
+        assert kwargs["local_files_only"]  # as the hub does not answer
         raise OSError("no\nnetwork")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", silent)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "PATIENCE", 0.1)
+    monkeypatch.setattr(hub, "snapshot_download", fails)
     with pytest.raises(DataError) as error:
         encoders.folder_of(encoders.DEFAULT)
     assert "\n" not in str(error.value) and "model.safetensors or pytorch_model.bin" in str(error.value)
@@ -257,14 +267,17 @@ def test_a_model_that_is_not_here_is_one_line(tmp_path, model, monkeypatch):
 def test_a_name_on_the_hub_is_fetched_with_the_weights_it_has(tmp_path, model, monkeypatch):
     asked = []
 
-    def fetch(name, allow_patterns, etag_timeout):
+    def fetch(name, allow_patterns=(), local_files_only=False):
+        if not allow_patterns:  # asked for what is in the cache
+            raise OSError("nothing")
         asked.append(allow_patterns[-1])
         if "pytorch_model.bin" in allow_patterns:
             shutil.copy(model / "model.safetensors", tmp_path / "clip" / "pytorch_model.bin")
         return str(tmp_path / "clip")
 
     shutil.copytree(model, tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors"))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    monkeypatch.setattr(hub, "_answers", lambda: True)
     assert encoders.folder_of("somebody/clip") == tmp_path / "clip"
     assert asked == ["model.safetensors", "pytorch_model.bin"]
 

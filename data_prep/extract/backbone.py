@@ -1,13 +1,14 @@
-"""Patch tokens and a global embedding by CLIP, SigLIP or DINOv2."""
+"""Patch tokens and a global embedding by CLIP, SigLIP, DINOv2 or DINOv3."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, BitImageProcessorPil
 
 from data_prep.schema import DataError
 
@@ -23,7 +24,7 @@ class Backbone:
 
         projected: tokens lie in the space of the global vector, which of the models only CLIP offers.
         """
-        self._processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+        self._processor = _processor(name)
         self._model = AutoModel.from_pretrained(name, trust_remote_code=False).eval().to(device)
         self._device = device
         self._projected = projected
@@ -42,8 +43,8 @@ class Backbone:
         self._side, rest = divmod(self._size, vision.patch_size)
         if rest:
             raise DataError(f"backbone {name}: image_size {self._size}: expected a multiple of {vision.patch_size}")
-        # DINOv2 always fits its position embedding to the image; CLIP and SigLIP want to be asked.
-        fit = self._size != vision.image_size and vision.model_type not in ("dinov2", "dinov2_with_registers")
+        # DINOv2 and v3 always fit their positions to the image; CLIP and SigLIP want to be asked.
+        fit = self._size != vision.image_size and not vision.model_type.startswith("dinov")
         self._options = {"interpolate_pos_encoding": True} if fit else {}
 
     def __call__(self, images: Sequence[Image.Image]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -51,7 +52,7 @@ class Backbone:
 
         The tokens are the last hidden state; projected ones went through the norm and the matrix that CLIP has for its
         class token (as in IRRA, Jiang and Ye, CVPR 2023), and D is E.
-        The vector is CLIP's projected image embedding, SigLIP's pooled one or DINOv2's class token; not normalised.
+        The vector is CLIP's projected image embedding, SigLIP's pooled one or DINO's class token; not normalised.
         """
         size = {"height": self._size, "width": self._size}
         inputs = self._processor(
@@ -68,6 +69,14 @@ class Backbone:
         tokens = states.float().cpu().numpy()
         vectors = outputs.pooler_output.float().cpu().numpy()
         return list(zip(tokens.reshape(len(images), self._side, self._side, -1), vectors, strict=True))
+
+
+def _processor(name: str) -> Any:
+    """The image processor of a model, in Pillow."""
+    if AutoConfig.from_pretrained(name, trust_remote_code=False).model_type == "dinov3_vit":
+        # Its own class needs torchvision; of the others this one has the same fields.
+        return BitImageProcessorPil.from_pretrained(name, do_center_crop=False)
+    return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
 
 def _own_size(processor: object, default: int) -> int:

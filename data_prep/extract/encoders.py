@@ -23,8 +23,6 @@ FILES = (
 )
 """Files of a dual encoder's folder, as Hugging Face saves it."""
 _SMALL = ("*.json", "merges.txt")
-_PATIENCE = 10.0
-"""Seconds without an answer of the hub after which it counts as not reachable."""
 
 
 def folder_of(model: str) -> Path:
@@ -68,16 +66,15 @@ def _lacking(folder: Path) -> list[str]:
 def _fetched(name: str) -> Path:
     """The folder of a model in the hub's cache, downloaded if needed."""
     try:
-        from huggingface_hub import snapshot_download
+        from data_prep.extract import hub
     except ImportError as error:
         raise DataError(f"{name}: needs {error.name}: pip install 'shnet_jax[extract]'") from error
-
-    def fetch(*patterns: str) -> Path:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), etag_timeout=_PATIENCE))
-
+    folder = hub.cached(name)
+    if folder is not None and not _lacking(folder):
+        return folder
     try:
-        folder = fetch(*_SMALL, WEIGHTS[0])
-        return folder if (folder / WEIGHTS[0]).is_file() else fetch(*_SMALL, WEIGHTS[1])
+        folder = hub.fetch(name, *_SMALL, WEIGHTS[0])
+        return folder if (folder / WEIGHTS[0]).is_file() else hub.fetch(name, *_SMALL, WEIGHTS[1])
     except (OSError, ValueError) as error:  # no network, no such model, HF_HUB_OFFLINE
         reason = " ".join(str(error).split())
         raise DataError(f"--model={name}: not here, and not to be had ({reason:.120}...); {_advice(name)}") from error

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from data_prep import schema
-from data_prep.extract import weights
+from data_prep.extract import convolutional, weights
 from data_prep.extract.backbone import Backbone
 from data_prep.extract.pool import box_average
 from data_prep.extract.segment import Segmenter
 from data_prep.extract.settings import Settings
-from data_prep.schema import Record
+from data_prep.schema import DataError, Record
 
 
 class Extractor:
@@ -34,8 +34,14 @@ class Extractor:
                 region_score=settings.region_score,
                 seg_map=settings.seg_map,
             )
-        self._backbone = None
-        if settings.backbone:
+        self._backbone: Backbone | convolutional.ConvNet | None = None
+        if settings.backbone.startswith(convolutional.PREFIX):
+            if settings.tokens == "projected" or settings.backbone_sha256:
+                raise DataError(
+                    f"backbone {settings.backbone}: --tokens=projected and --backbone_sha256 are not for timm"
+                )
+            self._backbone = convolutional.load(settings.backbone, place, settings.image_size)
+        elif settings.backbone:
             weights.check("backbone", settings.backbone, settings.backbone_sha256)
             projected = settings.tokens == "projected"
             self._backbone = Backbone(settings.backbone, place, settings.image_size, projected=projected)

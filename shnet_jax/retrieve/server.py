@@ -282,7 +282,7 @@ def _search_page(engine: Engine, words: str, answer: Answer | None) -> str:
         about = f"{engine.images} images. Words find images; a click on one shows its captions and images like it."
         return _page(engine, "", "", album, tag("p", about, class_="muted"))
     cards = [
-        _card(album, engine, hit.image_id, f"{hit.rank}.  {hit.score:.3f}", next(iter(hit.captions), ""))
+        _card(album, engine, hit.image_id, f"{hit.rank}.  {hit.score:.3f}", next(iter(hit.captions), hit.image_id))
         for hit in answer.hits[:SHOWN]
     ]
     return _page(engine, words, words, album, tag("div", cards, class_="cards"))
@@ -301,7 +301,9 @@ def _image_page(engine: Engine, name: str, answers: Sequence[Answer]) -> str:
             body += [tag("h2", "Captions that fit it best"), tag("ol", lines)]
         else:
             cards = [
-                _card(album, engine, hit.image_id, f"{hit.rank}.  {hit.score:.3f}", next(iter(hit.captions), ""))
+                _card(
+                    album, engine, hit.image_id, f"{hit.rank}.  {hit.score:.3f}", next(iter(hit.captions), hit.image_id)
+                )
                 for hit in hits
             ]
             body += [tag("h2", "Images like it"), tag("div", cards, class_="cards")]

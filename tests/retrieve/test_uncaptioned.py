@@ -15,8 +15,9 @@ from data_prep.schema import DataError
 from shnet_jax.data.records import open_dataset
 from shnet_jax.modes.evaluate import evaluate_checkpoint
 from shnet_jax.modes.page import page
-from shnet_jax.modes.search import search
+from shnet_jax.modes.search import open_search, search
 from shnet_jax.modes.train import train
+from shnet_jax.retrieve import server
 from tests.retrieve import gallery
 from tests.train import tiny
 
@@ -96,6 +97,18 @@ def test_the_page_shows_images_like_each_other(split):
     text = (workdir / f"page_photos_alone_{split}.html").read_text()
     assert text.count('class="query"') == 2 and text.count('class="card"') == 2 * (1 + 3)
     assert "Recalls need captions of every image" in text
+
+
+def test_it_is_served():
+    loaded, tower, searcher = open_search(config(), gallery.toy_run())
+    engine = server.Engine(loaded.experiment, loaded.variables, tower, searcher)
+    server.warm_up(engine)
+    name = searcher.embeddings.ids.image_ids[0]
+    (answer,) = engine.by_words(["a red star"])
+    found = server._search_page(engine, "a red star", answer)
+    assert all(hit.image_id in found for hit in answer.hits)  # in place of a caption
+    shown = server._image_page(engine, name, engine.by_image(name))
+    assert "Images like it" in shown and "Captions that fit it best" not in shown
 
 
 def test_training_and_evaluation_are_refused(tmp_path):

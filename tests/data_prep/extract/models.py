@@ -1,5 +1,6 @@
 """Tiny models of the kinds that extraction loads, with random weights, and photographs that scikit-image ships."""
 
+import json
 from pathlib import Path
 
 import skimage.data
@@ -35,10 +36,12 @@ def write_models(folder: Path, torch, transformers) -> dict[str, str]:
         "eos_token_id": 1,
     }
     square = {"height": 32, "width": 32}
+    flexible = {k: v for k, v in vision.items() if k != "image_size"} | {"num_patches": 16}
     clip = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     siglip = transformers.SiglipConfig(text_config=text, vision_config=vision)
     dinov2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
     registers = transformers.Dinov2WithRegistersConfig(**dinov2, num_register_tokens=4)
+    dinov3 = transformers.DINOv3ViTConfig(**vision | {"num_register_tokens": 4})
     cropped = transformers.BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
     stages = ["stage1", "stage2", "stage3", "stage4"]
     swin = transformers.SwinConfig(
@@ -86,6 +89,11 @@ def write_models(folder: Path, torch, transformers) -> dict[str, str]:
         "siglip": (transformers.SiglipModel(siglip), transformers.SiglipImageProcessorPil(size=square)),
         "dinov2": (transformers.Dinov2Model(transformers.Dinov2Config(**dinov2)), cropped),
         "dinov2_with_registers": (transformers.Dinov2WithRegistersModel(registers), cropped),
+        "dinov3": (transformers.DINOv3ViTModel(dinov3), cropped),
+        "siglip2": (
+            transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=flexible)),
+            transformers.Siglip2ImageProcessorPil(patch_size=8),
+        ),
         "mask2former": (
             transformers.Mask2FormerForUniversalSegmentation(mask2former),
             transformers.Mask2FormerImageProcessorPil(size=sizes, size_divisor=32, ignore_index=255),
@@ -108,6 +116,10 @@ def write_models(folder: Path, torch, transformers) -> dict[str, str]:
     for kind, (model, processor) in made.items():
         model.save_pretrained(folder / kind)
         processor.save_pretrained(folder / kind)
+    described = folder / "dinov3" / "preprocessor_config.json"
+    fields = json.loads(described.read_text())
+    fields |= {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": square}  # as published ones say
+    described.write_text(json.dumps({name: fields[name] for name in fields if "crop" not in name}))
     return {kind: str(folder / kind) for kind in made}
 
 

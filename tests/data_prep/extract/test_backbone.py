@@ -25,18 +25,20 @@ def _pixels(image, size, processor):
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "side"), [("clip", 32, 4), ("siglip", 32, 4), ("dinov2", 28, 2), ("dinov2_with_registers", 28, 2)]
+    ("kind", "size", "side"),
+    [("clip", 32, 4), ("siglip", 32, 4), ("dinov2", 28, 2), ("dinov2_with_registers", 28, 2), ("dinov3", 32, 4)],
 )
 def test_tokens_and_vector_are_those_of_the_whole_photograph(made, kind, size, side):
     folder, names, models = made
     images = [Image.open(folder / name) for name in names]
     found = backbone.Backbone(models[kind], CPU)(images)
     model = transformers.AutoModel.from_pretrained(models[kind]).eval()
-    processor = transformers.AutoImageProcessor.from_pretrained(models[kind], backend="pil")
+    described = models["dinov2"] if kind == "dinov3" else models[kind]  # the same colours; its own needs torchvision
+    processor = transformers.AutoImageProcessor.from_pretrained(described, backend="pil")
     for image, (grid, vector) in zip(images, found, strict=True):
         with torch.no_grad():
             pixels = _pixels(image, size, processor)
-            vision = model(pixels) if kind.startswith("dinov2") else model.vision_model(pixels)
+            vision = model(pixels) if kind.startswith("dinov") else model.vision_model(pixels)
             expected = model.visual_projection(vision.pooler_output) if kind == "clip" else vision.pooler_output
         assert grid.shape == (side, side, 32)
         patches = vision.last_hidden_state[0, -side * side :].numpy()
@@ -68,7 +70,7 @@ def test_only_a_clip_projects_tokens(made):
         backbone.Backbone(made[2]["siglip"], CPU, projected=True)
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "dinov3"])
 def test_a_larger_picture_gives_a_finer_grid(made, kind):
     folder, names, models = made
     ((grid, _),) = backbone.Backbone(models[kind], CPU, 56)([Image.open(folder / names[0])])
@@ -79,6 +81,12 @@ def test_a_larger_picture_gives_a_finer_grid(made, kind):
 def test_what_the_patches_do_not_divide(made):
     with pytest.raises(DataError, match="image_size 50: expected a multiple of 8"):
         backbone.Backbone(made[2]["clip"], CPU, 50)
+
+
+def test_siglip_2_for_pictures_of_any_shape_is_refused(made):
+    """Its fixed sizes, such as siglip2-base-patch16-224, are of the kind siglip."""
+    with pytest.raises(DataError, match="expected a vision transformer with square patches, found no image_size"):
+        backbone.Backbone(made[2]["siglip2"], CPU)
 
 
 def test_models_without_patches_are_refused(made):
