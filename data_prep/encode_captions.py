@@ -35,6 +35,7 @@ from shnet_jax.untrusted import read_object
 FIELD = "caption_embeddings"
 BLOCK = 4096
 """Captions of a block: a killed run loses at most what it did of one."""
+_SLICE = 128  # captions between two looks at the clock
 _SOURCE = "source.json"
 _POOLINGS = ("mean", "cls", "last", "model")
 
@@ -122,20 +123,29 @@ def _block(folder: Path, split: str, number: int) -> Path:
     return folder / "blocks" / f"{split}-{number:07d}.npy"
 
 
+def _count_all(progress: Progress, captions: Sequence[str]) -> None:
+    for _ in captions:
+        progress.count()
+
+
 def _encode_split(folder: Path, dataset: DataSet, split: str, encode: Encode, dtype: str, progress: Progress) -> None:
     """Encodes the blocks that are not done, each written whole or not at all."""
     for number, captions in enumerate(_blocks(dataset, split)):
         path = _block(folder, split, number)
-        if not path.is_file():
-            vectors = encode(captions)
+        if path.is_file():
+            _count_all(progress, captions)
+        else:
+            parts = []
+            for start in range(0, len(captions), _SLICE):
+                parts.append(encode(captions[start : start + _SLICE]))
+                _count_all(progress, captions[start : start + _SLICE])
+            vectors = np.concatenate(parts)
             refuse(
                 not np.isfinite(vectors).all(), f"split {split!r}, block {number}", "finite vectors", "NaN or infinity"
             )
             cast = vectors.astype(dtype_of(dtype))
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.save(file, cast.view(np.uint16) if dtype == "bfloat16" else cast)
-        for _ in captions:
-            progress.count()
 
 
 def _assemble(folder: Path, dataset: DataSet, name: str, target: Path, described: Description) -> None:
