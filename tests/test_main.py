@@ -173,6 +173,13 @@ def test_the_first_of_several_runs(text, path):
             cli._first_path(wrong)
 
 
+@pytest.mark.parametrize("value", ["wandb,mlflow", "wandb, mlflow", "('wandb', 'mlflow')"])
+def test_names_by_commas(value):
+    assert cli._with_paths(f"--config.train.log_to={value}") == "--config.train.log_to=('wandb', 'mlflow')"
+    assert cli._with_paths("--config.train.log_tags=small") == "--config.train.log_tags=('small',)"
+    assert cli._with_paths("--config.train.log_to=") == "--config.train.log_to="
+
+
 def test_a_run_gives_its_own_configuration(tmp_path):
     """Younger fields of the model are off, as they were; those of the tools have their defaults; another tower is not
     taken up unasked."""
