@@ -88,8 +88,25 @@ def train_batches(
         hosts = {"host": shard_index, "hosts": shard_count}
         stored = stored_fields(dataset, fields)
         source = vector_batches(data, dataset, stored, text_fields, batch_size=batch_size, seed=seed, **hosts)
-        return iter(grain.MapDataset.source(source).to_iter_dataset(read_options(data)))
-    assert captions is not None
+        stream = grain.MapDataset.source(source)
+    else:
+        assert captions is not None
+        stream = _token_stream(data, dataset, captions, tokenizer, fields, images, seed, shard_index, shard_count)
+    return iter(stream.to_iter_dataset(read_options(data)))
+
+
+def _token_stream(
+    data: ConfigDict,
+    dataset: DataSet,
+    captions: Captions,
+    tokenizer: Tokenizer,
+    fields: Sequence[str],
+    images: int,
+    seed: int,
+    shard_index: int,
+    shard_count: int,
+) -> grain.MapDataset[HostBatch]:
+    """`train_batches` of captions as tokens; images: of a batch of this host."""
     examples, used = _pass_size(dataset, data, captions, images * shard_count)
     records = dataset.open_split(data.train_split, stored_fields(dataset, fields))
     draw = _ExampleDraw.from_config(data, captions, tokenizer, records[0])
@@ -106,7 +123,7 @@ def train_batches(
         stream = stream.map(lambda batch: batch | {"identity": numbers[batch["image_index"]]})
     if not data.resident:
         stream = stream.map(lambda batch: batch | stack_images(records, batch["image_index"]))
-    return iter(stream.to_iter_dataset(read_options(data)))
+    return stream
 
 
 def read_options(data: ConfigDict) -> grain.ReadOptions:
