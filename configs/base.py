@@ -347,9 +347,7 @@ def _eval() -> ConfigDict:
     evaluate = ConfigDict()
     evaluate.split = "test"  # split of --mode=eval
     evaluate.batch_size = 128  # images, or captions, encoded at once on each device
-    evaluate.tile = (
-        0  # images of a score tile, 8 times as many captions (costly scores: as many); 0: 512, not on a CPU 2048
-    )
+    evaluate.tile = 0  # images of a tile, 8 times as many captions (costly scores: as many); 0: CPU 512, else 2048
     evaluate.protocols = ("whole",)  # galleries: "whole" split, "folds5": mean over 5 consecutive parts (COCO 1K)
     evaluate.person = False  # also CMC R@1/5/10, mAP and mINP of captions by persons, and R@1 of these selects
     evaluate.checkpoint = "best"  # state evaluated by --mode=eval: best | last

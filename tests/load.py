@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from shnet_jax.observe.terminal import make_output_safe
 from tests.patience import PATIENCE
 
 WORDS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "circle", "square")]
@@ -74,6 +75,7 @@ def under_load(address: str, requests: int = 1000, clients: int = 16) -> tuple[i
 
 def main() -> int:
     """Prints how many answers were right, and the time that half of them and 99 % of them took at most."""
+    make_output_safe()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("address")
     parser.add_argument("--requests", type=int, default=1000)

@@ -179,8 +179,8 @@ def read_counts(folder: Path, split: str) -> np.ndarray | None:
         raise _damaged(path, f"expected an index as data_prep writes it: {error}") from None
     if counts is None:
         return None
-    if counts.ndim != 1 or counts.dtype.kind not in "iu" or counts.min(initial=1) < 1:
-        raise _damaged(path, f"expected captions of each image, at least 1, found {counts.dtype} {list(counts.shape)}")
+    if counts.ndim != 1 or counts.dtype.kind not in "iu" or counts.min(initial=0) < 0:
+        raise _damaged(path, f"expected numbers of captions, found {counts.dtype} {list(counts.shape)}")
     return counts
 
 

@@ -77,7 +77,17 @@ def test_commands_that_import_data(tmp_path):
 
 
 # Those whose output a program of ours reads, which is JSON in ASCII, print nothing else.
-READ_BY_PROGRAMS = {"ranking.py", "losses.py", "memory.py", "soak.py", "worker.py", "make.py", "point.py"}
+READ_BY_PROGRAMS = {
+    "ranking.py",
+    "losses.py",
+    "memory.py",
+    "soak.py",
+    "worker.py",
+    "make.py",
+    "point.py",
+    "align.py",
+    "accelerators.py",
+}
 
 
 def test_every_command_is_safe():
