@@ -33,7 +33,7 @@ def data_errors() -> Iterator[None]:
 
 
 def read_json(path: Path) -> Any:
-    """Parsed fault of a JSON file. Raises DataError naming the file."""
+    """Parsed contents of a JSON file. Raises DataError naming the file."""
     with data_errors():
         return untrusted.read_json(path)
 

@@ -139,6 +139,12 @@ def test_a_tpu_slice_that_is_taken_away_is_asked_for_again(tmp_path):
     assert [call[0] for call in machine.named("shnet")] == ["train"] * 2
 
 
+def test_a_failure_on_a_slice_that_stays_is_not_repeated_for_ever(tmp_path):
+    machine = Machine(tmp_path, states=["ACTIVE"] * 9, services=[2] * 9)
+    assert machine.run(FOLDER / "tpu-v5e-queued.sh") == 1
+    assert len(machine.named("shnet")) == 3 and not any("delete" in call for call in machine.named("gcloud"))
+
+
 def commands(tmp_path):
     """Every `shnet` command of docs/launch, as its arguments."""
     found = []

@@ -13,6 +13,7 @@ BUCKET=${BUCKET:-gs://my-bucket}     # has mine/ (made by `shnet data ...`) and 
 SHARE=${SHARE:-10.0.0.2:/share}      # Filestore
 WAIT=${WAIT:-60}                     # seconds between two looks at the queue
 SPOT=${SPOT---spot}                  # SPOT= for a slice that is not taken away
+TRIES=${TRIES:-3}                    # failures on a slice that stays, such as wrong flags, after which it gives up
 SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
 
@@ -27,8 +28,8 @@ ask() {
 
 set_up() {
   # Code: this commit. --worker=all copies to every host.
-  git archive --format=tar.gz --prefix=shnet/ --output="$SCRATCH/shnet.tar.gz" HEAD
-  gcloud compute tpus tpu-vm scp "$SCRATCH/shnet.tar.gz" "$NAME": --zone="$ZONE" --worker=all
+  git archive --format=tar.gz --prefix=shnet/ --output="$SCRATCH/shnet.tar.gz" HEAD &&
+  gcloud compute tpus tpu-vm scp "$SCRATCH/shnet.tar.gz" "$NAME": --zone="$ZONE" --worker=all &&
   # The runtime's own Python is 3.10. The data set goes to each host's disk, the work folder is the same for all.
   on_all_hosts "set -e
     sudo apt-get update -qq
@@ -43,8 +44,8 @@ set_up() {
 }
 
 train() {
-  # As a service, so that it survives a lost connection, and gets SIGTERM and time to save when the host is stopped. The
-  # next command waits for its end and has its status.
+  # As a service, so that it survives a lost connection, and gets SIGTERM and time to save when the host is stopped: the
+  # 30 s that a spot slice is given. The next command waits for its end and has its status.
   on_all_hosts "cd shnet && sudo systemctl reset-failed shnet 2>/dev/null
     systemctl is-active --quiet shnet || sudo systemd-run --unit=shnet --uid=\"\$(id -u)\" --working-directory=\"\$PWD\" \
       --setenv=HOME=\"\$HOME\" --property=TimeoutStopSec=30 --property=RemainAfterExit=no --quiet \
@@ -56,12 +57,19 @@ train() {
     [ \"\$(systemctl show --property=ExecMainStatus --value shnet)\" = 0 ]"
 }
 
+failures=0
 while true; do
   case $(state) in
     NONE) ask ;;
     ACTIVE)
       if set_up && train; then break; fi
-      echo "training stopped; the slice is $(state)" >&2
+      now=$(state)
+      echo "training stopped; the slice is $now" >&2
+      if [ "$now" = ACTIVE ]; then failures=$((failures + 1)); else failures=0; fi
+      if [ "$failures" -ge "$TRIES" ]; then
+        echo "gave up after $failures failures; $NAME is still there and costs: mend the cause and run this again" >&2
+        exit 1
+      fi
       ;;
     SUSPENDING | DELETING) ;; # on its way out
     SUSPENDED | FAILED) queue delete "$NAME" --force --quiet ;; # taken away: ask again

@@ -95,14 +95,15 @@ class Mlflow:
         self._client = client = MlflowClient()
         experiment = client.get_experiment_by_name(run.project)
         number = experiment.experiment_id if experiment else client.create_experiment(run.project)
-        found = client.search_runs([number], f"tags.`{self.TAG}` = '{run.id}'", max_results=1)
-        if found:
-            self._id = found[0].info.run_id
+        earlier = client.search_runs([number], f"tags.`{self.TAG}` = '{run.id}'", max_results=1)
+        sent: set[str] = set()
+        if earlier:
+            self._id, sent = earlier[0].info.run_id, {*earlier[0].data.params}
             client.update_run(self._id, status="RUNNING")
-            return
-        tags = {self.TAG: run.id} | ({"tags": ", ".join(run.tags)} if run.tags else {})
-        self._id = client.create_run(number, tags=tags, run_name=run.name).info.run_id
-        params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in run.config.items()]
+        else:
+            tags = {self.TAG: run.id} | ({"tags": ", ".join(run.tags)} if run.tags else {})
+            self._id = client.create_run(number, tags=tags, run_name=run.name).info.run_id
+        params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in run.config.items() if name not in sent]
         for first in range(0, len(params), PARAMS_AT_ONCE):
             client.log_batch(self._id, params=params[first : first + PARAMS_AT_ONCE])
 
