@@ -39,7 +39,7 @@ def compiled(fn, mesh, result):
 
 def sent(text):
     """Numbers that a device hands to the other slice in each transfer."""
-    shapes = re.findall(r"= \(\w+\[([\d,]+)\]\S* u32\[\], token\[\]\) send\(", text)
+    shapes = re.findall(r"= \(\w+\[([\d,]+)\]\S* u32\[\]\S* token\[\]\) send\(", text)
     return [math.prod(map(int, shape.split(","))) for shape in shapes]
 
 
