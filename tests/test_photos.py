@@ -22,11 +22,12 @@ from shnet_jax import bundled, cli
 from shnet_jax.data.records import open_dataset
 from shnet_jax.interop import clip_weights
 from shnet_jax.models import dual
+from shnet_jax.modes import photos as modes_photos
 from shnet_jax.modes.page import page
 from shnet_jax.modes.photos import photos
 from shnet_jax.modes.search import search
 from shnet_jax.stored_config import get_config
-from shnet_jax.training.workdir import load_config
+from shnet_jax.training.workdir import load_config, save_config
 from tests.train import tiny
 
 GOLDEN = Path(__file__).parent / "golden" / "clip"
@@ -147,8 +148,68 @@ def test_more_photographs_with_overwrite(folder, model, tmp_path, capsys):
     mine = shutil.copytree(folder, tmp_path / "mine")
     photos(config(), tmp_path / "run", folder=str(mine), model=str(model), query="a dog", top_k=20)
     Image.new("RGB", (8, 8), "red").save(mine / "red.png")
+    (tmp_path / "run" / "head").mkdir()
     photos(config(), tmp_path / "run", folder=str(mine), model=str(model), query="a dog", top_k=20, overwrite=True)
     assert {"red.png"} <= {hit["image_id"] for hit in results(tmp_path / "run")[0]["hits"]}
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} == {
+        *("checkpoints", "data_sets", "embeddings")
+    }
+    assert stored(tmp_path / "run").data.dir == str(tmp_path / "run/data_sets/photos/1.0.0")
+
+
+def files(workdir):
+    """All files of a run, with their contents."""
+    return {path.relative_to(workdir): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"name": "shnet"}, "a run of the model 'shnet'"),
+        ({"dual": {"head": "residual"}}, "a head that was trained"),
+        (None, "checkpoints, head but no config.json"),
+    ],
+)
+def test_another_run_is_refused_and_stays(folder, model, tmp_path, overwrite, change, what):
+    c = config()
+    c.text.weights = str(model.resolve())
+    for name in ("checkpoints/7", "head"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "trained").write_text("for weeks")
+    if change is not None:
+        c.model.update(change)
+        save_config(c, tmp_path / "run" / "config.json")
+    before = files(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"run holds {what}.*; choose another --out$"):
+        photos(config(), tmp_path / "run", folder=str(folder), model=str(model), overwrite=overwrite)
+    assert files(tmp_path / "run") == before
+
+
+def test_a_mistake_with_overwrite_leaves_the_run(made, folder, model, tmp_path, monkeypatch):
+    """A head cost hours: captions that are not there, a model that fails and broken weights cost nothing of it."""
+    run_there = shutil.copytree(made, tmp_path / "run")
+    (run_there / "head").mkdir()
+    (run_there / "head" / "trained").write_text("for hours")
+    before = files(run_there)
+
+    def again(**flags):
+        with pytest.raises((ValueError, OSError)) as error:
+            photos(config(), run_there, folder=str(folder), model=str(model), overwrite=True, **flags)
+        after = files(run_there)
+        assert {name: after.get(name) for name in before} == before
+        return str(error.value)
+
+    assert "captoins.csv" in again(captions=str(tmp_path / "captoins.csv"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "load_extractor", lambda settings, device: fails("no memory"))
+        assert "no memory" in again()
+    monkeypatch.setattr(modes_photos, "init_variables", lambda *args: fails("broken weights"))
+    assert "broken weights" in again()
+
+
+def fails(text):
+    raise ValueError(text)
 
 
 @pytest.mark.slow  # trains

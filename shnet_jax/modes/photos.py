@@ -37,6 +37,8 @@ from shnet_jax.training.workdir import CONFIG, load_config, save_config
 
 log = logging.getLogger(__name__)
 
+DATA_SETS, AGAIN = "data_sets", ".data_sets.again"
+"""Folders of the data sets, and of those that are made to replace them."""
 HEAD = "head"
 ZERO_SHOT = "zero-shot"
 RESULTS = "results_captioned"
@@ -67,7 +69,7 @@ def photos(
       query: words. photo: file of a photograph, which need not be in the folder.
       top_k: results.
       device: of PyTorch, which makes vectors of photographs.
-      overwrite: make the run again.
+      overwrite: make the run again. What is there stays until the photographs are extracted and all is checked.
 
     Raises ValueError or OSError with what to change.
     """
@@ -102,27 +104,57 @@ def _make(
     """Writes data sets and run unless they are there, and completes `config` for them."""
     from data_prep.extract import encoders, own_photos
 
-    encoder = encoders.folder_of(model or config.text.weights or encoders.DEFAULT).resolve()
     begun = workdir / CONFIG
+    _check_run(workdir)
+    encoder = encoders.folder_of(model or config.text.weights or encoders.DEFAULT).resolve()
     if begun.is_file() and not overwrite and (other := load_config(begun).text.weights) != str(encoder):
         raise ValueError(f"{workdir} was made with the model {other}, now it is {encoder}; --overwrite makes it again")
-    if overwrite:
-        for part in ("checkpoints", "embeddings", HEAD):
-            shutil.rmtree(workdir / part, ignore_errors=True)
-        begun.unlink(missing_ok=True)
-    dataset, _ = own_photos.extract(
-        folder, encoder, workdir / "data_sets", captions, device=device, overwrite=overwrite
-    )
+    sets = workdir / (AGAIN if overwrite else DATA_SETS)
+    dataset, _ = own_photos.extract(folder, encoder, sets, captions, device=device, overwrite=overwrite)
     config.text.weights, config.data.dir = str(encoder), str(dataset.resolve())
     config.search.split, config.page.pictures = own_photos.ALL, str(folder.resolve())
     _fit_lengths(config)
     experiment = assemble(config)
-    if not any((workdir / "checkpoints").glob("*")):
-        with waiting("reading the text tower"):
-            variables = init_variables(experiment, config.seed)
-        write_run(workdir, Model(ConfigDict(experiment.config.to_dict()), variables, 0))
-    else:
+    if not overwrite and any((workdir / "checkpoints").glob("*")):
         save_config(experiment.config, begun)
+        return
+    with waiting("reading the text tower"):
+        variables = init_variables(experiment, config.seed)
+    complete = ConfigDict(experiment.config.to_dict())
+    if overwrite:  # not before: up to here a mistake costs nothing of the run that is there
+        _put_in_place(workdir)
+        complete.data.dir = config.data.dir = str((workdir / DATA_SETS / dataset.relative_to(sets)).resolve())
+    write_run(workdir, Model(complete, variables, 0))
+
+
+def _check_run(workdir: Path) -> None:
+    """Raises ValueError for a folder with a run of another kind, or with a head: what is trained is not replaced."""
+    path = workdir / CONFIG
+    if not path.is_file():
+        if lying := [name for name in ("checkpoints", "embeddings", HEAD) if any((workdir / name).glob("*"))]:
+            raise ValueError(f"{workdir} holds {', '.join(lying)} but no {CONFIG}; choose another --out")
+        return
+    model = load_config(path).get("model")
+    name = model.get("name") if isinstance(model, ConfigDict) else None
+    if not isinstance(model, ConfigDict) or name != "dual" or model.dual.head != "none":
+        what = "a head that was trained" if name == "dual" else f"a run of the model {name!r}"
+        raise ValueError(f"{workdir} holds {what}, which shnet photos did not make there; choose another --out")
+
+
+def _put_in_place(workdir: Path) -> None:
+    """Removes the run that is there and all that was made with it; the data sets in AGAIN become those of the run."""
+    from data_prep.extract import own_photos
+
+    for part in ("checkpoints", "embeddings", HEAD):
+        shutil.rmtree(workdir / part, ignore_errors=True)
+    for suffix in (".md", ".json"):
+        (workdir / f"{RESULTS}{suffix}").unlink(missing_ok=True)
+    (workdir / DATA_SETS).mkdir(exist_ok=True)
+    for name in (own_photos.ALL, own_photos.CAPTIONED):
+        shutil.rmtree(workdir / DATA_SETS / name, ignore_errors=True)
+        if (workdir / AGAIN / name).is_dir():
+            (workdir / AGAIN / name).rename(workdir / DATA_SETS / name)
+    shutil.rmtree(workdir / AGAIN)
 
 
 def _fit_lengths(config: ConfigDict) -> None:
@@ -136,7 +168,7 @@ def _compare(config: ConfigDict, workdir: Path, folder: str, captions: str, head
     """Prints and writes recalls on the held-out captions: of the CLIP's own vectors and, if wanted, of a head."""
     from data_prep.extract import own_photos
 
-    captioned = workdir / "data_sets" / own_photos.CAPTIONED
+    captioned = workdir / DATA_SETS / own_photos.CAPTIONED
     results = {ZERO_SHOT: _evaluate(config, workdir, captioned)}
     if head:
         results[HEAD] = _evaluate(_train_head(config, workdir, captioned), workdir / HEAD, captioned)
