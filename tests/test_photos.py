@@ -266,11 +266,58 @@ def bundled_like(c):
     return plain
 
 
+def test_overwrite_with_another_model_takes_its_words_and_lengths(made, folder, model, tmp_path, capsys):
+    """Nothing of the old model stays: neither its vocabulary nor lengths that were cut to its positions."""
+    run_there, other = shutil.copytree(made, tmp_path / "run"), shutil.copytree(model, tmp_path / "other")
+    old = load_config(run_there / "config.json")
+    old.data.max_tokens, old.data.token_buckets = 7, (7,)  # as if the old CLIP had 7 positions
+    save_config(old, run_there / "config.json")
+    words = json.dumps(json.loads((model / "tokenizer.json").read_text()), indent=7)
+    (other / "tokenizer.json").write_text(words)
+    argv = ["shnet", *cli._of_photos(["--mode=photos", str(folder), f"--out={run_there}", f"--model={other}"])]
+    path = cli._with_config([*argv, "--overwrite"])[1].removeprefix("--config=")
+    c = bundled.get_config(path)
+    c.parallel.devices, c.eval.batch_size = 1, 8
+    photos(c, run_there, folder=str(folder), model=str(other), overwrite=True)
+    new = stored(run_there)
+    assert Path(new.tokenizer.path).read_text() == words != (made / "vocabulary.json").read_text()
+    assert new.data.max_tokens == load_config(made / "config.json").data.max_tokens > 7
+    assert new.data.token_buckets == load_config(made / "config.json").data.token_buckets
+    assert new.text.weights == str(other.resolve())
+
+
+def test_overwrite_without_a_model_keeps_that_of_the_run(made, folder, model, monkeypatch):
+    monkeypatch.setattr(encoders, "folder_of", lambda asked: fails(f"asked for {asked}"))
+    with pytest.raises(ValueError, match=f"asked for {model.resolve()}$"):
+        photos(config(), made, folder=str(folder), overwrite=True)
+
+
+def test_overwrite_needs_the_photographs(made):
+    with pytest.raises(ValueError, match="--overwrite needs the photographs: shnet photos FOLDER --out="):
+        photos(config(), made, query="a dog", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "flags, bundled_one",
+    [
+        (["--overwrite"], True),
+        (["--overwrite=true"], True),
+        ([], False),
+        (["--nooverwrite"], False),
+        (["--overwrite", "--overwrite=false"], False),
+    ],
+)
+def test_overwrite_begins_with_the_bundled_configuration(made, flags, bundled_one):
+    path = cli._with_config(["shnet", "--mode=photos", f"--workdir={made}", *flags])[1]
+    assert path.endswith("configs/dual.py" if bundled_one else f":{made}")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({}, "holds no run yet: shnet photos FOLDER --out="),
         ({"captions": "c.csv"}, "holds no run yet"),
+        ({"overwrite": True}, "holds no run yet"),
         ({"folder": "absent"}, "absent: no such folder of photographs"),
         ({"folder": ".", "head": True}, "--head needs --captions=FILE"),
         ({"folder": ".", "photo": "absent.jpg"}, "--photo=absent.jpg: no such file"),

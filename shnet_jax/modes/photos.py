@@ -60,7 +60,7 @@ def photos(
     """Makes the run in `workdir` from a folder of photographs, unless it is there, and answers a query.
 
     Args:
-      config: of configs/dual.py, or of the run that is there.
+      config: of configs/dual.py, or, without `overwrite`, of the run that is there.
       workdir: of the run.
       folder: of photographs; "": the run is there.
       model: folder or hub name of a CLIP; "": that of the run, or `encoders.DEFAULT`.
@@ -74,7 +74,7 @@ def photos(
     Raises ValueError or OSError with what to change.
     """
     workdir = to_path(workdir)
-    _check_flags(workdir, folder, captions, head, photo)
+    _check_flags(workdir, folder, captions, head, photo, overwrite)
     if folder:
         _make(config, workdir, to_path(folder), model, captions, device, overwrite)
         if captions:
@@ -85,9 +85,11 @@ def photos(
         _say_what_now(config, workdir)
 
 
-def _check_flags(workdir: Path, folder: str, captions: str, head: bool, photo: str) -> None:
+def _check_flags(workdir: Path, folder: str, captions: str, head: bool, photo: str, overwrite: bool) -> None:
     if not folder and not (workdir / CONFIG).is_file():
         raise ValueError(f"{workdir} holds no run yet: shnet photos FOLDER --out={workdir}")
+    if overwrite and not folder:
+        raise ValueError(f"--overwrite needs the photographs: shnet photos FOLDER --out={workdir} --overwrite")
     if (captions or head) and not folder:
         raise ValueError("--captions and --head need the photographs: shnet photos FOLDER --out=RUN --captions=FILE")
     if head and not captions:
@@ -106,9 +108,10 @@ def _make(
 
     begun = workdir / CONFIG
     _check_run(workdir)
-    encoder = encoders.folder_of(model or config.text.weights or encoders.DEFAULT).resolve()
-    if begun.is_file() and not overwrite and (other := load_config(begun).text.weights) != str(encoder):
-        raise ValueError(f"{workdir} was made with the model {other}, now it is {encoder}; --overwrite makes it again")
+    before = load_config(begun).text.weights if begun.is_file() else ""
+    encoder = encoders.folder_of(model or config.text.weights or before or encoders.DEFAULT).resolve()
+    if before not in ("", str(encoder)) and not overwrite:
+        raise ValueError(f"{workdir} was made with the model {before}, now it is {encoder}; --overwrite makes it again")
     sets = workdir / (AGAIN if overwrite else DATA_SETS)
     dataset, _ = own_photos.extract(folder, encoder, sets, captions, device=device, overwrite=overwrite)
     config.text.weights, config.data.dir = str(encoder), str(dataset.resolve())
