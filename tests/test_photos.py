@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -129,7 +130,9 @@ def test_the_page_shows_the_photographs(made, capsys):
 
 def test_the_same_command_makes_nothing_again(made, folder, model, monkeypatch, capsys):
     monkeypatch.setattr(run, "load_extractor", lambda settings, device: pytest.fail("extracted again"))
+    before = files(made)
     photos(stored(made), made, folder=str(folder), model=str(model))
+    assert files(made) == before
     streams = capsys.readouterr()
     assert "made of these photographs before" in streams.err
     assert f"6 photographs can be searched in {made}" in streams.out
@@ -235,6 +238,91 @@ def test_captions_give_a_table_and_a_head(model, tmp_path, capsys):
     assert "| head - zero-shot |" in text and "the first tenth is test" in text
     head = load_config(tmp_path / "run/head/config.json")
     assert head.text.frozen_layers == 2 and head.train.batch_size == 32
+
+
+@pytest.fixture
+def ten(model, tmp_path, monkeypatch):
+    """Ten photographs with captions in the folder from which commands are given, as docs/search.md names them."""
+    monkeypatch.setattr(own_photos, "LEAST", 10)
+    monkeypatch.chdir(tmp_path)
+    mine = draw(tmp_path / "MY_PHOTOS", 10)
+    shutil.copy(mine / "0.png", "ANOTHER.jpg")
+    shutil.copytree(model, "clip")
+    caption("a picture")
+    return tmp_path
+
+
+def caption(text):
+    names = [path.relative_to("MY_PHOTOS").as_posix() for path in sorted(Path("MY_PHOTOS").rglob("*.png"))]
+    Path("captions.csv").write_text("\n".join(["image,caption", *(f"{name},{text} {name[-5]}" for name in names)]))
+
+
+def test_captions_that_come_later_or_change_extract_nothing_again(ten, monkeypatch):
+    def extract(captions, **flags):
+        return own_photos.extract(Path("MY_PHOTOS"), ten / "clip", ten / "sets", captions, **flags)
+
+    everything, none = extract("")
+    assert none is None
+    before = files(everything)
+    monkeypatch.setattr(run, "load_extractor", lambda settings, device: pytest.fail("extracted again"))
+    _, captioned = extract("captions.csv")
+    first = files(captioned)
+    assert extract("captions.csv") == (everything, captioned) and files(captioned) == first
+    caption("another picture")
+    with pytest.raises(FileExistsError, match=r"^head was trained on other captions than captions.csv; remove"):
+        extract("captions.csv", trained=Path("head"))
+    assert files(captioned) == first
+    assert extract("", trained=Path("head")) == (everything, None)
+    extract("captions.csv")
+    dataset, photographs = open_dataset(captioned), open_dataset(everything)
+    assert dataset.splits == {"train": 8, "val": 1, "test": 1}
+    (record,) = dataset.open_split("test", ["image_id", "captions", "image_embedding"])
+    assert record["captions"] == [f"another picture {record['image_id'][-5]}"]
+    row = photographs.image_ids("photos").tolist().index(record["image_id"])
+    vector = photographs.open_split("photos", ["image_embedding"])[row]["image_embedding"]
+    np.testing.assert_array_equal(record["image_embedding"], vector)
+    caption("a picture")
+    extract("captions.csv")
+    assert files(captioned) == first and files(everything) == before
+
+
+def documented():
+    """The commands of docs/search.md on photographs, each as a list of words."""
+    section = (Path(__file__).parents[1] / "docs" / "search.md").read_text().split("## Your own photographs")[1]
+    block = section.split("```bash")[1].split("```")[0]
+    return [
+        words[1:] for words in (shlex.split(line, comments=True) for line in block.splitlines()) if "shnet" in words
+    ]
+
+
+def give(words):
+    """Runs a command of `documented`; for one that serves, the search that it would begin with."""
+    argv = cli._of_photos([f"--mode={words[0]}", *words[1:]])
+    c = bundled.get_config(cli._with_config(["shnet", *argv])[1].removeprefix("--config="))
+    c.parallel.devices, c.eval.batch_size = 1, 8
+    flags = {name: value or True for name, _, value in (word[2:].partition("=") for word in argv[1:])}
+    workdir = flags.pop("workdir")
+    if words[0] == "photos":
+        photos(c, workdir, **flags)
+    else:
+        search(c, workdir, query="a cat", top_k=10)
+        assert len(results(Path(workdir))[0]["hits"]) == 10
+
+
+@pytest.mark.slow  # trains
+def test_the_commands_of_the_documentation_in_their_order(ten, monkeypatch, capsys):
+    commands = documented()
+    assert [words[0] for words in commands] == ["photos", "photos", "serve", "photos"] and "--head" in commands[-1]
+    give([*commands[0], "--model=clip"])
+    monkeypatch.setattr(own_photos.run, "extract_here", lambda *args: pytest.fail("extracted again"))
+    for words in commands[1:]:
+        give(words)
+    assert set(json.loads(Path("runs/photos/results_captioned.json").read_text())["arms"]) == {"zero-shot", "head"}
+    give(commands[2])  # the search is as before
+    give(commands[-1])  # and the head is not trained again
+    caption("another picture")
+    with pytest.raises(FileExistsError, match="photos/head was trained on other captions"):
+        give(commands[-1])
 
 
 def test_the_head_begins_as_the_clip(model):

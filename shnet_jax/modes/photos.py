@@ -33,7 +33,7 @@ from shnet_jax.paths import to_path
 from shnet_jax.retrieve.searcher import encode_texts
 from shnet_jax.training.load import load
 from shnet_jax.training.loop import train_and_evaluate
-from shnet_jax.training.workdir import CONFIG, load_config, save_config
+from shnet_jax.training.workdir import CONFIG, load_config
 
 log = logging.getLogger(__name__)
 
@@ -113,14 +113,16 @@ def _make(
     if before not in ("", str(encoder)) and not overwrite:
         raise ValueError(f"{workdir} was made with the model {before}, now it is {encoder}; --overwrite makes it again")
     sets = workdir / (AGAIN if overwrite else DATA_SETS)
-    dataset, _ = own_photos.extract(folder, encoder, sets, captions, device=device, overwrite=overwrite)
+    trained = workdir / HEAD if any((workdir / HEAD / "checkpoints").glob("*")) else None
+    dataset, _ = own_photos.extract(
+        folder, encoder, sets, captions, device=device, overwrite=overwrite, trained=trained
+    )
     config.text.weights, config.data.dir = str(encoder), str(dataset.resolve())
     config.search.split, config.page.pictures = own_photos.ALL, str(folder.resolve())
     _fit_lengths(config)
-    experiment = assemble(config)
     if not overwrite and any((workdir / "checkpoints").glob("*")):
-        save_config(experiment.config, begun)
-        return
+        return  # with config.json as it is: embeddings are of this very file
+    experiment = assemble(config)
     with waiting("reading the text tower"):
         variables = init_variables(experiment, config.seed)
     complete = ConfigDict(experiment.config.to_dict())
@@ -139,7 +141,7 @@ def _check_run(workdir: Path) -> None:
         return
     model = load_config(path).get("model")
     name = model.get("name") if isinstance(model, ConfigDict) else None
-    if not isinstance(model, ConfigDict) or name != "dual" or model.dual.head != "none":
+    if not isinstance(model, ConfigDict) or name != "dual" or model.get("dual", {}).get("head") != "none":
         what = "a head that was trained" if name == "dual" else f"a run of the model {name!r}"
         raise ValueError(f"{workdir} holds {what}, which shnet photos did not make there; choose another --out")
 
