@@ -301,7 +301,7 @@ def _with_config(argv: list[str]) -> list[str]:
             bundled.get_config(given["config"])  # an unknown variant is told of here: ml_collections adds its stack
     elif given.get("config.convert.source"):  # its file or folder says what the model is
         path = bundled.config_path("base")
-    elif name == "photos" and not (Path(given.get("workdir", "")) / "config.json").is_file():
+    elif name == "photos" and (_overwrites(rest) or not (Path(given.get("workdir", "")) / "config.json").is_file()):
         path = bundled.config_path("dual")
     elif not given.get("workdir") or name not in MODES:
         return argv  # absl, or the caller, says what is missing
@@ -316,6 +316,13 @@ def _with_config(argv: list[str]) -> list[str]:
         stored_config.get_config(workdir)  # a folder without a run is told of here
         path = f"{stored_config.__file__}:{workdir}"
     return [argv[0], f"--config={path}", *rest]
+
+
+def _overwrites(arguments: Sequence[str]) -> bool:
+    """Whether --overwrite is on: photos then begins anew, with nothing of the run that is there."""
+    given = [re.fullmatch("--?(no)?overwrite(?:=(.*))?", argument) for argument in arguments]
+    found = [match for match in given if match]
+    return bool(found) and not found[-1][1] and (found[-1][2] or "true").lower() in ("true", "t", "1")
 
 
 def _first_path(text: str) -> str:

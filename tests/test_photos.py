@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -22,11 +23,12 @@ from shnet_jax import bundled, cli
 from shnet_jax.data.records import open_dataset
 from shnet_jax.interop import clip_weights
 from shnet_jax.models import dual
+from shnet_jax.modes import photos as modes_photos
 from shnet_jax.modes.page import page
 from shnet_jax.modes.photos import photos
 from shnet_jax.modes.search import search
 from shnet_jax.stored_config import get_config
-from shnet_jax.training.workdir import load_config
+from shnet_jax.training.workdir import load_config, save_config
 from tests.train import tiny
 
 GOLDEN = Path(__file__).parent / "golden" / "clip"
@@ -128,7 +130,9 @@ def test_the_page_shows_the_photographs(made, capsys):
 
 def test_the_same_command_makes_nothing_again(made, folder, model, monkeypatch, capsys):
     monkeypatch.setattr(run, "load_extractor", lambda settings, device: pytest.fail("extracted again"))
+    before = files(made)
     photos(stored(made), made, folder=str(folder), model=str(model))
+    assert files(made) == before
     streams = capsys.readouterr()
     assert "made of these photographs before" in streams.err
     assert f"6 photographs can be searched in {made}" in streams.out
@@ -147,8 +151,68 @@ def test_more_photographs_with_overwrite(folder, model, tmp_path, capsys):
     mine = shutil.copytree(folder, tmp_path / "mine")
     photos(config(), tmp_path / "run", folder=str(mine), model=str(model), query="a dog", top_k=20)
     Image.new("RGB", (8, 8), "red").save(mine / "red.png")
+    (tmp_path / "run" / "head").mkdir()
     photos(config(), tmp_path / "run", folder=str(mine), model=str(model), query="a dog", top_k=20, overwrite=True)
     assert {"red.png"} <= {hit["image_id"] for hit in results(tmp_path / "run")[0]["hits"]}
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} == {
+        *("checkpoints", "data_sets", "embeddings")
+    }
+    assert stored(tmp_path / "run").data.dir == str(tmp_path / "run/data_sets/photos/1.0.0")
+
+
+def files(workdir):
+    """All files of a run, with their contents."""
+    return {path.relative_to(workdir): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"name": "shnet"}, "a run of the model 'shnet'"),
+        ({"dual": {"head": "residual"}}, "a head that was trained"),
+        (None, "checkpoints, head but no config.json"),
+    ],
+)
+def test_another_run_is_refused_and_stays(folder, model, tmp_path, overwrite, change, what):
+    c = config()
+    c.text.weights = str(model.resolve())
+    for name in ("checkpoints/7", "head"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "trained").write_text("for weeks")
+    if change is not None:
+        c.model.update(change)
+        save_config(c, tmp_path / "run" / "config.json")
+    before = files(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"run holds {what}.*; choose another --out$"):
+        photos(config(), tmp_path / "run", folder=str(folder), model=str(model), overwrite=overwrite)
+    assert files(tmp_path / "run") == before
+
+
+def test_a_mistake_with_overwrite_leaves_the_run(made, folder, model, tmp_path, monkeypatch):
+    """A head cost hours: captions that are not there, a model that fails and broken weights cost nothing of it."""
+    run_there = shutil.copytree(made, tmp_path / "run")
+    (run_there / "head").mkdir()
+    (run_there / "head" / "trained").write_text("for hours")
+    before = files(run_there)
+
+    def again(**flags):
+        with pytest.raises((ValueError, OSError)) as error:
+            photos(config(), run_there, folder=str(folder), model=str(model), overwrite=True, **flags)
+        after = files(run_there)
+        assert {name: after.get(name) for name in before} == before
+        return str(error.value)
+
+    assert "captoins.csv" in again(captions=str(tmp_path / "captoins.csv"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "load_extractor", lambda settings, device: fails("no memory"))
+        assert "no memory" in again()
+    monkeypatch.setattr(modes_photos, "init_variables", lambda *args: fails("broken weights"))
+    assert "broken weights" in again()
+
+
+def fails(text):
+    raise ValueError(text)
 
 
 @pytest.mark.slow  # trains
@@ -174,6 +238,91 @@ def test_captions_give_a_table_and_a_head(model, tmp_path, capsys):
     assert "| head - zero-shot |" in text and "the first tenth is test" in text
     head = load_config(tmp_path / "run/head/config.json")
     assert head.text.frozen_layers == 2 and head.train.batch_size == 32
+
+
+@pytest.fixture
+def ten(model, tmp_path, monkeypatch):
+    """Ten photographs with captions in the folder from which commands are given, as docs/search.md names them."""
+    monkeypatch.setattr(own_photos, "LEAST", 10)
+    monkeypatch.chdir(tmp_path)
+    mine = draw(tmp_path / "MY_PHOTOS", 10)
+    shutil.copy(mine / "0.png", "ANOTHER.jpg")
+    shutil.copytree(model, "clip")
+    caption("a picture")
+    return tmp_path
+
+
+def caption(text):
+    names = [path.relative_to("MY_PHOTOS").as_posix() for path in sorted(Path("MY_PHOTOS").rglob("*.png"))]
+    Path("captions.csv").write_text("\n".join(["image,caption", *(f"{name},{text} {name[-5]}" for name in names)]))
+
+
+def test_captions_that_come_later_or_change_extract_nothing_again(ten, monkeypatch):
+    def extract(captions, **flags):
+        return own_photos.extract(Path("MY_PHOTOS"), ten / "clip", ten / "sets", captions, **flags)
+
+    everything, none = extract("")
+    assert none is None
+    before = files(everything)
+    monkeypatch.setattr(run, "load_extractor", lambda settings, device: pytest.fail("extracted again"))
+    _, captioned = extract("captions.csv")
+    first = files(captioned)
+    assert extract("captions.csv") == (everything, captioned) and files(captioned) == first
+    caption("another picture")
+    with pytest.raises(FileExistsError, match=r"^head was trained on other captions than captions.csv; remove"):
+        extract("captions.csv", trained=Path("head"))
+    assert files(captioned) == first
+    assert extract("", trained=Path("head")) == (everything, None)
+    extract("captions.csv")
+    dataset, photographs = open_dataset(captioned), open_dataset(everything)
+    assert dataset.splits == {"train": 8, "val": 1, "test": 1}
+    (record,) = dataset.open_split("test", ["image_id", "captions", "image_embedding"])
+    assert record["captions"] == [f"another picture {record['image_id'][-5]}"]
+    row = photographs.image_ids("photos").tolist().index(record["image_id"])
+    vector = photographs.open_split("photos", ["image_embedding"])[row]["image_embedding"]
+    np.testing.assert_array_equal(record["image_embedding"], vector)
+    caption("a picture")
+    extract("captions.csv")
+    assert files(captioned) == first and files(everything) == before
+
+
+def documented():
+    """The commands of docs/search.md on photographs, each as a list of words."""
+    section = (Path(__file__).parents[1] / "docs" / "search.md").read_text().split("## Your own photographs")[1]
+    block = section.split("```bash")[1].split("```")[0]
+    return [
+        words[1:] for words in (shlex.split(line, comments=True) for line in block.splitlines()) if "shnet" in words
+    ]
+
+
+def give(words):
+    """Runs a command of `documented`; for one that serves, the search that it would begin with."""
+    argv = cli._of_photos([f"--mode={words[0]}", *words[1:]])
+    c = bundled.get_config(cli._with_config(["shnet", *argv])[1].removeprefix("--config="))
+    c.parallel.devices, c.eval.batch_size = 1, 8
+    flags = {name: value or True for name, _, value in (word[2:].partition("=") for word in argv[1:])}
+    workdir = flags.pop("workdir")
+    if words[0] == "photos":
+        photos(c, workdir, **flags)
+    else:
+        search(c, workdir, query="a cat", top_k=10)
+        assert len(results(Path(workdir))[0]["hits"]) == 10
+
+
+@pytest.mark.slow  # trains
+def test_the_commands_of_the_documentation_in_their_order(ten, monkeypatch, capsys):
+    commands = documented()
+    assert [words[0] for words in commands] == ["photos", "photos", "serve", "photos"] and "--head" in commands[-1]
+    give([*commands[0], "--model=clip"])
+    monkeypatch.setattr(own_photos.run, "extract_here", lambda *args: pytest.fail("extracted again"))
+    for words in commands[1:]:
+        give(words)
+    assert set(json.loads(Path("runs/photos/results_captioned.json").read_text())["arms"]) == {"zero-shot", "head"}
+    give(commands[2])  # the search is as before
+    give(commands[-1])  # and the head is not trained again
+    caption("another picture")
+    with pytest.raises(FileExistsError, match="photos/head was trained on other captions"):
+        give(commands[-1])
 
 
 def test_the_head_begins_as_the_clip(model):
@@ -205,11 +354,58 @@ def bundled_like(c):
     return plain
 
 
+def test_overwrite_with_another_model_takes_its_words_and_lengths(made, folder, model, tmp_path, capsys):
+    """Nothing of the old model stays: neither its vocabulary nor lengths that were cut to its positions."""
+    run_there, other = shutil.copytree(made, tmp_path / "run"), shutil.copytree(model, tmp_path / "other")
+    old = load_config(run_there / "config.json")
+    old.data.max_tokens, old.data.token_buckets = 7, (7,)  # as if the old CLIP had 7 positions
+    save_config(old, run_there / "config.json")
+    words = json.dumps(json.loads((model / "tokenizer.json").read_text()), indent=7)
+    (other / "tokenizer.json").write_text(words)
+    argv = ["shnet", *cli._of_photos(["--mode=photos", str(folder), f"--out={run_there}", f"--model={other}"])]
+    path = cli._with_config([*argv, "--overwrite"])[1].removeprefix("--config=")
+    c = bundled.get_config(path)
+    c.parallel.devices, c.eval.batch_size = 1, 8
+    photos(c, run_there, folder=str(folder), model=str(other), overwrite=True)
+    new = stored(run_there)
+    assert Path(new.tokenizer.path).read_text() == words != (made / "vocabulary.json").read_text()
+    assert new.data.max_tokens == load_config(made / "config.json").data.max_tokens > 7
+    assert new.data.token_buckets == load_config(made / "config.json").data.token_buckets
+    assert new.text.weights == str(other.resolve())
+
+
+def test_overwrite_without_a_model_keeps_that_of_the_run(made, folder, model, monkeypatch):
+    monkeypatch.setattr(encoders, "folder_of", lambda asked: fails(f"asked for {asked}"))
+    with pytest.raises(ValueError, match=f"asked for {model.resolve()}$"):
+        photos(config(), made, folder=str(folder), overwrite=True)
+
+
+def test_overwrite_needs_the_photographs(made):
+    with pytest.raises(ValueError, match="--overwrite needs the photographs: shnet photos FOLDER --out="):
+        photos(config(), made, query="a dog", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "flags, bundled_one",
+    [
+        (["--overwrite"], True),
+        (["--overwrite=true"], True),
+        ([], False),
+        (["--nooverwrite"], False),
+        (["--overwrite", "--overwrite=false"], False),
+    ],
+)
+def test_overwrite_begins_with_the_bundled_configuration(made, flags, bundled_one):
+    path = cli._with_config(["shnet", "--mode=photos", f"--workdir={made}", *flags])[1]
+    assert path.endswith("configs/dual.py" if bundled_one else f":{made}")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({}, "holds no run yet: shnet photos FOLDER --out="),
         ({"captions": "c.csv"}, "holds no run yet"),
+        ({"overwrite": True}, "holds no run yet"),
         ({"folder": "absent"}, "absent: no such folder of photographs"),
         ({"folder": ".", "head": True}, "--head needs --captions=FILE"),
         ({"folder": ".", "photo": "absent.jpg"}, "--photo=absent.jpg: no such file"),

@@ -9,10 +9,8 @@ import torch
 from PIL import Image
 
 from data_prep.extract import hub
+from data_prep.extract.settings import TIMM
 from data_prep.schema import DataError
-
-PREFIX = "timm/"
-"""Start of the names of timm's models, as --backbone=timm/tf_efficientnet_lite0."""
 
 
 class ConvNet:
@@ -56,7 +54,7 @@ def load(name: str, device: torch.device, image_size: int | None = None) -> Conv
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
         raise DataError(f"--backbone={name}: needs timm ({error}): pip install 'shnet_jax[timm]'") from error
-    known = name.removeprefix(PREFIX)
+    known = name.removeprefix(TIMM)
     if not timm.is_model(known):
         near = ", ".join(timm.list_models(f"*{known.split('.')[0]}*")[:3]) or "none near it"
         raise DataError(f"--backbone={name}: timm has no model of this name; near it: {near}")

@@ -76,8 +76,7 @@ def _fetched(name: str) -> Path:
         folder = hub.fetch(name, *_SMALL, WEIGHTS[0])
         return folder if (folder / WEIGHTS[0]).is_file() else hub.fetch(name, *_SMALL, WEIGHTS[1])
     except (OSError, ValueError) as error:  # no network, no such model, HF_HUB_OFFLINE
-        reason = " ".join(str(error).split())
-        raise DataError(f"--model={name}: not here, and not to be had ({reason:.120}...); {_advice(name)}") from error
+        raise DataError(f"{hub.not_here('--model', name, error)}; {_advice(name)}") from error
 
 
 def vectors(model: Path, photographs: Sequence[Path], device: str = "") -> np.ndarray:

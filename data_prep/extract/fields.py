@@ -13,7 +13,7 @@ from data_prep.extract import convolutional, weights
 from data_prep.extract.backbone import Backbone
 from data_prep.extract.pool import box_average
 from data_prep.extract.segment import Segmenter
-from data_prep.extract.settings import Settings
+from data_prep.extract.settings import TIMM, Settings
 from data_prep.schema import DataError, Record
 
 
@@ -35,7 +35,7 @@ class Extractor:
                 seg_map=settings.seg_map,
             )
         self._backbone: Backbone | convolutional.ConvNet | None = None
-        if settings.backbone.startswith(convolutional.PREFIX):
+        if settings.backbone.startswith(TIMM):
             if settings.tokens == "projected" or settings.backbone_sha256:
                 raise DataError(
                     f"backbone {settings.backbone}: --tokens=projected and --backbone_sha256 are not for timm"

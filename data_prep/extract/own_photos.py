@@ -1,6 +1,6 @@
 """Data sets of somebody's own photographs, for `shnet photos`: all of them to search, captioned ones to train on.
 
-DATA/photos     split photos: every photograph in and below the folder, its path as image_id, its captions if it has any
+DATA/photos     split photos: every photograph in and below the folder, its path as image_id, without captions
 DATA/captioned  splits train, val and test of those with captions: the caption file's own splits, or, where it has none,
                 by the SHA-256 of the path: the first tenth is test, the second val, the rest train
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,10 +46,12 @@ def extract(
     device: str = "",
     batch_size: int = 8,
     overwrite: bool = False,
+    trained: Path | None = None,
 ) -> tuple[Path, Path | None]:
     """Writes the data sets into `out` unless they are there; returns the folders of ALL and, with captions, CAPTIONED.
 
-    A stopped extraction goes on; photographs that cannot be read are left out and named.
+    A stopped extraction goes on; photographs that cannot be read are left out and named. Other captions replace
+    CAPTIONED by one with the vectors of ALL: nothing is extracted again.
 
     Args:
       folder: of photographs.
@@ -58,22 +60,30 @@ def extract(
       caption_files: as the flag --captions of the importers; "": no captions.
       device: of PyTorch, see `data_prep.extract`. batch_size: photographs at once.
       overwrite: make the data sets again.
+      trained: folder of what was trained on CAPTIONED, which other captions then do not replace.
 
     Raises:
       DataError: no photographs, captions of no photograph or of too few; see also `data_prep.extract`.
-      FileExistsError: the data sets there were made of other photographs, captions or with another model.
+      FileExistsError: ALL was made of other photographs or with another model; CAPTIONED of other captions, and
+        something was trained on it.
     """
     files = files_below(folder)
     for file in files:
         if not is_text(file):
             raise DataError(f"{folder}: expected names in UTF-8, found {file!r:.200}; rename this photograph")
     groups = _captions(folder, files, caption_files) if caption_files else Splits()
-    known = {item.file: item.captions for items in groups.values() for item in items}
-    source = f"photographs of {folder.resolve()} by {model} ({_digest(files, groups)})"
+    source = f"photographs of {folder.resolve()} by {model} ({_digest(files)})"
+    of_captions = f"captions ({_captions_digest(groups)}) of {source}"
     target, captioned = out / ALL / VERSION, out / CAPTIONED / VERSION
-    if overwrite or not _made(target, source):
-        everything = Splits({ALL: [Captioned(file, file, known.get(file, ())) for file in files]})
-        everything.found = Found(len(files), len(files), sum(map(len, known.values())))
+    made = not overwrite and _made(target, source)
+    same_captions = made and captioned.exists() and open_dataset(captioned).metadata.get("source") == of_captions
+    if made and groups and trained is not None and not same_captions:
+        raise FileExistsError(
+            f"{trained} was trained on other captions than {caption_files}; remove that folder, or choose another --out"
+        )
+    if not made:
+        everything = Splits({ALL: [Captioned(file, file, ()) for file in files]})
+        everything.found = Found(len(files), len(files), 0)
         args = _arguments(folder, model, out, source, device, batch_size, overwrite)
         work = run.prepare(args, everything)
         with sole_writer(work.folder):
@@ -81,13 +91,13 @@ def extract(
         run.build(work, args)
     if not groups:
         return target, None
-    if overwrite or not _made(captioned, source):
-        _write_captioned(out, target, groups, source, overwrite)
+    if not same_captions:
+        _write_captioned(out, target, groups, of_captions)
     return target, captioned
 
 
 def _made(target: Path, source: str) -> bool:
-    """Whether a data set is there already. Raises FileExistsError when it was made of something else."""
+    """Whether the data set ALL is there already. Raises FileExistsError when it was made of something else."""
     if not target.exists():
         return False
     if (found := open_dataset(target).metadata.get("source")) != source:
@@ -110,10 +120,15 @@ def _arguments(
     return parser.parse_args(flags + ["--overwrite"] * overwrite)
 
 
-def _digest(files: Sequence[str], groups: Splits) -> str:
-    """A short hash of the names of the photographs, and of captions and splits."""
-    lines = [*files, *(f"{split}\t{item.file}\t{item.captions}" for split, items in groups.items() for item in items)]
+def _digest(lines: Iterable[str]) -> str:
+    """A short hash of lines: the names of the photographs, or their captions."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _captions_digest(groups: Splits) -> str:
+    """A short hash of captions and their splits."""
+    items = ((split, item) for split, group in groups.items() for item in group)
+    return _digest(f"{split}\t{item.file}\t{item.captions}\t{item.caption_ids}" for split, item in items)
 
 
 def _captions(folder: Path, files: Sequence[str], caption_files: str) -> Splits:
@@ -153,7 +168,7 @@ def _split_by_hash(files: set[str]) -> dict[str, str]:
     return {file: SPLITS[max(0, 2 - place // tenth)] for place, file in enumerate(order)}
 
 
-def _write_captioned(out: Path, source_set: Path, groups: Splits, source: str, overwrite: bool) -> None:
+def _write_captioned(out: Path, source_set: Path, groups: Splits, source: str) -> None:
     """Writes CAPTIONED with the vectors of ALL; photographs that were left out there are left out here."""
     everything = open_dataset(source_set)
     rows = {name: row for row, name in enumerate(everything.image_ids(ALL).tolist())}
@@ -167,4 +182,4 @@ def _write_captioned(out: Path, source_set: Path, groups: Splits, source: str, o
                 yield record | {"image_embedding": vectors[rows[item.file]]["image_embedding"]}
 
     splits = {split: records(items) for split, items in groups.items()}
-    write_dataset(out, CAPTIONED, splits, {"source": source}, total=groups.found.records, overwrite=overwrite)
+    write_dataset(out, CAPTIONED, splits, {"source": source}, total=groups.found.records, overwrite=True)

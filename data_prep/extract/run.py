@@ -186,8 +186,13 @@ def on_broken(policy: str) -> Callable[[str], None]:
 
 
 def load_extractor(chosen: Settings, device: str) -> blocks.Extract:
-    """The models. Raises DataError that says how to install what they need."""
+    """The models. Raises DataError that says how to install what they need, or how to fetch one that is not here."""
     try:
+        from data_prep.extract import hub
+
+        for flag, name in (("--segmenter", chosen.segmenter), ("--backbone", chosen.backbone)):
+            if name and not name.startswith(settings.TIMM):
+                hub.require(flag, name)
         from data_prep.extract.fields import Extractor
     except ImportError as error:
         raise DataError(f"extraction needs PyTorch and transformers ({error}): pip install -e '.[extract]'") from error

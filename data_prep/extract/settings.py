@@ -12,6 +12,8 @@ from data_prep.schema import DataError
 from shnet_jax.paths import expand, to_path
 
 TOKENS = ("hidden", "projected", "none")
+TIMM = "timm/"
+"""Start of the names of timm's models, as --backbone=timm/tf_efficientnet_lite0."""
 
 
 @dataclasses.dataclass(frozen=True)

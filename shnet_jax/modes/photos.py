@@ -33,10 +33,12 @@ from shnet_jax.paths import to_path
 from shnet_jax.retrieve.searcher import encode_texts
 from shnet_jax.training.load import load
 from shnet_jax.training.loop import train_and_evaluate
-from shnet_jax.training.workdir import CONFIG, load_config, save_config
+from shnet_jax.training.workdir import CONFIG, load_config
 
 log = logging.getLogger(__name__)
 
+DATA_SETS, AGAIN = "data_sets", ".data_sets.again"
+"""Folders of the data sets, and of those that are made to replace them."""
 HEAD = "head"
 ZERO_SHOT = "zero-shot"
 RESULTS = "results_captioned"
@@ -58,7 +60,7 @@ def photos(
     """Makes the run in `workdir` from a folder of photographs, unless it is there, and answers a query.
 
     Args:
-      config: of configs/dual.py, or of the run that is there.
+      config: of configs/dual.py, or, without `overwrite`, of the run that is there.
       workdir: of the run.
       folder: of photographs; "": the run is there.
       model: folder or hub name of a CLIP; "": that of the run, or `encoders.DEFAULT`.
@@ -67,12 +69,12 @@ def photos(
       query: words. photo: file of a photograph, which need not be in the folder.
       top_k: results.
       device: of PyTorch, which makes vectors of photographs.
-      overwrite: make the run again.
+      overwrite: make the run again. What is there stays until the photographs are extracted and all is checked.
 
     Raises ValueError or OSError with what to change.
     """
     workdir = to_path(workdir)
-    _check_flags(workdir, folder, captions, head, photo)
+    _check_flags(workdir, folder, captions, head, photo, overwrite)
     if folder:
         _make(config, workdir, to_path(folder), model, captions, device, overwrite)
         if captions:
@@ -83,9 +85,11 @@ def photos(
         _say_what_now(config, workdir)
 
 
-def _check_flags(workdir: Path, folder: str, captions: str, head: bool, photo: str) -> None:
+def _check_flags(workdir: Path, folder: str, captions: str, head: bool, photo: str, overwrite: bool) -> None:
     if not folder and not (workdir / CONFIG).is_file():
         raise ValueError(f"{workdir} holds no run yet: shnet photos FOLDER --out={workdir}")
+    if overwrite and not folder:
+        raise ValueError(f"--overwrite needs the photographs: shnet photos FOLDER --out={workdir} --overwrite")
     if (captions or head) and not folder:
         raise ValueError("--captions and --head need the photographs: shnet photos FOLDER --out=RUN --captions=FILE")
     if head and not captions:
@@ -102,27 +106,60 @@ def _make(
     """Writes data sets and run unless they are there, and completes `config` for them."""
     from data_prep.extract import encoders, own_photos
 
-    encoder = encoders.folder_of(model or config.text.weights or encoders.DEFAULT).resolve()
     begun = workdir / CONFIG
-    if begun.is_file() and not overwrite and (other := load_config(begun).text.weights) != str(encoder):
-        raise ValueError(f"{workdir} was made with the model {other}, now it is {encoder}; --overwrite makes it again")
-    if overwrite:
-        for part in ("checkpoints", "embeddings", HEAD):
-            shutil.rmtree(workdir / part, ignore_errors=True)
-        begun.unlink(missing_ok=True)
+    _check_run(workdir)
+    before = load_config(begun).text.weights if begun.is_file() else ""
+    encoder = encoders.folder_of(model or config.text.weights or before or encoders.DEFAULT).resolve()
+    if before not in ("", str(encoder)) and not overwrite:
+        raise ValueError(f"{workdir} was made with the model {before}, now it is {encoder}; --overwrite makes it again")
+    sets = workdir / (AGAIN if overwrite else DATA_SETS)
+    trained = workdir / HEAD if any((workdir / HEAD / "checkpoints").glob("*")) else None
     dataset, _ = own_photos.extract(
-        folder, encoder, workdir / "data_sets", captions, device=device, overwrite=overwrite
+        folder, encoder, sets, captions, device=device, overwrite=overwrite, trained=trained
     )
     config.text.weights, config.data.dir = str(encoder), str(dataset.resolve())
     config.search.split, config.page.pictures = own_photos.ALL, str(folder.resolve())
     _fit_lengths(config)
+    if not overwrite and any((workdir / "checkpoints").glob("*")):
+        return  # with config.json as it is: embeddings are of this very file
     experiment = assemble(config)
-    if not any((workdir / "checkpoints").glob("*")):
-        with waiting("reading the text tower"):
-            variables = init_variables(experiment, config.seed)
-        write_run(workdir, Model(ConfigDict(experiment.config.to_dict()), variables, 0))
-    else:
-        save_config(experiment.config, begun)
+    with waiting("reading the text tower"):
+        variables = init_variables(experiment, config.seed)
+    complete = ConfigDict(experiment.config.to_dict())
+    if overwrite:  # not before: up to here a mistake costs nothing of the run that is there
+        _put_in_place(workdir)
+        complete.data.dir = config.data.dir = str((workdir / DATA_SETS / dataset.relative_to(sets)).resolve())
+    write_run(workdir, Model(complete, variables, 0))
+
+
+def _check_run(workdir: Path) -> None:
+    """Raises ValueError for a folder with a run of another kind, or with a head: what is trained is not replaced."""
+    path = workdir / CONFIG
+    if not path.is_file():
+        if lying := [name for name in ("checkpoints", "embeddings", HEAD) if any((workdir / name).glob("*"))]:
+            raise ValueError(f"{workdir} holds {', '.join(lying)} but no {CONFIG}; choose another --out")
+        return
+    model = load_config(path).get("model")
+    name = model.get("name") if isinstance(model, ConfigDict) else None
+    if not isinstance(model, ConfigDict) or name != "dual" or model.get("dual", {}).get("head") != "none":
+        what = "a head that was trained" if name == "dual" else f"a run of the model {name!r}"
+        raise ValueError(f"{workdir} holds {what}, which shnet photos did not make there; choose another --out")
+
+
+def _put_in_place(workdir: Path) -> None:
+    """Removes the run that is there and all that was made with it; the data sets in AGAIN become those of the run."""
+    from data_prep.extract import own_photos
+
+    for part in ("checkpoints", "embeddings", HEAD):
+        shutil.rmtree(workdir / part, ignore_errors=True)
+    for suffix in (".md", ".json"):
+        (workdir / f"{RESULTS}{suffix}").unlink(missing_ok=True)
+    (workdir / DATA_SETS).mkdir(exist_ok=True)
+    for name in (own_photos.ALL, own_photos.CAPTIONED):
+        shutil.rmtree(workdir / DATA_SETS / name, ignore_errors=True)
+        if (workdir / AGAIN / name).is_dir():
+            (workdir / AGAIN / name).rename(workdir / DATA_SETS / name)
+    shutil.rmtree(workdir / AGAIN)
 
 
 def _fit_lengths(config: ConfigDict) -> None:
@@ -136,7 +173,7 @@ def _compare(config: ConfigDict, workdir: Path, folder: str, captions: str, head
     """Prints and writes recalls on the held-out captions: of the CLIP's own vectors and, if wanted, of a head."""
     from data_prep.extract import own_photos
 
-    captioned = workdir / "data_sets" / own_photos.CAPTIONED
+    captioned = workdir / DATA_SETS / own_photos.CAPTIONED
     results = {ZERO_SHOT: _evaluate(config, workdir, captioned)}
     if head:
         results[HEAD] = _evaluate(_train_head(config, workdir, captioned), workdir / HEAD, captioned)

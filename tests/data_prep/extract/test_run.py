@@ -126,6 +126,31 @@ def test_flags_that_cannot_work(flags, capsys):
     assert "/absent: no such folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["backbone", "segmenter"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "somebody/model",
+            "not here, and not to be had (the hub does not answer); fetch it on a machine with a network "
+            "(hf download somebody/model --local-dir=FOLDER) and give --{what}=FOLDER",
+        ),
+        ("./absent", "no such folder"),
+    ],
+)
+def test_a_model_that_is_not_here_is_one_line(flags, monkeypatch, capsys, what, name, message):
+    hub = pytest.importorskip("data_prep.extract.hub", reason="needs the extra `extract`: make test-extract")
+
+    def nothing(*args, **kwargs):
+        raise OSError("not in\nthe cache")
+
+    monkeypatch.setattr(hub, "snapshot_download", nothing)
+    monkeypatch.setattr(hub, "_answers", lambda: False)
+    flags = [flag for flag in flags if not flag.startswith("--backbone")]
+    assert command.main([*flags, f"--{what}={name}"]) == 1
+    assert capsys.readouterr().err == f"error: --{what}={name}: {message.format(what=what)}\n"
+
+
 def test_photographs_are_found_upright_and_in_colour(tmp_path):
     gray = Image.new("L", (30, 20), 100)
     exif = gray.getexif()
