@@ -111,7 +111,9 @@ class SentenceEncoder:
     """Texts to vectors; compiled once for each length, in multiples of 16 tokens."""
 
     def __init__(self, description: Description, batch_size: int = 32):
-        """Loads the weights. Raises ValueError where they are others than those described."""
+        """Loads the weights. Raises ValueError where they are others than those described, and for another pooling."""
+        if description.pooling not in POOLINGS:
+            raise ValueError(f"pooling {description.pooling!r}; expected {' or '.join(POOLINGS)}")
         folder = bert_weights.find_folder(description.encoder)
         if (sha := weights_sha256(folder)) != description.sha256:
             raise ValueError(f"{folder}: sha256 of its weights: expected {description.sha256}, found {sha}")

@@ -82,6 +82,12 @@ def test_other_weights_than_those_described_are_refused(tmp_path):
         SentenceEncoder(dataclasses.replace(described, sha256="00"))
 
 
+def test_another_pooling_than_mean_and_cls_is_refused(tmp_path):
+    described = dataclasses.replace(describe(str(bert(tmp_path / "plain"))), pooling="last")
+    with pytest.raises(ValueError, match="pooling 'last'; expected mean or cls"):
+        SentenceEncoder(described)
+
+
 def test_a_description_goes_through_json(tmp_path):
     described = Description("minilm", "ab", "mean", True, 256)
     assert Description.parse(json.loads(json.dumps(dataclasses.asdict(described))), "x") == described
