@@ -25,6 +25,7 @@ from data_prep.files import check_file, data_errors, open_array, read_lines
 from data_prep.notes import note
 from data_prep.schema import DataError, Record, as_field, refuse
 from data_prep.torch_files import described
+from shnet_jax.data.schema import ONE_MODEL
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
 from shnet_jax.paths import to_path, to_paths
@@ -134,6 +135,7 @@ def import_vectors(
     captions: Path | None = None,
     split: str = "train",
     val: int = 0,
+    one_model: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Import folders and return the version folder of the data set; see `--help` for the arguments."""
@@ -151,7 +153,8 @@ def import_vectors(
         splits["val"] = Split(images, texts, sentences, middle, len(images))
     source = f"data_prep.from_vectors of {image_vectors[0].name} and {text_vectors[0].name}"
     found = Found(len(texts), len(images), len(texts))
-    return write_dataset(out, name, splits, {"source": source}, total=len(images), found=found, overwrite=overwrite)
+    metadata = {"source": source, ONE_MODEL: one_model}
+    return write_dataset(out, name, splits, metadata, total=len(images), found=found, overwrite=overwrite)
 
 
 @command.reports_errors
@@ -165,10 +168,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--split", default="train", help="name of the split; default: train")
     parser.add_argument("--val", type=command.at_least(0), default=0, help="last images that become the split val")
+    parser.add_argument(
+        "--one_model", action="store_true", help="one dual encoder made both sides: evaluation adds its zero-shot row"
+    )
     command.add_writing_arguments(parser)
     args = parser.parse_args(argv)
     folders = to_paths(args.image_vectors), to_paths(args.text_vectors)
-    chosen = {"captions": args.captions, "split": args.split, "val": args.val, "overwrite": args.overwrite}
+    chosen = {
+        "captions": args.captions,
+        "split": args.split,
+        "val": args.val,
+        "one_model": args.one_model,
+        "overwrite": args.overwrite,
+    }
     print(import_vectors(*folders, args.name, args.out, **chosen))
     return 0
 

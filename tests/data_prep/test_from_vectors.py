@@ -9,6 +9,7 @@ import pytest
 from data_prep import from_vectors
 from data_prep.schema import DataError
 from shnet_jax.data.records import open_dataset
+from shnet_jax.evaluation.zero_shot import zero_shot
 from tests.interop.torch_writer import save
 
 
@@ -84,6 +85,16 @@ def test_a_fault_names_the_file(tmp_path, spoil, message):
     with pytest.raises(DataError, match=message):
         from_vectors.import_vectors([tmp_path / "images"], [tmp_path / "texts"], "v", tmp_path)
     assert not (tmp_path / "v" / "1.0.0").exists()
+
+
+@pytest.mark.parametrize("flag", [[], ["--one_model"]])
+def test_only_one_model_of_both_sides_has_a_zero_shot_row(tmp_path, flag):
+    for name in ("images", "texts"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "all.npy", np.eye(3, dtype=np.float32))
+    argv = [f"--image_vectors={tmp_path / 'images'}", f"--text_vectors={tmp_path / 'texts'}", "--name=v"]
+    assert from_vectors.main([*argv, f"--out={tmp_path}", *flag]) == 0
+    assert (zero_shot(open_dataset(tmp_path / "v"), "train") is not None) == bool(flag)
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):
