@@ -70,6 +70,7 @@ def test_modules_that_are_not_followed_are_refused(tmp_path):
     folder = bert(tmp_path / "st", "max_tokens")
     with pytest.raises(ValueError, match=r"expected a pooling by .*, found \['pooling_mode_max_tokens'\]"):
         describe(str(folder))
+    assert describe(str(folder), "cls").pooling == "cls"  # asked for, in place of what is not followed
     modules = json.loads((folder / "modules.json").read_text())
     (folder / "modules.json").write_text(json.dumps([*modules, {"type": "sentence_transformers.models.Dense"}]))
     with pytest.raises(ValueError, match=r"modules\.json: expected the modules .* found \['Transformer', .*'Dense'\]"):
