@@ -37,7 +37,7 @@ from shnet_jax.untrusted import read_object
 FIELD = "caption_embeddings"
 BLOCK = 4096
 """Captions of a block: a killed run loses at most what it did of one."""
-_SLICE = 128  # captions between two looks at the clock
+_SLICE = 128  # captions between two looks at the clock, unless a batch has more
 _SOURCE, _INFO = "source.json", "dataset_info.json"
 _POOLINGS = ("mean", "cls", "last", "model")
 
@@ -71,11 +71,20 @@ def open_encoder(name: str, pooling: str, max_tokens: int, device: str, batch_si
 
 
 def encode_captions(
-    directory: Path, name: str, out: Path, described: Description, encode: Encode, *, dtype: str, overwrite: bool
+    directory: Path,
+    name: str,
+    out: Path,
+    described: Description,
+    encode: Encode,
+    *,
+    dtype: str,
+    overwrite: bool,
+    batch_size: int = 32,
 ) -> Path:
     """Writes the copy and returns its version folder, which appears only when whole.
 
     overwrite: replace a data set of that name; it may be the one whose captions are encoded.
+    batch_size: captions that `encode` takes at once.
     """
     dataset, target = open_dataset(directory), out / name / VERSION
     check_names(name, dataset.splits)
@@ -88,7 +97,7 @@ def encode_captions(
         _begin(folder, dataclasses.asdict(described) | {"dtype": dtype, "captions": _digest(dataset)})
         progress = Progress(_count(dataset), what=name, unit="captions")
         for split in dataset.splits:
-            _encode_split(folder, dataset, split, encode, dtype, progress)
+            _encode_split(folder, dataset, split, encode, dtype, progress, max(_SLICE, batch_size))
         progress.close()
         with sole_writer(target.parent), whole_or_nothing(target) as whole:
             _assemble(folder, dataset, name, whole, described)
@@ -149,17 +158,19 @@ def _count_all(progress: Progress, captions: Sequence[str]) -> None:
         progress.count()
 
 
-def _encode_split(folder: Path, dataset: DataSet, split: str, encode: Encode, dtype: str, progress: Progress) -> None:
-    """Encodes the blocks that are not done, each written whole or not at all."""
+def _encode_split(
+    folder: Path, dataset: DataSet, split: str, encode: Encode, dtype: str, progress: Progress, most: int
+) -> None:
+    """Encodes the blocks that are not done, each written whole or not at all. most: captions handed over at once."""
     for number, captions in enumerate(_blocks(dataset, split)):
         path = _block(folder, split, number)
         if path.is_file():
             _count_all(progress, captions)
         else:
             parts = []
-            for start in range(0, len(captions), _SLICE):
-                parts.append(encode(captions[start : start + _SLICE]))
-                _count_all(progress, captions[start : start + _SLICE])
+            for start in range(0, len(captions), most):
+                parts.append(encode(captions[start : start + most]))
+                _count_all(progress, captions[start : start + most])
             vectors = np.concatenate(parts)
             with np.errstate(over="ignore"):  # refused below
                 cast = vectors.astype(dtype_of(dtype))
@@ -259,8 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
     args: argparse.Namespace = parser.parse_args(argv)
     check_names(args.name, {"train": ()})  # before a model is loaded
-    described, encode = chosen_encoder(args, args.batch_size)
-    options = {"dtype": args.text_dtype, "overwrite": args.overwrite}
+    batch_size = min(args.batch_size, BLOCK)  # no more come together; JAX fills up smaller batches
+    described, encode = chosen_encoder(args, batch_size)
+    options = {"dtype": args.text_dtype, "overwrite": args.overwrite, "batch_size": batch_size}
     print(encode_captions(args.directory, args.name, args.out, described, encode, **options))
     return 0
 

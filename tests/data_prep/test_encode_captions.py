@@ -193,6 +193,24 @@ def test_vectors_too_large_for_their_dtype_stop_it(tmp_path):
 
 
 @pytest.mark.usefixtures("source")
+@pytest.mark.parametrize("batch_size, largest", [(1, 128), (200, 200), (5000, 300)])
+def test_a_large_batch_reaches_the_model(tmp_path, monkeypatch, batch_size, largest):
+    monkeypatch.setattr(encode_captions, "BLOCK", 300)
+    many = {"image_id": "a", "captions": [f"a caption {i}" for i in range(301)], "image_embedding": np.ones(2, "f4")}
+    write_dataset(tmp_path, "set", {"train": [many]}, {"source": "by hand"}, overwrite=True)
+    seen, made = [], []
+
+    def chosen(args, size):
+        made.append(size)
+        return DESCRIBED, lambda texts: seen.append(len(texts)) or vectors(texts)
+
+    monkeypatch.setattr(encode_captions, "chosen_encoder", chosen)
+    argv = [str(tmp_path / "set"), "--text_encoder=any", "--name=copy", f"--out={tmp_path}"]
+    assert encode_captions.main([*argv, f"--batch_size={batch_size}"]) == 0
+    assert max(seen) == largest and made == [min(batch_size, 300)] and sum(seen) == 301
+
+
+@pytest.mark.usefixtures("source")
 def test_the_command_with_a_bert(tmp_path, capsys):
     folder = bert(tmp_path / "bert")
     argv = [str(tmp_path / "set"), f"--text_encoder={folder}", "--name=copy", f"--out={tmp_path}"]
