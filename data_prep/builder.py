@@ -71,7 +71,7 @@ def write_dataset(
       FileExistsError: the data set exists and `overwrite` is False.
       FolderInUse: another process is writing it.
     """
-    _check_names(name, splits)
+    check_names(name, splits)
     target = Path(out) / name / VERSION
     if target.exists() and not overwrite:
         raise FileExistsError(f"data set {target} exists; give another --name, or --overwrite to replace it")
@@ -79,7 +79,7 @@ def write_dataset(
     with (
         sole_writer(target.parent),
         disk_faults(target.parent, RuntimeError),  # of array_record
-        _whole_or_nothing(target) as folder,
+        whole_or_nothing(target) as folder,
     ):
         progress = Progress(total, what=name, unit="records")
         writer = _Writer(folder, name, dict(metadata), files or {}, progress, bad, least_captions)
@@ -114,7 +114,8 @@ def made_before(target: Path, source: str) -> bool:
     return True
 
 
-def _check_names(name: str, splits: Mapping[str, Any]) -> None:
+def check_names(name: str, splits: Mapping[str, Any]) -> None:
+    """Raises DataError for a name of a data set or of a split that a data set cannot have, and without splits."""
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise DataError(f"data set name {name!r}: expected a letter, then letters, digits or underscores")
     refuse(not splits, f"data set {name!r}", "at least one split", "none")
@@ -124,8 +125,8 @@ def _check_names(name: str, splits: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _whole_or_nothing(target: Path) -> Iterator[Path]:
-    """A hidden sibling folder that becomes `target` when the block succeeds, else is removed."""
+def whole_or_nothing(target: Path) -> Iterator[Path]:
+    """Yields a hidden sibling folder that becomes `target` when the block succeeds, else is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.incomplete")
     if folder.exists():  # left by a run that was killed

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -21,22 +22,23 @@ from typing import Any
 import numpy as np
 
 from data_prep import command
-from data_prep.builder import VERSION, write_checksums
+from data_prep.builder import VERSION, check_names, whole_or_nothing, write_checksums
+from data_prep.files import open_array
 from data_prep.schema import DataError, refuse
 from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.data.columns import ColumnWriter, column_description
 from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.data.schema import VECTOR_DTYPES, dtype_of
 from shnet_jax.interop.sentence_vectors import Description, SentenceEncoder, describe
-from shnet_jax.observe.files import atomic_path, disk_faults, sole_writer
+from shnet_jax.observe.files import atomic_path, disk_faults, sole_writer, write_json
 from shnet_jax.observe.progress import Progress
 from shnet_jax.untrusted import read_object
 
 FIELD = "caption_embeddings"
 BLOCK = 4096
 """Captions of a block: a killed run loses at most what it did of one."""
-_SLICE = 128  # captions between two looks at the clock
-_SOURCE = "source.json"
+_SLICE = 128  # captions between two looks at the clock, unless a batch has more
+_SOURCE, _INFO = "source.json", "dataset_info.json"
 _POOLINGS = ("mean", "cls", "last", "model")
 
 Encode = Callable[[Sequence[str]], np.ndarray]
@@ -69,26 +71,36 @@ def open_encoder(name: str, pooling: str, max_tokens: int, device: str, batch_si
 
 
 def encode_captions(
-    directory: Path, name: str, out: Path, described: Description, encode: Encode, *, dtype: str, overwrite: bool
+    directory: Path,
+    name: str,
+    out: Path,
+    described: Description,
+    encode: Encode,
+    *,
+    dtype: str,
+    overwrite: bool,
+    batch_size: int = 32,
 ) -> Path:
     """Writes the copy and returns its version folder, which appears only when whole.
 
     overwrite: replace a data set of that name; it may be the one whose captions are encoded.
+    batch_size: captions that `encode` takes at once.
     """
     dataset, target = open_dataset(directory), out / name / VERSION
+    check_names(name, dataset.splits)
     if target.exists() and not overwrite:
-        raise FileExistsError(f"data set {target} exists; choose another name or ask to overwrite it")
+        raise FileExistsError(f"data set {target} exists; give another --name, or --overwrite to replace it")
     if FIELD in dataset.features and FIELD not in dataset.columns:
         raise DataError(f"{dataset.path}: has {FIELD} in its records already: import it again without")
     folder = out / f".{name}.encode_captions"
     with sole_writer(folder), disk_faults(folder):
-        source = dataclasses.asdict(described) | {"dataset": str(dataset.path.resolve()), "dtype": dtype}
-        _begin(folder, source)
+        _begin(folder, dataclasses.asdict(described) | {"dtype": dtype, "captions": _digest(dataset)})
         progress = Progress(_count(dataset), what=name, unit="captions")
         for split in dataset.splits:
-            _encode_split(folder, dataset, split, encode, dtype, progress)
+            _encode_split(folder, dataset, split, encode, dtype, progress, max(_SLICE, batch_size))
         progress.close()
-        _assemble(folder, dataset, name, target, described)
+        with sole_writer(target.parent), whole_or_nothing(target) as whole:
+            _assemble(folder, dataset, name, whole, described)
     shutil.rmtree(folder)
     return target
 
@@ -96,11 +108,29 @@ def encode_captions(
 def _begin(folder: Path, source: dict[str, Any]) -> None:
     """Starts a folder of blocks, or goes on with one of the same source."""
     path = folder / _SOURCE
-    if path.is_file() and (stored := read_object(path)) != source:
-        differ = ", ".join(f"{key}: {stored.get(key)!r} there, {source[key]!r} here" for key in source)
-        raise DataError(f"{folder}: blocks of a run with other settings ({differ}); remove the folder to begin anew")
-    (folder / "blocks").mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(source), encoding="utf-8")
+    if path.is_file():
+        try:
+            stored = read_object(path)
+        except ValueError as error:
+            raise DataError(f"{error}; remove the folder {folder} to begin anew") from None
+        pairs = {key: (stored.get(key), value) for key, value in source.items() if stored.get(key) != value}
+        differ = ", ".join(f"{key}: {there!r} there, {here!r} here" for key, (there, here) in pairs.items())
+        if differ:
+            raise DataError(
+                f"{folder}: blocks of a run with other settings ({differ}); remove the folder to begin anew"
+            )
+    else:
+        write_json(path, source)
+    (folder / "blocks").mkdir(exist_ok=True)
+
+
+def _digest(dataset: DataSet) -> str:
+    """SHA-256 of all captions in order, which the blocks belong to wherever the data set lies."""
+    digest = hashlib.sha256(str(BLOCK).encode())
+    for split in dataset.splits:
+        for captions in _blocks(dataset, split):
+            digest.update(json.dumps([split, captions]).encode())
+    return digest.hexdigest()
 
 
 def _count(dataset: DataSet) -> int:
@@ -128,57 +158,76 @@ def _count_all(progress: Progress, captions: Sequence[str]) -> None:
         progress.count()
 
 
-def _encode_split(folder: Path, dataset: DataSet, split: str, encode: Encode, dtype: str, progress: Progress) -> None:
-    """Encodes the blocks that are not done, each written whole or not at all."""
+def _encode_split(
+    folder: Path, dataset: DataSet, split: str, encode: Encode, dtype: str, progress: Progress, most: int
+) -> None:
+    """Encodes the blocks that are not done, each written whole or not at all. most: captions handed over at once."""
     for number, captions in enumerate(_blocks(dataset, split)):
         path = _block(folder, split, number)
         if path.is_file():
             _count_all(progress, captions)
         else:
             parts = []
-            for start in range(0, len(captions), _SLICE):
-                parts.append(encode(captions[start : start + _SLICE]))
-                _count_all(progress, captions[start : start + _SLICE])
+            for start in range(0, len(captions), most):
+                parts.append(encode(captions[start : start + most]))
+                _count_all(progress, captions[start : start + most])
             vectors = np.concatenate(parts)
-            refuse(
-                not np.isfinite(vectors).all(), f"split {split!r}, block {number}", "finite vectors", "NaN or infinity"
-            )
-            cast = vectors.astype(dtype_of(dtype))
+            with np.errstate(over="ignore"):  # refused below
+                cast = vectors.astype(dtype_of(dtype))
+            if not np.isfinite(cast.astype(np.float32)).all():
+                wider = "; --text_dtype=float32 holds them" if np.isfinite(vectors).all() else ""
+                raise DataError(
+                    f"split {split!r}, block {number}: expected finite vectors, found NaN or infinity in {dtype}{wider}"
+                )
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.save(file, cast.view(np.uint16) if dtype == "bfloat16" else cast)
 
 
-def _assemble(folder: Path, dataset: DataSet, name: str, target: Path, described: Description) -> None:
-    """Links the files of the data set, writes the new columns, metadata and checksums, and moves all to its place."""
-    whole = target.with_name(f".{target.name}.incomplete")
-    shutil.rmtree(whole, ignore_errors=True)
-    whole.mkdir(parents=True)
-    renamed = dataset.path.parent.name
+def _assemble(folder: Path, dataset: DataSet, name: str, whole: Path, described: Description) -> None:
+    """Links the files of the data set into the folder `whole`, writes new columns, metadata and checksums there.
+
+    Raises DataError for a copy that cannot be read.
+    """
+    info = read_object(dataset.path / _INFO)
+    before = f"{info['name']}-"  # TFDS finds records by the name of the data set, not of its folder
     for path in sorted(dataset.path.iterdir()):
-        if path.name in (CHECKSUMS, "metadata.json") or path.name.startswith(f"{FIELD}_"):
+        if path.name in (CHECKSUMS, _INFO, "metadata.json") or path.name.startswith(f"{FIELD}_"):
             continue
-        link(path, whole / path.name.replace(f"{renamed}-", f"{name}-", 1))
-    info = read_object(whole / "dataset_info.json")
-    (whole / "dataset_info.json").unlink()  # a link: the original stays as it is
-    (whole / "dataset_info.json").write_text(json.dumps(info | {"name": name}, indent=2), encoding="utf-8")
+        renamed = path.name.startswith(before)
+        link(path, whole / (f"{name}-{path.name.removeprefix(before)}" if renamed else path.name))
+    write_json(whole / _INFO, info | {"name": name})
     columns: dict[str, Any] = {}
     for split in dataset.splits:
         writer = ColumnWriter(whole, FIELD, split)
-        for number, _ in enumerate(_blocks(dataset, split)):
-            rows = np.load(_block(folder, split, number), allow_pickle=False)
+        for number, captions in enumerate(_blocks(dataset, split)):
+            path = _block(folder, split, number)
+            rows = open_array(path)
+            refuse(len(rows) != len(captions), path, f"{len(captions)} rows, one a caption", len(rows))
             rows = rows.view(dtype_of("bfloat16")) if rows.dtype == np.uint16 else rows
             writer.add(rows)
             columns = column_description({FIELD: rows})
         writer.close()
     kept = dict(dataset.metadata.get("columns", {})) | columns
     metadata = dict(dataset.metadata) | {"columns": kept, "text_encoder": dataclasses.asdict(described)}
-    (whole / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
+    write_json(whole / "metadata.json", metadata)
     write_checksums(whole)
-    replaced = target.with_name(f".{target.name}.replaced")
-    if target.exists():
-        target.rename(replaced)
-    whole.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _check_copy(dataset, whole)
+
+
+def _check_copy(dataset: DataSet, whole: Path) -> None:
+    """Reads the first and the last record of each split. Raises DataError where they are not those of the original."""
+    copy = open_dataset(whole)
+    refuse(copy.splits != dataset.splits, whole, dict(dataset.splits), dict(copy.splits))
+    for split, count in copy.splits.items():
+        fields = ("image_id", "captions")
+        old, new = dataset.open_split(split, fields), copy.open_split(split, (*fields, FIELD))
+        for number in {0, count - 1} if count else ():
+            try:
+                record = new[number]
+            except (ValueError, OSError) as error:
+                raise DataError(f"{whole}: the copy cannot be read: {error}") from error
+            same = all(record[name] == old[number][name] for name in fields)
+            refuse(not same, f"{whole}: split {split!r}, record {number}", "that of the original", record["image_id"])
 
 
 def link(source: Path, target: Path) -> None:
@@ -220,8 +269,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder that holds data sets")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
     args: argparse.Namespace = parser.parse_args(argv)
-    described, encode = chosen_encoder(args, args.batch_size)
-    options = {"dtype": args.text_dtype, "overwrite": args.overwrite}
+    check_names(args.name, {"train": ()})  # before a model is loaded
+    batch_size = min(args.batch_size, BLOCK)  # no more come together; JAX fills up smaller batches
+    described, encode = chosen_encoder(args, batch_size)
+    options = {"dtype": args.text_dtype, "overwrite": args.overwrite, "batch_size": batch_size}
     print(encode_captions(args.directory, args.name, args.out, described, encode, **options))
     return 0
 

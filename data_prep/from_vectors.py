@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,14 @@ from data_prep.files import check_file, data_errors, open_array, read_lines
 from data_prep.notes import note
 from data_prep.schema import DataError, Record, as_field, refuse
 from data_prep.torch_files import described
-from shnet_jax.interop.torch_file import open_torch_file
+from shnet_jax.data.schema import ONE_MODEL
+from shnet_jax.interop.torch_file import TorchFile, open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
 from shnet_jax.paths import to_path, to_paths
 
 SUFFIXES = (".pt", ".npy")
 _BLOCK = 1024  # rows read at once
+_OPEN = 64  # files open at once: texts are read in as many places as an image has captions
 
 
 def natural(path: Path) -> list[tuple[int, str]]:
@@ -45,22 +47,27 @@ class Rows:
     folders: Sequence[Path]
 
     @cached_property
-    def _files(self) -> list[tuple[Path, np.ndarray]]:
+    def _files(self) -> list[tuple[Path, tuple[int, int]]]:
+        """Files and their shapes; not their maps, of which a process may have some 1,000 only."""
         files = []
         for folder in self.folders:
             refuse(not folder.is_dir(), folder, "a folder of vectors", "none")
             found = sorted((path for path in folder.iterdir() if path.suffix in SUFFIXES), key=natural)
             refuse(not found, folder, f"files {' or '.join(SUFFIXES)}", "none")
-            files += [(path, _open(path)) for path in found]
-        first_path, first = files[0]
-        for path, array in files:
-            expected = f"as wide as {first_path.name}, {first.shape[1]}"
-            refuse(array.shape[1] != first.shape[1], path, expected, array.shape[1])
+            files += [(path, _shape(path)) for path in found]
+        first_path, (_, width) = files[0]
+        for path, shape in files:
+            refuse(shape[1] != width, path, f"as wide as {first_path.name}, {width}", shape[1])
         return files
 
     @cached_property
+    def _map(self) -> Callable[[Path], np.ndarray]:
+        """Opens a file, unless it is one of the last."""
+        return lru_cache(maxsize=_OPEN)(_open)
+
+    @cached_property
     def _starts(self) -> list[int]:
-        return [0, *np.cumsum([len(array) for _, array in self._files]).tolist()]
+        return [0, *np.cumsum([shape[0] for _, shape in self._files]).tolist()]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -70,28 +77,43 @@ class Rows:
         parts = []
         while start < stop:
             number = bisect_right(self._starts, start) - 1
-            path, array = self._files[number]
-            place = start - self._starts[number]
+            path, shape = self._files[number]
+            array, place = self._map(path), start - self._starts[number]
+            refuse(array.shape != shape, path, f"{list(shape)}, as before", list(array.shape))
             rows = np.array(array[place : place + stop - start])
             parts.append(as_field(field, rows, where=f"rows from {place}", file=path.name))
             start += len(rows)
         return np.concatenate(parts)
 
 
+def _tensor(path: Path) -> tuple[TorchFile, Tensor]:
+    """The one tensor of a .pt file. Raises DataError for another content."""
+    check_file(path)
+    file = open_torch_file(path)
+    if not isinstance(file.content, Tensor):
+        raise DataError(f"{path}: expected a tensor [rows, E], found {described(file.content)}")
+    return file, file.content
+
+
+def _shape(path: Path) -> tuple[int, int]:
+    """Rows and width of a file, whose vectors are not read. Raises DataError for anything else."""
+    with data_errors():
+        if path.suffix == ".npy":
+            shape = open_array(path).shape
+        else:
+            file, tensor = _tensor(path)
+            shape = file.shape(tensor)
+    refuse(len(shape) != 2 or 0 in shape, path, "[rows, E]", list(shape))
+    return shape[0], shape[1]
+
+
 def _open(path: Path) -> np.ndarray:
-    """The vectors [rows, E] of a file, mapped. Raises DataError for anything else."""
-    if path.suffix == ".npy":
-        array = open_array(path)
-    else:
-        check_file(path)
-        with data_errors():
-            file = open_torch_file(path)
-            content = file.content
-            if not isinstance(content, Tensor):
-                raise DataError(f"{path}: expected a tensor [rows, E], found {described(content)}")
-            array = file.array(content)
-    refuse(array.ndim != 2 or not array.size, path, "[rows, E]", list(array.shape))
-    return array
+    """The array of a file, mapped; of a .pt its checksum is verified. Raises DataError for a damaged one."""
+    with data_errors():
+        if path.suffix == ".npy":
+            return open_array(path)
+        file, tensor = _tensor(path)
+        return file.array(tensor)
 
 
 @dataclass(frozen=True)
@@ -134,6 +156,7 @@ def import_vectors(
     captions: Path | None = None,
     split: str = "train",
     val: int = 0,
+    one_model: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Import folders and return the version folder of the data set; see `--help` for the arguments."""
@@ -151,7 +174,8 @@ def import_vectors(
         splits["val"] = Split(images, texts, sentences, middle, len(images))
     source = f"data_prep.from_vectors of {image_vectors[0].name} and {text_vectors[0].name}"
     found = Found(len(texts), len(images), len(texts))
-    return write_dataset(out, name, splits, {"source": source}, total=len(images), found=found, overwrite=overwrite)
+    metadata = {"source": source, ONE_MODEL: one_model}
+    return write_dataset(out, name, splits, metadata, total=len(images), found=found, overwrite=overwrite)
 
 
 @command.reports_errors
@@ -165,10 +189,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--split", default="train", help="name of the split; default: train")
     parser.add_argument("--val", type=command.at_least(0), default=0, help="last images that become the split val")
+    parser.add_argument(
+        "--one_model", action="store_true", help="one dual encoder made both sides: evaluation adds its zero-shot row"
+    )
     command.add_writing_arguments(parser)
     args = parser.parse_args(argv)
     folders = to_paths(args.image_vectors), to_paths(args.text_vectors)
-    chosen = {"captions": args.captions, "split": args.split, "val": args.val, "overwrite": args.overwrite}
+    chosen = {
+        "captions": args.captions,
+        "split": args.split,
+        "val": args.val,
+        "one_model": args.one_model,
+        "overwrite": args.overwrite,
+    }
     print(import_vectors(*folders, args.name, args.out, **chosen))
     return 0
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from shnet_jax import registry
 from shnet_jax.data import clip_bpe, wordpiece
 from shnet_jax.data.records import DataSet, open_dataset
-from shnet_jax.data.tokenise import Tokenizer, load_tokenizer
+from shnet_jax.data.tokenise import WITHOUT_TOKENS, Tokenizer, has_vocabulary, load_tokenizer
 from shnet_jax.data.vector_batches import with_masks
 from shnet_jax.interop import bert_weights, clip_weights
 from shnet_jax.interop.sentence_vectors import Description, SentenceEncoder
@@ -65,17 +65,10 @@ def assemble(config: ConfigDict) -> Experiment:
     dataset = open_dataset(config.data.dir)
     settle_dtypes(config)
     fit_weights(config)
-    if config.text.tower == VECTORS and not config.tokenizer.path:
-        config.tokenizer.kind = "sentencepiece"  # the data set's own, for what is shown of captions: no token is read
-    tokenizer = load_tokenizer(config)
-    spare = config.text.vocab_size - tokenizer.vocab_size
-    padded = 0 < spare < MOST_SPARE and config.text.vocab_size % 8 == 0
-    if config.text.vocab_size and spare and not padded:
-        raise ValueError(
-            f"the text tower has {config.text.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: "
-            "set config.tokenizer to the vocabulary that the text tower was trained with"
-        )
-    config.text.vocab_size = config.text.vocab_size or tokenizer.vocab_size
+    vectors = config.text.tower == VECTORS
+    if vectors and not config.tokenizer.path:
+        config.tokenizer.kind = "sentencepiece"  # the data set's own, if it has one: no token is read
+    tokenizer = WITHOUT_TOKENS if vectors and not has_vocabulary(config) else _fitting_tokenizer(config)
     module = registry.model(config.model.name)
     fields, of_texts = module.image_fields(config), text_fields(config)
     _check_fields(config, dataset, (*fields, *of_texts))
@@ -85,6 +78,23 @@ def assemble(config: ConfigDict) -> Experiment:
         log.info("%s: %s", dataset.path, notes)
     model, fields = module.build(config), (*fields, *optional)
     return Experiment(FrozenConfigDict(config), dataset, tokenizer, model, fields, notes, of_texts)
+
+
+def _fitting_tokenizer(config: ConfigDict) -> Tokenizer:
+    """The tokenizer that the configuration names; fills in the size of its vocabulary.
+
+    Raises ValueError for another size than the text tower has.
+    """
+    tokenizer = load_tokenizer(config)
+    spare = config.text.vocab_size - tokenizer.vocab_size
+    padded = 0 < spare < MOST_SPARE and config.text.vocab_size % 8 == 0
+    if config.text.vocab_size and spare and not padded:
+        raise ValueError(
+            f"the text tower has {config.text.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: "
+            "set config.tokenizer to the vocabulary that the text tower was trained with"
+        )
+    config.text.vocab_size = config.text.vocab_size or tokenizer.vocab_size
+    return tokenizer
 
 
 def automatic(config: ConfigDict) -> list[str]:

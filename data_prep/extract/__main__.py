@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 
 from data_prep import command, encode_captions
-from data_prep.extract import run
+from data_prep.builder import VERSION
+from data_prep.extract import blocks, run
 from shnet_jax.observe.files import sole_writer
 
 
@@ -29,11 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace = parser.parse_args(argv)
     work = run.prepare(args)
     encoder = encode_captions.chosen_encoder(args) if args.text_encoder else None  # before hours of photographs
-    with sole_writer(work.folder):
-        run.extract_here(work, args)
-    path = run.build(work, args)
+    if work.built:
+        path = args.out / args.name / VERSION
+        print(f"extract: {path} is there; going on with its captions", file=sys.stderr)
+    else:
+        with sole_writer(work.folder):
+            run.extract_here(work, args)
+        path = run.build(work, args, keep_settings=encoder is not None)
     if encoder is not None:
         encode_captions.encode_captions(path, args.name, args.out, *encoder, dtype=args.text_dtype, overwrite=True)
+        blocks.remove(work.folder)
     print(path)
     return 0
 

@@ -24,6 +24,7 @@ from data_prep.schema import DataError, Record
 
 SIZE = 64  # photographs of a block: as many are lost when a run is killed
 _ROWS = "rows"
+_BUILT = "built"  # file that says that the data set was written from the blocks, which are gone
 _THREADS = 4
 
 Extract = Callable[[Sequence[Image.Image], Sequence[str]], list[Record]]
@@ -159,6 +160,19 @@ def skipped(blocks: Sequence[Block]) -> list[str]:
     return names
 
 
-def remove(folder: Path) -> None:
-    """Delete the blocks of a finished extraction."""
-    shutil.rmtree(folder)
+def remove(folder: Path, *, keep_settings: bool = False) -> None:
+    """Delete the blocks of a finished extraction.
+
+    keep_settings: leave what `is_built` and `plan` look at, as there is work to do on the data set.
+    """
+    if not keep_settings:
+        shutil.rmtree(folder)
+        return
+    (folder / _BUILT).touch()
+    for path in folder.glob("*.npz"):
+        path.unlink()
+
+
+def is_built(folder: Path) -> bool:
+    """Whether the data set of the extraction in `folder` was written, and what follows is not done."""
+    return (folder / _BUILT).is_file()

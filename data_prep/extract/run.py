@@ -28,13 +28,17 @@ from shnet_jax.observe.progress import Progress
 
 @dataclass(frozen=True)
 class Work:
-    """An extraction: its settings, its photographs and all of its blocks, whose files lie in `folder`."""
+    """An extraction: its settings, its photographs and all of its blocks, whose files lie in `folder`.
+
+    built: the data set is there already, and what follows was interrupted.
+    """
 
     settings: Settings
     photographs: Photographs
     folder: Path
     blocks: list[Block]
     found: Found
+    built: bool = False
 
     @property
     def least_captions(self) -> int:
@@ -155,10 +159,12 @@ def prepare(args: argparse.Namespace, given: captions.Splits | None = None) -> W
     given: the photographs with their captions, where these are known already.
     """
     target = args.out / args.name / VERSION
-    if target.exists() and not args.overwrite:
+    folder = args.out / f".{args.name}.extract"
+    encodes = bool(getattr(args, "text_encoder", ""))  # work that follows the data set
+    built = encodes and target.exists() and blocks.is_built(folder)
+    if target.exists() and not args.overwrite and not built:
         raise FileExistsError(f"data set {target} exists; give another --name, or --overwrite to replace it")
     chosen = settings.from_arguments(args)
-    folder = args.out / f".{args.name}.extract"
     strict = args.on_bad_record == "fail"
     photographs = open_photographs(chosen.images, args.caption_from)
     if given is not None:
@@ -171,7 +177,7 @@ def prepare(args: argparse.Namespace, given: captions.Splits | None = None) -> W
         splits = captions.gather(
             photographs.rows(args.split), args.split_lists, chosen.images, strict=strict, uncaptioned=UNCAPTIONED
         )
-    return Work(chosen, photographs, folder, blocks.plan(folder, chosen, splits), splits.found)
+    return Work(chosen, photographs, folder, blocks.plan(folder, chosen, splits), splits.found, built)
 
 
 def on_broken(policy: str) -> Callable[[str], None]:
@@ -216,8 +222,11 @@ def extract_here(work: Work, args: argparse.Namespace) -> None:
     progress.close()
 
 
-def build(work: Work, args: argparse.Namespace) -> Path:
-    """Write the data set from the blocks, all done, and delete them; returns the version folder."""
+def build(work: Work, args: argparse.Namespace, *, keep_settings: bool = False) -> Path:
+    """Write the data set from the blocks, all done, and delete them; returns the version folder.
+
+    keep_settings: see `blocks.remove`.
+    """
     skipped = blocks.skipped(work.blocks)
     if skipped:
         print(
@@ -245,5 +254,5 @@ def build(work: Work, args: argparse.Namespace) -> Path:
         on_bad_record=args.on_bad_record,
         least_captions=work.least_captions,
     )
-    blocks.remove(work.folder)
+    blocks.remove(work.folder, keep_settings=keep_settings)
     return path

@@ -13,9 +13,25 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from data_prep.extract import weights
 from data_prep.schema import DataError
 from shnet_jax.interop.sentence_vectors import Description, read_modules
+from shnet_jax.untrusted import read_json
 
 _DUAL = ("clip", "siglip", "siglip2", "chinese_clip", "altclip")
 _LONGEST = 512  # where neither tokenizer nor model says
+
+
+def modules(name: str, pooling: str) -> tuple[str, bool]:
+    """Pooling and normalisation that a sentence-transformers folder or model of the hub says; ("", False) of others.
+
+    pooling: in place of what it says.
+    """
+    path = weights.found(name, "modules.json")
+    if path is None:
+        return "", False
+    listed = read_json(path)
+    for module in listed if isinstance(listed, list) else ():
+        if isinstance(module, dict) and str(module.get("type", "")).endswith("Pooling"):
+            weights.found(name, f"{module.get('path', '1_Pooling')}/config.json")  # brought beside modules.json
+    return read_modules(path.parent, pooling)
 
 
 class TextModel:
@@ -31,7 +47,7 @@ class TextModel:
         name = str(folder) if folder.is_dir() else name
         config = AutoConfig.from_pretrained(name)
         dual = config.model_type in _DUAL
-        said, normalised = read_modules(folder) if (folder / "modules.json").is_file() else ("", False)
+        said, normalised = modules(name, pooling)
         decoder = any(str(kind).endswith("ForCausalLM") for kind in config.architectures or ())
         pooling = pooling or said or ("model" if dual else "last" if decoder else "mean")
         if (pooling == "model") != dual:

@@ -31,22 +31,22 @@ def digest(name: str) -> str:
     Raises DataError for a model without weights in PyTorch's form.
     """
     for file, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if (path := _found(name, file)) is not None:
+        if (path := found(name, file)) is not None:
             return sha256(path)
-        if (path := _found(name, index)) is not None:
+        if (path := found(name, index)) is not None:
             shards = sorted({*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
             return hashlib.sha256("".join(_line(name, shard) for shard in shards).encode()).hexdigest()
     raise DataError(f"{name}: expected weights, {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, found neither")
 
 
 def _line(name: str, shard: str) -> str:
-    path = _found(name, shard)
+    path = found(name, shard)
     if path is None:
         raise DataError(f"{name}: expected the shard {shard} that its index names, found none")
     return f"{sha256(path)}  {shard}\n"
 
 
-def _found(name: str, file: str) -> Path | None:
-    """Local copy of a file of a model on the hub, downloaded if needed; None if the model has no such file."""
+def found(name: str, file: str) -> Path | None:
+    """The local copy of a file of a model on the hub, downloaded if needed; None if the model has no such file."""
     path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path)

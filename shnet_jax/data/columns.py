@@ -7,6 +7,7 @@ batch is gathered at once. Reading is by row numbers; nothing read stays in memo
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 
 from shnet_jax.data.errors import DataError
 from shnet_jax.data.schema import COLUMNS, dtype_of
+from shnet_jax.untrusted import MAX_IMAGE_BYTES
 
 SHARD_BYTES = 1 << 30
 """Bytes of a file, at most, unless a single row is larger."""
@@ -100,7 +102,7 @@ class Column:
 
     @property
     def _row_bytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @cached_property
     def _maps(self) -> list[tuple[mmap.mmap, np.ndarray]]:
@@ -135,10 +137,10 @@ class Column:
         """Copies of rows [n] by number, [n, ...]; files are read in order."""
         rows = np.asarray(rows, np.int64)
         order = np.argsort(rows, kind="stable")
+        per_shard, maps = rows_per_shard(self._row_bytes), self._maps  # files are compared with the shape first
         out = np.empty((len(rows), *self.shape), _stored(self.dtype))
-        per_shard = rows_per_shard(self._row_bytes)
-        bounds = np.searchsorted(rows[order], np.arange(len(self._maps) + 1) * per_shard)
-        for shard, (mapped, array) in enumerate(self._maps):
+        bounds = np.searchsorted(rows[order], np.arange(len(maps) + 1) * per_shard)
+        for shard, (mapped, array) in enumerate(maps):
             place = order[bounds[shard] : bounds[shard + 1]]
             if len(place):
                 out[place] = array[rows[place] - shard * per_shard]
@@ -164,11 +166,12 @@ def parse_description(value: Any, where: object) -> dict[str, tuple[tuple[int, .
                 name in COLUMNS
                 and all(type(size) is int and size > 0 for size in shape)
                 and dtype in ("float16", "bfloat16", "float32", "bool")
+                and math.prod(shape) * dtype_of(dtype).itemsize <= MAX_IMAGE_BYTES
             ):
                 found[name] = tuple(shape), dtype_of(dtype)
             case _:
                 raise DataError(
-                    f"{where}: columns: expected shape and dtype of {' or '.join(COLUMNS)}, found {name!r:.80}: "
-                    f"{entry!r:.200}"
+                    f"{where}: columns: expected shape and dtype of {' or '.join(COLUMNS)}, a row of at most "
+                    f"{MAX_IMAGE_BYTES} bytes, found {name!r:.80}: {entry!r:.200}"
                 )
     return found

@@ -37,6 +37,8 @@ MASKS = {"regions": "region_mask", "grid": "grid_mask"}
 """The mask of each field of units."""
 COLUMNS = ("image_embedding", "caption_embeddings", "caption_tokens", "caption_token_mask")
 """Fields that lie beside the records, as columns (data/columns.py), in the sets that data_prep writes."""
+ONE_MODEL = "one_model"
+"""Metadata: whether one dual encoder made the vectors of both sides; absent where the import reads one model's only."""
 VISUAL_FIELDS = ("regions", "grid", "seg_semantic", "image_embedding", "image")
 """Fields of which a record has at least one."""
 

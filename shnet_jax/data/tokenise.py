@@ -188,9 +188,20 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
 
 
 def kept_vocabulary(config: ConfigDict | FrozenConfigDict) -> tuple[str, bytes]:
-    """Suffix and contents of the vocabulary file that a run keeps; it alone reproduces the same tokens."""
+    """Suffix and contents of the vocabulary file that a run keeps; it alone reproduces the same tokens.
+
+    ("", b"") for a run on stored vectors without a vocabulary.
+    """
+    if not has_vocabulary(config):
+        return "", b""
     path = vocabulary_file(config)
     return bert.read(path).kept() if config.tokenizer.kind == "wordpiece" else (path.suffix, path.read_bytes())
+
+
+def has_vocabulary(config: ConfigDict | FrozenConfigDict) -> bool:
+    """Whether a vocabulary is named or the data set has a SentencePiece model. Raises as `vocabulary_file`."""
+    path = vocabulary_file(config)
+    return bool(config.tokenizer.path) or path.is_file()
 
 
 def vocabulary_file(config: ConfigDict | FrozenConfigDict) -> Path:
@@ -271,6 +282,15 @@ def _longest_run(special: Iterable[int], vocab_size: int) -> tuple[int, int]:
     gaps = pairwise([*sorted(special), vocab_size])
     first, last = max(gaps, key=lambda gap: gap[1] - gap[0])
     return first + 1, last
+
+
+class _NoTokens:
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        raise ValueError("a text side of stored vectors has no tokens")
+
+
+WITHOUT_TOKENS = Tokenizer(_NoTokens(), np.zeros(0, bool), NO_MASK, begin_id=0, end_id=0, random_range=(0, 0))
+"""In place of a tokenizer where the text side is stored vectors and there is no vocabulary."""
 
 
 class _SentencePiece:

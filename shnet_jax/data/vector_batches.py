@@ -195,7 +195,8 @@ def _mixed_window(seed: int, number: int, window: int, examples: int, block: int
     chosen = blocks[window * WINDOW : (window + 1) * WINDOW]
     rows = (chosen[:, None] * block + np.arange(block)).reshape(-1)
     rows = rows[rows < examples]
-    return np.random.default_rng((seed, 0, number, window)).permutation(rows)
+    # Not `window`: NumPy fills up seeds with zeros, and window 0 would be mixed as the blocks were.
+    return np.random.default_rng((seed, 0, number, window + 1)).permutation(rows)
 
 
 def vector_batches(

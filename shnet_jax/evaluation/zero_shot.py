@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from shnet_jax.data.records import DataSet
+from shnet_jax.data.schema import ONE_MODEL
 from shnet_jax.evaluation.ensemble import Embedded
 from shnet_jax.evaluation.protocols import Provenance
 from shnet_jax.models.contract import RetrievalModel
@@ -19,11 +20,14 @@ NAME = "zero-shot"
 def zero_shot(dataset: DataSet, split: str) -> Embedded | None:
     """Gallery ranked by the cosine of `image_embedding` and `caption_embeddings`; None unless one model made both.
 
-    They are of one model where they are equally wide and the metadata name no other text encoder.
+    They are of one model where they are equally wide and the metadata neither name another text encoder nor say
+    `one_model` false, as imports of two unrelated folders do.
 
     Raises ValueError for a vector of length 0, which has no direction.
     """
     if not all(field in dataset.features for field in FIELDS) or "text_encoder" in dataset.metadata:
+        return None
+    if not dataset.metadata.get(ONE_MODEL, True):
         return None
     if len({dataset.features[field].shape[-1] for field in FIELDS}) > 1:
         return None

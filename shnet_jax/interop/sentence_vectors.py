@@ -27,7 +27,7 @@ from shnet_jax.untrusted import read_json, read_object
 
 POOLINGS = ("mean", "cls")
 _BUCKET = 16  # captions are padded to a multiple of this, so that few lengths are compiled
-_MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+_MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
@@ -64,8 +64,7 @@ def describe(encoder: str, pooling: str = "", max_tokens: int = 0) -> Descriptio
     """
     folder = bert_weights.find_folder(encoder)
     sizes = bert_weights.sizes(folder)
-    said, normalised = read_modules(folder)
-    pooling = pooling or said
+    pooling, normalised = read_modules(folder, pooling)
     if pooling not in POOLINGS:
         raise ValueError(f"{folder}: pooling {pooling!r}; a BERT's hidden states are pooled by {' or '.join(POOLINGS)}")
     most = read_object(path).get("max_seq_length") if (path := folder / "sentence_bert_config.json").is_file() else None
@@ -74,22 +73,24 @@ def describe(encoder: str, pooling: str = "", max_tokens: int = 0) -> Descriptio
     return Description(encoder, weights_sha256(folder), pooling, normalised, longest)
 
 
-def read_modules(folder: Path) -> tuple[str, bool]:
+def read_modules(folder: Path, asked: str = "") -> tuple[str, bool]:
     """Pooling, and whether vectors are normalised, of a sentence-transformers folder; ("mean", False) of any other.
 
-    Raises ValueError for modules that are not followed.
+    asked: pooling in place of the folder's, which may then be any. Raises ValueError for modules that are not followed.
     """
     path = folder / "modules.json"
     if not path.is_file():
-        return "mean", False
+        return asked or "mean", False
     modules = read_json(path)
     kinds = [str(m.get("type", "")).rpartition(".")[2] for m in modules] if isinstance(modules, list) else []
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ValueError(f"{path}: expected the modules Transformer, Pooling and perhaps Normalize, found {kinds}")
+    if asked:
+        return asked, kinds[-1] == "Normalize"
     pooling = read_object(folder / str(modules[1].get("path", "1_Pooling")) / "config.json")
     modes = [name for name, value in pooling.items() if name.startswith("pooling_mode_") and value is True]
     if len(modes) != 1 or modes[0] not in _MODES:
-        raise ValueError(f"{folder}: expected a pooling by {' or '.join(_MODES)}, found {modes}")
+        raise ValueError(f"{folder}: expected a pooling by {' or '.join(_MODES)}, found {modes}; choose with --pooling")
     return _MODES[modes[0]], kinds[-1] == "Normalize"
 
 
@@ -111,7 +112,9 @@ class SentenceEncoder:
     """Texts to vectors; compiled once for each length, in multiples of 16 tokens."""
 
     def __init__(self, description: Description, batch_size: int = 32):
-        """Loads the weights. Raises ValueError where they are others than those described."""
+        """Loads the weights. Raises ValueError where they are others than those described, and for another pooling."""
+        if description.pooling not in POOLINGS:
+            raise ValueError(f"pooling {description.pooling!r}; expected {' or '.join(POOLINGS)}")
         folder = bert_weights.find_folder(description.encoder)
         if (sha := weights_sha256(folder)) != description.sha256:
             raise ValueError(f"{folder}: sha256 of its weights: expected {description.sha256}, found {sha}")

@@ -61,11 +61,13 @@ class TorchFile:
             return value
         raise ValueError(f"{self.path}: {what} is not a dict of tensors by their names")
 
-    def array(self, tensor: Tensor) -> np.ndarray:
-        """Array of a tensor: read-only, memory-mapped; its checksum is verified at the first use.
+    def shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """Shape of a tensor, whose bytes are not read. Raises ValueError when it does not lie in its storage."""
+        self._place(tensor)
+        return tuple(tensor.shape)
 
-        Raises ValueError when the tensor does not lie in its storage or the bytes are not those that were saved.
-        """
+    def _place(self, tensor: Tensor) -> _Place:
+        """Place of the storage that a tensor lies in. Raises ValueError when it does not."""
         storage, offset, shape, strides = tensor
         if not isinstance(storage, Storage):
             raise ValueError(f"{self.path}: a tensor has no storage but {brief(storage)}")
@@ -78,7 +80,17 @@ class TorchFile:
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if valid else 0
         if not valid or count > storage.size or (count and last >= storage.size):
             raise ValueError(f"{self.path}: a tensor of shape {brief(shape)} does not lie in its storage {storage}")
-        if not count:
+        return place
+
+    def array(self, tensor: Tensor) -> np.ndarray:
+        """Array of a tensor: read-only, memory-mapped; its checksum is verified at the first use.
+
+        Raises ValueError when the tensor does not lie in its storage or the bytes are not those that were saved.
+        """
+        place = self._place(tensor)
+        storage, offset, shape, strides = tensor
+        dtype = DTYPES[storage.kind]
+        if not math.prod(shape):
             return np.zeros(shape, dtype)
         raw = self._bytes[place.offset : place.offset + place.size]
         if storage.key not in self._checked:

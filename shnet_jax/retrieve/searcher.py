@@ -217,7 +217,10 @@ class _Given:
 def encode_vectors(experiment: Experiment, tower: Tower, given: Mapping[str, np.ndarray]) -> Embedding:
     """Encodes queries given as stored vectors are, [q, E] or [q, L, E] by field; embeddings are on the host.
 
-    Raises ValueError for vectors of another shape than those of the data set, and for NaN or infinity.
+    Tokens whose vector is zero are masked, where the data set has a mask.
+
+    Raises ValueError for vectors of another shape than those of the data set, for NaN or infinity, and for a query of
+    masked tokens alone.
     """
     for name, values in given.items():
         expected = experiment.dataset.features[name].shape[1:]
@@ -229,6 +232,12 @@ def encode_vectors(experiment: Experiment, tower: Tower, given: Mapping[str, np.
         finite = np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(axis=1)
         if not finite.all():
             raise ValueError(f"vectors of queries: row {int(np.argmin(finite))} is not finite")
+    given = dict(given)
+    if "caption_tokens" in given and "caption_token_mask" in experiment.dataset.features:
+        mask = (given["caption_tokens"] != 0).any(axis=-1)  # stored vectors are zero where masked
+        if not mask.any(axis=1).all():
+            raise ValueError(f"vectors of queries: row {int(np.argmin(mask.any(axis=1)))} is all zero: it has no token")
+        given["caption_token_mask"] = mask
     count = len(next(iter(given.values())))
     on_each = -(-count // tower.mesh.size)
     rows = tower.mesh.size * min(experiment.config.eval.batch_size, 1 << (on_each - 1).bit_length())

@@ -18,6 +18,7 @@ from shnet_jax import registry, untrusted
 from shnet_jax.data.checksums import CHECKSUMS
 from shnet_jax.data.tokenise import kept_vocabulary, vocabulary_file
 from shnet_jax.experiment import Experiment, automatic
+from shnet_jax.models.text import VECTORS
 from shnet_jax.observe.files import LOCK, FolderInUse, sole_writer, write_text
 from shnet_jax.observe.machine import fast_dtype
 from shnet_jax.parallel import hosts
@@ -218,7 +219,8 @@ def _value(config: dict[str, Any], name: str) -> Any:
 def _keep_vocabulary(workdir: Path, suffix: str, contents: bytes) -> None:
     for old in workdir.glob("vocabulary.*"):
         old.unlink()
-    (workdir / f"vocabulary{suffix}").write_bytes(contents)
+    if suffix:  # a run on stored vectors may have none
+        (workdir / f"vocabulary{suffix}").write_bytes(contents)
 
 
 def adopt(workdir: Path, config: ConfigDict | FrozenConfigDict) -> None:
@@ -243,11 +245,13 @@ def trained_config(workdir: Path, user_config: ConfigDict | None = None) -> Conf
     if not path.exists():
         raise WorkdirError(f"{workdir}: no {CONFIG}; not the work folder of a training run")
     vocabulary = next(workdir.glob("vocabulary.*"), None)
-    if vocabulary is None:
-        raise WorkdirError(f"{workdir}: no vocabulary file; was the folder copied whole?")
     config = load_config(path)
+    without = (_value(config.to_dict(), f"config.text.{name}") for name in ("tower", "vocab_size"))
+    if vocabulary is None and tuple(without) != (VECTORS, 0):
+        raise WorkdirError(f"{workdir}: no vocabulary file; was the folder copied whole?")
     registry.check_known(_modules(path, config), str(path), [] if user_config is None else _modules(path, user_config))
-    config.tokenizer.path = str(untrusted.inside(workdir, vocabulary.name))
+    if vocabulary is not None:
+        config.tokenizer.path = str(untrusted.inside(workdir, vocabulary.name))
     return config
 
 

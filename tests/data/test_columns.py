@@ -59,6 +59,14 @@ def test_a_damaged_file_is_named(tmp_path, spoil, found):
         column.take(np.array([0]))
 
 
+@pytest.mark.parametrize("shape", [(2**40, 3), (2**32, 2**32)])  # memory; a product that is 0 in 64 bits
+def test_a_shape_unlike_the_file_is_an_error_before_memory_is_taken(tmp_path, shape):
+    written(tmp_path, np.float32)
+    column = Column(tmp_path, "caption_tokens", "train", 11, shape, np.dtype(np.float32))
+    with pytest.raises(DataError, match=r"caption_tokens_train-00000\.npy: expected vectors"):
+        column.take(np.array([0]))
+
+
 @pytest.mark.parametrize(
     "entry",
     [
@@ -66,6 +74,8 @@ def test_a_damaged_file_is_named(tmp_path, spoil, found):
         {"image_embedding": {"shape": [-2], "dtype": "float32"}},
         {"image_embedding": {"shape": [2], "dtype": "object"}},
         {"image_embedding": [2]},
+        {"image_embedding": {"shape": [2**24 + 1], "dtype": "float32"}},
+        {"image_embedding": {"shape": [2**32, 2**32], "dtype": "float32"}},
         7,
     ],
 )

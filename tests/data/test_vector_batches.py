@@ -140,6 +140,14 @@ def test_blocks_are_read_in_windows_and_no_example_is_lost(examples, block):
     assert not np.array_equal(one, again)
 
 
+def test_examples_of_the_first_window_are_mixed_otherwise_than_its_blocks():
+    examples = Order(16, 16, seed=1, block=1).batch(0)
+    blocks = np.random.default_rng((1, 0, 0)).permutation(16)
+    assert sorted(examples) == sorted(blocks) and not np.array_equal(
+        examples, blocks[np.random.default_rng((1, 0, 0)).permutation(16)]
+    )
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

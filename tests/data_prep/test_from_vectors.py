@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+import zlib
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ import pytest
 from data_prep import from_vectors
 from data_prep.schema import DataError
 from shnet_jax.data.records import open_dataset
+from shnet_jax.evaluation.zero_shot import zero_shot
+from shnet_jax.interop import torch_file
 from tests.interop.torch_writer import save
 
 
@@ -84,6 +89,42 @@ def test_a_fault_names_the_file(tmp_path, spoil, message):
     with pytest.raises(DataError, match=message):
         from_vectors.import_vectors([tmp_path / "images"], [tmp_path / "texts"], "v", tmp_path)
     assert not (tmp_path / "v" / "1.0.0").exists()
+
+
+def test_each_file_is_checked_once_and_few_are_open(tmp_path, monkeypatch):
+    for name, width in (("images", 3), ("texts", 2)):
+        (tmp_path / name).mkdir()
+        for number in range(200):
+            save(tmp_path / name / f"{number}.pt", np.full((2, width), number, np.float32))
+    checked, maps, check, made = [], [], zlib.crc32, np.memmap
+
+    def crc32(data):
+        checked.extend([1] * isinstance(data, memoryview))  # of vectors; other entries are bytes
+        return check(data)
+
+    def memmap(*args):
+        array = made(*args)
+        maps.append(weakref.ref(array))
+        assert sum(one() is not None for one in maps) < 10, "files stay open"
+        return array
+
+    monkeypatch.setattr(torch_file.zlib, "crc32", crc32)
+    monkeypatch.setattr(torch_file.np, "memmap", memmap)
+    monkeypatch.setattr(from_vectors, "_OPEN", 2)
+    path = from_vectors.import_vectors([tmp_path / "images"], [tmp_path / "texts"], "v", tmp_path)
+    stored = open_dataset(path).open_split("train", ("image_embedding",))
+    assert [int(record["image_embedding"][0]) for record in stored] == np.repeat(np.arange(200), 2).tolist()
+    assert len(checked) == 400
+
+
+@pytest.mark.parametrize("flag", [[], ["--one_model"]])
+def test_only_one_model_of_both_sides_has_a_zero_shot_row(tmp_path, flag):
+    for name in ("images", "texts"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "all.npy", np.eye(3, dtype=np.float32))
+    argv = [f"--image_vectors={tmp_path / 'images'}", f"--text_vectors={tmp_path / 'texts'}", "--name=v"]
+    assert from_vectors.main([*argv, f"--out={tmp_path}", *flag]) == 0
+    assert (zero_shot(open_dataset(tmp_path / "v"), "train") is not None) == bool(flag)
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):

@@ -70,6 +70,7 @@ def test_modules_that_are_not_followed_are_refused(tmp_path):
     folder = bert(tmp_path / "st", "max_tokens")
     with pytest.raises(ValueError, match=r"expected a pooling by .*, found \['pooling_mode_max_tokens'\]"):
         describe(str(folder))
+    assert describe(str(folder), "cls").pooling == "cls"  # asked for, in place of what is not followed
     modules = json.loads((folder / "modules.json").read_text())
     (folder / "modules.json").write_text(json.dumps([*modules, {"type": "sentence_transformers.models.Dense"}]))
     with pytest.raises(ValueError, match=r"modules\.json: expected the modules .* found \['Transformer', .*'Dense'\]"):
@@ -80,6 +81,12 @@ def test_other_weights_than_those_described_are_refused(tmp_path):
     described = describe(str(bert(tmp_path / "plain")))
     with pytest.raises(ValueError, match="sha256 of its weights: expected 00, found"):
         SentenceEncoder(dataclasses.replace(described, sha256="00"))
+
+
+def test_another_pooling_than_mean_and_cls_is_refused(tmp_path):
+    described = dataclasses.replace(describe(str(bert(tmp_path / "plain"))), pooling="last")
+    with pytest.raises(ValueError, match="pooling 'last'; expected mean or cls"):
+        SentenceEncoder(described)
 
 
 def test_a_description_goes_through_json(tmp_path):

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from configs import align
+from data_prep.builder import write_dataset
+from shnet_jax.modes.evaluate import evaluate_checkpoint
 from shnet_jax.training.loop import train_and_evaluate
+from tests.data.test_columns import records
 from tests.data.test_vector_batches import dataset
 from tests.train import tiny
 
@@ -22,6 +25,18 @@ def config():
     c.train.eval_epochs, c.optim.lr, c.loss.sigmoid.scale_limits = 0.0, 0.05, (19.9, 20.1)
     c.parallel.devices = 1
     return c
+
+
+@pytest.mark.slow
+def test_a_set_without_a_vocabulary_is_trained_and_evaluated_on(tmp_path):
+    folder = write_dataset(tmp_path, "plain", {"train": records()}, {})
+    (folder / "sentencepiece.model").unlink()
+    (folder / "checksums.json").unlink()
+    c = config()
+    c.data.dir, c.train.steps, c.eval.split = str(folder), 1, "train"
+    with tiny.quick():
+        train_and_evaluate(c, tmp_path / "run")
+        assert evaluate_checkpoint(c, tmp_path / "run").metrics["rsum"] > 0
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from data_prep import encode_captions
 from data_prep.extract import __main__ as command
 from data_prep.extract import images
 from shnet_jax.data.records import open_dataset
@@ -191,3 +192,27 @@ def test_captions_are_encoded_in_the_same_run(tmp_path, flags, models, capsys):
         ("9.jpg", (3,), (1, 8))
     ]
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["cats"]
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_run_killed_while_captions_are_encoded_goes_on_with_the_same_command(
+    tmp_path, flags, models, monkeypatch, capsys, overwrite
+):
+    models()
+    flags = [*flags, f"--text_encoder={bert(tmp_path / 'bert')}", *overwrite]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encode_captions, "_encode_split", killed)
+        command.main(flags)
+    assert "text_encoder" not in open_dataset(tmp_path / "sets" / "cats").metadata
+    models(limit=0)  # no photograph is looked at again
+    assert command.main(flags) == 0
+    assert "going on with its captions" in capsys.readouterr().err
+    assert "text_encoder" in open_dataset(tmp_path / "sets" / "cats").metadata
+    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["cats"]
+    if not overwrite:
+        assert command.main(flags) == 1
+        assert "exists; give another --name, or --overwrite" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from data_prep.extract.texts import TextModel  # noqa: E402
+from data_prep.extract import weights  # noqa: E402
+from data_prep.extract.texts import TextModel, modules  # noqa: E402
 from data_prep.schema import DataError  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -83,6 +86,20 @@ def test_a_bert_gives_the_vectors_that_it_gives_in_jax(tmp_path):
     theirs = TextModel(str(folder), "", 10, "cpu", batch_size=2)
     assert theirs.description.normalised and theirs.description.sha256 == describe(str(folder)).sha256
     np.testing.assert_allclose(theirs.encode(TEXTS), ours, atol=1e-5)
+
+
+def test_a_model_of_the_hub_is_pooled_as_its_modules_say(tmp_path, monkeypatch):
+    cache = tmp_path / "models--org--name"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    (cache / "snapshots").mkdir()
+    folder = bert(cache / "snapshots" / ("0" * 40), "cls_token", normalise=True)
+    monkeypatch.setattr(weights, "cached_file", partial(weights.cached_file, cache_dir=tmp_path, local_files_only=True))
+    assert modules("org/name", "") == ("cls", True) == modules(str(folder), "")
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    assert modules("org/name", "last") == ("last", True)
+    with pytest.raises(ValueError, match=r"found \['pooling_mode_max_tokens'\]; choose with --pooling"):
+        modules("org/name", "")
 
 
 def test_a_pooling_that_a_model_does_not_have_is_refused(tmp_path):
