@@ -1,4 +1,4 @@
-"""What `make demo` trains: the recipe of `scenes.py`."""
+"""Configuration of `make demo`: the recipe of `scenes.py`."""
 
 from ml_collections import ConfigDict
 

@@ -140,7 +140,7 @@ class VectorBatches:
         return self.first[images][:, None] + np.take_along_axis(order, places, axis=1)
 
     def _augment(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """What is left of the units of each image, and how its picture is altered, by the field that says so."""
+        """Augmentation by field: the units that each image keeps, and how its picture is altered."""
         keep = {"regions": ("region_keep", keep_regions), "grid": ("grid_keep", keep_grid)}
         drawn = {
             keep[unit][0]: np.stack([keep[unit][1](count, self.rates, rng) for _ in range(self.images)])

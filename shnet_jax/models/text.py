@@ -74,7 +74,7 @@ def text_fields(config: ConfigDict) -> tuple[str, ...]:
 
 
 def text_inputs(batch: Batch) -> tuple[Array, Array]:
-    """What a batch holds of its t captions, for a text encoder: token ids [t, L] or vectors [t, L, E], and a mask."""
+    """The t captions of a batch, for a text encoder: token ids [t, L] or vectors [t, L, E], and a mask."""
     if "tokens" in batch:
         return batch["tokens"], batch["token_mask"]
     if "caption_tokens" in batch:

@@ -52,7 +52,7 @@ def fault(
     gpus: Callable[[], str | None] = nvidia_smi,
     root: Path = Path("/"),
 ) -> str | None:
-    """What keeps this machine from using an extra, with what to choose instead; None if nothing does."""
+    """The reason why this machine cannot use an extra, with the one to choose instead; None if it can."""
     if extra == "tpu":
         return _tpu_fault(system, root)
     if system not in ("Linux x86_64", "Linux aarch64"):

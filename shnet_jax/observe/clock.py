@@ -14,7 +14,7 @@ from typing import Any
 from shnet_jax.observe.files import write_json
 
 KINDS = ("startup", "compile", "input", "step", "evaluation", "checkpoint", "lost")
-"""What wall time is spent on.
+"""Kinds of work that wall time is spent on.
 
 startup: from the start of the training function to the first step, in the run's first start; compile: tracing and
 compiling the step; input: waiting for a batch; step: everything else in the loop, while the devices compute;
@@ -188,7 +188,7 @@ class TimeRecord:
 
 
 def read_wall_time(workdir: str | Path) -> dict[str, Any] | None:
-    """What the last command in a work folder left there: {"step", "seconds", "examples", "spent"}; None for nothing.
+    """The wall time that the last command in a work folder noted: {"step", "seconds", "examples", "spent"}; None for nothing.
 
     None also for a file that is damaged or of something else: the times are only told, nothing is computed from them.
     """

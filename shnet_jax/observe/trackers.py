@@ -35,7 +35,7 @@ PARAMS_AT_ONCE, LONGEST_PARAM = 100, 6000
 
 
 class Described(NamedTuple):
-    """What a tracker is told about a run. config: fields by dotted name. folder: for the tracker's own files."""
+    """Description of a run for trackers. config: fields by dotted name. folder: for the tracker's own files."""
 
     id: str
     name: str

@@ -104,7 +104,7 @@ def render_page(contents: Contents, album: Album) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Likeness:
-    """What the page of a gallery without captions of every image shows.
+    """Contents of the page of a gallery of which not every image has a caption.
 
     title, run: see `Contents`. dataset, split: of the images. likes: (row of an image, [(row, score)] of those most
     like it). highlights: see `Contents`.

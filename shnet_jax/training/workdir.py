@@ -282,7 +282,7 @@ def load_config(path: Path) -> ConfigDict:
 
 
 BEFORE = {"loss.pairs.dtype": "float32", "loss.sigmoid.reduction": "queries", "optim.name": "adamw"}
-"""What runs did that are older than these fields; other younger fields were off."""
+"""Values of these fields for runs that are older than they are; other younger fields were off."""
 
 
 def complete(saved: ConfigDict, like: ConfigDict, prefix: str = "") -> ConfigDict:
