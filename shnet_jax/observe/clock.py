@@ -188,7 +188,7 @@ class TimeRecord:
 
 
 def read_wall_time(workdir: str | Path) -> dict[str, Any] | None:
-    """The wall time that the last command in a work folder noted: {"step", "seconds", "examples", "spent"}; None for nothing.
+    """Wall time that the last command in a work folder noted: {"step", "seconds", "examples", "spent"}; None without.
 
     None also for a file that is damaged or of something else: the times are only told, nothing is computed from them.
     """
