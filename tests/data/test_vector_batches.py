@@ -23,7 +23,7 @@ TEXT = ("caption_embeddings",)
 
 @functools.cache
 def dataset():
-    return open_dataset(write_dataset(tiny.folder(), "vectors", {"train": records()}, {}))
+    return open_dataset(write_dataset(tiny.folder(), "vector_batches", {"train": records()}, {}))
 
 
 def stream(fields=("image_embedding", "regions"), batch_size=6, shard_index=0, shard_count=1, seed=3, **data):

@@ -243,7 +243,7 @@ def test_without_relations_the_graph_is_the_identity():
     empty = bare | {"relations": np.full((N, 1, 3), -1, np.int32)}
     assert jax.tree.structure(random_variables(model, bare)) == jax.tree.structure(variables)
     one, other = (run(variables, b)[0].vector for b in (bare, empty))
-    np.testing.assert_array_equal(one, other)
+    np.testing.assert_allclose(one, other, atol=1e-6)  # two programs
     assert np.abs(one - run(variables, batch())[0].vector).max() > 1e-3
 
 

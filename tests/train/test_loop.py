@@ -133,7 +133,7 @@ def poisoned():
         return record
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schema, "check_record", lambda *arguments: None)
+        patch.setattr(schema, "check_record", lambda *arguments, **options: None)
         return spoilt, str(tiny.write("poisoned", change))
 
 
@@ -165,7 +165,13 @@ def test_not_finite_stop_then_skip(poisoned, tmp_path, caplog):
 
     skipping = tmp_path / "skipping"  # from the start
     train_and_evaluate(config, skipping)
-    same_arrays(after, tiny.arrays(skipping, config.train.steps))
+    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0":  # as users compile it
+        same_arrays(after, tiny.arrays(skipping, config.train.steps))
+    else:  # the program of "stop" made the first steps, and may round otherwise when compiled in haste
+        for ours, theirs in zip(
+            *(arrays.values() for arrays in (after, tiny.arrays(skipping, config.train.steps))), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
     assert tiny.lines(tmp_path) == tiny.lines(skipping)
 
 
