@@ -165,15 +165,15 @@ def run(sizes: Sizes) -> list[Row]:
     what = f"step of {sizes.batch} pairs, {sizes.width} -> {sizes.dim}, star heads, float32"
     if importlib.util.find_spec("torch") is None:
         return [Row("align", what, "plain PyTorch", note="no PyTorch here: pip install torch")]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in STEPS}
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in STEPS}
     for _ in range(sizes.rounds):
         for name in STEPS:
-            found[name].append(_process(name, sizes))
-    one, other = (np.array(found[name][0]["losses"]) for name in STEPS)
+            measured[name].append(_process(name, sizes))
+    one, other = (np.array(measured[name][0]["losses"]) for name in STEPS)
     if not np.allclose(one, other, rtol=SAME):
         raise RuntimeError(f"losses differ: {one.tolist()} and {other.tolist()}")
-    times = {name: Timing(tuple(s for each in runs for s in each["seconds"])) for name, runs in found.items()}
-    peaks = {name: max(each["peak"] for each in runs) for name, runs in found.items()}
+    times = {name: Timing(tuple(s for each in runs for s in each["seconds"])) for name, runs in measured.items()}
+    peaks = {name: max(each["peak"] for each in runs) for name, runs in measured.items()}
     rates = {name: sizes.batch / timing.median for name, timing in times.items()}
     return [
         compare(
@@ -199,8 +199,8 @@ def _process(name: str, sizes: Sizes) -> dict[str, Any]:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} ended with status {done.returncode}: {done.stderr[-300:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 if __name__ == "__main__":

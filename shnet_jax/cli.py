@@ -321,8 +321,8 @@ def _with_config(argv: list[str]) -> list[str]:
 def _overwrites(arguments: Sequence[str]) -> bool:
     """Whether --overwrite is on: photos then begins anew, with nothing of the run that is there."""
     given = [re.fullmatch("--?(no)?overwrite(?:=(.*))?", argument) for argument in arguments]
-    found = [match for match in given if match]
-    return bool(found) and not found[-1][1] and (found[-1][2] or "true").lower() in ("true", "t", "1")
+    matches = [match for match in given if match]
+    return bool(matches) and not matches[-1][1] and (matches[-1][2] or "true").lower() in ("true", "t", "1")
 
 
 def _first_path(text: str) -> str:

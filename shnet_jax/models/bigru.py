@@ -39,12 +39,10 @@ class BiGRU(nn.Module):
         if self.width % 2:
             raise ValueError(f"width {self.width} of the bidirectional GRU is odd: each direction has half of it")
         words = self.param("words", _table, (self.vocab_size, EMBEDDING))
-        x, rows = words, None if self.dropout or self.vocab_size > tokens.size else tokens
-        if rows is None:
-            # take, not words[tokens]: a token id outside the vocabulary gives NaN instead of the last row.
-            x = nn.Dropout(self.dropout, deterministic=not train)(jnp.take(words, tokens, axis=0))
-        forward = GRU(self.width // 2, False, self.dtype, name="forward")(x, mask, rows)
-        backward = GRU(self.width // 2, True, self.dtype, name="backward")(x, mask, rows)
+        # take, not words[tokens]: a token id outside the vocabulary gives NaN instead of the last row.
+        x = nn.Dropout(self.dropout, deterministic=not train)(jnp.take(words, tokens, axis=0))
+        forward = GRU(self.width // 2, False, self.dtype, name="forward")(x, mask)
+        backward = GRU(self.width // 2, True, self.dtype, name="backward")(x, mask)
         return jnp.concatenate([forward, backward], axis=-1)
 
 

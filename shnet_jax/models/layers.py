@@ -88,11 +88,10 @@ class GRU(nn.Module):
     dtype: DType = "float32"
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, rows: Array | None = None) -> Array:
+    def __call__(self, x: Array, mask: Array) -> Array:
         """x [t, L, i], or [L, i] for all sequences; mask [t, L] bool, valid steps first -> states [t, L, hidden].
 
-        States are 0 where masked. rows [t, L] int32: x [v, i] is a table, of which the inputs are these rows. Where
-        the table is smaller than the batch, that saves most of the product with the input kernel.
+        States are 0 where masked.
         """
         init = torch_uniform(self.hidden)
         w_input = self.param("input_kernel", init, (x.shape[-1], 3 * self.hidden))
@@ -111,9 +110,7 @@ class GRU(nn.Module):
             return state, state
 
         # The inputs of all steps in one large product; only the recurrent one has to wait for its turn.
-        inputs = matmul(x, w_input, self.dtype) + b_input
-        # take, not inputs[rows]: a row outside the table gives NaN instead of the last one.
-        inputs = jnp.moveaxis(inputs, -2, 0) if rows is None else jnp.take(inputs, rows.T, axis=0)
+        inputs = jnp.moveaxis(matmul(x, w_input, self.dtype) + b_input, -2, 0)
         start = jnp.zeros((mask.shape[0], self.hidden), jnp.float32)
         _, states = lax.scan(step, start, (inputs, mask.T), reverse=self.reverse)
         return states.swapaxes(0, 1)

@@ -57,14 +57,14 @@ def fault(
         return _tpu_fault(system, root)
     if system not in ("Linux x86_64", "Linux aarch64"):
         return f"{extra} is for Linux on x86_64 or aarch64, this is {system}: make setup installs JAX for the CPU"
-    found = re.findall(r"^(\d+)[\d.]*, *(\d+\.\d+)", gpus() or "", re.MULTILINE)
-    if not found:
+    gpus_shown = re.findall(r"^(\d+)[\d.]*, *(\d+\.\d+)", gpus() or "", re.MULTILINE)
+    if not gpus_shown:
         other = "; this machine has a TPU: EXTRAS=tpu" if has_tpu(root) else ""
         return (
             f"{extra} needs an NVIDIA GPU, and nvidia-smi shows none{other}. Without a GPU: make setup; "
             f"{SKIP.format(extra=extra)}"
         )
-    driver, capability = min(int(d) for d, _ in found), min(float(c) for _, c in found)
+    driver, capability = min(int(d) for d, _ in gpus_shown), min(float(c) for _, c in gpus_shown)
     needed = CUDA[extra]
     if driver >= needed.driver and capability >= needed.capability:
         return None

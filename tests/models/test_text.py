@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
-from shnet_jax.models.bigru import BiGRU
 from shnet_jax.models.text import TOWERS, TextEncoder, build_tower
 
 LENGTHS = np.array([9, 2, 5, 7])
@@ -118,25 +117,6 @@ def test_dropout_in_training(name):
     first, second = (np.asarray(trained(jax.random.key(seed, impl="rbg"))) for seed in (0, 1))
     plain = np.asarray(evaluated(tower)(params, tokens, mask))
     assert np.abs(first - second).max() > 1e-3 and np.abs(first - plain).max() > 1e-3
-
-
-def test_without_dropout_the_words_are_projected_before_they_are_looked_up():
-    """The same vectors and gradients as from the words of the batch."""
-    tokens, mask = captions()
-    towers = [BiGRU(vocab_size=11, width=8, dropout=dropout) for dropout in (0.0, 0.1)]
-    tokens = tokens % 11
-    params = towers[0].init(jax.random.key(0), tokens, mask, train=False)
-
-    def loss(params, tower):
-        return jnp.sum(jnp.square(tower.apply(params, tokens, mask, train=False)[mask]))
-
-    (table, of_table), (batch, of_batch) = (jax.value_and_grad(loss)(params, tower) for tower in towers)
-    assert float(table) == pytest.approx(float(batch), rel=1e-6) and float(table) > 1e-3
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), of_table, of_batch)
-    programs = [str(jax.make_jaxpr(loss, static_argnums=1)(params, tower)) for tower in towers]
-    assert ["f32[11,12]" in program for program in programs] == [True, False]  # the product with the input kernel
-    # One past the table is no word of it.
-    assert np.isnan(towers[0].apply(params, tokens.at[0, 0].set(11), mask, train=False)[0]).any()
 
 
 @every_tower
