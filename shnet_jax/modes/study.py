@@ -252,8 +252,8 @@ def wall_time_table(runs: Mapping[str, list[Run]]) -> Table | None:
             total = {kind: sum(spent[kind] for spent in known) for kind in KINDS}
             minutes = sum(total.values()) / 60 / len(known)
             rows.append([arm, f"{minutes:.1f}", *(f"{100 * share:.1f}" for share in shares(total).values())])
-    title = "Wall time of training: minutes, and on what in per cent (step: goodput; lost: to restarts)"
-    return Table(title, ["arm", "minutes", *KINDS], rows) if rows else None
+    title = "Wall time of training in minutes, and its parts in per cent: step is goodput, lost is what restarts repeat"
+    return Table(title, ["arm", "minutes", *(f"{kind} %" for kind in KINDS)], rows) if rows else None
 
 
 def _mean(runs: list[Run], column: str) -> str:

@@ -77,7 +77,7 @@ def plot_recall(axes: Axes, lines: Lines) -> None:
     lines = [line for line in lines if line.get("kind") == "eval"]
     rsum = [float(line["rsum"]) for line in lines if "rsum" in line]
     axes.set_title("validation recall" + (f" (last rSum {rsum[-1]:.1f}, best {max(rsum):.1f})" if rsum else ""))
-    axes.set_ylabel("recall in percent")
+    axes.set_ylabel("recall in per cent")
     for key, direction in DIRECTIONS.items():
         for cut, colour in zip(CUTS, RECALLS[key], strict=True):
             label = f"{direction}, R@{cut}"
