@@ -121,6 +121,10 @@ class DataSet:
                 return counts
         return self.index(split).caption_counts
 
+    def first_captions(self, split: str) -> np.ndarray:
+        """First caption of each image of a split, int64 [N + 1]; the last entry is the number of captions."""
+        return np.concatenate([[0], np.cumsum(self.caption_counts(split), dtype=np.int64)])
+
     def column(self, split: str, field: str) -> Column | None:
         """A field that lies beside the records, by rows of images or of captions; None for one in the records."""
         self._check_split(split)
@@ -280,8 +284,8 @@ class RandomAccess:
 
     @cached_property
     def _first(self) -> np.ndarray:
-        """First caption of each image, [N + 1]."""
-        return np.concatenate([[0], np.cumsum(self.dataset.caption_counts(self.split), dtype=np.int64)])
+        """`DataSet.first_captions` of the split."""
+        return self.dataset.first_captions(self.split)
 
     def stack(self, numbers: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The records `numbers` with a leading axis, {field: [n, ...]}; of fields of one shape in all records."""

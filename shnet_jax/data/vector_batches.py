@@ -52,18 +52,13 @@ def images_of(first: np.ndarray, captions: np.ndarray) -> np.ndarray:
     return np.searchsorted(first, captions, side="right") - 1
 
 
-def first_captions(dataset: DataSet, split: str) -> np.ndarray:
-    """First caption of each image of a split, int64 [N + 1]."""
-    return np.concatenate([[0], np.cumsum(dataset.caption_counts(split), dtype=np.int64)])
-
-
 def caption_rows(dataset: DataSet, split: str, fields: Sequence[str]) -> dict[str, CaptionRows]:
     """The stored vectors of captions, by field, and their masks where the data set has any."""
     found: dict[str, CaptionRows] = {}
     for field in with_masks(dataset, fields):
         column = dataset.column(split, field)
         records = dataset.open_split(split, (field,))
-        found[field] = RecordRows(records, field, first_captions(dataset, split)) if column is None else column
+        found[field] = RecordRows(records, field, dataset.first_captions(split)) if column is None else column
     return found
 
 
@@ -218,7 +213,7 @@ def vector_batches(
     split, per_image = data.train_split, data.captions_per_image
     if data.shuffle_block < 0:
         raise ValueError(f"config.data.shuffle_block is {data.shuffle_block}; it must be at least 0")
-    first = first_captions(dataset, split)
+    first = dataset.first_captions(split)
     images = batch_size // per_image * hosts
     kind, examples = ("captions", int(first[-1])) if per_image == 1 else ("images", len(first) - 1)
     if examples < images:

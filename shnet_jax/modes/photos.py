@@ -184,8 +184,8 @@ def _compare(config: ConfigDict, workdir: Path, folder: str, captions: str, head
         intervals[f"{HEAD} - {ZERO_SHOT}"] = recall_intervals([queries[0]], [queries[1]])
     card = results[ZERO_SHOT].card
     about = (
-        f"Held out: {card['images']} photographs with {card['captions']} captions, split test. {own_photos.RULE} "
-        "The head saw only train; val chose its checkpoint."
+        f"Held out: {card['images']} photographs with {card['captions']} captions, split test. {own_photos.RULE}"
+        f"{' The head saw only train; val chose its checkpoint.' if head else ''}"
     )
     text = f"{table(results)}\n{interval_table(intervals)}\n{about}\n"
     write_text(workdir / f"{RESULTS}.md", text)

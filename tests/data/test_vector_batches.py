@@ -14,7 +14,7 @@ from data_prep.builder import write_dataset
 from shnet_jax.data.batches import gather, resident_table, train_batches
 from shnet_jax.data.gallery import open_gallery
 from shnet_jax.data.records import open_dataset
-from shnet_jax.data.vector_batches import WINDOW, Order, RecordRows, first_captions
+from shnet_jax.data.vector_batches import WINDOW, Order, RecordRows
 from tests.data.test_columns import records
 from tests.train import tiny
 
@@ -119,7 +119,7 @@ def test_a_gallery_has_the_vectors_in_the_order_of_the_captions():
 
 
 def test_vectors_in_records_of_other_tools_are_found_too():
-    first = first_captions(dataset(), "train")
+    first = dataset().first_captions("train")
     rows = RecordRows(dataset().open_split("train", TEXT), TEXT[0], first)
     expected = np.concatenate([record["caption_embeddings"] for record in records()])
     np.testing.assert_array_equal(rows.take(np.array([17, 0, 4])), expected[[17, 0, 4]])
