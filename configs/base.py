@@ -371,7 +371,11 @@ def _search() -> ConfigDict:
     search = ConfigDict()
     search.split = "test"  # split whose images and captions are embedded and searched
     search.embeddings = ""  # folder of its embeddings; "": WORKDIR/embeddings/DATASET_SPLIT_STEP
-    search.index = "exact"  # exact (any score, no package) | faiss (one file) | milvus (a file or a server)
+    search.index = (
+        "exact"  # exact (any score) | int8, binary (codes in a file) | faiss (one file) | milvus (or a server)
+    )
+    search.rescore = 4  # items that an index finds for each wanted result; the stored vectors choose among them
+    search.binary = "asymmetric"  # of index binary: "asymmetric", float query times signs | "hamming", signs of both
     search.faiss = "HNSW32"  # FAISS factory string: "Flat", "HNSW32", "IVF1024,Flat", "OPQ32,IVF4096,PQ32", ...
     search.train_vectors = 262144  # vectors that a FAISS index which has to be trained learns from, at most
     search.milvus = "HNSW"  # Milvus index type: FLAT | IVF_FLAT | HNSW | AUTOINDEX ...

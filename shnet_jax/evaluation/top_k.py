@@ -67,14 +67,12 @@ def transpose_score(score: Score) -> Score:
     return captions_first
 
 
-def top_k(
-    queries: Embedding, gallery: Embedding, k: int, score: Score, tile: int = 512, mesh: Mesh | None = None
-) -> TopK:
+def top_k(queries: Items, gallery: Items, k: int, score: ItemScore, tile: int = 512, mesh: Mesh | None = None) -> TopK:
     """The k best-scoring items of a gallery of n for each of q queries; all n of them where k is larger.
 
     Args:
-      queries: q embeddings, arrays on the host or a device.
-      gallery: n embeddings, also `np.memmap`: only tiles of it are read, once for each 8 * tile queries.
+      queries: q embeddings, or other `tiles.Items`, arrays on the host or a device.
+      gallery: n items, also `np.memmap`: only tiles of it are read, once for each 8 * tile queries.
       score: (some of the gallery, some queries) -> scores; for images as queries of captions `transpose_score(score)`.
       tile: items of the gallery that a device scores at once.
       mesh: devices that share the gallery; None: the first one. The result is the same.
@@ -82,7 +80,7 @@ def top_k(
     Raises:
       ValueError: k below 1, an empty gallery, NaN among the scores.
     """
-    n, q = len(gallery.vector), len(queries.vector)
+    n, q = size(gallery), size(queries)
     if k < 1:
         raise ValueError(f"top_k is {k}; it must be at least 1")
     if not n:
@@ -108,9 +106,9 @@ def top_k_both(
     return _stream(make_tiling(images, texts, tile, mesh), score, min(k, n), min(k, t))
 
 
-def _pad_queries(queries: Embedding) -> Embedding:
+def _pad_queries(queries: Items) -> Items:
     """Repeats the last query up to a power of two: searches of a few at a time compile a few programs only."""
-    q = len(queries.vector)
+    q = size(queries)
     missing = (1 << (q - 1).bit_length()) - q
     return jax.tree.map(lambda a: np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]), queries)
 

@@ -17,7 +17,7 @@ from shnet_jax.evaluation.tiles import tile_size
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.table import Table
-from shnet_jax.retrieve.approximate import check_index
+from shnet_jax.retrieve.approximate import check_index, check_options
 from shnet_jax.retrieve.searcher import CAPTIONS, Answer, Searcher, encode_texts, encode_vectors
 from shnet_jax.retrieve.vector_index import PACKAGES, require
 from shnet_jax.training.load import Loaded, load
@@ -74,9 +74,12 @@ def show(answers: Sequence[Answer], searcher: Searcher, workdir: Path) -> None:
     print(tables(answers), end="")
     for side, index in searcher.indexes.items():
         report = index.report
+        settings = f" ({report['settings']})" if report["settings"] else ""
+        size = f"{report['bytes_per_vector']:.0f} bytes a vector, " if report["bytes_per_vector"] else ""
         print(
-            f"{report['kind']} index of {report['vectors']} {side} ({report['settings']}): finds "
-            f"{report['recall']:.1%} of the exact first {report['depth']}, measured with {report['queries']} queries"
+            f"{report['kind']} index of {report['vectors']} {side}{settings}: finds {report['recall']:.1%} of the "
+            f"exact first {report['depth']}, measured with {report['queries']} queries; "
+            f"{size}{report['vector_bytes']} as float32"
         )
 
 
@@ -88,6 +91,7 @@ def open_search(config: ConfigDict, workdir: Path) -> tuple[Loaded, Tower, Searc
     mesh, loaded = one_process_mesh(config), load(workdir, config)
     count = candidates(config.eval)
     check_index(config.search.index, loaded.score, count)
+    check_options(config.search)
     if config.search.index in PACKAGES:
         require(config.search.index)  # before hours of embedding
     embeddings = split_embeddings(loaded, config, workdir, mesh)

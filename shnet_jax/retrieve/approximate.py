@@ -17,12 +17,20 @@ from shnet_jax.evaluation.tiles import check_no_nan
 from shnet_jax.evaluation.top_k import TopK, is_dot_product, top_k
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.files import disk_faults, sole_writer, write_json
+from shnet_jax.retrieve.code_index import BINARY_QUERIES, BinaryIndex, Int8Index
 from shnet_jax.retrieve.embeddings import Embeddings
-from shnet_jax.retrieve.vector_index import BUILDERS, VectorIndex, source_hash
+from shnet_jax.retrieve.vector_index import FaissIndex, MilvusIndex, VectorIndex, source_hash
 from shnet_jax.types import Embedding, Score
 from shnet_jax.untrusted import read_object
 
+BUILDERS: dict[str, type[VectorIndex]] = {
+    "int8": Int8Index,
+    "binary": BinaryIndex,
+    "faiss": FaissIndex,
+    "milvus": MilvusIndex,
+}
 KINDS = ("exact", *BUILDERS)
+EFFORT = ("nprobe", "ef_search", "rescore", "binary")  # fields of config.search that a search reads, not an index
 SAMPLE, DEPTH = 256, 10  # queries whose first DEPTH results are compared with the exact ones
 
 
@@ -42,12 +50,21 @@ def check_index(kind: str, score: Score, candidates: int = 0) -> None:
         )
 
 
+def check_options(search: ConfigDict) -> None:
+    """Raises ValueError for a field of config.search that is none of its choices, of those that every search reads."""
+    if search.rescore < 1:
+        raise ValueError(f"config.search.rescore is {search.rescore}; it must be at least 1")
+    if search.binary not in BINARY_QUERIES:
+        raise ValueError(f"config.search.binary is {search.binary!r}; choose from {', '.join(BINARY_QUERIES)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class OpenIndex:
     """A vector index and its report.
 
-    report: kind, settings, vectors, nprobe, ef_search, recall (share of the exact first `depth` that the index finds),
-      queries (number of those that measured it).
+    report: kind, settings, vectors, nprobe, ef_search, rescore, binary, bytes_per_vector (of the index, None: not
+      known), vector_bytes (of a stored vector), recall (share of the exact first `depth` that a search finds), queries
+      (number of those that measured it).
     """
 
     index: VectorIndex
@@ -67,7 +84,7 @@ def open_index(search: ConfigDict, embeddings: Embeddings, side: str, tile: int,
         "vectors": len(getattr(embeddings, side).vector),
         "source": source_hash(embeddings),
     }
-    effort = {"nprobe": search.nprobe, "ef_search": search.ef_search}
+    effort = {name: search[name] for name in EFFORT}
     report = read_object(path) if path.is_file() else {}
     index = builder.open(search, embeddings, side) if identity.items() <= report.items() else None
     if index is not None and effort.items() <= report.items():
@@ -76,12 +93,28 @@ def open_index(search: ConfigDict, embeddings: Embeddings, side: str, tile: int,
         if index is None:
             path.unlink(missing_ok=True)  # an interrupted build leaves an index without a report, which is built again
             index = builder.make(search, embeddings, side)
-        report = identity | effort | _measured(index, embeddings, side, tile, mesh)
+        vectors = getattr(embeddings, side).vector
+        size = {"bytes_per_vector": index.bytes_per_vector, "vector_bytes": vectors[:1].nbytes}
+        report = identity | effort | size | _measured(index, search.rescore, embeddings, side, tile, mesh)
         write_json(path, report)
     return OpenIndex(index, report)
 
 
-def _measured(index: VectorIndex, embeddings: Embeddings, side: str, tile: int, mesh: Mesh) -> dict[str, float]:
+def find(
+    index: VectorIndex, queries: np.ndarray, k: int, vectors: np.ndarray, rescore: int, tile: int, mesh: Mesh
+) -> TopK:
+    """The k best of the `rescore` * k items that an index finds for each query, by the stored vectors; see `rescored`.
+
+    queries: [q, d] float32. vectors: [n, d], those of the index. tile, mesh: as for `top_k`.
+    """
+    nearest = index.search(queries, min(rescore * k, len(vectors)), tile, mesh)
+    best = rescored(nearest, queries, vectors)
+    return TopK(best.index[:, :k], best.score[:, :k])
+
+
+def _measured(
+    index: VectorIndex, rescore: int, embeddings: Embeddings, side: str, tile: int, mesh: Mesh
+) -> dict[str, float]:
     """Recall of an index against the exact search: {"recall", "depth", "queries"}."""
     # A gallery without captions is asked by its images.
     other = embeddings.texts if side == "images" and embeddings.ids.captions else embeddings.images
@@ -89,7 +122,7 @@ def _measured(index: VectorIndex, embeddings: Embeddings, side: str, tile: int, 
     queries = np.asarray(other.vector[sample])
     gallery = Embedding(getattr(embeddings, side).vector)
     exact = top_k(Embedding(queries), gallery, DEPTH, RetrievalModel.score, tile, mesh)  # type: ignore[arg-type]
-    approximate = index.search(queries, exact.index.shape[1])
+    approximate = find(index, queries, exact.index.shape[1], gallery.vector, rescore, tile, mesh)  # type: ignore[arg-type]
     return {"recall": overlap(approximate.index, exact.index), "depth": DEPTH, "queries": len(sample)}
 
 

@@ -19,7 +19,7 @@ from shnet_jax.evaluation.tiles import take
 from shnet_jax.evaluation.top_k import TopK, is_dot_product, top_k, transpose_score
 from shnet_jax.experiment import Experiment, sentence_vectors
 from shnet_jax.observe import html
-from shnet_jax.retrieve.approximate import OpenIndex, check_index, open_index, rescored
+from shnet_jax.retrieve.approximate import OpenIndex, check_index, check_options, find, open_index
 from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.types import Embedding, Score
 
@@ -85,6 +85,8 @@ class Searcher:
     ):
         self._kind = search.index if search else "exact"
         check_index(self._kind, score, candidates)
+        if search is not None:
+            check_options(search)
         self._dot_product = is_dot_product(score)
         self._candidates = 0 if self._dot_product else candidates
         self.embeddings, self._search, self._options = embeddings, search, (tile, mesh)
@@ -163,10 +165,13 @@ class Searcher:
         if side not in self.indexes:
             self.indexes[side] = open_index(self._search, self.embeddings, side, *self._options)
         vectors = np.asarray(queries.vector, np.float32)
-        nearest = self.indexes[side].index.search(vectors, min(max(k, self._candidates), len(gallery.vector)))
+        found = find(
+            *(self.indexes[side].index, vectors, min(max(k, self._candidates), len(gallery.vector)), gallery.vector),
+            *(self._search.rescore, *self._options),
+        )
         if self._candidates:
-            return best_candidates(queries, gallery, nearest.index, k, score, self._options[1])
-        return rescored(nearest, vectors, gallery.vector)
+            return best_candidates(queries, gallery, found.index, k, score, self._options[1])
+        return found
 
     def _hits(self, target: str, best: TopK, query: int, k: int, without: int = -1) -> tuple[Hit, ...]:
         """The first k results of a query, but the row `without`; places without a result have a negative row."""

@@ -16,13 +16,19 @@ from typing import Literal
 
 import numpy as np
 
-CODES = {"F32": np.dtype("<f4"), "BOOL": np.dtype(bool), "I64": np.dtype("<i8")}  # I64: rows of a part
+CODES = {
+    "F32": np.dtype("<f4"),
+    "BOOL": np.dtype(bool),
+    "I64": np.dtype("<i8"),  # rows of a part
+    "I8": np.dtype("i1"),  # codes of an index, as is U32
+    "U32": np.dtype("<u4"),
+}
 _NAMES = {dtype: code for code, dtype in CODES.items()}
 _LENGTH = 8
 
 
 def create(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:
-    """Lays out a file of zeros, {name: (shape, float32 or bool)}, and maps its arrays for writing."""
+    """Lays out a file of zeros, {name: (shape, dtype)}, of the types in CODES, and maps its arrays for writing."""
     header, offset = {}, 0
     for name, (shape, dtype) in arrays.items():
         size = int(np.prod(shape)) * dtype.itemsize

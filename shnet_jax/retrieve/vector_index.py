@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, Protocol, Self
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluation.tiles import show_progress
@@ -30,7 +31,12 @@ log = logging.getLogger(__name__)
 
 
 class VectorIndex(Protocol):
-    """An index of one side ("images", "texts") of the embeddings."""
+    """An index of one side ("images", "texts") of the embeddings.
+
+    bytes_per_vector: what the index stores of a vector; None where it cannot be told.
+    """
+
+    bytes_per_vector: float | None
 
     @staticmethod
     def settings(search: ConfigDict) -> str:
@@ -47,16 +53,19 @@ class VectorIndex(Protocol):
         """Builds and stores the index. Raises ValueError for settings that the library refuses."""
         ...
 
-    def search(self, queries: np.ndarray, k: int) -> TopK:
-        """The k nearest vectors of queries [q, d] by dot product; places without a result have index -1."""
+    def search(self, queries: np.ndarray, k: int, tile: int = 512, mesh: Mesh | None = None) -> TopK:
+        """The k nearest vectors of queries [q, d] by dot product; places without a result have index -1.
+
+        tile, mesh: as for `top_k`, of an index that JAX searches; others do not need them.
+        """
         ...
 
 
 class FaissIndex:
     """A FAISS index in one file, of any factory string (config.search.faiss)."""
 
-    def __init__(self, index: Any, search: ConfigDict):
-        self._index = index
+    def __init__(self, index: Any, search: ConfigDict, path: Path):
+        self._index, self.bytes_per_vector = index, path.stat().st_size / max(index.ntotal, 1)
         faiss = require("faiss")
         inner = faiss.downcast_index(index)
         while hasattr(inner, "index") and not hasattr(inner, "nprobe"):  # a transform around the index proper
@@ -75,7 +84,7 @@ class FaissIndex:
     def open(cls, search: ConfigDict, embeddings: Embeddings, side: str) -> FaissIndex | None:
         """The index in its file; None when there is none."""
         faiss, path = require("faiss"), _faiss_file(embeddings, side)
-        return cls(faiss.read_index(str(path)), search) if path.is_file() else None
+        return cls(faiss.read_index(str(path)), search, path) if path.is_file() else None
 
     @classmethod
     def make(cls, search: ConfigDict, embeddings: Embeddings, side: str) -> FaissIndex:
@@ -94,13 +103,13 @@ class FaissIndex:
                 f"config.search.faiss is {search.faiss!r} for {len(vectors)} {side} of {vectors.shape[1]} numbers; "
                 f"FAISS says: {str(error).splitlines()[-1]}"
             ) from None
-        for _, block in _blocks(vectors, f"faiss {side}: block"):
+        for _, block in blocks(vectors, f"faiss {side}: block"):
             index.add(block)
         with atomic_path(path) as temporary:
             faiss.write_index(index, str(temporary))
-        return cls(index, search)
+        return cls(index, search, path)
 
-    def search(self, queries: np.ndarray, k: int) -> TopK:
+    def search(self, queries: np.ndarray, k: int, tile: int = 512, mesh: Mesh | None = None) -> TopK:
         """Searches the index; see `VectorIndex`."""
         score, index = self._index.search(np.ascontiguousarray(queries, np.float32), min(k, self._index.ntotal))
         return TopK(index.astype(np.int64), score)
@@ -108,6 +117,8 @@ class FaissIndex:
 
 class MilvusIndex:
     """A Milvus collection, in a file of milvus-lite or on a server (config.search.address)."""
+
+    bytes_per_vector = None  # the library does not say
 
     def __init__(self, search: ConfigDict, embeddings: Embeddings, side: str):
         pymilvus = require("milvus")
@@ -157,13 +168,13 @@ class MilvusIndex:
             client.create_collection(name, schema=schema, index_params=params)
         except pymilvus.MilvusException as error:
             raise ValueError(f"config.search.milvus is {search.milvus!r}; Milvus says: {error}") from None
-        for start, block in _blocks(vectors, f"milvus {side}: block"):
+        for start, block in blocks(vectors, f"milvus {side}: block"):
             client.insert(name, [{"row": start + i, "vector": row} for i, row in enumerate(block)])
         client.flush(name)
         client.load_collection(name)
         return index
 
-    def search(self, queries: np.ndarray, k: int) -> TopK:
+    def search(self, queries: np.ndarray, k: int, tile: int = 512, mesh: Mesh | None = None) -> TopK:
         """Searches the index; see `VectorIndex`."""
         index, score = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
         params = {"params": {"ef": max(self._ef_search, k), "nprobe": self._nprobe}}
@@ -174,9 +185,6 @@ class MilvusIndex:
                 for place, hit in enumerate(hits):
                     index[row, place], score[row, place] = hit["row"], hit["distance"]
         return TopK(index, score)
-
-
-BUILDERS: dict[str, type[VectorIndex]] = {"faiss": FaissIndex, "milvus": MilvusIndex}
 
 
 def require(kind: str) -> ModuleType:
@@ -198,8 +206,8 @@ def source_hash(embeddings: Embeddings) -> str:
     return hashlib.sha256(json.dumps(embeddings.source, sort_keys=True).encode()).hexdigest()
 
 
-def _blocks(vectors: np.ndarray, title: str) -> Iterator[tuple[int, np.ndarray]]:
-    """The vectors in blocks of ROWS with the number of the first, showing progress."""
+def blocks(vectors: np.ndarray, title: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Iterates over vectors in blocks of ROWS, each with the number of its first row, and shows progress."""
     with show_progress(-(-len(vectors) // ROWS), title, "vectors") as advance:
         for start in range(0, len(vectors), ROWS):
             block = np.ascontiguousarray(vectors[start : start + ROWS], np.float32)

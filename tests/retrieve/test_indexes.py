@@ -1,4 +1,4 @@
-"""FAISS and Milvus against the exact search; each part runs where its package is installed."""
+"""Indexes against the exact search; FAISS and Milvus where their packages are installed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check(search, embeddings, at_least):
         opened = approximate.open_index(search, embeddings, side, 64, MESH)
         gallery = getattr(embeddings, side)
         exact = top_k(other, gallery, 10, RetrievalModel.score, 64)
-        found = approximate.rescored(opened.index.search(np.asarray(other.vector), 10), other.vector, gallery.vector)
+        found = approximate.find(opened.index, other.vector, 10, gallery.vector, search.rescore, 64, MESH)
         assert approximate.overlap(found.index, exact.index) >= at_least
         assert opened.report["recall"] >= at_least and opened.report["queries"] == 256
         same = found.index == exact.index
@@ -49,7 +49,8 @@ def check(search, embeddings, at_least):
 
 
 @pytest.mark.parametrize(
-    ("factory", "visited", "at_least"), [("Flat", 64, 1.0), ("HNSW16", 64, 0.95), ("PCA8,IVF10,Flat", 10, 0.3)]
+    ("factory", "visited", "at_least"),
+    [("Flat", 64, 1.0), ("HNSW16", 64, 0.95), ("PCA8,IVF10,Flat", 10, 0.3), ("SQ8", 64, 0.99)],
 )
 def test_faiss(factory, visited, at_least, embeddings):
     pytest.importorskip("faiss")
@@ -107,7 +108,7 @@ def test_an_index_of_dot_products_for_no_other_score():
     approximate.check_index("faiss", RetrievalModel.score)
     with pytest.raises(ValueError, match="scores pairs in a way of its own"):
         approximate.check_index("faiss", lambda images, texts: images)
-    with pytest.raises(ValueError, match="'annoy'; choose from exact, faiss, milvus"):
+    with pytest.raises(ValueError, match="'annoy'; choose from exact, int8, binary, faiss, milvus"):
         approximate.check_index("annoy", RetrievalModel.score)
 
 
