@@ -120,7 +120,7 @@ def _esa() -> ConfigDict:
     esa.mode = "slot"  # how tokens become elements: slots that compete for them | "merge", soft clusters
     esa.depth = 2  # rounds of slot attention, which share their weights (DivE 4)
     esa.heads = 4  # attention heads of the slots (DivE 4)
-    esa.similarity = "smooth_chamfer"  # of two sets: smooth_chamfer | chamfer | max | mean
+    esa.similarity = "smooth_chamfer"  # of two sets: smooth_chamfer | chamfer | maxsim_texts, maxsim_images | max | mean
     esa.sharpness = 16.0  # of smooth_chamfer (DivE 16)
     esa.eta = 1.0  # weight of the set term beside the cosine of the global vectors (ours 1)
     return esa

@@ -1,4 +1,4 @@
-"""Similarity of every pair of embedding sets: smooth Chamfer, Chamfer, max, mean of the cosines of their elements.
+"""Similarity of every pair of embedding sets: smooth Chamfer, Chamfer, MaxSim, max, mean of their elements' cosines.
 
 Source: docs/models.md, after Kim et al., "Improving Cross-Modal Retrieval with Set of Diverse Embeddings" (CVPR 2023).
 The cosines of all elements of all pairs never exist at once: forward and backward walk over the image elements, and
@@ -17,7 +17,10 @@ from jax import lax
 from shnet_jax.ops.matmul import einsum
 from shnet_jax.types import Array
 
-SIMILARITIES = ("smooth_chamfer", "chamfer", "max", "mean")
+SIMILARITIES = ("smooth_chamfer", "chamfer", "maxsim_texts", "maxsim_images", "max", "mean")
+
+HALVES = {"chamfer": (1.0, 1.0), "maxsim_texts": (0.0, 2.0), "maxsim_images": (2.0, 0.0)}
+"""Factors on the two halves of Chamfer, over image elements and over text elements; both halves have weight 1/2."""
 
 SHARPEST = 40.0
 """Largest sharpness: exp(s (c - 1)) of cosines c stays far from the smallest float32, so nothing has to be rescaled."""
@@ -35,10 +38,13 @@ def set_similarity(
 
       smooth_chamfer  1/(2 s M_v) sum_a log sum_b exp(s c_ab) + 1/(2 s M_t) sum_b log sum_a exp(s c_ab)
       chamfer         1/(2 M_v) sum_a max_b c_ab + 1/(2 M_t) sum_b max_a c_ab, its limit for large s
+      maxsim_texts    1/M_t sum_b max_a c_ab: each text element finds its best image element. The late interaction of
+                      ColBERT (arXiv 2004.12832), divided by M_t: for a caption as the query the order is the same
+      maxsim_images   1/M_v sum_a max_b c_ab: the other way round
       max             max_ab c_ab (multiple instance learning)
       mean            mean_ab c_ab
 
-    Of sets of one element each, all four are the product itself. A pair with an empty set scores 0.
+    Of sets of one element each, all of them are the product itself. A pair with an empty set scores 0.
 
     Args:
       images: [n, M_v, d]; texts: [t, M_t, d]; unit vectors where cosines are meant.
@@ -140,7 +146,7 @@ def _both(image_mask: Array, text_mask: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _hard(kind: str, images: Array, image_mask: Array, texts: Array, text_mask: Array) -> Array:
-    """Similarity "chamfer" or "max"; the arguments are those of `_smooth`."""
+    """Similarity "max" or one of HALVES; the arguments are those of `_smooth`."""
     return _hard_forward(kind, images, image_mask, texts, text_mask)[0]
 
 
@@ -148,46 +154,59 @@ def _hard_forward(kind: str, images: Array, image_mask: Array, texts: Array, tex
     """Similarities and residuals: beside the arguments the indices of the best matches are kept, as int16.
 
     rows [a, n, t]: of each image element, the text element. columns: of each text element, the image element
-    [n, b, t]; for "max" the image element of the best pair [n, 1, t].
+    [n, b, t]; for "max" the image element of the best pair [n, 1, t]. None: of a half that the kind leaves out.
     """
+    by_rows, by_columns = HALVES.get(kind, (1.0, 0.0))
 
-    def visit(best: tuple[Array, Array], at: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Any]:
+    def visit(best: Any, at: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         number, element, valid = at
-        cosines = _cosines(element, texts)
-        to_texts = jnp.where(text_mask, cosines, _LOW)
-        to_image = jnp.where(valid[:, None, None], cosines, _LOW)
-        columns = jnp.maximum(best[0], to_image), jnp.where(to_image > best[0], number, best[1])
-        return columns, (jnp.max(to_texts, axis=1), jnp.argmax(to_texts, axis=1).astype(jnp.int16))
+        cosines, row = _cosines(element, texts), None
+        if by_rows:
+            to_texts = jnp.where(text_mask, cosines, _LOW)
+            row = jnp.max(to_texts, axis=1), jnp.argmax(to_texts, axis=1).astype(jnp.int16)
+        if by_columns:
+            to_image = jnp.where(valid[:, None, None], cosines, _LOW)
+            best = jnp.maximum(best[0], to_image), jnp.where(to_image > best[0], number, best[1])
+        return best, row
 
     shape = images.shape[1], *text_mask.shape
     numbers = jnp.arange(images.shape[0], dtype=jnp.int16)
-    start = jnp.full(shape, _LOW), jnp.zeros(shape, jnp.int16)
-    (columns, image_numbers), (rows, text_numbers) = lax.scan(
-        visit, start, (numbers, images, image_mask), unroll=_UNROLL
-    )
-    if kind == "max":
-        rows = jnp.where(image_mask[:, :, None], rows, _LOW)
-        value, image_numbers = jnp.max(rows, axis=0), jnp.argmax(rows, axis=0).astype(jnp.int16)[:, None]
-    else:
-        value = jnp.sum(_shares(image_mask)[:, :, None] * rows, axis=0) + jnp.sum(_shares(text_mask) * columns, axis=1)
+    start = (jnp.full(shape, _LOW), jnp.zeros(shape, jnp.int16)) if by_columns else None
+    columns, rows = lax.scan(visit, start, (numbers, images, image_mask), unroll=_UNROLL)
+    value, text_numbers, image_numbers = jnp.zeros(()), None, None
+    if by_rows:
+        best_texts, text_numbers = rows
+        if kind == "max":
+            best_texts = jnp.where(image_mask[:, :, None], best_texts, _LOW)
+            value, image_numbers = (
+                jnp.max(best_texts, axis=0),
+                jnp.argmax(best_texts, axis=0).astype(jnp.int16)[:, None],
+            )
+        else:
+            value = jnp.sum(by_rows * _shares(image_mask)[:, :, None] * best_texts, axis=0)
+    if by_columns:
+        best_images, image_numbers = columns
+        value += jnp.sum(by_columns * _shares(text_mask) * best_images, axis=1)
     value = jnp.where(_both(image_mask, text_mask), value, 0.0)
     return value, (images, image_mask, texts, text_mask, text_numbers, image_numbers)
 
 
 def _hard_backward(kind: str, residuals: tuple, cotangent: Array) -> tuple:
     images, image_mask, texts, text_mask, rows, columns = residuals
-    of_text = _shares(text_mask)
+    by_rows, by_columns = HALVES.get(kind, (1.0, 1.0))
+    of_image, of_text = by_rows * _shares(image_mask), by_columns * _shares(text_mask)
     numbers = jnp.arange(texts.shape[0], dtype=jnp.int16)[:, None]
 
-    def visit(sums: Array, at: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array]:
+    def visit(sums: Array, at: tuple[Array, Array, Array, Array | None, Array]) -> tuple[Array, Array]:
         number, element, valid, row, share = at
-        by_image, by_text = row[:, None, :] == numbers, columns == number
+        by_image = False if row is None else row[:, None, :] == numbers
+        by_text = False if columns is None else columns == number
         weights = by_image & by_text if kind == "max" else share[:, None, None] * by_image + of_text * by_text
         weights = jnp.where(valid[:, None, None] & text_mask, weights * cotangent[:, None, :], 0.0)
         of_element, of_texts = _products(weights, element, texts)
         return sums + of_texts, of_element
 
-    counted = jnp.arange(images.shape[0], dtype=jnp.int16), images, image_mask, rows, _shares(image_mask)
+    counted = jnp.arange(images.shape[0], dtype=jnp.int16), images, image_mask, rows, of_image
     of_texts, of_images = lax.scan(visit, jnp.zeros_like(texts), counted, unroll=_UNROLL)
     return of_images, None, of_texts, None
 

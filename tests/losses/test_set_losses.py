@@ -49,7 +49,7 @@ def embed(batch, params, side, xp):
 
 
 @functools.cache
-def reference(blocks, other=False):
+def reference(blocks, other=False, kind="smooth_chamfer"):
     """Loss and the gradients of all parameters in float64; `blocks`: independent parts of the batch."""
     batch, params = data()
     of_asm = (OTHER if other else OPTIONS)["asm"]
@@ -61,7 +61,7 @@ def reference(blocks, other=False):
         for rows in np.split(np.arange(len(IDS)), blocks):
             images, texts = (tuple(x[rows] for x in side) for side in sides)
             ids = IDS[rows]
-            whole = set_oracle.scores(images, texts, ETA)
+            whole = set_oracle.scores(images, texts, ETA, kind)
             hinge = whole if of_asm["of"] == "score" else whole - images[0] @ texts[0].T
             options = {k: v for k, v in of_asm.items() if k != "of"}
             parts.append(
@@ -76,7 +76,7 @@ def reference(blocks, other=False):
     return value(params), grads
 
 
-def make_step(strategy, axis_name, other=False):
+def make_step(strategy, axis_name, other=False, kind="smooth_chamfer"):
     options = OPTIONS | (OTHER if other else {})
     config = ConfigDict({"weights": WEIGHTS, "pairs": {"strategy": strategy, "tile": 3}, **options})
     _, compute = total.build(config, steps_per_epoch=1)
@@ -85,7 +85,7 @@ def make_step(strategy, axis_name, other=False):
         def share(params):
             images, texts = (Embedding(*embed(batch, params, side, jnp)) for side in SIZES)
             own = {"asm": {}, "sdm": {}, "diversity": {}, "identity": {k: params[k] for k in ("kernel", "bias")}}
-            score = SetScore("smooth_chamfer", 16.0, ETA)
+            score = SetScore(kind, 16.0, ETA)
             values = compute(images, texts, batch["ids"], Context(jnp.int32(0), own, score, axis=axis_name))
             return values["loss"], values
 
@@ -110,14 +110,24 @@ def check(found, expected):
     [WAYS[i] for i in (0, 5, 7, 8, 10)],
 )
 def test_loss_and_gradients(strategy, devices, how):
+    check(run_step(strategy, devices, how), reference(devices if strategy == "local" else 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "devices"), [("gathered", 1), ("streamed", 2), ("ring", 8)])
+def test_late_interaction(strategy, devices):
+    check(run_step(strategy, devices, "shard_map", "maxsim_texts"), reference(1, kind="maxsim_texts"))
+
+
+def run_step(strategy, devices, how, kind="smooth_chamfer"):
     batch, params = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, data())
     if how is None:
-        run = jax.jit(make_step(strategy, None))
+        run = jax.jit(make_step(strategy, None, kind=kind))
     else:
         mesh = mapping.data_mesh(jax.devices()[:devices])
-        run = mapping.map_step(make_step(strategy, DATA), mesh, how, donate_state=False)
+        run = mapping.map_step(make_step(strategy, DATA, kind=kind), mesh, how, donate_state=False)
         batch, params = mapping.put_batch(batch, mesh, how), mapping.replicate(params, mesh)
-    check(run(params, batch), reference(devices if strategy == "local" else 1))
+    return run(params, batch)
 
 
 @pytest.mark.slow
