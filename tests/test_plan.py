@@ -376,6 +376,15 @@ def test_bounds():
     assert programs.bounds(work, CHIPS["A100"])[0] == pytest.approx(0.9 / 312 + 0.05 / 19.5 + 0.05 / 156)
 
 
+def test_the_bound_of_the_interconnect():
+    """A v5e chip has four links of 50 GB/s: all share a sum or a gather, one carries a shift."""
+    sent = {"all-reduce": 1e9, "all-gather": 3e9, "reduce-scatter": 1e9, "collective-permute": 1e9}
+    work = Work(collectives=sent)
+    assert programs.interconnect_seconds(work, CHIPS["TPU v5e"]) == pytest.approx((2 + 3 + 1) / 200 + 1 / 50)
+    assert programs.interconnect_seconds(Work(), CHIPS["TPU v5e"]) == 0
+    assert programs.interconnect_seconds(work, CHIPS["H100"]) is None
+
+
 @pytest.mark.slow
 def test_the_warm_up_of_the_loss_is_told_beside_the_steps_after_it(monkeypatch):
     nothing = jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32))

@@ -27,7 +27,15 @@ from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.parallel.pipeline import bubble_share
 from shnet_jax.plan.block_plan import PairCost, measure_pairs, plan_blocks, plan_two_stage
 from shnet_jax.plan.planned_run import PlannedRun, describe, embedding_shapes, gallery_size, variable_shapes
-from shnet_jax.plan.programs import Program, bounds, compile_program, lower_encode, lower_train, stays_while_evaluating
+from shnet_jax.plan.programs import (
+    Program,
+    bounds,
+    compile_program,
+    interconnect_seconds,
+    lower_encode,
+    lower_train,
+    stays_while_evaluating,
+)
 from shnet_jax.plan.rank_plan import RankPlan, measure_round, plan_ranking
 from shnet_jax.plan.search import advice, fitting_microbatch, largest_batch
 from shnet_jax.plan.table import table
@@ -156,6 +164,7 @@ def _as_dict(program: Program, peaks: Chip | None) -> dict[str, Any]:
         out["memory"]["peak"] = program.memory.peak
     if program.work and peaks:
         out["compute_seconds"], out["memory_seconds"] = bounds(program.work, peaks)
+        out["interconnect_seconds"] = interconnect_seconds(program.work, peaks)
     if program.warm_up and peaks:
         out["warm_up_seconds"] = max(bounds(program.warm_up, peaks))
     return out

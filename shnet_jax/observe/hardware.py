@@ -22,6 +22,8 @@ class Chip(NamedTuple):
     flops: dense bfloat16 FLOP/s. memory: bytes of HBM. bandwidth: bytes per second of HBM.
     tf32, float32: FLOP/s of a GPU with float32 operands, in the tensor cores (dense, rounded to TF32) and outside of
       them. None for a TPU, which computes a float32 product as several in bfloat16.
+    links, link: number of a TPU's links to its neighbours, and bytes per second that each carries one way; None where
+      the interconnect is not known.
     """
 
     flops: float
@@ -29,6 +31,8 @@ class Chip(NamedTuple):
     bandwidth: float
     tf32: float | None = None
     float32: float | None = None
+    links: int | None = None
+    link: float | None = None
 
     def peak(self, precision: str | None) -> float:
         """Peak FLOP/s of products in bfloat16 (None) or in float32 at this `lax.Precision`, in lower case.
@@ -49,12 +53,12 @@ PASSES = {"default": 1, "high": 3, "highest": 6}
 
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * GIB, 1228e9),
-    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9),
-    "TPU v5e": Chip(197e12, 16 * GIB, 819e9),
-    "TPU v5": Chip(459e12, 95 * GIB, 2765e9),
-    "TPU v5p": Chip(459e12, 95 * GIB, 2765e9),
-    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9),
-    "TPU v6e": Chip(918e12, 32 * GIB, 1640e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, links=4, link=50e9),
+    "TPU v5e": Chip(197e12, 16 * GIB, 819e9, links=4, link=50e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, links=6, link=100e9),
+    "TPU v5p": Chip(459e12, 95 * GIB, 2765e9, links=6, link=100e9),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, links=4, link=100e9),
+    "TPU v6e": Chip(918e12, 32 * GIB, 1640e9, links=4, link=100e9),
     "H100 PCIe": Chip(756e12, 80e9, 2000e9, 378e12, 51e12),
     "H100 NVL": Chip(835e12, 94e9, 3900e9, 418e12, 60e12),
     "H100": Chip(989e12, 80e9, 3350e9, 495e12, 67e12),
@@ -65,7 +69,8 @@ CHIPS = {
     "A100 80GB PCIe": Chip(312e12, 80e9, 1935e9, 156e12, 19.5e12),
 }
 """Peaks by whole words of the `device_kind`, from the makers' pages (cloud.google.com/tpu/docs/v4, v5e, v5p,
-v6e; NVIDIA's data sheets of A100, H100 and H200; their tensor core figures are with sparsity, twice these)."""
+v6e; NVIDIA's data sheets of A100, H100 and H200; their tensor core figures are with sparsity, twice these). A TPU page
+gives the bandwidth of all links of a chip in both directions together: 400, 1200 and 800 GB/s for v5e, v5p and v6e."""
 
 # Generation in a target -> options of libtpu. v4 as on the machines: the two cores of a chip are one device.
 _GENERATIONS = {"v4": {"chip_config_name": "megacore"}, "v5e": {}, "v5p": {}, "v6e": {}}

@@ -128,3 +128,16 @@ def bounds(work: Work, peaks: Chip) -> tuple[float, float]:
     low = work.flops - sum(work.float32.values())
     compute = low / peaks.flops + sum(flops / peaks.peak(precision) for precision, flops in work.float32.items())
     return compute, work.bytes / peaks.bandwidth
+
+
+def interconnect_seconds(work: Work, peaks: Chip) -> float | None:
+    """Lower bound in seconds of what the collectives send within a slice; None where the links are not known.
+
+    All links of a chip share a gather or a sum, of which a chip sends every byte once (twice for an all-reduce). A
+    permutation to the next device of a ring has one link. Latency, and hops over several links, are not counted.
+    """
+    if peaks.links is None or peaks.link is None:
+        return None
+    once = {kind: size * (2 if kind == "all-reduce" else 1) for kind, size in work.collectives.items()}
+    shifted = once.pop("collective-permute", 0.0)
+    return sum(once.values()) / (peaks.links * peaks.link) + shifted / peaks.link

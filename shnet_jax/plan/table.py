@@ -33,6 +33,7 @@ def table(report: Mapping[str, Any]) -> str:
         row(kind, lambda p, kind=kind: p["work"] and p["work"]["collectives"].get(kind), BYTES)  # type: ignore[misc]
     row("compute-bound", lambda p: p.get("compute_seconds"), _SECONDS)
     row("bandwidth-bound", lambda p: p.get("memory_seconds"), _SECONDS)
+    row("interconnect-bound", lambda p: p.get("interconnect_seconds"), _SECONDS)
     row("  the larger, in the warm-up", lambda p: p.get("warm_up_seconds"), _SECONDS)
     row("compiled in", lambda p: p["seconds"], _SECONDS)
 

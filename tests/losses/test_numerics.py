@@ -97,6 +97,25 @@ def run(
     return jax.device_get(program(strategy, queue is not None)(side(images), side(texts), jnp.asarray(ids), queue))
 
 
+@pytest.mark.parametrize("name", ["infonce", "sigmoid", "sigmoid, by pairs", "diversity"])
+def test_batches_whose_entries_exceed_int32(name):
+    """A loss by the entries of the matrix is divided by their number; nothing is computed here."""
+    by_pairs = {"sigmoid, by pairs": ("sigmoid", LOSSES["sigmoid"][1] | {"reduction": "pairs"})}
+    module, options = (LOSSES | by_pairs)[name]
+    pairs = 2**16
+    learned = getattr(registry.loss(module), "init_params", lambda **_: {})(**options)
+    side = jax.eval_shape(
+        lambda: Embedding(jnp.zeros((pairs, DIM)), jnp.zeros((pairs, 1, DIM)), jnp.ones((pairs, 1), bool))
+    )
+
+    def value(images: Embedding, texts: Embedding, ids: Array) -> dict[str, Array]:
+        ctx = Context(jnp.int32(0), learned, RetrievalModel.score, None, Pairs("streamed", 4096))
+        return registry.loss(module).loss(images, texts, ids, ctx, **options)
+
+    found = jax.eval_shape(value, side, side, jax.ShapeDtypeStruct((pairs,), jnp.int32))
+    assert all(x.shape == () and x.dtype == jnp.float32 for x in found.values())
+
+
 def cases() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, bool]]:
     """(images, texts, ids, masked) by name."""
     ids, one = np.arange(PAIRS, dtype=np.int32), np.eye(PAIRS, DIM)
