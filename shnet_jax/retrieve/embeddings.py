@@ -122,7 +122,7 @@ def open_embeddings(folder: str | Path) -> Embeddings:
         wrong = {
             name: (array.dtype.name, array.shape)
             for name, array in arrays.items()
-            if array.shape[:1] != (count,) or array.dtype == np.int64
+            if array.shape[:1] != (count,) or array.dtype not in (np.float32, bool)
         }
         if "vector" not in arrays or wrong:
             raise ValueError(f"{path}: expected a vector for each of {count} {side} of {IDS}, found {wrong or 'none'}")

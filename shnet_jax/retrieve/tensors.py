@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 
 CODES = {"F32": np.dtype("<f4"), "BOOL": np.dtype(bool), "I64": np.dtype("<i8")}  # I64: rows of a part
+CODES |= {"F64": np.dtype("<f8"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}  # of other tools
 _NAMES = {dtype: code for code, dtype in CODES.items()}
 _LENGTH = 8
 
