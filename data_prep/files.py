@@ -13,12 +13,21 @@ import numpy as np
 
 from data_prep.schema import DataError, is_text, refuse
 from shnet_jax import untrusted
+from shnet_jax.retrieve import tensors
 
 
 def open_array(path: Path) -> np.ndarray:
-    """The array of a .npy file, memory-mapped. Raises DataError for anything else, and one that is cut off."""
+    """The array of a .npy file, or the only tensor of a .safetensors file, memory-mapped.
+
+    Raises DataError for anything else, and for a file that is cut off.
+    """
     with data_errors():
-        return untrusted.open_npy(path)
+        if path.suffix != ".safetensors":
+            return untrusted.open_npy(path)
+        untrusted.check_kind(path)
+        arrays = tensors.open_mapped(path)
+    refuse(len(arrays) != 1, path, "one tensor", ", ".join(sorted(arrays)) or "none")
+    return next(iter(arrays.values()))
 
 
 @contextmanager

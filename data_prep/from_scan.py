@@ -3,6 +3,8 @@
     shnet data from_scan --src=DIR --name=NAME --out=DATA_DIR [--splits=train,val,test] [--overwrite]
 
 Arrays may have one row an image or, as the released ones do, one row a caption with equal rows in a row.
+Vectors of frozen models (image_emb, caption_emb, caption_tokens and its mask) may also be the only tensor of a
+.safetensors file of the same name.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from data_prep.places import Place, Recognised, look
 from data_prep.schema import DataError, Record, refuse
 from data_prep.sources.detections import Reading
 from data_prep.sources.units import Layout, as_units, first_units, open_units, unit_files
-from shnet_jax.data.schema import FIELDS, MASKS
+from shnet_jax.data.schema import COLUMNS, FIELDS, MASKS
 from shnet_jax.paths import to_path
 
 ARRAYS = {
@@ -129,7 +131,7 @@ def open_split(
     Raises DataError when files are missing or their counts do not fit together.
     """
     captions = read_lines(src / f"{split}_caps.txt", strict=strict)
-    arrays = {field: path for field, suffix in ARRAYS.items() if (path := src / f"{split}{suffix}").is_file()}
+    arrays = {field: path for field in ARRAYS if (path := _array_file(src, split, field)) is not None}
     refuse(need == "an array" and not arrays, f"{src}: split {split!r}", f"{split}_ims.npy or another array", "none")
     refuse(not captions, src / f"{split}_caps.txt", "a caption a line", "none")
     shapes = {field: open_array(path).shape for field, path in arrays.items()}
@@ -148,7 +150,7 @@ def open_split(
         "captions": f"{split}_caps.txt",
         "image_id": ids_file.name,
         "caption_ids": f"{split}{CAPTION_IDS}",
-        **{name: f"{split}{suffix}" for name, suffix in CAPTION_ARRAYS.items()},
+        **{name: path.name for name in CAPTION_ARRAYS if (path := _array_file(src, split, name)) is not None},
     }
     image_ids = _image_ids(ids_file, ids, images, per_image, split)
     return ScanSplit(
@@ -166,6 +168,18 @@ def open_split(
     )
 
 
+def _array_file(src: Path, split: str, field: str) -> Path | None:
+    """The file of a field: .npy, or for the vectors of frozen models also .safetensors; None without one.
+
+    Raises DataError where there are both.
+    """
+    plain = src / f"{split}{(ARRAYS | CAPTION_ARRAYS)[field]}"
+    if field in COLUMNS and (other := plain.with_suffix(".safetensors")).is_file():
+        refuse(plain.is_file(), other, "one file of these vectors", f"{plain.name} beside it; remove one of the two")
+        return other
+    return plain if plain.is_file() else None
+
+
 def _caption_ids(path: Path, captions: int) -> tuple[int, ...]:
     """The numbers of the captions, one a line; () without the file."""
     if not path.is_file():
@@ -180,7 +194,7 @@ def _caption_ids(path: Path, captions: int) -> tuple[int, ...]:
 
 def _caption_arrays(src: Path, split: str, captions: int) -> dict[str, Path]:
     """The files with a row a caption, by field. Raises DataError for one of another shape."""
-    found = {name: path for name, suffix in CAPTION_ARRAYS.items() if (path := src / f"{split}{suffix}").is_file()}
+    found = {name: path for name in CAPTION_ARRAYS if (path := _array_file(src, split, name)) is not None}
     for name, path in found.items():
         shape, axes = open_array(path).shape, FIELDS[name].shape
         expected = f"[{', '.join([str(captions), *axes[1:]])}], a row a caption"

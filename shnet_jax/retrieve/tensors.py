@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 
 CODES = {
@@ -22,6 +23,9 @@ CODES = {
     "I64": np.dtype("<i8"),  # rows of a part
     "I8": np.dtype("i1"),  # codes of an index, as is U32
     "U32": np.dtype("<u4"),
+    "F64": np.dtype("<f8"),  # of other tools, as are F16 and BF16
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _NAMES = {dtype: code for code, dtype in CODES.items()}
 _LENGTH = 8

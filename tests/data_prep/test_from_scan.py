@@ -3,8 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from data_prep import from_scan
 from data_prep.schema import DataError
@@ -97,6 +99,41 @@ def test_embeddings_and_numbers_of_captions(src, tmp_path):
     records = list(dataset.open_split("dev", ("caption_embeddings", "caption_ids")))
     np.testing.assert_array_equal(np.concatenate([r["caption_embeddings"] for r in records]), vectors.astype("f4"))
     assert np.concatenate([r["caption_ids"] for r in records]).tolist() == numbers
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_vectors_in_safetensors_are_those_of_npy(dtype, src, tmp_path):
+    vectors = np.random.default_rng(1).normal(size=(IMAGES * PER, 5)).astype(dtype)
+    for split in ("train", "dev"):
+        save_file({"vectors": vectors}, src / f"{split}_caption_emb.safetensors")
+        images = np.load(src / f"{split}_image_emb.npy")
+        save_file({"any name": images}, src / f"{split}_image_emb.safetensors")
+        (src / f"{split}_image_emb.npy").unlink()
+    dataset = _first(src, tmp_path / "out")
+    assert dataset.features["caption_embeddings"].dtype == dtype
+    records = list(dataset.open_split("dev", ("caption_embeddings", "image_embedding")))
+    np.testing.assert_array_equal(np.concatenate([r["caption_embeddings"] for r in records]), vectors)
+    np.testing.assert_array_equal(np.stack([r["image_embedding"] for r in records]), images)
+
+
+def test_safetensors_that_do_not_fit(src, tmp_path):
+    path = src / "dev_caption_emb.safetensors"
+
+    def refused(match):
+        with pytest.raises(DataError, match=match):
+            from_scan.import_scan(src, "toy", tmp_path / "out")
+
+    good = {"a": np.ones((IMAGES * PER, 5), np.float32)}
+    save_file(good | {"b": np.ones(2, np.float32)}, path)
+    refused(r"dev_caption_emb\.safetensors: expected one tensor, found a, b")
+    save_file({"a": np.ones((4, 5), np.float32)}, path)
+    refused(r"dev_caption_emb\.safetensors: expected \[25, F\], a row a caption, found \[4, 5\]")
+    save_file(good, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(r"'a' of shape \(25, 5\) does not fit into the file; was it copied whole")
+    save_file(good, path)
+    np.save(path.with_suffix(".npy"), good["a"])
+    refused(r"expected one file of these vectors, found dev_caption_emb\.npy beside it; remove one of the two")
 
 
 @pytest.mark.parametrize(
