@@ -225,6 +225,7 @@ def _loss() -> ConfigDict:
     pairs.strategy = "gathered"  # gathered | streamed | ring | local (local: each device's pairs only)
     pairs.tile = 1024  # candidates scored at once by "streamed"
     pairs.dtype = "float32"  # operands of training scores, sums are float32: float32 | bfloat16 (dot products alone)
+    loss.matryoshka = ()  # sizes of prefixes over which the loss is averaged, as (64, 128, 256, 512); (): whole vectors
     loss.triplet = triplet = ConfigDict()
     triplet.margin = 0.2  # gap wanted between a match and a negative, in cosine
     triplet.warmup_epochs = 1.0  # sum over all violations this long, then the hardest negative only (published 1)
@@ -357,6 +358,7 @@ def _eval() -> ConfigDict:
     evaluate.exact = True  # with two_stage: rank exactly too (hours); False: not, nor in cross, study, search, page
     evaluate.stages = 1  # devices that share the text tower's layers (bert, transformer, clip); 1: each has them all
     evaluate.microbatches = 8  # parts in which the captions of a batch flow through these stages
+    evaluate.dims = ()  # --mode=eval: also by prefixes of these sizes of the vectors (loss.matryoshka); (): not
     evaluate.hubness = False  # --mode=eval: also how unevenly items are retrieved (skewness of the 10-occurrence)
     evaluate.eccv = ""  # --mode=eval on COCO's test split: folder of ECCV Caption's judgements, or "package"; "": not
     evaluate.cxc = ""  # --mode=eval on COCO: folder with sis_*.csv, sts_*.csv of Crisscrossed Captions; "": not
@@ -371,9 +373,8 @@ def _search() -> ConfigDict:
     search = ConfigDict()
     search.split = "test"  # split whose images and captions are embedded and searched
     search.embeddings = ""  # folder of its embeddings; "": WORKDIR/embeddings/DATASET_SPLIT_STEP
-    search.index = (
-        "exact"  # exact (any score) | int8, binary (codes in a file) | faiss (one file) | milvus (or a server)
-    )
+    search.dims = 0  # numbers of a vector that are kept, the first, at unit length; 0: all (loss.matryoshka)
+    search.index = "exact"  # exact (any score) | int8, binary (codes in a file) | faiss (a file) | milvus (or a server)
     search.rescore = 4  # items that an index finds for each wanted result; the stored vectors choose among them
     search.binary = "asymmetric"  # of index binary: "asymmetric", float query times signs | "hamming", signs of both
     search.faiss = "HNSW32"  # FAISS factory string: "Flat", "HNSW32", "IVF1024,Flat", "OPQ32,IVF4096,PQ32", ...

@@ -17,6 +17,7 @@ from shnet_jax.data.gallery import Gallery, Part, open_gallery
 from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.evaluation.encode import Towers, encode_parts
 from shnet_jax.evaluation.pair_scores import digest
+from shnet_jax.evaluation.prefix import check_sizes, prefix
 from shnet_jax.evaluation.protocols import Results
 from shnet_jax.evaluation.ranking_methods import candidates
 from shnet_jax.evaluation.tiles import tile_size
@@ -186,6 +187,9 @@ class Retriever:
                 texts = encode_parts(self._towers[1], gallery.text_batches(rows), len(gallery.captions))
             else:
                 texts = self.encode_texts(ids.captions)
+            if dims := self.config.search.dims:
+                check_sizes(self.loaded.experiment, (dims,), "search.dims")
+                images, texts = prefix(images, dims), prefix(texts, dims)
             self._galleries[split] = Embeddings(Path(), {"split": split}, ids, images, texts)
         options = tile_size(self.config.eval, self._mesh), self._mesh, self._candidates
         return Searcher(self._galleries[split], self.loaded.score, *options)

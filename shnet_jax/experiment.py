@@ -262,3 +262,10 @@ def abstract_variables(experiment: Experiment) -> dict[str, Any]:
     batch = dummy_batch(experiment)
     shapes = jax.eval_shape(lambda: experiment.model.init(jax.random.key(0), batch, train=False))
     return {name: dict(shapes).get(name, {}) for name in ("params", "batch_stats")}
+
+
+def vector_size(experiment: Experiment) -> int:
+    """Numbers in the model's vectors, without computing or reading weights."""
+    batch, model = dummy_batch(experiment), experiment.model
+    (images, _), _ = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), batch, train=False))
+    return int(images.vector.shape[1])

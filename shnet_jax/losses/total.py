@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax import registry
 from shnet_jax.durations import UNITS, TrainingLength
+from shnet_jax.losses import matryoshka
 from shnet_jax.types import Array, Context, Embedding, Pairs
 
 Total = Callable[[Embedding, Embedding, Array, Context], dict[str, Array]]
@@ -30,7 +31,8 @@ def build(
     loss_config: ConfigDict, steps_per_epoch: float, total_steps: int = 0, *, queues: bool = False
 ) -> tuple[dict[str, dict[str, Array]], Total]:
     """Builds the losses of `loss_config.weights` with their options `loss_config[name]`; those of weight 0 are left
-    out. How they meet the pairs of other devices is `loss_config.pairs` (gathered when there is none).
+    out. How they meet the pairs of other devices is `loss_config.pairs` (gathered when there is none). With sizes in
+    `loss_config.matryoshka` the total is the mean over prefixes of the embeddings (losses/matryoshka.py).
 
     steps_per_epoch, total_steps: batches of an epoch and of the training (0: unknown), by which an option
       `warmup_epochs` or `warmup_percent` reaches its loss as `warmup_steps`.
@@ -59,6 +61,12 @@ def build(
     }
     params = {name: _init_params(module)(**options[name]) for name, module in modules.items()}
     pairs = Pairs(**loss_config.get("pairs", {}))
+    sizes = matryoshka.check(loss_config.get("matryoshka", ()))
+    if sizes and "identity" in modules:
+        raise ValueError(
+            "config.loss.matryoshka cuts the vectors, and the classifier of config.loss.weights.identity reads whole "
+            "ones: set one of the two to () or 0"
+        )
 
     def total(images: Embedding, texts: Embedding, ids: Array, ctx: Context) -> dict[str, Array]:
         values: dict[str, Array] = {}
@@ -76,7 +84,7 @@ def build(
             weighted += [weights[name] * value for key, value in terms.items() if key.endswith(LOSS)]
         return {"loss": sum(weighted), **values}
 
-    return params, total
+    return params, matryoshka.over_prefixes(total, sizes) if sizes else total
 
 
 def projection(loss_config: ConfigDict) -> Callable[[Any], Any]:

@@ -140,3 +140,15 @@ def check_pairs_dtype(model: RetrievalModel, dtype: str) -> None:
             f"config.loss.pairs.dtype is {dtype!r}, and the score of {type(model).__name__} is not the dot product of "
             "two vectors, whose operands it rounds: set it to 'float32'"
         )
+
+
+def check_prefixes(model: RetrievalModel, field: str) -> None:
+    """Raises ValueError, naming the field that asks for it, where vectors cannot be cut to their first numbers.
+
+    A score that looks inside the items, or has parameters of its own, was learned for whole vectors.
+    """
+    if model.score is not RetrievalModel.score:
+        raise ValueError(
+            f"config.{field} cuts vectors to their first numbers, and the score of {type(model).__name__} is not the "
+            f"dot product of two vectors: leave config.{field} off"
+        )

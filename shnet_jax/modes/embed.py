@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from shnet_jax.data.checksums import CHECKSUMS, sha256
 from shnet_jax.evaluation.evaluator import provenance
 from shnet_jax.evaluation.pair_scores import digest
+from shnet_jax.evaluation.prefix import check_sizes
 from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.retrieve import embed as writer
@@ -29,10 +30,11 @@ def embed(config: ConfigDict, workdir: str | Path) -> None:
 
 def split_embeddings(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh) -> Embeddings:
     """The embeddings of config.search.split from their folder, which is made unless it is complete."""
-    split = config.search.split
-    name = f"{loaded.experiment.dataset.path.parent.name}_{split}_{loaded.step}"
+    split, dims = config.search.split, config.search.dims
+    check_sizes(loaded.experiment, (dims,) if dims else (), "search.dims")
+    name = f"{loaded.experiment.dataset.path.parent.name}_{split}_{loaded.step}" + (f"_{dims}" if dims else "")
     folder = Path(config.search.embeddings or workdir / "embeddings" / name)
-    source = origin(loaded, workdir, split, mesh.size)
+    source = origin(loaded, workdir, split, mesh.size) | ({"dims": dims} if dims else {})
     return writer.embed(loaded.experiment, loaded.variables, split, mesh, folder, source)
 
 

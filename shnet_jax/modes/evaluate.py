@@ -15,6 +15,7 @@ from shnet_jax.evaluation.ensemble import Embedded, combine, mean_score
 from shnet_jax.evaluation.evaluator import Evaluator, choose_ranking_methods, evaluate_embedded
 from shnet_jax.evaluation.extra_metrics import ExtraMetrics, read_extra_metrics
 from shnet_jax.evaluation.pair_scores import remove_folder
+from shnet_jax.evaluation.prefix import check_sizes, prefix
 from shnet_jax.evaluation.protocols import Results
 from shnet_jax.evaluation.report import card_table, comparison_table, extra_table, interval_table, table, to_json
 from shnet_jax.evaluation.zero_shot import NAME as ZERO_SHOT
@@ -165,6 +166,16 @@ def _rows(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[list[Embedded]
     members = [_embed(Evaluator(first.experiment, evaluation.split, mesh), first)]
     if not runs:
         one, folder = dataclasses.replace(members[0], name=config.name), workdir / SCORES
+        if sizes := tuple(evaluation.dims):
+            check_sizes(first.experiment, sizes, "eval.dims")
+            if evaluation.two_stage:
+                raise ValueError("config.eval.dims and config.eval.two_stage: rank by one of them, the other off")
+            cut = {size: (prefix(one.images, size), prefix(one.texts, size)) for size in sizes}
+            rows = [
+                dataclasses.replace(one, name=f"{one.name}, {size} numbers", images=images, texts=texts)
+                for size, (images, texts) in cut.items()
+            ]
+            return [*rows, one], dataset, extra
         methods = choose_ranking_methods(first.experiment, first.variables, mesh, one.provenance, folder)
         if len(methods) > 1:
             rows = [dataclasses.replace(one, name=f"{one.name}, {method.name}", method=method) for method in methods]
@@ -189,6 +200,8 @@ def _check_ensemble(config: ConfigDict) -> None:
         raise ValueError(f"config.eval.ensemble is {tuple(runs)}; expected at least 2 different work folders")
     if evaluation.two_stage:
         raise ValueError(TWO_STAGE_ENSEMBLE)
+    if evaluation.dims:
+        raise ValueError("config.eval.dims is for one run: set it to (), or config.eval.ensemble to ()")
     mean_score([RetrievalModel.score] * len(runs), evaluation.ensemble_weights)
     for run in runs:
         trained_config(Path(run), config)

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from shnet_jax.data.gallery import Part, open_gallery
 from shnet_jax.evaluation.encode import Tower, Towers, host_fields
+from shnet_jax.evaluation.prefix import prefix
 from shnet_jax.evaluation.tiles import prefetch_one, show_progress
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe.files import atomic_path, disk_faults, sole_writer, write_json
@@ -37,7 +38,8 @@ def embed(
     Args:
       variables: {"params", "batch_stats"}.
       mesh: devices that share each batch of config.eval.batch_size rows a device.
-      source: their origin (`modes.embed.origin`), kept in embeddings.json; JSON values.
+      source: their origin (`modes.embed.origin`), kept in embeddings.json; JSON values. Its "dims", if there, are
+        the numbers of each vector that are kept (`evaluation.prefix`).
 
     Raises:
       ValueError: the folder holds embeddings of another source, or parts of them.
@@ -85,7 +87,7 @@ def _write(
         if (folder / f"{side}.safetensors").exists():
             continue
         if count:
-            _encode(parts, side, tower, count, rows, batches)
+            _encode(parts, side, tower, count, rows, batches, source.get("dims", 0))
             assemble(parts, side, count, folder / f"{side}.safetensors")
         else:
             _write_none(folder / f"{side}.safetensors", folder / "images.safetensors")
@@ -101,8 +103,10 @@ def _write_none(path: Path, like: Path) -> None:
         tensors.create(temporary, shapes)
 
 
-def check_source(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises ValueError, naming the fields that differ, unless both origins are the same."""
+def check_source(
+    path: Path, stored: dict[str, Any], expected: dict[str, Any], field: str = "config.search.embeddings"
+) -> None:
+    """Raises ValueError, naming what differs, unless both origins are the same. field: that names the folder."""
     lines = [
         f"{key}: {stored.get(key)!r} there, {expected.get(key)!r} here"
         for key in sorted(stored.keys() | expected.keys())
@@ -110,8 +114,8 @@ def check_source(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -
     ]
     if lines:
         raise ValueError(
-            f"{path} says that the embeddings beside it were made otherwise; choose another folder "
-            "(config.search.embeddings) or delete this one:\n  " + "\n  ".join(lines)
+            f"{path} says that what lies beside it was made otherwise; choose another folder "
+            f"({field}) or delete this one:\n  " + "\n  ".join(lines)
         )
 
 
@@ -120,9 +124,15 @@ def _part(parts: Path, side: str, number: int) -> Path:
 
 
 def _encode(
-    parts: Path, side: str, tower: Tower, count: int, rows: int, batches: Callable[[int, int], Iterator[Part]]
+    parts: Path,
+    side: str,
+    tower: Tower,
+    count: int,
+    rows: int,
+    batches: Callable[[int, int], Iterator[Part]],
+    dims: int,
 ) -> None:
-    """Encodes and writes the missing parts, each atomically."""
+    """Encodes and writes the missing parts, each atomically. dims: numbers of a vector that are kept; 0: all."""
     total = -(-count // rows)
     first = next((i for i in range(total) if not _part(parts, side, i).exists()), total)
     dispatched = (
@@ -130,7 +140,8 @@ def _encode(
     )
     with show_progress(total, f"{side}: batch", side, done=first) as advance:
         for number, part, embedding in prefetch_one(dispatched):
-            arrays = host_fields(embedding, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}
+            kept = prefix(embedding, dims) if dims else embedding
+            arrays = host_fields(kept, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}
             with atomic_path(_part(parts, side, number)) as temporary:
                 save_file(arrays, temporary)
             advance(part.valid)

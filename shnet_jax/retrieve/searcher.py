@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from shnet_jax.data.gallery import text_batches, vector_text_batches
 from shnet_jax.data.tokenise import tokenise_captions
 from shnet_jax.evaluation.encode import Tower, encode_parts
+from shnet_jax.evaluation.prefix import prefix
 from shnet_jax.evaluation.ranking_methods import best_candidates, rerank_top_k
 from shnet_jax.evaluation.tiles import take
 from shnet_jax.evaluation.top_k import TopK, is_dot_product, top_k, transpose_score
@@ -158,6 +159,8 @@ class Searcher:
 
     def _find(self, side: str, queries: Embedding, k: int, score: Score) -> TopK:
         gallery = getattr(self.embeddings, side)
+        if self._dot_product:
+            queries = prefix(queries, gallery.vector.shape[1])  # embeddings may be cut to config.search.dims
         if self._search is None or self._kind == "exact":
             if self._candidates:
                 return rerank_top_k(queries, gallery, k, self._candidates, score, *self._options)

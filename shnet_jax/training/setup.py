@@ -19,9 +19,9 @@ from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, trai
 from shnet_jax.data.tokenise import NO_UNKNOWN, Captions, Tokenizer, tokenise_split
 from shnet_jax.durations import TrainingLength, count_steps, given
 from shnet_jax.evaluation.encode import check as check_evaluation
-from shnet_jax.experiment import Experiment, abstract_variables
-from shnet_jax.losses import total
-from shnet_jax.models.contract import RetrievalModel, check_pairs_dtype
+from shnet_jax.experiment import Experiment, abstract_variables, vector_size
+from shnet_jax.losses import matryoshka, total
+from shnet_jax.models.contract import RetrievalModel, check_pairs_dtype, check_prefixes
 from shnet_jax.observe import profile, trackers
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
 from shnet_jax.parallel.sharding import WHOLE, global_norm, specs, split_axes
@@ -97,6 +97,8 @@ def setup_training(experiment: Experiment) -> TrainSetup:
     shapes = abstract_variables(experiment)
     setup = build_step(config, experiment.model, mesh, shapes, per_epoch, total_steps)
     momentum.check_start(config, per_epoch, total_steps)
+    if config.loss.matryoshka:
+        matryoshka.check_last(config.loss.matryoshka, vector_size(experiment))
     return setup
 
 
@@ -123,6 +125,8 @@ def build_step(
     loss_params, total_loss = total.build(config.loss, steps_per_epoch, total_steps, queues=key_options is not None)
     score_dtype = config.loss.pairs.get("dtype", "float32")
     check_pairs_dtype(model, score_dtype)
+    if config.loss.get("matryoshka", ()):
+        check_prefixes(model, "loss.matryoshka")
     devices = mesh.size if sharded else 1
     axes = split_axes({"model": variables["params"], "loss": loss_params}, devices)
     tx = make_optimiser(config, rate, norm=partial(global_norm, axes=axes, name=DATA))

@@ -63,7 +63,7 @@ SELECTING = ("config.eval.person", "config.eval.protocols")
 # are options of something that is off, or name what the run did anyway, and are taken as they are given.
 SWITCHES = re.compile(
     r"config\.(loss\.weights\.|loss\.\w+\.warmup_(steps|percent)$|optim\.|momentum\.(queue|from_)|model\.\w+$"
-    r"|train\.(log|checkpoint)_(epochs|percent)$|train\.eval_(steps|percent)$)"
+    r"|loss\.matryoshka$|train\.(log|checkpoint)_(epochs|percent)$|train\.eval_(steps|percent)$)"
 )
 
 
