@@ -120,9 +120,7 @@ def _esa() -> ConfigDict:
     esa.mode = "slot"  # how tokens become elements: slots that compete for them | "merge", soft clusters
     esa.depth = 2  # rounds of slot attention, which share their weights (DivE 4)
     esa.heads = 4  # attention heads of the slots (DivE 4)
-    esa.similarity = (
-        "smooth_chamfer"  # of two sets: smooth_chamfer | chamfer | maxsim_texts, maxsim_images | max | mean
-    )
+    esa.similarity = "smooth_chamfer"  # of sets: smooth_chamfer | chamfer | maxsim_texts | maxsim_images | max | mean
     esa.sharpness = 16.0  # of smooth_chamfer (DivE 16)
     esa.eta = 1.0  # weight of the set term beside the cosine of the global vectors (ours 1)
     return esa
@@ -379,9 +377,7 @@ def _search() -> ConfigDict:
     search = ConfigDict()
     search.split = "test"  # split whose images and captions are embedded and searched
     search.embeddings = ""  # folder of its embeddings; "": WORKDIR/embeddings/DATASET_SPLIT_STEP
-    search.index = (
-        "exact"  # exact (any score) | int8, binary (codes in a file) | faiss (one file) | milvus (or a server)
-    )
+    search.index = "exact"  # exact (any score) | int8, binary (codes in a file) | faiss (a file) | milvus (or a server)
     search.rescore = 4  # items that an index finds for each wanted result; the stored vectors choose among them
     search.binary = "asymmetric"  # of index binary: "asymmetric", float query times signs | "hamming", signs of both
     search.faiss = "HNSW32"  # FAISS factory string: "Flat", "HNSW32", "IVF1024,Flat", "OPQ32,IVF4096,PQ32", ...
