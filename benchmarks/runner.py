@@ -27,6 +27,7 @@ BENCHMARKS = (
     "text",
     "sets",
     "interaction",
+    "stage_one",
     "align",
     "memory",
     "soak",

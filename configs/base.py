@@ -120,7 +120,7 @@ def _esa() -> ConfigDict:
     esa.mode = "slot"  # how tokens become elements: slots that compete for them | "merge", soft clusters
     esa.depth = 2  # rounds of slot attention, which share their weights (DivE 4)
     esa.heads = 4  # attention heads of the slots (DivE 4)
-    esa.similarity = "smooth_chamfer"  # of two sets: smooth_chamfer | chamfer | maxsim_texts, maxsim_images | max | mean
+    esa.similarity = "smooth_chamfer"  # of sets: smooth_chamfer | chamfer | maxsim_texts | maxsim_images | max | mean
     esa.sharpness = 16.0  # of smooth_chamfer (DivE 16)
     esa.eta = 1.0  # weight of the set term beside the cosine of the global vectors (ours 1)
     return esa
@@ -356,6 +356,12 @@ def _eval() -> ConfigDict:
     evaluate.overlap = False  # images on one half of the devices, captions on the other, reading ahead: the same bits
     evaluate.two_stage = 0  # k > 0: --mode=eval also ranks in two stages, k candidates of each query re-ranked
     evaluate.exact = True  # with two_stage: rank exactly too (hours); False: not, nor in cross, study, search, page
+    evaluate.stage_one = "vectors"  # what finds these candidates: global "vectors" | "fde", encodings of the sets (esa)
+    evaluate.fde = fde = ConfigDict()  # fixed-dimensional encodings (MUVERA); 2^k_sim * r_reps * d_proj numbers a role
+    fde.k_sim = 3  # hyperplanes that cut space into 2^k_sim cells
+    fde.r_reps = 10  # independent partitions; more: closer to the score
+    fde.d_proj = 16  # dimension of an element in a cell, by a random projection; 0: not projected
+    fde.d_final = 0  # dimension of a count sketch of each role's encoding; 0: none
     evaluate.stages = 1  # devices that share the text tower's layers (bert, transformer, clip); 1: each has them all
     evaluate.microbatches = 8  # parts in which the captions of a batch flow through these stages
     evaluate.dims = ()  # --mode=eval: also by prefixes of these sizes of the vectors (loss.matryoshka); (): not

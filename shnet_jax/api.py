@@ -20,6 +20,7 @@ from shnet_jax.evaluation.pair_scores import digest
 from shnet_jax.evaluation.prefix import check_sizes, prefix
 from shnet_jax.evaluation.protocols import Results
 from shnet_jax.evaluation.ranking_methods import candidates
+from shnet_jax.evaluation.stage_one import make_stage_one
 from shnet_jax.evaluation.tiles import tile_size
 from shnet_jax.modes.evaluate import evaluate_checkpoint
 from shnet_jax.modes.study import Run
@@ -103,6 +104,7 @@ class Retriever:
         self.loaded, self.config = loaded, config
         self._mesh, self._candidates = make_mesh(config.parallel.devices), candidates(config.eval)
         self._galleries: dict[str, Embeddings] = {}
+        self._searchers: dict[str, Searcher] = {}
 
     def __repr__(self) -> str:
         config = self.config
@@ -167,7 +169,9 @@ class Retriever:
                     f"{folder} holds embeddings of another checkpoint: {name} is {stored!r} in its {SOURCE}, "
                     f"{value!r} of this model; make them with --mode=embed on its run"
                 )
-        self._galleries[embeddings.source["split"]] = embeddings
+        split = embeddings.source["split"]
+        self._galleries[split] = embeddings
+        self._searchers.pop(split, None)
 
     def _gallery(self, split: str) -> Gallery:
         experiment = self.loaded.experiment
@@ -177,6 +181,8 @@ class Retriever:
         )
 
     def _searcher(self, split: str) -> Searcher:
+        if split in self._searchers:
+            return self._searchers[split]
         if split not in self._galleries:
             ids = make_ids(self.dataset, split)
             images = self.encode_images(split)
@@ -191,8 +197,11 @@ class Retriever:
                 check_sizes(self.loaded.experiment, (dims,), "search.dims")
                 images, texts = prefix(images, dims), prefix(texts, dims)
             self._galleries[split] = Embeddings(Path(), {"split": split}, ids, images, texts)
+        score, seed = self.loaded.score, self.loaded.experiment.config.seed
+        first = make_stage_one(self.config.eval, score, seed, self._mesh)
         options = tile_size(self.config.eval, self._mesh), self._mesh, self._candidates
-        return Searcher(self._galleries[split], self.loaded.score, *options)
+        self._searchers[split] = Searcher(self._galleries[split], score, *options, stage_one=first)
+        return self._searchers[split]
 
 
 def _parts(fields: Mapping[str, np.ndarray], count: int, rows: int) -> Any:

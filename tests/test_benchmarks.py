@@ -14,7 +14,20 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks import flops, interaction, losses, memory, momentum, pool, ranking, resident, runner, step, text
+from benchmarks import (
+    flops,
+    interaction,
+    losses,
+    memory,
+    momentum,
+    pool,
+    ranking,
+    resident,
+    runner,
+    stage_one,
+    step,
+    text,
+)
 from benchmarks.rows import Row, compare, table
 from benchmarks.timing import Timing, interleave
 from configs import base
@@ -48,6 +61,16 @@ def test_a_run_writes_what_is_documented(tmp_path, monkeypatch, capsys):
         assert row["benchmark"] == "pool" or row["memory_bytes"] > 0
     printed = capsys.readouterr().out
     assert "| losses | infonce, ring, 16 pairs, D 4, 4 virtual CPU devices |" in printed and str(out) in printed
+
+
+@pytest.mark.slow
+def test_two_stages_are_compared_by_what_their_candidates_hold():
+    sizes = dataclasses.replace(stage_one.QUICK, candidates=stage_one.QUICK.images)
+    rows = stage_one.run(sizes)
+    assert [" by global vectors" in row.what for row in rows] == [True, False]
+    assert all(row.ratio > 0 and "hold 100.0% of the exact first 10" in row.note for row in rows)
+    (of_few, _) = stage_one.run(dataclasses.replace(sizes, candidates=2))
+    assert "hold 100.0%" not in of_few.note
 
 
 @pytest.mark.slow

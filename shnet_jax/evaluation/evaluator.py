@@ -139,7 +139,7 @@ def choose_ranking_methods(
     if (evaluation.two_stage or in_blocks) and jax.process_count() == 1:
         blocks = open_folder(folder, _identity(experiment, variables, provenance, mesh))
     if evaluation.two_stage:
-        chosen += [methods.vectors(), methods.rerank(variables, blocks)]
+        chosen += [*methods.vectors(), methods.rerank(variables, blocks)]
     if (in_blocks or evaluation.two_stage) and (evaluation.exact or not chosen):
         chosen += [methods.exact(variables, blocks if in_blocks else None)]
     return chosen

@@ -26,7 +26,7 @@ from shnet_jax.evaluation.metrics import (
 from shnet_jax.evaluation.person_search import search_persons
 from shnet_jax.evaluation.ranking_methods import Ranked, RankingMethod
 from shnet_jax.evaluation.ranks import check_captions, ranks
-from shnet_jax.evaluation.tiles import Items, ItemScore, size, take, vectors_of
+from shnet_jax.evaluation.tiles import Items, ItemScore, size, take
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe import html
 from shnet_jax.types import DIRECTIONS
@@ -148,7 +148,7 @@ def evaluate(
         scores = search_persons(images, texts, *persons, score, tile, mesh)
     else:
         candidates = ranked[0].candidates if folds == 1 else method.candidates(images, texts)
-        vectors = vectors_of(images), vectors_of(texts)
+        vectors = method.stage_one(images, "images"), method.stage_one(texts, "texts")
         scores = search_persons(*vectors, *persons, RetrievalModel.score, tile, mesh, candidates)
     return _with_persons(results, queries, *persons, scores)
 

@@ -1,8 +1,8 @@
 """Ranking methods of a model: exactly by its score, by re-ranking candidates, or by the global vectors alone.
 
-Re-ranking serves any model whose score is more than the dot product of its vectors. The global vectors find k
-candidates for each query, and the model's own score re-ranks them. With k the whole gallery, the ranks are those of
-exact ranking. Items behind the candidates keep the order of the global vectors.
+Re-ranking serves any model whose score is more than the dot product of its vectors. The global vectors, or other
+vectors (`stage_one`), find k candidates for each query, and the model's own score re-ranks them. With k the whole
+gallery, the ranks are those of exact ranking. Items behind the candidates keep the order of these vectors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from shnet_jax.evaluation.pair_scores import (
     score_matrix,
 )
 from shnet_jax.evaluation.ranks import Ranks, ranks
-from shnet_jax.evaluation.tiles import check_no_nan, prefetch_one, take, tile_size, vectors_of
+from shnet_jax.evaluation.stage_one import GLOBAL_VECTORS, StageOne, make_stage_one
+from shnet_jax.evaluation.tiles import check_no_nan, prefetch_one, take, tile_size
 from shnet_jax.evaluation.top_k import NONE, TopK, top_k
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.parallel.mapping import Mapped, map_specs, on_cpu
@@ -66,12 +67,14 @@ class RankingMethod:
     function: (images, captions, image of each caption, number of the fold) -> Ranked.
     description: for the protocol card; "": the usual, every pair by the model's score.
     candidates: (images, captions) -> `Ranked.candidates` alone.
+    stage_one: the vectors whose order the items behind the candidates keep.
     """
 
     name: str
     function: Callable[[Embedding, Embedding, np.ndarray, int], Ranked]
     description: str = ""
     candidates: Callable[[Embedding, Embedding], TopK | None] = lambda images, texts: None
+    stage_one: StageOne = GLOBAL_VECTORS
 
     @property
     def exact(self) -> bool:
@@ -95,6 +98,7 @@ class RankingMethods:
     def __init__(self, model: RetrievalModel, config: FrozenConfigDict, mesh: Mesh):
         self._model, self._config, self._mesh = model, config, mesh
         self._programs, self._tile = make_programs(model, mesh), tile_size(config.eval, mesh)
+        self._stage_one = make_stage_one(config.eval, model.score, config.seed, mesh)
 
     def exact(self, variables: Mapping[str, Any], folder: Path | None = None) -> RankingMethod:
         """Exact ranking of every query against the whole gallery. folder: `pair_scores.open_folder`, for blocks."""
@@ -112,25 +116,31 @@ class RankingMethods:
         return RankingMethod("exact", streamed if has_static_score(self._model) else in_blocks)
 
     def rerank(self, variables: Mapping[str, Any], folder: Path | None = None) -> RankingMethod:
-        """Re-ranking of the candidates of the global vectors; see `rerank`. folder: as for `exact`."""
-        k, scorer = self._config.eval.two_stage, self._scorer(variables)
+        """Re-ranking of the candidates of stage one; see `rerank`. folder: as for `exact`."""
+        k, scorer, first = self._config.eval.two_stage, self._scorer(variables), self._stage_one
 
         def function(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranked:
-            return rerank(images, texts, owner, k, scorer, _fold_folder(folder, images, fold))
+            return rerank(images, texts, owner, k, scorer, _fold_folder(folder, images, fold), first)
 
-        text = f"two stages: {k} candidates of each query by global vectors, re-ranked by the score; then as exact"
-        return RankingMethod(
-            f"two-stage {k}", function, text, lambda images, texts: caption_candidates(images, texts, k, scorer)
-        )
+        def of_captions(images: Embedding, texts: Embedding) -> TopK:
+            return caption_candidates(images, texts, k, scorer, first)
 
-    def vectors(self) -> RankingMethod:
-        """Ranking by the global vectors alone."""
+        text = f"two stages: {k} candidates of each query by {first.description}, re-ranked by the score; then as exact"
+        name = f"two-stage {k}" + (f" by {first.name}" if first.settings else "")
+        return RankingMethod(name, function, text, of_captions, first)
 
+    def vectors(self) -> list[RankingMethod]:
+        """Ranking by the global vectors alone, and by the vectors of stage one where they are others."""
+        return [self._by_vectors(one) for one in (GLOBAL_VECTORS, self._stage_one)][
+            : 2 if self._stage_one.settings else 1
+        ]
+
+    def _by_vectors(self, first: StageOne) -> RankingMethod:
         def function(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranked:
-            vectors = vectors_of(images), vectors_of(texts)
+            vectors = first(images, "images"), first(texts, "texts")
             return Ranked(ranks(*vectors, owner, RetrievalModel.score, self._tile, self._mesh), 0)
 
-        return RankingMethod("global vectors", function, "by the product of global vectors alone")
+        return RankingMethod(first.name, function, f"by the product of {first.description} alone", stage_one=first)
 
     def _scorer(self, variables: Mapping[str, Any]) -> PairScorer:
         buckets = token_buckets(self._config.data)
@@ -216,24 +226,42 @@ def _candidate_scores(score: Score, mesh: Mesh) -> Mapped:
 
 
 def rerank_top_k(
-    queries: Embedding, gallery: Embedding, k: int, count: int, score: Score, tile: int, mesh: Mesh
+    queries: Embedding,
+    gallery: Embedding,
+    k: int,
+    count: int,
+    score: Score,
+    tile: int,
+    mesh: Mesh,
+    first: tuple[Embedding, Embedding],
 ) -> TopK:
-    """`top_k.top_k` among the `count` candidates of each query, or k where that is more, which its vector finds."""
-    nearest = top_k(vectors_of(queries), vectors_of(gallery), max(k, count), RetrievalModel.score, tile, mesh)
+    """`top_k.top_k` among the `count` candidates of each query, or k where that is more, which stage one finds.
+
+    first: the vectors of stage one, of the queries and of the gallery.
+    """
+    nearest = top_k(*first, max(k, count), RetrievalModel.score, tile, mesh)
     return best_candidates(queries, gallery, nearest.index, k, score, mesh)
 
 
 def rerank(
-    images: Embedding, texts: Embedding, owner: np.ndarray, k: int, scorer: PairScorer, folder: Path | None = None
+    images: Embedding,
+    texts: Embedding,
+    owner: np.ndarray,
+    k: int,
+    scorer: PairScorer,
+    folder: Path | None = None,
+    stage_one: StageOne = GLOBAL_VECTORS,
 ) -> Ranked:
     """Ranks a gallery by re-ranking k candidates of each query.
 
-    owner: [t], the image of each caption. folder: for finished scores, see `pair_scores.listed_scores`.
+    owner: [t], the image of each caption. folder: for finished scores, see `pair_scores.listed_scores`. stage_one:
+    finds the candidates.
     Raises ValueError for k below 1, and for NaN among the scores.
     """
     if k < 1:
         raise ValueError(f"config.eval.two_stage is {k}; at least 1 candidate is needed")
-    vectors, dot, tile, mesh = (vectors_of(images), vectors_of(texts)), RetrievalModel.score, scorer.tile, scorer.mesh
+    vectors, dot = (stage_one(images, "images"), stage_one(texts, "texts")), RetrievalModel.score
+    tile, mesh = scorer.tile, scorer.mesh
     by_vectors = ranks(*vectors, owner, dot, tile, mesh)
     captions = top_k(*vectors, k, dot, tile, mesh).index
     pictures = top_k(*vectors[::-1], k, dot, tile, mesh).index
@@ -248,9 +276,11 @@ def rerank(
     return Ranked(Ranks(i2t, t2i), len(pairs), TopK(pictures, caption_scores))
 
 
-def caption_candidates(images: Embedding, texts: Embedding, k: int, scorer: PairScorer) -> TopK:
+def caption_candidates(
+    images: Embedding, texts: Embedding, k: int, scorer: PairScorer, stage_one: StageOne = GLOBAL_VECTORS
+) -> TopK:
     """`Ranked.candidates` alone. Raises ValueError for NaN among the scores."""
-    vectors, t = (vectors_of(texts), vectors_of(images)), len(texts.vector)
+    vectors, t = (stage_one(texts, "texts"), stage_one(images, "images")), len(texts.vector)
     pictures = top_k(*vectors, k, RetrievalModel.score, scorer.tile, scorer.mesh).index
     scores = _scores(images, texts, (pictures * t + np.arange(t)[:, None]).ravel(), scorer)
     return TopK(pictures, scores.reshape(pictures.shape))

@@ -124,6 +124,7 @@ def _stem(config: ConfigDict, dataset: DataSet) -> str:
     stem = f"{dataset.path.parent.name}_{evaluation.split}_{protocols}_{evaluation.checkpoint}"
     if evaluation.two_stage and not evaluation.exact:  # beside the results of an exact ranking
         stem += f"_two_stage_{evaluation.two_stage}"
+        stem += "" if evaluation.stage_one == "vectors" else f"_{evaluation.stage_one}"
     return stem
 
 

@@ -12,12 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluation.encode import check
 from shnet_jax.evaluation.pipelined import schedule_text
+from shnet_jax.evaluation.stage_one import make_stage_one
 from shnet_jax.evaluation.tiles import tile_size
 from shnet_jax.experiment import settle_dtypes
 from shnet_jax.models.contract import RetrievalModel, has_static_score
@@ -40,7 +43,7 @@ from shnet_jax.plan.rank_plan import RankPlan, measure_round, plan_ranking
 from shnet_jax.plan.search import advice, fitting_microbatch, largest_batch
 from shnet_jax.plan.table import table
 from shnet_jax.training.setup import pairs_per_device
-from shnet_jax.types import Score
+from shnet_jax.types import Embedding, Score
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +135,7 @@ def _rankings(run: PlannedRun, mesh: Mesh) -> dict[str, RankPlan]:
     tile, local = tile_size(evaluation, mesh), mesh.devices.flat[0].platform != "tpu"
     log.info("compiling the ranking")
 
-    def in_tiles(score: Score) -> RankPlan:
+    def in_tiles(score: Score, items: tuple[Embedding, Embedding] = items) -> RankPlan:
         seconds = measure_round(items, mesh, tile, score) if local else None
         return plan_ranking(n, t, items, mesh, tile, score, seconds)
 
@@ -141,9 +144,11 @@ def _rankings(run: PlannedRun, mesh: Mesh) -> dict[str, RankPlan]:
         cost = PairCost(model, variable_shapes(run)["params"], items)
         cost = dataclasses.replace(cost, pair_seconds=measure_pairs(cost, mesh) if local else None)
     if evaluation.two_stage:
-        first = in_tiles(RetrievalModel.score)
+        stage_one = make_stage_one(evaluation, model.score, run.config.seed, mesh)
+        image, text = (jax.ShapeDtypeStruct((1, stage_one.width(item)), jnp.float32) for item in items)
+        first = in_tiles(RetrievalModel.score, (Embedding(image), Embedding(text)))  # type: ignore[arg-type]  # shapes
         staged = plan_two_stage(first, evaluation.two_stage, cost, mesh, tile)
-        plans = {"global vectors": first, f"two-stage {evaluation.two_stage}": staged}
+        plans = {stage_one.name: first, f"two-stage {evaluation.two_stage}": staged}
     if evaluation.exact:
         static = has_static_score(model)
         plans["exact"] = in_tiles(model.score) if static else plan_blocks(n, t, cost, mesh, tile)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from shnet_jax.evaluation.encode import Tower, Towers
 from shnet_jax.evaluation.ranking_methods import candidates
+from shnet_jax.evaluation.stage_one import make_stage_one
 from shnet_jax.evaluation.tiles import tile_size
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.files import write_json
@@ -94,10 +95,11 @@ def open_search(config: ConfigDict, workdir: Path) -> tuple[Loaded, Tower, Searc
     check_options(config.search)
     if config.search.index in PACKAGES:
         require(config.search.index)  # before hours of embedding
+    first = make_stage_one(config.eval, loaded.score, loaded.experiment.config.seed, mesh)
     embeddings = split_embeddings(loaded, config, workdir, mesh)
     _, tower = Towers(loaded.experiment, mesh, mesh).place(loaded.variables)
     tile = tile_size(config.eval, mesh)
-    return loaded, tower, Searcher(embeddings, loaded.score, tile, mesh, count, config.search)
+    return loaded, tower, Searcher(embeddings, loaded.score, tile, mesh, count, config.search, first)
 
 
 def read_queries(query: str, query_file: str) -> list[str]:

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shnet_jax.evaluation.top_k import TopK, top_k
+from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe.files import atomic_path
-from shnet_jax.ops.matmul import einsum
 from shnet_jax.retrieve import tensors
 from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.retrieve.vector_index import ROWS, blocks
@@ -162,7 +162,7 @@ def to_signs(vectors: np.ndarray) -> np.ndarray:
 def int8_score(gallery: Mapping[str, Array], queries: Embedding) -> Array:
     """Products [n, q] float32 of {"codes" [n, d] int8, "scale" [n]} and float32 queries [q, d]."""
     codes = gallery["codes"].astype(jnp.float32)
-    return einsum("nd,td->nt", codes, queries.vector, "float32") * gallery["scale"][:, None]
+    return RetrievalModel.score(Embedding(codes), queries) * gallery["scale"][:, None]
 
 
 def sign_score(gallery: Mapping[str, Array], queries: Embedding) -> Array:
@@ -170,7 +170,7 @@ def sign_score(gallery: Mapping[str, Array], queries: Embedding) -> Array:
     words = gallery["signs"]
     bits = (words[..., None] >> jnp.arange(WORD, dtype=jnp.uint32)) & 1
     signs = jnp.where(bits.reshape(len(words), -1) > 0, 1.0, -1.0)
-    return einsum("nd,td->nt", signs, queries.vector, "float32")
+    return RetrievalModel.score(Embedding(signs), queries)
 
 
 def hamming_score(gallery: Mapping[str, Array], queries: Mapping[str, Array]) -> Array:

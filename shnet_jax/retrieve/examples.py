@@ -14,6 +14,7 @@ from shnet_jax.evaluation.extra_metrics import NO_EXTRA_METRICS
 from shnet_jax.evaluation.metrics import QueryRanks
 from shnet_jax.evaluation.protocols import Provenance
 from shnet_jax.evaluation.ranking_methods import candidates
+from shnet_jax.evaluation.stage_one import make_stage_one
 from shnet_jax.evaluation.tiles import take, tile_size
 from shnet_jax.evaluation.top_k import TopK, is_dot_product
 from shnet_jax.experiment import Experiment
@@ -53,7 +54,8 @@ def collect(
     assert ranks is not None  # `evaluate_embedded` gives them
 
     tile, k = tile_size(config.eval, mesh), counts.results
-    searcher = Searcher(embeddings, gallery.score, tile, mesh, candidates(config.eval))
+    first = make_stage_one(config.eval, gallery.score, experiment.config.seed, mesh)
+    searcher = Searcher(embeddings, gallery.score, tile, mesh, candidates(config.eval), stage_one=first)
     ids, n = embeddings.ids, len(embeddings.ids.image_ids)
     rows = spaced(n, counts.queries)
     captions = ids.first[rows] + np.arange(len(rows)) % np.diff(ids.first)[rows]  # not the first caption of each

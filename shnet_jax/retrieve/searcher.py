@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ from shnet_jax.data.tokenise import tokenise_captions
 from shnet_jax.evaluation.encode import Tower, encode_parts
 from shnet_jax.evaluation.prefix import prefix
 from shnet_jax.evaluation.ranking_methods import best_candidates, rerank_top_k
-from shnet_jax.evaluation.tiles import take
+from shnet_jax.evaluation.stage_one import GLOBAL_VECTORS, Encodings, StageOne
+from shnet_jax.evaluation.tiles import take, vectors_of
 from shnet_jax.evaluation.top_k import TopK, is_dot_product, top_k, transpose_score
 from shnet_jax.experiment import Experiment, sentence_vectors
 from shnet_jax.observe import html
 from shnet_jax.retrieve.approximate import OpenIndex, check_index, check_options, find, open_index
 from shnet_jax.retrieve.embeddings import Embeddings
+from shnet_jax.retrieve.stage_one import open_encodings
 from shnet_jax.types import Embedding, Score
 
 CAPTIONS, IMAGES = "captions", "images"
@@ -73,6 +76,7 @@ class Searcher:
       candidates: items of each query that the vectors find and a score other than their product re-ranks; 0: the score
         sees the whole gallery.
       search: config.search; None: exact search.
+      stage_one: what finds these candidates.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Searcher:
         mesh: Mesh,
         candidates: int = 0,
         search: ConfigDict | None = None,
+        stage_one: StageOne = GLOBAL_VECTORS,
     ):
         self._kind = search.index if search else "exact"
         check_index(self._kind, score, candidates)
@@ -93,12 +98,24 @@ class Searcher:
         self.embeddings, self._search, self._options = embeddings, search, (tile, mesh)
         self._score, self._captions_first = score, score if self._dot_product else transpose_score(score)
         self.indexes: dict[str, OpenIndex] = {}  # the indexes used so far, by side
+        self._stage_one = stage_one if self._candidates else GLOBAL_VECTORS
 
     @property
     def about(self) -> dict[str, Any]:
-        """The ranking method as JSON values. candidates: items that the score re-ranks; 0: no second stage."""
+        """The ranking method as JSON values.
+
+        candidates: items that the score re-ranks; 0: no second stage. stage_one: what finds them.
+        """
         reports = {side: index.report for side, index in self.indexes.items()}
-        return {"kind": self._kind, "sides": reports, "candidates": self._candidates}
+        first = {"stage_one": self._stage_one.description} if self._candidates else {}
+        return {"kind": self._kind, "sides": reports, "candidates": self._candidates} | first
+
+    @cached_property
+    def _first(self) -> Embeddings:
+        """The gallery as stage one sees it: with its vectors in place of the global ones."""
+        if isinstance(self._stage_one, Encodings):
+            return open_encodings(self.embeddings, self._stage_one)
+        return self.embeddings
 
     def images_by_text(self, queries: Sequence[str], texts: Embedding, k: int) -> list[Answer]:
         """The k best images of each sentence. texts: the sentences, encoded."""
@@ -158,18 +175,19 @@ class Searcher:
         return rows[name]
 
     def _find(self, side: str, queries: Embedding, k: int, score: Score) -> TopK:
-        gallery = getattr(self.embeddings, side)
+        gallery, asked = getattr(self.embeddings, side), "texts" if side == "images" else "images"
         if self._dot_product:
             queries = prefix(queries, gallery.vector.shape[1])  # embeddings may be cut to config.search.dims
-        if self._search is None or self._kind == "exact":
-            if self._candidates:
-                return rerank_top_k(queries, gallery, k, self._candidates, score, *self._options)
+        if (self._search is None or self._kind == "exact") and not self._candidates:
             return top_k(queries, gallery, k, score, *self._options)
+        first = self._stage_one(queries, asked), vectors_of(getattr(self._first, side))
+        if self._search is None or self._kind == "exact":
+            return rerank_top_k(queries, gallery, k, self._candidates, score, *self._options, first)
         if side not in self.indexes:
-            self.indexes[side] = open_index(self._search, self.embeddings, side, *self._options)
-        vectors = np.asarray(queries.vector, np.float32)
+            self.indexes[side] = open_index(self._search, self._first, side, *self._options)
         found = find(
-            *(self.indexes[side].index, vectors, min(max(k, self._candidates), len(gallery.vector)), gallery.vector),
+            *(self.indexes[side].index, np.asarray(first[0].vector, np.float32)),
+            *(min(max(k, self._candidates), len(gallery.vector)), first[1].vector),  # type: ignore[arg-type]  # host
             *(self._search.rescore, *self._options),
         )
         if self._candidates:
