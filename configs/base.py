@@ -156,7 +156,7 @@ def _cmsei() -> ConfigDict:
     cmsei.local_weight = 1.0  # weight of the alignment in the score
     cmsei.cross_weight = 0.5  # weight of object-sentence and of word-image in the score; 0: no cross-level attention
     cmsei.global_weight = 1.0  # weight of the product of the global vectors in the score
-    cmsei.block = 64  # pairs that are computed at once; memory grows with block * (regions + tokens) * dim
+    cmsei.block = 0  # pairs computed at once, memory grows with block * (regions + tokens) * dim; 0: CPU 64, else 512
     return cmsei
 
 

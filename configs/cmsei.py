@@ -30,7 +30,6 @@ def get_config(variant: str = "") -> ConfigDict:
 def coco() -> ConfigDict:
     """Regions of bottom-up attention with a scene graph; optimiser, margin and batch as VSE-infinity and SCAN."""
     c = base.get_config()
-    c.model.cmsei.block = 256
     c.loss.triplet.warmup_epochs = 0.0  # every pair would need a backward pass; the global vectors warm up
     c.train.batch_size = 128
     c.train.epochs = 30.0

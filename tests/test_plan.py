@@ -18,6 +18,7 @@ from shnet_jax.modes import plan as plan_mode
 from shnet_jax.observe.compiled import Memory, OutOfMemory
 from shnet_jax.observe.hardware import CHIPS, GIB, Chip, chip, memory_limit, target_devices
 from shnet_jax.observe.work import Work
+from shnet_jax.ops import interaction
 from shnet_jax.parallel import sharding
 from shnet_jax.parallel.mapping import data_mesh, make_mesh
 from shnet_jax.plan import programs, search
@@ -374,6 +375,22 @@ def test_bounds():
     assert compute == pytest.approx((0.9 + 0.05 * 6 + 0.03 + 0.02 * 3) / 197) and traffic == 0.5
     assert programs.bounds(work, CHIPS["H100"])[0] == pytest.approx(0.9 / 989 + 0.05 / 67 + 0.05 / 495)
     assert programs.bounds(work, CHIPS["A100"])[0] == pytest.approx(0.9 / 312 + 0.05 / 19.5 + 0.05 / 156)
+
+
+@needs_libtpu
+def test_blocks_of_a_plan_fit_its_target(tmp_path, monkeypatch):
+    """And not this machine, by whose devices a model is built."""
+    seen = {}
+
+    def make_plan(run, mesh):
+        seen[mesh.devices.flat[0].platform] = run.config.model.cmsei.block
+        raise InterruptedError
+
+    monkeypatch.setattr(plan_mode, "make_plan", make_plan)
+    for target in ("cpu:1", "tpu:v5e:2x2"):
+        with pytest.raises(InterruptedError):
+            plan_mode.plan(small(), tmp_path, target)
+    assert seen == {"cpu": interaction.BLOCK_ON_CPU, "tpu": interaction.BLOCK}
 
 
 def test_the_bound_of_the_interconnect():

@@ -2,8 +2,9 @@
 
 A tile is `rows` images by `columns` captions. In a round every device scores its own tile of images with the same tile
 of captions. The embeddings stay on the host (or in a file: `np.memmap`) and only tiles travel. The shape of a tile
-depends on the settings alone, so a device needs the same memory for a gallery of any size. Tile k of the images has the
-same rows, computed by the same program, on any number of devices: every score, and so every rank, is bitwise the same.
+depends on the settings alone, so a device needs the same memory for a gallery of any size; where an accelerator has
+room for all images, they stay there and are sent once. Tile k of the images has the same rows, computed by the same
+program, on any number of devices: every score, and so every rank, is bitwise the same.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from shnet_jax.parallel.mapping import Mapped, data_mesh, map_specs, on_cpu
 from shnet_jax.types import DATA, Array, Embedding
 
 TILE_ON_CPU, TILE = 512, 2048  # images of a tile unless config.eval.tile says how many
+RESIDENT = 0.25  # share of a device's free memory that all images of a ranking may take to stay there
 CAPTIONS_PER_ROW = 8  # a tile has this many captions for each of its images: 512 x 4096 float32 scores are 8 MiB
 
 Items = Any
@@ -90,6 +92,7 @@ class Tiling:
     owner: [t] int64, image of each caption.
     order: [t] int64, captions as they are tiled.
     rows, columns: images and captions of a tile. mesh: its devices, one axis `DATA`.
+    resident: the images that were sent stay on the devices, so that later tiles of captions do not send them again.
     """
 
     images: Items
@@ -99,6 +102,8 @@ class Tiling:
     rows: int
     columns: int
     mesh: Mesh
+    resident: bool = False
+    _placed: dict[int, Items] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rounds(self) -> int:
@@ -146,7 +151,16 @@ class Tiling:
                 if placed is None:
                     placed = (place_captions or self.put_texts)(captions.items), place_extra(captions)
                 images = self.image_rows(round_)
-                yield Tile(number, round_, captions, images, placed[0], self.put_images(images.items), placed[1])
+                yield Tile(number, round_, captions, images, placed[0], self._images_of(round_, images), placed[1])
+
+    def _images_of(self, round_: int, images: Side) -> Items:
+        """Embeddings of a round's images on the devices, kept there if `resident`."""
+        placed = self._placed.get(round_)
+        if placed is None:
+            placed = self.put_images(images.items)
+            if self.resident:
+                self._placed[round_] = placed
+        return placed
 
     def put_images(self, rows: np.ndarray) -> Items:
         """Embeddings of images, split over the devices."""
@@ -180,7 +194,15 @@ def make_tiling(
     t = size(texts)
     rows, columns = tile_shape(size(images), t, tile)
     owner, order = np.zeros(t, np.int64) if owner is None else owner, np.arange(t) if order is None else order
-    return Tiling(images, texts, owner, order, rows, columns, mesh or data_mesh(jax.devices()[:1]))
+    mesh = mesh or data_mesh(jax.devices()[:1])
+    resident = sum(a.nbytes for a in jax.tree.leaves(images)) / mesh.size <= RESIDENT * free_bytes(mesh)
+    return Tiling(images, texts, owner, order, rows, columns, mesh, resident)
+
+
+def free_bytes(mesh: Mesh) -> int:
+    """Free memory of a device of the mesh; 0 where it does not say, and on a CPU, which has the images already."""
+    stats = None if on_cpu(mesh) else mesh.local_devices[0].memory_stats()
+    return stats["bytes_limit"] - stats["bytes_in_use"] if stats and "bytes_limit" in stats else 0
 
 
 def tile_size(evaluation: ConfigDict | FrozenConfigDict, mesh: Mesh) -> int:

@@ -20,7 +20,7 @@ from shnet_jax.models.pooling import GPO
 from shnet_jax.models.text import TextEncoder, VectorEncoder, build_encoder, reads_tokens, text_inputs
 from shnet_jax.models.units import given_unit
 from shnet_jax.ops import graphs
-from shnet_jax.ops.interaction import SIDES, Interaction, interaction_scores
+from shnet_jax.ops.interaction import SIDES, Interaction, default_block, interaction_scores
 from shnet_jax.ops.matmul import DTYPES, einsum, matmul
 from shnet_jax.ops.norms import l2norm
 from shnet_jax.types import Array, Batch, Embedding
@@ -188,9 +188,9 @@ def build(config: ConfigDict) -> CMSEI | Globals:
         raise ValueError(
             f"config.model.units is {tuple(m.units)}; the graphs of CMSEI-style models are over regions only"
         )
-    if c.block < 1 or len(c.sharpness) != 2:
+    if c.block < 0 or len(c.sharpness) != 2:
         raise ValueError(
-            f"config.model.cmsei: block is {c.block}, at least 1 is expected; sharpness is {tuple(c.sharpness)}, "
+            f"config.model.cmsei: block is {c.block}, at least 0 is expected; sharpness is {tuple(c.sharpness)}, "
             "expected one of objects and one of words"
         )
     if c.geometry_heads and m.dim % c.geometry_heads:
@@ -212,7 +212,7 @@ def build(config: ConfigDict) -> CMSEI | Globals:
         local=c.local_weight,
         cross=c.cross_weight,
         whole=c.global_weight,
-        block=c.block,
+        block=c.block or default_block(jax.default_backend()),
         dtype=m.dtype,
     )
     return CMSEI(image=image, text=text, how=how, dtype=m.dtype)

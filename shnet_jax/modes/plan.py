@@ -26,6 +26,7 @@ from shnet_jax.experiment import settle_dtypes
 from shnet_jax.models.contract import RetrievalModel, has_static_score
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.hardware import GIB, Chip, chip, memory_limit, target_devices
+from shnet_jax.ops.interaction import default_block
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.parallel.pipeline import bubble_share
 from shnet_jax.plan.block_plan import PairCost, measure_pairs, plan_blocks, plan_two_stage
@@ -71,6 +72,8 @@ def plan(config: ConfigDict, workdir: str | Path, target: str) -> None:
     mesh = data_mesh(devices[: config.parallel.devices or None])
     config = ConfigDict(config.to_dict())
     settle_dtypes(config, devices[0])
+    # A model takes it from the devices of this machine.
+    config.model.cmsei.block = config.model.cmsei.block or default_block(devices[0].platform)
     report = make_plan(describe(config), mesh) | {"target": target}
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)

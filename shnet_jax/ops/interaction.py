@@ -31,6 +31,16 @@ from shnet_jax.types import Array, Embedding
 
 SIDES = ("objects", "words")
 
+BLOCK_ON_CPU, BLOCK = 64, 512
+
+
+def default_block(platform: str) -> int:
+    """Pairs of a block where config.model.cmsei.block is 0; platform: "cpu", "gpu" or "tpu".
+
+    A CPU keeps a small block in its cache; an accelerator needs wide kernels, as blocks follow one another.
+    """
+    return BLOCK_ON_CPU if platform == "cpu" else BLOCK
+
 
 @dataclasses.dataclass(frozen=True)
 class Interaction:

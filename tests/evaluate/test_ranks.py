@@ -219,6 +219,30 @@ def test_any_number_of_devices_gives_bitwise_the_same(n, tile, devices):
     np.testing.assert_array_equal(many, one)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_images_that_fit_on_the_devices_are_sent_once(devices, monkeypatch):
+    rng = np.random.default_rng(0)
+    images, texts = (Embedding(rng.normal(size=(count, 3)).astype(np.float32)) for count in (13, 40))
+    sent, put_images, free = [], Tiling.put_images, 4 * images.vector.nbytes
+
+    def counted(self, rows):
+        sent.append(rows[0])
+        return put_images(self, rows)
+
+    monkeypatch.setattr(Tiling, "put_images", counted)
+    mesh, found, times = data_mesh(jax.devices()[:devices]), [], []
+    for room in (0, free // devices - 1, free // devices):
+        monkeypatch.setattr("shnet_jax.evaluation.tiles.free_bytes", lambda mesh, room=room: room)
+        sent.clear()
+        found.append(ranks(images, texts, np.arange(40) % 13, RetrievalModel.score, 2, mesh))
+        times.append(len(sent))
+    rounds = -(-13 // (2 * devices))
+    assert times[0] == times[1] > times[2] == rounds
+    for one in found[1:]:
+        np.testing.assert_array_equal(one.i2t, found[0].i2t)
+        np.testing.assert_array_equal(one.t2i, found[0].t2i)
+
+
 def test_the_counts_of_parts_add_up():
     scores = np.random.default_rng(4).integers(0, 5, (9, 27)).astype(np.float32)
     owner, columns = np.arange(27) % 9, np.arange(27)[:, None]

@@ -10,7 +10,7 @@ import pytest
 from configs.base import get_config
 from shnet_jax.models import cmsei
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.ops import graphs
+from shnet_jax.ops import graphs, interaction
 from shnet_jax.ops.interaction import Interaction, interaction_scores
 from shnet_jax.types import Embedding
 from tests.models import cmsei_oracle as oracle
@@ -253,9 +253,16 @@ def test_without_relations_the_graph_is_the_identity():
         ({"attend": ("regions",)}, r"attend is \('regions',\); choose from objects, words"),
         ({"attend": ("words", "words")}, "each once"),
         ({"geometry_heads": 3}, "geometry_heads is 3"),
-        ({"block": 0}, "block is 0"),
+        ({"block": -1}, "block is -1"),
     ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         cmsei.build(config(**options))
+
+
+def test_a_block_fits_the_device(monkeypatch):
+    assert cmsei.build(config(block=0)).how.block == interaction.BLOCK_ON_CPU < interaction.BLOCK
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert cmsei.build(config(block=0)).how.block == interaction.BLOCK
+    assert cmsei.build(config(block=7)).how.block == 7
