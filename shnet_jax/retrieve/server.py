@@ -55,7 +55,7 @@ form{display:flex;gap:8px;margin:14px 0 6px}
 form input{flex:1;min-width:0;font:inherit;padding:9px 12px;border:1px solid var(--line);border-radius:8px;
 background:var(--card);color:var(--ink)}
 form button{font:inherit;padding:9px 16px;border:0;border-radius:8px;background:var(--link);color:var(--bg)}
-form input[type=file]{padding:6px 12px}
+form input[type=file]{padding:9px 12px;font-size:.8125rem}
 .card a{color:inherit;text-decoration:none;display:block}
 .card a:focus-visible,.card a:hover{outline:3px solid var(--link);outline-offset:-3px}
 """
@@ -318,12 +318,13 @@ def _page(engine: Engine, title: str, words: str, album: Album, *body: Child) ->
     upload = tag(
         "form",
         tag("input", type="file", name="photo", accept="image/*", required=True, aria_label="Photograph"),
-        tag("button", "Find images like it"),
+        tag("button", "Search", aria_label="Search images like this photograph"),
         action="/photo",
         method="post",
         enctype="multipart/form-data",
     )
-    name = f"{engine.experiment.config.name}: {source.get('dataset', '')} {source['split']}"
+    searched = dict.fromkeys((source.get("dataset", ""), source["split"]))  # `shnet photos` calls both the same
+    name = f"{engine.experiment.config.name}: {' '.join(searched)}"
     heading = tag("h1", tag("a", name, href="/", style="color:inherit;text-decoration:none"))
     return html.document(
         f"{title} - {name}" if title else name,
