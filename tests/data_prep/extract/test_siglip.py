@@ -17,6 +17,7 @@ from tests import siglip_example as example
 
 torch = pytest.importorskip("torch", reason="needs the extra `extract`: make test-extract")
 transformers = pytest.importorskip("transformers")
+from data_prep.extract.texts import TextModel  # noqa: E402
 
 
 def save_model(folder: Path, kind: str):
@@ -76,6 +77,8 @@ def test_words_and_photographs_as_transformers_sees_them(made, tmp_path, capsys,
     theirs = transformers.SiglipModel.from_pretrained(model).eval()
     with torch.inference_mode():
         expected = torch.nn.functional.normalize(theirs.get_text_features(input_ids=ids).pooler_output, dim=1).numpy()
+    stored = TextModel(str(model), "", 0, "cpu", 3).encode(texts)
+    np.testing.assert_allclose(stored / np.linalg.norm(stored, axis=1, keepdims=True), expected, atol=1e-5)
     retriever = load(tmp_path / "run")
     np.testing.assert_allclose(retriever.encode_texts(texts).vector, expected, atol=1e-5)
     words, like = json.loads((tmp_path / "run" / "search.json").read_text())["results"]
