@@ -65,7 +65,7 @@ def _data() -> ConfigDict:
 def _tokenizer() -> ConfigDict:
     """Vocabulary of the captions."""
     tokenizer = ConfigDict()
-    tokenizer.kind = "wordpiece"  # wordpiece (BERT's) | sentencepiece (model trained by data_prep) | clip (its BPE)
+    tokenizer.kind = "wordpiece"  # wordpiece (BERT's) | sentencepiece (made by data_prep) | clip | siglip (their own)
     tokenizer.path = ""  # the vocabulary, or the folder of it; "": of text.weights, or of data.dir
     return tokenizer
 
@@ -189,10 +189,10 @@ def _dual() -> ConfigDict:
 def _text() -> ConfigDict:
     """Text tower, the same choice for every model."""
     text = ConfigDict()
-    text.tower = "bert"  # bert | bigru | transformer | clip | vectors: a head on vectors that lie in the record
+    text.tower = "bert"  # bert | bigru | transformer | clip | siglip | vectors: a head on vectors of the record
     text.source = "caption_embeddings"  # vectors: caption_embeddings, one a caption | caption_tokens, one a token
     text.head = _head()  # vectors: the head
-    text.weights = ""  # bert, clip: folder as Hugging Face saves it; "minilm": what `make minilm` installs
+    text.weights = ""  # bert, clip, siglip: folder as Hugging Face saves it; "minilm": what `make minilm` installs
     text.vocab_size = 0  # tokens of the vocabulary; 0: taken from the tokenizer
     text.layers = 12  # transformer layers (bert, transformer); set by the weights folder when there is one
     text.width = 768  # hidden size; for bigru the size of one direction is half of it
@@ -200,10 +200,10 @@ def _text() -> ConfigDict:
     text.mlp_dim = 3072  # hidden size of the transformer's MLP (bert, transformer)
     text.max_positions = 512  # learned positions (bert, transformer)
     text.dropout = 0.1  # dropout on hidden states and attention weights
-    text.frozen_layers = 0  # bert, clip: all but the layers after this many stay as loaded, no dropout; 0: all learn
-    text.remat = False  # layers are computed again in the backward pass instead of kept (bert, transformer, clip)
-    text.projection = 512  # clip: size of its joint space; set by the weights folder
-    text.activation = "quick_gelu"  # clip: quick_gelu | gelu; set by the weights folder
+    text.frozen_layers = 0  # bert, clip, siglip: layers that stay as loaded, without dropout, from the first on
+    text.remat = False  # layers are computed again in the backward pass instead of kept (all but bigru)
+    text.projection = 512  # clip, siglip: size of its joint space; set by the weights folder
+    text.activation = "quick_gelu"  # clip, siglip: quick_gelu | gelu | gelu_pytorch_tanh; set by the weights folder
     text.dtype = "float32"  # operands of products in the text tower, as model.dtype
     return text
 
@@ -362,7 +362,7 @@ def _eval() -> ConfigDict:
     fde.r_reps = 10  # independent partitions; more: closer to the score
     fde.d_proj = 16  # dimension of an element in a cell, by a random projection; 0: not projected
     fde.d_final = 0  # dimension of a count sketch of each role's encoding; 0: none
-    evaluate.stages = 1  # devices that share the text tower's layers (bert, transformer, clip); 1: each has them all
+    evaluate.stages = 1  # devices that share the text tower's layers (not bigru's); 1: each has them all
     evaluate.microbatches = 8  # parts in which the captions of a batch flow through these stages
     evaluate.dims = ()  # --mode=eval: also by prefixes of these sizes of the vectors (loss.matryoshka); (): not
     evaluate.hubness = False  # --mode=eval: also how unevenly items are retrieved (skewness of the 10-occurrence)

@@ -1,4 +1,4 @@
-"""A pretrained CLIP on photographs, for `shnet photos`; image_embedding comes from the same CLIP.
+"""A pretrained CLIP or SigLIP on photographs, for `shnet photos`; image_embedding comes from the same model.
 
 Its own vectors: zero_shot (default). A residual head on them, the towers frozen: head.
 """
@@ -10,7 +10,10 @@ from configs.variants import choose
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Needs `--config.data.dir` and `--config.text.weights`, a CLIP folder; `shnet photos` fills them in."""
+    """Needs `--config.data.dir` and `--config.text.weights`, a CLIP folder; `shnet photos` fills them in.
+
+    For a SigLIP folder also text.tower and tokenizer.kind "siglip", data.max_tokens 64: `shnet photos` sets them.
+    """
     recipes = {"zero_shot": zero_shot, "head": head}
     (recipe,) = choose(variant, tuple(recipes))
     return recipes[recipe]()

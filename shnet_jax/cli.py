@@ -63,13 +63,13 @@ MODES = {
         "shnet_jax.modes.search:search",
         "find images by words, captions by an image",
         "--workdir=runs/one --query='a red star above the sea'",
-        own_flags=("query", "query_file", "query_vectors", "image_id", "top_k"),
+        own_flags=("query", "query_file", "query_vectors", "image_id", "photo", "top_k", "device"),
     ),
     "serve": Mode(
         "shnet_jax.modes.serve:serve",
         "search in the browser, and as JSON",
         "--workdir=runs/one --config.page.pictures=photos",
-        own_flags=("host", "port"),
+        own_flags=("host", "port", "device"),
     ),
     "page": Mode(
         "shnet_jax.modes.page:page",
@@ -128,12 +128,12 @@ flags.DEFINE_string("folder", "", "Folder of photographs, the first argument of 
 flags.DEFINE_string(
     "model",
     "",
-    "CLIP of photos, folder or hub name; default: openai/clip-vit-base-patch32 (151 million parameters; MIT).",
+    "CLIP or SigLIP of photos, folder or hub name; default: openai/clip-vit-base-patch32 (151 million weights; MIT).",
 )
 flags.DEFINE_string("captions", "", "Captions of some of the photographs of photos: FILE, or SPLIT=FILE,SPLIT=FILE.")
-flags.DEFINE_bool("head", False, "Whether photos trains a head on the captions, and compares it with the CLIP alone.")
-flags.DEFINE_string("photo", "", "Photograph to which photos finds similar ones; it need not be in the folder.")
-flags.DEFINE_string("device", "", "Device of PyTorch that photos uses: cpu, cuda, ...; default: a GPU if there is one.")
+flags.DEFINE_bool("head", False, "Whether photos trains a head on the captions, and compares it with the model alone.")
+flags.DEFINE_string("photo", "", "Photograph to which photos and search find similar ones; it need not be there.")
+flags.DEFINE_string("device", "", "Device of PyTorch for photographs: cpu, cuda, ...; default: a GPU if there is one.")
 flags.DEFINE_bool("overwrite", False, "Whether photos makes the run again, of other photographs or another model.")
 flags.DEFINE_string("image_id", "", "Image of the split, to search for its captions and images like it.")
 flags.DEFINE_integer("top_k", 10, "Results of search for each query.")

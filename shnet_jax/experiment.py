@@ -17,11 +17,11 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax import registry
-from shnet_jax.data import clip_bpe, wordpiece
+from shnet_jax.data import clip_bpe, siglip_tokens, wordpiece
 from shnet_jax.data.records import DataSet, open_dataset
 from shnet_jax.data.tokenise import WITHOUT_TOKENS, Tokenizer, has_vocabulary, load_tokenizer
 from shnet_jax.data.vector_batches import with_masks
-from shnet_jax.interop import bert_weights, clip_weights
+from shnet_jax.interop import bert_weights, clip_weights, siglip_weights
 from shnet_jax.interop.sentence_vectors import Description, SentenceEncoder
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.models.text import VECTORS, text_fields
@@ -130,6 +130,8 @@ def fit_weights(config: ConfigDict) -> None:
     """
     if config.text.weights and config.text.tower == "clip":
         _fit_clip(config)
+    elif config.text.weights and config.text.tower == "siglip":
+        _fit_siglip(config)
     elif config.text.weights:
         if config.text.tower == VECTORS:
             raise ValueError(
@@ -138,8 +140,8 @@ def fit_weights(config: ConfigDict) -> None:
             )
         if config.text.tower != "bert":
             raise ValueError(
-                f"config.text.weights are those of a BERT or a CLIP, config.text.tower is {config.text.tower!r}; "
-                "for its vocabulary alone set config.tokenizer.path"
+                f"config.text.weights are those of a BERT, a CLIP or a SigLIP, config.text.tower is "
+                f"{config.text.tower!r}; for its vocabulary alone set config.tokenizer.path"
             )
         folder = bert_weights.find_folder(config.text.weights)
         config.text.update(bert_weights.sizes(folder))
@@ -161,6 +163,19 @@ def _fit_clip(config: ConfigDict) -> None:
         config.model.clip.update(vision)
     if config.tokenizer.kind == "clip" and not config.tokenizer.path:
         config.tokenizer.path = str(clip_bpe.find_vocabulary(folder))
+
+
+def _fit_siglip(config: ConfigDict) -> None:
+    """Fills in the sizes of the text tower and the vocabulary of the SigLIP folder `config.text.weights`."""
+    folder = Path(config.text.weights).expanduser()
+    config.text.update(siglip_weights.sizes(folder))
+    if config.data.max_tokens != config.text.max_positions:
+        raise ValueError(
+            f"config.data.max_tokens is {config.data.max_tokens}: a SigLIP reads captions filled up to all "
+            f"{config.text.max_positions} of its positions, so set it and the last of token_buckets to that"
+        )
+    if config.tokenizer.kind == "siglip" and not config.tokenizer.path:
+        config.tokenizer.path = str(siglip_tokens.find_vocabulary(folder))
 
 
 def _fit_classifier(config: ConfigDict, dataset: DataSet) -> None:
@@ -250,6 +265,8 @@ def init_variables(experiment: Experiment, seed: int) -> dict[str, Any]:
         variables["params"]["text"]["tower"] = words
         if "vision_tower" in variables["params"].get("image", {}):
             variables["params"]["image"]["vision_tower"] = vision
+    elif text.weights and text.tower == "siglip":
+        variables["params"]["text"]["tower"] = siglip_weights.load_siglip(Path(text.weights).expanduser())
     elif text.weights:
         folder = bert_weights.find_folder(text.weights)
         variables["params"]["text"]["tower"] = bert_weights.load_bert(folder)

@@ -48,7 +48,10 @@ REACH = {
     "configs": {"configs"},
 }
 # What single files may import beside that.
-REACH_OF_FILE = {"shnet_jax/modes/photos.py": {"data_prep.extract"}}  # a command from photographs to a search
+REACH_OF_FILE = {  # commands from photographs to a search
+    "shnet_jax/modes/photos.py": {"data_prep.extract"},
+    "shnet_jax/modes/photo_query.py": {"data_prep.extract"},
+}
 PROJECT = {"shnet_jax", "data_prep", "configs", "tests", "benchmarks", "main"}
 
 # What only these files may import or name; "" stands for no file.

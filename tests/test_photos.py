@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import io
 import json
+import re
 import shlex
 import shutil
 import socket
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import jax
@@ -25,10 +30,16 @@ from shnet_jax.interop import clip_weights
 from shnet_jax.models import dual
 from shnet_jax.modes import photos as modes_photos
 from shnet_jax.modes.page import page
+from shnet_jax.modes.photo_query import open_sight
 from shnet_jax.modes.photos import photos
-from shnet_jax.modes.search import search
+from shnet_jax.modes.search import open_search, search
+from shnet_jax.retrieve.server import Engine, _of_form
 from shnet_jax.stored_config import get_config
 from shnet_jax.training.workdir import load_config, save_config
+from tests import siglip_example
+from tests.load import get
+from tests.patience import PATIENCE
+from tests.retrieve.serving import serving
 from tests.train import tiny
 
 GOLDEN = Path(__file__).parent / "golden" / "clip"
@@ -109,6 +120,23 @@ def test_words_find_photographs_by_the_clips_own_cosine(made, folder, model, cap
     assert [hit["image_id"] for hit in found] == dataset.image_ids("photos")[np.argsort(-expected)].tolist()
 
 
+@pytest.mark.slow  # makes a run
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+def test_words_find_photographs_by_siglips_own_cosine(kind, folder, tmp_path, capsys):
+    siglip_example.write_folder(tmp_path / "model", kind)
+    photos(config(), tmp_path / "run", folder=str(folder), model=str(tmp_path / "model"), query="A red star!", top_k=6)
+    run_there = stored(tmp_path / "run")
+    assert (run_there.text.tower, run_there.tokenizer.kind) == ("siglip", "siglip")
+    assert run_there.data.max_tokens == run_there.text.max_positions == siglip_example.LENGTH
+    dataset = open_dataset(tmp_path / "run" / "data_sets")
+    images = np.stack([r["image_embedding"] for r in dataset.open_split("photos", ["image_embedding"])])
+    query = shnet_jax.load(tmp_path / "run").encode_texts("a RED star!").vector[0]
+    expected = images / np.linalg.norm(images, axis=1, keepdims=True) @ query
+    found = results(tmp_path / "run")[0]["hits"]
+    np.testing.assert_allclose([hit["score"] for hit in found], np.sort(expected)[::-1], atol=1e-5)
+    assert np.ptp(expected) > 0.01  # else any order would do
+
+
 def test_a_new_photograph_finds_those_like_it(made, tmp_path, capsys):
     shutil.copy(made.parent / "run" / "config.json", tmp_path)
     original = Path(stored(made).page.pictures) / "below" / "1.png"
@@ -120,6 +148,119 @@ def test_a_new_photograph_finds_those_like_it(made, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"text\.png"):
         photos(stored(made), made, photo=str(tmp_path / "text.png"))
+
+
+@pytest.fixture(scope="module")
+def copied(made, tmp_path_factory):
+    """A photograph that is one of the run, under another name."""
+    return shutil.copy(Path(stored(made).page.pictures) / "below" / "1.png", tmp_path_factory.mktemp("new") / "new.png")
+
+
+def test_search_takes_a_new_photograph(made, copied, model, tmp_path, monkeypatch, capsys):
+    search(stored(made), made, photo=str(copied), top_k=2)
+    (answer,) = results(made)
+    assert answer["hits"][0]["image_id"] == "below/1.png" and answer["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
+    with pytest.raises(FileNotFoundError, match=r"--photo=absent\.png: no such file"):
+        search(stored(made), made, photo="absent.png")
+    c = stored(made)
+    c.text.weights = str(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="gone: the encoder of this run is not there"):
+        search(c, made, photo=str(copied))
+    shutil.copytree(model, tmp_path / "clip")
+    with (tmp_path / "clip" / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    c.text.weights = str(tmp_path / "clip")
+    with pytest.raises(
+        ValueError, match=r"sha256 of the weights: expected .*model\.safetensors.*, with which .* was made"
+    ):
+        search(c, made, photo=str(copied))
+    c.model.name = "shnet"
+    with pytest.raises(ValueError, match=r"--photo is for runs of shnet photos; .* has the model 'shnet'"):
+        search(c, made, photo=str(copied))
+    monkeypatch.undo()
+    if importlib.util.find_spec("torch") is None:
+        with pytest.raises(ValueError, match=r"needs PyTorch and transformers .*: pip install -e '\.\[extract\]'"):
+            search(stored(made), made, photo=str(copied))
+
+
+@pytest.fixture(scope="module")
+def address(made):
+    """Address of a server of the run, with the stand-in for the vision tower."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_extractor", lambda settings, device: colours)
+        loaded, tower, searcher = open_search(stored(made), made)
+        sight = open_sight(loaded, stored(made), made)
+        pictures = Path(stored(made).page.pictures)
+        with serving(Engine(loaded.experiment, loaded.variables, tower, searcher, pictures, sight)) as running:
+            yield running
+
+
+def form(data, field="photo"):
+    """Content type and body of a browser's form with a file."""
+    head = f'--edge\r\nContent-Disposition: form-data; name="{field}"; filename="new.png"\r\n'
+    return (
+        "multipart/form-data; boundary=edge",
+        f"{head}Content-Type: image/png\r\n\r\n".encode() + data + b"\r\n--edge--\r\n",
+    )
+
+
+def send(url, data, kind="image/png"):
+    """Status and answer of a POST request."""
+    request = urllib.request.Request(url, data, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_a_photograph_is_sent_to_the_server(address, copied):
+    data = Path(copied).read_bytes()
+    status, text = send(f"{address}/photo?k=2", data)
+    hits = json.loads(text)["hits"]
+    assert status == 200 and len(hits) == 2
+    assert hits[0]["image_id"] == "below/1.png" and hits[0]["score"] == pytest.approx(1, abs=1e-5)
+    kind, body = form(data)
+    status, page = send(f"{address}/photo", body, kind)
+    assert status == 200 and page.index("Images like <bdi>new.png</bdi>") < page.index("/image/below%2F1.png")
+    assert page.count("data:image/jpeg") == 7  # the photographs, and the one that was sent
+    status, page = get(f"{address}/")
+    assert 'enctype="multipart/form-data"' in page
+
+
+def test_every_byte_of_a_form_arrives():
+    data = np.random.default_rng(0).integers(0, 256, 4096, np.uint8).tobytes() + bytes(range(256)) + b"\r\n\n\r"
+    kind, body = form(data)
+    assert _of_form(kind, body) == (data, "new.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        (lambda data: (data[:40], "image/png"), 400, "photo:"),
+        (lambda data: (b"", "image/png"), 400, "photo:"),
+        (lambda data: (b"GIF89a no picture", "image/gif"), 400, "photo:"),
+        (lambda data: (b"0" * (2**24 + 1), "image/png"), 413, "expected at most 16777216 bytes"),
+        (lambda data: (huge(), "image/png"), 400, "8300 x 8200 pixels, more than"),
+        (lambda data: form(data, "file")[::-1], 400, 'a file in the field "photo", found none'),
+        (lambda data: (data, "multipart/form-data"), 400, 'a file in the field "photo", found none'),
+        (lambda data: form(b"no picture")[::-1], 400, "new.png"),
+        (lambda data: form(data, '"; name*0*=%')[::-1], 400, 'a file in the field "photo", found none'),
+    ],
+)
+def test_what_is_no_photograph_gets_one_line(address, copied, change, status, message):
+    found, text = send(f"{address}/photo", *change(Path(copied).read_bytes()))
+    line = json.loads(text)["error"]
+    assert found == status and re.search(message, line) and "\n" not in line
+    assert send(f"{address}/photo?k=0", Path(copied).read_bytes())[0] == 400
+    assert get(f"{address}/health")[0] == 200
+
+
+def huge():
+    """A small file of 68 million pixels."""
+    out = io.BytesIO()
+    Image.new("1", (8300, 8200)).save(out, "PNG")
+    return out.getvalue()
 
 
 def test_the_page_shows_the_photographs(made, capsys):
@@ -450,13 +591,13 @@ def test_a_model_that_is_not_here_is_one_line(tmp_path, model, monkeypatch, sile
     assert f"hf download {encoders.DEFAULT} --local-dir=FOLDER" in str(error.value)
     part = shutil.copytree(model, tmp_path / "part")
     (part / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match=r"has no tokenizer\.json or merges\.txt and vocab\.json; expected a folder"):
+    with pytest.raises(DataError, match=r"has no tokenizer\.json or spiece\.model or merges\.txt and"):
         encoders.folder_of(str(part))
     with pytest.raises(DataError, match="no such folder"):
         encoders.folder_of(str(tmp_path / "absent"))
     (part / "tokenizer.json").write_text("{}")
-    (part / "config.json").write_text('{"model_type": "siglip"}')
-    with pytest.raises(DataError, match="expected model_type 'clip', found 'siglip'"):
+    (part / "config.json").write_text('{"model_type": "siglip2"}')
+    with pytest.raises(DataError, match=r"expected model_type 'clip' or 'siglip', found 'siglip2'.*of a fixed size"):
         encoders.folder_of(str(part))
 
 

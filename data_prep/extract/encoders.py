@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from data_prep.extract import run
 from data_prep.extract.settings import Settings
 from data_prep.schema import DataError
 from shnet_jax import untrusted
+from shnet_jax.data.checksums import sha256
 
 DEFAULT = "openai/clip-vit-base-patch32"
 """CLIP ViT-B/32 (Radford et al., 2021): 151 million parameters, 0.6 GB in float32; its code is MIT. English."""
@@ -19,10 +21,12 @@ FILES = (
     "config.json",
     "preprocessor_config.json or processor_config.json",
     " or ".join(WEIGHTS),
-    "tokenizer.json or merges.txt and vocab.json",
+    "tokenizer.json or spiece.model or merges.txt and vocab.json",
 )
 """Files of a dual encoder's folder, as Hugging Face saves it."""
-_SMALL = ("*.json", "merges.txt")
+KINDS = ("clip", "siglip")
+"""Values of model_type in config.json: CLIP, and SigLIP or SigLIP 2 for pictures of a fixed size."""
+_SMALL = ("*.json", "merges.txt", "spiece.model")
 
 
 def folder_of(model: str) -> Path:
@@ -39,9 +43,10 @@ def folder_of(model: str) -> Path:
     if lacking := _lacking(folder):
         raise DataError(f"--model={model}: {folder} has no {', no '.join(lacking)}; {_advice(model)}")
     kind = untrusted.read_object(folder / "config.json").get("model_type")
-    if kind != "clip":
+    if kind not in KINDS:
         raise DataError(
-            f"{folder / 'config.json'}: expected model_type 'clip', found {kind!r}: only CLIPs search words"
+            f"{folder / 'config.json'}: expected model_type 'clip' or 'siglip', found {kind!r}: words are "
+            "searched with CLIP, SigLIP and SigLIP 2 of a fixed size, such as google/siglip2-base-patch16-224"
         )
     return folder
 
@@ -49,8 +54,8 @@ def folder_of(model: str) -> Path:
 def _advice(model: str) -> str:
     name = DEFAULT if Path(model).is_dir() else model
     return (
-        f"expected a folder as Hugging Face saves a CLIP, with {'; '.join(FILES)}: fetch it on a machine with a "
-        f"network (hf download {name} --local-dir=FOLDER) and give --model=FOLDER"
+        f"expected a folder as Hugging Face saves a CLIP or SigLIP, with {'; '.join(FILES)}: fetch it on a machine "
+        f"with a network (hf download {name} --local-dir=FOLDER) and give --model=FOLDER"
     )
 
 
@@ -79,11 +84,20 @@ def _fetched(name: str) -> Path:
         raise DataError(f"{hub.not_here('--model', name, error)}; {_advice(name)}") from error
 
 
-def vectors(model: Path, photographs: Sequence[Path], device: str = "") -> np.ndarray:
-    """The `image_embedding` [n, E] float32 of photographs, as in a data set of `own_photos`.
+def open_encoder(model: Path, device: str = "") -> Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]:
+    """Loads the vision tower of a dual encoder.
 
-    Raises FileNotFoundError, or ValueError naming the file for one that is no picture.
+    The result gives the `image_embedding` [n, E] float32 of pictures, called by their names, as in a data set of
+    `own_photos`. Raises DataError without PyTorch or transformers.
     """
-    images = [untrusted.read_picture(path) for path in photographs]
     extractor = run.load_extractor(Settings(Path(), "", str(model), tokens="none"), device)
-    return np.stack([record["image_embedding"] for record in extractor(images, [str(path) for path in photographs])])
+
+    def see(pictures: Sequence[Image.Image], names: Sequence[str]) -> np.ndarray:
+        return np.stack([record["image_embedding"] for record in extractor(pictures, names)])
+
+    return see
+
+
+def weights_sha256(model: Path) -> dict[str, str]:
+    """SHA-256 of each file of the weights of a dual encoder."""
+    return {path.name: sha256(path) for path in sorted(model.iterdir()) if path.suffix in (".safetensors", ".bin")}

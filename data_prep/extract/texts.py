@@ -82,6 +82,8 @@ class TextModel:
         length = self.description.max_tokens
         inputs = self._tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
         inputs = inputs.to(self._device)
+        if self._fixed:  # what fills a text up is attended to; some of its tokenizers give a mask all the same
+            inputs.pop("attention_mask", None)
         if self.description.pooling == "model":
             features = self._model.get_text_features(**inputs)
             return features if isinstance(features, torch.Tensor) else features.pooler_output

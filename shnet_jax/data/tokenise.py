@@ -1,4 +1,4 @@
-"""WordPiece, SentencePiece and CLIP's BPE behind one call, and the captions of a split as flat integer arrays.
+"""The kinds of vocabularies behind one call, and the captions of a split as flat integer arrays.
 
 Augmentation works on words (3SHNet, text tower of the released code), so a tokenizer also says which pieces
 start a word. All vocabularies mark that in the piece itself ("##" continues a word, "\u2581" starts one, "</w>" ends
@@ -18,7 +18,7 @@ import numpy as np
 import sentencepiece
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from shnet_jax.data import clip_bpe
+from shnet_jax.data import clip_bpe, siglip_tokens
 from shnet_jax.data import wordpiece as bert
 from shnet_jax.data.checksums import check_files
 from shnet_jax.data.errors import DataError
@@ -27,11 +27,15 @@ from shnet_jax.data.records import SENTENCEPIECE, DataSet, find_dataset
 
 SPECIAL = tuple(bert.ROLES.values())
 """Default special tokens of WordPiece; data_prep/vocabulary.py trains SentencePiece with them."""
-KINDS = ("wordpiece", "sentencepiece", "clip")
+KINDS = ("wordpiece", "sentencepiece", "clip", "siglip")
 NO_MASK = -1
 """mask_id of a vocabulary without a mask token."""
 NO_UNKNOWN = -1
 """unknown_id of a vocabulary that can spell everything."""
+NO_BEGIN = -1
+"""begin_id of a vocabulary that puts no token before a caption."""
+NO_FILL = -1
+"""fill_id of a vocabulary whose captions have their own lengths."""
 _CHUNK = 8192  # captions handed to a tokenizer at once: large enough for its threads, small enough for memory
 
 
@@ -48,6 +52,7 @@ class Tokenizer:
 
     marks_word:  [vocab_size] bool, pieces that begin a word or, if `marks_ends`, that end one.
     begin_id, end_id: tokens around every caption, [CLS] and [SEP]. unknown_id: of what has no piece.
+    fill_id: token behind a caption up to the longest length, which its model reads as all others (SigLIP).
     max_length: tokens of a caption that the vocabulary's model takes, by its own account.
     random_range: ids first..last-1 that may be drawn as random tokens: the longest run without a special one.
     """
@@ -60,6 +65,7 @@ class Tokenizer:
     random_range: tuple[int, int]
     marks_ends: bool = False
     unknown_id: int = NO_UNKNOWN
+    fill_id: int = NO_FILL
     max_length: int | None = None
 
     @property
@@ -73,10 +79,15 @@ class Tokenizer:
         return np.append(True, marked[:-1])[: len(pieces)] if self.marks_ends else marked
 
     def enclose(self, pieces: Sequence[int] | np.ndarray, max_tokens: int) -> np.ndarray:
-        """Token ids [m] int32 of a caption: its pieces between begin and end token, cut so that m <= max_tokens."""
-        kept = pieces[: max_tokens - 2]
-        ids = np.empty(len(kept) + 2, np.int32)
-        ids[0], ids[1:-1], ids[-1] = self.begin_id, kept, self.end_id
+        """Token ids [m] int32 of a caption: its pieces between begin and end token, cut so that m <= max_tokens.
+
+        With a `fill_id`, m = max_tokens.
+        """
+        before = int(self.begin_id != NO_BEGIN)
+        kept = pieces[: max_tokens - 1 - before]
+        end = before + len(kept)
+        ids = np.full(end + 1 if self.fill_id == NO_FILL else max_tokens, self.fill_id, np.int32)
+        ids[:before], ids[before:end], ids[end] = self.begin_id, kept, self.end_id
         return ids
 
 
@@ -176,7 +187,8 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
     folder that are not followed, FileNotFoundError for a missing file.
     """
     path = vocabulary_file(config)
-    tokenizer = {"wordpiece": wordpiece, "sentencepiece": sentence_piece, "clip": clip}[config.tokenizer.kind](path)
+    readers = {"wordpiece": wordpiece, "sentencepiece": sentence_piece, "clip": clip, "siglip": siglip}
+    tokenizer = readers[config.tokenizer.kind](path)
     if tokenizer.max_length is not None and config.data.max_tokens > tokenizer.max_length:
         raise ValueError(
             f"config.data.max_tokens is {config.data.max_tokens}, the model_max_length in {path.parent / CONFIG} "
@@ -214,12 +226,17 @@ def vocabulary_file(config: ConfigDict | FrozenConfigDict) -> Path:
         raise ValueError(f"tokenizer.kind is {kind!r}; known: {', '.join(KINDS)}")
     if config.tokenizer.path:
         path = Path(config.tokenizer.path).expanduser()
-        find = {"wordpiece": bert.find_vocabulary, "clip": clip_bpe.find_vocabulary}.get(kind)
+        find = {
+            "wordpiece": bert.find_vocabulary,
+            "clip": clip_bpe.find_vocabulary,
+            "siglip": siglip_tokens.find_vocabulary,
+        }.get(kind)
         return find(path) if find and path.is_dir() else path
-    if kind == "clip":
+    if kind in ("clip", "siglip"):
+        files, model = ("merges.txt", "CLIP") if kind == "clip" else ("spiece.model", "SigLIP")
         raise ValueError(
-            "tokenizer.kind is 'clip' but no tokenizer.json or merges.txt is named: set text.weights to a CLIP folder, "
-            "or set tokenizer.path"
+            f"tokenizer.kind is {kind!r} but no tokenizer.json or {files} is named: set text.weights to a {model} "
+            "folder, or set tokenizer.path"
         )
     if kind == "wordpiece":
         raise ValueError(
@@ -259,6 +276,23 @@ def clip(path: Path) -> Tokenizer:
     random_range = _longest_run([NO_MASK, bpe.begin_id, bpe.end_id], len(bpe.ends_word))
     ends = (bpe.begin_id, bpe.end_id)
     return Tokenizer(bpe, bpe.ends_word, NO_MASK, *ends, random_range, marks_ends=True, max_length=bpe.max_length)
+
+
+def siglip(path: Path) -> Tokenizer:
+    """SigLIP's tokenizer of a spiece.model, or SigLIP 2's of a tokenizer.json; it has no mask token and fills up."""
+    vocabulary, roles = siglip_tokens.read(path)
+    special = (NO_MASK, roles.end_id, roles.fill_id, roles.unknown_id)
+    return Tokenizer(
+        vocabulary,
+        roles.begins_word,
+        NO_MASK,
+        NO_BEGIN,
+        roles.end_id,
+        _longest_run(special, len(roles.begins_word)),
+        unknown_id=roles.unknown_id,
+        fill_id=roles.fill_id,
+        max_length=roles.max_length,
+    )
 
 
 def _with_roles(

@@ -155,17 +155,17 @@ def _canonical(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return named
 
 
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the folder's file or files, float32 (integers as they are).
+def read_tensors(folder: Path, prefix: str = "") -> dict[str, np.ndarray]:
+    """Every tensor of the folder's file or files whose name begins with `prefix`, float32 (integers as they are).
 
     Raises FileNotFoundError for a missing file, ValueError for one that is damaged or against the index of the shards.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        return _read_file(single)
+        return _read_file(single, prefix)
     if not index.is_file():
         if (pickled := folder / "pytorch_model.bin").is_file():
-            return _read_pickled(pickled)
+            return _read_pickled(pickled, prefix)
         raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name} nor {pickled.name}")
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
@@ -176,8 +176,8 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{index}: shard {shard!r} is not a file of this folder")
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{folder / shard} is missing; {index.name} names it")
-        tensors = _read_file(folder / shard)
-        listed = {name for name, place in places.items() if place == shard}
+        tensors = _read_file(folder / shard, prefix)
+        listed = {name for name, place in places.items() if place == shard and name.startswith(prefix)}
         if set(tensors) != listed:
             differing = sorted(set(tensors) ^ listed)
             raise ValueError(f"{folder / shard}: tensors {differing} are there or in {index.name}, not in both")
@@ -185,14 +185,14 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
-    return {name: _as_float32(array) for name, array in read_safetensors(path)[0].items()}
+def _read_file(path: Path, prefix: str) -> dict[str, np.ndarray]:
+    return {name: _as_float32(array) for name, array in read_safetensors(path, prefix)[0].items()}
 
 
-def _read_pickled(path: Path) -> dict[str, np.ndarray]:
+def _read_pickled(path: Path, prefix: str) -> dict[str, np.ndarray]:
     file = open_torch_file(path)
     state = file.state(file.content, "its content")
-    return {name: _as_float32(file.array(tensor)) for name, tensor in state.items()}
+    return {name: _as_float32(file.array(tensor)) for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _as_float32(array: Any) -> np.ndarray:

@@ -122,11 +122,16 @@ def _slots(text_layers: int, vision_layers: int) -> Slots:
     slots |= norm_slots(f"{vision}post_layernorm", "vision", "norm")
     for prefix, tower, layers in ((text, "text", text_layers), (vision, "vision", vision_layers)):
         for i in range(layers):
-            theirs, ours = f"{prefix}encoder.layers.{i}.", (tower, f"layer_{i}")
-            for short, name in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
-                slots |= linear_slots(f"{theirs}self_attn.{short}_proj", *ours, "attention", name)
-            slots |= norm_slots(f"{theirs}layer_norm1", *ours, "attention_norm")
-            slots |= norm_slots(f"{theirs}layer_norm2", *ours, "mlp_norm")
-            slots |= linear_slots(f"{theirs}mlp.fc1", *ours, "in")
-            slots |= linear_slots(f"{theirs}mlp.fc2", *ours, "out")
+            slots |= layer_slots(f"{prefix}encoder.layers.{i}.", tower, f"layer_{i}")
     return slots
+
+
+def layer_slots(torch: str, *path: str) -> Slots:
+    """Slots of a layer of Hugging Face's `CLIPModel` or `SiglipModel`, names prefixed by `torch`, in ours at `path`."""
+    slots: Slots = {}
+    for short, name in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
+        slots |= linear_slots(f"{torch}self_attn.{short}_proj", *path, "attention", name)
+    slots |= norm_slots(f"{torch}layer_norm1", *path, "attention_norm")
+    slots |= norm_slots(f"{torch}layer_norm2", *path, "mlp_norm")
+    slots |= linear_slots(f"{torch}mlp.fc1", *path, "in")
+    return slots | linear_slots(f"{torch}mlp.fc2", *path, "out")

@@ -42,13 +42,17 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
     return {name: tree.get(name, {}) for name in COLLECTIONS}, int(step)
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """Reads (tensors by name, metadata) of a safetensors file. Raises FileNotFoundError, or ValueError for damage."""
+def read_safetensors(path: Path, prefix: str = "") -> tuple[dict[str, jax.Array], dict[str, str]]:
+    """Reads (tensors by name, metadata) of a safetensors file. prefix: of the names of the tensors that are read.
+
+    Raises FileNotFoundError, or ValueError for damage.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     check_kind(path)
     try:
         with safe_open(path, framework="flax") as file:  # NumPy alone has no bfloat16
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no dict)
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, AttributeError) as error:  # also of 8-bit floats, which it does not know in JAX
         raise ValueError(f"{path}: not a readable safetensors file (cut off?): {error}") from None

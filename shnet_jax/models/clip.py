@@ -129,16 +129,17 @@ def _project(tower: Text | Vision, x: Array) -> Array:
 
 def build(text: ConfigDict) -> Text:
     """Builds the text tower of `config.text`."""
-    _check_activation(text.activation, "text")
+    check_activation(text.activation, "text")
     return Text.from_config(text)
 
 
 def build_vision(clip: ConfigDict, dtype: DType) -> Vision:
     """Builds the vision tower of `config.model.clip`."""
-    _check_activation(clip.activation, "model.clip")
+    check_activation(clip.activation, "model.clip")
     return Vision.from_config(clip, grid=tuple(clip.grid), dtype=dtype)
 
 
-def _check_activation(activation: str, section: str) -> None:
+def check_activation(activation: str, section: str) -> None:
+    """Raises ValueError for the name of an activation that no tower has. section: of the configuration."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"config.{section}.activation is {activation!r}; choose from {', '.join(ACTIVATIONS)}")

@@ -19,6 +19,8 @@ from shnet_jax.ops.norms import l2norm
 from shnet_jax.types import Array, Batch, Embedding
 
 HEADS = ("none", "residual")
+ENCODERS = ("clip", "siglip")
+"""Text towers of dual encoders; both give their global vector at the last valid token."""
 
 
 class Residual(nn.Module):
@@ -75,8 +77,11 @@ def build(config: ConfigDict) -> Dual:
     Raises ValueError for a head that is none of HEADS, a text tower without a joint space, or an unknown dtype.
     """
     check_choices(config, {"dual.head": HEADS, "dtype": DTYPES})
-    if config.text.tower != "clip":
-        raise ValueError(f"config.text.tower is {config.text.tower!r}; the model dual has that of its encoder, 'clip'")
+    if config.text.tower not in ENCODERS:
+        raise ValueError(
+            f"config.text.tower is {config.text.tower!r}; the model dual has that of its encoder, "
+            + " or ".join(ENCODERS)
+        )
     head = config.model.dual.head == "residual"
     return Dual(
         text=EndToken(build_tower(config)),

@@ -156,6 +156,7 @@ class SelfAttention(nn.Module):
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),  # by erf
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),  # of SigLIP
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # of the first CLIP models
 }
 

@@ -25,19 +25,19 @@ from shnet_jax.ops.matmul import DTYPES, DType
 from shnet_jax.ops.norms import l2norm
 from shnet_jax.types import Array, Batch, Embedding
 
-TOWERS = ("bert", "bigru", "transformer", "clip")
+TOWERS = ("bert", "bigru", "transformer", "clip", "siglip")
 VECTORS = "vectors"
 """Name in `text.tower` of the text side without a tower."""
 SOURCES = ("caption_embeddings", "caption_tokens")
 """Fields of a record that `text.source` may name: stored vectors of captions, or of their tokens."""
-_FREEZABLE = ("shnet_jax.models.bert", "shnet_jax.models.clip")
+_FREEZABLE = ("shnet_jax.models.bert", "shnet_jax.models.clip", "shnet_jax.models.siglip")
 
 
 def build_tower(config: ConfigDict) -> nn.Module:
     """The text tower of a configuration; `text.tower` may also be the dotted path of a module of yours.
 
     Raises ValueError for an unknown tower or dtype, when `config.text.vocab_size` is not known yet, and for
-    `config.text.frozen_layers` with another tower than BERT or CLIP.
+    `config.text.frozen_layers` with another tower than BERT, CLIP or SigLIP.
     """
     text = config.text
     if text.tower == VECTORS:
@@ -58,7 +58,7 @@ def build_tower(config: ConfigDict) -> nn.Module:
     if text.frozen_layers > 0 and path not in _FREEZABLE:
         raise ValueError(
             f"config.text.frozen_layers is {text.frozen_layers} and config.text.tower {text.tower!r}: "
-            "only layers of bert and clip can be frozen, set it to 0"
+            "only layers of bert, clip and siglip can be frozen, set it to 0"
         )
     return importlib.import_module(path).build(text)
 

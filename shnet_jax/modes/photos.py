@@ -1,6 +1,7 @@
-"""`shnet photos`: makes a folder of photographs searchable by a pretrained CLIP, by words and by another photograph.
+"""`shnet photos`: makes photographs searchable by a pretrained CLIP or SigLIP, by words and by another photograph.
 
-WORKDIR/config.json, checkpoints/   the CLIP's text tower as a run, which search, serve, page and embed take
+WORKDIR/config.json, checkpoints/   the model's text tower as a run, which search, serve, page and embed take
+WORKDIR/encoder.json                the model's folder and the SHA-256 of its weights
 WORKDIR/data_sets/                  the photographs' vectors, see `data_prep.extract.own_photos`
 WORKDIR/head/                       with captions and --head: the run of a head trained on them
 """
@@ -15,7 +16,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from shnet_jax import bundled
-from shnet_jax.api import Retriever
 from shnet_jax.data.records import open_dataset
 from shnet_jax.evaluation.bootstrap import recall_intervals
 from shnet_jax.evaluation.evaluator import Evaluator, evaluate_embedded
@@ -23,9 +23,11 @@ from shnet_jax.evaluation.extra_metrics import NO_EXTRA_METRICS
 from shnet_jax.evaluation.protocols import Results
 from shnet_jax.evaluation.report import interval_table, table, to_json
 from shnet_jax.experiment import assemble, init_variables
-from shnet_jax.interop import clip_weights
+from shnet_jax.interop import clip_weights, siglip_weights
+from shnet_jax.interop.bert_weights import read_config
 from shnet_jax.modes.convert import Model, write_run
 from shnet_jax.modes.embed import one_process_mesh
+from shnet_jax.modes.photo_query import ENCODER, note_encoder, open_sight
 from shnet_jax.modes.search import open_search, show
 from shnet_jax.observe.files import write_text
 from shnet_jax.observe.progress import waiting
@@ -34,6 +36,7 @@ from shnet_jax.retrieve.searcher import encode_texts
 from shnet_jax.training.load import load
 from shnet_jax.training.loop import train_and_evaluate
 from shnet_jax.training.workdir import CONFIG, load_config
+from shnet_jax.untrusted import read_picture
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +66,9 @@ def photos(
       config: of configs/dual.py, or, without `overwrite`, of the run that is there.
       workdir: of the run.
       folder: of photographs; "": the run is there.
-      model: folder or hub name of a CLIP; "": that of the run, or `encoders.DEFAULT`.
+      model: folder or hub name of a CLIP or SigLIP; "": that of the run, or `encoders.DEFAULT`.
       captions: files of captions for some of the photographs, as the importers take them; "": none.
-      head: train a head on the captions and compare it with the CLIP's own vectors on held-out photographs.
+      head: train a head on the captions and compare it with the model's own vectors on held-out photographs.
       query: words. photo: file of a photograph, which need not be in the folder.
       top_k: results.
       device: of PyTorch, which makes vectors of photographs.
@@ -119,7 +122,7 @@ def _make(
     )
     config.text.weights, config.data.dir = str(encoder), str(dataset.resolve())
     config.search.split, config.page.pictures = own_photos.ALL, str(folder.resolve())
-    _fit_lengths(config)
+    _fit_encoder(config)
     if not overwrite and any((workdir / "checkpoints").glob("*")):
         return  # with config.json as it is: embeddings are of this very file
     experiment = assemble(config)
@@ -130,6 +133,7 @@ def _make(
         _put_in_place(workdir)
         complete.data.dir = config.data.dir = str((workdir / DATA_SETS / dataset.relative_to(sets)).resolve())
     write_run(workdir, Model(complete, variables, 0))
+    note_encoder(workdir, encoder)
 
 
 def _check_run(workdir: Path) -> None:
@@ -152,8 +156,8 @@ def _put_in_place(workdir: Path) -> None:
 
     for part in ("checkpoints", "embeddings", HEAD):
         shutil.rmtree(workdir / part, ignore_errors=True)
-    for suffix in (".md", ".json"):
-        (workdir / f"{RESULTS}{suffix}").unlink(missing_ok=True)
+    for file in (f"{RESULTS}.md", f"{RESULTS}.json", ENCODER):
+        (workdir / file).unlink(missing_ok=True)
     (workdir / DATA_SETS).mkdir(exist_ok=True)
     for name in (own_photos.ALL, own_photos.CAPTIONED):
         shutil.rmtree(workdir / DATA_SETS / name, ignore_errors=True)
@@ -162,15 +166,21 @@ def _put_in_place(workdir: Path) -> None:
     shutil.rmtree(workdir / AGAIN)
 
 
-def _fit_lengths(config: ConfigDict) -> None:
-    """Cuts captions at the positions of the CLIP, which are 77 of most."""
-    text, _ = clip_weights.sizes(Path(config.text.weights))
-    config.data.max_tokens = longest = min(config.data.max_tokens, text["max_positions"])
+def _fit_encoder(config: ConfigDict) -> None:
+    """Chooses the kind of the model in `text.weights`, and cuts captions at its positions: CLIP 77, SigLIP 64."""
+    folder = Path(config.text.weights)
+    kind = read_config(folder, "CLIP or SigLIP")[1].get("model_type")
+    config.text.tower = config.tokenizer.kind = kind
+    if kind == "siglip":
+        longest = siglip_weights.sizes(folder)["max_positions"]
+    else:
+        longest = min(config.data.max_tokens, clip_weights.sizes(folder)[0]["max_positions"])
+    config.data.max_tokens = longest
     config.data.token_buckets = (*(size for size in config.data.token_buckets if size < longest), longest)
 
 
 def _compare(config: ConfigDict, workdir: Path, folder: str, captions: str, head: bool) -> None:
-    """Prints and writes recalls on the held-out captions: of the CLIP's own vectors and, if wanted, of a head."""
+    """Prints and writes recalls on the held-out captions: of the model's own vectors and, if wanted, of a head."""
     from data_prep.extract import own_photos
 
     captioned = workdir / DATA_SETS / own_photos.CAPTIONED
@@ -215,11 +225,12 @@ def _train_head(config: ConfigDict, workdir: Path, captioned: Path) -> ConfigDic
     c.data.dir, c.text.weights = str(captioned.resolve()), config.text.weights
     c.page.pictures, c.parallel.devices, c.seed = config.page.pictures, config.parallel.devices, config.seed
     c.text.frozen_layers = load_config(workdir / CONFIG).text.layers
-    _fit_lengths(c)
+    _fit_encoder(c)
     counts = open_dataset(captioned).caption_counts(c.data.train_split)
     while c.train.batch_size > max(int(counts.sum()), 1):
         c.train.batch_size //= 2
     train_and_evaluate(c, workdir / HEAD)
+    note_encoder(workdir / HEAD, Path(c.text.weights))
     return c
 
 
@@ -232,11 +243,8 @@ def _answer(config: ConfigDict, workdir: Path, query: str, photo: str, top_k: in
     if query:
         answers += searcher.images_by_text([query], encode_texts(loaded.experiment, tower, [query]), top_k)
     if photo:
-        from data_prep.extract import encoders
-
-        vectors = encoders.vectors(Path(config.text.weights), [to_path(photo)], device)
-        images = Retriever(loaded, config).encode_images({"image_embedding": vectors})
-        answers += searcher.images_like([photo], images, top_k)
+        see = open_sight(loaded, config, workdir, device)
+        answers += searcher.images_like([photo], see([read_picture(to_path(photo))], [photo]), top_k)
     show(answers, searcher, workdir)
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from shnet_jax.evaluation.encode import Tower, Towers
 from shnet_jax.evaluation.ranking_methods import candidates
 from shnet_jax.evaluation.stage_one import make_stage_one
 from shnet_jax.evaluation.tiles import tile_size
+from shnet_jax.modes import photo_query
 from shnet_jax.modes.embed import one_process_mesh, split_embeddings
 from shnet_jax.observe.files import write_json
 from shnet_jax.observe.table import Table
@@ -22,7 +24,7 @@ from shnet_jax.retrieve.approximate import check_index, check_options
 from shnet_jax.retrieve.searcher import CAPTIONS, Answer, Searcher, encode_texts, encode_vectors
 from shnet_jax.retrieve.vector_index import PACKAGES, require
 from shnet_jax.training.load import Loaded, load
-from shnet_jax.untrusted import open_npy
+from shnet_jax.untrusted import open_npy, read_picture
 
 RESULTS = "search.json"
 FORMAT = 1  # of RESULTS
@@ -36,11 +38,15 @@ def search(
     image_id: str = "",
     top_k: int = 10,
     query_vectors: str = "",
+    photo: str = "",
+    device: str = "",
 ) -> None:
     """Prints the best images of config.search.split for sentences, or the best captions and images for an image.
 
     Writes the same to WORKDIR/search.json. query_vectors: .npy of the vectors of the queries, in any language that
     their model speaks, for a run whose text side is stored vectors; query and query_file then only name them.
+    photo: file of a photograph that is no part of the split, for a run of `shnet photos`. device: of PyTorch, which
+    makes its vector.
     """
     workdir = Path(workdir)
     queries = read_queries(query, query_file)
@@ -51,10 +57,11 @@ def search(
             raise ValueError(
                 f"{query_vectors}: expected a row for each of {len(queries)} queries, found {len(vectors)}"
             )
-    if not queries and not image_id:
-        raise ValueError("--mode=search needs --query, --query_file, --query_vectors or --image_id")
+    if not queries and not image_id and not photo:
+        raise ValueError("--mode=search needs --query, --query_file, --query_vectors, --image_id or --photo")
     if top_k < 1:
         raise ValueError(f"--top_k is {top_k}; it must be at least 1")
+    picture = _photograph(config, workdir, photo) if photo else None
     loaded, tower, searcher = open_search(config, workdir)
     answers = []
     if vectors is not None:
@@ -66,7 +73,18 @@ def search(
         answers += searcher.images_by_text(queries, encode_texts(loaded.experiment, tower, queries), top_k)
     if image_id:
         answers += searcher.by_image([image_id], top_k)
+    if picture is not None:
+        see = photo_query.open_sight(loaded, config, workdir, device)
+        answers += searcher.images_like([photo], see([picture], [photo]), top_k)
     show(answers, searcher, workdir)
+
+
+def _photograph(config: ConfigDict, workdir: Path, photo: str) -> Image.Image:
+    """The photograph of --photo. Raises ValueError or FileNotFoundError, also for a run that cannot search by one."""
+    photo_query.check_encoder(config, workdir)
+    if not Path(photo).is_file():
+        raise FileNotFoundError(f"--photo={photo}: no such file")
+    return read_picture(Path(photo))
 
 
 def show(answers: Sequence[Answer], searcher: Searcher, workdir: Path) -> None:

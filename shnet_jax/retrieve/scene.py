@@ -59,6 +59,11 @@ class Album:
             self._shown[row] = Scene(f"p{len(self._shown)}", record, photo, self.names)
         return self._shown[row]
 
+    def given(self, name: str, picture: Image.Image) -> Scene:
+        """A picture that is no part of the split; an album has one."""
+        self._shown[-1] = Scene("given", {"image_id": name}, small(picture), self.names)
+        return self._shown[-1]
+
     def style(self) -> Markup:
         """The rules that hold the pictures."""
         return Markup("".join(scene.rule() for scene in self._shown.values()))

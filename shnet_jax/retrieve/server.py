@@ -5,6 +5,7 @@ GET  /image/ID          an image: its captions, the captions that it finds, imag
 GET  /search?q=&k=      {"query", "kind", "target", "hits"}
 GET  /search?image=&k=  {"results": [captions, images]}
 POST /search            {"queries": [...], "k": 10} -> {"results": [...]}
+POST /photo?k=          a picture file -> {"query", "kind", "target", "hits"}; from the form of the page: a page
 GET  /health            {"status", "images", "captions", "index"}
 
 A bad request gets status 4xx and {"error": one line}. Requests that wait are answered together, in one batch of the
@@ -16,11 +17,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from email import message_from_bytes, policy
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -36,13 +39,15 @@ from shnet_jax.retrieve.highlight import highlights
 from shnet_jax.retrieve.highlight_view import panels
 from shnet_jax.retrieve.scene import Album
 from shnet_jax.retrieve.searcher import CAPTIONS, Answer, Searcher, encode_texts
-from shnet_jax.untrusted import parse_json
+from shnet_jax.types import Embedding
+from shnet_jax.untrusted import parse_json, parse_picture
 
 MAX_RESULTS = 100
 MAX_QUERIES = 64  # of a request, and of a batch
 MAX_LETTERS = 2000  # of a query
 MAX_BODY = 2**20
-MAX_READ = 16 * MAX_BODY  # a client that still sends when it is refused may not read why
+MAX_PHOTO = 2**24
+MAX_READ = 2 * MAX_PHOTO  # a client that still sends when it is refused may not read why
 SHOWN = 20  # results on the page
 
 STYLE = """
@@ -50,6 +55,7 @@ form{display:flex;gap:8px;margin:14px 0 6px}
 form input{flex:1;min-width:0;font:inherit;padding:9px 12px;border:1px solid var(--line);border-radius:8px;
 background:var(--card);color:var(--ink)}
 form button{font:inherit;padding:9px 16px;border:0;border-radius:8px;background:var(--link);color:var(--bg)}
+form input[type=file]{padding:9px 12px;font-size:.8125rem}
 .card a{color:inherit;text-decoration:none;display:block}
 .card a:focus-visible,.card a:hover{outline:3px solid var(--link);outline-offset:-3px}
 """
@@ -60,6 +66,7 @@ class Engine:
     """The parts that answer queries: a trained model, its text tower on the devices, and the searcher of a split.
 
     pictures: folder of photographs, see config.page.pictures; None: label maps and boxes are shown.
+    sight: encoder of new photographs; None: only images of the split are searched by.
     """
 
     experiment: Experiment
@@ -67,6 +74,7 @@ class Engine:
     tower: Tower
     searcher: Searcher
     pictures: Path | None = None
+    sight: Callable[[Sequence[Image.Image], Sequence[str]], Embedding] | None = None
 
     @property
     def images(self) -> int:
@@ -81,6 +89,12 @@ class Engine:
     def by_image(self, image_id: str) -> list[Answer]:
         """The best captions of an image, and images like it. Raises ValueError for an id that is not there."""
         return self.searcher.by_image([image_id], min(MAX_RESULTS, self.images))
+
+    def by_photo(self, picture: Image.Image, name: str) -> Answer:
+        """The images most like a photograph that is no part of the split. Needs `sight`."""
+        assert self.sight is not None
+        images = self.sight([picture], [name])
+        return self.searcher.images_like([name], images, min(MAX_RESULTS, self.images))[0]
 
     def album(self) -> Album:
         """Album of the split's pictures, empty as yet."""
@@ -174,6 +188,20 @@ def application(engine: Engine) -> Starlette:
         async with batches.device:
             return HTMLResponse(await run_in_threadpool(_image_page, engine, name, answers))
 
+    async def photo(request: Request) -> Response:
+        if engine.sight is None:
+            raise HTTPException(404, "photo: this server has no encoder of photographs, see its first lines")
+        count, kind = _count(request.query_params.get("k", "10")), request.headers.get("content-type", "")
+        data, name, of_form = await _body(request, MAX_PHOTO), "photo", kind.startswith("multipart/")
+        if of_form:
+            data, name = _of_form(kind, data)
+        async with batches.device:  # one at a time: a picture may take 200 MB
+            picture = await run_in_threadpool(parse_picture, data, name)
+            answer = await run_in_threadpool(engine.by_photo, picture, name)
+            if of_form:
+                return HTMLResponse(await run_in_threadpool(_search_page, engine, "", answer, picture))
+        return JSONResponse(_document(answer, count))
+
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with batches.running():
@@ -183,6 +211,7 @@ def application(engine: Engine) -> Starlette:
         Route("/", home),
         Route("/image/{name:path}", image),
         Route("/search", search, methods=["GET", "POST"]),
+        Route("/photo", photo, methods=["POST"]),
         Route("/health", health),
     ]
     faults: dict[Any, Any] = {HTTPException: _refused, ValueError: _invalid}
@@ -194,6 +223,8 @@ def warm_up(engine: Engine) -> None:
     for count in (1, 2, 4, 8, 16):
         engine.by_words(["a"] * count)
     engine.by_image(engine.searcher.embeddings.ids.image_ids[0])
+    if engine.sight is not None:
+        engine.by_photo(Image.new("RGB", (32, 32)), "")
 
 
 async def _refused(request: Request, error: HTTPException) -> Response:
@@ -224,18 +255,37 @@ def _count(value: object) -> int:
     return count
 
 
-async def _batch_of(request: Request) -> tuple[list[str], int]:
-    """The queries and the number of results of a POST request. Raises ValueError or HTTPException."""
-    body, received = b"", 0
+async def _body(request: Request, most: int) -> bytes:
+    """The body of a request. Raises HTTPException for more than `most` bytes."""
+    body, received = bytearray(), 0
     async for part in request.stream():
         received += len(part)
         if received > MAX_READ:
             break
-        if received <= MAX_BODY:
+        if received <= most:
             body += part
-    if received > MAX_BODY:
-        raise HTTPException(413, f"expected at most {MAX_BODY} bytes")
-    document = parse_json(body, "the body of the request")
+    if received > most:
+        raise HTTPException(413, f"expected at most {most} bytes")
+    return bytes(body)
+
+
+def _of_form(kind: str, body: bytes) -> tuple[bytes, str]:
+    """The file in the field "photo" of a form, and its name. kind: content type. Raises ValueError without one."""
+    fault = 'photo: expected a form with a file in the field "photo", found none'
+    try:
+        message = message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode("latin-1") + body, policy=policy.HTTP)
+        for part in message.iter_parts() if message.is_multipart() else ():
+            if part.get_param("name", header="content-disposition") == "photo":
+                data = part.get_payload(decode=True)
+                return data if isinstance(data, bytes) else b"", str(part.get_filename() or "photo")[:200]
+    except Exception as error:  # the parser of headers fails in many ways on what is none
+        raise ValueError(f"{fault}: {error}") from None
+    raise ValueError(fault)
+
+
+async def _batch_of(request: Request) -> tuple[list[str], int]:
+    """The queries and the number of results of a POST request. Raises ValueError or HTTPException."""
+    document = parse_json(await _body(request, MAX_BODY), "the body of the request")
     queries = document.get("queries") if isinstance(document, dict) else None
     if not isinstance(queries, list) or not 1 <= len(queries) <= MAX_QUERIES:
         raise ValueError(f'expected {{"queries": [1 to {MAX_QUERIES} texts], "k": 10}}, found {document!r:.80}')
@@ -265,9 +315,25 @@ def _page(engine: Engine, title: str, words: str, album: Album, *body: Child) ->
         action="/",
         role="search",
     )
-    name = f"{engine.experiment.config.name}: {source.get('dataset', '')} {source['split']}"
+    upload = tag(
+        "form",
+        tag("input", type="file", name="photo", accept="image/*", required=True, aria_label="Photograph"),
+        tag("button", "Search", aria_label="Search images like this photograph"),
+        action="/photo",
+        method="post",
+        enctype="multipart/form-data",
+    )
+    searched = dict.fromkeys((source.get("dataset", ""), source["split"]))  # `shnet photos` calls both the same
+    name = f"{engine.experiment.config.name}: {' '.join(searched)}"
     heading = tag("h1", tag("a", name, href="/", style="color:inherit;text-decoration:none"))
-    return html.document(f"{title} - {name}" if title else name, heading, form, *body, style=album.style() + STYLE)
+    return html.document(
+        f"{title} - {name}" if title else name,
+        heading,
+        form,
+        upload if engine.sight else None,
+        *body,
+        style=album.style() + STYLE,
+    )
 
 
 def _card(album: Album, engine: Engine, image_id: str, head: str, text: str) -> Markup:
@@ -276,7 +342,8 @@ def _card(album: Album, engine: Engine, image_id: str, head: str, text: str) -> 
     return tag("div", tag("a", scene.picture(), words, href=f"/image/{quote(image_id, safe='')}"), class_="card")
 
 
-def _search_page(engine: Engine, words: str, answer: Answer | None) -> str:
+def _search_page(engine: Engine, words: str, answer: Answer | None, photo: Image.Image | None = None) -> str:
+    """The page of an answer, to words or to a photograph; without one, of none."""
     album = engine.album()
     if answer is None:
         about = f"{engine.images} images. Words find images; a click on one shows its captions and images like it."
@@ -285,7 +352,11 @@ def _search_page(engine: Engine, words: str, answer: Answer | None) -> str:
         _card(album, engine, hit.image_id, f"{hit.rank}.  {hit.score:.3f}", next(iter(hit.captions), hit.image_id))
         for hit in answer.hits[:SHOWN]
     ]
-    return _page(engine, words, words, album, tag("div", cards, class_="cards"))
+    if photo is None:
+        return _page(engine, words, words, album, tag("div", cards, class_="cards"))
+    scene = album.given(answer.query, photo)
+    given = tag("div", scene.card(0), tag("p", "Images like ", tag("bdi", answer.query)), class_="side")
+    return _page(engine, answer.query, "", album, given, tag("div", cards, class_="cards"))
 
 
 def _image_page(engine: Engine, name: str, answers: Sequence[Answer]) -> str:

@@ -13,9 +13,9 @@ import tokenizers
 from tokenizers import AddedToken, BertWordPieceTokenizer, Tokenizer, models, processors
 
 from configs import base
-from shnet_jax.data import clip_bpe, tokenise, wordpiece
+from shnet_jax.data import clip_bpe, siglip_tokens, tokenise, wordpiece
 from shnet_jax.data.clip_bpe import BEGIN, END
-from shnet_jax.interop import bert_weights, clip_weights, minilm
+from shnet_jax.interop import bert_weights, clip_weights, minilm, siglip_weights
 from tests.interop.test_clip_weights import GOLDEN
 
 CASED = [*tokenise.SPECIAL, "The", "the", "play", "##er", "Player", "jersey", "caf", "##é", "cafe", "犬", "5", ".", "#"]
@@ -196,7 +196,7 @@ def test_sentence_transformers_lower_case_for_a_cased_tokenizer_json(folder):
     assert ids(folder / "vocab.txt") == reference()
 
 
-@pytest.mark.parametrize("kind", ["bert", "clip"])
+@pytest.mark.parametrize("kind", ["bert", "clip", "siglip"])
 def test_the_model_lies_in_a_folder_of_this_one(kind, tmp_path):
     put(tmp_path, "modules.json", [{"idx": 0, "path": "0_Transformer"}])
     (tmp_path / "0_Transformer").mkdir()
@@ -204,6 +204,7 @@ def test_the_model_lies_in_a_folder_of_this_one(kind, tmp_path):
     find, sizes = {
         "bert": (wordpiece.find_vocabulary, bert_weights.sizes),
         "clip": (clip_bpe.find_vocabulary, clip_weights.sizes),
+        "siglip": (siglip_tokens.find_vocabulary, siglip_weights.sizes),
     }[kind]
     for read in (find, sizes):
         with pytest.raises(FileNotFoundError, match=r"give the folder of the model in it, .*0_Transformer"):

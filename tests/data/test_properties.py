@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from data_prep import vocabulary
 from shnet_jax.data import clip_bpe, tokenise
 from shnet_jax.data.gallery import text_batches
+from tests import siglip_example
 
 CLIP = Path(__file__).parents[1] / "golden" / "clip" / "merges.txt"
 WORDS = ("a", "red", "star", "犬", "sea", "stars", "reddish")
@@ -36,10 +37,12 @@ def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabularies")
     (folder / "vocab.txt").write_text("\n".join(PIECES) + "\n", encoding="utf-8")
     vocabulary.train(CAPTIONS, folder / "s.model")
+    siglip_example.write_pieces(folder)
     return {
         "wordpiece": tokenise.wordpiece(folder / "vocab.txt"),
         "sentencepiece": tokenise.sentence_piece(folder / "s.model"),
         "clip": tokenise.clip(CLIP),
+        "siglip": tokenise.siglip(folder / "spiece.model"),
     }
 
 
@@ -60,6 +63,9 @@ def test_any_text_becomes_tokens(kind, tokenizers, texts, most, rows):
         assert kind == "clip" or not (pieces == 0).any()  # 0 is padding
         enclosed.append(tokenizer.enclose(pieces, most).tolist())
         assert 2 <= len(enclosed[-1]) <= most
+        if kind == "siglip":  # filled up behind its end, by the same token
+            assert len(enclosed[-1]) == most and enclosed[-1][-1] == tokenizer.fill_id
+            continue
         assert (enclosed[-1][0], enclosed[-1][-1]) == (tokenizer.begin_id, tokenizer.end_id)
     seen = []
     for batch, valid, numbers in text_batches(captions, tokenizer, data, rows):

@@ -6,13 +6,10 @@ import html
 import json
 import re
 import subprocess
-import threading
-import time
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import uvicorn
 
 from shnet_jax.modes.search import open_search
 from shnet_jax.modes.serve import serve
@@ -21,6 +18,7 @@ from tests.browser import BROWSER, HOSTILE, needs_browser
 from tests.load import get, get_json, under_load
 from tests.patience import PATIENCE
 from tests.retrieve import gallery
+from tests.retrieve.serving import serving
 from tests.train import tiny
 
 
@@ -39,16 +37,8 @@ def engine():
 @pytest.fixture(scope="module")
 def address(engine):
     """Address of a running server."""
-    settings = uvicorn.Config(server.application(engine), port=0, log_level="warning")
-    listening = settings.bind_socket()
-    running = uvicorn.Server(settings)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    running.should_exit = True
-    thread.join()
+    with serving(engine) as running:
+        yield running
 
 
 def test_health(address, engine):
@@ -88,6 +78,8 @@ def test_the_same_results_as_the_searcher(address, engine):
         ("image/..%2F..%2Fetc%2Fpasswd", None, 404, "no image '../../etc/passwd'"),
         ("nowhere", None, 404, "Not Found"),
         ("health", b"", 405, "Method Not Allowed"),
+        ("photo", None, 405, "Method Not Allowed"),
+        ("photo", b"a picture", 404, "photo: this server has no encoder of photographs"),
         ("search", b"", 400, "the body of the request"),
         ("search", b"{", 400, "the body of the request"),
         ("search", b"[1]", 400, 'expected {"queries": [1 to 64 texts], "k": 10}, found [1]'),
@@ -116,7 +108,7 @@ def test_a_bad_query_spoils_no_other_one(address):
 
 def test_the_pages(address, engine):
     status, page = get(f"{address}/")
-    assert status == 200 and 'name="q"' in page and "10 images." in page
+    assert status == 200 and 'name="q"' in page and "10 images." in page and "/photo" not in page
     status, page = get(f"{address}/", q="a red star")
     links = re.findall(r'href="(/image/[^"]+)"', page)
     assert status == 200 and len(links) == 10 and 'value="a red star"' in page
