@@ -12,6 +12,7 @@ REQUIRED = [
     "absl-py>=2.1,<3",
     "array_record>=0.8.6,<0.9",
     "flax>=0.12.8,<0.13",
+    "fsspec>=2025.9",
     "grain>=0.2.18,<0.3",
     "importlib_resources>=6",  # tensorflow-datasets imports it without declaring it
     f"jax{JAX}",
@@ -63,10 +64,13 @@ EXTRAS = FORMATS | {
     ],
     "extract": ["torch>=2.13,<3", "transformers>=5.23,<6"],  # data_prep.extract: features from photographs
     "faiss": ["faiss-cpu>=1.9,<2"],  # config.search.index="faiss"
+    "emulators": ["moto[server]>=5.1,<6", "gcp-storage-emulator>=2026.7"],  # make test-storage
     "formats": ALL_FORMATS,
     "fuzz": ["atheris>=3,<4"],  # python -m tests.fuzz --engine=atheris; on Linux
+    "gcs": ["gcsfs>=2025.9"],  # gs:// work folders and data sets
     "milvus": ["pymilvus>=2.5,<4", "milvus-lite>=2.5,<4"],  # config.search.index="milvus"
     "mlflow": ["mlflow>=3.10,<4"],  # config.train.log_to
+    "s3": ["s3fs>=2025.9"],  # s3:// work folders and data sets
     "serve": SERVE,  # shnet serve
     "timm": ["timm>=1.0.20,<2"],  # data_prep.extract --backbone=timm/NAME; brings torchvision, built for the same torch
     "tpu": [f"jax[tpu]{JAX}"],  # also the compiler of --mode=plan, which needs no TPU

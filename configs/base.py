@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
 def _data() -> ConfigDict:
     """Data set, and how batches are drawn from it and altered."""
     data = ConfigDict()
-    data.dir = ""  # folder of a data set made by data_prep (the folder of the set or one that holds only this set)
+    # Folder of a data set made by data_prep, or one that holds only this set; or its URL, as s3://BUCKET/SET.
+    data.dir = ""
     data.train_split = "train"  # split trained on
     data.val_split = "val"  # split evaluated while training; selects the best checkpoint
     data.resident = False  # keep all training features on the device and send indices only (for sets that fit)

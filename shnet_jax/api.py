@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from shnet_jax import bundled
+from shnet_jax import bundled, mirror
 from shnet_jax.data.fields import checked_fields
 from shnet_jax.data.gallery import Gallery, Part, open_gallery
 from shnet_jax.data.records import DataSet, open_dataset
@@ -29,6 +29,7 @@ from shnet_jax.parallel.mapping import make_mesh
 from shnet_jax.paths import to_path
 from shnet_jax.retrieve.embeddings import SOURCE, Embeddings, make_ids, open_embeddings
 from shnet_jax.retrieve.searcher import Answer, Searcher, encode_texts
+from shnet_jax.storage import is_url
 from shnet_jax.stored_config import get_config as stored_config
 from shnet_jax.training.load import Loaded
 from shnet_jax.training.load import load as load_trained
@@ -52,7 +53,8 @@ def train(config: ConfigDict | str, workdir: str | Path) -> Results:
     config: a configuration, or what `get_config` takes.
     Raises what `train.loop.train_and_evaluate` raises.
     """
-    return train_and_evaluate(get_config(config) if isinstance(config, str) else config, to_path(workdir))
+    with mirror.working_in(workdir, alone=True) as folder:
+        return train_and_evaluate(get_config(config) if isinstance(config, str) else config, folder)
 
 
 def evaluate(workdir: str | Path, config: ConfigDict | None = None, split: str = "") -> Results:
@@ -66,14 +68,16 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None, split: str =
     Raises:
       ValueError, WorkdirError, CheckpointError: there is no such run, or it does not fit the data set.
     """
-    config = ConfigDict((stored_config(str(to_path(workdir))) if config is None else config).to_dict())
-    config.eval.split = split or config.eval.split
-    return evaluate_checkpoint(config, to_path(workdir))
+    with mirror.working_in(workdir) as folder:
+        config = ConfigDict((stored_config(str(folder)) if config is None else config).to_dict())
+        config.eval.split = split or config.eval.split
+        return evaluate_checkpoint(config, folder)
 
 
 def study(config: ConfigDict | str, workdir: str | Path) -> dict[str, list[Run]]:
     """Trains and compares config.study.arms below `workdir`; returns the runs of each arm, `.results` of each."""
-    return run_study(get_config(config) if isinstance(config, str) else config, to_path(workdir))
+    with mirror.working_in(workdir, alone=True) as folder:
+        return run_study(get_config(config) if isinstance(config, str) else config, folder)
 
 
 def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None = None) -> Retriever:
@@ -88,6 +92,9 @@ def load(path: str | Path, data_dir: str | Path = "", config: ConfigDict | None 
     Raises:
       FileNotFoundError, ValueError, WorkdirError, CheckpointError: there is nothing to load, or it does not fit.
     """
+    if is_url(path):
+        run, _, number = str(path).rstrip("/").rpartition("/checkpoints/")
+        path = mirror.local(run) / "checkpoints" / number if run and number.isdecimal() else mirror.local(str(path))
     path = to_path(path)
     workdir, step = path, None
     if path.parent.name == "checkpoints" and path.name.isdecimal():

@@ -20,7 +20,8 @@ from ml_collections import ConfigDict, config_flags
 import shnet_jax
 from shnet_jax import bundled
 from shnet_jax.observe.terminal import make_output_safe
-from shnet_jax.paths import expand, to_paths
+from shnet_jax.paths import expand, to_places
+from shnet_jax.storage import is_url
 
 log = python_logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ CONFIG = config_flags.DEFINE_config_file(
     None,
     "Configuration: a bundled name or a file, NAME:VARIANT. Any field is a flag: --config.train.epochs=4.",
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, results.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, or a URL such as s3://BUCKET/FOLDER.")
 MODE = flags.DEFINE_enum("mode", "train", [*MODES], "; ".join(f"{name}: {mode.help}" for name, mode in MODES.items()))
 flags.DEFINE_string("target", "", "Devices that plan compiles for: tpu:v5e:4x4, tpu:v4:2x2x2, gpu or cpu:8.")
 flags.DEFINE_string("query", "", "Words that search looks for.")
@@ -161,6 +162,10 @@ START = flags.DEFINE_integer(
 PATH_FLAGS = ("workdir", "query_file", "query_vectors", "folder", "model", "photo")
 PATH_LISTS = ("config.eval.ensemble", "config.cross.runs", "config.cross.data_dirs")
 NAME_LISTS = ("config.train.log_to", "config.train.log_tags")
+DATA_SETS = (("data", "dir"), ("cross", "data_dirs"))
+"""Fields that keep a URL: the data set is read through a cache of its own."""
+RUNS = ("train", "study", "scale", "photos")
+"""Modes whose work folder in object storage no other command of these may write to meanwhile."""
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
 """Device files of TPUs and of NVIDIA's and AMD's GPUs (under WSL: dxg)."""
 
@@ -313,6 +318,7 @@ def _with_config(argv: list[str]) -> list[str]:
         # An evaluation of several runs has a folder of its own for results, and is configured as the first of them.
         several = given.get("config.eval.ensemble") or given.get("config.cross.runs")
         workdir = _first_path(several) if several else given["workdir"]
+        workdir = _local(workdir) if is_url(workdir) else workdir
         stored_config.get_config(workdir)  # a folder without a run is told of here
         path = f"{stored_config.__file__}:{workdir}"
     return [argv[0], f"--config={path}", *rest]
@@ -341,23 +347,40 @@ def _with_paths(argument: str) -> str:
     name, equals, value = argument.partition("=")
     flag = name.lstrip("-")
     if flag in PATH_FLAGS:
-        value = expand(value)
+        value = _local(value) if is_url(value) else expand(value)
     elif flag in PATH_LISTS and value and value[0] not in "([\"'":
-        value = repr(tuple(map(str, to_paths(value))))
+        value = repr(tuple(to_places(value)))
     elif flag in NAME_LISTS and value and value[0] not in "([\"'":
         value = repr(tuple(name.strip() for name in value.split(",")))
     return f"{name}{equals}{value}"
 
 
-def _expand_paths(config: ConfigDict) -> None:
-    """`~` as the home folder in every field: no other text begins with it."""
+def _local(url: str) -> str:
+    """The local copy of a folder or file in object storage."""
+    from shnet_jax import mirror  # late, as it imports JAX
+
+    return str(mirror.local(url))
+
+
+def _expand_paths(config: ConfigDict, section: str = "") -> None:
+    """`~` as the home folder in every field, as no other text begins with it, and the local copy of a URL.
+
+    Data sets keep their URL: they are read through a cache, and the run keeps the field.
+    """
     for name, value in config.items():
         if isinstance(value, ConfigDict):
-            _expand_paths(value)
-        elif isinstance(value, str) and value.startswith("~"):
-            config[name] = expand(value)
-        elif isinstance(value, tuple) and any(isinstance(part, str) and part.startswith("~") for part in value):
-            config[name] = tuple(expand(part) if isinstance(part, str) else part for part in value)
+            _expand_paths(value, name)
+            continue
+        parts = value if isinstance(value, tuple) else (value,)
+        places = tuple(_place(part, (section, name) in DATA_SETS) for part in parts)
+        if places != parts:
+            config[name] = places if isinstance(value, tuple) else places[0]
+
+
+def _place(value: Any, of_data_set: bool) -> Any:
+    if isinstance(value, str) and value.startswith("~"):
+        return expand(value)
+    return _local(value) if isinstance(value, str) and not of_data_set and is_url(value) else value
 
 
 def _unknown_field(argv: Sequence[str]) -> str | None:
@@ -421,6 +444,7 @@ def main(argv: Sequence[str]) -> None:
         sys.unraisablehook = _unraisable
     python_logging.getLogger("shnet_jax").setLevel(python_logging.INFO)
     # Late, so that --help and mistakes in flags are quick.
+    from shnet_jax import mirror
     from shnet_jax.observe.banner import banner, unused_accelerator
     from shnet_jax.observe.files import FolderInUse, describe
     from shnet_jax.parallel import hosts
@@ -442,7 +466,8 @@ def main(argv: Sequence[str]) -> None:
             log.info("%s", banner(MODE.value, str(WORKDIR.value)))
             if warning := unused_accelerator():
                 log.warning("%s", warning)
-        call(CONFIG.value, str(WORKDIR.value), **{flag: flags.FLAGS[flag].value for flag in mode.own_flags})
+        with mirror.working_in(str(WORKDIR.value), alone=MODE.value in RUNS) as folder:
+            call(CONFIG.value, str(folder), **{flag: flags.FLAGS[flag].value for flag in mode.own_flags})
     except (ValueError, OSError, CheckpointError, FolderInUse, NonFiniteLoss, WorkdirError) as error:
         if debug:
             raise

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from shnet_jax import storage
+
 _NAMED = re.compile(r"(\w+)=(.+)", re.DOTALL)
 
 
@@ -16,13 +18,20 @@ def expand(text: str) -> str:
 
 
 def to_path(text: str | Path) -> Path:
-    """The path that a flag or a configuration names."""
+    """The path that a flag or a configuration names. Raises StorageError for a URL."""
+    if storage.is_url(text):
+        raise storage.StorageError(f"{text}: this option takes a local file or folder, not a URL")
     return Path(expand(str(text)))
 
 
 def to_paths(text: str) -> list[Path]:
     """Paths of a comma-separated list."""
     return [to_path(entry) for entry in _entries(text, _exists)]
+
+
+def to_places(text: str) -> list[str]:
+    """Paths and URLs of a comma-separated list."""
+    return [entry if storage.is_url(entry) else str(to_path(entry)) for entry in _entries(text, _exists)]
 
 
 def named_paths(text: str) -> list[tuple[str, Path]]:

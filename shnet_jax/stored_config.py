@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from shnet_jax import storage
 from shnet_jax.bundled import get_config as bundled_config
 from shnet_jax.paths import to_path
 from shnet_jax.training.workdir import CONFIG, WorkdirError, complete, trained_config
@@ -37,7 +38,7 @@ def _data_set(directory: str, workdir: Path) -> str:
 
     Runs are trained from such a folder, so that their modes work from any other one.
     """
-    if not directory or Path(directory).exists() or to_path(directory).is_absolute():
+    if not directory or storage.is_url(directory) or Path(directory).exists() or to_path(directory).is_absolute():
         return directory
     above = (parent / directory for parent in workdir.resolve().parents)
     return next((str(path) for path in above if path.exists()), directory)

@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "paths": set(),
     "bundled": set(),
     "durations": set(),
+    "storage": set(),
     "ops": set(),
     "models": {"ops"},
     "parallel": set(),
@@ -26,12 +27,13 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "observe": {"parallel"},  # only the type of a mapped step
     "interop": {"models", "data", "observe"},  # data: what lies in a model folder; observe: atomic writes
+    "mirror": {"observe", "parallel"},
     "experiment": {"models", "data", "interop", "observe"},  # the parts of a run, put together from its configuration
     "evaluation": {"models", "data", "parallel", "observe", "experiment"},
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluation"},
     "training": {"models", "losses", "data", "parallel", "observe", "interop", "experiment", "evaluation"},
 }
-COMMON = {"types", "registry", "untrusted", "paths", "bundled", "durations"}
+COMMON = {"types", "registry", "untrusted", "paths", "bundled", "durations", "storage"}
 # What a command line calls: may import every part, no part may import it.
 ENTRY = {"__main__", "api", "cli", "modes", "plan", "scaling", "stored_config"}
 
@@ -57,6 +59,7 @@ PROJECT = {"shnet_jax", "data_prep", "configs", "tests", "benchmarks", "main"}
 # What only these files may import or name; "" stands for no file.
 ONLY_IN = {
     "tensorflow": ("",),
+    "fsspec": ("shnet_jax/storage.py",),
     "torch": ("shnet_jax/interop/*", "data_prep/extract*", "benchmarks/align.py"),
     "torchvision": ("shnet_jax/interop/*", "data_prep/extract*"),
     "orbax": ("shnet_jax/training/checkpoint.py",),

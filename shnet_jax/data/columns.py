@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from shnet_jax.data import cache
 from shnet_jax.data.errors import DataError
 from shnet_jax.data.schema import COLUMNS, dtype_of
 from shnet_jax.untrusted import MAX_IMAGE_BYTES
@@ -105,10 +106,13 @@ class Column:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @cached_property
-    def _maps(self) -> list[tuple[mmap.mmap, np.ndarray]]:
+    def _maps(self) -> Sequence[tuple[mmap.mmap, np.ndarray]] | cache.Shards[tuple[mmap.mmap, np.ndarray]]:
         per_shard = rows_per_shard(self._row_bytes)
-        starts = range(0, self.rows, per_shard)
-        return [self._map(shard, min(per_shard, self.rows - start)) for shard, start in enumerate(starts)]
+        counts = [min(per_shard, self.rows - start) for start in range(0, self.rows, per_shard)]
+        if cache.is_cached(self.folder):
+            paths = [self.folder / column_file(self.field, self.split, shard) for shard in range(len(counts))]
+            return cache.Shards(paths, lambda shard, _: self._map(shard, counts[shard]))
+        return [self._map(shard, count) for shard, count in enumerate(counts)]
 
     def _map(self, shard: int, rows: int) -> tuple[mmap.mmap, np.ndarray]:
         path = self.folder / column_file(self.field, self.split, shard)
@@ -140,9 +144,10 @@ class Column:
         per_shard, maps = rows_per_shard(self._row_bytes), self._maps  # files are compared with the shape first
         out = np.empty((len(rows), *self.shape), _stored(self.dtype))
         bounds = np.searchsorted(rows[order], np.arange(len(maps) + 1) * per_shard)
-        for shard, (mapped, array) in enumerate(maps):
+        for shard in range(len(maps)):
             place = order[bounds[shard] : bounds[shard + 1]]
             if len(place):
+                mapped, array = maps[shard]
                 out[place] = array[rows[place] - shard * per_shard]
                 mapped.madvise(mmap.MADV_DONTNEED)  # else every page once read would count as memory of this process
         return out.view(self.dtype)

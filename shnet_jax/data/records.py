@@ -17,9 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 
+from shnet_jax import storage
+from shnet_jax.data import cache
 from shnet_jax.data.checksums import check_files
 from shnet_jax.data.columns import Column, parse_description
 from shnet_jax.data.errors import DataError
@@ -49,8 +52,11 @@ class Feature(NamedTuple):
 def find_dataset(directory: str | Path) -> Path:
     """The version folder of a data set, given that folder, the one of its name, or one with only this set.
 
+    Of a URL it is in the cache, and its shards come when they are read (data/cache.py).
     Raises FileNotFoundError, listing what is there, when there is none or more than one.
     """
+    if storage.is_url(directory):
+        return cache.fetch_description(str(directory))
     root = to_path(directory)
     if not root.is_dir():
         raise FileNotFoundError(f"data set folder {str(root)!r}: no such folder{_how_to_make(root)}")
@@ -301,7 +307,11 @@ class RandomAccess:
     def _source(self) -> tuple[Any, tfds.features.FeaturesDict, Any]:
         """Undecoded records, the features to decode (data sources know no PartialDecoding), where the records lie."""
         builder = _builder(self.dataset.path)
-        raw = builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        raw: Any
+        if cache.is_cached(self.dataset.path):
+            raw = _CachedRecords(builder.info.splits[self.split])
+        else:
+            raw = builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         stored = [name for name in self.fields if name not in self.dataset.columns]
         features = tfds.features.FeaturesDict({name: builder.info.features[name] for name in stored})
         return raw, features, builder.info.splits[self.split]
@@ -367,3 +377,17 @@ class RandomAccess:
         if "categories" in out and out["categories"].dtype == np.uint8:
             out["categories"] = np.unpackbits(out["categories"], count=self.dataset.num_classes).astype(bool)
         return out
+
+
+class _CachedRecords:
+    """Undecoded records of a split whose shards are fetched when they are first read."""
+
+    def __init__(self, split: tfds.core.SplitInfo):
+        self._ends = list(accumulate(split.shard_lengths))
+        self._shards = cache.Shards(
+            [Path(path) for path in split.filepaths], lambda _, path: ArrayRecordReader(str(path))
+        )
+
+    def __getitem__(self, number: int) -> bytes:
+        shard = bisect_right(self._ends, number)
+        return self._shards[shard].read([number - (self._ends[shard - 1] if shard else 0)])[0]

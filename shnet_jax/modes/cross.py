@@ -15,6 +15,7 @@ from shnet_jax.modes.evaluate import evaluate_loaded, evaluate_zero_shot
 from shnet_jax.observe.files import LOCK, write_text
 from shnet_jax.observe.results_page import results_page
 from shnet_jax.observe.table import Table
+from shnet_jax.storage import is_url
 from shnet_jax.training.load import load_any
 from shnet_jax.training.workdir import sole_job, trained_config
 
@@ -67,7 +68,7 @@ def _on(config: ConfigDict, folder: str) -> ConfigDict:
 def _row(run: Path, given: ConfigDict) -> str:
     """Name of a run, and the data set that it was trained on."""
     config = trained_config(run, given)
-    folder = Path(config.data.dir)
+    folder = find_dataset(config.data.dir).parent if is_url(config.data.dir) else Path(config.data.dir)
     trained_on = folder.parent.name if (folder / "dataset_info.json").is_file() else folder.name
     return f"{config.name}, seed {config.seed}, trained on {trained_on}"
 
