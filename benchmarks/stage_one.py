@@ -40,11 +40,11 @@ class Sizes:
     """images: of the gallery; queries: captions; candidates: of the two stages; encodings: (k_sim, r_reps, d_proj)."""
 
     cases: tuple[Case, ...] = (Case("smooth_chamfer", 4, 4, 256), Case("maxsim_texts", 36, 16, 128))
-    images: int = 5000
-    queries: int = 256
-    candidates: int = 100
+    images: int = 2000
+    queries: int = 128
+    candidates: int = 50
     encodings: tuple[tuple[int, int, int], ...] = ((2, 10, 16), (3, 10, 16), (3, 20, 32))
-    rounds: int = 5
+    rounds: int = 3
 
 
 FULL = Sizes()

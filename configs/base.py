@@ -359,7 +359,7 @@ def _eval() -> ConfigDict:
     evaluate.exact = True  # with two_stage: rank exactly too (hours); False: not, nor in cross, study, search, page
     evaluate.stage_one = "vectors"  # what finds these candidates: global "vectors" | "fde", encodings of the sets (esa)
     evaluate.fde = fde = ConfigDict()  # fixed-dimensional encodings (MUVERA); 2^k_sim * r_reps * d_proj numbers a role
-    fde.k_sim = 3  # hyperplanes that cut space into 2^k_sim cells
+    fde.k_sim = 2  # hyperplanes that cut space into 2^k_sim cells; sets of many elements want more
     fde.r_reps = 10  # independent partitions; more: closer to the score
     fde.d_proj = 16  # dimension of an element in a cell, by a random projection; 0: not projected
     fde.d_final = 0  # dimension of a count sketch of each role's encoding; 0: none

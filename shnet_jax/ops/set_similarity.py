@@ -171,7 +171,7 @@ def _hard_forward(kind: str, images: Array, image_mask: Array, texts: Array, tex
 
     shape = images.shape[1], *text_mask.shape
     numbers = jnp.arange(images.shape[0], dtype=jnp.int16)
-    start = (jnp.full(shape, _LOW), jnp.zeros(shape, jnp.int16)) if by_columns else None
+    start: Any = (jnp.full(shape, _LOW), jnp.zeros(shape, jnp.int16)) if by_columns else None
     columns, rows = lax.scan(visit, start, (numbers, images, image_mask), unroll=_UNROLL)
     value, text_numbers, image_numbers = jnp.zeros(()), None, None
     if by_rows:

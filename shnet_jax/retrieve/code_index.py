@@ -37,6 +37,7 @@ class _CodeIndex:
     """What both kinds share: the file, and the search through a score of codes and queries."""
 
     kind: ClassVar[str]
+    bytes_per_vector: float | None
 
     def __init__(self, codes: Codes, dim: int, search: ConfigDict):
         self._codes, self._dim, self._queries = codes, dim, search.binary
@@ -115,7 +116,7 @@ class Int8Index(_CodeIndex):
 
     def search(self, queries: np.ndarray, k: int, tile: int = 512, mesh: Mesh | None = None) -> TopK:
         """Searches the codes; see `VectorIndex`."""
-        return top_k(Embedding(_float32(queries)), self._codes, k, int8_score, tile, mesh)
+        return top_k(_on_host(queries), self._codes, k, int8_score, tile, mesh)
 
 
 class BinaryIndex(_CodeIndex):
@@ -137,12 +138,11 @@ class BinaryIndex(_CodeIndex):
 
     def search(self, queries: np.ndarray, k: int, tile: int = 512, mesh: Mesh | None = None) -> TopK:
         """Searches the codes; see `VectorIndex`."""
-        queries = _float32(queries)
         if self._queries == "hamming":
             return top_k({"signs": to_signs(queries)}, self._codes, k, hamming_score, tile, mesh)
         padding = self._codes["signs"].shape[1] * WORD - self._dim  # of the last word; it adds 0 to every score
         padded = np.pad(queries / np.float32(math.sqrt(self._dim)), ((0, 0), (0, padding)))
-        return top_k(Embedding(padded), self._codes, k, sign_score, tile, mesh)
+        return top_k(_on_host(padded), self._codes, k, sign_score, tile, mesh)
 
 
 def to_int8(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -180,5 +180,5 @@ def hamming_score(gallery: Mapping[str, Array], queries: Mapping[str, Array]) ->
     return -jnp.sum(counts, axis=-1).astype(jnp.float32)
 
 
-def _float32(queries: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(queries, np.float32)
+def _on_host(queries: np.ndarray) -> Embedding:
+    return Embedding(np.ascontiguousarray(queries, np.float32))  # type: ignore[arg-type]  # `top_k` places them

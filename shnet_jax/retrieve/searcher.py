@@ -185,13 +185,13 @@ class Searcher:
             return rerank_top_k(queries, gallery, k, self._candidates, score, *self._options, first)
         if side not in self.indexes:
             self.indexes[side] = open_index(self._search, self._first, side, *self._options)
-        found = find(
-            *(self.indexes[side].index, np.asarray(first[0].vector, np.float32)),
-            *(min(max(k, self._candidates), len(gallery.vector)), first[1].vector),  # type: ignore[arg-type]  # host
-            *(self._search.rescore, *self._options),
-        )
+        vectors: Any = first[1].vector  # on the host, or in a file
+        index, wanted = self.indexes[side].index, min(max(k, self._candidates), len(vectors))
+        tile, mesh = self._options
+        asking = np.asarray(first[0].vector, np.float32)
+        found = find(index, asking, wanted, vectors, self._search.rescore, tile, mesh)
         if self._candidates:
-            return best_candidates(queries, gallery, found.index, k, score, self._options[1])
+            return best_candidates(queries, gallery, found.index, k, score, mesh)
         return found
 
     def _hits(self, target: str, best: TopK, query: int, k: int, without: int = -1) -> tuple[Hit, ...]:

@@ -36,8 +36,8 @@ def open_encodings(embeddings: Embeddings, stage_one: Encodings) -> Embeddings:
             for side in SIDES:
                 _write(folder / f"{side}.safetensors", getattr(embeddings, side), side, stage_one)
             write_json(folder / SOURCE, source)
-    sides = {side: _open(folder / f"{side}.safetensors", len(getattr(embeddings, side).vector)) for side in SIDES}
-    return dataclasses.replace(embeddings, folder=folder, source=source, **sides)
+    images, texts = (_open(folder / f"{side}.safetensors", len(getattr(embeddings, side).vector)) for side in SIDES)
+    return dataclasses.replace(embeddings, folder=folder, source=source, images=images, texts=texts)
 
 
 def _write(path: Path, items: Embedding, side: str, stage_one: Encodings) -> None:

@@ -64,6 +64,8 @@ class VectorIndex(Protocol):
 class FaissIndex:
     """A FAISS index in one file, of any factory string (config.search.faiss)."""
 
+    bytes_per_vector: float | None
+
     def __init__(self, index: Any, search: ConfigDict, path: Path):
         self._index, self.bytes_per_vector = index, path.stat().st_size / max(index.ntotal, 1)
         faiss = require("faiss")
@@ -118,7 +120,7 @@ class FaissIndex:
 class MilvusIndex:
     """A Milvus collection, in a file of milvus-lite or on a server (config.search.address)."""
 
-    bytes_per_vector = None  # the library does not say
+    bytes_per_vector: float | None = None  # the library does not say
 
     def __init__(self, search: ConfigDict, embeddings: Embeddings, side: str):
         pymilvus = require("milvus")
