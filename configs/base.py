@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     c.parallel = _parallel()
     c.eval = _eval()
     c.search = _search()
+    c.mine = _mine()
     c.page = _page()
     c.study = _study()
     c.cross = _cross()
@@ -58,6 +59,9 @@ def _data() -> ConfigDict:
     data.image_erase = 0.5  # pictures: probability that a rectangle is erased in training (IRRA 0.5)
     data.image_erase_area = (0.02, 0.4)  # share of the picture that it takes (IRRA 0.02 to 0.4)
     data.shuffle_block = 0  # text.tower vectors: examples of a block, read in a row; 0: any order of all of them
+    data.negatives = negatives = ConfigDict()  # hard negatives that `shnet mine` found with another run
+    negatives.folder = ""  # folder of their lists; "": none
+    negatives.count = 0  # hard negatives that each example brings into its batch, within train.batch_size
     data.read_threads = 4  # threads that read and decode records ahead
     data.prefetch = 8  # batches read ahead
     return data
@@ -391,6 +395,15 @@ def _search() -> ConfigDict:
     search.nprobe = 64  # inverted lists that a query visits, of an IVF index
     search.ef_search = 64  # candidates that a query keeps while it walks the graph, of an HNSW index
     return search
+
+
+def _mine() -> ConfigDict:
+    """Hard negatives of the training split that --mode=mine finds with a trained run, for data.negatives."""
+    mine = ConfigDict()
+    mine.folder = ""  # where they are written; "": WORKDIR/negatives/DATASET_SPLIT_STEP
+    mine.per_item = 16  # negatives of each caption, and of each image, at most
+    mine.max_relative_score = 0.95  # largest score of a negative, as a share of the score of the positive
+    return mine
 
 
 def _page() -> ConfigDict:

@@ -88,6 +88,11 @@ MODES = {
         "write the vectors of a split",
         "--workdir=runs/one --config.search.split=test",
     ),
+    "mine": Mode(
+        "shnet_jax.modes.mine:mine",
+        "find hard negatives in the training split, for data.negatives",
+        "--workdir=runs/one",
+    ),
     "cross": Mode(
         "shnet_jax.modes.cross:cross",
         "evaluate every run on every data set",

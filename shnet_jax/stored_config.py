@@ -11,7 +11,7 @@ from shnet_jax.bundled import get_config as bundled_config
 from shnet_jax.paths import to_path
 from shnet_jax.training.workdir import CONFIG, WorkdirError, complete, trained_config
 
-TOOLS = ("eval", "search", "page", "cross", "convert", "plan", "scale", "study")
+TOOLS = ("eval", "search", "page", "cross", "convert", "plan", "scale", "study", "mine")
 """Sections that say what is done with a trained model; the run's own choice, younger fields by their default."""
 
 

@@ -19,10 +19,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from shnet_jax.data.augment import Augmentation, alter_words, keep_grid, keep_regions
+from shnet_jax.data.negatives import Negatives, group_size, open_negatives
 from shnet_jax.data.pictures import Views, viewed
 from shnet_jax.data.records import DataSet, RandomAccess
 from shnet_jax.data.tokenise import Captions, Tokenizer
-from shnet_jax.data.vector_batches import vector_batches, with_masks
+from shnet_jax.data.vector_batches import images_of, vector_batches, with_first, with_masks
 from shnet_jax.types import Array, Batch
 
 HostBatch = dict[str, np.ndarray]
@@ -61,6 +62,7 @@ def train_batches(
     With data.captions_per_image = C = 1 an example is an (image, caption) pair; a pass meets every pair once,
     in an order that changes with each pass. With C > 1 it is an image with C of its captions, drawn without
     replacement (an image with fewer repeats them evenly). The last, partial batch of a pass is left out.
+    With data.negatives each example is followed by its hard negatives, examples like others (data/negatives.py).
 
     A batch has, with n = batch_size / C:
       image_index  [n] int32, number of the image in the split
@@ -83,7 +85,7 @@ def train_batches(
       shard_index, shard_count: this host among all.
     """
     data = config.data
-    images = _images_per_batch(batch_size, data.captions_per_image)
+    images = images_per_batch(batch_size, data)
     if text_fields:
         hosts = {"host": shard_index, "hosts": shard_count}
         stored = stored_fields(dataset, fields)
@@ -107,16 +109,17 @@ def _token_stream(
     shard_count: int,
 ) -> grain.MapDataset[HostBatch]:
     """`train_batches` of captions as tokens; images: of a batch of this host."""
-    examples, used = _pass_size(dataset, data, captions, images * shard_count)
+    groups = images // group_size(data)
+    examples, used = _pass_size(dataset, data, captions, groups * shard_count)
     records = dataset.open_split(data.train_split, stored_fields(dataset, fields))
-    draw = _ExampleDraw.from_config(data, captions, tokenizer, records[0])
+    draw = _ExampleDraw.from_config(data, captions, tokenizer, records[0], open_negatives(data, dataset))
     buckets = token_buckets(data)
     collate = partial(_collate, buckets=buckets if shard_count == 1 else buckets[-1:])
     # Explicit seeds: grain's default ones depend on the position in the pipeline, and so would a resumed run.
     order_seed, draw_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
     drawn = grain.MapDataset.range(examples).shuffle(seed=order_seed).random_map(draw, seed=draw_seed)
     # Hosts take consecutive batches in turn: together, in their order, they hold the rows of one host's larger batch.
-    stream = drawn[:used].batch(images, batch_fn=collate)[shard_index::shard_count].repeat()
+    stream = drawn[:used].batch(groups, batch_fn=collate)[shard_index::shard_count].repeat()
     persons = dataset.identities(data.train_split) if data.identity else None
     if persons is not None:
         numbers = np.unique(persons, return_inverse=True)[1].astype(np.int32)
@@ -218,11 +221,14 @@ def _widen(values: Array) -> Array:
     return values.astype(jnp.float32) if narrow else values
 
 
-def _images_per_batch(batch_size: int, captions_per_image: int) -> int:
-    if captions_per_image < 1 or batch_size < 1 or batch_size % captions_per_image:
+def images_per_batch(batch_size: int, data: ConfigDict) -> int:
+    """Images of a batch of `batch_size` pairs, of hard negatives too. Raises ValueError where it does not divide."""
+    captions_per_image, group = data.captions_per_image, group_size(data)
+    if captions_per_image < 1 or batch_size < 1 or batch_size % (captions_per_image * group):
+        hard = f" times {group}, an example and its data.negatives.count hard negatives" if group > 1 else ""
         raise ValueError(
             f"a host's batch has {batch_size} pairs; expected a multiple of data.captions_per_image, "
-            f"{captions_per_image}"
+            f"{captions_per_image}{hard}"
         )
     return batch_size // captions_per_image
 
@@ -238,7 +244,7 @@ def _pass_size(dataset: DataSet, data: ConfigDict, captions: Captions, per_step:
 
 
 class _ExampleDraw(NamedTuple):
-    """Draws training examples. units: of an image, by field. views: None without pictures."""
+    """Draws training examples. units: of an image, by field. views: None without pictures. negatives: None without."""
 
     captions: Captions
     tokenizer: Tokenizer
@@ -247,25 +253,46 @@ class _ExampleDraw(NamedTuple):
     max_tokens: int
     units: Mapping[str, int]
     views: Views | None
+    negatives: Negatives | None
 
     @classmethod
     def from_config(
-        cls, data: ConfigDict, captions: Captions, tokenizer: Tokenizer, record: Mapping[str, np.ndarray]
+        cls,
+        data: ConfigDict,
+        captions: Captions,
+        tokenizer: Tokenizer,
+        record: Mapping[str, np.ndarray],
+        negatives: Negatives | None = None,
     ) -> _ExampleDraw:
         """Checks the rates. record: any of the split, for its shapes."""
         units = {unit: len(record[unit]) for unit in _UNITS if unit in record}
         views = Views.from_config(data, record["image"].shape[:2]) if "image" in record else None
         rates = Augmentation.from_config(data)
-        return cls(captions, tokenizer, rates, data.captions_per_image, data.max_tokens, units, views)
+        return cls(captions, tokenizer, rates, data.captions_per_image, data.max_tokens, units, views, negatives)
 
-    def __call__(self, number: int, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, number: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+        """An example, then its hard negatives."""
+        if self.per_image == 1:
+            image, chosen = int(self.captions.image[number]), [number]
+        else:
+            image, chosen = number, self._captions_of(number, rng)
+        examples = [self._example(image, chosen, rng)]
+        if self.negatives is not None:
+            hard = self.negatives.draw(np.array(chosen[:1]), np.array([image]), rng)[0]
+            for caption, of in zip(hard.tolist(), images_of(self.captions.first, hard).tolist(), strict=True):
+                others = [caption] if self.per_image == 1 else self._captions_of(of, rng)
+                captions = with_first(np.array([others]), np.array([caption]))[0]
+                examples.append(self._example(of, captions.tolist(), rng))
+        return examples
+
+    def _captions_of(self, image: int, rng: np.random.Generator) -> list[int]:
+        """Captions of an image, without replacement; an image with fewer repeats them evenly."""
+        first, last = self.captions.first[image : image + 2]
+        return [*(first + np.resize(rng.permutation(last - first), self.per_image))]
+
+    def _example(self, image: int, chosen: Sequence[int], rng: np.random.Generator) -> dict[str, Any]:
         """One example: image, token ids of its captions, kept units, view of its picture."""
         tokenizer, rates = self.tokenizer, self.rates
-        if self.per_image == 1:
-            image, chosen = self.captions.image[number], [number]
-        else:
-            first, last = self.captions.first[number : number + 2]
-            image, chosen = number, [*(first + np.resize(rng.permutation(last - first), self.per_image))]
         altered = (
             alter_words(*self.captions.caption(t), rates, tokenizer.mask_id, tokenizer.random_range, rng)
             for t in chosen
@@ -281,7 +308,8 @@ class _ExampleDraw(NamedTuple):
         return example
 
 
-def _collate(examples: Sequence[dict[str, Any]], *, buckets: Sequence[int]) -> HostBatch:
+def _collate(groups: Sequence[Sequence[dict[str, Any]]], *, buckets: Sequence[int]) -> HostBatch:
+    examples = [example for group in groups for example in group]
     keeps = [name for name in examples[0] if name.endswith(("_keep", "_view"))]
     return {
         "image_index": np.array([example["image_index"] for example in examples], np.int32),

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from shnet_jax.data.augment import Augmentation, keep_grid, keep_regions
+from shnet_jax.data.negatives import Negatives, group_size, open_negatives
 from shnet_jax.data.pictures import Views
 from shnet_jax.data.records import DataSet, RandomAccess
 
@@ -23,6 +24,7 @@ ENDLESS = 2**48
 WINDOW = 16
 """Blocks of `data.shuffle_block` whose examples are mixed."""
 _DRAWS = 1  # folded into the seed of what is drawn in a batch, as 0 is into that of the order
+_NEGATIVES = 2  # the same for hard negatives, so that the other draws are those of a run without them
 
 
 class CaptionRows(Protocol):
@@ -52,6 +54,15 @@ def images_of(first: np.ndarray, captions: np.ndarray) -> np.ndarray:
     return np.searchsorted(first, captions, side="right") - 1
 
 
+def with_first(captions: np.ndarray, hard: np.ndarray) -> np.ndarray:
+    """Captions [n, c] drawn for n images, of which `hard` [n] stand first; none stands twice that did not before."""
+    places = np.where(captions == hard[:, None], np.arange(captions.shape[1]), 0).max(axis=1)
+    captions = captions.copy()
+    captions[np.arange(len(captions)), places] = captions[:, 0]
+    captions[:, 0] = hard
+    return captions
+
+
 def caption_rows(dataset: DataSet, split: str, fields: Sequence[str]) -> dict[str, CaptionRows]:
     """The stored vectors of captions, by field, and their masks where the data set has any."""
     found: dict[str, CaptionRows] = {}
@@ -74,7 +85,7 @@ class VectorBatches:
 
     first: [N + 1], first caption of each image.
     per_image: captions of an image in a batch.
-    images: of a batch of all hosts together.
+    images: of a batch of all hosts together, those of hard negatives included.
     host, hosts: this one and their number.
     block: see `Order`.
     units: regions and cells of an image, which augmentation drops, by field.
@@ -82,6 +93,7 @@ class VectorBatches:
     texts: what is read of the captions; {} with resident features.
     records: what is read of the images; None with resident features.
     persons: [N] number of the person in each image, or None.
+    negatives: hard negatives that follow their example in the batch, or None.
     """
 
     first: np.ndarray
@@ -97,6 +109,7 @@ class VectorBatches:
     texts: Mapping[str, CaptionRows]
     records: RandomAccess | None
     persons: np.ndarray | None
+    negatives: Negatives | None = None
 
     def __len__(self) -> int:
         return ENDLESS
@@ -105,7 +118,8 @@ class VectorBatches:
     def order(self) -> Order:
         """The order of the examples: captions, or images with several captions in a batch."""
         examples = int(self.first[-1]) if self.per_image == 1 else len(self.first) - 1
-        return Order(examples, self.images, self.seed, self.block)
+        group = 1 if self.negatives is None else 1 + self.negatives.count
+        return Order(examples, self.images // group, self.seed, self.block)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((self.seed, _DRAWS, step))
@@ -114,6 +128,8 @@ class VectorBatches:
             captions, images = examples, images_of(self.first, examples)
         else:
             captions, images = self._choose(examples, rng).reshape(-1), examples
+        if self.negatives is not None:
+            captions, images = self._with_negatives(self.negatives, captions, images, step)
         kept = self._augment(rng)
         own = slice(self.host * (self.images // self.hosts), (self.host + 1) * (self.images // self.hosts))
         images, captions = images[own], captions.reshape(self.images, -1)[own].reshape(-1)
@@ -133,6 +149,18 @@ class VectorBatches:
         order = np.argsort(np.where(np.arange(keys.shape[1]) < counts[:, None], keys, 2.0), axis=1)
         places = np.arange(self.per_image) % counts[:, None]
         return self.first[images][:, None] + np.take_along_axis(order, places, axis=1)
+
+    def _with_negatives(
+        self, negatives: Negatives, captions: np.ndarray, images: np.ndarray, step: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Captions and images of the batch, each example followed by its hard negatives."""
+        rng, own = np.random.default_rng((self.seed, _NEGATIVES, step)), captions.reshape(len(images), -1)
+        hard = negatives.draw(own[:, 0], images, rng)
+        of_hard = images_of(self.first, hard.reshape(-1))
+        others = self._choose(of_hard, rng) if self.per_image > 1 else hard.reshape(-1, 1)
+        others = with_first(others, hard.reshape(-1)).reshape(*hard.shape, -1)
+        both = np.concatenate([own[:, None], others], axis=1)
+        return both.reshape(-1), np.column_stack([images, of_hard.reshape(hard.shape)]).reshape(-1)
 
     def _augment(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Augmentation by field: the units that each image keeps, and how its picture is altered."""
@@ -215,9 +243,13 @@ def vector_batches(
         raise ValueError(f"config.data.shuffle_block is {data.shuffle_block}; it must be at least 0")
     first = dataset.first_captions(split)
     images = batch_size // per_image * hosts
+    negatives = open_negatives(data, dataset)
+    examples_of_step = images // group_size(data)
     kind, examples = ("captions", int(first[-1])) if per_image == 1 else ("images", len(first) - 1)
-    if examples < images:
-        raise ValueError(f"{dataset.path}: split {split!r} has {examples} {kind}, fewer than the {images} of one step")
+    if examples < examples_of_step:
+        raise ValueError(
+            f"{dataset.path}: split {split!r} has {examples} {kind}, fewer than the {examples_of_step} of one step"
+        )
     records = dataset.open_split(split, image_fields)
     one: Any = {name: dataset.features[name].shape for name in image_fields}
     units = {unit: int(one[unit][0]) for unit in ("regions", "grid") if unit in one}
@@ -238,4 +270,5 @@ def vector_batches(
         {} if data.resident else caption_rows(dataset, split, text_fields),
         None if data.resident else records,
         persons,
+        negatives,
     )

@@ -119,7 +119,7 @@ def _stream(tiling: Tiling, score: ItemScore, k: int, k_captions: int) -> BothTo
     The devices keep the best images of a tile of captions; the host merges those of all devices, and the captions.
     """
     n, t, devices = size(tiling.images), size(tiling.texts), tiling.mesh.size
-    scores, keep = programs(score, tiling.mesh).scores, _keep_best(tiling.mesh, k, k_captions)
+    scores, keep = programs(score, tiling.mesh).scores, keep_best(tiling.mesh, k, k_captions)
     by_image, by_caption = _empty(n, k_captions), _empty(t, k)
     nothing = (
         np.full((devices, tiling.columns, k), -np.inf, np.float32),
@@ -145,14 +145,19 @@ def _stream(tiling: Tiling, score: ItemScore, k: int, k_captions: int) -> BothTo
             values, places = (np.asarray(a)[tile.images.real] for a in of_images)
             _merge(by_image, tile.images.items[tile.images.real], values, columns[places])
         if tile.round == tiling.rounds - 1:
-            values, index = (np.moveaxis(np.asarray(a), 0, 1).reshape(tiling.columns, -1)[real] for a in best_images)
-            order = np.lexsort((index, -values), axis=1)[:, :k]
-            by_caption.index[columns[real]] = np.take_along_axis(index, order, 1)
-            by_caption.score[columns[real]] = np.take_along_axis(values, order, 1)
+            merged = merge_devices(best_images, real, k)
+            by_caption.index[columns[real]], by_caption.score[columns[real]] = merged.index, merged.score
     check_no_nan(nans, n, t)
     for side in (by_image, by_caption):
         _fill_lowest(side)
     return BothTopK(by_image, by_caption)
+
+
+def merge_devices(best: tuple[Array, Array], real: np.ndarray, k: int) -> TopK:
+    """The best k of the lists [devices, columns, k] of scores and items, of the columns that are real."""
+    values, index = (np.moveaxis(np.asarray(a), 0, 1).reshape(len(real), -1)[real] for a in best)
+    order = np.lexsort((index, -values), axis=1)[:, :k]
+    return TopK(np.take_along_axis(index, order, 1).astype(np.int64), np.take_along_axis(values, order, 1))
 
 
 def _empty(queries: int, k: int) -> TopK:
@@ -180,7 +185,7 @@ def _fill_lowest(best: TopK) -> None:
 
 
 @lru_cache(maxsize=32)
-def _keep_best(mesh: Mesh, k: int, k_captions: int) -> Mapped:
+def keep_best(mesh: Mesh, k: int, k_captions: int) -> Mapped:
     """The program that updates the best images of a tile of captions.
 
     (best scores and images so far, each [devices, columns, k]; scores [devices * rows, columns]; their images, NONE for

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from shnet_jax.data.batches import gather, resident_table, steps_per_epoch, train_batches
+from shnet_jax.data.batches import gather, images_per_batch, resident_table, steps_per_epoch, train_batches
 from shnet_jax.data.tokenise import NO_UNKNOWN, Captions, Tokenizer, tokenise_split
 from shnet_jax.durations import TrainingLength, count_steps, given
 from shnet_jax.evaluation.encode import check as check_evaluation
@@ -88,6 +88,7 @@ def setup_training(experiment: Experiment) -> TrainSetup:
             "reported; set it to a validation split (docs/data.md tells how to hold one out)"
         )
     dataset.check_captioned(config.data.train_split)
+    _check_negatives(config)
     mesh = make_mesh(config.parallel.devices)
     pairs_per_device(config, mesh.size)
     check_evaluation(experiment.model, config, mesh)
@@ -264,6 +265,23 @@ def pairs_per_device(config: ConfigDict | FrozenConfigDict, devices: int) -> int
             f"whole images of config.data.captions_per_image = {unit}, or be 0"
         )
     return pairs
+
+
+def _check_negatives(config: FrozenConfigDict) -> None:
+    """Raises ValueError for hard negatives with a batch that they do not divide, or a loss that takes no ids."""
+    if not config.data.negatives.folder and not config.data.negatives.count:
+        return
+    images_per_batch(config.train.batch_size, config.data)
+    unmasked = [
+        name
+        for name, weight in config.loss.weights.items()
+        if weight > 0 and not config.loss.get(name, {}).get("mask_same_image", True)
+    ]
+    if unmasked:
+        raise ValueError(
+            f"config.loss.{unmasked[0]}.mask_same_image is False, and with config.data.negatives an image may stand in "
+            "a batch twice and would be its own negative: set it to True"
+        )
 
 
 def takes_microbatches(model: RetrievalModel, variables: Any) -> bool:

@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "config.data.prefetch",
     "config.data.read_threads",
     "config.eval.",
+    "config.mine.",
     "config.name",
     "config.page.",
     "config.parallel.devices",
@@ -63,7 +64,7 @@ SELECTING = ("config.eval.person", "config.eval.protocols")
 # are options of something that is off, or name what the run did anyway, and are taken as they are given.
 SWITCHES = re.compile(
     r"config\.(loss\.weights\.|loss\.\w+\.warmup_(steps|percent)$|optim\.|momentum\.(queue|from_)|model\.\w+$"
-    r"|loss\.matryoshka$|train\.(log|checkpoint)_(epochs|percent)$|train\.eval_(steps|percent)$)"
+    r"|loss\.matryoshka$|data\.negatives\.|train\.(log|checkpoint)_(epochs|percent)$|train\.eval_(steps|percent)$)"
 )
 
 
