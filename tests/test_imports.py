@@ -54,7 +54,7 @@ PROJECT = {"shnet_jax", "data_prep", "configs", "tests", "benchmarks", "main"}
 # What only these files may import or name; "" stands for no file.
 ONLY_IN = {
     "tensorflow": ("",),
-    "torch": ("shnet_jax/interop/*", "data_prep/extract*", "benchmarks/align.py"),
+    "torch": ("shnet_jax/interop/*", "data_prep/extract*", "benchmarks/align.py", "benchmarks/published.py"),
     "torchvision": ("shnet_jax/interop/*", "data_prep/extract*"),
     "orbax": ("shnet_jax/training/checkpoint.py",),
     "pmap": ("shnet_jax/parallel/mapping.py",),
