@@ -50,10 +50,14 @@ def run(sizes: Sizes) -> list[Row]:
     variables = replicate(init(jax.random.key(0), {name: values[:1] for name, values in host.items()}), mesh)
     products = {dtype: best_product(dtype) for dtype in DTYPES}
     calls: dict[str, Callable[[], Any]] = {f"product {dtype}": product.call for dtype, product in products.items()}
+
+    def embed(encode: Callable[..., Any], side: str) -> Any:
+        return encode(variables, put_batch(halves[side], mesh))
+
     for dtype in DTYPES:
         for side, tower in SIDES.items():
             encode = map_encode(partial(tower, models[dtype]), mesh)
-            calls[f"{side} {dtype}"] = lambda encode=encode, side=side: encode(variables, put_batch(halves[side], mesh))
+            calls[f"{side} {dtype}"] = partial(embed, encode, side)
     times = interleave(calls, sizes.rounds)
     config = configs["float32"]
     operations = {
