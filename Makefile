@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment that the first command makes: all it takes is Python, make and a package index.
-#   make demo | test | test-fast | test-pythons | test-extract | test-trackers | lint | bench | setup | minilm | tpu-compiler | lock | clean
+#   make demo | test | test-fast | test-pythons | test-extract | test-trackers | lint | bench | bench-gpu | setup | minilm | tpu-compiler | lock | clean
 # Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
 #   make setup EXTRAS=cuda12 | cuda13 | tpu    JAX for the accelerator of this machine, which is looked at first
 # What is installed: exactly the files of requirements/*.txt, by sha256. Other extras than dev and these, and `make setup
@@ -32,7 +32,7 @@ FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2]
 VERSION = import sys; print(*sys.version_info[:2], sep='.')
 
 .PHONY: environment setup demo minilm tpu-compiler lock test test-fast test-slow test-pythons test-extract test-trackers \
-	lint bench clean
+	lint bench bench-gpu clean
 .DEFAULT_GOAL := setup
 
 # The environment is made again when it does not run, has another Python than the one asked for, or was not finished;
@@ -190,6 +190,11 @@ test-trackers:
 # Ratios of this machine, to runs/bench/results.json; some of them: make bench BENCH="--only=pool,ranking"
 bench: setup
 	$(PY) -m benchmarks $(BENCH)
+
+# What is worth running on one GPU, in under 9 minutes, to runs/bench/gpu.json and gpu.md. JAX for it, and PyTorch for the
+# rows that compare with it: make setup EXTRAS=cuda12; .venv/bin/pip install torch
+bench-gpu: setup
+	"$(PY)" -m benchmarks --gpu $(BENCH)
 
 clean:
 	rm -rf "$(VENV)" build *.egg-info .mypy_cache .ruff_cache

@@ -106,6 +106,8 @@ def plain(sizes: Sizes) -> Callable[[np.ndarray, np.ndarray], float]:
     import torch
     from torch.nn import functional
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
     class Star(torch.nn.Module):
         def __init__(self, layers: dict[str, np.ndarray]):
             super().__init__()
@@ -120,14 +122,14 @@ def plain(sizes: Sizes) -> Callable[[np.ndarray, np.ndarray], float]:
             one, two = self.f1(x).clamp(-1e3, 1e3), self.f2(x).clamp(-1e3, 1e3)
             return functional.normalize(self.g(functional.relu6(one) * two), dim=-1)
 
-    heads = torch.nn.ModuleDict({side: Star(layers) for side, layers in weights(sizes).items()})
-    scale, bias = (torch.nn.Parameter(torch.tensor(x)) for x in (float(np.log(SCALE)), BIAS))
+    heads = torch.nn.ModuleDict({side: Star(layers) for side, layers in weights(sizes).items()}).to(device)
+    scale, bias = (torch.nn.Parameter(torch.tensor(x, device=device)) for x in (float(np.log(SCALE)), BIAS))
     parameters = [*heads.parameters(), scale, bias]
     averages = [torch.zeros_like(p) for p in parameters]
-    labels = 2 * torch.eye(sizes.batch) - 1
+    labels = 2 * torch.eye(sizes.batch, device=device) - 1
 
     def step(images: np.ndarray, texts: np.ndarray) -> float:
-        sides = (torch.from_numpy(x).float() for x in (images, texts))
+        sides = (torch.from_numpy(x).to(device).float() for x in (images, texts))
         embedded = [head(x) for head, x in zip(heads.values(), sides, strict=True)]
         logits = scale.exp() * embedded[0] @ embedded[1].T + bias
         loss = -functional.logsigmoid(labels * logits).mean()

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from benchmarks import machine
@@ -28,8 +29,8 @@ from shnet_jax.parallel.mapping import make_mesh, map_encode, put_batch, replica
 from shnet_jax.scaling.processes import virtual_devices
 from shnet_jax.types import Array, Context, Embedding
 
-TEMPERATURE, MARGIN = 0.07, 0.2
-LOSSES = ("infonce", "triplet")
+TEMPERATURE, MARGIN, SCALE, BIAS = 0.07, 0.2, 10.0, -10.0
+LOSSES = ("infonce", "triplet", "sigmoid")
 STEPS_PER_EPOCH = 1000
 ONE_DEVICE = ("gathered", "streamed")
 SEVERAL_DEVICES = ("ring",)
@@ -38,7 +39,7 @@ FITS = 0.8  # share of the free memory that a program may take
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """pairs: global batches, ascending. dim: of the embeddings. devices: virtual ones of the ring.
+    """pairs: global batches, ascending. dim: of the embeddings. devices: virtual ones of the ring; 0: no ring.
 
     budget: seconds after which no further round of a batch size begins.
     """
@@ -52,6 +53,7 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(pairs=(1024, 4096), rounds=1)
+GPU = Sizes(devices=0, budget=10.0)
 
 
 def dense_infonce(images: Array, texts: Array) -> tuple[Array, Array]:
@@ -74,7 +76,15 @@ def dense_triplet(images: Array, texts: Array) -> tuple[Array, Array]:
     return jax.nn.relu(gaps).sum(), jnp.mean(gaps > 0)
 
 
-DENSE = {"infonce": dense_infonce, "triplet": dense_triplet}
+def dense_sigmoid(images: Array, texts: Array) -> tuple[Array, Array]:
+    """Reference sigmoid loss (loss, its part of negatives) from the whole score matrix, as `dense_infonce`."""
+    logits = SCALE * jnp.matmul(images, texts.T, precision=lax.Precision.HIGHEST) + BIAS
+    positive = jax.nn.softplus(-jnp.diagonal(logits)).sum()
+    negative = jnp.where(jnp.eye(len(images), dtype=bool), 0.0, jax.nn.softplus(logits)).sum()
+    return (positive + negative) / len(images), negative / len(images)
+
+
+DENSE = {"infonce": dense_infonce, "triplet": dense_triplet, "sigmoid": dense_sigmoid}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,22 +104,20 @@ class Program:
 
 def dense_program(loss: str, pairs: int, dim: int) -> Program:
     """The plain implementation on one device."""
-    embeddings = jax.device_put(_embeddings(pairs, dim))
+    vectors = jax.device_put(embeddings(pairs, dim))
     program = jax.jit(jax.value_and_grad(DENSE[loss], argnums=(0, 1), has_aux=True))
-    compiled = program.lower(*embeddings).compile()
-    return Program(pairs, partial(compiled, *embeddings), machine.program_bytes(compiled))
+    compiled = program.lower(*vectors).compile()
+    return Program(pairs, partial(compiled, *vectors), machine.program_bytes(compiled))
 
 
-def loss_program(loss: str, strategy: str, pairs: int, dim: int, devices: int) -> Program:
-    """A loss with its default options, its metrics and all gradients, over `devices` devices.
+def lower_loss(loss: str, strategy: str, mesh: Mesh, step: Any, batch: dict[str, Any]) -> jax.stages.Lowered:
+    """Lowers a loss with its default options, its metrics and all gradients; of arrays, or of their shapes.
 
-    Its warm-up, where it has one, is part of the program and over: what nearly all steps of a training are.
+    batch: images and texts [pairs, dim], ids [pairs], split over the devices. step: [], on every device.
     """
-    mesh, config = make_mesh(devices), base.get_config().loss
+    config = base.get_config().loss
     config.weights, config.pairs.strategy = ConfigDict({loss: 1.0}), strategy
     learned, compute = total.build(config, STEPS_PER_EPOCH)
-    images, texts = _embeddings(pairs, dim)
-    batch = put_batch({"images": images, "texts": texts, "ids": np.arange(pairs, dtype=np.int32)}, mesh)
 
     def per_device(step: Array, batch: dict[str, Array]) -> Any:
         def share(images: Array, texts: Array, params: Any) -> tuple[Array, dict[str, Array]]:
@@ -121,12 +129,23 @@ def loss_program(loss: str, strategy: str, pairs: int, dim: int, devices: int) -
         (*gradients, of_params), terms = slopes(batch["images"], batch["texts"], learned)
         return gradients, jax.tree.map(lambda x: x[None], (terms, of_params))
 
+    return map_encode(per_device, mesh).lower(step, batch)
+
+
+def loss_program(loss: str, strategy: str, pairs: int, dim: int, devices: int) -> Program:
+    """A loss as `lower_loss` has it, over `devices` devices.
+
+    Its warm-up, where it has one, is part of the program and over: what nearly all steps of a training are.
+    """
+    mesh = make_mesh(devices)
+    images, texts = embeddings(pairs, dim)
+    batch = put_batch({"images": images, "texts": texts, "ids": np.arange(pairs, dtype=np.int32)}, mesh)
     given = replicate(np.int32(STEPS_PER_EPOCH), mesh), batch
-    compiled = map_encode(per_device, mesh).lower(*given).compile()
+    compiled = lower_loss(loss, strategy, mesh, *given).compile()
     return Program(pairs, partial(compiled, *given), machine.program_bytes(compiled))
 
 
-def _embeddings(pairs: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+def embeddings(pairs: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Images and texts [pairs, dim], unit vectors; the two of a pair are alike."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((pairs, dim), np.float32)
@@ -138,7 +157,7 @@ def _embeddings(pairs: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 def run(sizes: Sizes) -> list[Row]:
     """Every loss in the strategies of one device here, in the ring in a process with virtual devices."""
-    return measure(sizes, ONE_DEVICE, 1) + _with_devices(sizes)
+    return measure(sizes, ONE_DEVICE, 1) + (_with_devices(sizes) if sizes.devices else [])
 
 
 def measure(sizes: Sizes, strategies: tuple[str, ...], devices: int) -> list[Row]:

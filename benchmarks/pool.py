@@ -30,6 +30,7 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(sets=4, rounds=3)
+GPU = Sizes(sets=256, rounds=3)
 
 
 def sorted_pool(features: Array, mask: Array, weights: Array) -> Array:

@@ -43,6 +43,7 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(pairs=4, images=4, layers=2, rounds=2)
+GPU = Sizes(pairs=256, images=256)
 
 
 def configuration(dtype: str, layers: int) -> FrozenConfigDict:

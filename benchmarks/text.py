@@ -36,6 +36,7 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(images=16, batch=16, layers=2, rounds=2)
+GPU = Sizes(images=512, batch=512, rounds=3)
 
 
 def caption_lengths(images: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import sys
 from functools import partial
@@ -15,12 +16,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from benchmarks import (
+    embed,
     flops,
     interaction,
     losses,
     memory,
     momentum,
     pool,
+    published,
     ranking,
     resident,
     runner,
@@ -98,6 +101,63 @@ def test_ranks_are_those_of_the_product(monkeypatch):
         ranking.check_ranks(Ranks(np.zeros(2, int), np.array([rank, 0])), tied, np.arange(2))
     with pytest.raises(RuntimeError, match="caption 0 has rank 2; by NumPy's scores 0, or up to 1 more by near ties"):
         ranking.check_ranks(Ranks(np.zeros(2, int), np.array([2, 0])), tied, np.arange(2))
+
+
+def test_ranks_of_a_gallery_whose_scores_do_not_fit():
+    """NumPy multiplies some of the images, and the ranks are checked by rows and columns of the scores."""
+    sizes = ranking.Sizes(images=6, captions=18, dim=4, rounds=1, product=2)
+    (row,) = ranking.run(sizes)
+    assert (row.work, row.reference_work) == (6 * 18, 2 * 18) and "of 2 images" in row.reference
+    calls, owner = ranking.contenders(sizes), ranking.owners(sizes)
+    actual = calls["ranks"]()
+    with pytest.raises(RuntimeError, match="caption 5 has rank"):
+        ranking.check_ranks(dataclasses.replace(actual, t2i=actual.t2i + (owner == 5)), calls["scores"](), owner)
+
+
+@pytest.mark.slow
+def test_what_is_measured_on_a_gpu_runs_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "SHAPES", step.SHAPES | {"regions": (36, 8)})
+    monkeypatch.setattr(step, "VOCABULARY", 20)
+    monkeypatch.setattr("benchmarks.product.CPU_SIZES", (64,))
+    monkeypatch.setattr(step, "QUICK", step.Sizes(pairs=2, tokens=3, images=2, layers=1, rounds=1))
+    monkeypatch.setattr(text, "QUICK", text.Sizes(images=2, batch=4, layers=1, rounds=1))
+    monkeypatch.setattr(pool, "QUICK", pool.Sizes(sets=2, members=5, channels=8, rounds=1))
+    monkeypatch.setattr(losses, "QUICK", losses.Sizes(pairs=(8,), dim=4, devices=0, rounds=1))
+    small = ranking.Sizes(images=4, captions=8, dim=4, rounds=1, product=2)
+    monkeypatch.setattr(ranking, "QUICK", (small, dataclasses.replace(small, product=3)))
+    monkeypatch.setattr(embed, "QUICK", embed.Sizes(batch=2, tokens=3, layers=1, rounds=1))
+    find = importlib.util.find_spec  # PyTorch: see the test below
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
+    out = tmp_path / "gpu.json"
+    assert runner.main(["--gpu", "--quick", f"--out={out}"]) == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    measured = {row["benchmark"] for row in rows if row["ratio"]}
+    assert measured == set(runner.ON_GPU) - {"published", "align"}
+    assert all(row["note"].startswith("no PyTorch here") for row in rows if not row["ratio"])
+    assert {row["what"].split(",")[0] for row in rows if row["benchmark"] == "losses"} == set(losses.LOSSES)
+    assert len([row for row in rows if row["benchmark"] == "ranking"]) == 2
+    assert {row["what"] for row in rows if row["benchmark"] == "embed"} == {
+        f"2 {side} embedded, {dtype}" for side in ("images", "captions") for dtype in step.DTYPES
+    }
+    page = out.with_suffix(".md").read_text(encoding="utf-8")
+    assert page in capsys.readouterr().out and page.count("\n| embed ") == 4
+
+
+def test_after_its_time_a_gpu_run_begins_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GPU_SECONDS", -1.0)
+    out = tmp_path / "gpu.json"
+    assert runner.main(["--gpu", "--only=step,pool", f"--out={out}"]) == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["note"].split()[-1] for row in rows] == ["--only=step", "--only=pool"]
+
+
+def test_the_formulas_in_pytorch_compute_the_same(monkeypatch):
+    pytest.importorskip("torch")
+    rows = published.run(published.QUICK)
+    assert len(rows) == len(losses.LOSSES) + 1 and all(row.ratio > 0 for row in rows)
+    monkeypatch.setattr(losses, "MARGIN", 0.3)
+    with pytest.raises(RuntimeError, match=r"triplet, gathered, 64 pairs, D 32: .* in PyTorch"):
+        published.run(published.QUICK)
 
 
 def test_a_benchmark_that_fails_is_a_row(tmp_path, monkeypatch, capsys):

@@ -60,7 +60,7 @@ PROJECT = {"shnet_jax", "data_prep", "configs", "tests", "benchmarks", "main"}
 ONLY_IN = {
     "tensorflow": ("",),
     "fsspec": ("shnet_jax/storage.py",),
-    "torch": ("shnet_jax/interop/*", "data_prep/extract*", "benchmarks/align.py"),
+    "torch": ("shnet_jax/interop/*", "data_prep/extract*", "benchmarks/align.py", "benchmarks/published.py"),
     "torchvision": ("shnet_jax/interop/*", "data_prep/extract*"),
     "orbax": ("shnet_jax/training/checkpoint.py",),
     "pmap": ("shnet_jax/parallel/mapping.py",),

@@ -129,7 +129,10 @@ class _Counter:
                     return branches[self._warm_up]  # the branch for false is the first one of a `lax.cond`
                 return max(branches, key=lambda w: (w.flops, w.bytes))
             case "fusion":  # its inner values never reach main memory
-                return sum((replace(self.total(name), bytes=0.0) for name in instruction.called("calls")), Work())
+                return sum(
+                    (_scattered(name, replace(self.total(name), bytes=0.0)) for name in instruction.called("calls")),
+                    Work(),
+                )
         names = [*instruction.called("to_apply"), *instruction.called("calls")]
         return sum((self.total(name) for name in names), Work())
 
@@ -215,6 +218,13 @@ def _collective(computation: Computation, instruction: Instruction) -> Work:
     # The tuple of a -start holds operands, results and more; its -done has the results alone.
     results = _done(computation, instruction).shapes if kind != instruction.opcode else instruction.shapes
     return Work(collectives={kind: max(operands, sum(s.bytes for s in results))})
+
+
+def _scattered(name: str, work: Work) -> Work:
+    """Work of a fusion; a TPU's reduce-scatter is one of that name, of an all-reduce and the slice that is kept."""
+    if not name.startswith("all-reduce-scatter"):
+        return work
+    return replace(work, collectives={"reduce-scatter": work.collectives.get("all-reduce", 0.0)})
 
 
 def _uncopied(computation: Computation, name: str) -> Instruction:

@@ -254,6 +254,35 @@ def test_text_of_the_tpu_compiler():
     assert actual.bytes == pytest.approx(FLOAT * 512 * 512 * turns + FLOAT * (64 + 512) * 512, rel=1e-4)
 
 
+SCATTER = """HloModule jit_f, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %c = f32[]{:T(128)} add(%a, %b)
+}
+
+%all-reduce-scatter.1 (input: f32[64,32]) -> f32[16,32] {
+  %input = f32[64,32]{1,0:T(8,128)} parameter(0)
+  %all-reduce.1 = f32[64,32]{1,0:T(8,128)} all-reduce(%input), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  %id = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %own = f32[16,32]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %id, %zero), dynamic_slice_sizes={16,32}
+}
+
+ENTRY %main (x: f32[64,32]) -> f32[16,32] {
+  %x = f32[64,32]{1,0:T(8,128)} parameter(0)
+  ROOT %fusion = f32[16,32]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_a_scatter_of_the_tpu_compiler_is_no_sum_for_every_device():
+    assert program.work(SCATTER).collectives == {"reduce-scatter": 64 * 32 * FLOAT}
+    summed = program.work(SCATTER.replace("all-reduce-scatter.1", "fused_computation"))
+    assert summed.collectives == {"all-reduce": 64 * 32 * FLOAT}
+
+
 def test_a_loop_whose_start_is_not_known_counts_once():
     actual = program.work(TPU.replace("%copy.2 = s32[] copy(%zero)", "%copy.2 = s32[] partition-id()"))
     assert actual.loops_once == 1
