@@ -369,6 +369,11 @@ def local(url: str) -> Path:
     return mirror.folder
 
 
+def is_copy(place: str | Path) -> bool:
+    """Whether a path is the copy that `local` gave for a URL."""
+    return any(mirror.folder == Path(place) for mirror in _fetched.values())
+
+
 @contextmanager
 def working_in(place: str | Path, *, alone: bool = False) -> Iterator[Path]:
     """Context with the local path of a folder that may be in object storage, to which changes go back.

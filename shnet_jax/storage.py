@@ -170,6 +170,8 @@ def _opened(url: str) -> tuple[Any, str]:
         }  # fmt: skip
     elif EXTRAS.get(scheme) == "gcs":
         options["requests_timeout"] = seconds
+        if os.environ.get("STORAGE_EMULATOR_HOST"):  # as Google's own clients do
+            options["token"] = "anon"
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:

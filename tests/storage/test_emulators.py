@@ -10,7 +10,6 @@ import signal
 import sys
 import uuid
 
-import fsspec
 import pytest
 
 from shnet_jax import storage
@@ -23,7 +22,8 @@ from tests.storage.emulators import BUCKET, EMULATORS, S3, Faults, needs, proxy
 from tests.train import tiny
 
 SCHEMES = [pytest.param("s3", marks=needs("s3")), pytest.param("gs", marks=needs("gs"))]
-STEPS = 11
+STEPS = 120
+"""With a checkpoint every 5: the run lasts seconds longer than the first one of them takes to be in the bucket."""
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
@@ -51,7 +51,6 @@ def _forget_clients() -> None:
     for package, name in (("s3fs", "S3FileSystem"), ("gcsfs", "GCSFileSystem")):
         if package in sys.modules:
             getattr(sys.modules[package], name).clear_instance_cache()
-    fsspec.config.set_conf_env(fsspec.config.conf)
 
 
 def put_dataset(place: str) -> str:
@@ -119,9 +118,9 @@ def test_missing_credentials_are_one_line(tmp_path, monkeypatch):
 def test_a_run_is_killed_resumed_elsewhere_evaluated_embedded_and_searched(bucket, tmp_path):
     place, environment = bucket
     data, run = put_dataset(place), f"{place}/runs/one"
-    changes = {"model.name": "shnet", "train.steps": STEPS}
-    command = [*flags(data, "train", **{n.replace(".", "__"): v for n, v in changes.items()}), f"--workdir={run}"]
-    with Program(command, tmp_path / "first.log", **environment) as first:
+    changes = {"model__name": "shnet", "train__steps": STEPS, "train__checkpoint_steps": 5, "train__eval_epochs": 10.0}
+    command = [*flags(data, "train", **changes), f"--workdir={run}"]
+    with Program(command, tmp_path / "first.log", **environment | {"SHNET_SYNC_SECONDS": "0.05"}) as first:
         saved = first.until(lambda: any(name.endswith(MARKER) for name in storage.find(f"{run}/checkpoints")))
         first.send(signal.SIGKILL)
         assert saved and first.wait() == -signal.SIGKILL, first.output()
@@ -130,8 +129,8 @@ def test_a_run_is_killed_resumed_elsewhere_evaluated_embedded_and_searched(bucke
         assert second.wait() == 0, second.output()
         assert "continuing from step" in second.output()
     undisturbed = tmp_path / "undisturbed"
-    local = [*flags(tiny.dataset().parent, "train", **{n.replace(".", "__"): v for n, v in changes.items()})]
-    with Program([*local, f"--workdir={undisturbed}"], tmp_path / "local.log") as third:
+    local = [*flags(tiny.dataset().parent, "train", **changes), f"--workdir={undisturbed}"]
+    with Program(local, tmp_path / "local.log") as third:
         assert third.wait() == 0, third.output()
     copy = tmp_path / "second" / "work" / place.replace("://", "/") / "runs" / "one"
     ours, theirs = tiny.arrays(copy, STEPS), tiny.arrays(undisturbed, STEPS)
