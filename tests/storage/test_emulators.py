@@ -22,7 +22,7 @@ from tests.storage.emulators import BUCKET, EMULATORS, S3, Faults, needs, proxy
 from tests.train import tiny
 
 SCHEMES = [pytest.param("s3", marks=needs("s3")), pytest.param("gs", marks=needs("gs"))]
-STEPS = 120
+STEPS = 300
 """With a checkpoint every 5: the run lasts seconds longer than the first one of them takes to be in the bucket."""
 
 
@@ -118,7 +118,7 @@ def test_missing_credentials_are_one_line(tmp_path, monkeypatch):
 def test_a_run_is_killed_resumed_elsewhere_evaluated_embedded_and_searched(bucket, tmp_path):
     place, environment = bucket
     data, run = put_dataset(place), f"{place}/runs/one"
-    changes = {"model__name": "shnet", "train__steps": STEPS, "train__checkpoint_steps": 5, "train__eval_epochs": 10.0}
+    changes = {"train__steps": STEPS, "train__checkpoint_steps": 5, "train__eval_epochs": 10.0}
     command = [*flags(data, "train", **changes), f"--workdir={run}"]
     with Program(command, tmp_path / "first.log", **environment | {"SHNET_SYNC_SECONDS": "0.05"}) as first:
         saved = first.until(lambda: any(name.endswith(MARKER) for name in storage.find(f"{run}/checkpoints")))
@@ -137,13 +137,9 @@ def test_a_run_is_killed_resumed_elsewhere_evaluated_embedded_and_searched(bucke
     assert ours.keys() == theirs.keys() and all(ours[n].tobytes() == theirs[n].tobytes() for n in ours)
     assert tiny.lines(copy) == tiny.lines(undisturbed)
     third_machine = environment | {storage.CACHE: str(tmp_path / "third")}
-    for mode, more in (
-        ("eval", ["--config.eval.split=test"]),
-        ("embed", ["--config.search.split=test"]),
-        ("search", ["--config.search.split=test", "--query=a red star"]),
-    ):
-        given = [f"--mode={mode}", f"--workdir={run}", "--config.eval.batch_size=4", *more]
-        with Program(["main.py", *given], tmp_path / f"{mode}.log", **third_machine) as program:
+    for mode, more in (("eval", []), ("embed", []), ("search", ["--query=a red star"])):
+        given = [*flags(data, mode, eval__split="test", search__split="test"), f"--workdir={run}", *more]
+        with Program(given, tmp_path / f"{mode}.log", **third_machine) as program:
             assert program.wait() == 0, program.output()
     found = storage.find(run)
     assert {name.rpartition("/")[2] for name in found} >= {
