@@ -102,6 +102,25 @@ def test_checksums_go_last_and_removals_take_them_first(machine, monkeypatch):
     assert order[0] == ("remove", f"checkpoints/30/{MARKER}") and ("remove", "checkpoints/30/model/a") in order
 
 
+def test_a_checkpoint_removed_while_it_is_listed_goes_whole(machine, monkeypatch):
+    whole = mirror._files
+    monkeypatch.setattr(mirror, "EVERY", 60.0)  # uploads at the end alone
+    with working_in(URL, alone=True) as folder:
+        put(folder, "checkpoints/30/model/a")
+        put(folder, f"checkpoints/30/{MARKER}")
+    with working_in(URL, alone=True) as folder:
+
+        def cut(place):
+            found = whole(place)
+            if (place / "checkpoints/30").exists():
+                (place / "checkpoints/30").rename(place / "checkpoints/removed")
+                found.pop("checkpoints/30/model/a")
+            return found
+
+        monkeypatch.setattr(mirror, "_files", cut)
+    assert names() == set()
+
+
 def test_a_reader_sees_what_was_removed_and_keeps_what_it_makes(machine):
     with working_in(URL, alone=True) as folder:
         put(folder, "kept")
