@@ -169,7 +169,7 @@ PATH_LISTS = ("config.eval.ensemble", "config.cross.runs", "config.cross.data_di
 NAME_LISTS = ("config.train.log_to", "config.train.log_tags")
 DATA_SETS = (("data", "dir"), ("cross", "data_dirs"))
 """Fields that keep a URL: the data set is read through a cache of its own."""
-RUNS = ("train", "study", "scale", "photos")
+RUNS = ("train", "study", "scale")
 """Modes whose work folder in object storage no other command of these may write to meanwhile."""
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
 """Device files of TPUs and of NVIDIA's and AMD's GPUs (under WSL: dxg)."""
@@ -471,6 +471,8 @@ def main(argv: Sequence[str]) -> None:
             log.info("%s", banner(MODE.value, str(WORKDIR.value)))
             if warning := unused_accelerator():
                 log.warning("%s", warning)
+        if MODE.value == "photos" and mirror.is_copy(str(WORKDIR.value)):
+            raise ValueError("photos keeps paths of this machine in its folder: --out takes a local folder, not a URL")
         with mirror.working_in(str(WORKDIR.value), alone=MODE.value in RUNS) as folder:
             call(CONFIG.value, str(folder), **{flag: flags.FLAGS[flag].value for flag in mode.own_flags})
     except (ValueError, OSError, CheckpointError, FolderInUse, NonFiniteLoss, WorkdirError) as error:

@@ -131,8 +131,8 @@ class Mirror:
         with self._alone():
             self._check_owner()
             here, synced = _files(self.folder), self._synced()
-            changed = [name for name, found in here.items() if name not in synced or synced[name][2:] != found]
-            gone = sorted(synced.keys() - here.keys(), key=lambda name: not name.endswith(MARKER))
+            gone = sorted(self._gone(here, synced), key=lambda name: not name.endswith(MARKER))
+            changed = [name for name in here.keys() - set(gone) if name not in synced or synced[name][2:] != here[name]]
             if not changed and not gone:
                 return
             checkpoints: dict[str, list[str]] = {}
@@ -152,6 +152,13 @@ class Mirror:
                 name: _Both(there[name].version, there[name].size, *here[name]) for name in changed if name in there
             }
             self._keep(synced)
+
+    def _gone(self, here: dict[str, tuple[int, int]], synced: dict[str, _Both]) -> set[str]:
+        """What the bucket has and the copy no more; all of a checkpoint that was removed while it was listed."""
+        gone = synced.keys() - here.keys()
+        cut = {found[1] for name in gone if (found := _CHECKPOINT.fullmatch(name))}
+        removed = tuple(f"{folder}/" for folder in cut if not (self.folder / folder / MARKER).exists())
+        return gone | {name for name in synced if name.startswith(removed)}
 
     def _upload(self, name: str) -> None:
         with suppress(FileNotFoundError):  # removed since it was listed
@@ -323,12 +330,13 @@ class Mirror:
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
     """Time of the last change in ns and bytes of each file that both sides have; no checkpoint without checksums."""
     found = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        with suppress(FileNotFoundError):
-            if not _LOCAL_ALONE.fullmatch(name) and path.is_file():
-                stat = path.stat()
-                found[name] = stat.st_mtime_ns, stat.st_size
+    for place, _, names in os.walk(folder):  # which passes over folders that are removed meanwhile
+        for path in map(Path(place).joinpath, names):
+            name = path.relative_to(folder).as_posix()
+            with suppress(FileNotFoundError):
+                if not _LOCAL_ALONE.fullmatch(name):
+                    stat = path.stat()
+                    found[name] = stat.st_mtime_ns, stat.st_size
     return _whole(found)
 
 
@@ -367,6 +375,11 @@ def local(url: str) -> Path:
         mirror.fetch()
         _fetched[mirror.url] = mirror
     return mirror.folder
+
+
+def is_copy(place: str | Path) -> bool:
+    """Whether a path is the copy that `local` gave for a URL."""
+    return any(mirror.folder == Path(place) for mirror in _fetched.values())
 
 
 @contextmanager

@@ -84,7 +84,8 @@ def find(url: str, depth: int | None = None) -> dict[str, Stat]:
 
     def listed() -> dict[str, Stat]:
         fs.invalidate_cache()
-        return {name: _stat(entry) for name, entry in fs.find(path, maxdepth=depth, detail=True).items()}
+        # Not with maxdepth: s3fs then takes a folder whose listing fails as empty.
+        return {name: _stat(entry) for name, entry in fs.find(path, detail=True).items()}
 
     try:
         found = _retried(url, "list", listed)
@@ -93,7 +94,8 @@ def find(url: str, depth: int | None = None) -> dict[str, Stat]:
             raise
         return {}
     start = fs._strip_protocol(path).strip("/")  # what fsspec's own names begin with
-    return {name.strip("/").removeprefix(start).strip("/"): stat for name, stat in found.items()}
+    named = {name.strip("/").removeprefix(start).strip("/"): stat for name, stat in found.items()}
+    return {name: stat for name, stat in named.items() if depth is None or name.count("/") < depth}
 
 
 def read(url: str) -> bytes:
@@ -168,6 +170,8 @@ def _opened(url: str) -> tuple[Any, str]:
         }  # fmt: skip
     elif EXTRAS.get(scheme) == "gcs":
         options["requests_timeout"] = seconds
+        if os.environ.get("STORAGE_EMULATOR_HOST"):  # as Google's own clients do
+            options["token"] = "anon"
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:

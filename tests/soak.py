@@ -1,8 +1,9 @@
 """Kills real processes at random moments and starts them again: `python -m tests.soak --kills=50 --seed=0`.
 
 Killed (-9 and SIGTERM) are training, also while it writes a checkpoint; evaluation; an importer; --mode=embed; the
-building of a FAISS index, where FAISS is installed; a small --mode=scale. Each is killed a few times, started again by
-the same command until it ends by itself, and must then have left what a run that nobody disturbed leaves: the same
+building of a FAISS index, where FAISS is installed; a small --mode=scale; training in an emulated S3 bucket, where s3fs
+and moto are installed, every second time on another machine. Each is killed a few times, started again by the same
+command until it ends by itself, and must then have left what a run that nobody disturbed leaves: the same
 parameters bit by bit, the same log, the same files byte by byte, the same results.
 
 Prints a line for each kill and a table; exits with status 1 when anything differs.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -29,12 +31,15 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from shnet_jax import mirror, storage
 from shnet_jax.observe.terminal import make_output_safe
 from tests.compiling import xla_flags
 from tests.processes import ROOT, Program
+from tests.storage import emulators
 
 STEPS = 30
 KILLS_OF_A_RUN = 4  # then it may end
+BUCKET = f"s3://{emulators.BUCKET}"
 SAVING = "checkpoints/*.orbax-checkpoint-tmp*"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
@@ -134,8 +139,13 @@ def subjects(place: Path) -> tuple[list[Subject], list[str]]:
         ),
         Subject("scale", scaling, points, 0.04),
     ]
+    skipped = []
+    if emulators.missing("s3"):
+        skipped.append(f"bucket: not killed, since {emulators.missing('s3')} is not installed (make test-storage)")
+    else:
+        found.append(Subject("bucket", in_bucket(data), lambda folder: parameters(fetched(folder)), 0.2))
     if importlib.util.find_spec("faiss") is None:
-        return found, ["index: not killed, since faiss is not installed (pip install faiss-cpu)"]
+        return found, [*skipped, "index: not killed, since faiss is not installed (pip install faiss-cpu)"]
     searching = with_run("search", search__split="train", search__index="faiss", search__faiss="HNSW32")
     index = Subject(
         "index",
@@ -143,7 +153,31 @@ def subjects(place: Path) -> tuple[list[Subject], list[str]]:
         lambda folder: contents(folder / "embeddings", "**/*"),
         0.12,
     )
-    return [*found, index], []
+    return [*found, index], skipped
+
+
+def in_bucket(data: Path) -> Callable[[Path], list[str]]:
+    """The command that trains in the bucket, below the name of a folder; every second time on another machine."""
+    [version] = {path.parent for path in data.rglob("dataset_info.json")}
+    for file in version.iterdir():
+        storage.upload(file, f"{BUCKET}/sets/tiny/1.0.0/{file.name}")
+    starts = itertools.count()
+
+    def command(folder: Path) -> list[str]:
+        if next(starts) % 2:
+            shutil.rmtree(storage.cache_folder(), ignore_errors=True)
+        changes = [flag for flag in flags(data, "train") if not flag.startswith("--config.data.dir")]
+        return [*changes, f"--config.data.dir={BUCKET}/sets/tiny", f"--workdir={BUCKET}/runs/{folder.name}"]
+
+    return command
+
+
+def fetched(folder: Path) -> Path:
+    """What the bucket has of a run, copied to `folder`."""
+    shutil.rmtree(storage.cache_folder(), ignore_errors=True)
+    copy = mirror.Mirror(f"{BUCKET}/runs/{folder.name}")
+    copy.fetch()
+    return Path(shutil.copytree(copy.folder, folder))
 
 
 def write_features(folder: Path, images: int = 300) -> None:
@@ -248,7 +282,11 @@ def surroundings(place: Path) -> Iterator[None]:
         "MPLBACKEND": "agg",
     }
     os.chdir(ROOT)
-    yield
+    with contextlib.ExitStack() as stack:
+        if not emulators.missing("s3"):
+            _, environment = stack.enter_context(emulators.s3())
+            os.environ |= environment | {storage.CACHE: str(place / "cache"), "SHNET_SYNC_SECONDS": "0.3"}
+        yield
 
 
 def shares(weights: list[float], kills: int) -> list[int]:

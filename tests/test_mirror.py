@@ -94,11 +94,48 @@ def test_checksums_go_last_and_removals_take_them_first(machine, monkeypatch):
         put(folder, f"checkpoints/30/{MARKER}")
         put(folder, "checkpoints/30/model/a")
         put(folder, "metrics.jsonl")
-    assert order[0] == ("upload", "metrics.jsonl") and order[-1] == ("upload", f"checkpoints/30/{MARKER}")
+    uploaded = [name for _, name in order]
+    assert uploaded == ["metrics.jsonl", "checkpoints/30/model/a", f"checkpoints/30/{MARKER}"]
     order.clear()
     with working_in(URL, alone=True) as folder:
         (folder / "checkpoints/30" / MARKER).unlink()
     assert order[0] == ("remove", f"checkpoints/30/{MARKER}") and ("remove", "checkpoints/30/model/a") in order
+
+
+def test_a_checkpoint_removed_while_it_is_listed_goes_whole(machine, monkeypatch):
+    whole = mirror._files
+    monkeypatch.setattr(mirror, "EVERY", 60.0)  # uploads at the end alone
+    with working_in(URL, alone=True) as folder:
+        put(folder, "checkpoints/30/model/a")
+        put(folder, f"checkpoints/30/{MARKER}")
+    with working_in(URL, alone=True) as folder:
+
+        def cut(place):
+            found = whole(place)
+            if (place / "checkpoints/30").exists():
+                (place / "checkpoints/30").rename(place / "checkpoints/removed")
+                found.pop("checkpoints/30/model/a")
+            return found
+
+        monkeypatch.setattr(mirror, "_files", cut)
+    assert names() == set()
+
+
+def test_a_reader_sees_what_was_removed_and_keeps_what_it_makes(machine):
+    with working_in(URL, alone=True) as folder:
+        put(folder, "kept")
+        put(folder, "removed")
+    machine("second")
+    with working_in(URL) as beside:
+        assert (beside / "removed").exists()
+    put(beside, "embeddings/parts/0")  # by a process that was killed
+    machine("first")
+    with working_in(URL, alone=True) as folder:
+        (folder / "removed").unlink()
+    machine("second")
+    with working_in(URL) as beside:
+        assert not (beside / "removed").exists() and (beside / "embeddings/parts/0").exists()
+    assert names() == {"kept", "embeddings/parts/0"}
 
 
 def test_what_a_killed_process_did_not_upload_is_kept_on_its_machine_alone(machine):

@@ -21,7 +21,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
@@ -261,12 +261,10 @@ def _fetch(path: Path) -> None:
 
 def _sizes() -> Iterator[tuple[Path, int]]:
     """Every file of the cache; those that are being fetched with the size that they will have."""
-    for path in _root().glob("*/**/*"):
-        try:
-            if path.is_file():
+    for place, _, names in os.walk(_root()):
+        for path in map(Path(place).joinpath, names):
+            with suppress(FileNotFoundError):
                 yield path, path.stat().st_size
-        except FileNotFoundError:
-            continue
 
 
 @contextmanager
