@@ -29,12 +29,14 @@ from shnet_jax.data.records import open_dataset
 from shnet_jax.interop import clip_weights
 from shnet_jax.models import dual
 from shnet_jax.modes import photos as modes_photos
+from shnet_jax.modes import serve
 from shnet_jax.modes.page import page
 from shnet_jax.modes.photo_query import open_sight
 from shnet_jax.modes.photos import photos
 from shnet_jax.modes.search import open_search, search
 from shnet_jax.retrieve.server import Engine, _of_form
 from shnet_jax.stored_config import get_config
+from shnet_jax.training.load import load
 from shnet_jax.training.workdir import load_config, save_config
 from tests import siglip_example
 from tests.load import get
@@ -181,6 +183,18 @@ def test_search_takes_a_new_photograph(made, copied, model, tmp_path, monkeypatc
     if importlib.util.find_spec("torch") is None:
         with pytest.raises(ValueError, match=r"needs PyTorch and transformers .*: pip install -e '\.\[extract\]'"):
             search(stored(made), made, photo=str(copied))
+
+
+def test_a_server_without_the_encoder_says_so_and_searches_words(made, tmp_path, caplog):
+    loaded = load(made, stored(made))
+    assert serve._sight(loaded, stored(made), made, "") is not None
+    c = stored(made)
+    c.text.weights = str(tmp_path / "gone")
+    assert serve._sight(loaded, c, made, "") is None and not caplog.text.count("\n") > 1
+    assert "no search by a new photograph: " in caplog.text and "gone: the encoder of this run is not" in caplog.text
+    c.model.name = "shnet"
+    caplog.clear()
+    assert serve._sight(loaded, c, made, "") is None and not caplog.text
 
 
 @pytest.fixture(scope="module")

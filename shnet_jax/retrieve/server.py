@@ -56,6 +56,7 @@ form input{flex:1;min-width:0;font:inherit;padding:9px 12px;border:1px solid var
 background:var(--card);color:var(--ink)}
 form button{font:inherit;padding:9px 16px;border:0;border-radius:8px;background:var(--link);color:var(--bg)}
 form input[type=file]{padding:9px 12px;font-size:.8125rem}
+.side h2{margin-top:0}
 .card a{color:inherit;text-decoration:none;display:block}
 .card a:focus-visible,.card a:hover{outline:3px solid var(--link);outline-offset:-3px}
 """
@@ -355,7 +356,7 @@ def _search_page(engine: Engine, words: str, answer: Answer | None, photo: Image
     if photo is None:
         return _page(engine, words, words, album, tag("div", cards, class_="cards"))
     scene = album.given(answer.query, photo)
-    given = tag("div", scene.card(0), tag("p", "Images like ", tag("bdi", answer.query)), class_="side")
+    given = tag("div", scene.card(0), tag("h2", "Images like ", tag("bdi", answer.query)), class_="side")
     return _page(engine, answer.query, "", album, given, tag("div", cards, class_="cards"))
 
 

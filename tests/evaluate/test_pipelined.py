@@ -76,6 +76,7 @@ def encoder(tower, data, stages, microbatches):
         ("bert", 2, 4, 4),
         pytest.param("transformer", 2, 4, 1, marks=pytest.mark.slow),
         ("clip", 2, 2, 2),
+        pytest.param("siglip", 2, 2, 2, marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_encoder_of_one_device(tower, data, stages, microbatches):

@@ -48,13 +48,14 @@ from shnet_jax.data import tokenise
 from shnet_jax.data.index import IndexBuilder, read_index, write_index
 from shnet_jax.evaluation.bootstrap import load_queries, save_queries
 from shnet_jax.evaluation.metrics import QueryRanks
-from shnet_jax.interop import bert_weights, clip_weights, weights_file
+from shnet_jax.interop import bert_weights, clip_weights, siglip_weights, weights_file
 from shnet_jax.interop.torch_file import open_torch_file
 from shnet_jax.interop.torch_pickle import Tensor
 from shnet_jax.retrieve import pictures, tensors
 from shnet_jax.retrieve.embeddings import read_ids
 from shnet_jax.training.workdir import WorkdirError, trained_config
 from shnet_jax.untrusted import MAX_IMAGE_BYTES, MAX_PIXELS
+from tests import siglip_example
 from tests.fuzz.mutate import mutate, with_true_checksums
 from tests.interop import torch_writer
 
@@ -245,10 +246,11 @@ _BERT = {
 def _config_seeds() -> list[bytes]:
     run = base.get_config()
     clip = (GOLDEN / "clip" / "config.json").read_bytes()
+    siglip = _json({"model_type": "siglip", "text_config": siglip_example.text_config(30)})
     ids = {"image_ids": ["a", "b"], "caption_ids": ["a#0", "b#0"], "captions": ["x", "y"], "caption_image": [0, 1]}
     index = {"weight_map": {"a": "model-1.safetensors", "b": "../x"}}
     named = run.to_dict() | {"model": run.model.to_dict() | {"name": "tests.fuzz.never"}}
-    return [_json(_BERT), clip, _json(run.to_dict()), _json(ids), _json(index), _json(named)]
+    return [_json(_BERT), clip, siglip, _json(run.to_dict()), _json(ids), _json(index), _json(named)]
 
 
 def _config_files(data: bytes) -> Mapping[str, bytes]:
@@ -369,6 +371,17 @@ def _bert_settings_seeds() -> list[bytes]:
 
 def _clip_seeds() -> list[bytes]:
     return [(GOLDEN / "clip" / file).read_bytes() for file in ("tokenizer.json", "merges.txt")]
+
+
+def _siglip_seeds() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        siglip_example.write_gemma(Path(folder))
+        siglip_example.write_pieces(Path(folder))
+        return [(Path(folder) / file).read_bytes() for file in ("tokenizer.json", "spiece.model")]
+
+
+def _siglip_files(data: bytes) -> Mapping[str, bytes]:
+    return {"tokenizer.json" if data.lstrip()[:1] == b"{" else "spiece.model": data}
 
 
 def _clip_files(data: bytes) -> Mapping[str, bytes]:
@@ -552,6 +565,7 @@ _BERT_VOCABULARY = "\n".join((*tokenise.SPECIAL, *"abc", "star")).encode()
 _CONFIG_READERS: tuple[Read, ...] = (
     lambda path: bert_weights.sizes(path.parent),
     lambda path: clip_weights.sizes(path.parent),
+    lambda path: siglip_weights.sizes(path.parent),
     lambda path: trained_config(path.parent),
     lambda path: bert_weights.read_tensors(path.parent),
     read_ids,
@@ -606,6 +620,7 @@ TARGETS: dict[str, Target] = {
         _encodes(tokenise.wordpiece),
     ),
     "clip_bpe": Target(_clip_seeds, _clip_files, _encodes(tokenise.clip)),
+    "siglip": Target(_siglip_seeds, _siglip_files, _encodes(tokenise.siglip)),
     "picture": Target(_picture_seeds, "a.jpg", (lambda path: pictures.photograph(path.parent, "a"),), memory=_LARGE),
     "label_map": Target(
         _picture_seeds, "a.png", (read_label_map, lambda path: read_label_map(path, "RGB")), _DATA, memory=_LARGE
