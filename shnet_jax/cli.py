@@ -116,6 +116,12 @@ MODES = {
         "import published weights, or export a run",
         "--workdir=runs/one --config.convert.to=exported",
     ),
+    "export": Mode(
+        "shnet_jax.modes.export:export_run",
+        "write a folder to publish: weights, StableHLO, model card",
+        "--workdir=runs/one --to=published",
+        own_flags=("to", "license"),
+    ),
 }
 DATA = ("data", "import features and captions, check a data set", "photos_or_features")
 
@@ -146,6 +152,10 @@ flags.DEFINE_integer("top_k", 10, "Results of search for each query.")
 flags.DEFINE_bool("card", False, "Whether eval prints the protocol cards too, which its files always have.")
 flags.DEFINE_string("host", "127.0.0.1", "Address that serve listens at; the default is for this machine alone.")
 flags.DEFINE_integer("port", 8765, "Port of serve; 0: a free one.")
+flags.DEFINE_string("to", "", "Folder that export makes; it may not exist yet.")
+flags.DEFINE_string(
+    "license", "", "Licence of the weights for the card of export, such as apache-2.0; else to fill in."
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -164,7 +174,7 @@ START = flags.DEFINE_integer(
     "Seconds that a process waits for all others to join: machines of a job do not start together.",
 )
 
-PATH_FLAGS = ("workdir", "query_file", "query_vectors", "folder", "model", "photo")
+PATH_FLAGS = ("workdir", "query_file", "query_vectors", "folder", "model", "photo", "to")
 PATH_LISTS = ("config.eval.ensemble", "config.cross.runs", "config.cross.data_dirs")
 NAME_LISTS = ("config.train.log_to", "config.train.log_tags")
 DATA_SETS = (("data", "dir"), ("cross", "data_dirs"))

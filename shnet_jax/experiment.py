@@ -54,15 +54,16 @@ class Experiment:
     text_fields: tuple[str, ...] = ()
 
 
-def assemble(config: ConfigDict) -> Experiment:
+def assemble(config: ConfigDict, dataset: DataSet | None = None) -> Experiment:
     """Builds the parts of a run and checks that data set and model fit; nothing is computed or written.
 
+    dataset: taken where config.data.dir is empty: the shapes of a data set that is not here.
     Raises ValueError or FileNotFoundError with what to change.
     """
     config = ConfigDict(config.to_dict())
-    if not config.data.dir:
+    if not config.data.dir and dataset is None:
         raise ValueError("config.data.dir is empty: give the folder of a data set, --config.data.dir=DIR")
-    dataset = open_dataset(config.data.dir)
+    dataset = open_dataset(config.data.dir) if config.data.dir or dataset is None else dataset
     settle_dtypes(config)
     fit_weights(config)
     vectors = config.text.tower == VECTORS

@@ -191,6 +191,11 @@ class DataSet:
             )
 
     def _check_split(self, split: str) -> None:
+        if not self.splits:
+            raise ValueError(
+                f"{self.path} has the shapes of a data set, and no images: give one, --config.data.dir=DIR or "
+                "shnet_jax.load(..., data_dir=DIR)"
+            )
         if split not in self.splits:
             raise ValueError(f"{self.path}: no split {split!r}; it has {', '.join(self.splits)}")
 

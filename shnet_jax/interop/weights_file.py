@@ -17,6 +17,8 @@ from shnet_jax.observe.files import atomic_path
 from shnet_jax.untrusted import check_kind
 
 FORMAT = "shnet_jax"
+WEIGHTS = "model.safetensors"
+"""Name of the file in a folder of --config.convert.to or of `shnet export`."""
 COLLECTIONS = ("params", "batch_stats")
 
 
@@ -35,7 +37,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
     flat, notes = read_safetensors(path)
     step = notes.get("step", "")
     if notes.get("format") != FORMAT or not step.isdecimal():
-        raise ValueError(f"{path}: not written by --config.convert.to: its header says {notes}")
+        raise ValueError(f"{path}: not written by --config.convert.to or shnet export: its header says {notes}")
     if strange := [name for name in flat if name.split("/")[0] not in COLLECTIONS]:
         raise ValueError(f"{path}: tensors that belong to no collection: {', '.join(strange)}")
     tree = traverse_util.unflatten_dict({tuple(name.split("/")): array for name, array in flat.items()})

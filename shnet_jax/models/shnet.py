@@ -54,7 +54,7 @@ class ImageEncoder(UnitEncoder, kw_only=True):
             category = embed(batch["categories"].astype(jnp.float32), train=train)
             self.sow("intermediates", "category_features", category)
             tokens.append(category[:, None, :])
-            masks.append(jnp.ones((len(category), 1), bool))
+            masks.append(jnp.ones((category.shape[0], 1), bool))
 
         pooled_set, pooled_mask = jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1)
         self.sow("intermediates", "pooled_set", pooled_set)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,13 @@ from shnet_jax.data.tokenise import load_tokenizer
 from shnet_jax.experiment import settle_dtypes
 from shnet_jax.interop import bert_weights
 from shnet_jax.interop.published import open_published
-from shnet_jax.interop.weights_file import read_weights, write_weights
+from shnet_jax.interop.weights_file import WEIGHTS, read_weights, write_weights
 from shnet_jax.observe.files import disk_faults, sole_writer
 from shnet_jax.plan import planned_run
 from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.training.workdir import CONFIG, WorkdirError, adopt, complete, trained_config
 
 log = logging.getLogger(__name__)
-
-WEIGHTS = "model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +52,12 @@ def convert(config: ConfigDict, workdir: str | Path) -> None:
     if to:
         model = load_run(workdir, config.eval.checkpoint, config)
         write_folder(Path(to), model)
-        print(f"{Path(to) / WEIGHTS}: {_describe(model)}, from {workdir}")
+        print(f"{Path(to) / WEIGHTS}: {describe(model)}, from {workdir}")
         return
     model = load_folder(source, config) if Path(source).is_dir() else load_published(config, source)
     write_run(workdir, model)
     print(
-        f"{workdir}: {_describe(model)}, from {source}\n"
+        f"{workdir}: {describe(model)}, from {source}\n"
         f"shnet eval --workdir={workdir} --config.data.dir=...  evaluates it"
     )
 
@@ -148,15 +147,22 @@ def write_run(workdir: Path, model: Model) -> None:
             checkpoints.save_variables(model.step, variables, {"converted": True})
 
 
-def write_folder(folder: Path, model: Model) -> None:
-    """Writes model.safetensors, config.json and the vocabulary to a new folder atomically."""
+def write_folder(
+    folder: Path, model: Model, option: str = "--config.convert.to", add: Callable[[Path], None] | None = None
+) -> None:
+    """Writes model.safetensors, config.json and the vocabulary to a new folder atomically.
+
+    option: the flag that named the folder, for messages. add: writes more files into it, before it has its name.
+    """
     temporary = folder.with_name(f".{folder.name}.incomplete")  # hidden, as nobody else's
     with sole_writer(folder.parent, f".{folder.name}.lock"), disk_faults(folder, SafetensorError):
         if folder.exists():
-            raise WorkdirError(f"{folder} exists already; choose another --config.convert.to")
+            raise WorkdirError(f"{folder} exists already; choose another {option}")
         shutil.rmtree(temporary, ignore_errors=True)
         adopt(temporary, model.config)
         write_weights(temporary / WEIGHTS, model.variables, model.step)
+        if add is not None:
+            add(temporary)
         temporary.rename(folder)
 
 
@@ -186,6 +192,7 @@ def _ranks(tree: dict[str, Any]) -> dict[str, int]:
     return {name: len(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
-def _describe(model: Model) -> str:
+def describe(model: Model) -> str:
+    """Name, size and step of a model in a few words."""
     count = sum(leaf.size for leaf in jax.tree.leaves(model.variables["params"]))
     return f"{model.config.model.name}, {count:,} parameters of step {model.step}"

@@ -71,15 +71,17 @@ def interaction_scores(images: Embedding, texts: Embedding, how: Interaction) ->
     [block, K, d] and never [n, t, K, d].
     """
     image_items, text_items = _items(images), _items(texts)
-    n, t = len(images.vector), len(texts.vector)
-    rows = min(n, max(1, math.isqrt(how.block)))
-    columns = min(t, max(1, how.block // rows))
+    n, t = images.vector.shape[0], texts.vector.shape[0]
+    rows = max(1, math.isqrt(how.block))
+    rows = min(n, rows) if isinstance(n, int) else rows  # an export leaves n and t open: blocks of full size
+    columns = max(1, how.block // rows)
+    columns = min(t, columns) if isinstance(t, int) else columns
     score_block = jax.checkpoint(partial(_block, how=how))
     if (rows, columns) == (n, t):
         return score_block(image_items, text_items)
     across, down = _cut(text_items, columns), _cut(image_items, rows)
     scores = lax.map(lambda row: lax.map(lambda column: score_block(row, column), across), down)
-    return scores.swapaxes(1, 2).reshape(-1, scores.shape[1] * columns)[:n, :t]
+    return scores.swapaxes(1, 2).reshape(scores.shape[0] * rows, scores.shape[1] * columns)[:n, :t]
 
 
 @struct.dataclass
@@ -100,11 +102,15 @@ def _items(given: Embedding) -> _Items:
 
 def _cut(items: _Items, size: int) -> _Items:
     """Splits leaves [n, ...] into [blocks, size, ...]; the last block is filled with copies of the last item."""
-    missing = -len(items.vector) % size
+    count = items.vector.shape[0]
+    blocks = -(-count // size)
 
     def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), mode="edge") if missing else x
-        return x.reshape(-1, size, *x.shape[1:])
+        if not isinstance(count, int):  # in an export
+            x = x[jnp.minimum(jnp.arange(blocks * size), count - 1)]
+        elif missing := blocks * size - count:
+            x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), mode="edge")
+        return x.reshape(blocks, size, *x.shape[1:])
 
     return jax.tree.map(cut, items)
 

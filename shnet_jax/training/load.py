@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from shnet_jax.experiment import AUTO, Experiment, abstract_variables, assemble
 from shnet_jax.models.contract import scorer
 from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
+from shnet_jax.training.exported import is_exported, read_dataset, restore_exported
 from shnet_jax.training.workdir import Difference, complete, differences, trained_config, younger_models
 from shnet_jax.types import Score
 
@@ -59,6 +60,11 @@ def _restore(workdir: Path, trained: ConfigDict, config: ConfigDict, step: int |
     trained.data.dir = config.data.dir or trained.data.dir
     trained.eval, trained.parallel = config.eval, config.parallel
     trained.text.weights = ""  # the checkpoint has them
+    if is_exported(workdir):
+        if step is not None:
+            raise CheckpointError(f"{workdir} is an exported model, which has no checkpoint {step}")
+        experiment = assemble(trained, read_dataset(workdir, trained))
+        return Loaded(experiment, *restore_exported(workdir, experiment), "none")
     experiment = assemble(trained)
     checkpoints = Checkpoints(workdir)
     named = step is not None
