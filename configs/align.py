@@ -1,6 +1,7 @@
-"""Heads on frozen features of both sides, `configs/align.py:RECIPE`.
+"""Heads on frozen features of both sides, `configs/align.py:RECIPE,IMAGE`.
 
 RECIPE: sail (default), as published for 23 million pairs | small, for thousands of images with several captions.
+IMAGE: vector (default), image_embedding | units, the means of regions and of grid cells, and the segmentation.
 """
 
 from ml_collections import ConfigDict
@@ -10,10 +11,16 @@ from configs.variants import choose
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Needs `--config.data.dir` with image_embedding and caption_embeddings alone; see docs/frozen-features.md."""
-    (recipe,) = choose(variant, ("sail", "small"))
+    """Needs `--config.data.dir` with caption_embeddings and what the image side reads; see docs/frozen-features.md."""
+    recipe, image = choose(variant, ("sail", "small"), ("vector", "units"))
     c = {"sail": sail, "small": small}[recipe]()
     c.name = f"frozen features, {recipe}"
+    if image == "units":
+        c.name += ", units"
+        c.model.align.source = "units"
+        c.model.units = ("regions", "grid")
+        c.model.align.vectors = ("coverage", "categories")
+        c.model.align.vectors_gain = 0.4
     return c
 
 
