@@ -1,6 +1,7 @@
-"""Heads on frozen features of both sides, `configs/align.py:RECIPE`.
+"""Heads on frozen features of both sides, `configs/align.py:RECIPE,IMAGE`.
 
 RECIPE: sail (default), as published for 23 million pairs | small, for thousands of images with several captions.
+IMAGE: vector (default), image_embedding | units, the means of regions and of grid cells, and the segmentation.
 """
 
 from ml_collections import ConfigDict
@@ -10,10 +11,18 @@ from configs.variants import choose
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Needs `--config.data.dir` with image_embedding and caption_embeddings alone; see docs/frozen-features.md."""
-    (recipe,) = choose(variant, ("sail", "small"))
+    """Needs `--config.data.dir` with caption_embeddings and what the image side reads; see docs/frozen-features.md."""
+    recipe, image = choose(variant, ("sail", "small"), ("vector", "units"))
     c = {"sail": sail, "small": small}[recipe]()
     c.name = f"frozen features, {recipe}"
+    if image == "units":
+        c.name += ", units"
+        c.model.align.source = "units"
+        c.model.units = ("regions", "grid")
+        c.model.align.vectors = ("coverage", "categories")
+        c.model.align.vectors_gain = 0.4
+        if recipe == "small":
+            small_units(c)
     return c
 
 
@@ -76,3 +85,18 @@ def small() -> ConfigDict:
     )
     c.study.compare = ("infonce - sigmoid",)
     return c
+
+
+def small_units(c: ConfigDict) -> None:
+    """Recipe of the units, in place: all captions of an image in a step, a linear text head, a short training.
+
+    It was chosen on the validation split of 1,250 training photographs; docs/results.md has what was tried.
+    """
+    c.data.captions_per_image = 5
+    c.model.align.head.hidden = 1024
+    c.model.align.head.dropout = 0.7
+    c.text.head.kind = "linear"
+    c.text.head.dropout = 0.2
+    c.optim.lr = 2e-3
+    c.train.batch_size = 1280
+    c.train.epochs = 15.0

@@ -170,7 +170,9 @@ def _align() -> ConfigDict:
     align = ConfigDict()
     align.source = "vector"  # what the image side reads: "vector", image_embedding (SAIL) | "units" of the record
     align.pool = "mean"  # units to one vector: mean | gpo | attention
-    align.pool_first = True  # pool, then map | False: map each unit, then pool
+    align.pool_first = True  # pool each kind of units, then map | False: map each unit, then pool all
+    align.vectors = ()  # vectors beside pooled units: image_embedding | coverage (mean of seg_semantic) | categories
+    align.vectors_gain = 1.0  # first gain of the LayerNorm of each of these vectors, that of units is 1
     align.head = _head()
     return align
 

@@ -137,6 +137,61 @@ def test_pooled_units_ignore_padding_and_their_order(pool, pool_first):
         np.testing.assert_allclose(vectors, wanted, atol=1e-5)
 
 
+UNITS = {"model__align__source": "units"}
+ALL = UNITS | {"model__units": ("regions", "grid"), "model__align__vectors": ("coverage", "categories")}
+
+
+def scene():
+    """A batch with cells and categories too, each kind of another width and scale."""
+    rng = np.random.default_rng(4)
+    return batch(
+        grid=rng.normal(size=(N, 4, 7)) * 5 + 1,
+        seg_semantic=rng.random((N, 3, 2, 2)) / 9,
+        categories=(rng.random((N, 3)) < 0.5).astype(np.int32),
+    )
+
+
+def test_kinds_of_units_and_vectors_are_normalised_apart_and_joined():
+    given = scene()
+    model, variables = built(config("align", **ALL, model__align__vectors_gain=0.4), given)
+    params = randomised(variables["params"])
+    vectors = jax.jit(lambda b: model.apply({"params": params}, b, train=False, method="encode_image").vector)(given)
+    regions = np.asarray(given["regions"], np.float64).sum(1) / np.asarray(given["region_mask"]).sum(1, keepdims=True)
+    parts = {
+        "regions": regions,
+        "grid": np.asarray(given["grid"], np.float64).mean(1),
+        "coverage": np.asarray(given["seg_semantic"], np.float64).mean((2, 3)),
+        "categories": np.asarray(given["categories"], np.float64),
+    }
+    first = variables["params"]["image"]
+    assert {name: float(first[f"{name}_norm"]["scale"][0]) for name in parts} == pytest.approx(
+        {"regions": 1, "grid": 1, "coverage": 0.4, "categories": 0.4}
+    )
+    of_image = params["image"]
+    wanted = oracle(
+        "star", of_image["head"], np.concatenate([normed(of_image[f"{n}_norm"], x) for n, x in parts.items()], 1)
+    )
+    np.testing.assert_allclose(vectors, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=2e-5)
+
+
+def test_each_kind_of_units_has_a_pool_of_its_own():
+    _, variables = built(config("align", **ALL, model__align__pool="attention"), scene())
+    image = variables["params"]["image"]
+    assert image["regions_pool"]["query"].shape == (D_IN,) and image["grid_pool"]["query"].shape == (7,)
+
+
+def test_fields_of_the_image_side():
+    fields = registry.model("align").image_fields
+    assert fields(config("align")) == ("image_embedding",)
+    assert fields(config("align", **ALL)) == ("regions", "grid", "seg_semantic", "categories")
+
+
+def test_tokens_of_several_widths_are_not_mapped_by_one_head():
+    c = config("align", **UNITS, model__units=("regions", "grid"), model__align__pool_first=False)
+    with pytest.raises(ValueError, match=r"found regions of 5, grid of 7: .*config\.model\.align\.pool_first=True"):
+        built(c, scene())
+
+
 PLAIN = {
     "model__semantic": False,
     "model__spatial": False,
@@ -184,6 +239,16 @@ def test_every_model_takes_stored_vectors_as_its_text_side(name):
             "align",
             {"model__align__source": "pixels"},
             "config.model.align.source is 'pixels'; choose from vector, units",
+        ),
+        (
+            "align",
+            UNITS | {"model__align__vectors": ("depth",)},
+            "config.model.align.vectors is .'depth',.; choose from image_embedding, coverage, categories",
+        ),
+        (
+            "align",
+            {"model__align__vectors": ("coverage",)},
+            "needs source 'units' and pool_first True; found 'vector' and True",
         ),
         ("align", {"model__align__head__kind": "cube"}, "config.model.align.head.kind is 'cube'; choose from star"),
         ("align", {"text__head__dropout": 1.0}, "config.text.head.dropout is 1.0"),
