@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment that the first command makes: all it takes is Python, make and a package index.
-#   make demo | test | test-fast | test-pythons | test-extract | test-trackers | test-storage | test-export | lint |
+#   make demo | test | test-fast | test-pythons | test-extract | test-trackers | test-storage | lint |
 #   bench | bench-gpu | setup | minilm | tpu-compiler | lock | clean
 # Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
 #   make setup EXTRAS=cuda12 | cuda13 | tpu    JAX for the accelerator of this machine, which is looked at first
@@ -33,7 +33,7 @@ FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2]
 VERSION = import sys; print(*sys.version_info[:2], sep='.')
 
 .PHONY: environment setup demo minilm tpu-compiler lock test test-fast test-slow test-pythons test-extract test-trackers \
-	test-storage test-export lint bench bench-gpu clean
+	test-storage lint bench bench-gpu clean
 .DEFAULT_GOAL := setup
 
 # The environment is made again when it does not run, has another Python than the one asked for, or was not finished;
