@@ -84,7 +84,7 @@ def test_every_field_is_documented():
 
 
 def test_sections_are_in_reading_order():
-    order = "name seed data tokenizer model text loss momentum optim train parallel eval search page study cross"
+    order = "name seed data tokenizer model text loss momentum optim train parallel eval search mine page study cross"
     source = Path(base.__file__).read_text("utf-8")
     sections = re.findall(r"(?m)^    c\.(\w+) = ", source)
     assert sections == [*order.split(), "convert", "plan", "scale"]
