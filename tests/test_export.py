@@ -140,7 +140,9 @@ class Closed(RetrievalModel):
 
 def test_a_model_of_fixed_batches_is_refused():
     run = dataclasses.replace(planned("align"), model=Closed())
-    with pytest.raises(ValueError, match=r"^the model align cannot be exported: its image program does not work for"):
+    with pytest.raises(
+        ValueError, match=r"^the model align cannot be exported with an open batch size: image program: "
+    ):
         programs(run, {})
 
 

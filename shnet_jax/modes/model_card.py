@@ -122,7 +122,7 @@ def _evaluation(about: About) -> str:
     if not arms:
         return parts[0] + "\nnot evaluated: `shnet eval` on the run writes results that the next export shows.\n"
     for title, results in arms.items():
-        parts += [f"### {title}\n", str(table({results.card["dataset"]: results})), str(card_table(results.card))]
+        parts += [f"### {title}\n", str(table({str(results.card["dataset"]): results})), str(card_table(results.card))]
     return "\n".join(parts)
 
 
