@@ -197,7 +197,7 @@ test-storage:
 bench: setup
 	$(PY) -m benchmarks $(BENCH)
 
-# What is worth running on one GPU, in under 9 minutes, to runs/bench/gpu.json and gpu.md. JAX for it, and PyTorch for the
+# What is worth running on one GPU, nothing begun after 8 minutes, to runs/bench/gpu.json and gpu.md. JAX for it, and PyTorch for the
 # rows that compare with it: make setup EXTRAS=cuda12; .venv/bin/pip install torch
 bench-gpu: setup
 	"$(PY)" -m benchmarks --gpu $(BENCH)

@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("benchmarks", description="Ratios measured in one run; see benchmarks/README.md.")
     parser.add_argument("--only", help=f"some of {','.join(BENCHMARKS)}")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast it is")
-    parser.add_argument("--gpu", action="store_true", help=f"{','.join(ON_GPU)} at a GPU's sizes, in under 9 minutes")
+    parser.add_argument(
+        "--gpu", action="store_true", help=f"{','.join(ON_GPU)} at a GPU's sizes; nothing begins after 8 minutes"
+    )
     parser.add_argument("--out", type=Path, help="file for all numbers, runs/bench/results.json or gpu.json")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/bench") / ("gpu.json" if args.gpu else "results.json")

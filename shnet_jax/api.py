@@ -176,6 +176,11 @@ class Retriever:
                     f"{folder} holds embeddings of another checkpoint: {name} is {stored!r} in its {SOURCE}, "
                     f"{value!r} of this model; make them with --mode=embed on its run"
                 )
+        if (stored := embeddings.source.get("dims", 0)) != (asked := self.config.search.dims):
+            raise ValueError(
+                f"{folder} holds vectors of config.search.dims {stored}, and {asked} is asked for; set it to {stored}, "
+                "or make others with --mode=embed"
+            )
         split = embeddings.source["split"]
         self._galleries[split] = embeddings
         self._searchers.pop(split, None)
@@ -207,7 +212,9 @@ class Retriever:
         score, seed = self.loaded.score, self.loaded.experiment.config.seed
         first = make_stage_one(self.config.eval, score, seed, self._mesh)
         options = tile_size(self.config.eval, self._mesh), self._mesh, self._candidates
-        self._searchers[split] = Searcher(self._galleries[split], score, *options, stage_one=first)
+        stored = self._galleries[split].folder != Path()  # an index lies beside embeddings on disk
+        search = self.config.search if stored else None
+        self._searchers[split] = Searcher(self._galleries[split], score, *options, search, first)
         return self._searchers[split]
 
 

@@ -25,7 +25,7 @@ from shnet_jax.evaluation.encode import image_tower, text_tower
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.modes.convert import load_folder, load_run
 from shnet_jax.modes.evaluate import evaluate
-from shnet_jax.modes.export import SUMS, export_run
+from shnet_jax.modes.export import PRIVATE, SUMS, _public, export_run
 from shnet_jax.modes.export_programs import PLATFORMS, flatten, programs, to_stablehlo
 from shnet_jax.modes.train import train
 from shnet_jax.plan import planned_run
@@ -148,6 +148,40 @@ def test_a_model_of_fixed_batches_is_refused():
 
 def toy(**changes) -> ConfigDict:
     return tiny.config(model__name="tests.train.toy", train__steps=2, name="toy run", **changes)
+
+
+def test_nothing_that_is_published_names_this_machine():
+    """Every field of text that can hold a path or an address, but names of modules and choices."""
+    c = base.get_config()
+    for field in PRIVATE:
+        section, _, name = field.rpartition(".")
+        functools.reduce(getattr, section.split("."), c)[name] = "/home/somebody"
+    c.data.negatives.count = 2
+    public = _public(c)
+    assert "somebody" not in public.to_json() and public.data.negatives.count == 0
+    texts = {
+        "dir",
+        "folder",
+        "path",
+        "address",
+        "weights",
+        "eccv",
+        "cxc",
+        "compare",
+        "embeddings",
+        "pictures",
+        "init_from",
+    }
+    fields = {name.removeprefix("config."): value for name, value in flat(c).items() if isinstance(value, str)}
+    assert {name for name in fields if name.rpartition(".")[2] in texts} <= {*PRIVATE}
+
+
+def flat(section, prefix="config") -> dict:
+    """Values by their names, config.SECTION.FIELD."""
+    found = {}
+    for name, value in section.items():
+        found |= flat(value, f"{prefix}.{name}") if isinstance(value, ConfigDict) else {f"{prefix}.{name}": value}
+    return found
 
 
 @functools.cache

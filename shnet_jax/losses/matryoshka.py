@@ -20,7 +20,7 @@ Compute = Callable[[Embedding, Embedding, Array, Context], Terms]
 Q = TypeVar("Q", bound=Queue)
 
 TINY = 1e-24
-"""Least squared length that a prefix is divided by the root of: one of zeros stays zeros, and has a gradient of 0."""
+"""Squared length up to which a prefix counts as zeros: it stays zeros, with a gradient of 0."""
 
 
 def check(dims: Sequence[int]) -> tuple[int, ...]:
@@ -70,7 +70,7 @@ def prefix(items: Embedding, size: int) -> Embedding:
 
 def _unit(vectors: Array) -> Array:
     squares = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
-    return vectors * lax.rsqrt(jnp.maximum(squares, TINY))
+    return vectors * jnp.where(squares > TINY, lax.rsqrt(jnp.maximum(squares, TINY)), 0.0)
 
 
 def _keys(keys: Keys, size: int) -> Keys:

@@ -124,7 +124,10 @@ def _stem(config: ConfigDict, dataset: DataSet) -> str:
     stem = f"{dataset.path.parent.name}_{evaluation.split}_{protocols}_{evaluation.checkpoint}"
     if evaluation.two_stage and not evaluation.exact:  # beside the results of an exact ranking
         stem += f"_two_stage_{evaluation.two_stage}"
-        stem += "" if evaluation.stage_one == "vectors" else f"_{evaluation.stage_one}"
+        sizes = "_".join(str(evaluation.fde[name]) for name in ("k_sim", "r_reps", "d_proj", "d_final"))
+        stem += "" if evaluation.stage_one == "vectors" else f"_{evaluation.stage_one}_{sizes}"
+    if evaluation.dims:
+        stem += "_dims_" + "_".join(map(str, evaluation.dims))
     return stem
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from shnet_jax.modes.convert import Model, describe, load_run, write_folder
 from shnet_jax.modes.export_programs import PLATFORMS, SUFFIX, flatten, programs, signature, to_stablehlo
 from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.progress import waiting
+from shnet_jax.ops.interaction import default_block
 from shnet_jax.plan import planned_run
 from shnet_jax.training.exported import FORMAT, PROGRAMS
 from shnet_jax.training.workdir import CONFIG, WorkdirError, save_config
@@ -27,8 +29,21 @@ from shnet_jax.training.workdir import CONFIG, WorkdirError, save_config
 log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
-PRIVATE = ("data.dir", "eval.compare", "page.pictures", "search.embeddings", "tokenizer.path", "train.init_from")
-"""Fields that are paths on this machine: they are empty in what is published."""
+PRIVATE = (
+    "data.dir",
+    "data.negatives.folder",
+    "eval.compare",
+    "eval.cxc",
+    "eval.eccv",
+    "mine.folder",
+    "page.pictures",
+    "search.address",
+    "search.embeddings",
+    "text.weights",
+    "tokenizer.path",
+    "train.init_from",
+)
+"""Fields that are paths or addresses of this machine: they are empty in what is published."""
 
 
 def export_run(config: ConfigDict, workdir: str | Path, to: str, license: str = "") -> None:
@@ -88,6 +103,7 @@ def _described(model: Model, config: ConfigDict) -> planned_run.PlannedRun:
     complete = ConfigDict(model.config.to_dict())
     complete.data.dir = config.data.dir
     complete.plan = config.plan
+    complete.model.cmsei.block = complete.model.cmsei.block or default_block("tpu")  # programs for all platforms
     run = planned_run.describe(complete)
     found, expected = flatten(model.variables), flatten(planned_run.variable_shapes(run))
     for name in sorted(found.keys() | expected.keys()):
@@ -106,8 +122,10 @@ def _public(config: ConfigDict) -> ConfigDict:
     public = ConfigDict(config.to_dict())
     public.unlock()
     for name in PRIVATE:
-        section, field = name.split(".")
-        public[section][field] = ""
+        sections, _, field = name.rpartition(".")
+        section: ConfigDict = functools.reduce(getattr, sections.split("."), public)
+        section[field] = ""
+    public.data.negatives.count = 0
     public.eval.ensemble = public.cross.runs = public.cross.data_dirs = ()
     public.convert.source = public.convert.to = ""
     return public

@@ -49,7 +49,7 @@ class _Gallery:
 
     def caption_limit(self, captions: np.ndarray) -> np.ndarray:
         """Largest score [b] of negatives of captions: the share of the score with their own image."""
-        return np.float32(self.share) * self._positive(captions)
+        return self._share_of(self._positive(captions))
 
     def image_limit(self, images: np.ndarray) -> np.ndarray:
         """Largest score [b] of negatives of images: the share of the mean score of their own captions."""
@@ -57,7 +57,11 @@ class _Gallery:
         ends = np.cumsum(counts)
         captions = np.arange(ends[-1]) + np.repeat(self.first[images] - (ends - counts), counts)
         sums = np.bincount(np.repeat(np.arange(len(images)), counts), self._positive(captions), len(images))
-        return (self.share * sums / counts).astype(np.float32)
+        return self._share_of((sums / counts).astype(np.float32))
+
+    def _share_of(self, positive: np.ndarray) -> np.ndarray:
+        """The share of the scores of positives; of one below 0 the score itself, as no negative may score higher."""
+        return np.minimum(positive, np.float32(self.share) * positive) if self.share < 1 else self.share * positive
 
     def _positive(self, captions: np.ndarray) -> np.ndarray:
         images, texts = self.embeddings.images.vector, self.embeddings.texts.vector

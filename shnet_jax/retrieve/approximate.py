@@ -139,7 +139,9 @@ def rescored(results: TopK, queries: np.ndarray, vectors: np.ndarray) -> TopK:
     """
     score = np.full(results.index.shape, -np.inf, np.float32)
     for row, index in enumerate(results.index):
-        score[row, index >= 0] = np.asarray(vectors[index[index >= 0]]) @ queries[row]
+        candidates = np.asarray(vectors[index[index >= 0]])
+        # Not a BLAS product: its last bits depend on the place of a row, and equal vectors must tie.
+        score[row, index >= 0] = np.einsum("nd,d->n", candidates, queries[row])
     check_no_nan(int(np.isnan(score).sum()), *results.index.shape)
     order = np.lexsort((results.index, -score), axis=1)
     return TopK(np.take_along_axis(results.index, order, 1), np.take_along_axis(score, order, 1))

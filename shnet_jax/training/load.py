@@ -13,7 +13,7 @@ from shnet_jax.experiment import AUTO, Experiment, abstract_variables, assemble
 from shnet_jax.models.contract import scorer
 from shnet_jax.training.checkpoint import CheckpointError, Checkpoints
 from shnet_jax.training.exported import is_exported, read_dataset, restore_exported
-from shnet_jax.training.workdir import Difference, complete, differences, trained_config, younger_models
+from shnet_jax.training.workdir import BLOCK, Difference, complete, differences, trained_config, younger_models
 from shnet_jax.types import Score
 
 
@@ -102,4 +102,4 @@ def _model_differences(trained: ConfigDict, config: ConfigDict, aside: set[str])
     ours = {k: v for k, v in trained.text.to_dict().items() if k not in filled}
     theirs = {k: v for k, v in config.text.to_dict().items() if k not in filled}
     wrong += differences(theirs, ours, "config.text")
-    return [one for one in wrong if one.ours != AUTO]  # what the run was trained in
+    return [one for one in wrong if one.ours != AUTO and one.name != BLOCK]  # AUTO: what the run was trained in

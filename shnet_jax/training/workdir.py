@@ -16,12 +16,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax import registry, untrusted
 from shnet_jax.data.checksums import CHECKSUMS
+from shnet_jax.data.negatives import SOURCE as NEGATIVES
 from shnet_jax.data.tokenise import kept_vocabulary, vocabulary_file
 from shnet_jax.experiment import Experiment, automatic
 from shnet_jax.models.text import VECTORS
 from shnet_jax.observe.files import LOCK, FolderInUse, sole_writer, write_text
 from shnet_jax.observe.machine import fast_dtype
 from shnet_jax.parallel import hosts
+from shnet_jax.paths import to_path
 from shnet_jax.training.extend import LENGTH, refused_extension
 from shnet_jax.training.integrity import CheckpointError, set_damaged_aside
 
@@ -31,14 +33,19 @@ log = logging.getLogger(__name__)
 
 # Fields that may change between the runs of one work folder, as no parameter depends on them. Data set and vocabulary
 # may have moved: their contents are compared instead of their paths.
+BLOCK = "config.model.cmsei.block"
+"""Pairs scored at once: the score is the same."""
+
 FREE_TO_CHANGE = (
     "config.convert.",
     "config.cross.",
     "config.data.dir",
+    "config.data.negatives.folder",  # its lists are compared
     "config.data.prefetch",
     "config.data.read_threads",
     "config.eval.",
     "config.mine.",
+    BLOCK,
     "config.name",
     "config.page.",
     "config.parallel.devices",
@@ -157,6 +164,9 @@ def claim(workdir: Path, experiment: Experiment) -> None:
         copy = workdir / CHECKSUMS
         if copy.exists() and checksums.exists() and copy.read_bytes() != checksums.read_bytes():
             differs.append((checksums, copy, ""))
+        negatives, copy = _negatives(experiment.config), workdir / NEGATIVES
+        if negatives and copy.exists() and _lists(negatives) != _lists(copy):
+            differs.append((negatives, copy, "; the hard negatives were mined anew"))
         changes += [
             f"{original} differs from what the run began with, {copy.name}{hint}" for original, copy, hint in differs
         ]
@@ -179,7 +189,21 @@ def claim(workdir: Path, experiment: Experiment) -> None:
     (workdir / CHECKSUMS).unlink(missing_ok=True)
     if checksums.exists():  # sets of other tools have none
         shutil.copyfile(checksums, workdir / CHECKSUMS)
+    (workdir / NEGATIVES).unlink(missing_ok=True)
+    if negatives := _negatives(experiment.config):
+        shutil.copyfile(negatives, workdir / NEGATIVES)
     save_config(experiment.config, path)
+
+
+def _negatives(config: ConfigDict) -> Path | None:
+    """The description of the lists of config.data.negatives; None without."""
+    folder = config.data.negatives.folder
+    return to_path(folder) / NEGATIVES if folder else None
+
+
+def _lists(path: Path) -> Any:
+    """Checksums of the lists that a description is of; None where it is missing."""
+    return untrusted.read_object(path).get("files") if path.is_file() else None
 
 
 def _changes(config: dict[str, Any], saved: ConfigDict, workdir: Path) -> list[str]:
@@ -282,7 +306,12 @@ def load_config(path: Path) -> ConfigDict:
         raise WorkdirError(f"{path}: not the JSON of a configuration ({error})") from None
 
 
-BEFORE = {"loss.pairs.dtype": "float32", "loss.sigmoid.reduction": "queries", "optim.name": "adamw"}
+BEFORE = {
+    "loss.pairs.dtype": "float32",
+    "loss.sigmoid.reduction": "queries",
+    "model.align.vectors_gain": 1.0,
+    "optim.name": "adamw",
+}
 """Values of these fields for runs that are older than they are; other younger fields were off."""
 
 

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from shnet_jax.experiment import assemble
-from shnet_jax.losses import total
+from shnet_jax.losses import matryoshka, total
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis, mapping
 from shnet_jax.training.setup import setup_training
@@ -130,6 +130,17 @@ def test_microbatches_have_the_gradient_of_the_whole_batch(devices):
     )
     microbatches.agree(parts, whole)
     assert whole[2]["matryoshka_2"] != whole[2]["matryoshka_6"]
+
+
+def test_a_prefix_of_zeros_stays_zeros_and_has_no_gradient():
+    vectors = jnp.array([[0.0, 0.0, 1.0], [3.0, 4.0, 0.0]])
+    cut, slopes = (
+        matryoshka.prefix(Embedding(vectors), 2).vector,
+        jax.grad(lambda v: jnp.sum(matryoshka.prefix(Embedding(v), 2).vector * jnp.array([1.0, 2.0])))(vectors),
+    )
+    np.testing.assert_allclose(cut, [[0.0, 0.0], [0.6, 0.8]], rtol=1e-6)
+    np.testing.assert_array_equal(slopes[0], [0.0, 0.0, 0.0])
+    np.testing.assert_allclose(slopes[1], [(1 - 0.6 * 2.2) / 5, (2 - 0.8 * 2.2) / 5, 0.0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 4), (8, 4), (2.0, 4.0), (True, 4)], ids=str)

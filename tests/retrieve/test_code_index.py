@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from shnet_jax.evaluation.top_k import top_k
+from shnet_jax.evaluation.top_k import TopK, top_k
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.retrieve import approximate, code_index
@@ -78,6 +78,16 @@ def test_recall_is_that_of_the_results_after_the_stored_vectors_chose(kind, resc
     np.testing.assert_allclose(found.score[same], exact.score[same], atol=1e-6)
     everything = approximate.find(opened.index, queries, 10, vectors, N, 64, ONE)
     np.testing.assert_array_equal(everything.index, exact.index)
+
+
+@pytest.mark.parametrize("count", [3, 10, 11, 33])
+def test_equal_vectors_tie_whatever_their_place_among_the_candidates(count):
+    vectors, queries = unit(count, 3, 257), unit(8, 4, 257)
+    for twin in range(1, count):
+        vectors[twin] = vectors[0]
+    index = np.random.default_rng(5).permuted(np.tile(np.arange(count), (8, 1)), axis=1)
+    results = approximate.rescored(TopK(index, np.zeros(index.shape, np.float32)), queries, vectors)
+    np.testing.assert_array_equal(results.index, np.tile(np.arange(count), (8, 1)))
 
 
 def test_more_candidates_need_no_new_codes(tmp_path, monkeypatch):

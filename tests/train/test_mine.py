@@ -17,6 +17,7 @@ from shnet_jax.modes import mine as mode
 from shnet_jax.modes.mine import mine
 from shnet_jax.retrieve.embeddings import open_embeddings
 from shnet_jax.training.loop import train_and_evaluate
+from shnet_jax.training.workdir import WorkdirError
 from tests.data.test_columns import records
 from tests.train import tiny
 from tests.train.test_vectors_run import config as vectors_config
@@ -67,9 +68,10 @@ def oracle(run, share, by_person=True):
     own = scores[np.arange(len(texts)), owner]
     means = np.array([own[owner == image].mean() for image in range(len(images))])
     found = []
+    limit = (lambda own: np.minimum(own, share * own)) if share < 1 else (lambda own: share * own)
     for each, limits, negative in (
-        (scores, share * own, ids[owner][:, None] != ids),
-        (scores.T, share * means, ids[:, None] != ids[owner]),
+        (scores, limit(own), ids[owner][:, None] != ids),
+        (scores.T, limit(means), ids[:, None] != ids[owner]),
     ):
         allowed = negative & (each <= limits[:, None])
         order = [sorted(np.flatnonzero(a), key=lambda i, s=s: -s[i])[:K] for s, a in zip(each, allowed, strict=True)]
@@ -148,6 +150,12 @@ def test_a_run_with_hard_negatives_resumes_bitwise(run, tmp_path):
         whole, resumed = (tiny.arrays(tmp_path / name, 6) for name in ("whole", "resumed"))
         for name, array in whole.items():
             np.testing.assert_array_equal(array, resumed[name], err_msg=name)
+        c.data.negatives.folder = str((tmp_path / "lists").rename(tmp_path / "moved"))
+        train_and_evaluate(c, tmp_path / "whole")
+        mined(run, tmp_path / "others", mine__max_relative_score=0.5)
+        c.data.negatives.folder = str(tmp_path / "others")
+        with pytest.raises(WorkdirError, match="the hard negatives were mined anew"):
+            train_and_evaluate(c, tmp_path / "whole")
         c.data.negatives.folder, c.data.negatives.count = "", 0
         train_and_evaluate(c, tmp_path / "without")
     without = tiny.arrays(tmp_path / "without", 6)
