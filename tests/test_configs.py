@@ -140,6 +140,15 @@ def test_the_joint_arms_of_the_study_of_units_are_those_of_its_base():
     assert study.study.ensembles.ensemble_semantic == ("region_semantic", "grid_semantic")
 
 
+def test_the_block_of_a_score_is_free_to_change():
+    trained, given = base.get_config(), base.get_config()
+    trained.model.name = given.model.name = "cmsei"
+    trained.model.cmsei.block = 64
+    assert not _model_differences(trained, given, set())
+    given.model.cmsei.sharpness = (1.0, 2.0)
+    assert [one.name for one in _model_differences(trained, given, set())] == ["config.model.cmsei.sharpness"]
+
+
 def test_options_of_other_models_say_nothing_about_a_trained_one():
     trained, given = base.get_config(), base.get_config()
     given.model.user.norm = "layer"

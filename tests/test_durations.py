@@ -132,6 +132,7 @@ def test_a_run_that_is_older_than_these_fields_goes_on(caplog):
                 del section[field]
     del saved["train"]["log_epochs"], saved["train"]["checkpoint_epochs"]
     del saved["model"]["user"], saved["model"]["esa"], saved["model"]["clip"]
+    saved["model"]["cmsei"]["block"] = 64  # the default then
     with caplog.at_level(logging.INFO, logger="shnet_jax"):
         assert _changes(ours.to_dict(), ConfigDict(saved), Path("run")) == []
     assert not caplog.text
