@@ -71,7 +71,7 @@ setup: environment
 	from="$$({ echo "$(EXTRAS) $(LOCKED)"; cat setup.py $(LOCKS); } | cksum)"; \
 	if [ "$$from" != "$$(cat "$(STAMP)" 2>/dev/null)" ]; then \
 		if [ -n "$(LOCKED)" ]; then \
-			echo "Installing packages into $(VENV), by hash (about a minute, 1 GB)"; \
+			echo "Installing packages into $(VENV), by hash (1 to 5 minutes, 1.6 GB)"; \
 			{ $(BY_HASH) -r requirements/build.txt && $(BY_HASH) -r requirements/lock.txt; } || { { $(NOT_LOCKED); } >&2; exit 1; }; \
 			if [ -n "$(ACCELERATOR)" ]; then \
 				echo "and JAX for $(ACCELERATOR) (up to 4 GB)"; \

@@ -197,7 +197,10 @@ class DataSet:
                 "shnet_jax.load(..., data_dir=DIR)"
             )
         if split not in self.splits:
-            raise ValueError(f"{self.path}: no split {split!r}; it has {', '.join(self.splits)}")
+            raise ValueError(
+                f"{self.path}: no split {split!r}; it has {', '.join(self.splits)}. Name one of them: "
+                "--config.data.train_split, data.val_split, eval.split, search.split"
+            )
 
 
 def open_dataset(directory: str | Path) -> DataSet:

@@ -156,12 +156,13 @@ def tables(answers: Sequence[Answer]) -> str:
     """The results for people: a Markdown table for each query."""
     texts = []
     for answer in answers:
+        captions = [textwrap.shorten(h.caption or (h.captions or ("",))[0], 80) for h in answer.hits]
+        shown = [captions] if any(captions) else []  # a gallery may have none
         rows = [
-            [str(h.rank), f"{h.score:.4f}", h.image_id, textwrap.shorten(h.caption or (h.captions or ("",))[0], 80)]
-            for h in answer.hits
+            [str(h.rank), f"{h.score:.4f}", h.image_id, *of_hit] for h, *of_hit in zip(answer.hits, *shown, strict=True)
         ]
         by = "image " if answer.kind == "image" else ""
-        heading = ["", "score", "image", "caption" if answer.target == CAPTIONS else "first caption"]
+        heading = ["", "score", "image", *["caption" if answer.target == CAPTIONS else "first caption" for _ in shown]]
         title = f"{by}{textwrap.shorten(answer.query, 200)!r} -> {answer.target}"
         texts.append(f"{title}\n{Table(title, heading, rows, words=True)}")
     return "\n".join(texts)

@@ -142,7 +142,7 @@ def _tpu_slice(target: str, generation: str, size: str) -> list[jax.Device]:
         raise ValueError(f"--target={target}: libtpu knows no such slice: {str(error).splitlines()[0]}") from None
     except RuntimeError as error:
         raise ValueError(
-            f"--target={target}: the TPU compiler is not installed ({error}); on Linux x86_64, pip install 'jax[tpu]'"
+            f"--target={target}: the TPU compiler is not installed ({error}); on Linux x86_64, make tpu-compiler"
         ) from None
 
 
