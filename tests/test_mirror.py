@@ -349,6 +349,8 @@ def test_a_reset_that_was_killed_is_made_again(machine, monkeypatch):
         patch.setattr(Mirror, "fetch", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with working_in(URL, alone=True):
             pass
+    with working_in(URL) as beside:
+        assert not (beside / "stale").exists()
     with working_in(URL, alone=True) as folder:
         assert not (folder / "stale").exists() and (folder / "new").exists()
 
