@@ -529,3 +529,18 @@ def test_bad_numbers_of_seconds_are_one_line(machine, monkeypatch, value):
     monkeypatch.setenv(storage.TIMEOUT, value)
     with pytest.raises(storage.StorageError, match=rf"\$SHNET_STORAGE_TIMEOUT is '{value}'; expected seconds"):
         storage.find(URL)
+
+
+def test_of_two_nested_folders_opened_at_once_one_is_held(machine):
+    outer, inner = Mirror(URL), Mirror(f"{URL}/seed_0")
+    outer.refresh()
+    inner.refresh()
+    with outer.held(), pytest.raises(FolderInUse, match=f"{inner.url} lies inside {URL}"), inner.held():
+        pass
+
+
+def test_a_command_resets_nothing_under_another_one(machine):
+    with working_in(URL) as folder:
+        put(folder, "results.json")
+        with working_in(URL) as beside:
+            assert (beside / "results.json").exists()
