@@ -1,15 +1,21 @@
 """Work folders in object storage: a local copy that is fetched first and written back while a command works in it.
 
-    $SHNET_CACHE/work/SCHEME/BUCKET/FOLDER    the copy; everything that reads or writes a run sees a local folder
+    $SHNET_CACHE/work/NAME-HASH/FOLDER    the copy of one URL; everything that reads or writes a run sees a local folder
+    $SHNET_CACHE/work/NAME-HASH/.*        its locks, and what both sides had when they were last equal
 
 JAX's checkpoint library writes to gs:// alone and needs a file system's rename for the rest, so all checkpoints are
-written locally. Here a checkpoint is uploaded with its checksums.json last: one without it is not whole and is ignored.
-Files of a run go in the order in which they were written, and before the checkpoint that needs them.
+written locally. A file that says that a folder is complete, such as checksums.json of a checkpoint, is uploaded last
+and removed first. Files of a run go in the order in which they were written, and before the checkpoint that needs them.
+
+Where the copy was the last to own the folder in the bucket, its files are the newest and stay. Otherwise it is made
+like the bucket before a command works in it.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -23,38 +29,57 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from shnet_jax import storage
-from shnet_jax.observe.files import FolderInUse, atomic_path, sole_writer, write_json
+from shnet_jax.observe.files import FolderInUse, atomic_path, sole_writer, write_text
 from shnet_jax.parallel import hosts
 from shnet_jax.paths import to_path
 
 OWNER = ".shnet_owner.json"
 """In the bucket: who writes there, and a number that rises while it lives."""
-STATE, MIRROR = ".shnet_synced.json", ".shnet_id"
-"""In the copy: what both sides had when they were last equal; a name for this copy."""
-WRITER, SYNC = ".lock_mirror", ".lock_sync"
-JOB = ".shnet_job"
-"""In the copy: a number of the job, by which its processes see whether they share the copy."""
+PLACE, MIRROR = ".url", ".id"
+"""Beside the copy: what it is one of; its name, by which the bucket's owner is known."""
+STATE = ".synced.jsonl"
+"""Beside the copy: a line for each file when both sides became equal, or when it was removed on both."""
+RESET = ".reset"
+"""Beside the copy, until it is like the bucket that another copy owned before."""
+WRITER, SYNC, USERS = ".lock_mirror", ".lock_sync", ".lock_users"
+JOB = ".job"
+"""Beside the copy: a number of the job, by which its processes see whether they share the copy."""
 MARKER = "checksums.json"
-EVERY = float(os.environ.get("SHNET_SYNC_SECONDS", 20))
-"""Seconds between two uploads of what has changed, and between two signs of life; the same on all machines."""
-PATIENCE = 3 * EVERY
-"""Seconds without a sign of life after which a writer on another machine counts as dead."""
+SYNC_SECONDS = "SHNET_SYNC_SECONDS"
+PATIENCE = 3
+"""Signs of life that a writer on another machine may miss before it counts as dead."""
 AT_ONCE = 8
-"""Files of a checkpoint that travel at the same time."""
+"""Files that travel at the same time."""
+ROUNDS = 5
+"""Listings of a folder that changes while it is fetched."""
 
 log = logging.getLogger(__name__)
 
+_ALIASES = {"s3a": "s3", "gcs": "gs"}
 _LOCAL_ALONE = re.compile(
     r"(.*/)?(\.lock[^/]*|\.shnet_[^/]*|[^/]*\.tmp|.*\.orbax-checkpoint-tmp.*|checkpoints/removed/.*)"
 )
 _CHECKPOINT = re.compile(r"((?:.*/)?checkpoints/\d+)/.+")
+_MARKER = re.compile(  # not that of parts of embeddings, which is written before them
+    rf"(?:.*/)?checkpoints/\d+/{re.escape(MARKER)}|(?!(?:.*/)?parts/)(?:.*/)?(?:embeddings|index_[^/]*)\.json"
+)
+
+
+def every() -> float:
+    """Seconds between two uploads of what has changed, and between two signs of life; the same on all machines."""
+    return storage.seconds(SYNC_SECONDS, 20)
+
+
+def patience() -> float:
+    """Seconds without a sign of life after which a writer on another machine counts as dead."""
+    return PATIENCE * every()
 
 
 class _Both(NamedTuple):
@@ -67,91 +92,163 @@ class _Both(NamedTuple):
 
 
 class Mirror:
-    """The local copy of a folder in object storage. folder: its path; made by `fetch`."""
+    """The local copy of a folder, or of a file, in object storage. folder: its path; made by `refresh` and `fetch`."""
 
     def __init__(self, url: str):
-        scheme, _, place = url.rstrip("/").partition("://")
-        parts = [part for part in place.split("/") if part]
-        if ".." in parts or (not parts and scheme != "file"):
-            raise storage.StorageError(f"{url}: expected SCHEME://BUCKET/FOLDER")
+        scheme, _, place = url.removesuffix("/").partition("://")
+        scheme = _ALIASES.get(scheme.lower(), scheme.lower())
+        parts = place.removeprefix("/").split("/") if scheme == "file" else place.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or (len(parts) < 2 and scheme != "file"):
+            raise storage.StorageError(f"{url}: expected SCHEME://BUCKET/FOLDER, without empty, '.' or '..' parts")
         self.url = f"{scheme}://{place}"
-        self.folder = storage.cache_folder().joinpath("work", scheme, *parts)
+        self.parts = (scheme, *parts)
+        readable = re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(parts))[-80:].lstrip(".-")
+        self.base = _root() / f"{readable}-{hashlib.sha256(self.url.encode()).hexdigest()[:12]}"
+        self.folder = self.base / parts[-1]
         self._owner: dict[str, Any] | None = None
-        self._in_process = threading.RLock()
+        self._as_last_owner = False  # uploads only while the bucket's owner is this copy
+        self._in_process, self._depth = threading.RLock(), 0
+        self._noting = threading.Lock()
+
+    def refresh(self) -> bool:
+        """Makes the copy like the bucket, for a command that does not hold it; returns whether it is a folder.
+
+        What was not yet uploaded stays where the bucket's owner is this copy, and while another command works here. A
+        copy that a command of this machine holds is newer than the bucket and stays as it is.
+        Raises FolderInUse where one holds a folder inside or around this one.
+        """
+        self._refuse_nested()
+        with self._alone():
+            if self.is_held_here():
+                self._as_last_owner = True
+                return True
+            if "" in (found := storage.find(self.url)):
+                self._fetch_single(found[""])
+                return False
+            ours = self._is_ours(self._read_owner())
+            with self._without_others() as alone:
+                self.fetch(reset=not ours and alone)
+            self._as_last_owner = ours and self._has_news()
+            return True
 
     def fetch(self, *, reset: bool = False) -> None:
         """Makes the copy like the bucket, without checkpoints that are not whole there.
 
-        What was changed here and not yet uploaded stays. reset: it does not, as another machine wrote since.
+        What was changed here and not yet uploaded stays. reset: it does not, as another copy was the last to write.
+        Raises StorageError, also where objects change in each of several listings.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         with self._alone():
-            there, here, synced = _whole(storage.find(self.url)), _files(self.folder), self._synced()
-            for name in here.keys() - there.keys():
-                if reset or (name in synced and here[name] == synced[name][2:]):
-                    (self.folder / name).unlink(missing_ok=True)
-            wanted = [
-                name
-                for name, stat in there.items()
-                if not self._is_current(stat, here.get(name), synced.get(name), reset)
-            ]
-            wanted.sort(key=lambda name: name.endswith(MARKER))
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                fetched = dict(
-                    zip(wanted, pool.map(lambda name: self._fetch_file(name, there[name].size), wanted), strict=True)
-                )
-            for name in [name for name, done in fetched.items() if not done]:  # removed by the run that goes on there
-                if found := _CHECKPOINT.fullmatch(name):
-                    shutil.rmtree(self.folder / found[1], ignore_errors=True)
-            _remove_empty(self.folder)
-            here = _files(self.folder)
-            kept = {name: synced[name] for name in there.keys() & here.keys() & synced.keys() - fetched.keys()}
-            new = {name: _Both(there[name].version, there[name].size, *here[name]) for name in fetched if name in here}
-            self._keep(kept | new)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for _ in range(ROUNDS):
+                there = _whole(storage.find(self.url))
+                self._remove_cut()
+                if self._fetch_listed(there, reset):
+                    self._keep(self._synced())
+                    return
+        raise storage.StorageError(f"{self.url}: objects changed in each of {ROUNDS} listings; try again later")
+
+    def _fetch_listed(self, there: dict[str, storage.Stat], reset: bool) -> bool:
+        """One round of `fetch`; returns whether every object was still as it was listed."""
+        here, synced = _files(self.folder), self._synced()
+        for name in here.keys() - there.keys():
+            if reset or (name in synced and here[name] == synced[name][2:]):
+                self._unlink(name)
+        for name in synced.keys() - there.keys():
+            self._note(name, None)
+        changed = {name for name in here if name not in synced or here[name] != synced[name][2:]}
+        wanted = set()
+        for name, stat in there.items():
+            if not reset and _CHECKPOINT.fullmatch(name) and _covers(name, changed):  # of a checkpoint that is older
+                if name not in here:
+                    self._note(name, _Both(stat.version, stat.size, 0, 0))
+            elif not reset and name not in here and any(name in _covers(other, [name]) for other in changed):
+                self._note(name, _Both(stat.version, stat.size, 0, 0))  # withdrawn here, and so there at the next push
+            elif not self._is_current(stat, here.get(name), synced.get(name), reset):
+                wanted.add(name)
+        for name in set().union(*(_covers(name, there) for name in wanted)) - (set() if reset else changed):
+            self._unlink(name)  # until all that it speaks of has come
+            wanted.add(name)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for last in (False, True):
+                part = sorted(name for name in wanted if bool(_MARKER.fullmatch(name)) is last)
+                if not all(list(pool.map(lambda name: self._fetch_file(name, there[name]), part))):
+                    return False
+        return True
 
     @staticmethod
     def _is_current(stat: storage.Stat, here: tuple[int, int] | None, synced: _Both | None, reset: bool) -> bool:
         """Whether the local file stays, as it is that of the bucket or a newer one."""
-        if here is None or synced is None or (stat.version, stat.size) != synced[:2]:
+        if here is None:
             return False
-        return here == synced[2:] or not reset
+        if synced is None or here != synced[2:]:
+            return not reset
+        return (stat.version, stat.size) == synced[:2]
 
-    def _fetch_file(self, name: str, size: int) -> bool:
+    def _fetch_file(self, name: str, stat: storage.Stat) -> bool:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with atomic_path(path) as temporary:
-                storage.download(storage.join(self.url, name), temporary, size)
-        except FileNotFoundError:
+                storage.download(storage.join(self.url, name), temporary, *stat)
+                local = temporary.stat()
+        except (FileNotFoundError, storage.ObjectChanged):
             return False
+        self._note(name, _Both(stat.version, stat.size, local.st_mtime_ns, local.st_size))
         return True
+
+    def _fetch_single(self, stat: storage.Stat) -> None:
+        for _ in range(ROUNDS):
+            with suppress(storage.ObjectChanged), atomic_path(self.folder) as temporary:
+                storage.download(self.url, temporary, *stat)
+                return
+            stat = storage.stat(self.url)
+        raise storage.StorageError(f"{self.url}: it changed while it was read, {ROUNDS} times; try again later")
+
+    def _remove_cut(self) -> None:
+        """Removes local checkpoints without checksums, of a fetch or a removal that was cut short."""
+        for path in list(self.folder.rglob("checkpoints/*")):
+            if path.name.isdecimal() and path.is_dir() and not (path / MARKER).exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _unlink(self, name: str) -> None:
+        """Removes a local file, and the folders that this empties."""
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            while (path := path.parent) != self.folder:
+                path.rmdir()
+
+    def _has_news(self) -> bool:
+        here, synced = _files(self.folder), self._synced()
+        return any(name not in here or here[name] != synced[name][2:] for name in synced) or bool(here.keys() - synced)
 
     def push(self) -> None:
         """Uploads what has changed here, and removes there what was removed here. Raises StorageError, FolderInUse."""
         with self._alone():
             self._check_owner()
             here, synced = _files(self.folder), self._synced()
-            gone = sorted(self._gone(here, synced), key=lambda name: not name.endswith(MARKER))
-            changed = [name for name in here.keys() - set(gone) if name not in synced or synced[name][2:] != here[name]]
-            if not changed and not gone:
-                return
+            gone = self._gone(here, synced)
+            if synced and not here:
+                raise storage.StorageError(
+                    f"{self.folder} was emptied while a command works in it. Nothing is removed from {self.url}"
+                )
+            changed = {name for name in here.keys() - gone if name not in synced or synced[name][2:] != here[name]}
+            withdrawn = set().union(*(_covers(name, synced) for name in changed & synced.keys()))
+            changed |= withdrawn & here.keys() - gone
+            for name in sorted(withdrawn | {name for name in gone if _MARKER.fullmatch(name)}):
+                self._remove(name)
+            ordered = sorted(changed, key=lambda name: (bool(_MARKER.fullmatch(name)), here[name]))  # by time
             checkpoints: dict[str, list[str]] = {}
-            for name in sorted(changed, key=lambda name: here[name]):  # by the time of their last change
+            for name in ordered:
                 if found := _CHECKPOINT.fullmatch(name):
                     checkpoints.setdefault(found[1], []).append(name)
                 else:
-                    self._upload(name)
+                    self._upload(name, here[name])
             for folder, names in checkpoints.items():
-                self._upload_checkpoint(folder, names)
-            for name in gone:
-                storage.remove(storage.join(self.url, name))
-            there = storage.find(self.url)
-            for name in gone:
-                synced.pop(name)
-            synced |= {
-                name: _Both(there[name].version, there[name].size, *here[name]) for name in changed if name in there
-            }
-            self._keep(synced)
+                self._upload_checkpoint(folder, names, here)
+            for name in sorted(gone - withdrawn):
+                if not _MARKER.fullmatch(name):
+                    self._remove(name)
 
     def _gone(self, here: dict[str, tuple[int, int]], synced: dict[str, _Both]) -> set[str]:
         """What the bucket has and the copy no more; all of a checkpoint that was removed while it was listed."""
@@ -160,18 +257,30 @@ class Mirror:
         removed = tuple(f"{folder}/" for folder in cut if not (self.folder / folder / MARKER).exists())
         return gone | {name for name in synced if name.startswith(removed)}
 
-    def _upload(self, name: str) -> None:
+    def _upload(self, name: str, here: tuple[int, int]) -> None:
+        """Uploads a file and notes it. here: its time and size when it was listed, before it is read."""
+        url = storage.join(self.url, name)
         with suppress(FileNotFoundError):  # removed since it was listed
-            storage.upload(self.folder / name, storage.join(self.url, name))
+            self._check_owner()
+            storage.upload(self.folder / name, url)
+            there = storage.stat(url)
+            self._note(name, _Both(there.version, there.size, *here))
 
-    def _upload_checkpoint(self, folder: str, names: list[str]) -> None:
-        """Uploads a checkpoint, its checksums last and only if it is still whole here."""
+    def _remove(self, name: str) -> None:
+        self._check_owner()
+        storage.remove(storage.join(self.url, name))
+        self._note(name, None)
+
+    def _upload_checkpoint(self, folder: str, names: list[str], here: dict[str, tuple[int, int]]) -> None:
+        """Uploads a checkpoint, its checksums last, only if it is still whole here, and without strangers there."""
         marker = f"{folder}/{MARKER}"
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(self._upload, [name for name in names if name != marker]))
+            list(pool.map(lambda name: self._upload(name, here[name]), [name for name in names if name != marker]))
         if marker in names and (self.folder / marker).exists():
-            self._check_owner()
-            self._upload(marker)
+            for name in storage.find(storage.join(self.url, folder)):
+                if f"{folder}/{name}" not in here:  # left by a writer that was killed
+                    self._remove(f"{folder}/{name}")
+            self._upload(marker, here[marker])
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -180,97 +289,160 @@ class Mirror:
         Raises FolderInUse when another process or machine does. The end uploads the rest, whatever happened.
         """
         with ExitStack() as stack:
-            stack.enter_context(sole_writer(self.folder, WRITER))
-            self.fetch(reset=not self._take())
-            stop = threading.Event()
-            threads = [
-                threading.Thread(target=self._repeat, args=(stop, work), daemon=True)
-                for work in (self._beat, self.push)
-            ]
-            for thread in threads:
-                thread.start()
-            stack.callback(self._end, stop, threads)
-            yield
+            self._enter_writer(stack)
+            self._refuse_nested()
+            with self._without_others() as alone:
+                self._take(alone)
+                stack.enter_context(self._repeated(self._beat))
+                self.fetch(reset=(self.base / RESET).exists())
+                (self.base / RESET).unlink(missing_ok=True)
+            self._remove_orphans()
+            with self._uploading():
+                yield
+            self._write_owner(released=True)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Context that uploads what this command writes, beside a run that may go on there."""
+        with (self.base / USERS).open("a") as users:
+            _lock(users, fcntl.LOCK_SH)
+            with self._uploading():
+                yield
+
+    def is_held_here(self) -> bool:
+        """Whether a process of this machine holds the copy, which is then newer than the bucket."""
+        with suppress(FileNotFoundError), (self.base / WRITER).open("rb") as lock:
+            return not _lock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # beside others that ask
+        return False
+
+    def _enter_writer(self, stack: ExitStack) -> None:
+        for attempt in range(20):
+            try:
+                stack.enter_context(sole_writer(self.base, WRITER))
+                return
+            except FolderInUse:
+                if attempt == 19:
+                    raise
+                time.sleep(0.05)  # others may just ask whether it is held
+
+    def _refuse_nested(self) -> None:
+        """Raises FolderInUse where a command of this machine holds a folder inside or around this one."""
+        for note in _root().glob(f"*/{PLACE}"):
+            with suppress(FileNotFoundError, storage.StorageError):
+                other = Mirror(note.read_text(encoding="utf-8"))
+                shorter = min(len(other.parts), len(self.parts))
+                nested = len(other.parts) != len(self.parts) and other.parts[:shorter] == self.parts[:shorter]
+                if nested and other.is_held_here():
+                    where = "inside" if shorter == len(other.parts) else "around"
+                    raise FolderInUse(
+                        f"{self.url} lies {where} {other.url}, which a command of this machine writes to. Nothing was "
+                        "changed: wait for it, or end it"
+                    )
+
+    @contextmanager
+    def _without_others(self) -> Iterator[bool]:
+        """Context that commands of this machine wait for before they work in the copy; whether none does now."""
+        with (self.base / USERS).open("a") as users:
+            yield _lock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    @contextmanager
+    def _repeated(self, work: Callable[[], None]) -> Iterator[None]:
+        """Context in which a thread does the work every now and then."""
         stop = threading.Event()
-        thread = threading.Thread(target=self._repeat, args=(stop, self.push), daemon=True)
+        thread = threading.Thread(target=self._repeat, args=(stop, work, every()), daemon=True)
         thread.start()
         try:
             yield
         finally:
-            self._end(stop, [thread])
-
-    def is_held_here(self) -> bool:
-        """Whether a process of this machine holds the copy, which is then newer than the bucket."""
-        if not self.folder.exists():
-            return False
-        try:
-            with sole_writer(self.folder, WRITER):
-                return False
-        except FolderInUse:
-            return True
-
-    def _end(self, stop: threading.Event, threads: list[threading.Thread]) -> None:
-        stop.set()
-        for thread in threads:
+            stop.set()
             thread.join()
-        try:
-            self.push()
-        except storage.StorageError as error:
-            raise storage.StorageError(
-                f"{error}. What is not in the bucket yet is kept in {self.folder}; the same command on this machine "
-                "goes on from there"
-            ) from error
-        if self._owner is not None:
-            self._write_owner(released=True)
 
-    def _repeat(self, stop: threading.Event, work: Any) -> None:
-        while not stop.wait(EVERY):
+    @contextmanager
+    def _uploading(self) -> Iterator[None]:
+        """Context in which changes are uploaded now and then, and the rest at its end, whatever happened."""
+        try:
+            with self._repeated(self.push):
+                yield
+        finally:
+            try:
+                self.push()
+            except storage.StorageError as error:
+                raise storage.StorageError(
+                    f"{error}. What is not in the bucket yet is kept in {self.folder}; the same command on this "
+                    "machine goes on from there"
+                ) from error
+
+    def _repeat(self, stop: threading.Event, work: Callable[[], None], seconds: float) -> None:
+        due = time.monotonic() + seconds
+        while not stop.wait(max(due - time.monotonic(), 0.0)):
+            due = max(due + seconds, time.monotonic())
             try:
                 work()
             except FolderInUse as error:
                 log.error("%s", error)
                 os.kill(os.getpid(), signal.SIGTERM)  # the run saves its state, here, and ends
                 return
-            except OSError as error:
-                log.warning("%s; tried again in %.0f s", error, EVERY)
+            except Exception as error:
+                log.warning("%s: %s; tried again in %.0f s", type(error).__name__, error, seconds)
 
-    def _take(self) -> bool:
-        """Makes this copy the one that writes; returns whether it was before, so that it is the newest.
+    def _take(self, alone: bool) -> None:
+        """Makes this copy the one that writes; notes in RESET that another one did before, so that it is older.
 
-        Raises FolderInUse for a live one.
+        Raises FolderInUse for a live one, and, where the copy must be reset, for commands that work in it.
         """
-        path = self.folder / MIRROR
-        if not path.exists():
-            path.write_text(uuid.uuid4().hex, encoding="utf-8")
-        name, before = path.read_text(encoding="utf-8"), self._read_owner()
-        ours = before is not None and before.get("mirror") == name
-        if before is not None and not ours and not before.get("released"):
+        asked = time.monotonic()
+        before = self._read_owner()
+        ours = self._is_ours(before)
+        if before is not None and before.get("mirror") != self._name() and not before.get("released"):
             self._wait_for_its_end(before)
+            asked = time.monotonic()
+        if not ours:
+            if not alone:
+                raise FolderInUse(
+                    f"{self.url}: another command of this machine works in {self.folder}, which is older than the "
+                    "bucket. Nothing was changed: wait for it, or end it"
+                )
+            (self.base / RESET).touch()
         self._owner = {
-            "mirror": name,
+            "mirror": self._name(),
             "host": socket.gethostname(),
             "process": os.getpid(),
             "command": shlex.join(sys.argv),
         }
         self._owner |= {"session": uuid.uuid4().hex, "beat": 0}
-        try:
+        with suppress(FileExistsError):  # another's, or ours, whose answer was lost
             self._write_owner(new=before is None)
-        except FileExistsError:
+        time.sleep(max(every() / 10, time.monotonic() - asked))  # one that read the same has written by then
+        if (self._read_owner() or {}).get("session") != self._owner["session"]:
             self._owner = None
-            raise FolderInUse(f"{self.url}: another machine began to write there a moment ago") from None
-        self._check_owner()
-        return ours
+            raise FolderInUse(f"{self.url}: another machine began to write there a moment ago")
+
+    def _is_ours(self, owner: dict[str, Any] | None) -> bool:
+        """Whether this copy was the last to write to the bucket, and is like it or newer."""
+        return owner is not None and owner.get("mirror") == self._name() and not (self.base / RESET).exists()
+
+    def _name(self) -> str:
+        path = self.base / MIRROR
+        if not path.exists():
+            with self._alone():
+                if not path.exists():
+                    write_text(path, uuid.uuid4().hex)
+        return path.read_text(encoding="utf-8")
+
+    def _remove_orphans(self) -> None:
+        """Removes what killed writers left in the bucket of checkpoints without checksums."""
+        found = storage.find(self.url)
+        for name in found:
+            checkpoint = _CHECKPOINT.fullmatch(name)
+            if checkpoint and f"{checkpoint[1]}/{MARKER}" not in found:
+                self._remove(name)
 
     def _wait_for_its_end(self, owner: dict[str, Any]) -> None:
         who = f"process {owner.get('process')} on {owner.get('host')}: {owner.get('command')}"
-        log.info("%s: waiting up to %.0f s for a sign of life of its last writer, %s", self.url, PATIENCE, who)
-        end = time.monotonic() + PATIENCE
+        log.info("%s: waiting up to %.0f s for a sign of life of its last writer, %s", self.url, patience(), who)
+        end = time.monotonic() + patience()
         while time.monotonic() < end:
-            time.sleep(min(EVERY / 4, 5.0))
+            time.sleep(min(every() / 4, 5.0))
             now = self._read_owner()
             if now is None or now.get("released"):
                 return
@@ -281,50 +453,90 @@ class Mirror:
                 )
 
     def _beat(self) -> None:
-        self._check_owner()
+        """Gives a sign of life in less than `every()` seconds, or fails."""
+        self._check_owner(within=every() / 2)
         assert self._owner is not None
         self._owner["beat"] += 1
-        self._write_owner()
+        self._write_owner(within=every() / 2)
 
-    def _read_owner(self) -> dict[str, Any] | None:
+    def _read_owner(self, within: float | None = None) -> dict[str, Any] | None:
         try:
-            owner = json.loads(storage.read(storage.join(self.url, OWNER)))
+            owner = json.loads(storage.read(storage.join(self.url, OWNER), within=within))
         except FileNotFoundError:
             return None
         except ValueError:
             owner = None
         return owner if isinstance(owner, dict) else {"released": True}
 
-    def _write_owner(self, *, released: bool = False, new: bool = False) -> None:
+    def _write_owner(self, *, released: bool = False, new: bool = False, within: float | None = None) -> None:
         text = json.dumps((self._owner or {}) | {"released": released})
-        storage.write(storage.join(self.url, OWNER), text.encode(), new=new)
+        storage.write(storage.join(self.url, OWNER), text.encode(), new=new, within=within)
 
-    def _check_owner(self) -> None:
+    def _check_owner(self, within: float | None = None) -> None:
         """Raises FolderInUse when another machine has taken the folder from this one."""
-        if self._owner is None:
+        if self._owner is None and not self._as_last_owner:
             return
-        now = self._read_owner()
-        if now is not None and now.get("session") != self._owner["session"]:
+        now = self._read_owner(within)
+        if now is None:
+            return
+        same = now.get("session") == self._owner["session"] if self._owner else now.get("mirror") == self._name()
+        if not same:
             raise FolderInUse(
                 f"{self.url} was taken over by process {now.get('process')} on {now.get('host')}, which saw no sign of "
-                f"life of this one for {PATIENCE:.0f} s. What this one has not uploaded is in {self.folder}"
+                f"life of this one for {patience():.0f} s. What this one has not uploaded is in {self.folder}"
             )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One thread of one process at a time compares the copy with the bucket."""
-        with self._in_process, (self.folder / SYNC).open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        with self._in_process, ExitStack() as stack:
+            if self._depth == 0:
+                if not (self.base / PLACE).exists():
+                    self.base.mkdir(parents=True, exist_ok=True)
+                    write_text(self.base / PLACE, self.url)
+                _lock(stack.enter_context((self.base / SYNC).open("a")), fcntl.LOCK_EX)
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
 
     def _synced(self) -> dict[str, _Both]:
-        try:
-            return {n: _Both(*entry) for n, entry in json.loads((self.folder / STATE).read_text("utf-8")).items()}
-        except (FileNotFoundError, ValueError, TypeError):
-            return {}
+        synced = {}
+        with suppress(FileNotFoundError):
+            for line in (self.base / STATE).read_text("utf-8", errors="replace").splitlines():
+                with suppress(ValueError, TypeError):  # of a process that was killed
+                    name, *entry = json.loads(line)
+                    if entry:
+                        synced[name] = _Both(*entry)
+                    else:
+                        synced.pop(name, None)
+        return synced
+
+    def _note(self, name: str, both: _Both | None) -> None:
+        """Adds to STATE that both sides have the same file now, or none."""
+        with self._noting, (self.base / STATE).open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps([name, *(both or ())])}\n")
 
     def _keep(self, synced: dict[str, _Both]) -> None:
-        write_json(self.folder / STATE, synced)
+        """Writes STATE anew, with one line a file."""
+        write_text(self.base / STATE, "".join(f"{json.dumps([n, *entry])}\n" for n, entry in synced.items()))
+
+
+def _root() -> Path:
+    return storage.cache_folder() / "work"
+
+
+def _lock(file: IO[Any], how: int) -> bool:
+    """Locks a file; whether that was possible. A file system without locks, of which `sole_writer` warns, says yes."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    return True
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -352,11 +564,14 @@ def _whole(files: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in files.items() if belongs(name)}
 
 
-def _remove_empty(folder: Path) -> None:
-    """Removes empty folders below `folder`: an empty one of a checkpoint would count as one."""
-    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
-        with suppress(OSError):
-            path.rmdir()
+def _covers(name: str, names: Iterable[str]) -> set[str]:
+    """Those of `names` which say that the folder of a file is complete."""
+    if _MARKER.fullmatch(name):
+        return set()
+    if found := _CHECKPOINT.fullmatch(name):
+        return {f"{found[1]}/{MARKER}"} & set(names)
+    folder = name.rpartition("/")[0]
+    return {other for other in names if _MARKER.fullmatch(other) and other.rpartition("/")[0] == folder}
 
 
 _fetched: dict[str, Mirror] = {}
@@ -365,14 +580,7 @@ _fetched: dict[str, Mirror] = {}
 def local(url: str) -> Path:
     """The local copy of a folder or a file in object storage, fetched as it is now."""
     mirror = Mirror(url)
-    if mirror.is_held_here():  # and so newer than the bucket
-        _fetched[mirror.url] = mirror
-    elif "" in storage.find(mirror.url, depth=1):  # a file
-        mirror.folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(mirror.folder) as temporary:
-            temporary.write_bytes(storage.read(mirror.url))
-    else:
-        mirror.fetch()
+    if mirror.refresh():
         _fetched[mirror.url] = mirror
     return mirror.folder
 
@@ -404,7 +612,7 @@ def working_in(place: str | Path, *, alone: bool = False) -> Iterator[Path]:
 def _in_job(mirror: Mirror, alone: bool) -> Iterator[None]:
     """Context in which the first process of a job uploads, and all of them see its copy."""
     refused: Exception | None = None
-    token, sign = 0.0, mirror.folder / JOB
+    token, sign = 0.0, mirror.base / JOB
     with ExitStack() as stack:
         try:
             if hosts.is_first():

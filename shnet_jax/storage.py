@@ -6,6 +6,7 @@ with back-off and named; missing credentials and missing packages are one line. 
 
 from __future__ import annotations
 
+import datetime
 import errno
 import logging
 import os
@@ -46,6 +47,10 @@ class StorageError(OSError):
     """Object storage refused, is out of reach, or has no package or credentials here."""
 
 
+class ObjectChanged(StorageError):
+    """An object was replaced while it was read."""
+
+
 class Stat(NamedTuple):
     """An object: its bytes, and a text that differs between its versions."""
 
@@ -70,6 +75,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "shnet_jax").expanduser().absolute()
 
 
+def seconds(variable: str, default: float) -> float:
+    """The number of seconds in an environment variable. Raises StorageError for what is no number above 0."""
+    text = os.environ.get(variable) or str(default)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise StorageError(f"${variable} is {text!r}; expected seconds, a number above 0")
+    return number
+
+
 def join(url: str, name: str) -> str:
     """The URL of the object `name` below `url`; of `url` itself for ""."""
     return f"{url.rstrip('/')}/{name}" if name else url.rstrip("/")
@@ -78,7 +95,8 @@ def join(url: str, name: str) -> str:
 def find(url: str, depth: int | None = None) -> dict[str, Stat]:
     """Every object below a URL by its name from there, "" for the URL itself; {} where there is none.
 
-    depth: at most so many folders down.
+    depth: at most so many folders down. Objects that consoles make for folders, whose keys end in "/", are left out.
+    Raises StorageError for a key that is no path of a file below the URL, such as one with "..".
     """
     fs, path = _opened(url)
 
@@ -94,41 +112,75 @@ def find(url: str, depth: int | None = None) -> dict[str, Stat]:
             raise
         return {}
     start = fs._strip_protocol(path).strip("/")  # what fsspec's own names begin with
-    named = {name.strip("/").removeprefix(start).strip("/"): stat for name, stat in found.items()}
+    named = {
+        key.removeprefix("/").removeprefix(start).removeprefix("/"): stat
+        for key, stat in found.items()
+        if not key.endswith("/")
+    }
+    for name in named:
+        if (name and not {"", ".", ".."}.isdisjoint(name.split("/"))) or "\0" in name:
+            raise StorageError(
+                f"{url}: expected objects whose keys are paths of files; found {name!r}, with an empty, '.' or '..' "
+                "part: rename or remove it"
+            )
     return {name: stat for name, stat in named.items() if depth is None or name.count("/") < depth}
 
 
-def read(url: str) -> bytes:
-    """The bytes of an object. Raises FileNotFoundError."""
+def stat(url: str) -> Stat:
+    """Size and version of an object, as `find` gives them. Raises FileNotFoundError."""
     fs, path = _opened(url)
-    return _retried(url, "read", lambda: fs.cat_file(path))
+    return _retried(url, "look at", lambda: _stat(fs.info(path)))
 
 
-def read_range(url: str, start: int, stop: int) -> bytes:
-    """Bytes start to stop - 1 of an object, all of them."""
+def read(url: str, *, within: float | None = None) -> bytes:
+    """The bytes of an object. within: a single attempt of at most so many seconds. Raises FileNotFoundError."""
+    fs, path = _opened(url)
+    return _retried(url, "read", lambda: fs.cat_file(path, **_limit(fs, within)), 1 if within else 0)
+
+
+def read_range(url: str, start: int, stop: int, *, version: str = "") -> bytes:
+    """Bytes start to stop - 1 of an object, all of them.
+
+    version: that of its Stat; ObjectChanged is raised as soon as a failed read shows another one.
+    """
     fs, path = _opened(url)
 
     def ranged() -> bytes:
-        data = fs.cat_file(path, start=start, end=stop)
-        if len(data) != stop - start:
-            raise ConnectionError(f"expected {stop - start} bytes from {start} on, found {len(data)}")
+        try:
+            data = fs.cat_file(path, start=start, end=stop)
+            if len(data) != stop - start:
+                raise ConnectionError(f"expected {stop - start} bytes from {start} on, found {len(data)}")
+        except Exception:
+            if version and _stat(fs.info(path)).version != version:
+                raise ObjectChanged(f"{url}: replaced while it was read") from None
+            raise
         return data
 
     return _retried(url, "read", ranged) if stop > start else b""
 
 
-def download(url: str, path: Path, size: int) -> None:
-    """Writes an object of `size` bytes to a local file; the folder must exist. A shorter read is retried."""
+def download(url: str, path: Path, size: int, version: str = "") -> None:
+    """Writes an object of `size` bytes to a local file; the folder must exist. A shorter read is retried.
+
+    version: that of its Stat; raises ObjectChanged where the object is another one before the last byte was read.
+    """
     with path.open("wb") as file:
         for start in range(0, size, PIECE):
-            file.write(read_range(url, start, min(start + PIECE, size)))
+            file.write(read_range(url, start, min(start + PIECE, size), version=version))
+    if version and stat(url) != (size, version):
+        raise ObjectChanged(f"{url}: replaced while it was read")
 
 
-def write(url: str, data: bytes, *, new: bool = False) -> None:
-    """Writes an object, whole or not at all. new: raises FileExistsError where it is there, if the storage can tell."""
+def write(url: str, data: bytes, *, new: bool = False, within: float | None = None) -> None:
+    """Writes an object, whole or not at all.
+
+    new: raises FileExistsError where it is there, if the storage can tell, also when an attempt before, whose answer
+    was lost, wrote it. within: a single attempt of at most so many seconds.
+    """
     fs, path = _opened(url)
     mode = {"mode": "create"} if new and EXTRAS.get(_scheme(url)) else {}
-    _retried(url, "write", lambda: fs.pipe_file(path, data, **mode))
+    mode |= _limit(fs, within)
+    _retried(url, "write", lambda: fs.pipe_file(path, data, **mode), 1 if within else 0)
 
 
 def upload(source: Path, url: str) -> None:
@@ -157,19 +209,24 @@ def _scheme(url: str) -> str:
     return url.partition("://")[0].lower()
 
 
+def _limit(fs: Any, within: float | None) -> dict[str, Any]:
+    """The argument by which fsspec ends a call, its own retries included; {} where it has none."""
+    return {"timeout": within} if within and fs.async_impl else {}
+
+
 def _opened(url: str) -> tuple[Any, str]:
     """fsspec's file system and its path of a URL. Raises StorageError for a scheme or a package that is not here."""
     import fsspec  # late: nothing else of a command needs it
     from fsspec.registry import known_implementations
 
-    scheme, seconds = _scheme(url), float(os.environ.get(TIMEOUT, 60))
+    scheme, patience = _scheme(url), seconds(TIMEOUT, 60)
     options: dict[str, Any] = {"use_listings_cache": False}
     if EXTRAS.get(scheme) == "s3":  # a single attempt: those of here are logged
         options["config_kwargs"] = {
-            "connect_timeout": min(seconds, 10), "read_timeout": seconds, "retries": {"max_attempts": 0},
+            "connect_timeout": min(patience, 10), "read_timeout": patience, "retries": {"max_attempts": 0},
         }  # fmt: skip
     elif EXTRAS.get(scheme) == "gcs":
-        options["requests_timeout"] = seconds
+        options["requests_timeout"] = patience
         if os.environ.get("STORAGE_EMULATOR_HOST"):  # as Google's own clients do
             options["token"] = "anon"
     try:
@@ -190,19 +247,25 @@ def _opened(url: str) -> tuple[Any, str]:
 
 def _stat(entry: dict[str, Any]) -> Stat:
     keys = ("ETag", "etag", "md5Hash", "generation", "crc32c", "mtime", "created")
-    version = next((str(entry[key]).strip('"') for key in keys if entry.get(key) is not None), "")
-    return Stat(int(entry.get("size") or 0), version)
+    version = next((entry[key] for key in keys if entry.get(key) is not None), "")
+    if isinstance(version, datetime.datetime):  # a number in the listings of the same storage
+        version = version.timestamp()
+    return Stat(int(entry.get("size") or 0), str(version).strip('"'))
 
 
-def _retried(url: str, what: str, call: Callable[[], T]) -> T:
-    """Calls until it succeeds; raises FileNotFoundError and FileExistsError at once, as StorageError what stays."""
+def _retried(url: str, what: str, call: Callable[[], T], attempts: int = 0) -> T:
+    """Calls until it succeeds; raises FileNotFoundError and FileExistsError at once, as StorageError what stays.
+
+    attempts: 0 means ATTEMPTS.
+    """
+    attempts = attempts or ATTEMPTS
     started, wait = time.monotonic(), FIRST_WAIT
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
             return call()
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
-        except FileExistsError:
+        except (FileExistsError, ObjectChanged):
             raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _OF_THIS_DISK:
@@ -212,15 +275,15 @@ def _retried(url: str, what: str, call: Callable[[], T]) -> T:
             reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no word from the server'}"[:300]
             if refusal := _refusal(url, error):
                 raise StorageError(f"{url}: cannot {what} it: {refusal} ({reason})") from error
-            if attempt == ATTEMPTS:
-                seconds = time.monotonic() - started
+            if attempt == attempts:
+                passed = time.monotonic() - started
                 raise StorageError(
-                    f"{url}: could not {what} it in {ATTEMPTS} attempts and {seconds:.0f} s, the last one ended with "
+                    f"{url}: could not {what} it in {attempts} attempts and {passed:.0f} s, the last one ended with "
                     f"{reason}. Give the same command again when the storage answers"
                 ) from error
             pause = min(wait, LONGEST_WAIT) * random.uniform(1.0, 1.5)
             log.warning(
-                "%s: could not %s it: %s; attempt %d of %d in %.1f s", url, what, reason, attempt + 1, ATTEMPTS, pause
+                "%s: could not %s it: %s; attempt %d of %d in %.1f s", url, what, reason, attempt + 1, attempts, pause
             )
             time.sleep(pause)
             wait *= 2

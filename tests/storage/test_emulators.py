@@ -14,7 +14,7 @@ import pytest
 
 from shnet_jax import storage
 from shnet_jax.data.records import open_dataset
-from shnet_jax.mirror import MARKER
+from shnet_jax.mirror import MARKER, Mirror
 from tests.processes import Program
 from tests.soak import flags
 from tests.storage import emulators
@@ -115,7 +115,7 @@ def test_missing_credentials_are_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_is_killed_resumed_elsewhere_evaluated_embedded_and_searched(bucket, tmp_path):
+def test_a_run_is_killed_resumed_elsewhere_evaluated_embedded_and_searched(bucket, tmp_path, monkeypatch):
     place, environment = bucket
     data, run = put_dataset(place), f"{place}/runs/one"
     changes = {"train__steps": STEPS, "train__checkpoint_steps": 5, "train__eval_epochs": 10.0}
@@ -132,7 +132,8 @@ def test_a_run_is_killed_resumed_elsewhere_evaluated_embedded_and_searched(bucke
     local = [*flags(tiny.dataset().parent, "train", **changes), f"--workdir={undisturbed}"]
     with Program(local, tmp_path / "local.log") as third:
         assert third.wait() == 0, third.output()
-    copy = tmp_path / "second" / "work" / place.replace("://", "/") / "runs" / "one"
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "second"))
+    copy = Mirror(run).folder
     ours, theirs = tiny.arrays(copy, STEPS), tiny.arrays(undisturbed, STEPS)
     assert ours.keys() == theirs.keys() and all(ours[n].tobytes() == theirs[n].tobytes() for n in ours)
     assert tiny.lines(copy) == tiny.lines(undisturbed)
