@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+"""Errors of flock on a file system without locks."""
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 log = logging.getLogger(__name__)
@@ -134,7 +136,7 @@ def _locked(path: Path) -> Any:
                 "another folder"
             ) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            if error.errno not in NO_LOCKS:
                 file.close()
                 raise
             log.warning("%s: this file system has no locks; see to it that no second run writes here", path.parent)
