@@ -278,7 +278,7 @@ def _warn_of_no_locks(root: Path) -> None:
 def _is_free(path: Path) -> BinaryIO | None:
     """The open file with an exclusive lock, where no process reads or fetches it; else None."""
     try:
-        file = path.open("r+b")  # NFS locks a file exclusively only where it is open to write
+        file: BinaryIO = path.open("r+b")  # NFS locks a file exclusively only where it is open to write
     except PermissionError:  # another user's
         file = path.open("rb")
     try:
