@@ -256,18 +256,34 @@ def test_threads_wait_for_room_while_others_fetch(url, monkeypatch, slow):
     folder, paths = four_shards()
     monkeypatch.setenv(cache.LIMIT, room_for(folder, 2500))
     monkeypatch.setattr(cache, "TRIES", 1)
-    waits, ranged = threading.Event(), storage.read_range
-    monkeypatch.setattr(cache.time, "sleep", lambda _: waits.set())
+    go_on, pause, ranged = threading.Event(), cache.time.sleep, storage.read_range
+    slowed: list[str] = []
+    looks: list[float] = []
 
-    def until_one_waits(step, here):
-        if here == slow:
-            assert waits.wait(PATIENCE)
-        return step
+    def paused(seconds):
+        if len(slowed) >= 2:  # both that have room are at the slow step
+            looks.append(seconds)
+        if len(looks) >= 3:  # one of the two that wait has looked for room since
+            go_on.set()
+        pause(0.001)
 
-    monkeypatch.setattr(storage, "read_range", lambda *place: until_one_waits(ranged(*place), "download"))
-    shards = cache.Shards(paths, lambda _, path: until_one_waits(path.read_bytes(), "opening"))
+    def until_others_wait(value, step):
+        if step == slow:
+            slowed.append(step)
+            assert go_on.wait(PATIENCE)
+        return value
+
+    def read(number):
+        try:
+            return shards[number]
+        finally:
+            go_on.set()
+
+    monkeypatch.setattr(cache.time, "sleep", paused)
+    monkeypatch.setattr(storage, "read_range", lambda *place: until_others_wait(ranged(*place), "download"))
+    shards = cache.Shards(paths, lambda _, path: until_others_wait(path.read_bytes(), "opening"))
     with ThreadPoolExecutor(4) as pool:
-        assert [data[:1] for data in pool.map(shards.__getitem__, range(4))] == [b"\0", b"\1", b"\2", b"\3"]
+        assert [data[:1] for data in pool.map(read, range(4))] == [b"\0", b"\1", b"\2", b"\3"]
     assert sum(path.exists() for path in paths) <= 2
 
 
@@ -323,6 +339,7 @@ def test_shards_are_removed_on_nfs_and_other_users_files_are_read(url, monkeypat
     monkeypatch.setenv(cache.LIMIT, room_for(folder, 1500))
     shards = cache.Shards(paths, lambda _, path: path.read_bytes())
     assert [shards[number][0] for number in (0, 1, 0, 3)] == [0, 1, 0, 3]
+    assert cache.Shards(paths, lambda _, path: path.read_bytes())[3][0] == 3  # it is in the cache
 
 
 def test_without_locks_shards_are_read_and_none_is_removed(url, monkeypatch, caplog):
