@@ -32,7 +32,6 @@ from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 from shnet_jax import storage
 from shnet_jax.data.checksums import ADVICE, CHECKSUMS, read_checksums
 from shnet_jax.data.errors import DataError
-from shnet_jax.observe.files import NO_LOCKS, write_json
 from shnet_jax.storage import Stat, StorageError
 from shnet_jax.untrusted import read_object
 
@@ -53,6 +52,7 @@ _DESCRIPTION = re.compile(
 )
 """Files that opening a set may read: those of data_prep and of TFDS."""
 _PART = ".part"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of flock, as observe/files.py has them
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,9 @@ def _use_description(folder: Path, origin: Mapping[str, Any], checksums: bytes |
             folder.mkdir(parents=True, exist_ok=True)
             if checksums is not None:
                 (folder / CHECKSUMS).write_bytes(checksums)
-            write_json(path, origin)
+            new = path.with_name(f"{ORIGIN}.new")
+            new.write_text(json.dumps(origin, indent=1), encoding="utf-8")
+            new.replace(path)
         if (held := _held(path)) is not None:
             _used[path] = held
 
@@ -259,7 +261,7 @@ def _lock(file: BinaryIO, kind: int) -> bool:
     try:
         fcntl.flock(file, kind)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in _NO_LOCKS:
             raise
         _warn_of_no_locks(_root())
         return False

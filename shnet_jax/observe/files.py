@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 LOCK = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-"""Errors of flock on a file system without locks."""
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 log = logging.getLogger(__name__)
@@ -136,7 +134,7 @@ def _locked(path: Path) -> Any:
                 "another folder"
             ) from None
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 file.close()
                 raise
             log.warning("%s: this file system has no locks; see to it that no second run writes here", path.parent)
