@@ -1,14 +1,16 @@
 """A data set in object storage, read through a local cache that all runs and processes of a machine share.
 
-    $SHNET_CACHE/data/KEY/NAME/VERSION/     description, indices, vocabulary; .origin.json says where it comes from
+    $SHNET_CACHE/data/KEY/NAME/VERSION/     the description: checksums, features, indices, vocabulary, .origin.json
                                             the shards that this machine has read, each compared with its checksum
 
-A shard is fetched when a record or row of it is first read. Where the cache is full, shards that no process reads go,
-the least recently used ones first. The key is a hash of the URL and of checksums.json: a changed set is another one.
+A file is fetched when it is first needed, as the bucket has it then. Where the cache is full, shards that no process
+reads go, the least recently used ones first, then descriptions of sets that no process has opened. The key is a hash of
+the URL, of checksums.json and of the versions of files without a checksum: a changed set is another one.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,17 +18,19 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import threading
+import time
+import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 from shnet_jax import storage
-from shnet_jax.data.checksums import ADVICE, CHECKSUMS, read_checksums, sha256
+from shnet_jax.data.checksums import ADVICE, CHECKSUMS, read_checksums
 from shnet_jax.data.errors import DataError
 from shnet_jax.storage import Stat, StorageError
 from shnet_jax.untrusted import read_object
@@ -34,12 +38,21 @@ from shnet_jax.untrusted import read_object
 LIMIT = "SHNET_CACHE_GB"
 DEFAULT_GB = 100.0
 SHARE = 0.8
-"""Part of the disk that the cache takes at most, where $SHNET_CACHE_GB does not say."""
+"""Part of what the cache has and what is free on its disk that it takes at most, unless $SHNET_CACHE_GB is set."""
 LARGE = 200_000_000
-"""Bytes of a shard whose download is logged."""
+"""Bytes of a file whose download is logged."""
+PAUSE = 0.1
+"""Seconds between two looks for room in a full cache."""
+TRIES = 10
+"""Looks in vain, while nothing is being fetched, after which there is no room."""
 ORIGIN, _INFO = ".origin.json", "dataset_info.json"
 _SHARD = re.compile(r".*\.(array_record|tfrecord)[^/]*|.*-\d{5}\.npy")
+_DESCRIPTION = re.compile(
+    r"(dataset_info|features|metadata|checksums)\.json|index_.*\.npz|sentencepiece\.model|.*\.(labels\.txt|image\.json)"
+)
+"""Files that opening a set may read: those of data_prep and of TFDS."""
 _PART = ".part"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of flock, as observe/files.py has them
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +79,33 @@ def fetch_description(url: str) -> Path:
         )
     inside = versions[0].rpartition("/")[0]
     source = storage.join(url, inside)
-    files = {name: stat for name, stat in storage.find(source, depth=1).items() if name and not name.startswith(".")}
-    identity = storage.read(storage.join(source, CHECKSUMS)) if CHECKSUMS in files else json.dumps(files).encode()
-    key = hashlib.sha256(f"{source}\n".encode() + identity).hexdigest()[:16]
+    files = _listed(source)
+    checksums = storage.read(storage.join(source, CHECKSUMS)) if CHECKSUMS in files else None
+    unlisted = {name: list(files[name]) for name in files.keys() - _names(checksums) - {CHECKSUMS}}
+    identity = json.dumps([source, (checksums or b"").hex(), sorted(unlisted.items())])
     name, version = ["data", *source.partition("://")[2].split("/")][-2:]
-    folder = _root() / key / name / version
-    if not (folder / ORIGIN).is_file():
-        _fetch_small(source, files, _root() / key, Path(name, version))
+    folder = _root() / hashlib.sha256(identity.encode()).hexdigest()[:16] / name / version
+    _use_description(folder, {"url": source, "unlisted": unlisted}, checksums)
+    for name in sorted(name for name in files if _DESCRIPTION.fullmatch(name)):
+        _fetch_small(folder / name)
     return folder
 
 
 def _hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
+
+
+def _listed(source: str) -> dict[str, Stat]:
+    """The files of a version folder in storage that are of use here."""
+    found = storage.find(source, depth=1)
+    return {name: stat for name, stat in found.items() if _DESCRIPTION.fullmatch(name) or _SHARD.fullmatch(name)}
+
+
+def _names(checksums: bytes | None) -> set[str]:
+    """The names in a checksums.json; none in a damaged one, which is told when files are compared with it."""
+    with suppress(ValueError, RecursionError):
+        return {*json.loads(checksums or b"{}")}
+    return set()
 
 
 def _root() -> Path:
@@ -86,33 +114,34 @@ def _root() -> Path:
     return root
 
 
-def _fetch_small(source: str, files: Mapping[str, Stat], target: Path, below: Path) -> None:
-    """Makes the folder `target`/`below` with all files but the shards, whole or not at all."""
-    temporary = Path(tempfile.mkdtemp(prefix=".new_", dir=target.parent))
+_used: dict[Path, BinaryIO] = {}
+"""Open .origin.json of each description that this process has opened: nobody removes it before the process ends."""
+
+
+def _use_description(folder: Path, origin: Mapping[str, Any], checksums: bytes | None) -> None:
+    """Makes a version folder in the cache, unless it is there, and keeps it from being removed by others."""
+    path = folder / ORIGIN
+    with _alone():
+        if path in _used and _same(_used[path], path):
+            return
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            if checksums is not None:
+                (folder / CHECKSUMS).write_bytes(checksums)
+            new = path.with_name(f"{ORIGIN}.new")
+            new.write_text(json.dumps(origin, indent=1), encoding="utf-8")
+            new.replace(path)
+        if (held := _held(path)) is not None:
+            _used[path] = held
+
+
+def _fetch_small(path: Path) -> None:
     try:
-        folder = temporary / below
-        folder.mkdir(parents=True)
-        small = [name for name in files if not _SHARD.fullmatch(name)]
-        for name in small:
-            storage.download(storage.join(source, name), folder / name, files[name].size)
-        sums = read_checksums(folder)
-        for name in sums.keys() & {*small}:
-            _compare(f"{source}/{name}", name, sha256(folder / name), sums[name])
-        shards = {name: stat.size for name, stat in files.items() if _SHARD.fullmatch(name)}
-        origin = {"url": source, "shards": shards}
-        (folder / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
-        try:
-            temporary.rename(target)
-        except OSError:  # another process was first
-            if not (target / below / ORIGIN).is_file():
-                raise
+        while not path.is_file():
+            if held := _fetch(path):
+                held.close()
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _compare(where: str, name: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise DataError(f"{where}: expected sha256 {expected}, found {found}{ADVICE}", file=name)
+        _taking.discard(threading.get_ident())
 
 
 def is_cached(folder: Path) -> bool:
@@ -121,7 +150,10 @@ def is_cached(folder: Path) -> bool:
 
 
 def limit() -> int:
-    """Bytes that the cache may take: $SHNET_CACHE_GB, else 100 GB or, where that is less, 80% of its disk."""
+    """Bytes that the cache may take: $SHNET_CACHE_GB in GB.
+
+    Unless that is set, 100 GB or, where it is less, 80% of what the cache has and what is free on its disk.
+    """
     text = os.environ.get(LIMIT, "")
     if text:
         try:
@@ -132,7 +164,9 @@ def limit() -> int:
             raise ValueError(f"${LIMIT} is {text!r}; expected gigabytes, a number above 0")
         return int(gigabytes * 1e9)
     usage = shutil.disk_usage(_root())
-    return int(min(DEFAULT_GB * 1e9, SHARE * (usage.free + sum(size for _, size in _sizes()))))
+    # By blocks: a file that is being fetched has its size already, and not yet the space.
+    taken = sum(stat.st_blocks * 512 for _, stat in _files())
+    return int(min(DEFAULT_GB * 1e9, SHARE * (usage.free + taken)))
 
 
 class _Open(NamedTuple):
@@ -144,6 +178,9 @@ _guard = threading.RLock()
 _open: OrderedDict[tuple[int, int], _Open] = OrderedDict()
 """What this process has open, the least recently used first; keys: a number for each `Shards`, and one of its files."""
 _numbers = iter(range(1 << 62))
+_taking: set[int] = set()
+"""Threads of this process that hold a file which is not yet in `_open`, or have room for one that they are fetching."""
+os.register_at_fork(after_in_child=_taking.clear)
 
 
 class Shards(Generic[T]):
@@ -166,23 +203,30 @@ class Shards(Generic[T]):
             if key in _open:
                 _open.move_to_end(key)
                 return _open[key].value
-        held = self._fetched(self._paths[index])
-        value = self._opened(index, self._paths[index])
-        with _guard:
-            return _open.setdefault(key, _Open(value, held)).value
+        try:
+            held = self._fetched(self._paths[index])
+            value = self._opened(index, self._paths[index])
+            with _guard:
+                return _open.setdefault(key, _Open(value, held)).value
+        finally:
+            _taking.discard(threading.get_ident())
 
     def _fetched(self, path: Path) -> BinaryIO:
-        while (held := _held(path)) is None:
+        while True:
+            _taking.add(threading.get_ident())
+            if (held := _held(path)) is not None:
+                return held
+            _taking.discard(threading.get_ident())
             self._warn_of_size(path)
-            _fetch(path)
-        return held
+            if (held := _fetch(path)) is not None:
+                return held
 
     def _warn_of_size(self, path: Path) -> None:
         if self._warned:
             return
         self._warned = True
-        shards = _shards(path.parent)
-        total = sum(shards.get(other.name, 0) for other in self._paths)
+        found = _listed(read_object(path.parent / ORIGIN)["url"])
+        total = sum(found[other.name].size for other in self._paths if other.name in found)
         if total > limit():
             log.warning(
                 "%s: its shards have %.1f GB and the cache %.1f: what is read in random order is fetched again and "
@@ -197,22 +241,57 @@ def _forget(number: int) -> None:
             del _open[key]
 
 
-def _shards(folder: Path) -> dict[str, int]:
-    return read_object(folder / ORIGIN)["shards"]
-
-
 def _held(path: Path) -> BinaryIO | None:
-    """The open shard with a shared lock, under which nobody removes it; None where it is not in the cache."""
+    """The open file with a shared lock, under which nobody removes it; None where it is not in the cache."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return None
-    fcntl.flock(file, fcntl.LOCK_SH)
+    _lock(file, fcntl.LOCK_SH)
     if not _same(file, path):  # removed in between
         file.close()
         return None
-    os.utime(path)
+    with suppress(PermissionError):  # another user's
+        os.utime(path)
     return file
+
+
+def _lock(file: BinaryIO, kind: int) -> bool:
+    """Locks an open file; False on a file system without locks. Raises BlockingIOError where that was asked for."""
+    try:
+        fcntl.flock(file, kind)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_of_no_locks(_root())
+        return False
+    return True
+
+
+@cache
+def _warn_of_no_locks(root: Path) -> None:
+    log.warning(
+        "%s: this file system has no locks: two processes may fetch a file twice, and nothing is removed for what "
+        "other processes read; set $%s to a folder of another",
+        *(root, storage.CACHE),
+    )
+
+
+def _is_free(path: Path) -> BinaryIO | None:
+    """The open file with an exclusive lock, where no process reads or fetches it; else None."""
+    try:
+        file: BinaryIO = path.open("r+b")  # NFS locks a file exclusively only where it is open to write
+    except PermissionError:  # another user's
+        file = path.open("rb")
+    try:
+        if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) and _same(file, path):
+            return file
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EBADF):
+            file.close()
+            raise
+    file.close()
+    return None
 
 
 def _same(file: BinaryIO, path: Path) -> bool:
@@ -222,99 +301,196 @@ def _same(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-def ensure(path: Path) -> None:
-    """Fetches a shard of a cached data set, unless it is there."""
-    while (held := _held(path)) is None:
-        _fetch(path)
-    held.close()
+def _fetch(path: Path) -> BinaryIO | None:
+    """Downloads a file of the cache; of several threads and processes one does, and the others wait.
 
-
-def _fetch(path: Path) -> None:
-    """Downloads a shard; of several threads and processes one does, and the others wait."""
-    part = path.with_name(path.name + _PART)
-    with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not _same(file, part):
-            return  # another one had it, and is done
-        try:
-            if path.exists():
-                return
-            origin, sums = read_object(path.parent / ORIGIN), read_checksums(path.parent)
-            url = storage.join(origin["url"], path.name)
-            if path.name not in origin["shards"]:
-                raise DataError(f"{url}: expected this shard, found none when the set was opened", file=path.name)
-            size = origin["shards"][path.name]
-            _reserve(file, url, size)
-            if size >= LARGE:
-                log.info("%s: fetching %.1f GB", url, size / 1e9)
-            digest = hashlib.sha256()
-            for start in range(0, size, storage.PIECE):
-                piece = storage.read_range(url, start, min(start + storage.PIECE, size))
-                digest.update(piece)
-                os.pwrite(file.fileno(), piece, start)
-            if path.name in sums:
-                _compare(url, path.name, digest.hexdigest(), sums[path.name])
+    Returns it as `_held` does; None where it may have come, or gone, meanwhile. Raises StorageError, or DataError for
+    one that is not in the bucket or unlike its checksum.
+    """
+    part, file = _part_of(path)
+    held = None
+    try:
+        if _same(file, part) and not path.exists():  # else another one had it, and is done
+            _download(path, file)
             part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+            _lock(file, fcntl.LOCK_SH)
+            held = file if _same(file, path) else None
+        return held
+    finally:
+        if held is None:
+            if _same(file, part):
+                part.unlink(missing_ok=True)
+            file.close()
 
 
-def _sizes() -> Iterator[tuple[Path, int]]:
+def _part_of(path: Path) -> tuple[Path, BinaryIO]:
+    """The name of a file while it is fetched, and that file, locked; of this thread alone where there are no locks."""
+    part = path.with_name(path.name + _PART)
+    file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    if _lock(file, fcntl.LOCK_EX):
+        return part, file
+    file.close()
+    part.unlink(missing_ok=True)
+    part = path.with_name(f".{uuid.uuid4().hex}{_PART}")
+    return part, part.open("x+b")
+
+
+def _download(path: Path, file: BinaryIO) -> None:
+    """Writes a file as the bucket has it now, whole and compared with its checksum or with its version at opening."""
+    origin, expected = read_object(path.parent / ORIGIN), read_checksums(path.parent).get(path.name)
+    url = storage.join(origin["url"], path.name)
+    stat, at_opening = _now(origin["url"], path.name), origin["unlisted"].get(path.name)
+    while True:
+        if expected is None and list(stat) != at_opening:
+            raise DataError(
+                f"{url}: expected it as it was when this command opened the set, found another version, and "
+                f"{CHECKSUMS} does not list it; give the command again when the set is whole",
+                file=path.name,
+            )
+        _reserve(file, url, stat.size)
+        if stat.size >= LARGE:
+            log.info("%s: fetching %.1f GB", url, stat.size / 1e9)
+        digest = _copy(url, file, stat.size)
+        before, stat = stat, _now(origin["url"], path.name) if digest != expected else stat
+        if stat == before:
+            break
+        log.warning("%s: changed while it was fetched; fetching it again", url)
+    if expected is not None and digest != expected:
+        raise DataError(f"{url}: expected sha256 {expected}, found {digest}{ADVICE}", file=path.name)
+
+
+def _now(source: str, name: str) -> Stat:
+    """Size and version that a file of a set has now. Raises DataError where it is not there."""
+    found = _listed(source)
+    if name not in found:
+        raise DataError(
+            f"{storage.join(source, name)}: expected this file of the data set, found none; copy the set there again",
+            file=name,
+        )
+    return found[name]
+
+
+def _copy(url: str, file: BinaryIO, size: int) -> str:
+    """Writes an object of `size` bytes to an open file, on the disk when it returns; gives its SHA-256."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    for start in range(0, size, storage.PIECE):
+        piece = storage.read_range(url, start, min(start + storage.PIECE, size))
+        digest.update(piece)
+        file.write(piece)
+    file.flush()
+    os.fsync(file.fileno())  # before its name says that it is whole
+    return digest.hexdigest()
+
+
+def _files() -> Iterator[tuple[Path, os.stat_result]]:
     """Every file of the cache; those that are being fetched with the size that they will have."""
     for place, _, names in os.walk(_root()):
         for path in map(Path(place).joinpath, names):
             with suppress(FileNotFoundError):
-                yield path, path.stat().st_size
+                yield path, path.stat()
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    with (_root() / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (_root() / ".lock").open("ab") as lock:
+        _lock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _reserve(file: BinaryIO, url: str, size: int) -> None:
-    """Gives a file that is to be fetched its size, once there is room. Raises StorageError when there is none."""
-    most = limit()
+    """Gives a file that is to be fetched its size, once there is room.
+
+    Waits while other files are being fetched, which can go when they have been read. Raises StorageError for no room.
+    """
+    most, this = limit(), threading.get_ident()
     if size > most:
         raise StorageError(
-            f"{url}: the shard has {size / 1e9:.3g} GB and the whole cache {most / 1e9:.3g} ({_root()}): set ${LIMIT} "
-            "to more, or mount the bucket"
+            f"{url}: it has {size / 1e9:.3g} GB and the whole cache {most / 1e9:.3g} ({_root()}): set ${LIMIT} to "
+            "more, or mount the bucket"
         )
-    with _alone():
-        file.truncate(0)
-        while (missing := sum(found for _, found in _sizes()) + size - most) > 0:
-            if not _evict(missing):
-                raise StorageError(
-                    f"{url}: no room for its {size / 1e9:.3g} GB in the cache of {most / 1e9:.3g} ({_root()}), whose "
-                    f"shards other processes read: set ${LIMIT} to more, or mount the bucket"
-                )
-        file.truncate(size)
+    left, told = TRIES, False
+    while left:
+        with _alone():
+            file.truncate(0)
+            fetched_now = bool(_taking - {this}) or _are_fetched()  # before the look for room: what ends in between
+            if _make_room(size - most):
+                file.truncate(size)
+                _taking.add(this)
+                return
+        if fetched_now and not told:
+            log.info("%s: waiting for room in the cache of %.3g GB", url, most / 1e9)
+        told, left = told or fetched_now, TRIES if fetched_now else left - 1
+        time.sleep(PAUSE)
+    read = sum(stat.st_size for path, stat in _files() if _SHARD.fullmatch(path.name))
+    why = (
+        f"where other processes read {read / 1e9:.3g}" if read else "which the descriptions of data sets in use take up"
+    )
+    raise StorageError(
+        f"{url}: no room for its {size / 1e9:.3g} GB in the cache of {most / 1e9:.3g} ({_root()}), {why}: set ${LIMIT} "
+        "to more, or mount the bucket"
+    )
 
 
-def _evict(missing: int) -> bool:
-    """Removes shards that nobody reads, and halves of killed processes, until `missing` bytes are free.
+def _are_fetched() -> bool:
+    """Whether any thread or process is fetching a file for which it has room."""
+    for path, stat in _files():
+        if path.name.endswith(_PART) and stat.st_size:
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                try:
+                    _lock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+    return False
 
-    Where there are none, closes one that this process has open; False where it has none.
-    """
-    shards = [path for path, _ in _sizes() if _SHARD.fullmatch(path.name.removesuffix(_PART))]
-    removed = 0
-    for path in sorted(shards, key=lambda path: path.stat().st_mtime):
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            removed += path.stat().st_size
-            path.unlink()
-        if removed >= missing:
-            return True
-    if removed:
-        return True
-    with _guard:
-        if not _open:
-            return False
-        _, oldest = _open.popitem(last=False)
-    oldest.held.close()  # who reads it now has its own open file, or map
+
+def _make_room(more: int) -> bool:
+    """Whether the files of the cache and `more` bytes sum up to 0 at most, once all is removed that may be."""
+    while (missing := sum(stat.st_size for _, stat in _files()) + more) > 0:
+        if _evict(missing):
+            continue
+        with _guard:
+            if not _open:
+                return False
+            _, oldest = _open.popitem(last=False)
+        oldest.held.close()  # who reads it now has its own open file, or map
     return True
+
+
+def _evict(missing: int) -> int:
+    """Removes what nobody uses until `missing` bytes are free; returns the bytes removed.
+
+    That is halves of killed processes and shards, the least recently used first, then descriptions.
+    """
+    found = [(path, stat) for path, stat in _files() if _is_shard(path) or path.name == ORIGIN]
+    removed = 0
+    for path, _ in sorted(found, key=lambda entry: (entry[0].name == ORIGIN, entry[1].st_mtime)):
+        with suppress(FileNotFoundError):
+            if file := _is_free(path):
+                with file:
+                    removed += _remove_description(path.parent) if path.name == ORIGIN else _remove(path)
+        if removed >= missing:
+            break
+    return removed
+
+
+def _is_shard(path: Path) -> bool:
+    return path.name.endswith(_PART) or _SHARD.fullmatch(path.name) is not None
+
+
+def _remove(path: Path) -> int:
+    size = path.stat().st_size
+    path.unlink()
+    return size
+
+
+def _remove_description(folder: Path) -> int:
+    """Removes a version folder in which no shards are left; returns its bytes."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if any(map(_is_shard, files)):
+        return 0
+    removed = sum(map(_remove, sorted(files, key=lambda path: path.name == ORIGIN)))  # that last: it may be killed
+    for path in (folder, folder.parent, folder.parent.parent):
+        with suppress(OSError):
+            path.rmdir()
+    return removed

@@ -22,8 +22,23 @@ from tests.storage.emulators import BUCKET, EMULATORS, S3, Faults, needs, proxy
 from tests.train import tiny
 
 SCHEMES = [pytest.param("s3", marks=needs("s3")), pytest.param("gs", marks=needs("gs"))]
-STEPS = 300
-"""With a checkpoint every 5: the run lasts seconds longer than the first one of them takes to be in the bucket."""
+STEPS = 20
+HELD = """
+import signal
+from shnet_jax.cli import run
+from shnet_jax.training.checkpoint import Checkpoints
+
+save = Checkpoints.save
+
+def held(checkpoints, step, *rest):
+    if step >= 10:
+        signal.pause()  # while other threads upload the checkpoint before this one
+    return save(checkpoints, step, *rest)
+
+Checkpoints.save = held
+run()
+"""
+"""main.py, whose training waits before it saves step 10 until it is killed."""
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
@@ -120,14 +135,16 @@ def test_a_run_is_killed_resumed_elsewhere_evaluated_embedded_and_searched(bucke
     data, run = put_dataset(place), f"{place}/runs/one"
     changes = {"train__steps": STEPS, "train__checkpoint_steps": 5, "train__eval_epochs": 10.0}
     command = [*flags(data, "train", **changes), f"--workdir={run}"]
-    with Program(command, tmp_path / "first.log", **environment | {"SHNET_SYNC_SECONDS": "0.05"}) as first:
+    (tmp_path / "held.py").write_text(HELD)
+    held = [str(tmp_path / "held.py"), *command[1:]]
+    with Program(held, tmp_path / "first.log", **environment | {"SHNET_SYNC_SECONDS": "0.05"}) as first:
         saved = first.until(lambda: any(name.endswith(MARKER) for name in storage.find(f"{run}/checkpoints")))
         first.send(signal.SIGKILL)
         assert saved and first.wait() == -signal.SIGKILL, first.output()
     elsewhere = environment | {storage.CACHE: str(tmp_path / "second")}
     with Program(command, tmp_path / "second.log", **elsewhere) as second:
         assert second.wait() == 0, second.output()
-        assert "continuing from step" in second.output()
+        assert "continuing from step 5" in second.output()
     undisturbed = tmp_path / "undisturbed"
     local = [*flags(tiny.dataset().parent, "train", **changes), f"--workdir={undisturbed}"]
     with Program(local, tmp_path / "local.log") as third:
