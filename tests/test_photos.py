@@ -34,7 +34,7 @@ from shnet_jax.modes.page import page
 from shnet_jax.modes.photo_query import open_sight
 from shnet_jax.modes.photos import photos
 from shnet_jax.modes.search import open_search, search
-from shnet_jax.retrieve.server import Engine, _of_form
+from shnet_jax.retrieve.server import Engine
 from shnet_jax.stored_config import get_config
 from shnet_jax.training.load import load
 from shnet_jax.training.workdir import load_config, save_config
@@ -240,12 +240,6 @@ def test_a_photograph_is_sent_to_the_server(address, copied):
     assert page.count("data:image/jpeg") == 7  # the photographs, and the one that was sent
     status, page = get(f"{address}/")
     assert 'enctype="multipart/form-data"' in page
-
-
-def test_every_byte_of_a_form_arrives():
-    data = np.random.default_rng(0).integers(0, 256, 4096, np.uint8).tobytes() + bytes(range(256)) + b"\r\n\n\r"
-    kind, body = form(data)
-    assert _of_form(kind, body) == (data, "new.png")
 
 
 @pytest.mark.parametrize(
