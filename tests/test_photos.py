@@ -31,10 +31,10 @@ from shnet_jax.models import dual
 from shnet_jax.modes import photos as modes_photos
 from shnet_jax.modes import serve
 from shnet_jax.modes.page import page
-from shnet_jax.modes.photo_query import open_sight
+from shnet_jax.modes.photo_query import check_encoder, noted_encoder, open_sight
 from shnet_jax.modes.photos import photos
 from shnet_jax.modes.search import open_search, search
-from shnet_jax.retrieve.server import Engine, _of_form
+from shnet_jax.retrieve.server import Engine
 from shnet_jax.stored_config import get_config
 from shnet_jax.training.load import load
 from shnet_jax.training.workdir import load_config, save_config
@@ -173,7 +173,7 @@ def test_search_takes_a_new_photograph(made, copied, model, tmp_path, monkeypatc
         file.write(b" ")
     c.text.weights = str(tmp_path / "clip")
     with pytest.raises(
-        ValueError, match=r"sha256 of the weights: expected .*model\.safetensors.*, with which .* was made"
+        ValueError, match=r"clip/model\.safetensors: sha256: expected \w{64}, with which .* was made, found \w{64};"
     ):
         search(c, made, photo=str(copied))
     c.model.name = "shnet"
@@ -195,6 +195,65 @@ def test_a_server_without_the_encoder_says_so_and_searches_words(made, tmp_path,
     c.model.name = "shnet"
     caplog.clear()
     assert serve._sight(loaded, c, made, "") is None and not caplog.text
+
+
+def test_the_encoder_is_checked_by_the_files_that_are_loaded(made, model, tmp_path, caplog):
+    c, clip = stored(made), shutil.copytree(model, tmp_path / "clip")
+    c.text.weights = str(clip)
+    (clip / "pytorch_model.bin").write_bytes(b"model.safetensors is loaded instead")
+    (clip / "optimizer.bin").write_bytes(b"of its training")
+    assert check_encoder(c, made) == clip and not caplog.text
+    (clip / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}')
+    with pytest.raises(
+        ValueError, match=r"clip/preprocessor_config\.json: sha256: expected \w{64}, with which .* found"
+    ):
+        check_encoder(c, made)
+    (clip / "preprocessor_config.json").unlink()
+    (clip / "processor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"clip/preprocessor_config\.json: sha256: expected .* found no such file;"):
+        check_encoder(c, made)
+
+
+def test_weights_in_parts_and_of_pytorch_are_hashed(tmp_path):
+    """Of several forms, the one that transformers loads."""
+    parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    for name in ("config.json", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes(b"")
+    assert [*encoders.files_sha256(tmp_path)] == ["config.json", "pytorch_model.bin"]
+    for name in parts:
+        (tmp_path / name).write_bytes(b"")
+    assert [*encoders.files_sha256(tmp_path)] == ["config.json", *parts]
+
+
+def test_a_run_has_its_encoder_noted_even_when_it_is_killed(made, folder, model, tmp_path, monkeypatch, caplog):
+    """Without the note any weights would be taken."""
+    run_there = shutil.copytree(made, tmp_path / "run")
+    (run_there / "encoder.json").unlink()
+    assert check_encoder(stored(made), run_there) == model.resolve()
+    assert "run has no encoder.json with sha256: files of" in caplog.text
+    photos(stored(made), run_there, folder=str(folder), model=str(model))  # completes the run that is there
+    note = (run_there / "encoder.json").read_bytes()
+    assert note == (made / "encoder.json").read_bytes()
+    (run_there / "encoder.json").unlink()
+    shutil.rmtree(run_there / "checkpoints")
+    monkeypatch.setattr(modes_photos, "write_run", lambda *args: fails("killed"))
+    monkeypatch.setattr(modes_photos, "init_variables", lambda *args: {})
+    with pytest.raises(ValueError, match="killed"):
+        photos(stored(made), run_there, folder=str(folder), model=str(model))
+    assert (run_there / "encoder.json").read_bytes() == note
+
+
+def test_a_head_has_its_encoder_noted_before_it_is_trained(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(modes_photos, "load_config", lambda path: config())
+    monkeypatch.setattr(modes_photos, "_fit_encoder", lambda c: None)
+    counts = ConfigDict({"caption_counts": lambda split: np.ones(64, int)})
+    monkeypatch.setattr(modes_photos, "open_dataset", lambda path: counts)
+    monkeypatch.setattr(modes_photos, "train_and_evaluate", lambda *args: fails("killed"))
+    c = config()
+    c.text.weights = str(model)
+    with pytest.raises(ValueError, match="killed"):
+        modes_photos._train_head(c, tmp_path, tmp_path)
+    assert "model.safetensors" in noted_encoder(tmp_path / "head")
 
 
 @pytest.fixture(scope="module")
@@ -240,12 +299,6 @@ def test_a_photograph_is_sent_to_the_server(address, copied):
     assert page.count("data:image/jpeg") == 7  # the photographs, and the one that was sent
     status, page = get(f"{address}/")
     assert 'enctype="multipart/form-data"' in page
-
-
-def test_every_byte_of_a_form_arrives():
-    data = np.random.default_rng(0).integers(0, 256, 4096, np.uint8).tobytes() + bytes(range(256)) + b"\r\n\n\r"
-    kind, body = form(data)
-    assert _of_form(kind, body) == (data, "new.png")
 
 
 @pytest.mark.parametrize(

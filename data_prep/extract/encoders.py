@@ -98,6 +98,18 @@ def open_encoder(model: Path, device: str = "") -> Callable[[Sequence[Image.Imag
     return see
 
 
-def weights_sha256(model: Path) -> dict[str, str]:
-    """SHA-256 of each file of the weights of a dual encoder."""
-    return {path.name: sha256(path) for path in sorted(model.iterdir()) if path.suffix in (".safetensors", ".bin")}
+def files_sha256(model: Path) -> dict[str, str]:
+    """SHA-256 of each file that `open_encoder` loads: configuration, preparation of pictures, and weights.
+
+    Of several forms of the weights, transformers loads one: safetensors before PyTorch's.
+    """
+    weights = next((found for form in _WEIGHTS if (found := _fitting(model, form))), [])
+    return {path.name: sha256(path) for path in (*_fitting(model, _DESCRIBED), *weights)}
+
+
+def _fitting(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
+_DESCRIBED = ("config.json", "preprocessor_config.json", "processor_config.json")
+_WEIGHTS = (WEIGHTS[:1], ("model.safetensors.index.json", "model-*-of-*.safetensors"), WEIGHTS[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,17 +15,27 @@ from shnet_jax.training.load import Loaded
 from shnet_jax.types import Embedding
 from shnet_jax.untrusted import read_object
 
+log = logging.getLogger(__name__)
+
 ENCODER = "encoder.json"
-"""File of a work folder: the encoder's folder, and the SHA-256 of each file of its weights."""
+"""File of a work folder: the encoder's folder, and the SHA-256 of each file that is loaded from it."""
 Sight = Callable[[Sequence[Image.Image], Sequence[str]], Embedding]
 """Encodes pictures, called by their names, into the joint space."""
 
 
 def note_encoder(workdir: Path, folder: Path) -> None:
-    """Writes ENCODER."""
+    """Writes ENCODER into `workdir`, which is made if it is not there."""
     from data_prep.extract import encoders
 
-    write_json(workdir / ENCODER, {"folder": str(folder), "weights_sha256": encoders.weights_sha256(folder)})
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / ENCODER, {"folder": str(folder), "sha256": encoders.files_sha256(folder)})
+
+
+def noted_encoder(workdir: Path) -> dict[str, str] | None:
+    """The SHA-256 of each file of the encoder, as `note_encoder` wrote them; None where there is no such note."""
+    path = workdir / ENCODER
+    noted = read_object(path).get("sha256") if path.is_file() else None
+    return noted if isinstance(noted, dict) else None
 
 
 def sees_photographs(config: ConfigDict) -> bool:
@@ -35,8 +46,8 @@ def sees_photographs(config: ConfigDict) -> bool:
 def check_encoder(config: ConfigDict, workdir: Path) -> Path:
     """The folder of the encoder that made the run in `workdir`.
 
-    Raises ValueError for a run that no encoder of photographs made, or whose encoder has other weights now;
-    FileNotFoundError where it is gone.
+    Raises ValueError for a run that no encoder of photographs made, or whose encoder has other weights or prepares
+    pictures otherwise now; FileNotFoundError where it is gone. A run without ENCODER gets a warning.
     """
     from data_prep.extract import encoders
 
@@ -50,11 +61,18 @@ def check_encoder(config: ConfigDict, workdir: Path) -> Path:
         raise FileNotFoundError(
             f"{folder}: the encoder of this run is not there; give its folder with --config.text.weights=FOLDER"
         )
-    noted = read_object(workdir / ENCODER).get("weights_sha256") if (workdir / ENCODER).is_file() else None
-    if noted is not None and noted != (found := encoders.weights_sha256(folder)):
-        raise ValueError(
-            f"{folder}: sha256 of the weights: expected {noted}, with which {workdir} was made, found {found}"
-        )
+    expected = noted_encoder(workdir)
+    if expected is None:
+        log.warning("%s has no %s with sha256: files of %s are taken unchecked", workdir, ENCODER, folder)
+        return folder
+    found = encoders.files_sha256(folder)
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{folder / name}: sha256: expected {expected.get(name, 'no such file')}, with which {workdir} was "
+                f"made, found {found.get(name, 'no such file')}; give the folder of that encoder with "
+                "--config.text.weights=FOLDER"
+            )
     return folder
 
 

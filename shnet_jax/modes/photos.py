@@ -1,7 +1,7 @@
 """`shnet photos`: makes photographs searchable by a pretrained CLIP or SigLIP, by words and by another photograph.
 
 WORKDIR/config.json, checkpoints/   the model's text tower as a run, which search, serve, page and embed take
-WORKDIR/encoder.json                the model's folder and the SHA-256 of its weights
+WORKDIR/encoder.json                the model's folder and the SHA-256 of its files
 WORKDIR/data_sets/                  the photographs' vectors, see `data_prep.extract.own_photos`
 WORKDIR/head/                       with captions and --head: the run of a head trained on them
 """
@@ -27,7 +27,7 @@ from shnet_jax.interop import clip_weights, siglip_weights
 from shnet_jax.interop.bert_weights import read_config
 from shnet_jax.modes.convert import Model, write_run
 from shnet_jax.modes.embed import one_process_mesh
-from shnet_jax.modes.photo_query import ENCODER, note_encoder, open_sight
+from shnet_jax.modes.photo_query import ENCODER, note_encoder, noted_encoder, open_sight
 from shnet_jax.modes.search import open_search, show
 from shnet_jax.observe.files import write_text
 from shnet_jax.observe.progress import waiting
@@ -124,6 +124,8 @@ def _make(
     config.search.split, config.page.pictures = own_photos.ALL, str(folder.resolve())
     _fit_encoder(config)
     if not overwrite and any((workdir / "checkpoints").glob("*")):
+        if noted_encoder(workdir) is None:
+            note_encoder(workdir, encoder)
         return  # with config.json as it is: embeddings are of this very file
     experiment = assemble(config)
     with waiting("reading the text tower"):
@@ -132,8 +134,8 @@ def _make(
     if overwrite:  # not before: up to here a mistake costs nothing of the run that is there
         _put_in_place(workdir)
         complete.data.dir = config.data.dir = str((workdir / DATA_SETS / dataset.relative_to(sets)).resolve())
+    note_encoder(workdir, encoder)  # first: of a run that is there nothing more is written
     write_run(workdir, Model(complete, variables, 0))
-    note_encoder(workdir, encoder)
 
 
 def _check_run(workdir: Path) -> None:
@@ -229,8 +231,8 @@ def _train_head(config: ConfigDict, workdir: Path, captioned: Path) -> ConfigDic
     counts = open_dataset(captioned).caption_counts(c.data.train_split)
     while c.train.batch_size > max(int(counts.sum()), 1):
         c.train.batch_size //= 2
-    train_and_evaluate(c, workdir / HEAD)
     note_encoder(workdir / HEAD, Path(c.text.weights))
+    train_and_evaluate(c, workdir / HEAD)
     return c
 
 

@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
-from email import message_from_bytes, policy
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,7 +26,7 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -35,6 +34,7 @@ from shnet_jax.evaluation.encode import Tower
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe import html
 from shnet_jax.observe.html import Child, Markup, tag
+from shnet_jax.retrieve.form import file_in
 from shnet_jax.retrieve.highlight import highlights
 from shnet_jax.retrieve.highlight_view import panels
 from shnet_jax.retrieve.scene import Album
@@ -48,6 +48,8 @@ MAX_LETTERS = 2000  # of a query
 MAX_BODY = 2**20
 MAX_PHOTO = 2**24
 MAX_READ = 2 * MAX_PHOTO  # a client that still sends when it is refused may not read why
+MAX_UPLOADS = 4  # photographs that are in memory at once, from their first byte to their answer; others wait unread
+READ_SECONDS = 60.0  # for the body of a request, so that a slow client does not keep others waiting for good
 SHOWN = 20  # results on the page
 
 STYLE = """
@@ -160,6 +162,7 @@ class Batches:
 def application(engine: Engine) -> Starlette:
     """The application; it answers from its start on, with programs compiled for one query and for many."""
     batches = Batches(engine)
+    uploads = asyncio.Semaphore(MAX_UPLOADS)
 
     async def health(request: Request) -> Response:
         about = engine.searcher
@@ -193,14 +196,16 @@ def application(engine: Engine) -> Starlette:
         if engine.sight is None:
             raise HTTPException(404, "photo: this server has no encoder of photographs, see its first lines")
         count, kind = _count(request.query_params.get("k", "10")), request.headers.get("content-type", "")
-        data, name, of_form = await _body(request, MAX_PHOTO), "photo", kind.startswith("multipart/")
-        if of_form:
-            data, name = _of_form(kind, data)
-        async with batches.device:  # one at a time: a picture may take 200 MB
-            picture = await run_in_threadpool(parse_picture, data, name)
-            answer = await run_in_threadpool(engine.by_photo, picture, name)
+        name, of_form = "photo", kind.lower().startswith("multipart/")
+        async with uploads:
+            data = await _body(request, MAX_PHOTO)
             if of_form:
-                return HTMLResponse(await run_in_threadpool(_search_page, engine, "", answer, picture))
+                data, name = await run_in_threadpool(file_in, kind, data, "photo")
+            async with batches.device:  # one at a time: a picture may take 200 MB
+                picture = await run_in_threadpool(parse_picture, data, name)
+                answer = await run_in_threadpool(engine.by_photo, picture, name)
+                if of_form:
+                    return HTMLResponse(await run_in_threadpool(_search_page, engine, "", answer, picture))
         return JSONResponse(_document(answer, count))
 
     @contextlib.asynccontextmanager
@@ -257,31 +262,23 @@ def _count(value: object) -> int:
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """The body of a request. Raises HTTPException for more than `most` bytes."""
+    """The body of a request. Raises HTTPException for more than `most` bytes, or when it is not whole in time."""
     body, received = bytearray(), 0
-    async for part in request.stream():
-        received += len(part)
-        if received > MAX_READ:
-            break
-        if received <= most:
-            body += part
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            async for part in request.stream():
+                received += len(part)
+                if received > MAX_READ:
+                    break
+                if received <= most:
+                    body += part
+    except TimeoutError:
+        raise HTTPException(408, f"expected the whole body within {READ_SECONDS:g} seconds") from None
+    except ClientDisconnect:  # nobody reads this answer
+        raise HTTPException(400, "expected the whole body, found a part") from None
     if received > most:
         raise HTTPException(413, f"expected at most {most} bytes")
     return bytes(body)
-
-
-def _of_form(kind: str, body: bytes) -> tuple[bytes, str]:
-    """The file in the field "photo" of a form, and its name. kind: content type. Raises ValueError without one."""
-    fault = 'photo: expected a form with a file in the field "photo", found none'
-    try:
-        message = message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode("latin-1") + body, policy=policy.HTTP)
-        for part in message.iter_parts() if message.is_multipart() else ():
-            if part.get_param("name", header="content-disposition") == "photo":
-                data = part.get_payload(decode=True)
-                return data if isinstance(data, bytes) else b"", str(part.get_filename() or "photo")[:200]
-    except Exception as error:  # the parser of headers fails in many ways on what is none
-        raise ValueError(f"{fault}: {error}") from None
-    raise ValueError(fault)
 
 
 async def _batch_of(request: Request) -> tuple[list[str], int]:

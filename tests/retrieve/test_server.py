@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import html
 import json
 import re
@@ -148,3 +150,64 @@ def test_mistakes_are_told_before_anything_is_loaded():
         serve(gallery.toy(), gallery.toy_run(), port=70000)
     with pytest.raises(ValueError, match="none': no such folder"):
         serve(gallery.toy(page__pictures="none"), gallery.toy_run())
+
+
+class Connection:
+    """An upload of a photograph that ends when `release` is set. begun: its body is being read."""
+
+    def __init__(self, release: asyncio.Event) -> None:
+        self.begun, self.status, self._release = False, 0, release
+
+    async def receive(self):
+        self.begun = True
+        await self._release.wait()
+        return {"type": "http.request", "body": b"no picture", "more_body": False}
+
+    async def send(self, message):
+        self.status = message.get("status", self.status)
+
+
+def upload(application, connection):
+    scope = {"type": "http", "method": "POST", "path": "/photo", "query_string": b"", "headers": []}
+    return application(scope, connection.receive, connection.send)
+
+
+def test_few_photographs_are_read_at_once(engine):
+    """Each takes 16 MiB; the others wait, and all are answered."""
+
+    async def many():
+        release = asyncio.Event()
+        application = server.application(dataclasses.replace(engine, sight=lambda pictures, names: None))
+        connections = [Connection(release) for _ in range(server.MAX_UPLOADS + 3)]
+        requests = [asyncio.create_task(upload(application, connection)) for connection in connections]
+        for _ in range(100):  # turns of the loop, of which a request needs a few
+            await asyncio.sleep(0)
+        reading = sum(connection.begun for connection in connections)
+        release.set()
+        await asyncio.gather(*requests)
+        return reading, [connection.status for connection in connections]
+
+    reading, statuses = asyncio.run(many())
+    assert reading == server.MAX_UPLOADS and statuses == [400] * (server.MAX_UPLOADS + 3)
+
+
+def test_a_client_that_sends_nothing_gives_its_place_to_others(engine, monkeypatch):
+    monkeypatch.setattr(server, "READ_SECONDS", 0.01)
+
+    async def silent():
+        connection = Connection(asyncio.Event())
+        await upload(server.application(dataclasses.replace(engine, sight=lambda pictures, names: None)), connection)
+        return connection.status
+
+    assert asyncio.run(silent()) == 408
+
+
+def test_a_client_that_leaves_is_no_fault_of_the_server(engine):
+    async def left():
+        connection = Connection(asyncio.Event())
+        application = server.application(dataclasses.replace(engine, sight=lambda pictures, names: None))
+        connection.receive = lambda: asyncio.sleep(0, {"type": "http.disconnect"})
+        await upload(application, connection)  # raises nothing
+        return connection.status
+
+    assert asyncio.run(left()) == 400
