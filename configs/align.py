@@ -21,8 +21,6 @@ def get_config(variant: str = "") -> ConfigDict:
         c.model.units = ("regions", "grid")
         c.model.align.vectors = ("coverage", "categories")
         c.model.align.vectors_gain = 0.4
-        if recipe == "small":
-            small_units(c)
     return c
 
 
@@ -85,18 +83,3 @@ def small() -> ConfigDict:
     )
     c.study.compare = ("infonce - sigmoid",)
     return c
-
-
-def small_units(c: ConfigDict) -> None:
-    """Recipe of the units, in place: all captions of an image in a step, a linear text head, a short training.
-
-    It was chosen on the validation split of 1,250 training photographs; docs/results.md has what was tried.
-    """
-    c.data.captions_per_image = 5
-    c.model.align.head.hidden = 1024
-    c.model.align.head.dropout = 0.7
-    c.text.head.kind = "linear"
-    c.text.head.dropout = 0.2
-    c.optim.lr = 2e-3
-    c.train.batch_size = 1280
-    c.train.epochs = 15.0

@@ -38,8 +38,7 @@ def get_config() -> ConfigDict:
 def _data() -> ConfigDict:
     """Data set, and how batches are drawn from it and altered."""
     data = ConfigDict()
-    # Folder of a data set made by data_prep, or one that holds only this set; or its URL, as s3://BUCKET/SET.
-    data.dir = ""
+    data.dir = ""  # data set made by data_prep: its folder, one that holds only it, or a URL as s3://BUCKET/SET
     data.train_split = "train"  # split trained on
     data.val_split = "val"  # split evaluated while training; selects the best checkpoint
     data.resident = False  # keep all training features on the device and send indices only (for sets that fit)
