@@ -31,6 +31,7 @@ from shnet_jax.models.text import text_fields
 from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.hardware import CHIPS, GIB, Chip, chip, target_devices
 from shnet_jax.observe.table import Table
+from shnet_jax.observe.terminal import make_output_safe
 from shnet_jax.observe.work import Work
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.plan.planned_run import PlannedRun, describe, train_batch_shapes
@@ -301,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="global batches")
     parser.add_argument("--folder", type=Path, default=Path("runs/slices"), help="folder of a file for each program")
     parser.add_argument("--write", action="store_true", help=f"also {FIGURES.name}, and the tables of {PAGE.name}")
+    make_output_safe()
     args = parser.parse_args(argv)
     compile_all(args.folder, jobs_of(args.models.split(","), map(int, args.batches.split(","))))
     if args.write:

@@ -194,7 +194,7 @@ def trained() -> Path:
 
 @pytest.fixture(scope="module")
 def published() -> Path:
-    folder = tiny.folder() / "published"
+    folder = tiny.folder() / "to_publish"
     export_run(toy(), trained(), str(folder))
     return folder
 

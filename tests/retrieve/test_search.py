@@ -119,7 +119,7 @@ def test_the_command_writes_and_prints_what_it_found(model, capsys, tmp_path):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(ValueError, match="needs --query, --query_file, --query_vectors or --image_id"):
+    with pytest.raises(ValueError, match="needs --query, --query_file, --query_vectors, --image_id or --photo"):
         search(gallery.toy(), gallery.toy_run())
     with pytest.raises(ValueError, match="--top_k is 0"):
         search(gallery.toy(), gallery.toy_run(), "snow", top_k=0)
