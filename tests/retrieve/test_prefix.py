@@ -72,7 +72,7 @@ def test_search_ranks_by_the_prefix(run, index):
 
 def test_evaluation_has_a_row_for_each_size(run):
     evaluate(gallery.toy(eval__dims=(4, 16)), run)
-    found = json.loads((run / "results_tiny_test_whole_best.json").read_text())["arms"]
+    found = json.loads((run / "results_tiny_test_whole_best_dims_4_16.json").read_text())["arms"]
     name = gallery.toy().name
     assert list(found) == [f"{name}, 4 numbers", f"{name}, 16 numbers", name]
     assert found[f"{name}, 16 numbers"]["metrics"] == found[name]["metrics"]
