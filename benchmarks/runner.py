@@ -38,10 +38,10 @@ BENCHMARKS = (
 """Files of this package: each has `run(sizes) -> list[Row]` and the sizes FULL and QUICK, some also GPU."""
 
 ON_GPU = ("step", "text", "pool", "losses", "ranking", "embed", "published", "align")
-"""What --gpu runs, the most wanted first."""
+"""Benchmarks of --gpu, the most wanted first."""
 
 GPU_SECONDS = 480.0
-"""No further benchmark of --gpu begins after so many seconds; one takes up to about a minute."""
+"""No further benchmark of --gpu begins after so many seconds."""
 
 FAULTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, OSError, SubprocessError)
 """Exceptions that a failed benchmark may raise: JAX's errors are RuntimeErrors; a child process may fail."""

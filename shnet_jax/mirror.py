@@ -13,7 +13,6 @@ like the bucket before a command works in it.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from shnet_jax import storage
+from shnet_jax.locks import lock
 from shnet_jax.observe.files import FolderInUse, atomic_path, sole_writer, write_text
 from shnet_jax.parallel import hosts
 from shnet_jax.paths import to_path
@@ -251,7 +251,7 @@ class Mirror:
                     self._remove(name)
 
     def _gone(self, here: dict[str, tuple[int, int]], synced: dict[str, _Both]) -> set[str]:
-        """What the bucket has and the copy no more; all of a checkpoint that was removed while it was listed."""
+        """Files that the bucket has and the copy no more; all of a checkpoint that was removed while it was listed."""
         gone = synced.keys() - here.keys()
         cut = {found[1] for name in gone if (found := _CHECKPOINT.fullmatch(name))}
         removed = tuple(f"{folder}/" for folder in cut if not (self.folder / folder / MARKER).exists())
@@ -286,11 +286,13 @@ class Mirror:
     def held(self) -> Iterator[None]:
         """Context in which this copy alone writes to the folder in the bucket, and uploads changes now and then.
 
-        Raises FolderInUse when another process or machine does. The end uploads the rest, whatever happened.
+        Raises FolderInUse when another process or machine does. The end uploads the rest, whatever happened, and lets
+        other machines write at once.
         """
         with ExitStack() as stack:
             self._enter_writer(stack)
             self._refuse_nested()
+            stack.callback(self._release)  # behind the last sign of life
             with self._without_others() as alone:
                 self._take(alone)
                 stack.enter_context(self._repeated(self._beat))
@@ -299,7 +301,13 @@ class Mirror:
             self._remove_orphans()
             with self._uploading():
                 yield
-            self._write_owner(released=True)
+
+    def _release(self) -> None:
+        """Lets other machines write at once, unless files of this copy are not in the bucket, or it was taken over."""
+        if self._owner is not None and not self._has_news():
+            with suppress(FolderInUse):
+                self._check_owner()
+                self._write_owner(released=True)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -311,8 +319,8 @@ class Mirror:
 
     def is_held_here(self) -> bool:
         """Whether a process of this machine holds the copy, which is then newer than the bucket."""
-        with suppress(FileNotFoundError), (self.base / WRITER).open("rb") as lock:
-            return not _lock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # beside others that ask
+        with suppress(FileNotFoundError), (self.base / WRITER).open("rb") as file:
+            return not _lock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # beside others that ask
         return False
 
     def _enter_writer(self, stack: ExitStack) -> None:
@@ -530,12 +538,9 @@ def _root() -> Path:
 def _lock(file: IO[Any], how: int) -> bool:
     """Locks a file; whether that was possible. A file system without locks, of which `sole_writer` warns, says yes."""
     try:
-        fcntl.flock(file, how)
+        lock(file, how)
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
     return True
 
 

@@ -173,7 +173,7 @@ def in_bucket(data: Path) -> Callable[[Path], list[str]]:
 
 
 def fetched(folder: Path) -> Path:
-    """What the bucket has of a run, copied to `folder`."""
+    """The files of a run in the bucket, copied to `folder`."""
     shutil.rmtree(storage.cache_folder(), ignore_errors=True)
     copy = mirror.Mirror(f"{BUCKET}/runs/{folder.name}")
     copy.fetch()

@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "bundled": set(),
     "durations": set(),
     "storage": set(),
+    "locks": set(),
     "ops": set(),
     "models": {"ops"},
     "parallel": set(),
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "retrieve": {"models", "data", "parallel", "observe", "experiment", "evaluation"},
     "training": {"models", "losses", "data", "parallel", "observe", "interop", "experiment", "evaluation"},
 }
-COMMON = {"types", "registry", "untrusted", "paths", "bundled", "durations", "storage"}
+COMMON = {"types", "registry", "untrusted", "paths", "bundled", "durations", "storage", "locks"}
 # What a command line calls: may import every part, no part may import it.
 ENTRY = {"__main__", "api", "cli", "modes", "plan", "scaling", "stored_config"}
 

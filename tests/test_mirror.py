@@ -171,6 +171,14 @@ def test_what_a_killed_process_did_not_upload_is_kept_on_its_machine_alone(machi
         assert not (folder / "left").exists()
 
 
+def test_a_command_that_fails_lets_other_machines_write_at_once(machine):
+    with pytest.raises(KeyError), working_in(URL, alone=True) as folder:
+        put(folder, "config.json", "{}")
+        raise KeyError
+    assert names() == {"config.json"}
+    assert json.loads(storage.read(f"{URL}/{OWNER}"))["released"]
+
+
 def test_a_live_writer_on_another_machine_is_named(machine, monkeypatch):
     monkeypatch.setattr(mirror, "PATIENCE", 600)
     with working_in(URL, alone=True) as folder:

@@ -215,7 +215,7 @@ def test_the_encoder_is_checked_by_the_files_that_are_loaded(made, model, tmp_pa
 
 
 def test_weights_in_parts_and_of_pytorch_are_hashed(tmp_path):
-    """Of several forms, the one that transformers loads."""
+    """The form that transformers loads is hashed where there are several."""
     parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
     for name in ("config.json", "pytorch_model.bin"):
         (tmp_path / name).write_bytes(b"")
@@ -262,7 +262,7 @@ def address(made):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_extractor", lambda settings, device: colours)
         loaded, tower, searcher = open_search(stored(made), made)
-        sight = open_sight(loaded, stored(made), made)
+        sight = open_sight(loaded, stored(made), check_encoder(stored(made), made))
         pictures = Path(stored(made).page.pictures)
         with serving(Engine(loaded.experiment, loaded.variables, tower, searcher, pictures, sight)) as running:
             yield running

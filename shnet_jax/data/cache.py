@@ -32,6 +32,7 @@ from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 from shnet_jax import storage
 from shnet_jax.data.checksums import ADVICE, CHECKSUMS, read_checksums
 from shnet_jax.data.errors import DataError
+from shnet_jax.locks import lock
 from shnet_jax.storage import Stat, StorageError
 from shnet_jax.untrusted import read_object
 
@@ -52,7 +53,6 @@ _DESCRIPTION = re.compile(
 )
 """Files that opening a set may read: those of data_prep and of TFDS."""
 _PART = ".part"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of flock, as observe/files.py has them
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class _Open(NamedTuple):
 
 _guard = threading.RLock()
 _open: OrderedDict[tuple[int, int], _Open] = OrderedDict()
-"""What this process has open, the least recently used first; keys: a number for each `Shards`, and one of its files."""
+"""Shards that this process has open, the least recently used first; keys: numbers of a `Shards` and of its file."""
 _numbers = iter(range(1 << 62))
 _taking: set[int] = set()
 """Threads of this process that hold a file which is not yet in `_open`, or have room for one that they are fetching."""
@@ -258,14 +258,10 @@ def _held(path: Path) -> BinaryIO | None:
 
 def _lock(file: BinaryIO, kind: int) -> bool:
     """Locks an open file; False on a file system without locks. Raises BlockingIOError where that was asked for."""
-    try:
-        fcntl.flock(file, kind)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+    locked = lock(file, kind)
+    if not locked:
         _warn_of_no_locks(_root())
-        return False
-    return True
+    return locked
 
 
 @cache
@@ -393,8 +389,8 @@ def _files() -> Iterator[tuple[Path, os.stat_result]]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    with (_root() / ".lock").open("ab") as lock:
-        _lock(lock, fcntl.LOCK_EX)
+    with (_root() / ".lock").open("ab") as file:
+        _lock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -30,7 +30,7 @@ _GEMMA = {"eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}  # o
 
 @dataclass(frozen=True)
 class Roles:
-    """What a tokenizer needs beside the pieces. begins_word: [vocab_size] bool, pieces that begin a word.
+    """Ids and marks that a tokenizer needs beside the pieces. begins_word: [vocab_size] bool, pieces that begin a word.
 
     max_length: tokens that the model takes, by its own account; None: not known.
     """

@@ -7,6 +7,8 @@ optimiser gives all that was pretrained one learning rate.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -44,7 +46,7 @@ class Text(TextTower, kw_only=True):
     @nn.nowrap
     def make_layer(self, name: str | None = None) -> Layer:
         """See `Tower.make_layer`."""
-        return _make_layer(self, causal=True, name=name)
+        return clip_layer(self, causal=True, name=name)
 
 
 class Vision(Tower, kw_only=True):
@@ -103,17 +105,18 @@ class Vision(Tower, kw_only=True):
     @nn.nowrap
     def make_layer(self, name: str | None = None) -> Layer:
         """See `Tower.make_layer`."""
-        return _make_layer(self, causal=False, name=name)
+        return clip_layer(self, causal=False, name=name)
 
 
-def _make_layer(tower: Text | Vision, *, causal: bool, name: str | None) -> Layer:
+def clip_layer(tower: Any, *, causal: bool, name: str | None, epsilon: float = EPSILON) -> Layer:
+    """A layer with the sizes of a tower; epsilon: of its LayerNorms."""
     return Layer(
         tower.heads,
         tower.mlp_dim,
         0.0,
         tower.dtype,
         normal,
-        EPSILON,
+        epsilon,
         causal=causal,
         activation=tower.activation,
         flat_mlp=True,

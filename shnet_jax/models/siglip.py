@@ -11,7 +11,7 @@ from __future__ import annotations
 import flax.linen as nn
 from ml_collections import ConfigDict
 
-from shnet_jax.models.clip import check_activation
+from shnet_jax.models.clip import check_activation, clip_layer
 from shnet_jax.models.layers import Dense, LayerNorm
 from shnet_jax.models.transformer import Layer, TextTower, normal
 from shnet_jax.types import Array
@@ -42,17 +42,7 @@ class Text(TextTower, kw_only=True):
     @nn.nowrap
     def make_layer(self, name: str | None = None) -> Layer:
         """See `Tower.make_layer`."""
-        return Layer(
-            self.heads,
-            self.mlp_dim,
-            0.0,
-            self.dtype,
-            normal,
-            EPSILON,
-            activation=self.activation,
-            flat_mlp=True,
-            name=name,
-        )
+        return clip_layer(self, causal=False, name=name, epsilon=EPSILON)
 
 
 def build(text: ConfigDict) -> Text:

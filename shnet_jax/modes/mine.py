@@ -99,7 +99,7 @@ def mine(config: ConfigDict, workdir: str | Path) -> None:
 
 
 def _source(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh) -> dict[str, Any]:
-    """What the lists are mined from, and how, as JSON values."""
+    """Source and settings of the lists, as JSON values."""
     dataset, split = loaded.experiment.dataset, config.data.train_split
     return {
         "format": FORMAT,
@@ -170,7 +170,7 @@ def _open_gallery(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh)
 
 
 def _directions(gallery: _Gallery, config: ConfigDict, mesh: Mesh) -> dict[str, Mining]:
-    """What is mined, by the name of its file."""
+    """The two directions of mining, by the name of their file."""
     images, texts = (vectors_of(items) for items in (gallery.embeddings.images, gallery.embeddings.texts))
     of_images, of_captions = gallery.ids, gallery.ids[gallery.owner]
     how: Any = config.mine.per_item, tile_size(config.eval, mesh), mesh

@@ -33,7 +33,7 @@ RECIPE = (
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a card tells of. run: the model with its data set. license: of the weights, or "". tokens: see PROGRAMS."""
+    """The subject of a card. run: the model with its data set. license: of the weights, or "". tokens: see PROGRAMS."""
 
     model: Model
     run: PlannedRun
@@ -52,8 +52,8 @@ def render(about: About, files: Mapping[str, tuple[int, str]], signatures: Mappi
 def _front_matter(about: About) -> str:
     """YAML between lines of dashes; JSON strings are YAML strings."""
     licence = json.dumps(about.license) if about.license else f"unknown  # {FILL_IN}: licence of the weights"
-    lines = [f"license: {licence}", "library_name: shnet_jax", "pipeline_tag: feature-extraction", "language: en"]
-    lines[-1:] = [f"# language: {FILL_IN}: languages of the captions"]
+    lines = [f"license: {licence}", "library_name: shnet_jax", "pipeline_tag: feature-extraction"]
+    lines += [f"# language: {FILL_IN}: languages of the captions"]
     lines += ["tags:", *(f"- {tag}" for tag in ("image-text-retrieval", "jax", "flax", "stablehlo", "safetensors"))]
     lines += [f"- {json.dumps(about.model.config.model.name)}"]
     lines += ["datasets:", f"- {json.dumps(_dataset(about))}  # name of the imported set; its name on the hub, if any"]

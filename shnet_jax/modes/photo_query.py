@@ -76,13 +76,13 @@ def check_encoder(config: ConfigDict, workdir: Path) -> Path:
     return folder
 
 
-def open_sight(loaded: Loaded, config: ConfigDict, workdir: Path, device: str = "") -> Sight:
-    """Loads the encoder of a run. device: of PyTorch; "": a GPU if there is one.
+def open_sight(loaded: Loaded, config: ConfigDict, folder: Path, device: str = "") -> Sight:
+    """Loads the encoder of a run. folder: of `check_encoder`. device: of PyTorch; "": a GPU if there is one.
 
-    Raises as `check_encoder`, and DataError, one line, where PyTorch or transformers are not installed.
+    Raises DataError, one line, where PyTorch or transformers are not installed.
     """
     from data_prep.extract import encoders
 
-    see = encoders.open_encoder(check_encoder(config, workdir), device)
+    see = encoders.open_encoder(folder, device)
     retriever = Retriever(loaded, config)
     return lambda pictures, names: retriever.encode_images({"image_embedding": see(pictures, names)})

@@ -27,7 +27,7 @@ from shnet_jax.interop import clip_weights, siglip_weights
 from shnet_jax.interop.bert_weights import read_config
 from shnet_jax.modes.convert import Model, write_run
 from shnet_jax.modes.embed import one_process_mesh
-from shnet_jax.modes.photo_query import ENCODER, note_encoder, noted_encoder, open_sight
+from shnet_jax.modes.photo_query import ENCODER, check_encoder, note_encoder, noted_encoder, open_sight
 from shnet_jax.modes.search import open_search, show
 from shnet_jax.observe.files import write_text
 from shnet_jax.observe.progress import waiting
@@ -245,7 +245,7 @@ def _answer(config: ConfigDict, workdir: Path, query: str, photo: str, top_k: in
     if query:
         answers += searcher.images_by_text([query], encode_texts(loaded.experiment, tower, [query]), top_k)
     if photo:
-        see = open_sight(loaded, config, workdir, device)
+        see = open_sight(loaded, config, check_encoder(config, workdir), device)
         answers += searcher.images_like([photo], see([read_picture(to_path(photo))], [photo]), top_k)
     show(answers, searcher, workdir)
 

@@ -61,7 +61,8 @@ def search(
         raise ValueError("--mode=search needs --query, --query_file, --query_vectors, --image_id or --photo")
     if top_k < 1:
         raise ValueError(f"--top_k is {top_k}; it must be at least 1")
-    picture = _photograph(config, workdir, photo) if photo else None
+    encoder = photo_query.check_encoder(config, workdir) if photo else None
+    picture = _photograph(photo) if photo else None
     loaded, tower, searcher = open_search(config, workdir)
     answers = []
     if vectors is not None:
@@ -73,15 +74,14 @@ def search(
         answers += searcher.images_by_text(queries, encode_texts(loaded.experiment, tower, queries), top_k)
     if image_id:
         answers += searcher.by_image([image_id], top_k)
-    if picture is not None:
-        see = photo_query.open_sight(loaded, config, workdir, device)
+    if encoder is not None and picture is not None:
+        see = photo_query.open_sight(loaded, config, encoder, device)
         answers += searcher.images_like([photo], see([picture], [photo]), top_k)
     show(answers, searcher, workdir)
 
 
-def _photograph(config: ConfigDict, workdir: Path, photo: str) -> Image.Image:
-    """The photograph of --photo. Raises ValueError or FileNotFoundError, also for a run that cannot search by one."""
-    photo_query.check_encoder(config, workdir)
+def _photograph(photo: str) -> Image.Image:
+    """The photograph of --photo. Raises ValueError or FileNotFoundError."""
     if not Path(photo).is_file():
         raise FileNotFoundError(f"--photo={photo}: no such file")
     return read_picture(Path(photo))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from shnet_jax.modes.photo_query import Sight, open_sight, sees_photographs
+from shnet_jax.modes.photo_query import Sight, check_encoder, open_sight, sees_photographs
 from shnet_jax.modes.search import open_search
 from shnet_jax.retrieve.scene import check_pictures, find_pictures
 from shnet_jax.training.load import Loaded
@@ -63,7 +63,7 @@ def _sight(loaded: Loaded, config: ConfigDict, workdir: Path, device: str) -> Si
     if not sees_photographs(config):
         return None
     try:
-        return open_sight(loaded, config, workdir, device)
+        return open_sight(loaded, config, check_encoder(config, workdir), device)
     except (ValueError, OSError) as error:
         log.warning("no search by a new photograph: %s", error)
         return None

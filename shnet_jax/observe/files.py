@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from shnet_jax.locks import lock
+
 LOCK = ".lock"
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -120,7 +122,9 @@ def _locked(path: Path) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b", buffering=0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                log.warning("%s: this file system has no locks; see to it that no second run writes here", path.parent)
+                return file
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         except FileNotFoundError:
@@ -133,12 +137,9 @@ def _locked(path: Path) -> Any:
                 f"{path.parent} is being written to by {holder}. Nothing was changed: wait for it, end it, or choose "
                 "another folder"
             ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                file.close()
-                raise
-            log.warning("%s: this file system has no locks; see to it that no second run writes here", path.parent)
-            return file
+        except OSError:
+            file.close()
+            raise
         file.close()
 
 

@@ -7,6 +7,7 @@ these with the stored float32 vectors.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +34,8 @@ Codes = dict[str, Any]
 """Arrays of codes by their name in the file, a row a vector."""
 
 
-class _CodeIndex:
-    """What both kinds share: the file, and the search through a score of codes and queries."""
+class _CodeIndex(abc.ABC):
+    """The common part of both kinds: the file, and the search through a score of codes and queries."""
 
     kind: ClassVar[str]
     bytes_per_vector: float | None
@@ -44,12 +45,14 @@ class _CodeIndex:
         self.bytes_per_vector = sum(array[:1].nbytes for array in codes.values())
 
     @staticmethod
+    @abc.abstractmethod
     def _layout(rows: int, dim: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        raise NotImplementedError
+        """Shape and dtype of each array of the file."""
 
     @staticmethod
+    @abc.abstractmethod
     def _encode(vectors: np.ndarray) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+        """Rows of each array for vectors [n, dim]."""
 
     @classmethod
     def settings(cls, search: ConfigDict) -> str:

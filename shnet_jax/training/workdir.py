@@ -31,16 +31,16 @@ CONFIG = "config.json"
 
 log = logging.getLogger(__name__)
 
-# Fields that may change between the runs of one work folder, as no parameter depends on them. Data set and vocabulary
-# may have moved: their contents are compared instead of their paths.
 BLOCK = "config.model.cmsei.block"
 """Pairs scored at once: the score is the same."""
 
+# Fields that may change between the runs of one work folder, as no parameter depends on them. Data set, vocabulary and
+# hard negatives may have moved: their contents are compared instead of their paths.
 FREE_TO_CHANGE = (
     "config.convert.",
     "config.cross.",
     "config.data.dir",
-    "config.data.negatives.folder",  # its lists are compared
+    "config.data.negatives.folder",
     "config.data.prefetch",
     "config.data.read_threads",
     "config.eval.",

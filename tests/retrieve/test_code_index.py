@@ -47,7 +47,7 @@ def oracle(kind, images, queries):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_scored_and_ordered_as_everything_is(kind, tmp_path):
-    """Of equal scores the smaller row comes first; the results are the same bits on any number of devices."""
+    """The smaller row of equal scores comes first; the results are the same bits on any number of devices."""
     images = unit(N, 0)
     images[200:] = images[100:200]  # ties
     embeddings, search = gallery(tmp_path, images), section(**KINDS[kind])
