@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import faulthandler
 import importlib
 import logging as python_logging
 import os
@@ -181,6 +182,8 @@ DATA_SETS = (("data", "dir"), ("cross", "data_dirs"))
 """Fields that keep a URL: the data set is read through a cache of its own."""
 RUNS = ("train", "study", "scale")
 """Modes whose work folder in object storage no other command of these may write to meanwhile."""
+END_SECONDS = 60
+"""Time that a failed command has to end; the process is then ended with status 1, and the stacks of its threads said."""
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
 """Device files of TPUs and of NVIDIA's and AMD's GPUs (under WSL: dxg)."""
 
@@ -213,7 +216,13 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
         hint = f"did you mean {near[0]}?" if near else f"modes: {', '.join([*MODES, 'data'])}"
         _fail(f"{first}: no such mode; {hint}", 2)
     _choose_platform()
-    app.run(main, argv=[program, *arguments], flags_parser=parse_flags)
+    try:
+        app.run(main, argv=[program, *arguments], flags_parser=parse_flags)
+    except BaseException as ended:
+        if not (isinstance(ended, SystemExit) and ended.code in (None, 0)) and sys.__stderr__ is not None:
+            # Python joins all threads when it ends, and one of a library may wait for ever after a fault.
+            faulthandler.dump_traceback_later(END_SECONDS, exit=True, file=sys.__stderr__)
+        raise
     raise AssertionError("app.run exits")
 
 

@@ -244,3 +244,18 @@ def test_a_finished_run_says_so_on_a_terminal_without_arrows(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert b"scenes -> \\xfc, val" in done.stdout
+
+
+def test_a_failed_command_ends_although_a_thread_waits_for_ever(tmp_path):
+    program = f"""
+import threading
+from shnet_jax import cli
+cli.END_SECONDS = 1
+def waits_for_ever(): threading.Event().wait()
+threading.Thread(target=waits_for_ever).start()
+cli.run(["shnet", "eval", "--workdir={tmp_path / "none"}"])
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: ") and "in waits_for_ever" in done.stderr

@@ -54,7 +54,11 @@ def make_output_safe() -> None:
         if type(stream) is io.TextIOWrapper:  # not a notebook's, nor one that is safe already
             stream.flush()
             safe = _Output(
-                stream.buffer, stream.encoding, _ERRORS, line_buffering=stream.line_buffering, write_through=False
+                stream.buffer,
+                stream.encoding,
+                _ERRORS,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
             )
             setattr(sys, name, safe)
         elif isinstance(stream, io.TextIOWrapper):

@@ -64,6 +64,17 @@ def test_a_command_goes_on_without_its_reader(closed, tmp_path):
     assert not (done.stdout or done.stderr)
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_unbuffered_output_stays_so(stream):
+    """Containers set PYTHONUNBUFFERED; the end of the process flushes nothing here."""
+    code = f"{SAFE}import os; print('said', file=sys.{stream}); os._exit(0)"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=60, check=False
+    )
+    assert getattr(done, stream) == b"said\n"
+
+
 def test_without_any_stdout():
     done = subprocess.run(
         [sys.executable, "-c", f"{SAFE}print(1)"], cwd=ROOT, timeout=60, preexec_fn=lambda: os.close(1)
