@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -51,7 +52,7 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reports_errors(main: Main) -> Callable[..., int]:
-    """Decorates `main(argv) -> exit status`: faults of data and disk are one line on stderr and status 1."""
+    """Decorates `main(argv) -> status`: faults of data and disk are one line on stderr and status 1, Ctrl-C 130."""
 
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +64,9 @@ def reports_errors(main: Main) -> Callable[..., int]:
             print(f"error: {error}", file=sys.stderr)
         except OSError as error:
             print(f"error: {describe(error)}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
         return 1
 
     return run

@@ -10,6 +10,7 @@ import logging as python_logging
 import os
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -183,7 +184,7 @@ DATA_SETS = (("data", "dir"), ("cross", "data_dirs"))
 RUNS = ("train", "study", "scale")
 """Modes whose work folder in object storage no other command of these may write to meanwhile."""
 END_SECONDS = 60
-"""Time that a failed command has to end; the process is then ended with status 1, and the stacks of its threads said."""
+"""Time that a failed command has to end; its process is then killed, and the stacks of its threads are printed."""
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
 """Device files of TPUs and of NVIDIA's and AMD's GPUs (under WSL: dxg)."""
 
@@ -498,3 +499,8 @@ def main(argv: Sequence[str]) -> None:
         if debug:
             raise
         _fail(f"{describe(error) if isinstance(error, OSError) else error} (-v=1 shows where)", 1)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,4 +100,5 @@ def _become(command: list[str], log: str, environment: dict[str, str]) -> None:
             sys.argv = command
             runpy.run_path(command[0], run_name="__main__")
     finally:
+        threading._shutdown()  # as the interpreter does: threads are joined before the functions that end JAX
         atexit._run_exitfuncs()  # multiprocessing leaves them out

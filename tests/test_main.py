@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -259,3 +260,18 @@ cli.run(["shnet", "eval", "--workdir={tmp_path / "none"}"])
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith("error: ") and "in waits_for_ever" in done.stderr
+
+
+def test_ctrl_c_is_one_line():
+    program = """
+import sys, types
+from shnet_jax import cli
+def pressed(*_, **__): raise KeyboardInterrupt
+sys.modules["pressed"] = types.SimpleNamespace(pressed=pressed)
+cli.MODES["train"] = cli.MODES["train"]._replace(target="pressed:pressed")
+cli.run(["shnet", "train", "--config=demo", "--workdir=unused"])
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 128 + signal.SIGINT and done.stderr.endswith("\ninterrupted\n")
+    assert "Traceback" not in done.stderr

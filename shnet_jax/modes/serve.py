@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -55,7 +56,8 @@ def serve(config: ConfigDict, workdir: str | Path, host: str = "127.0.0.1", port
             name, number = listening.getsockname()[:2]
             print(f"http://{name}:{number}  searches {engine.images} images; Ctrl-C ends it", flush=True)
 
-    Server(settings).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # uvicorn raises it after all requests under way are answered
+        Server(settings).run(sockets=[listening])
 
 
 def _sight(loaded: Loaded, config: ConfigDict, workdir: Path, device: str) -> Sight | None:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 SAFE = "import sys; from shnet_jax.observe.terminal import make_output_safe; make_output_safe(); "
 MANY = f"{SAFE}[print('a' * 99, file={{stream}}) for _ in range(5000)]; open(sys.argv[1], 'w').close()"
 COMMAND = """
+import sys
 from data_prep.command import reports_errors
 @reports_errors
 def main(argv):
@@ -62,6 +63,11 @@ def test_a_command_goes_on_without_its_reader(closed, tmp_path):
     os.close(writer)
     assert done.returncode == 0 and (tmp_path / "end").exists()
     assert not (done.stdout or done.stderr)
+
+
+def test_ctrl_c_in_a_command_that_imports_data():
+    done = run(COMMAND.replace("    return 0", "    raise KeyboardInterrupt").replace("main([])", "sys.exit(main([]))"))
+    assert (done.returncode, done.stderr) == (130, b"interrupted\n")
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

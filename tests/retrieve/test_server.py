@@ -7,6 +7,7 @@ import dataclasses
 import html
 import json
 import re
+import signal
 import subprocess
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from shnet_jax.retrieve import server
 from tests.browser import BROWSER, HOSTILE, needs_browser
 from tests.load import get, get_json, under_load
 from tests.patience import PATIENCE
+from tests.processes import Program
 from tests.retrieve import gallery
 from tests.retrieve.serving import serving
 from tests.train import tiny
@@ -150,6 +152,17 @@ def test_mistakes_are_told_before_anything_is_loaded():
         serve(gallery.toy(), gallery.toy_run(), port=70000)
     with pytest.raises(ValueError, match="none': no such folder"):
         serve(gallery.toy(page__pictures="none"), gallery.toy_run())
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_server(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import tests.train.toy\nfrom shnet_jax.cli import run\nrun()\n", "utf-8")
+    command = [str(program), "serve", f"--workdir={gallery.toy_run()}", "--port=0"]
+    with Program(command, tmp_path / "log") as process:
+        assert process.until(lambda: "Ctrl-C ends it" in process.output()), process.output()
+        process.send(signal.SIGINT)
+        assert process.wait() == 0 and "Traceback" not in process.output(), process.output()
 
 
 class Connection:
