@@ -1,4 +1,4 @@
-"""Configuration of `make demo`: the recipe of `scenes.py`."""
+"""Configuration of `make demo`: the recipe of `scenes.py`, both arms at the same time, evaluated twice."""
 
 from ml_collections import ConfigDict
 
@@ -7,4 +7,7 @@ from configs import scenes
 
 def get_config() -> ConfigDict:
     """Needs `shnet data scenes --out=data_sets`."""
-    return scenes.get_config()
+    c = scenes.get_config()
+    c.train.eval_epochs = 2.5
+    c.study.jobs = 2
+    return c

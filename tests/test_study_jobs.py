@@ -45,13 +45,18 @@ def test_cores_are_shared_out():
     assert split_cores([], 2) == [(), ()]
 
 
-@pytest.mark.parametrize(
-    ("jobs", "backend", "message"), [(0, "cpu", "expected at least 1"), (2, "gpu", "JAX uses gpu: every run would")]
-)
-def test_jobs_that_cannot_run(jobs, backend, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    with pytest.raises(ValueError, match=message):
-        study(configuration(jobs), tmp_path)
+def test_no_jobs(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.study\.jobs is 0; expected at least 1"):
+        study(configuration(0), tmp_path)
+
+
+def test_runs_do_not_share_an_accelerator_or_a_bucket(tmp_path, monkeypatch):
+    assert study_jobs.usable_jobs(configuration(2), tmp_path) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(study_jobs, "is_copy", lambda folder: True)
+        assert study_jobs.usable_jobs(configuration(2), tmp_path) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert study_jobs.usable_jobs(configuration(2), tmp_path) == 1
 
 
 @pytest.mark.slow

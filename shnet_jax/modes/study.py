@@ -21,7 +21,7 @@ from shnet_jax.evaluation.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.experiment import assemble
 from shnet_jax.modes.evaluate import TWO_STAGE_ENSEMBLE, evaluate_checkpoint, evaluate_loaded, evaluate_zero_shot
 from shnet_jax.modes.study_charts import study_charts, validation_curve
-from shnet_jax.modes.study_jobs import check_jobs, started
+from shnet_jax.modes.study_jobs import started, usable_jobs
 from shnet_jax.observe.clock import KINDS, read_wall_time, shares
 from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.results_page import results_page
@@ -59,10 +59,10 @@ def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
     Up to config.study.jobs runs at the same time. Then config.study.ensembles of arms of the same seed. An interrupted
     study continues with the same command; finished runs are not repeated. Prints the tables and writes them to
     study.md, with charts and protocol cards to study.html, and with all numbers to study.json. Raises ValueError for an
-    arm that the configuration does not have, and for jobs that cannot run here.
+    arm that the configuration does not have.
     """
     workdir = Path(workdir)
-    check_jobs(config, workdir)
+    jobs = usable_jobs(config, workdir)
     arms, ensembles = _plan(config)
     runs: dict[str, list[Run]] = {}
     pretrained = evaluate_zero_shot(arm_config(config, arms[0], seed=0))
@@ -70,9 +70,9 @@ def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
     missing = [
         (arm, seed, folder)
         for (arm, seed), folder in folders.items()
-        if config.study.jobs > 1 and _finished(arm_config(config, arm, seed), folder) is None
+        if jobs > 1 and _finished(arm_config(config, arm, seed), folder) is None
     ]
-    with started(config, missing, config.study.jobs) as wait:
+    with started(config, missing, jobs) as wait:
         for (arm, seed), folder in folders.items():
             wait(arm, seed)
             runs.setdefault(arm, []).append(run_one(config, arm, seed, folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -21,23 +22,23 @@ from shnet_jax.mirror import is_copy
 from shnet_jax.training.signals import Interrupted
 from shnet_jax.training.workdir import save_config
 
+log = logging.getLogger(__name__)
+
 PROGRAM = "shnet_jax.modes.study_process"
 
 
-def check_jobs(config: ConfigDict, workdir: Path) -> None:
-    """Raises ValueError for config.study.jobs that cannot run in this work folder or on these devices."""
+def usable_jobs(config: ConfigDict, workdir: Path) -> int:
+    """config.study.jobs, or 1 where runs cannot share the devices or the work folder; raises ValueError below 1."""
     jobs = config.study.jobs
     if jobs < 1:
         raise ValueError(f"config.study.jobs is {jobs}; expected at least 1")
     if jobs > 1 and (backend := jax.default_backend()) != "cpu":
-        raise ValueError(
-            f"config.study.jobs is {jobs}, and JAX uses {backend}: every run would take the whole accelerator; "
-            "set it to 1, or JAX_PLATFORMS=cpu"
-        )
+        log.info("one run after the other, not config.study.jobs = %d: each takes the whole %s", jobs, backend)
+        return 1
     if jobs > 1 and is_copy(workdir):
-        raise ValueError(
-            f"config.study.jobs is {jobs}, and the work folder is a URL; set it to 1, or use a local folder"
-        )
+        log.info("one run after the other, not config.study.jobs = %d: the work folder is a URL", jobs)
+        return 1
+    return jobs
 
 
 def split_cores(cores: Sequence[int], jobs: int) -> list[tuple[int, ...]]:
