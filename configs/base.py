@@ -430,6 +430,7 @@ def _study() -> ConfigDict:
     study.arms.none = ConfigDict({"model": off})  # no segmentation input at all: VSE-infinity
     study.only = ()  # names of the arms to run; (): all
     study.ensembles = ConfigDict()  # name of a row -> arms whose models of the same seed are averaged, as a tuple
+    study.jobs = 1  # runs trained at the same time, each with its share of the cores; CPU only: elsewhere 1
     study.compare = ()  # "ARM - OTHER": intervals of the difference; pairs that study.only leaves out are not compared
     return study
 

@@ -21,6 +21,7 @@ from shnet_jax.evaluation.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.experiment import assemble
 from shnet_jax.modes.evaluate import TWO_STAGE_ENSEMBLE, evaluate_checkpoint, evaluate_loaded, evaluate_zero_shot
 from shnet_jax.modes.study_charts import study_charts, validation_curve
+from shnet_jax.modes.study_jobs import started, usable_jobs
 from shnet_jax.observe.clock import KINDS, read_wall_time, shares
 from shnet_jax.observe.files import write_json, write_text
 from shnet_jax.observe.results_page import results_page
@@ -55,18 +56,26 @@ class Run:
 def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
     """Trains config.study.arms with config.study.seeds below `workdir` and evaluates the best checkpoint of each.
 
-    Then config.study.ensembles of arms of the same seed. An interrupted study continues with the same command; finished
-    runs are not repeated. Prints the tables and writes them to study.md, with charts and protocol cards to study.html,
-    and with all numbers to study.json. Raises ValueError for an arm that the configuration does not have.
+    Up to config.study.jobs runs at the same time. Then config.study.ensembles of arms of the same seed. An interrupted
+    study continues with the same command; finished runs are not repeated. Prints the tables and writes them to
+    study.md, with charts and protocol cards to study.html, and with all numbers to study.json. Raises ValueError for an
+    arm that the configuration does not have.
     """
     workdir = Path(workdir)
+    jobs = usable_jobs(config, workdir)
     arms, ensembles = _plan(config)
     runs: dict[str, list[Run]] = {}
     pretrained = evaluate_zero_shot(arm_config(config, arms[0], seed=0))
-    for arm in arms:
-        runs[arm] = []
-        for seed in config.study.seeds:
-            runs[arm].append(_run(config, arm, seed, workdir / arm / f"seed_{seed}"))
+    folders = {(arm, seed): workdir / arm / f"seed_{seed}" for arm in arms for seed in config.study.seeds}
+    missing = [
+        (arm, seed, folder)
+        for (arm, seed), folder in folders.items()
+        if jobs > 1 and _finished(arm_config(config, arm, seed), folder) is None
+    ]
+    with started(config, missing, jobs) as wait:
+        for (arm, seed), folder in folders.items():
+            wait(arm, seed)
+            runs.setdefault(arm, []).append(run_one(config, arm, seed, folder))
             text = _write(config, runs, pretrained, workdir)
     for name, members in ensembles.items():
         runs[name] = []
@@ -206,11 +215,12 @@ def _identity(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps({name: value for name, value in config.to_dict().items() if name not in TOOLS}))
 
 
-def _run(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:
+def run_one(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:
+    """Trains and evaluates one run of a study in its work folder; one that is finished there is read."""
     changed = arm_config(config, arm, seed)
     print(f"\n{changed.name}, seed {seed}: {workdir}", flush=True)
     if (finished := _finished(changed, workdir)) is not None:
-        print(f"finished before: rSum {finished.results.metrics['rsum']:.1f}", flush=True)
+        print(f"finished: rSum {finished.results.metrics['rsum']:.1f}", flush=True)
         return finished
     train_and_evaluate(changed, workdir)
     results = evaluate_checkpoint(changed, workdir)
