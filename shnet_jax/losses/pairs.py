@@ -98,7 +98,7 @@ class Direction:
         """Sum [] over all queries of `sum`; in tiles and around the ring, differentiated by scoring each block once."""
         if self.candidates.pairs.strategy in ("local", "gathered"):
             return self.sum(of_score, *args).sum()
-        return _Total(self, _Reduction("sum", of_score))(args)
+        return _Total(self, _Reduction("sum", of_score))(args).value
 
     def logsumexp(self, of_score: OfScore, *args: Array) -> Array:
         """Log-sum-exp [b] over each query's negatives of `of_score(score, *args)`; -inf where it has none."""
@@ -360,17 +360,17 @@ class _Blockwise:
 
 
 class _Total(_Blockwise):
-    """The sum of a reduction over the queries, with its gradient from the same walk: each block is scored once.
+    """The sum [] of a reduction over the queries, with its gradient from the same walk: each block is scored once.
 
     The backward pass has one number for all queries, so it can multiply gradients that are there: those of the queries
     and of this device's candidates, b embeddings each. A sum for each query has to wait for the weights of its queries.
     """
 
-    def fold(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> Array:
+    def fold(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> _Reduced:
         """The sum alone, where nobody asks for a gradient."""
-        return super().fold(inputs, items, fixed).value.sum()
+        return _Reduced(super().fold(inputs, items, fixed).value.sum())
 
-    def forward(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> tuple[Array, Any]:
+    def forward(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> tuple[_Reduced, Any]:
         """The sum, and its gradients by inputs and by this device's candidates."""
 
         def visit(sums: tuple[Array, _Differentiated], block: Block) -> tuple[tuple[Array, _Differentiated], Embedding]:
@@ -381,11 +381,11 @@ class _Total(_Blockwise):
 
         zeros = jnp.zeros_like(self.direction.positive), jax.tree.map(jnp.zeros_like, inputs)
         (values, by_inputs), by_items = self.bound(inputs, items, fixed).candidates.walk_back(visit, zeros)
-        return values.sum(), (by_inputs, by_items)
+        return _Reduced(values.sum()), (by_inputs, by_items)
 
-    def backward(self, residuals: Any, cotangent: Array) -> tuple[_Differentiated, Embedding, None]:
+    def backward(self, residuals: Any, cotangents: _Reduced) -> tuple[_Differentiated, Embedding, None]:
         """Multiplies the gradients by that of the sum."""
-        return *jax.tree.map(lambda gradient: cotangent * gradient, residuals), None
+        return *jax.tree.map(lambda gradient: cotangents.value * gradient, residuals), None
 
 
 def _without_mask(items: Embedding) -> Embedding:
