@@ -346,6 +346,8 @@ def _parallel() -> ConfigDict:
     parallel.mapping = "shard_map"  # how the per-device step is mapped: shard_map | pmap
     parallel.devices = 0  # devices used; 0: all
     parallel.shard_params = False  # split parameters and optimiser state over the devices (FSDP; shard_map only)
+    parallel.model = 1  # devices of a group, which share a part of the batch and split what rules name (shard_map only)
+    parallel.rules = ("tensor",)  # what groups split: "tensor" (transformer layers, align's heads) | "REGEX = AXES"
     return parallel
 
 

@@ -17,6 +17,9 @@ Array = jax.Array
 DATA = "data"
 """Name of the device axis that a step is mapped over: each device holds its own part of the batch."""
 
+MODEL = "model"
+"""Name of the device axis that parameters are split over by rules; see parallel/rules.py."""
+
 WARM_UP = "warm_up"
 """Scope (`jax.named_scope`) of a `lax.cond` that is true for the first steps of a training only: by it
 `observe.work` knows, in the compiled program, which branch is that of all the steps after them."""

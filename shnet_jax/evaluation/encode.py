@@ -38,7 +38,8 @@ from shnet_jax.experiment import Experiment
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.hosts import own_rows
 from shnet_jax.parallel.mapping import data_mesh, map_encode, put_batch, replicate
-from shnet_jax.types import Array, Batch, Embedding
+from shnet_jax.parallel.rules import step_mesh, variable_specs
+from shnet_jax.types import DATA, MODEL, Array, Batch, Embedding
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,15 @@ def check(model: RetrievalModel, config: ConfigDict | FrozenConfigDict, mesh: Me
         raise ValueError("config.eval.overlap needs both towers' devices in one process; switch it off for several")
     if jax.process_count() > 1 and config.parallel.mapping == "pmap":
         raise ValueError("several processes evaluate under config.parallel.mapping=shard_map only")
+    image_mesh, text_mesh = halves(mesh) if evaluation.overlap else (mesh, mesh)
+    for part in (image_mesh, text_mesh):
+        step_mesh(part, config.parallel)
     if evaluation.stages != 1:
-        text_mesh = halves(mesh)[1] if evaluation.overlap else mesh
+        if config.parallel.model != 1:
+            raise ValueError(
+                f"config.eval.stages is {evaluation.stages} and config.parallel.model {config.parallel.model}: both "
+                "split the text tower, set one of them to 1"
+            )
         check_pipeline(model, stage_mesh(text_mesh, evaluation.stages), evaluation.microbatches, evaluation.batch_size)
 
 
@@ -72,7 +80,7 @@ class Encoder:
     def __init__(self, experiment: Experiment, mesh: Mesh):
         self._evaluation = experiment.config.eval
         check(experiment.model, experiment.config, mesh)
-        self._rows = self._evaluation.batch_size * mesh.size
+        self._rows = self._evaluation.batch_size * step_mesh(mesh, experiment.config.parallel).shape[DATA]
         self._towers = Towers(experiment, *(halves(mesh) if self._evaluation.overlap else (mesh, mesh)))
 
     def encode(self, gallery: Gallery, variables: dict[str, Any]) -> tuple[Embedding, Embedding]:
@@ -90,7 +98,7 @@ class Encoder:
         return images, texts
 
     def _encode_ahead(self, tower: Tower, parts: Iterable[Part], count: int, stopped: threading.Event) -> Embedding:
-        batches = pieces(parts, self._evaluation.batch_size * tower.mesh.size)
+        batches = pieces(parts, self._evaluation.batch_size * tower.parts)
         placed = ((tower.put(part.batch), part.valid, part.numbers) for part in batches)
         unless_stopped = itertools.takewhile(lambda _: not stopped.is_set(), read_ahead(placed, READ_AHEAD))
         return encode(tower.apply, unless_stopped, count)
@@ -134,14 +142,21 @@ class Tower:
     put: Callable[[Any], Batch]
     apply: Callable[[Batch], Embedding]
 
+    @property
+    def parts(self) -> int:
+        """Parts that the rows of a batch are split into: devices, or groups of them (parallel/rules.py)."""
+        return self.mesh.size // self.mesh.shape.get(MODEL, 1)
+
 
 class Towers:
     """The compiled towers of a model, images and captions each on their own devices or together on all."""
 
     def __init__(self, experiment: Experiment, image_mesh: Mesh, text_mesh: Mesh):
-        evaluation, self._model = experiment.config.eval, experiment.model
-        self._image_mesh, self._text_mesh = image_mesh, text_mesh
-        self._mapping = self._text_mapping = experiment.config.parallel.mapping
+        evaluation, self._model, parallel = experiment.config.eval, experiment.model, experiment.config.parallel
+        together, self._rules = image_mesh is text_mesh, parallel.rules
+        self._text_mesh = text_mesh = step_mesh(text_mesh, parallel)
+        self._image_mesh = image_mesh = text_mesh if together else step_mesh(image_mesh, parallel)
+        self._mapping = self._text_mapping = parallel.mapping
         self._stage_mesh: Mesh | None = None
         self._encode_image = map_encode(partial(image_tower, self._model), image_mesh, self._mapping)
         if evaluation.stages == 1:
@@ -156,16 +171,21 @@ class Towers:
         """The towers of images and of captions with variables {"params", "batch_stats"} on their devices."""
         text_variables: Any
         if self._stage_mesh is None:
-            text_variables = shared = replicate(variables, self._text_mesh)
+            text_variables = shared = self._split(variables, self._text_mesh)
             rest: Any = variables
         else:
             text_variables = place_variables(self._model, variables, self._stage_mesh)
             shared = rest = text_variables.shared  # without the layers, which may be more than a device holds
-        image_variables = shared if self._image_mesh is self._text_mesh else replicate(rest, self._image_mesh)
+        together = self._image_mesh is self._text_mesh
+        image_variables = shared if together else self._split(rest, self._image_mesh)
         return (
             self._tower(self._image_mesh, self._mapping, partial(self._encode_image, image_variables)),
             self._tower(self._text_mesh, self._text_mapping, partial(self._encode_text, text_variables)),
         )
+
+    def _split(self, variables: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+        """Variables on the devices of a mesh, in each all of them, or its part where rules say so."""
+        return replicate(variables, mesh, variable_specs(variables, self._rules, mesh))
 
     def _tower(self, mesh: Mesh, mapping: str, apply: Callable[[Batch], Embedding]) -> Tower:
         return Tower(mesh, lambda batch: put_batch(own_rows(batch), mesh, mapping), apply)

@@ -214,4 +214,4 @@ def _image_persons(experiment: Experiment, split: str) -> np.ndarray | None:
 
 def _ranking_mesh(mesh: Mesh) -> Mesh:
     """The devices that rank: every process has all embeddings in the end, and ranks its share on its own devices."""
-    return mesh if jax.process_count() == 1 else data_mesh(jax.local_devices())
+    return data_mesh(list(mesh.devices.flat) if jax.process_count() == 1 else jax.local_devices())

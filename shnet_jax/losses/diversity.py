@@ -50,7 +50,7 @@ def loss(
     def mean(a: Embedding, b: Embedding) -> Array:
         direction, _ = pairs.directions(a, b, alone, ctx, mask_same_image=False)
         others = alone.shape[0] if ctx.pairs.strategy == "local" else direction.size
-        return (direction.positive + direction.sum(lambda k: k)).sum() / (float(direction.size) * others)
+        return (direction.positive.sum() + direction.total(lambda k: k)) / (float(direction.size) * others)
 
     size = pairs.directions(images, texts, alone, ctx, mask_same_image=False)[0].size
     uniform = (_repulsion(images, sharpness) + _repulsion(texts, sharpness)).sum() / (2 * size)

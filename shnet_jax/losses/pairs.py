@@ -13,8 +13,9 @@ how much of the score matrix exists at a time, is the strategy, `ctx.pairs.strat
   ring      each device's candidates travel once around the ring of devices, scored where they are. Memory b^2, and no
             device ever holds more than two devices' embeddings.
 
-Streamed and ring score each tile once more in the backward pass instead of keeping it. What a metric needs of the
-scores is found in the walk that the loss makes anyway: one of its own would score, and send, all candidates again.
+Streamed and ring score each tile once more in the backward pass instead of keeping it; only a `total`, the sum over all
+queries, has its gradient from the walk that sums. What a metric needs of the scores is found in the walk that the loss
+makes anyway: one of its own would score, and send, all candidates again.
 
 With momentum encoders (`ctx.keys`) a loss has a second part, `over_queues`: the same queries against the other
 modality's queue, with the key of their partner as the positive. Every device has the whole queue, scored at once or,
@@ -92,6 +93,12 @@ class Direction:
     def sum(self, of_score: OfScore, *args: Array) -> Array:
         """Sum [b] over each query's negatives of `of_score(score, *args)`; 0 where it has none."""
         return _reduce(self, _Reduction("sum", of_score), args).value
+
+    def total(self, of_score: OfScore, *args: Array) -> Array:
+        """Sum [] over all queries of `sum`; in tiles and around the ring, differentiated by scoring each block once."""
+        if self.candidates.pairs.strategy in ("local", "gathered"):
+            return self.sum(of_score, *args).sum()
+        return _Total(self, _Reduction("sum", of_score))(args).value
 
     def logsumexp(self, of_score: OfScore, *args: Array) -> Array:
         """Log-sum-exp [b] over each query's negatives of `of_score(score, *args)`; -inf where it has none."""
@@ -350,6 +357,35 @@ class _Blockwise:
         """`_slope` of a block as a function of the inputs and of the block's own items."""
         block = dataclasses.replace(block, items=dataclasses.replace(tile, mask=block.items.mask))
         return _slope(self.bound(inputs, items, fixed), self.reduction, inputs.args, block, value)
+
+
+class _Total(_Blockwise):
+    """The sum [] of a reduction over the queries, with its gradient from the same walk: each block is scored once.
+
+    The backward pass has one number for all queries, so it can multiply gradients that are there: those of the queries
+    and of this device's candidates, b embeddings each. A sum for each query has to wait for the weights of its queries.
+    """
+
+    def fold(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> _Reduced:
+        """The sum alone, where nobody asks for a gradient."""
+        return _Reduced(super().fold(inputs, items, fixed).value.sum())
+
+    def forward(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> tuple[_Reduced, Any]:
+        """The sum, and its gradients by inputs and by this device's candidates."""
+
+        def visit(sums: tuple[Array, _Differentiated], block: Block) -> tuple[tuple[Array, _Differentiated], Embedding]:
+            slope = partial(self.slope, items, fixed, sums[0], block)
+            values, pull = jax.vjp(slope, inputs, _without_mask(block.items))
+            by_inputs, by_tile = pull(jnp.ones_like(values))
+            return jax.tree.map(jnp.add, sums, (values, by_inputs)), by_tile
+
+        zeros = jnp.zeros_like(self.direction.positive), jax.tree.map(jnp.zeros_like, inputs)
+        (values, by_inputs), by_items = self.bound(inputs, items, fixed).candidates.walk_back(visit, zeros)
+        return _Reduced(values.sum()), (by_inputs, by_items)
+
+    def backward(self, residuals: Any, cotangents: _Reduced) -> tuple[_Differentiated, Embedding, None]:
+        """Multiplies the gradients by that of the sum."""
+        return *jax.tree.map(lambda gradient: cotangents.value * gradient, residuals), None
 
 
 def _without_mask(items: Embedding) -> Embedding:

@@ -77,7 +77,7 @@ def loss(
         side = pairs.each_image_once(images, texts, ids, ctx, mask_same_image=mask_same_image)
     # Floats: the entries of 46,341 pairs and more do not fit into int32.
     entries, weight = (side.size, ctx.captions) if reduction == "queries" else (float(side.size) * side.width, 1)
-    negative = side.sum(lambda scores, c, b: jax.nn.softplus(c * scores + b), *learned).sum() * (weight / entries)
+    negative = side.total(lambda scores, c, b: jax.nn.softplus(c * scores + b), *learned) * (weight / entries)
     positive = jax.nn.softplus(-(learned[0] * side.positive + learned[1])).sum() / entries
     devices = axis.axis_size(ctx.axis)
     return {

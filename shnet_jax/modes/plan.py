@@ -29,6 +29,7 @@ from shnet_jax.observe.hardware import GIB, Chip, chip, memory_limit, target_dev
 from shnet_jax.ops.interaction import default_block
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.parallel.pipeline import bubble_share
+from shnet_jax.parallel.rules import step_mesh
 from shnet_jax.plan.block_plan import PairCost, measure_pairs, plan_blocks, plan_two_stage
 from shnet_jax.plan.planned_run import PlannedRun, describe, embedding_shapes, gallery_size, variable_shapes
 from shnet_jax.plan.programs import (
@@ -44,7 +45,7 @@ from shnet_jax.plan.rank_plan import RankPlan, measure_round, plan_ranking
 from shnet_jax.plan.search import advice, fitting_microbatch, largest_batch
 from shnet_jax.plan.table import table
 from shnet_jax.training.setup import pairs_per_device
-from shnet_jax.types import Embedding, Score
+from shnet_jax.types import DATA, Embedding, Score
 
 log = logging.getLogger(__name__)
 
@@ -87,14 +88,15 @@ def make_plan(run: PlannedRun, mesh: Mesh) -> dict[str, Any]:
     config, device = run.config, mesh.devices.flat[0]
     kind, peaks = device.device_kind, chip(device.device_kind)
     limit, limit_source = memory_limit(device, peaks)
-    pairs, effort = pairs_per_device(config, mesh.size), config.plan.effort
+    parts = step_mesh(mesh, config.parallel).shape[DATA]  # of a batch
+    pairs, effort = pairs_per_device(config, parts), config.plan.effort
     if not -1 <= effort <= 0:
         raise ValueError(f"config.plan.effort is {effort}; it must be between -1 and 0")
     check(run.model, config, mesh)
     beside = stays_while_evaluating(run, mesh)
 
     def train(pairs: int, run: PlannedRun = run) -> Program:
-        log.info("compiling the training step with %d pairs on each of %d devices", pairs, mesh.size)
+        log.info("compiling the training step with %d pairs on each of %d devices", pairs, parts)
         return compile_program(lambda: lower_train(run, mesh, pairs), pairs, limit, effort)
 
     def encode(side: str) -> Program:
@@ -110,7 +112,7 @@ def make_plan(run: PlannedRun, mesh: Mesh) -> dict[str, Any]:
     if config.plan.search and first.fits is not None:
         unit = config.train.microbatch or config.data.captions_per_image
         most = min(run.captions, config.momentum.queue or run.captions)  # a queue holds a whole batch
-        largest = largest_batch(train, first, unit=unit, most=most // mesh.size)
+        largest = largest_batch(train, first, unit=unit, most=most // parts)
         if not first.fits and (fitting := fitting_microbatch(train, run, pairs)):
             changes.insert(0, f"it fits with --config.train.microbatch={fitting[0]}: {fitting[1] / GIB:.2f} GiB")
     flat = flatten_dict(config.to_dict(), sep=".")
@@ -121,7 +123,7 @@ def make_plan(run: PlannedRun, mesh: Mesh) -> dict[str, Any]:
         "chip": peaks._asdict() if peaks else None,
         "memory_limit": limit,
         "memory_limit_is": limit_source,
-        "global_batch": pairs * mesh.size,
+        "global_batch": pairs * parts,
         "settings": {name: flat[name] for name in SETTINGS},
         "pipeline": _pipeline(config.eval),
         "programs": {name: _as_dict(program, peaks) for name, program in programs.items()},

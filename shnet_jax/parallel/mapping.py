@@ -10,6 +10,9 @@ everything else, and the other devices through the named axis `DATA` (parallel/a
 `check_vma=False` below belongs to it. With `check_vma=True` gradients of replicated parameters arrive already summed,
 and the explicit `psum` would make them too large by the number of devices n, with a correct loss and no error. AdamW
 nearly hides that, as its updates hardly depend on the scale; clipping would begin at a norm of clip_norm / n.
+
+A mesh may have a second axis `MODEL` (parallel/rules.py). A step does not see it: "one device" above is then a group of
+them, and XLA's partitioner (GSPMD) splits the group's work by the shardings of the parameters.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shnet_jax.parallel import axis
-from shnet_jax.types import DATA
+from shnet_jax.types import DATA, MODEL
 
 MAPPINGS = ("shard_map", "pmap")
 
@@ -127,38 +130,37 @@ def put_batch(batch: Tree, mesh: Mesh, mapping: str = "shard_map") -> Tree:
     """This process's rows of a batch, NumPy [b, ...], on its devices.
 
     Every process passes its own rows; together they are the global batch, in the order of the mesh.
-    Raises ValueError when the rows do not divide among this process's devices.
+    Raises ValueError when the rows do not divide among this process's devices, or groups of devices along `MODEL`.
     """
     _check(mapping)
-    devices = mesh.local_devices
+    devices = len(mesh.local_devices) // mesh.shape.get(MODEL, 1)
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if np.ndim(leaf) == 0 or np.shape(leaf)[0] % len(devices):
+        if np.ndim(leaf) == 0 or np.shape(leaf)[0] % devices:
             rows = f"{np.shape(leaf)[0]} rows" if np.ndim(leaf) else "no rows (a scalar)"
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise ValueError(f"batch field {name!r} has {rows}, which do not divide among {len(devices)} devices")
+            raise ValueError(f"batch field {name!r} has {rows}, which do not divide among {devices} devices")
     if mapping == "pmap":  # each process hands pmap its own rows only
-        sharding = NamedSharding(data_mesh(devices), P(DATA))
+        sharding = NamedSharding(data_mesh(mesh.local_devices), P(DATA))
         return jax.device_put(batch, sharding)
     sharding = NamedSharding(mesh, P(DATA))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """A copy of every leaf on each device of the mesh.
+def replicate(tree: Tree, mesh: Mesh, specs: Any = None) -> Tree:
+    """A copy of every leaf on each device of the mesh; of parts of it, where `specs` has a partition spec for each.
 
     The copies share no memory with `tree`, which therefore outlives the donation of the result.
     """
-    sharding = NamedSharding(mesh, P())
 
-    def put(x):
+    def put(x, spec):
         if isinstance(x, jax.Array):
             # Not every backend sends what lies on one process's device to those of others; every process has it.
             on_host = jax.process_count() > 1 and x.is_fully_addressable
             # device_put keeps the buffer of a leaf that is on one of the devices, even with may_alias=False.
             x = np.asarray(x) if on_host else x.copy()
-        return jax.device_put(x, sharding, may_alias=False)
+        return jax.device_put(x, NamedSharding(mesh, spec), may_alias=False)
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(put, tree, jax.tree.map(lambda _: P(), tree) if specs is None else specs)
 
 
 def _map(
@@ -188,14 +190,24 @@ def _map(
         )
         return _Pmapped(mapped, data_mesh(mesh.local_devices), split_output)
     output_specs = P(DATA) if split_output else P()
+    outputs = output_specs if state_specs is None else (state_specs, output_specs)
     sharded = jax.shard_map(
         per_device,
         mesh=mesh,
-        in_specs=(P() if state_specs is None else state_specs, P(DATA), P()),
-        out_specs=output_specs if state_specs is None else (state_specs, output_specs),
+        in_specs=(P() if state_specs is None else _along_data(state_specs), P(DATA), P()),
+        out_specs=_along_data(outputs),
+        axis_names={DATA},
         check_vma=False,
     )
-    return jax.jit(lambda state, batch, *rest: sharded(state, batch, rest), donate_argnums=donate)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), outputs)
+    return jax.jit(
+        lambda state, batch, *rest: sharded(state, batch, rest), donate_argnums=donate, out_shardings=shardings
+    )
+
+
+def _along_data(specs: Any) -> Any:
+    """The partition specs without other axes than `DATA`, which the mapped function does not see."""
+    return jax.tree.map(lambda spec: P(*(name if name == DATA else None for name in spec)), specs)
 
 
 class _Pmapped:

@@ -3,7 +3,8 @@
 Every large array is split along one of its own axes, and each device holds one part: of the parameters, the moments of
 the optimiser, the running average and the gradient. A step gathers the parameters where it uses them and drops them
 afterwards; the gradient of that gathering is a reduce-scatter, so gradients arrive summed and split. Which axis is a
-function of the shape alone: arrays of one shape, such as a parameter and its moments, are split alike.
+function of the shape, and of the axes that parallel/rules.py has split already: a parameter and its moments are split
+alike.
 """
 
 from __future__ import annotations
@@ -27,25 +28,38 @@ WHOLE = -1
 """Marker in place of an axis: the array is not split, every device has all of it."""
 
 
-def split_axes(tree: Any, devices: int) -> Any:
+def split_axes(tree: Any, devices: int, across: Any = None) -> Any:
     """Axis along which each array is split over the devices: the longest divisible one, or WHOLE.
 
     Vectors stay whole: statistics, norms and biases are small, and statistics are averaged over the devices.
-    tree: arrays or their shapes, of the whole (not of one device's part).
+    tree: arrays or their shapes, of the whole (not of one device's part). across: the partition spec of each over other
+    mesh axes (parallel/rules.py); what these split is not split again. None: they split nothing.
     """
 
-    def longest(leaf: Any) -> int:
-        candidates = [i for i, size in enumerate(leaf.shape) if size % devices == 0]
+    def longest(leaf: Any, other: P) -> int:
+        taken = {i for i, name in enumerate(other) if name is not None}
+        candidates = [i for i, size in enumerate(leaf.shape) if size % devices == 0 and i not in taken]
         if leaf.ndim < 2 or leaf.size < SMALLEST or devices == 1 or not candidates:
             return WHOLE
         return max(candidates, key=lambda i: leaf.shape[i])
 
-    return jax.tree.map(longest, tree)
+    return jax.tree.map(longest, tree, _unsplit(tree) if across is None else across)
 
 
-def specs(axes: Any) -> Any:
-    """Partition spec of each array, from its axis by `split_axes`."""
-    return jax.tree.map(lambda at: P() if at == WHOLE else P(*[None] * at, DATA), axes)
+def specs(axes: Any, across: Any = None) -> Any:
+    """Partition spec of each array, from its axis by `split_axes` and its spec over other mesh axes, if any."""
+
+    def merged(at: int, other: P) -> P:
+        if at == WHOLE:
+            return other
+        names = [*other, *[None] * (at + 1 - len(other))]
+        return P(*names[:at], DATA, *names[at + 1 :])
+
+    return jax.tree.map(merged, axes, _unsplit(axes) if across is None else across)
+
+
+def _unsplit(tree: Any) -> Any:
+    return jax.tree.map(lambda _: P(), tree)
 
 
 def gather(tree: Any, axes: Any, name: str | None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from shnet_jax.observe.compiled import Memory, OutOfMemory, compile_lowered, mem
 from shnet_jax.observe.hardware import Chip
 from shnet_jax.observe.work import Work, steady_and_warm_up
 from shnet_jax.parallel.mapping import map_encode
+from shnet_jax.parallel.rules import step_mesh, variable_specs
 from shnet_jax.plan.planned_run import (
     PlannedRun,
     image_batch_shapes,
@@ -54,9 +55,10 @@ class Program:
 
 
 def lower_train(run: PlannedRun, mesh: Mesh, pairs: int) -> jax.stages.Lowered:
-    """Lowers the training step with `pairs` pairs on each device."""
+    """Lowers the training step of `planned_setup`."""
     setup = planned_setup(run, mesh, pairs)
-    batch = _placed(train_batch_shapes(run, pairs * mesh.size), mesh, PartitionSpec(DATA))
+    mesh = setup.mesh
+    batch = _placed(train_batch_shapes(run, pairs * mesh.shape[DATA]), mesh, PartitionSpec(DATA))
     return setup.step.lower(setup.like, batch, _table(run, mesh))
 
 
@@ -67,9 +69,9 @@ def stays_while_evaluating(run: PlannedRun, mesh: Mesh) -> float:
 
 
 def planned_setup(run: PlannedRun, mesh: Mesh, pairs: int) -> TrainSetup:
-    """The setup of training with `pairs` pairs on each device."""
+    """The setup of training with `pairs` pairs on each device, or group of config.parallel.model devices."""
     config = run.config.copy_and_resolve_references()
-    config.train.batch_size = pairs * mesh.size
+    config.train.batch_size = pairs * step_mesh(mesh, config.parallel).shape[DATA]
     per_epoch = max(1, run.captions // config.train.batch_size)
     total = config.train.steps or math.ceil(config.train.epochs * per_epoch)
     return build_step(FrozenConfigDict(config), run.model, mesh, variable_shapes(run), per_epoch, total)
@@ -83,7 +85,8 @@ def lower_encode(run: PlannedRun, mesh: Mesh, rows: int, side: str) -> jax.stage
     """Lowers the encoder of "image" or "text" with `rows` on each device; text in config.eval.stages stages."""
     evaluation, given = run.config.eval, variable_shapes(run)
     mesh = halves(mesh)[side == "text"] if evaluation.overlap else mesh
-    rows *= mesh.size
+    mesh = step_mesh(mesh, run.config.parallel)
+    rows *= mesh.shape[DATA]
     if side == "text" and evaluation.stages > 1:
         staged = stage_mesh(mesh, evaluation.stages)
         encode = make_pipelined_text_encoder(run.model, staged, evaluation.microbatches)
@@ -91,7 +94,14 @@ def lower_encode(run: PlannedRun, mesh: Mesh, rows: int, side: str) -> jax.stage
         return encode.lower(placed_shapes(run.model, given, staged), batch)
     tower, make_batch = (image_tower, image_batch_shapes) if side == "image" else (text_tower, text_batch_shapes)
     batch = _placed(make_batch(run, rows), mesh, PartitionSpec(DATA))
-    return map_encode(partial(tower, run.model), mesh).lower(_placed(given, mesh, PartitionSpec()), batch)
+    return map_encode(partial(tower, run.model), mesh).lower(
+        split_shapes(given, run.config.parallel.rules, mesh), batch
+    )
+
+
+def split_shapes(variables: Any, rules: Sequence[str], mesh: Mesh) -> Any:
+    """Shapes of variables as `evaluation.encode.Towers` places the arrays."""
+    return jax.tree.map(lambda leaf, spec: _placed(leaf, mesh, spec), variables, variable_specs(variables, rules, mesh))
 
 
 def _placed(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

@@ -224,8 +224,8 @@ def encode_texts(experiment: Experiment, tower: Tower, texts: Sequence[str]) -> 
     if experiment.text_fields:
         return encode_vectors(experiment, tower, {"caption_embeddings": sentence_vectors(experiment, texts)})
     captions = tokenise_captions([texts], experiment.tokenizer)
-    on_each = -(-len(texts) // tower.mesh.size)
-    rows = tower.mesh.size * min(experiment.config.eval.batch_size, 1 << (on_each - 1).bit_length())
+    on_each = -(-len(texts) // tower.parts)
+    rows = tower.parts * min(experiment.config.eval.batch_size, 1 << (on_each - 1).bit_length())
     return encode_parts(tower, text_batches(captions, experiment.tokenizer, experiment.config.data, rows), len(texts))
 
 
@@ -265,6 +265,6 @@ def encode_vectors(experiment: Experiment, tower: Tower, given: Mapping[str, np.
             raise ValueError(f"vectors of queries: row {int(np.argmin(mask.any(axis=1)))} is all zero: it has no token")
         given["caption_token_mask"] = mask
     count = len(next(iter(given.values())))
-    on_each = -(-count // tower.mesh.size)
-    rows = tower.mesh.size * min(experiment.config.eval.batch_size, 1 << (on_each - 1).bit_length())
+    on_each = -(-count // tower.parts)
+    rows = tower.parts * min(experiment.config.eval.batch_size, 1 << (on_each - 1).bit_length())
     return encode_parts(tower, vector_text_batches({n: _Given(v) for n, v in given.items()}, count, rows), count)

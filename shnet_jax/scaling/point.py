@@ -27,12 +27,14 @@ from shnet_jax.observe.files import write_json
 from shnet_jax.observe.machine import describe as describe_machine
 from shnet_jax.observe.work import work
 from shnet_jax.parallel.mapping import make_mesh
+from shnet_jax.parallel.rules import step_mesh
 from shnet_jax.plan.planned_run import describe, random_batch
 from shnet_jax.plan.programs import lower_train, planned_setup
 from shnet_jax.scaling.parts import PROGRAMS, Part, Run
 from shnet_jax.training.setup import setup_training, training_data
 from shnet_jax.training.state import TrainState
 from shnet_jax.training.workdir import load_config
+from shnet_jax.types import DATA
 
 RANDOM_BATCHES = 4
 """Number of different random batches, used in turn."""
@@ -41,7 +43,8 @@ RANDOM_BATCHES = 4
 def compile_point(config: ConfigDict) -> dict[str, Any]:
     """The compiler's figures of a step that is not run; makes no array."""
     mesh = make_mesh(config.parallel.devices)
-    return compiled_figures(lower_train(describe(config), mesh, config.train.batch_size // mesh.size))
+    parts = step_mesh(mesh, config.parallel).shape[DATA]
+    return compiled_figures(lower_train(describe(config), mesh, config.train.batch_size // parts))
 
 
 def compiled_figures(lowered: jax.stages.Lowered) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def measure_point(config: ConfigDict) -> Iterator[dict[str, Any]]:
     if mesh.size == 1:
         seconds["collectives"] = 0.0  # a device alone sends nothing
     yield figures
-    if config.parallel.shard_params:
+    if config.parallel.shard_params or config.parallel.model > 1:
         return
     for name, make in PROGRAMS.items():
         if name not in seconds:
@@ -105,7 +108,8 @@ def dataset_run(config: ConfigDict) -> Run:
 def random_run(config: ConfigDict) -> Run:
     """A run with random weights on random batches of the sizes in config.plan."""
     planned, mesh = describe(config), make_mesh(config.parallel.devices)
-    setup = planned_setup(planned, mesh, config.train.batch_size // mesh.size)
+    parts = step_mesh(mesh, config.parallel).shape[DATA]
+    setup = planned_setup(planned, mesh, config.train.batch_size // parts)
     batches = [random_batch(planned, config.train.batch_size, seed) for seed in range(RANDOM_BATCHES)]
     one: Any = random_batch(planned, config.data.captions_per_image, 0)
     init = jax.jit(lambda key: planned.model.init(key, gather({}, one), train=False))

@@ -74,9 +74,8 @@ def _restore(workdir: Path, trained: ConfigDict, config: ConfigDict, step: int |
         which = "" if step is None else f"{step} "
         raise CheckpointError(f"{workdir}: no checkpoint {which}in {checkpoints.folder}")
     like = abstract_variables(experiment)
-    variables = checkpoints.restore_variables(
-        step, like, averaged=trained.optim.ema > 0, on_host=config.eval.stages > 1
-    )
+    in_parts = config.eval.stages > 1 or config.parallel.model > 1  # a device may not hold them whole
+    variables = checkpoints.restore_variables(step, like, averaged=trained.optim.ema > 0, on_host=in_parts)
     chosen = checkpoints.best is not None and (step == checkpoints.best if named else config.eval.checkpoint == "best")
     checkpoints.close()
     return Loaded(experiment, variables, step, trained.data.val_split if chosen else "none")

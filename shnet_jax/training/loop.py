@@ -36,6 +36,7 @@ from shnet_jax.training.signals import Interrupted, StopVote, stop_signals
 from shnet_jax.training.state import TrainState
 from shnet_jax.training.warm_start import warm_start
 from shnet_jax.training.workdir import claimed, with_dtypes
+from shnet_jax.types import DATA
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class Training:
 
     def _restored(self) -> tuple[TrainState, dict[str, Any]]:
         """State and notes of the last checkpoint; moves the iterator to its position."""
-        check_job(self.checkpoints.notes(self.first), self.setup.mesh.size, self.workdir)
+        check_job(self.checkpoints.notes(self.first), self.setup.mesh.shape[DATA], self.workdir)
         restored = self.checkpoints.restore(self.first, self.setup.like, self.iterator)
         log.info("continuing from step %d of %d in %s", self.first, self.setup.total_steps, self.workdir)
         nonfinite = int(restored.state.nonfinite)
@@ -230,7 +231,7 @@ class Training:
     def save(self, metrics: dict[str, float] | None = None) -> None:
         """Starts to save state, data position, clock and sums; metrics: the validation result of this state."""
         sums = {name: float(value) for name, value in jax.device_get(self.sums).items()}
-        job = {"devices": self.setup.mesh.size, "processes": jax.process_count()}
+        job = {"devices": self.setup.mesh.shape[DATA], "processes": jax.process_count()}
         notes = {"clock": self.clock.state(), "sums": sums} | job
         with self.clock.spent_on("checkpoint"):
             self.checkpoints.save(int(self.state.step), self.state, notes, self.iterator, metrics)
@@ -244,7 +245,7 @@ class Training:
 
 
 def check_job(notes: dict[str, Any], devices: int, workdir: Path) -> None:
-    """Compares this job with the one that saved the checkpoint of `notes`.
+    """Compares this job with the one that saved the checkpoint of `notes`. devices: parts of a batch.
 
     Devices may be others: batches and their order stay the same, but each device's dropout and BatchNorm statistics are
     of other rows, so the run goes on a little differently than undisturbed. Processes may not: each has its own place

@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shnet_jax.data.batches import gather, images_per_batch, resident_table, steps_per_epoch, train_batches
@@ -24,13 +24,14 @@ from shnet_jax.losses import matryoshka, total
 from shnet_jax.models.contract import RetrievalModel, check_pairs_dtype, check_prefixes
 from shnet_jax.observe import profile, trackers
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
+from shnet_jax.parallel.rules import like_params, param_specs, step_mesh
 from shnet_jax.parallel.sharding import WHOLE, global_norm, specs, split_axes
 from shnet_jax.training import momentum
 from shnet_jax.training.microbatch import STATISTICS
 from shnet_jax.training.optim import make_optimiser, schedule
 from shnet_jax.training.state import TrainState, create_state
 from shnet_jax.training.step import StepOptions, train_step
-from shnet_jax.types import DATA
+from shnet_jax.types import DATA, MODEL
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def setup_training(experiment: Experiment) -> TrainSetup:
     dataset.check_captioned(config.data.train_split)
     _check_negatives(config)
     mesh = make_mesh(config.parallel.devices)
-    pairs_per_device(config, mesh.size)
+    pairs_per_device(config, step_mesh(mesh, config.parallel).shape[DATA])
     check_evaluation(experiment.model, config, mesh)
     per_epoch = steps_per_epoch(dataset, config.data.train_split, config.train.batch_size)
     total_steps = count_steps(config.train, per_epoch)
@@ -111,16 +112,19 @@ def build_step(
     steps_per_epoch: float,
     total_steps: int,
 ) -> TrainSetup:
-    """The setup of a model on a mesh. variables: shapes and dtypes of its {"params", "batch_stats"}.
+    """The setup of a model on the devices of a mesh. variables: shapes and dtypes of its {"params", "batch_stats"}.
 
-    Raises ValueError for losses, an optimiser, microbatches or momentum encoders that do not fit together.
+    Raises ValueError for losses, an optimiser, microbatches or momentum encoders that do not fit together, and for
+    config.parallel.rules that do not fit model or devices.
     """
+    mesh = step_mesh(mesh, config.parallel)
+    across = param_specs(variables["params"], config.parallel.rules, mesh)
     if config.train.microbatch and not takes_microbatches(model, variables):
         raise ValueError(
             f"config.train.microbatch is {config.train.microbatch}, and the model {config.model.name!r} has BatchNorms "
             "but no norm_depth (shnet_jax/models/contract.py)"
         )
-    accumulate, sharded = config.optim.accumulate, config.parallel.shard_params
+    accumulate, sharded = config.optim.accumulate, config.parallel.shard_params or MODEL in mesh.shape
     rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
     key_options = momentum.options(config, model, steps_per_epoch, total_steps)
     loss_params, total_loss = total.build(config.loss, steps_per_epoch, total_steps, queues=key_options is not None)
@@ -128,8 +132,9 @@ def build_step(
     check_pairs_dtype(model, score_dtype)
     if config.loss.get("matryoshka", ()):
         check_prefixes(model, "loss.matryoshka")
-    devices = mesh.size if sharded else 1
-    axes = split_axes({"model": variables["params"], "loss": loss_params}, devices)
+    devices = mesh.shape[DATA] if config.parallel.shard_params else 1
+    whole = jax.tree.map(lambda _: PartitionSpec(), loss_params)
+    axes = split_axes({"model": variables["params"], "loss": loss_params}, devices, {"model": across, "loss": whole})
     tx = make_optimiser(config, rate, norm=partial(global_norm, axes=axes, name=DATA))
     options = StepOptions(
         model,
@@ -150,7 +155,8 @@ def build_step(
         create_state, loss_params=loss_params, tx=tx, ema=config.optim.ema > 0, seed=config.seed, momentum=key_options
     )
     shapes = jax.eval_shape(create, variables)
-    partition = specs(_state_axes(shapes, devices))
+    state_across = like_params(shapes, variables["params"], across)
+    partition = specs(_state_axes(shapes, devices, state_across), state_across)
 
     def placed(leaf: jax.ShapeDtypeStruct, spec: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
@@ -178,13 +184,13 @@ def step_intervals(config: FrozenConfigDict, steps_per_epoch: float, total_steps
     return StepIntervals(log=max(1, steps["log"]), evaluate=max(1, evaluate), save=max(1, steps["checkpoint"]))
 
 
-def _state_axes(shapes: TrainState, devices: int) -> TrainState:
-    """The axis along which each array of the state is split over the devices, or WHOLE."""
+def _state_axes(shapes: TrainState, devices: int, across: TrainState) -> TrainState:
+    """The axis along which each array of the state is split over `DATA`, or WHOLE. across: its spec over `MODEL`."""
 
     def whole(tree: Any) -> Any:
         return jax.tree.map(lambda _: WHOLE, tree)
 
-    axes = split_axes(shapes, devices)
+    axes = split_axes(shapes, devices, across)
     stats = whole(shapes.batch_stats)  # averaged over the devices, whatever their shape
     axes = axes.replace(batch_stats=stats)
     if shapes.ema is not None:

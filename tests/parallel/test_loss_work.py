@@ -45,6 +45,10 @@ def program(loss, strategy):
         # Forward the candidates, backward the candidates and, a visit behind them, their gradients.
         ("infonce", "ring", 8, 6 + 2 / DEVICES),
         # The hardest negatives are searched for, and fetched, in a round each; that of the gradient is the fetching's.
+        # One direction, whose gradient comes from the walk that sums: scored once, and sent once around the ring.
+        ("sigmoid", "gathered", 3, 0),
+        ("sigmoid", "streamed", 3, 0),
+        ("sigmoid", "ring", 3, 2 + 1 / DEVICES),
         ("triplet", "gathered", 2, 0),
         ("triplet", "streamed", 2, 0),
         ("triplet", "ring", 2, 6),

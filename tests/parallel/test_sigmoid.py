@@ -91,6 +91,21 @@ def test_loss_and_gradients(case):
         np.testing.assert_allclose(gradients[name], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
 
 
+@pytest.mark.parametrize("strategy", ["streamed", "ring"])
+def test_the_value_alone(strategy):
+    """Without a gradient another program runs; with one, its factor is that of the loss in a sum."""
+    images, texts = (np.float32(x) for x in data(1))
+
+    def value(images, strategy):
+        ctx = Context(jnp.int32(0), LEARNED, RetrievalModel.score, None, Pairs(strategy, tile=3))
+        loss = sigmoid.loss(Embedding(images), Embedding(texts), jnp.asarray(IDS), ctx, **OPTIONS, mask_same_image=True)
+        return -3.0 * loss["sigmoid_loss"]
+
+    expected, slope = jax.value_and_grad(value)(images, "gathered")
+    np.testing.assert_allclose(value(images, strategy), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(value)(images, strategy), slope, atol=1e-6)
+
+
 @pytest.mark.parametrize("strategy", ["gathered", pytest.param("streamed", marks=pytest.mark.slow)])
 def test_bfloat16_scores_and_their_gradients(strategy):
     """Equal to the loss of rounded embeddings; a gradient is off by no more than the rounding of its three factors."""
