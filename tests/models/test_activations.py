@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shnet_jax.models import text
+from shnet_jax.models import pooling, text
 from shnet_jax.models.contract import TwoTowers, check_activations
 from shnet_jax.models.layers import GRU, Dense, LayerNorm, SelfAttention, feed_forward
 from shnet_jax.models.mlp import BatchNorm
@@ -111,6 +111,16 @@ def floats(tree):
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
+def pool_by_place(features, mask, weights):
+    """`set_pool` without the sort: rounding swaps ranks, and with them the rows that gradients go to."""
+    return einsum("bk,bkd->bd", weights, jnp.where(mask[..., None], features, 0), "float32")
+
+
+@pytest.fixture
+def by_place(monkeypatch):
+    monkeypatch.setattr(pooling, "set_pool", pool_by_place)
+
+
 @functools.cache
 def computed(name, dtype):
     params = case(name, dtype)[2]["params"]
@@ -127,7 +137,7 @@ def apart(found, wanted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_embeddings_and_gradients_are_near_those_of_float32(name):
+def test_embeddings_and_gradients_are_near_those_of_float32(name, by_place):
     (found, stats, gradients), (wanted, exact, slopes) = (computed(name, d) for d in ("bfloat16", "float32"))
     assert {x.dtype for x in floats((found, stats, gradients))} == {np.dtype(np.float32)}
     assert 1e-5 < apart(found, wanted) < EMBEDDINGS
@@ -266,5 +276,5 @@ def test_what_lacks_the_option_is_named():
         describe(small(model__activation_dtype="float16"))
 
 
-EMBEDDINGS, GRADIENTS = 0.03, 0.3
+EMBEDDINGS, GRADIENTS = 0.03, 0.1
 """Largest relative differences."""
