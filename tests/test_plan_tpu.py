@@ -110,11 +110,11 @@ def test_a_global_batch_of_32768_fits():
 @needs_libtpu
 @pytest.mark.slow
 def test_bfloat16_activations_take_40_percent_less_memory_on_tpu():
-    """Gradients of two layers of BERT base and what follows them, on 256 captions; nothing else is as large."""
+    """Gradients of four layers of BERT base and the head behind them, on 256 captions. Measured: 48 % less."""
 
     def temporaries(activations, operands):
         c = base.get_config()
-        c.text.layers, c.text.vocab_size, c.text.max_positions = 2, 100, 32
+        c.text.layers, c.text.vocab_size = 4, 30_522
         c.model.activation_dtype, c.text.dtype = activations, operands
         encoder = build_encoder(c)
         at = SingleDeviceSharding(target_devices("tpu:v5e:2x2")[0])
