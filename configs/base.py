@@ -95,6 +95,7 @@ def _model() -> ConfigDict:
     model.dropout = 0.1  # dropout of the segmentation embeddings (published 0.1)
     model.feature_dropout = 0.0  # dropout on the features of every unit, for small training sets (published 0)
     model.dtype = "float32"  # operands of products: float32 | bfloat16 | auto (bfloat16 where the device is fast at it)
+    model.activation_dtype = "float32"  # of what lies between the layers of both towers: float32 | bfloat16
     model.user = _user()
     model.esa = _esa()
     model.clip = _clip()

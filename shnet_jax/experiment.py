@@ -23,7 +23,7 @@ from shnet_jax.data.tokenise import WITHOUT_TOKENS, Tokenizer, has_vocabulary, l
 from shnet_jax.data.vector_batches import with_masks
 from shnet_jax.interop import bert_weights, clip_weights, siglip_weights
 from shnet_jax.interop.sentence_vectors import Description, SentenceEncoder
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, check_activations
 from shnet_jax.models.text import VECTORS, text_fields
 from shnet_jax.observe.machine import fast_dtype
 from shnet_jax.types import Batch
@@ -78,6 +78,7 @@ def assemble(config: ConfigDict, dataset: DataSet | None = None) -> Experiment:
     if notes:
         log.info("%s: %s", dataset.path, notes)
     model, fields = module.build(config), (*fields, *optional)
+    check_activations(model, config)
     return Experiment(FrozenConfigDict(config), dataset, tokenizer, model, fields, notes, of_texts)
 
 

@@ -193,10 +193,16 @@ def test_a_field_younger_than_the_run_has_to_be_off(workdir, tmp_path):
     path = tmp_path / "old/config.json"
     saved = json.loads(path.read_text("utf-8"))
     del saved["model"]["bn_sync"], saved["model"]["cmsei"]  # the section of another model is no part of this one
-    del saved["optim"]["name"], saved["loss"]["pairs"]["dtype"], saved["loss"]["sigmoid"]["reduction"]
+    del (
+        saved["model"]["activation_dtype"],
+        saved["optim"]["name"],
+        saved["loss"]["pairs"]["dtype"],
+        saved["loss"]["sigmoid"]["reduction"],
+    )
     path.write_text(json.dumps(saved))
     assert load(tmp_path / "old", toy()).step
     old = stored_config.get_config(str(tmp_path / "old"))
     assert (old.optim.name, old.loss.pairs.dtype, old.loss.sigmoid.reduction) == ("adamw", "float32", "queries")
+    assert old.model.activation_dtype == "float32"
     with pytest.raises(ValueError, match=r"config\.model\.bn_sync: True, there False"):
         load(tmp_path / "old", toy(model__bn_sync=True))

@@ -360,8 +360,8 @@ def test_advice_names_only_what_is_not_done_yet():
     everything = " ".join(search.advice(config, 8))
     for flag in ("dtype=bfloat16", "train.microbatch", "pairs.strategy=streamed", "more than 8 devices"):
         assert flag in everything
-    assert "resident" not in everything
-    config.model.dtype = config.text.dtype = "bfloat16"
+    assert "resident" not in everything and "activation_dtype=bfloat16" in everything
+    config.model.dtype = config.text.dtype = config.model.activation_dtype = "bfloat16"
     config.loss.pairs.strategy = "ring"
     config.train.microbatch = 64
     fewer = " ".join(search.advice(config, 8))

@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from configs import base, scenes
@@ -15,7 +16,9 @@ from data_prep.scenes import write
 from data_prep.scenes.features import REGION_SIZE
 from shnet_jax.losses import total
 from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.text import build_encoder
 from shnet_jax.modes import plan as plan_mode
+from shnet_jax.observe.compiled import compile_lowered, memory
 from shnet_jax.observe.hardware import GIB, target_devices
 from shnet_jax.parallel import axis
 from shnet_jax.parallel.mapping import data_mesh, map_step
@@ -102,6 +105,32 @@ def test_a_global_batch_of_32768_fits():
     assert plan.work.loops_once == 0
     # Two forward passes and a backward one, as much as two: 4 x 2 operations for each weight of the layers and token.
     assert plan.work.flops > 8 * 2 * 7_087_872 * pairs * 32
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_bfloat16_activations_take_40_percent_less_memory_on_tpu():
+    """Gradients of four layers of BERT base and the head behind them, on 256 captions. Measured: 48 % less."""
+
+    def temporaries(activations, operands):
+        c = base.get_config()
+        c.text.layers, c.text.vocab_size = 4, 30_522
+        c.model.activation_dtype, c.text.dtype = activations, operands
+        encoder = build_encoder(c)
+        at = SingleDeviceSharding(target_devices("tpu:v5e:2x2")[0])
+        tokens, mask = jnp.zeros((256, 32), jnp.int32), jnp.ones((256, 32), bool)
+        params = jax.eval_shape(lambda: encoder.init(jax.random.key(0), tokens, mask, train=False))
+
+        def loss(params, tokens, mask, key):
+            rngs = {"dropout": jax.random.wrap_key_data(key)}
+            vector = encoder.apply(params, tokens, mask, train=True, rngs=rngs).vector
+            return jnp.sum(vector * jnp.cos(jnp.arange(vector.size)).reshape(vector.shape))
+
+        given = (params, tokens, mask, jax.random.key_data(jax.random.key(0)))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), given)
+        return memory(compile_lowered(jax.jit(jax.grad(loss)).lower(*shapes), -1.0)).temporaries
+
+    assert temporaries("bfloat16", "bfloat16") < 0.6 * temporaries("float32", "float32")
 
 
 @needs_libtpu

@@ -77,6 +77,7 @@ class ImageHead(nn.Module):
       pool: of the tokens. pool_first: pool, then map; else map each token, then pool.
       vectors: kinds of vectors beside the pooled units, names of VECTORS.
       vectors_gain: first gain of their LayerNorms; that of units is 1.
+      activation_dtype: of the head's input and of what lies between its layers.
     """
 
     head: Head
@@ -85,17 +86,20 @@ class ImageHead(nn.Module):
     pool_first: bool = True
     vectors: tuple[str, ...] = ()
     vectors_gain: float = 1.0
+    activation_dtype: DType = "float32"
 
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool) -> Array:
         """Image fields of `batch` -> unit vectors [n, dim]. Raises ValueError for units of different widths."""
         if self.pool is None:
-            mapped = self.head(batch["image_embedding"].astype(jnp.float32), train=train)
+            vectors = batch["image_embedding"].astype(jnp.float32).astype(self.activation_dtype)
+            mapped = self.head(vectors, train=train)
         elif self.pool_first:
-            mapped = self.head(self._joined(batch, self.pool), train=train)
+            mapped = self.head(self._joined(batch, self.pool).astype(self.activation_dtype), train=train)
         else:
             tokens, mask = self._tokens(batch)
-            mapped = self.pool(name="pool")(self.head(tokens, mask, train=train), mask)
+            mapped = self.head(tokens, mask, train=train).astype(self.activation_dtype)
+            mapped = self.pool(name="pool")(mapped, mask)
         self.sow("intermediates", "mapped", mapped)
         return l2norm(mapped)
 
@@ -104,7 +108,7 @@ class ImageHead(nn.Module):
         parts: dict[str, Array] = {}
         for unit in self.units:
             name = "pool" if len(self.units) == 1 else f"{unit}_pool"
-            parts[unit] = pool(name=name)(*given_unit(batch, unit))
+            parts[unit] = pool(name=name)(*given_unit(batch, unit, self.activation_dtype))
         parts |= {name: vector_of(batch, name) for name in self.vectors}
         if len(parts) > 1:
             gains = {
@@ -117,7 +121,7 @@ class ImageHead(nn.Module):
         return jnp.concatenate(list(parts.values()), axis=-1)
 
     def _tokens(self, batch: Batch) -> tuple[Array, Array]:
-        given = [given_unit(batch, unit) for unit in self.units]
+        given = [given_unit(batch, unit, self.activation_dtype) for unit in self.units]
         widths = {unit: x.shape[-1] for unit, (x, _) in zip(self.units, given, strict=True)}
         if len(set(widths.values())) > 1:
             found = ", ".join(f"{unit} of {width}" for unit, width in widths.items())
@@ -155,7 +159,7 @@ def build(config: ConfigDict) -> Align:
     """
     m, align = config.model, config.model.align
     check_choices(config, {"align.source": SOURCES, "align.pool": POOLS, "dtype": DTYPES, "units": UNIT_MASKS})
-    check_choices(config, {"align.vectors": VECTORS})
+    check_choices(config, {"align.vectors": VECTORS, "activation_dtype": DTYPES})
     if align.vectors and not (align.source == "units" and align.pool_first):
         raise ValueError(
             f"config.model.align.vectors is {tuple(align.vectors)}: vectors join units that are pooled first, which "
@@ -163,8 +167,9 @@ def build(config: ConfigDict) -> Align:
         )
     head = build_head(align.head, "config.model.align.head", dim=m.dim, dtype=m.dtype, bn_sync=m.bn_sync)
     if align.source == "vector":
-        image = ImageHead(head)
+        image = ImageHead(head, activation_dtype=m.activation_dtype)
     else:
         pool = partial(Pool, align.pool, m.dtype)
-        image = ImageHead(head, tuple(m.units), pool, align.pool_first, tuple(align.vectors), align.vectors_gain)
+        vectors = tuple(align.vectors), align.vectors_gain
+        image = ImageHead(head, tuple(m.units), pool, align.pool_first, *vectors, m.activation_dtype)
     return Align(image=image, text=build_encoder(config))

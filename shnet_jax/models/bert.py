@@ -24,8 +24,9 @@ class BERT(TextTower, kw_only=True):
 
     @nn.compact
     def __call__(self, tokens: Array, mask: Array, *, train: bool) -> Array:
-        """tokens [t, L] int32, mask [t, L] bool -> last hidden states [t, L, width] float32."""
+        """tokens [t, L] int32, mask [t, L] bool -> last hidden states [t, L, width]."""
         x = self.embed(tokens) + self.param("types", normal, (TYPES, self.width))[0]
+        x = x.astype(self.activation_dtype)
         x = LayerNorm(epsilon=EPSILON, name="norm")(x)
         self.sow("intermediates", "embedded", x)
         x = nn.Dropout(self.dropout, deterministic=not train or self.frozen_layers > 0)(x)

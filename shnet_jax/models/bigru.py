@@ -26,21 +26,24 @@ class BiGRU(nn.Module):
       width: size of the result; the state of one direction has half of it.
       dropout: probability that an element of a word embedding is dropped in training.
       dtype: of the operands of the products.
+      activation_dtype: of word embeddings, of the gates' inputs and of the result.
     """
 
     vocab_size: int
     width: int
     dropout: float = 0.1
     dtype: DType = "float32"
+    activation_dtype: DType = "float32"
 
     @nn.compact
     def __call__(self, tokens: Array, mask: Array, *, train: bool) -> Array:
-        """tokens [t, L] int32, mask [t, L] bool -> [t, L, width] float32."""
+        """tokens [t, L] int32, mask [t, L] bool -> [t, L, width]."""
         if self.width % 2:
             raise ValueError(f"width {self.width} of the bidirectional GRU is odd: each direction has half of it")
         words = self.param("words", _table, (self.vocab_size, EMBEDDING))
         # take, not words[tokens]: a token id outside the vocabulary gives NaN instead of the last row.
-        x = nn.Dropout(self.dropout, deterministic=not train)(jnp.take(words, tokens, axis=0))
+        x = jnp.take(words, tokens, axis=0).astype(self.activation_dtype)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         forward = GRU(self.width // 2, False, self.dtype, name="forward")(x, mask)
         backward = GRU(self.width // 2, True, self.dtype, name="backward")(x, mask)
         return jnp.concatenate([forward, backward], axis=-1)

@@ -41,7 +41,8 @@ class Text(TextTower, kw_only=True):
     @nn.compact
     def __call__(self, tokens: Array, mask: Array, *, train: bool) -> Array:
         """tokens [t, L] int32, mask [t, L] bool -> projected states [t, L, projection] float32."""
-        return _project(self, self.run_layers(self.embed(tokens), mask, train=train))
+        x = self.embed(tokens).astype(self.activation_dtype)
+        return _project(self, self.run_layers(x, mask, train=train))
 
     @nn.nowrap
     def make_layer(self, name: str | None = None) -> Layer:
@@ -79,12 +80,12 @@ class Vision(Tower, kw_only=True):
             raise ValueError(f"pictures of {height} x {width} pixels do not divide into patches of {self.patch}")
         rows, columns = height // self.patch, width // self.patch
         mean, deviation = (jnp.asarray(v, jnp.float32) for v in (MEAN, DEVIATION))
-        x = (pixels.astype(jnp.float32) / 255 - mean) / deviation
+        x = ((pixels.astype(jnp.float32) / 255 - mean) / deviation).astype(self.activation_dtype)
         x = x.reshape(n, rows, self.patch, columns, self.patch, 3).swapaxes(2, 3)
         kernel = self.param("patches", normal, (self.patch, self.patch, 3, self.width))
         x = matmul(x.reshape(n, rows * columns, -1), kernel.reshape(-1, self.width), self.dtype)
         first = jnp.broadcast_to(self.param("class", normal, (self.width,)), (n, 1, self.width))
-        x = jnp.concatenate([first, x], axis=1) + self._positions(rows, columns)
+        x = (jnp.concatenate([first, x], axis=1) + self._positions(rows, columns)).astype(self.activation_dtype)
         x = LayerNorm(epsilon=EPSILON, name="norm_first")(x)
         return _project(self, self.run_layers(x, jnp.ones(x.shape[:2], bool), train=train))
 
@@ -125,7 +126,7 @@ def clip_layer(tower: Any, *, causal: bool, name: str | None, epsilon: float = E
 
 
 def _project(tower: Text | Vision, x: Array) -> Array:
-    """Last states [n, L, width] in the joint space, [n, L, projection]."""
+    """Last states [n, L, width] in the joint space, [n, L, projection] float32."""
     x = LayerNorm(epsilon=EPSILON, name="norm")(x)
     return matmul(x, tower.param("projection_kernel", normal, (tower.width, tower.projection)), tower.dtype)
 
@@ -136,10 +137,10 @@ def build(text: ConfigDict) -> Text:
     return Text.from_config(text)
 
 
-def build_vision(clip: ConfigDict, dtype: DType) -> Vision:
+def build_vision(clip: ConfigDict, dtype: DType, activation_dtype: DType = "float32") -> Vision:
     """Builds the vision tower of `config.model.clip`."""
     check_activation(clip.activation, "model.clip")
-    return Vision.from_config(clip, grid=tuple(clip.grid), dtype=dtype)
+    return Vision.from_config(clip, grid=tuple(clip.grid), dtype=dtype, activation_dtype=activation_dtype)
 
 
 def check_activation(activation: str, section: str) -> None:

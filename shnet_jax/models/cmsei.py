@@ -37,12 +37,12 @@ class GraphReasoning(nn.Module):
     def __call__(self, nodes: Array, graph: Array) -> Array:
         """nodes [n, K, d]; graph [n, K, K], or [n, K, K, H] with edges of its own for each of H parts of d."""
         n, k, d = nodes.shape
-        messages = matmul(nodes, self.param("gather", torch_uniform(d), (d, d)), self.dtype)
+        messages = matmul(nodes, self.param("gather", torch_uniform(d), (d, d)), self.dtype).astype(nodes.dtype)
         heads = graph.shape[3] if graph.ndim == 4 else 1
         graph = graph.reshape(n, k, k, heads)
         mixed = einsum("nijh,njhd->nihd", graph, messages.reshape(n, k, heads, d // heads), self.dtype)
-        mixed = jax.nn.relu(mixed).reshape(n, k, d)
-        return nodes + matmul(mixed, self.param("out", torch_uniform(d), (d, d)), self.dtype)
+        mixed = jax.nn.relu(mixed).reshape(n, k, d).astype(nodes.dtype)
+        return nodes + matmul(mixed, self.param("out", torch_uniform(d), (d, d)), self.dtype).astype(nodes.dtype)
 
 
 class GeometryHeads(nn.Module):
@@ -67,11 +67,11 @@ class Gates(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x [n, m, d] -> [n, m, 3 d]."""
+        """x [n, m, d] -> [n, m, 3 d] float32."""
         d = x.shape[-1]
         init = torch_uniform(2 * d)  # of one gate's two matrices together
         parts = [matmul(x, self.param(name, init, (d, d)), self.dtype) for name in ("other_gate", "own_gate")]
-        return jnp.concatenate([x, *parts], axis=-1)
+        return jnp.concatenate([x.astype(jnp.float32), *parts], axis=-1)
 
 
 class ImageEncoder(nn.Module):
@@ -85,11 +85,12 @@ class ImageEncoder(nn.Module):
     geometry_heads: int
     feature_dropout: float
     dtype: str
+    activation_dtype: str = "float32"
 
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool) -> tuple[Array, Array, Array]:
         """Image fields of `batch` -> regions [n, K, dim], their mask [n, K], unit vectors [n, dim]."""
-        x, mask = given_unit(batch, "regions")
+        x, mask = given_unit(batch, "regions", self.activation_dtype)
         x = nn.Dropout(self.feature_dropout, deterministic=not train)(x)
         projected = Dense(self.dim, self.dtype, xavier_uniform, name="regions_linear")(x)
         self.sow("intermediates", "projected", projected)
@@ -149,14 +150,15 @@ class CMSEI(RetrievalModel):
     def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_image`."""
         regions, mask, vector = self.image(batch, train=train)
-        return Embedding(vector, self.image_gates(regions) if self.how.refine else regions, mask)
+        return Embedding(vector, self.image_gates(regions) if self.how.refine else regions.astype(jnp.float32), mask)
 
     def encode_text(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_text`."""
         words = self.text(*text_inputs(batch), train=train, with_elements=True)
-        if not self.how.refine or words.elements is None:
+        if words.elements is None:
             return words
-        return dataclasses.replace(words, elements=self.text_gates(words.elements))
+        elements = self.text_gates(words.elements) if self.how.refine else words.elements.astype(jnp.float32)
+        return dataclasses.replace(words, elements=elements)
 
     def score(self, images: Embedding, texts: Embedding) -> Array:  # type: ignore[override]  # a method: see contract
         """Scores [n, t] of every image with every text; see `ops.interaction`."""
@@ -181,7 +183,7 @@ def build(config: ConfigDict) -> CMSEI | Globals:
     Raises ValueError for a field of `config.model` or `config.text` that is none of its choices.
     """
     m, c = config.model, config.model.cmsei
-    check_choices(config, {"cmsei.attend": SIDES, "dtype": DTYPES})
+    check_choices(config, {"cmsei.attend": SIDES, "dtype": DTYPES, "activation_dtype": DTYPES})
     if len(set(c.attend)) < len(c.attend):
         raise ValueError(f"config.model.cmsei.attend is {tuple(c.attend)}; choose from {', '.join(SIDES)}, each once")
     if tuple(m.units) != ("regions",):
@@ -195,7 +197,8 @@ def build(config: ConfigDict) -> CMSEI | Globals:
         )
     if c.geometry_heads and m.dim % c.geometry_heads:
         raise ValueError(f"config.model.cmsei.geometry_heads is {c.geometry_heads}, model.dim {m.dim}: it must divide")
-    image = from_config(ImageEncoder, c, dim=m.dim, feature_dropout=m.feature_dropout, dtype=m.dtype)
+    shared = {name: m[name] for name in ("dim", "feature_dropout", "dtype", "activation_dtype")}
+    image = from_config(ImageEncoder, c, **shared)
     text = build_encoder(config)
     if c.attend and not reads_tokens(config):
         raise ValueError(

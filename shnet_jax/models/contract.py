@@ -37,6 +37,11 @@ class RetrievalModel(nn.Module):
         return getattr(getattr(self, "text", None), "norm_depth", 0)
 
     @property
+    def activation_dtype(self) -> str:
+        """Dtype of what lies between the layers of the image tower, an attribute of it; "float32" without one."""
+        return str(getattr(getattr(self, "image", None), "activation_dtype", "float32"))
+
+    @property
     def set_sizes(self) -> tuple[int, int]:
         """Set sizes of images and of texts, where all sets of a side have the same, all valid; (0, 0): no such sets."""
         return 0, 0
@@ -98,6 +103,15 @@ def check_choices(config: ConfigDict, choices: Mapping[str, Collection[str]]) ->
         if [one for one in values if one not in known] or (path == "units" and not values):
             shown = value if isinstance(value, str) else values
             raise ValueError(f"config.model.{path} is {shown!r}; choose from {', '.join(known)}")
+
+
+def check_activations(model: RetrievalModel, config: ConfigDict) -> None:
+    """Raises ValueError for a `config.model.activation_dtype` that the built model does not have."""
+    if model.activation_dtype != config.model.activation_dtype:
+        raise ValueError(
+            f"config.model.activation_dtype is {config.model.activation_dtype!r}, and the model {config.model.name!r} "
+            f"has {model.activation_dtype} activations only: set it to {model.activation_dtype!r}"
+        )
 
 
 def scorer(model: RetrievalModel, params: Mapping[str, Any], dtype: str = "float32") -> Score:

@@ -49,6 +49,11 @@ class Dual(RetrievalModel):
     image_head: Residual | None
     text_head: Residual | None
 
+    @property
+    def activation_dtype(self) -> str:
+        """See `RetrievalModel.activation_dtype`; the image side has no layers, the text tower has."""
+        return str(self.text.tower.activation_dtype)
+
     def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_image`. Raises ValueError for an `image_embedding` of another width."""
         given = batch["image_embedding"]
@@ -76,7 +81,7 @@ def build(config: ConfigDict) -> Dual:
 
     Raises ValueError for a head that is none of HEADS, a text tower without a joint space, or an unknown dtype.
     """
-    check_choices(config, {"dual.head": HEADS, "dtype": DTYPES})
+    check_choices(config, {"dual.head": HEADS, "dtype": DTYPES, "activation_dtype": DTYPES})
     if config.text.tower not in ENCODERS:
         raise ValueError(
             f"config.text.tower is {config.text.tower!r}; the model dual has that of its encoder, "

@@ -69,6 +69,7 @@ class GivenTokens(nn.Module):
 
     dim: int
     units: tuple[str, ...]
+    activation_dtype: str = "float32"
 
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool) -> Embedding:
@@ -85,7 +86,7 @@ class GivenTokens(nn.Module):
                     "projects it. Extract image_embedding with the CLIP of config.text.weights and the tokens with "
                     "--tokens=projected (docs/models.md), or set config.model.esa.head to 'learned'"
                 )
-        given = [given_unit(batch, unit) for unit in self.units]
+        given = [given_unit(batch, unit, self.activation_dtype) for unit in self.units]
         tokens, mask = (jnp.concatenate(parts, axis=1) for parts in zip(*given, strict=True))
         return Embedding(l2norm(batch["image_embedding"].astype(jnp.float32)), tokens, mask)
 
@@ -95,10 +96,16 @@ class PictureEncoder(nn.Module):
 
     vision_tower: Vision
 
+    @property
+    def activation_dtype(self) -> str:
+        """See `RetrievalModel.activation_dtype`."""
+        return str(self.vision_tower.activation_dtype)
+
     def __call__(self, batch: Batch, *, train: bool) -> Embedding:
         """`image` [n, H, W, 3] of `batch` -> global unit vectors [n, d], tokens [n, patches, d] and their mask."""
         states = self.vision_tower(batch["image"], train=train)
-        return Embedding(l2norm(states[:, 0]), states[:, 1:], jnp.ones(states[:, 1:].shape[:2], bool))
+        vector, patches = l2norm(states[:, 0]), states[:, 1:].astype(self.activation_dtype)
+        return Embedding(vector, patches, jnp.ones(patches.shape[:2], bool))
 
 
 class EndToken(nn.Module):
@@ -111,7 +118,9 @@ class EndToken(nn.Module):
         words = self.tower(tokens, mask, train=train)
         last = jnp.sum(mask, axis=1) - 1
         vector = l2norm(jnp.take_along_axis(words, last[:, None, None], axis=1)[:, 0])
-        return Embedding(vector, words, mask) if with_elements else Embedding(vector)
+        if not with_elements:
+            return Embedding(vector)
+        return Embedding(vector, words.astype(getattr(self.tower, "activation_dtype", "float32")), mask)
 
 
 class ESA(RetrievalModel):
@@ -181,9 +190,9 @@ def build(config: ConfigDict) -> ESA:
     _check(config)
     image: nn.Module
     if esa.source == "picture":
-        image = PictureEncoder(build_vision(m.clip, m.dtype))
+        image = PictureEncoder(build_vision(m.clip, m.dtype, m.activation_dtype))
     elif esa.head == "none":
-        image = GivenTokens(m.dim, tuple(m.units))
+        image = GivenTokens(m.dim, tuple(m.units), m.activation_dtype)
     else:
         image = from_config(UnitTokens, m, units=tuple(m.units), mlp=build_mlp(m))
     text = build_encoder(config) if esa.head == "learned" else EndToken(build_tower(config))
@@ -201,7 +210,7 @@ def _check(config: ConfigDict) -> None:
     m, esa = config.model, config.model.esa
     choices = {"source": SOURCES, "head": HEADS, "mode": MODES, "similarity": SIMILARITIES}
     choices = {f"esa.{field}": known for field, known in choices.items()}
-    check_choices(config, choices | {"dtype": DTYPES, "units": UNIT_MASKS})
+    check_choices(config, choices | {"dtype": DTYPES, "activation_dtype": DTYPES, "units": UNIT_MASKS})
     if esa.text_size and not reads_tokens(config):
         raise ValueError(
             f"config.text.source is 'caption_embeddings', one vector a caption, and config.model.esa.text_size is "

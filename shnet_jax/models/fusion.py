@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shnet_jax.models.layers import Dense, LayerNorm, torch_uniform
+from shnet_jax.models.layers import Dense, LayerNorm, rounded, torch_uniform
 from shnet_jax.models.mlp import BatchNorm, Moments
 from shnet_jax.ops.map_attention import attention_weights, map_attention
 from shnet_jax.ops.matmul import einsum
@@ -52,7 +52,7 @@ class SemanticHighlight(nn.Module):
 
     @nn.compact
     def __call__(self, units: Array, mask: Array, seg_semantic: Array, *, train: bool) -> Array:
-        """units [n, N, d] (linear features), mask [n, N], seg_semantic [n, C, h, w] -> [n, N, d]."""
+        """units [n, N, d] (linear features), mask [n, N], seg_semantic [n, C, h, w] float32 -> [n, N, d]."""
         scene = SegEmbed(self.dim, self.dropout, self.dtype, name="scene")(
             jnp.mean(seg_semantic, axis=(2, 3)), train=train
         )
@@ -61,9 +61,9 @@ class SemanticHighlight(nn.Module):
         gate = jax.nn.sigmoid(einsum("nkd,nd->nk", units, scene, "float32") / math.sqrt(self.dim))
         gate = jnp.where(mask, gate, 0.0)
         self.sow("intermediates", "gate", gate)
-        gated = gate[..., None] * units
+        gated = rounded(lambda units, gate: gate[..., None] * units, units, gate)
         modulated = gated * jnp.tanh(Dense(self.dim, dtype=self.dtype, name="scale")(gated))
-        query = jnp.where(mask[..., None], scene[:, None, :], 0.0)
+        query = jnp.where(mask[..., None], scene[:, None, :], 0.0).astype(units.dtype)
         return jax.nn.relu(Dense(self.dim, dtype=self.dtype, name="out")(modulated + query))
 
 
@@ -158,11 +158,11 @@ class SpatialHighlight(nn.Module):
             seg_map, train=train
         )
         query = self.mlp(self.dim // 2, self.channels, name="query_mlp")(units, mask, train=train)
-        scaled = query * (self.scale / math.sqrt(self.channels))
+        scaled = query.astype(jnp.float32) * (self.scale / math.sqrt(self.channels))
         if self.is_mutable_collection("intermediates"):  # large: made only where somebody asks to see it
             self.sow("intermediates", "keys", keys)
             self.sow("intermediates", "attention", attention_weights(scaled, *keys, self.dtype))
         context = map_attention(scaled, *keys, self.dtype)
         self.sow("intermediates", "context", context)
-        context = jnp.where(mask[..., None], context, 0.0)
+        context = jnp.where(mask[..., None], context, 0.0).astype(query.dtype)
         return self.mlp(self.dim // 2, self.dim, name="out_mlp")(context + query, mask, train=train)

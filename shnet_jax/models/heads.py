@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from shnet_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, from_config, xavier_uniform
+from shnet_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, from_config, in_float32, rounded, xavier_uniform
 from shnet_jax.models.mlp import BatchNorm
 from shnet_jax.ops.matmul import DType
 from shnet_jax.types import DATA, Array
@@ -58,7 +58,8 @@ class Head(nn.Module):
     def __call__(self, x: Array, mask: Array | None = None, *, train: bool) -> Array:
         """x [..., d] and mask [...] bool of the rows that count (None: all) -> [..., dim] float32.
 
-        Raises ValueError for another width than dim with kind "none".
+        Between the layers lie arrays of the dtype of x, float32 or bfloat16. Raises ValueError for another width than
+        dim with kind "none".
         """
         width = x.shape[-1]
         if self.kind == "none":
@@ -67,28 +68,37 @@ class Head(nn.Module):
                     f"the stored vectors are {width} wide and config.model.dim is {self.dim}: a head of kind 'none' "
                     "keeps vectors as they are; set model.dim to their width, or choose another head"
                 )
-            return x
+            return x.astype(jnp.float32)
         x = LayerNorm(epsilon=EPSILON, name="norm")(x)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         if self.kind == "linear":
-            return self._dense("proj", self.dim)(drop(x))
+            return self._out("proj")(drop(x))
         if self.kind == "swiglu":
             x = drop(x)
-            return self._dense("lin1", self.dim)(x) * jax.nn.silu(self._dense("lin2", self.dim)(x))
+            one, two = (self._dense(name, self.dim)(x) for name in ("lin1", "lin2"))
+            return in_float32(lambda one, two: one * jax.nn.silu(two), one, two)
         if self.kind == "mlp":
-            inner = ACTIVATIONS["gelu"](self._dense("in", self.hidden or 4 * width)(x))
-            return self._dense("out", self.dim)(drop(inner))
+            inner = rounded(ACTIVATIONS["gelu"], self._dense("in", self.hidden or 4 * width)(x))
+            return self._out("out")(drop(inner))
         if self.kind == "star":
-            one, two = (jnp.clip(self._dense(name, self.hidden or 8 * width)(x), -CLIP, CLIP) for name in ("f1", "f2"))
-            return self._dense("g", self.dim)(drop(jax.nn.relu6(one) * two))
+            one, two = (self._dense(name, self.hidden or 8 * width)(x) for name in ("f1", "f2"))
+            return self._out("g")(drop(rounded(_star, one, two)))
         for layer in range(SHARELOCK_LAYERS):
             x = self._dense(f"hidden_{layer}", self.hidden or SHARELOCK_HIDDEN)(x)
             norm = BatchNorm(include_padding=False, axis=DATA if self.bn_sync else None, name=f"bn_{layer}")
             x = drop(jax.nn.relu(norm(x, mask, train=train)))
-        return self._dense("out", self.dim)(x)
+        return self._out("out")(x)
+
+    def _out(self, name: str) -> Dense:
+        return Dense(self.dim, self.dtype, xavier_uniform, result="float32", name=name)
 
     def _dense(self, name: str, features: int) -> Dense:
         return Dense(features, self.dtype, xavier_uniform, name=name)
+
+
+def _star(one: Array, two: Array) -> Array:
+    one, two = (jnp.clip(x, -CLIP, CLIP) for x in (one, two))
+    return jax.nn.relu6(one) * two
 
 
 def build_head(section: ConfigDict, field: str, *, dim: int, dtype: str, bn_sync: bool = False) -> Head:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from shnet_jax.models.layers import Dense
+from shnet_jax.models.layers import Dense, in_float32, rounded
 from shnet_jax.types import Array
 
 MOMENTUM = 0.1
@@ -53,11 +53,15 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
 
     def __call__(self, x: Array, mask: Array | None, *, train: bool) -> Array:
-        """x [..., c] float32, mask [...] bool or None (all rows count) -> [..., c]."""
+        """x [..., c], mask [...] bool or None (all rows count) -> [..., c]; statistics are float32."""
         mask = None if self.include_padding else mask
-        mean, factor, bias = self.coefficients(x.shape[-1], lambda: self._moments(x, mask), train=train)
+
+        def moments() -> Moments:
+            return in_float32(lambda x: self._moments(x, mask), x)
+
+        coefficients = self.coefficients(x.shape[-1], moments, train=train)
         # The mean is subtracted first: it may be far larger than the spread.
-        return (x - mean) * factor + bias
+        return rounded(lambda x, mean, factor, bias: (x - mean) * factor + bias, x, *coefficients)
 
     @nn.compact
     def coefficients(self, channels: int, moments: Callable[[], Moments], *, train: bool) -> tuple[Array, Array, Array]:

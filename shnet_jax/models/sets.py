@@ -70,7 +70,8 @@ class Merge(nn.Module):
         key = Dense(width, self.dtype, xavier_uniform, name="key")(tokens)
         logits = einsum("nd,nkd->nk", query / math.sqrt(width), key, self.dtype)
         importance = masked_softmax(logits, mask)
-        cluster = jax.nn.softmax(Dense(self.size, self.dtype, xavier_uniform, name="cluster")(tokens), axis=-1)
+        shares = Dense(self.size, self.dtype, xavier_uniform, result="float32", name="cluster")(tokens)
+        cluster = jax.nn.softmax(shares, axis=-1)
         weights = jnp.where(mask, importance, 0.0)[..., None] * cluster
         weights = weights / (jnp.sum(weights, axis=1, keepdims=True) + TINY)
         self.sow("intermediates", "attention", weights.swapaxes(1, 2)[:, None])

@@ -47,13 +47,13 @@ class ImageEncoder(UnitEncoder, kw_only=True):
             tokens.append(self._highlight(units, batch, train))
             masks.append(units.mask)
         if self.scene_tokens:
-            tokens.append(self._scene(batch["seg_semantic"].astype(jnp.float32), train))
+            tokens.append(self._scene(batch["seg_semantic"].astype(self.activation_dtype), train))
             masks.append(jnp.ones(tokens[-1].shape[:2], bool))
         if self.category_token:
             embed = SegEmbed(self.dim, self.dropout, self.dtype, name="category")
             category = embed(batch["categories"].astype(jnp.float32), train=train)
             self.sow("intermediates", "category_features", category)
-            tokens.append(category[:, None, :])
+            tokens.append(category[:, None, :].astype(self.activation_dtype))
             masks.append(jnp.ones((category.shape[0], 1), bool))
 
         pooled_set, pooled_mask = jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1)
@@ -136,9 +136,8 @@ def build(config: ConfigDict) -> SHNet:
     Raises ValueError for a field of `config.model` or `config.text` that is none of its choices.
     """
     m = config.model
-    check_choices(
-        config, {"units": UNIT_MASKS, "map_input": MAP_INPUTS, "map_position": tuple(MAP_CODES), "dtype": DTYPES}
-    )
+    check_choices(config, {"units": UNIT_MASKS, "map_input": MAP_INPUTS, "map_position": tuple(MAP_CODES)})
+    check_choices(config, {"dtype": DTYPES, "activation_dtype": DTYPES})
     axis = DATA if m.bn_sync else None
     image = from_config(ImageEncoder, m, units=tuple(m.units), mlp=build_mlp(m), axis=axis)
     return SHNet(image=image, text=build_encoder(config))

@@ -35,9 +35,9 @@ class Text(TextTower, kw_only=True):
     @nn.compact
     def __call__(self, tokens: Array, mask: Array, *, train: bool) -> Array:
         """tokens [t, L] int32, mask [t, L] bool -> projected states [t, L, projection] float32."""
-        x = self.run_layers(self.embed(tokens), mask, train=train)
+        x = self.run_layers(self.embed(tokens).astype(self.activation_dtype), mask, train=train)
         x = LayerNorm(epsilon=EPSILON, name="norm")(x)
-        return Dense(self.projection, self.dtype, normal, name="projection_head")(x)
+        return Dense(self.projection, self.dtype, normal, result="float32", name="projection_head")(x)
 
     @nn.nowrap
     def make_layer(self, name: str | None = None) -> Layer:

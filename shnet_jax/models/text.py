@@ -1,10 +1,11 @@
 """Text encoder: any tower over the tokens, a linear head and learned pooling; or a head on stored vectors.
 
 A tower is a `flax.linen.Module` called as `tower(tokens, mask, train=train)`: tokens [t, L] int32 and mask
-[t, L] bool (valid tokens first) -> features [t, L, width] float32. Features of valid tokens must not depend
-on L, what masked features hold is free. Its file has `build(text: ConfigDict) -> nn.Module`, given
-`config.text`. A tower of equal layers that has `layers`, `make_layer` and `run_layers`, as BERT has, can
-also be spread over devices layer by layer (`evaluation/pipelined.py`).
+[t, L] bool (valid tokens first) -> features [t, L, width]. Features of valid tokens must not depend on L, what masked
+features hold is free. Its file has `build(text: ConfigDict) -> nn.Module`, given `config.text`. An attribute
+`activation_dtype`, the dtype of its features, is set to `config.model.activation_dtype`. A tower of equal layers that
+has `layers`, `make_layer` and `run_layers`, as BERT has, can also be spread over devices layer by layer
+(`evaluation/pipelined.py`).
 
 `text.tower = "vectors"` is no tower: a frozen language model ran before, and `VectorEncoder` maps the vectors of a
 caption that lie in the record, one (`caption_embeddings`) or one a token (`caption_tokens`).
@@ -36,8 +37,9 @@ _FREEZABLE = ("shnet_jax.models.bert", "shnet_jax.models.clip", "shnet_jax.model
 def build_tower(config: ConfigDict) -> nn.Module:
     """The text tower of a configuration; `text.tower` may also be the dotted path of a module of yours.
 
-    Raises ValueError for an unknown tower or dtype, when `config.text.vocab_size` is not known yet, and for
-    `config.text.frozen_layers` with another tower than BERT, CLIP or SigLIP.
+    Raises ValueError for an unknown tower or dtype, when `config.text.vocab_size` is not known yet, for
+    `config.text.frozen_layers` with another tower than BERT, CLIP or SigLIP, and for an activation dtype of a tower
+    that has no such attribute.
     """
     text = config.text
     if text.tower == VECTORS:
@@ -60,7 +62,16 @@ def build_tower(config: ConfigDict) -> nn.Module:
             f"config.text.frozen_layers is {text.frozen_layers} and config.text.tower {text.tower!r}: "
             "only layers of bert, clip and siglip can be frozen, set it to 0"
         )
-    return importlib.import_module(path).build(text)
+    tower: nn.Module = importlib.import_module(path).build(text)
+    activations = config.model.activation_dtype
+    if activations == "float32":
+        return tower
+    if not hasattr(tower, "activation_dtype"):
+        raise ValueError(
+            f"config.model.activation_dtype is {activations!r}, which the text tower {text.tower!r} does not have: set "
+            "it to 'float32'"
+        )
+    return tower.clone(activation_dtype=activations)
 
 
 def reads_tokens(config: ConfigDict) -> bool:
@@ -98,7 +109,7 @@ def build_encoder(config: ConfigDict) -> TextEncoder | VectorEncoder:
         head = build_head(
             text.head, "config.text.head", dim=config.model.dim, dtype=text.dtype, bn_sync=config.model.bn_sync
         )
-        return VectorEncoder(head)
+        return VectorEncoder(head, config.model.activation_dtype)
     return TextEncoder(tower=build_tower(config), dim=config.model.dim, dtype=config.text.dtype)
 
 
@@ -123,6 +134,8 @@ class TextEncoder(nn.Module):
         mask.
         """
         features = self.tower(tokens, mask, train=train)
+        # A projection to a joint space is float32, for those that read it; a head goes on from less.
+        features = features.astype(getattr(self.tower, "activation_dtype", "float32"))
         words = Dense(self.dim, self.dtype, name="head")(features)
         pooled = GPO(name="pool")(words, mask)
         for name, value in (("hidden", features), ("words", words), ("pooled", pooled)):
@@ -136,9 +149,11 @@ class VectorEncoder(nn.Module):
 
     Attributes:
       head: maps each vector to the joint space.
+      activation_dtype: of what the head keeps for the backward pass.
     """
 
     head: Head
+    activation_dtype: DType = "float32"
 
     @property
     def norm_depth(self) -> int:
@@ -151,8 +166,12 @@ class VectorEncoder(nn.Module):
 
         with_elements: as in `TextEncoder`.
         """
-        words = self.head(vectors.astype(jnp.float32), mask, train=train)
-        pooled = words[:, 0] if vectors.shape[1] == 1 else GPO(name="pool")(words, mask)
+        words = self.head(vectors.astype(jnp.float32).astype(self.activation_dtype), mask, train=train)
+        if vectors.shape[1] == 1:
+            pooled = words[:, 0]
+        else:
+            words = words.astype(self.activation_dtype)
+            pooled = GPO(name="pool")(words, mask)
         for name, value in (("words", words), ("pooled", pooled)):
             self.sow("intermediates", name, value)
         vector = l2norm(pooled)

@@ -75,7 +75,7 @@ class Tower(nn.Module, kw_only=True):
     """Base of the towers of equal layers, whose parameters are layer_0, layer_1, ...
 
     Attributes: those of `config.text` or of the weights' config.json. remat: activations of the layers are recomputed
-    in the backward pass.
+    in the backward pass. activation_dtype: of what lies between the layers, `config.model.activation_dtype`.
     """
 
     layers: int = 12
@@ -85,6 +85,7 @@ class Tower(nn.Module, kw_only=True):
     frozen_layers: int = 0
     dtype: DType = "float32"
     remat: bool = False
+    activation_dtype: DType = "float32"
 
     @classmethod
     def from_config(cls, section: ConfigDict, **others: Any) -> Self:
@@ -137,8 +138,9 @@ class Transformer(TextTower, kw_only=True):
 
     @nn.compact
     def __call__(self, tokens: Array, mask: Array, *, train: bool) -> Array:
-        """tokens [t, L] int32, mask [t, L] bool -> [t, L, width] float32."""
-        x = nn.Dropout(self.dropout, deterministic=not train)(self.embed(tokens))
+        """tokens [t, L] int32, mask [t, L] bool -> [t, L, width]."""
+        x = self.embed(tokens).astype(self.activation_dtype)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return LayerNorm(epsilon=EPSILON, name="norm")(self.run_layers(x, mask, train=train))
 
     @nn.nowrap

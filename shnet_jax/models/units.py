@@ -11,15 +11,19 @@ from ml_collections import ConfigDict
 
 from shnet_jax.models.layers import Dense, xavier_uniform
 from shnet_jax.models.mlp import MLP
+from shnet_jax.ops.matmul import DType
 from shnet_jax.types import DATA, Array, Batch
 
 UNIT_MASKS = {"regions": "region_mask", "grid": "grid_mask"}
 """Kinds of units and the fields of their masks."""
 
 
-def given_unit(batch: Batch, unit: str) -> tuple[Array, Array]:
-    """Features [n, K, D] float32 of one kind of visual unit and their mask [n, K]; without a mask, all are valid."""
-    x, mask = batch[unit].astype(jnp.float32), batch.get(UNIT_MASKS[unit])
+def given_unit(batch: Batch, unit: str, dtype: DType = "float32") -> tuple[Array, Array]:
+    """Features [n, K, D] of one kind of visual unit and their mask [n, K]; without a mask, all are valid.
+
+    dtype: of the features in the model, `config.model.activation_dtype`, whatever they are stored as.
+    """
+    x, mask = batch[unit].astype(dtype), batch.get(UNIT_MASKS[unit])
     return x, jnp.ones(x.shape[:2], bool) if mask is None else mask
 
 
@@ -46,12 +50,13 @@ class UnitEncoder(nn.Module, kw_only=True):
     feature_dropout: float
     mlp: partial[MLP]
     dtype: str
+    activation_dtype: str = "float32"
 
     def project(self, batch: Batch, *, train: bool) -> Units:
         """Linear layer plus MLP on each kind of unit; to be called in the `__call__` of the encoder."""
         linears, projecteds, masks = [], [], []
         for unit in self.units:
-            x, mask = given_unit(batch, unit)
+            x, mask = given_unit(batch, unit, self.activation_dtype)
             x = nn.Dropout(self.feature_dropout, deterministic=not train)(x)
             x = self.enhance(unit, x, mask, batch, train=train)
             linear = Dense(self.dim, dtype=self.dtype, kernel_init=xavier_uniform, name=f"{unit}_linear")(x)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from shnet_jax.models.contract import TwoTowers, check_choices
-from shnet_jax.models.layers import Dense, LayerNorm, from_config, xavier_uniform
+from shnet_jax.models.layers import Dense, LayerNorm, from_config, in_float32, xavier_uniform
 from shnet_jax.models.mlp import BatchNorm
 from shnet_jax.models.pooling import GPO
 from shnet_jax.models.text import build_encoder
@@ -57,8 +57,8 @@ class SelfGuide(nn.Module):
         local, global_vector = drop(jnp.tanh(local)), drop(jnp.tanh(global_vector))
         self.sow("intermediates", "locals", local)
         self.sow("intermediates", "globals", global_vector)
-        agreement = local * global_vector[:, None, :]
-        logits = Dense(1, kernel_init=xavier_uniform, name="weight")(agreement)[..., 0]
+        agreement = local * global_vector[:, None, :].astype(local.dtype)
+        logits = Dense(1, kernel_init=xavier_uniform, result="float32", name="weight")(agreement)[..., 0]
         weights = _attention(logits, mask)
         self.sow("intermediates", "weights", weights)
         return l2norm(einsum("nk,nkd->nd", weights, units, "float32"))
@@ -76,7 +76,7 @@ def _attention(logits: Array, mask: Array) -> Array:
 
 
 def write_back(units: Array, guide: Array, mask: Array, scale: float) -> Array:
-    """Update of units [n, N, d] by a guide [n, d]: b_i guide, b = l2norm(softmax(scale <guide, unit_i>))."""
+    """Update of units [n, N, d] by a guide [n, d]: b_i guide, b = l2norm(softmax(scale <guide, unit_i>)), float32."""
     share = l2norm(_attention(scale * einsum("nkd,nd->nk", units, guide, "float32"), mask))
     return share[..., None] * guide[:, None, :]
 
@@ -111,8 +111,8 @@ class ImageEncoder(UnitEncoder, kw_only=True):
                     f"config.model.user.norm is 'slots', one BatchNorm channel for each of {SLOTS} regions, and the "
                     f"data set has {x.shape[1]} {unit}: set config.model.user.norm to 'layer'"
                 )
-            weight = mask[..., None].astype(x.dtype)
-            mean = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+            weight = mask[..., None].astype(jnp.float32)
+            mean = in_float32(lambda x: jnp.sum(x * weight, axis=1), x) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
             guide = SelfGuide(self.dropout, self.norm, self.axis, self.dtype, name=f"{unit}_sge")
             guide_vector = guide(x, mean, mask, train=train)
             self.sow("intermediates", "guide", guide_vector)
@@ -121,7 +121,7 @@ class ImageEncoder(UnitEncoder, kw_only=True):
             given = batch["image_embedding"].astype(jnp.float32)
             guide_vector = l2norm(Dense(x.shape[-1], self.dtype, xavier_uniform, name=f"{unit}_cge")(given))
             updates.append(write_back(x, guide_vector, mask, self.attention_scale))
-        enhanced = sum(updates, x)
+        enhanced = sum(updates, x).astype(x.dtype)
         self.sow("intermediates", "enhanced", enhanced)
         return enhanced
 
@@ -150,7 +150,8 @@ def build(config: ConfigDict) -> USER:
     norm where images may have other units than its SLOTS regions.
     """
     m, options = config.model, config.model.user
-    check_choices(config, {"units": UNIT_MASKS, "user.guides": GUIDES, "user.norm": NORMS, "dtype": DTYPES})
+    check_choices(config, {"units": UNIT_MASKS, "user.guides": GUIDES, "user.norm": NORMS})
+    check_choices(config, {"dtype": DTYPES, "activation_dtype": DTYPES})
     if (
         options.norm == "slots"
         and "sge" in options.guides
@@ -171,5 +172,6 @@ def build(config: ConfigDict) -> USER:
         mlp=build_mlp(m),
         axis=DATA if m.bn_sync else None,
         dtype=m.dtype,
+        activation_dtype=m.activation_dtype,
     )
     return USER(image=image, text=build_encoder(config))

@@ -39,9 +39,10 @@ def einsum(equation: str, a: Array, b: Array, dtype: DType) -> Array:
         return _rounded_einsum(equation, a, b)
     if jnp.dtype(dtype) != jnp.float32:
         raise ValueError(f"operands of a matrix product are float32 or bfloat16, not {jnp.dtype(dtype)}")
-    # HIGHEST: accelerators would otherwise round float32 operands (TPU to bfloat16, GPU to TF32).
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jnp.einsum(equation, a, b, precision=lax.Precision.HIGHEST)
+    if a.dtype == b.dtype == jnp.float32:
+        return _exact_einsum(equation, a, b)
+    # The backward pass keeps the operands as they came, not their float32 copies.
+    return jax.checkpoint(partial(_exact_einsum, equation))(a, b)
 
 
 def matmul(x: Array, w: Array, dtype: DType) -> Array:
@@ -61,6 +62,12 @@ def _gradient_equations(equation: str) -> tuple[str, str]:
     if not (arrow and comma and distinct and set(a) <= set(b + out) and set(b) <= set(a + out)):
         raise ValueError(f"einsum {equation!r} is not a plain product of two arrays such as 'tqhd,tkhd->thqk'")
     return f"{out},{b}->{a}", f"{a},{out}->{b}"
+
+
+def _exact_einsum(equation: str, a: Array, b: Array) -> Array:
+    # HIGHEST: accelerators would otherwise round float32 operands (TPU to bfloat16, GPU to TF32).
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(equation, a, b, precision=lax.Precision.HIGHEST)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

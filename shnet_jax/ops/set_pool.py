@@ -17,8 +17,10 @@ from jax import lax
 from shnet_jax.ops.matmul import einsum
 from shnet_jax.types import Array
 
-# Below every feature, and finite so that a weight of zero removes it. The published code pads with -10000.
-_LOWEST = float(np.finfo(np.float32).min)
+
+def _padded(features: Array, mask: Array) -> Array:
+    # Below every feature, and finite so that a weight of zero removes it. The published code pads with -10000.
+    return jnp.where(mask[..., None], features, float(jnp.finfo(features.dtype).min))
 
 
 def _index_dtype(size: int) -> np.dtype:
@@ -105,7 +107,7 @@ def _unsort(values: Array, index: Array) -> Array:
 
 @jax.custom_vjp
 def _weighted_sorted_sum(features: Array, mask: Array, weights: Array) -> Array:
-    values, _ = _sort(jnp.where(mask[..., None], features, _LOWEST), with_index=False)
+    values, _ = _sort(_padded(features, mask), with_index=False)
     return _weigh(values, mask, weights)
 
 
@@ -116,7 +118,7 @@ def _weigh(values: Array, mask: Array, weights: Array) -> Array:
 
 
 def _forward(features: Array, mask: Array, weights: Array) -> tuple[Array, tuple]:
-    values, index = _sort(jnp.where(mask[..., None], features, _LOWEST), with_index=True)
+    values, index = _sort(_padded(features, mask), with_index=True)
     return _weigh(values, mask, weights), (values, index, mask, weights)
 
 
@@ -126,7 +128,7 @@ def _backward(saved: tuple, g: Array) -> tuple[Array, None, Array]:
     valid = jnp.arange(mask.shape[1]) < count
     d_weights = einsum("bd,bkd->bk", g, jnp.where(valid[..., None], values, 0.0), "float32")
     # The derivative of the k-th largest value goes to the row it came from; padding has rank >= count.
-    spread = jnp.where(valid, weights, 0.0)[..., None] * g[:, None, :]
+    spread = (jnp.where(valid, weights, 0.0)[..., None] * g[:, None, :]).astype(values.dtype)
     return jnp.where(mask[..., None], _unsort(spread, index), 0.0), None, d_weights
 
 
@@ -137,7 +139,7 @@ def set_pool(features: Array, mask: Array, weights: Array) -> Array:
     """Pools each set: sum_k weights[:, k] * (k-th largest valid value of each channel).
 
     Args:
-      features: [n, m, d] float32; masked rows are ignored whatever they hold.
+      features: [n, m, d] float32 or bfloat16; masked rows are ignored whatever they hold.
       mask: [n, m] bool, valid rows.
       weights: [n, m] float32, weight of each rank; those at and beyond the number of valid rows are not used.
 

@@ -20,7 +20,7 @@ from shnet_jax.data.tokenise import load_tokenizer
 from shnet_jax.data.vector_batches import with_masks
 from shnet_jax.evaluation.encode import image_tower, text_tower
 from shnet_jax.experiment import assemble, fit_weights, optional_fields, settle_dtypes
-from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.models.contract import RetrievalModel, check_activations
 from shnet_jax.models.text import text_fields
 from shnet_jax.types import Embedding
 
@@ -63,7 +63,9 @@ def describe(config: ConfigDict) -> PlannedRun:
     captions = config.plan.images * config.plan.captions
     dataset = _described(config)
     fields = (*module.image_fields(config), *optional_fields(module, config, dataset)[0])
-    return PlannedRun(config, module.build(config), dataset, fields, captions)
+    model = module.build(config)
+    check_activations(model, config)
+    return PlannedRun(config, model, dataset, fields, captions)
 
 
 def _described(config: ConfigDict) -> DataSet:

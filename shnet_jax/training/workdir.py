@@ -309,6 +309,7 @@ def load_config(path: Path) -> ConfigDict:
 BEFORE = {
     "loss.pairs.dtype": "float32",
     "loss.sigmoid.reduction": "queries",
+    "model.activation_dtype": "float32",
     "model.align.vectors_gain": 1.0,
     "optim.name": "adamw",
 }
