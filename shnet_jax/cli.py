@@ -161,8 +161,9 @@ flags.DEFINE_string(
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Join a job of several processes, of the modes train (each reads and computes its part of every batch) and eval "
-    "(an exact ranking is divided). On a TPU pod, under Slurm and on Kubernetes the next three flags are found.",
+    "Join a job of several processes, of the modes train and study (each reads and computes its part of every batch), "
+    "eval, embed and mine (each encodes, scores or ranks a part of the gallery). On a TPU pod, under Slurm and on "
+    "Kubernetes the next three flags are found.",
 )
 COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, the same in all processes.")
 PROCESSES = flags.DEFINE_integer("process_count", 0, "Processes of the job.")
@@ -183,6 +184,8 @@ DATA_SETS = (("data", "dir"), ("cross", "data_dirs"))
 """Fields that keep a URL: the data set is read through a cache of its own."""
 RUNS = ("train", "study", "scale")
 """Modes whose work folder in object storage no other command of these may write to meanwhile."""
+SHARED = ("train", "study", "eval", "embed", "mine")
+"""Modes whose work several processes share."""
 END_SECONDS = 60
 """Time that a failed command has to end; its process is then killed, and the stacks of its threads are printed."""
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
@@ -481,8 +484,8 @@ def main(argv: Sequence[str]) -> None:
     module, function = mode.target.split(":")
     call: Callable[..., Any] = getattr(importlib.import_module(module), function)
     try:
-        if DISTRIBUTED.value and MODE.value not in ("train", "eval"):
-            raise ValueError(f"--distributed is for the modes train and eval, --mode is {MODE.value}")
+        if DISTRIBUTED.value and MODE.value not in SHARED:
+            raise ValueError(f"--distributed is for the modes {', '.join(SHARED)}; --mode is {MODE.value}")
         if not DISTRIBUTED.value and (COORDINATOR.value or PROCESSES.value or PROCESS.value >= 0):
             raise ValueError("--coordinator_address, --process_count and --process_id belong to --distributed")
         if DISTRIBUTED.value:

@@ -188,7 +188,8 @@ class Towers:
         return replicate(variables, mesh, variable_specs(variables, self._rules, mesh))
 
     def _tower(self, mesh: Mesh, mapping: str, apply: Callable[[Batch], Embedding]) -> Tower:
-        return Tower(mesh, lambda batch: put_batch(own_rows(batch), mesh, mapping), apply)
+        share = own_rows if mesh.is_multi_process else lambda batch: batch  # a mesh of one process takes all rows
+        return Tower(mesh, lambda batch: put_batch(share(batch), mesh, mapping), apply)
 
 
 def image_tower(model: RetrievalModel, variables: Any, batch: Batch) -> Embedding:

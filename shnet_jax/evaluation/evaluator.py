@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -29,7 +28,8 @@ from shnet_jax.evaluation.ranks import check_captions
 from shnet_jax.evaluation.tiles import tile_shape, tile_size
 from shnet_jax.experiment import Experiment
 from shnet_jax.models.contract import has_static_score, scorer
-from shnet_jax.parallel.mapping import data_mesh
+from shnet_jax.parallel import hosts
+from shnet_jax.parallel.mapping import own_devices
 from shnet_jax.types import Embedding
 
 
@@ -123,7 +123,7 @@ def embedded_split(
 
 def make_ranking_methods(experiment: Experiment, mesh: Mesh) -> RankingMethods:
     """The ranking methods of an experiment's model."""
-    return RankingMethods(experiment.model, experiment.config, _ranking_mesh(mesh))
+    return RankingMethods(experiment.model, experiment.config, own_devices(mesh))
 
 
 def choose_ranking_methods(
@@ -136,8 +136,9 @@ def choose_ranking_methods(
     evaluation, chosen = experiment.config.eval, []
     methods, in_blocks = make_ranking_methods(experiment, mesh), not has_static_score(experiment.model)
     blocks = None
-    if (evaluation.two_stage or in_blocks) and jax.process_count() == 1:
-        blocks = open_folder(folder, _identity(experiment, variables, provenance, mesh))
+    if evaluation.two_stage or in_blocks:
+        blocks = folder
+        hosts.by_first(lambda: open_folder(folder, _identity(experiment, variables, provenance, mesh)))
     if evaluation.two_stage:
         chosen += [*methods.vectors(), methods.rerank(variables, blocks)]
     if (in_blocks or evaluation.two_stage) and (evaluation.exact or not chosen):
@@ -171,7 +172,7 @@ def evaluate_embedded(
     check_score_dtype(embedded.score, evaluation.score_dtype)
     # Extra metrics are of the model's score, so of no other ranking method.
     by_score = embedded.method is None or embedded.method.exact
-    values = extra_metrics(embedded, extra, tile_size(evaluation, mesh), _ranking_mesh(mesh)) if by_score else {}
+    values = extra_metrics(embedded, extra, tile_size(evaluation, mesh), own_devices(mesh)) if by_score else {}
     by_protocol = {}
     for protocol in evaluation.protocols:
         results = _evaluate_by(embedded, protocol, evaluation, mesh)
@@ -195,7 +196,7 @@ def _evaluate_by(embedded: Embedded, protocol: str, evaluation: ConfigDict | Fro
         protocol,
         embedded.provenance,
         tile=tile_size(evaluation, mesh),
-        mesh=_ranking_mesh(mesh),
+        mesh=own_devices(mesh),
         score_dtype=evaluation.score_dtype,
         method=embedded.method,
         image_person=embedded.image_person,
@@ -210,8 +211,3 @@ def _image_persons(experiment: Experiment, split: str) -> np.ndarray | None:
     if persons is None:
         raise ValueError(f"config.eval.person needs the field identity, which {experiment.dataset.path} lacks")
     return persons
-
-
-def _ranking_mesh(mesh: Mesh) -> Mesh:
-    """The devices that rank: every process has all embeddings in the end, and ranks its share on its own devices."""
-    return data_mesh(list(mesh.devices.flat) if jax.process_count() == 1 else jax.local_devices())

@@ -26,6 +26,7 @@ from shnet_jax.evaluation.ranks import Ranks, ranks
 from shnet_jax.evaluation.tiles import Side, Tile, Tiling, make_tiling, prefetch_one, show_progress
 from shnet_jax.models.contract import RetrievalModel, scorer
 from shnet_jax.observe.files import atomic_path, write_text
+from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import Mapped, map_specs, on_cpu, replicate
 from shnet_jax.types import DATA, Array, Embedding
 
@@ -134,15 +135,15 @@ def score_matrix(images: Embedding, texts: Embedding, scorer: PairScorer, folder
     """Scores [n, t] float32 of every image with every caption.
 
     folder: of `open_folder`; finished blocks are read from it and written to it. Shows progress and time left.
+    Several processes call this together, each with a scorer on its own devices, and share the blocks.
     """
     tiling = scorer.tiling(images, texts)
-    scores = np.empty((len(images.vector), len(texts.vector)), np.float32)
+    scores = np.zeros((len(images.vector), len(texts.vector)), np.float32)  # others add their blocks to it
     blocks = [(tile, round_) for tile in range(tiling.caption_tiles) for round_ in range(tiling.rounds)]
     files = {} if folder is None else {block: folder / f"block_{block[0]}_{block[1]}.npy" for block in blocks}
-    missing = set(blocks)
-    for block, values in _read_finished(files):
+    missing, finished = _divide(files, blocks)
+    for block, values in _read(files, finished):
         _place(scores, tiling.image_rows(block[1]), tiling.captions(block[0]), values)
-        missing.remove(block)
     walk = scorer.walk(tiling, missing)
     dispatched = ((tile, scorer.block(scorer.params, tile.placed_images, tile.placed_captions)) for tile in walk)
     with show_progress(len(missing), "block of scores", "pairs") as advance:
@@ -152,7 +153,7 @@ def score_matrix(images: Embedding, texts: Embedding, scorer: PairScorer, folder
             if files:
                 keep(files[tile.number, tile.round], values)
             advance(values.size)
-    return scores
+    return hosts.add_up(scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,19 +215,21 @@ def listed_scores(
 ) -> np.ndarray:
     """Scores [p] float32 of the pairs (image rows[i], caption columns[i]), block by block.
 
-    folder: of `open_folder`; the pairs of finished blocks are read from it and written to it.
+    folder: of `open_folder`; the pairs of finished blocks are read from it and written to it. Several processes share
+    the blocks, as in `score_matrix`.
     """
     tiling = scorer.tiling(images, texts)
     listed = _lay_out(tiling, rows, columns)
-    scores, missing = np.empty(len(rows), np.float32), listed.blocks()
+    scores, blocks = np.zeros(len(rows), np.float32), listed.blocks()
     files: dict[Block, Path] = {}
     if folder is not None:
         files = {
             block: _pairs_file(folder, block[0] * tiling.rounds + block[1], rows[pairs], columns[pairs])
-            for block, pairs in missing.items()
+            for block, pairs in blocks.items()
         }
-    for block, values in _read_finished(files):
-        scores[missing.pop(block)] = values
+    missing, finished = _divide(files, list(blocks))
+    for block, values in _read(files, finished):
+        scores[blocks[block]] = values
 
     def dispatch(tile: Tile) -> Iterator[tuple[Block, bool, np.ndarray, Any]]:
         """Yields (block, whether it ends here, numbers of pairs, their scores on the devices)."""
@@ -241,9 +244,9 @@ def listed_scores(
             real = pairs >= 0
             scores[pairs[real]] = np.asarray(on_device, np.float32)[real]
             if ended and files:
-                keep(files[block], scores[missing[block]])
+                keep(files[block], scores[blocks[block]])
             advance(int(real.sum()))
-    return scores
+    return hosts.add_up(scores)
 
 
 def _lay_out(tiling: Tiling, rows: np.ndarray, columns: np.ndarray) -> ListedPairs:
@@ -275,9 +278,16 @@ def _pairs_file(folder: Path, block: int, rows: np.ndarray, columns: np.ndarray)
     return folder / f"block_pairs_{block}_{name[:16]}.npy"
 
 
-def _read_finished(files: Mapping[Block, Path]) -> Iterator[tuple[Block, np.ndarray]]:
+def _divide(files: Mapping[Block, Path], blocks: Sequence[Block]) -> tuple[set[Block], list[Block]]:
+    """The blocks that this process scores, and those that it reads: process 0 all that have a file, as it sees them."""
+    exist = hosts.of_first([block in files and files[block].exists() for block in blocks])
+    missing = [block for block, there in zip(blocks, exist, strict=True) if not there]
+    finished = [block for block, there in zip(blocks, exist, strict=True) if there and hosts.is_first()]
+    return {missing[number] for number in hosts.own_part(len(missing))}, finished
+
+
+def _read(files: Mapping[Block, Path], finished: Sequence[Block]) -> Iterator[tuple[Block, np.ndarray]]:
     """Reads the finished blocks, and logs how many there are."""
-    finished = [block for block, path in files.items() if path.exists()]
     for block in finished:
         yield block, np.load(files[block], allow_pickle=False)
     if finished:

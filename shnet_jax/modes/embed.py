@@ -13,7 +13,7 @@ from shnet_jax.evaluation.evaluator import provenance
 from shnet_jax.evaluation.pair_scores import digest
 from shnet_jax.evaluation.prefix import check_sizes
 from shnet_jax.parallel import hosts
-from shnet_jax.parallel.mapping import make_mesh
+from shnet_jax.parallel.mapping import make_mesh, own_devices
 from shnet_jax.retrieve import embed as writer
 from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.training.load import Loaded, load
@@ -21,11 +21,15 @@ from shnet_jax.training.workdir import CONFIG
 
 
 def embed(config: ConfigDict, workdir: str | Path) -> None:
-    """Writes the embeddings of config.search.split, images and captions; a killed run goes on with the same command."""
-    workdir, mesh = Path(workdir), one_process_mesh(config)
+    """Writes the embeddings of config.search.split, images and captions; a killed run goes on with the same command.
+
+    Several processes share the work.
+    """
+    workdir, mesh = Path(workdir), own_devices(make_mesh(config.parallel.devices))
     embeddings = split_embeddings(load(workdir, config), config, workdir, mesh)
     n, t = len(embeddings.ids.image_ids), len(embeddings.ids.captions)
-    print(f"{embeddings.folder}: {n} images and {t} captions, {embeddings.images.vector.shape[1]} numbers each")
+    if hosts.is_first():
+        print(f"{embeddings.folder}: {n} images and {t} captions, {embeddings.images.vector.shape[1]} numbers each")
 
 
 def split_embeddings(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh) -> Embeddings:
@@ -59,5 +63,5 @@ def one_process_mesh(config: ConfigDict) -> Mesh:
     """The devices of config.parallel.devices. Raises ValueError in a job of several processes."""
     mesh = make_mesh(config.parallel.devices)
     if not hosts.is_first():
-        raise ValueError("the modes embed, search and page run in one process")
+        raise ValueError("the modes search and page run in one process")
     return mesh

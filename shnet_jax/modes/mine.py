@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from shnet_jax.data.negatives import CAPTIONS, FORMAT, IMAGES, NONE, SOURCE
 from shnet_jax.evaluation.hard_negatives import Mining, make_mining
 from shnet_jax.evaluation.tiles import show_progress, tile_size, vectors_of
 from shnet_jax.evaluation.top_k import is_dot_product
-from shnet_jax.modes.embed import one_process_mesh, origin, split_embeddings
+from shnet_jax.modes.embed import origin, split_embeddings
 from shnet_jax.observe.files import atomic_path, sole_writer, write_json
+from shnet_jax.parallel import hosts
+from shnet_jax.parallel.mapping import make_mesh, own_devices
 from shnet_jax.retrieve.embed import check_source
 from shnet_jax.retrieve.embeddings import Embeddings
 from shnet_jax.training.load import Loaded, load
@@ -71,10 +74,11 @@ class _Gallery:
 def mine(config: ConfigDict, workdir: str | Path) -> None:
     """Writes the hard negatives of each caption and of each image of config.data.train_split.
 
-    The folder is config.mine.folder; a killed run goes on with the same command. Scores are products of the global
-    vectors, with every model. Raises ValueError for options out of range, or a folder of other hard negatives.
+    The folder is config.mine.folder; a killed run goes on with the same command. Several processes share the work.
+    Scores are products of the global vectors, with every model. Raises ValueError for options out of range, or a folder
+    of other hard negatives.
     """
-    options, workdir, mesh = config.mine, Path(workdir), one_process_mesh(config)
+    options, workdir, mesh = config.mine, Path(workdir), own_devices(make_mesh(config.parallel.devices))
     if options.per_item < 1 or not options.max_relative_score > 0:
         raise ValueError(
             f"config.mine.per_item is {options.per_item} and max_relative_score {options.max_relative_score}; "
@@ -85,17 +89,24 @@ def mine(config: ConfigDict, workdir: str | Path) -> None:
     dataset.check_captioned(split)
     source = _source(loaded, config, workdir, mesh)
     folder = Path(options.folder or workdir / "negatives" / f"{dataset.path.parent.name}_{split}_{loaded.step}")
-    if (folder / SOURCE).is_file():
-        stored = read_object(folder / SOURCE)
-        made = {name: stored.pop(name, None) for name in ("files", "summary")}
-        check_source(folder / SOURCE, stored, source, "config.mine.folder")
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
-        _say(folder, made["summary"])
-        return
-    if not is_dot_product(loaded.score):
-        log.warning("%s scores pairs in a way of its own; it is mined by its global vectors", config.model.name)
-    with sole_writer(folder):
-        _write(loaded, config, workdir, mesh, folder, source)
+    with ExitStack() as held:
+
+        def begin() -> None:
+            if (folder / SOURCE).is_file():
+                stored = read_object(folder / SOURCE)
+                made = {name: stored.pop(name, None) for name in ("files", "summary")}
+                check_source(folder / SOURCE, stored, source, "config.mine.folder")
+                shutil.rmtree(folder / PARTS, ignore_errors=True)
+                _say(folder, made["summary"])
+                return
+            if not is_dot_product(loaded.score):
+                log.warning("%s scores pairs in a way of its own; it is mined by its global vectors", config.model.name)
+            held.enter_context(sole_writer(folder))
+            _open_parts(folder / PARTS, source)
+
+        hosts.by_first(begin)
+        if not (folder / SOURCE).is_file():
+            _write(loaded, config, workdir, mesh, folder, source)
 
 
 def _source(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh) -> dict[str, Any]:
@@ -117,8 +128,8 @@ def _by_person(config: ConfigDict, loaded: Loaded) -> bool:
     return bool(config.data.identity) and "identity" in loaded.experiment.dataset.features
 
 
-def _write(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh, folder: Path, source: dict[str, Any]) -> None:
-    parts = folder / PARTS
+def _open_parts(parts: Path, source: dict[str, Any]) -> None:
+    """Makes the folder of the blocks that are done, or checks it; ValueError for one that holds something else."""
     parts.mkdir(exist_ok=True)
     if (parts / SOURCE).is_file():
         check_source(parts / SOURCE, read_object(parts / SOURCE), source, "config.mine.folder")
@@ -129,27 +140,33 @@ def _write(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh, folder
         )
     else:
         write_json(parts / SOURCE, source)
+
+
+def _write(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh, folder: Path, source: dict[str, Any]) -> None:
+    parts = folder / PARTS
     directions = _directions(_open_gallery(loaded, config, workdir, mesh), config, mesh)
-    missing = [
-        (name, number)
-        for name, mining in directions.items()
-        for number in range(mining.blocks)
-        if not _part(parts, name, number).exists()
-    ]
+    blocks = [(name, number) for name, mining in directions.items() for number in range(mining.blocks)]
+    own = [blocks[place] for place in hosts.own_part(len(blocks))]
+    missing = [(name, number) for name, number in own if not _part(parts, name, number).exists()]
     rounds = sum(directions[name].tiling.rounds for name, _ in missing)
-    done = sum(mining.blocks * mining.tiling.rounds for mining in directions.values()) - rounds
-    with show_progress(rounds + done, "tile of scores", "pairs", done=done) as advance:
+    done = sum(directions[name].tiling.rounds for name, _ in own) - rounds
+    progress = show_progress(rounds + done, "tile of scores", "pairs", done=done)
+    with hosts.ending_together(), progress as advance:
         for name, number in missing:
             found = directions[name].block(number, advance).index.astype(np.int32)
             with atomic_path(_part(parts, name, number)) as temporary, temporary.open("wb") as file:
                 np.save(file, found, allow_pickle=False)
-    for name, mining in directions.items():
-        _assemble(parts, name, mining, folder / name)
-    summary = {name: _summary(np.load(folder / name, mmap_mode="r")) for name in directions}
-    files = {name: sha256(folder / name) for name in directions}
-    write_json(folder / SOURCE, source | {"files": files, "summary": summary})
-    shutil.rmtree(parts)
-    _say(folder, summary)
+
+    def end() -> None:
+        for name, mining in directions.items():
+            _assemble(parts, name, mining, folder / name)
+        summary = {name: _summary(np.load(folder / name, mmap_mode="r")) for name in directions}
+        files = {name: sha256(folder / name) for name in directions}
+        write_json(folder / SOURCE, source | {"files": files, "summary": summary})
+        shutil.rmtree(parts)
+        _say(folder, summary)
+
+    hosts.by_first(end)
 
 
 def _open_gallery(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh) -> _Gallery:

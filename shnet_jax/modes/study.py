@@ -28,6 +28,7 @@ from shnet_jax.observe.results_page import results_page
 from shnet_jax.observe.table import Table
 from shnet_jax.observe.writer import FILE as METRICS
 from shnet_jax.observe.writer import read_metrics
+from shnet_jax.parallel import hosts
 from shnet_jax.training.load import load_any
 from shnet_jax.training.loop import train_and_evaluate
 from shnet_jax.training.setup import setup_training
@@ -56,10 +57,10 @@ class Run:
 def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
     """Trains config.study.arms with config.study.seeds below `workdir` and evaluates the best checkpoint of each.
 
-    Up to config.study.jobs runs at the same time. Then config.study.ensembles of arms of the same seed. An interrupted
-    study continues with the same command; finished runs are not repeated. Prints the tables and writes them to
-    study.md, with charts and protocol cards to study.html, and with all numbers to study.json. Raises ValueError for an
-    arm that the configuration does not have.
+    Up to config.study.jobs runs at the same time; several processes train each run together. Then
+    config.study.ensembles of arms of the same seed. An interrupted study continues with the same command; finished runs
+    are not repeated. Prints the tables and writes them to study.md, with charts and protocol cards to study.html, and
+    with all numbers to study.json. Raises ValueError for an arm that the configuration does not have.
     """
     workdir = Path(workdir)
     jobs = usable_jobs(config, workdir)
@@ -84,7 +85,8 @@ def study(config: ConfigDict, workdir: str | Path) -> dict[str, list[Run]]:
             minutes = sum(runs[arm][place].minutes for arm in members)
             runs[name].append(Run(seed, evaluate_loaded(loaded, config, name), minutes, None))
             text = _write(config, runs, pretrained, workdir)
-    print(f"\n{config.name} on split {config.eval.split} of {config.data.dir}\n\n{text}")
+    if hosts.is_first():
+        print(f"\n{config.name} on split {config.eval.split} of {config.data.dir}\n\n{text}")
     return runs
 
 
@@ -128,6 +130,8 @@ def _write(config: ConfigDict, runs: Mapping[str, list[Run]], pretrained: Result
         tables.append(interval_table(gaps))
     tables += filter(None, [wall_time_table(runs)])
     text = "\n".join(map(str, tables))
+    if not hosts.is_first():
+        return text
     document: dict[str, Any] = {arm: [_as_dict(run) for run in arm_runs] for arm, arm_runs in runs.items()}
     if pretrained is not None:
         document[ZERO_SHOT] = [{"results": as_dict(pretrained)}]
@@ -218,16 +222,20 @@ def _identity(config: ConfigDict) -> dict[str, Any]:
 def run_one(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:
     """Trains and evaluates one run of a study in its work folder; one that is finished there is read."""
     changed = arm_config(config, arm, seed)
-    print(f"\n{changed.name}, seed {seed}: {workdir}", flush=True)
-    if (finished := _finished(changed, workdir)) is not None:
-        print(f"finished: rSum {finished.results.metrics['rsum']:.1f}", flush=True)
+    if hosts.is_first():
+        print(f"\n{changed.name}, seed {seed}: {workdir}", flush=True)
+    finished = _finished(changed, workdir)
+    if not hosts.anywhere(finished is None):
+        assert finished is not None
+        if hosts.is_first():
+            print(f"finished: rSum {finished.results.metrics['rsum']:.1f}", flush=True)
         return finished
     train_and_evaluate(changed, workdir)
     results = evaluate_checkpoint(changed, workdir)
     timing = [line["timing"] for line in read_metrics(workdir / METRICS) if line["kind"] == "train"][-1]
     spent = (read_wall_time(workdir) or {}).get("spent")
     run = Run(seed, results, timing["seconds"] / 60, timing["examples"] / timing["seconds"], spent)
-    _keep(run, changed, workdir)
+    hosts.by_first(lambda: _keep(run, changed, workdir))
     return run
 
 

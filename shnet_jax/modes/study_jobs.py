@@ -35,6 +35,9 @@ def usable_jobs(config: ConfigDict, workdir: Path) -> int:
     if jobs > 1 and (backend := jax.default_backend()) != "cpu":
         log.info("one run after the other, not config.study.jobs = %d: each takes the whole %s", jobs, backend)
         return 1
+    if jobs > 1 and jax.process_count() > 1:
+        log.info("one run after the other, not config.study.jobs = %d: the processes train each together", jobs)
+        return 1
     if jobs > 1 and is_copy(workdir):
         log.info("one run after the other, not config.study.jobs = %d: the work folder is a URL", jobs)
         return 1

@@ -8,10 +8,11 @@ is the identity.
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -30,6 +31,8 @@ START = 900
 """Seconds that a process waits for all others to join (JAX itself: 300): machines of a job do not start together."""
 COMPILE = 3600
 """Seconds that a process which has compiled a program waits for the others."""
+CHUNK = 64 * 2**20
+"""Bytes of all processes together that a sum over them holds at once."""
 SHUTDOWN = 900
 """Seconds that a process which is done waits for the others (JAX itself: 300): the first has results to write."""
 
@@ -125,6 +128,36 @@ def meet(name: str, seconds: int = COMPILE) -> None:
         client.wait_at_barrier(name, timeout_in_ms=1000 * seconds)
 
 
+_meetings = itertools.count()
+
+
+def meet_all() -> None:
+    """Waits until all processes are here; all must ask in the same order."""
+    meet(f"meeting {next(_meetings)}")
+
+
+def by_first(action: Callable[[], object]) -> None:
+    """Runs `action` in process 0 once all processes are here, while the others wait. All must ask together.
+
+    Raises what `action` raises, ValueError in the other processes.
+    """
+    error: Exception | None = None
+    meet_all()
+    try:
+        if is_first():
+            action()
+    except Exception as raised:
+        error = raised
+    meet_all()
+    if anywhere(error is not None):
+        raise error or ValueError("process 0 ended with an error, which its own output says")
+
+
+def of_first(flags: list[bool]) -> list[bool]:
+    """The flags of process 0, in all processes. All must ask together."""
+    return add_up(np.array(flags, np.int32) * is_first()).astype(bool).tolist()
+
+
 def own_rows(batch: Tree) -> Tree:
     """This process's part of a batch of NumPy arrays [b, ...] that every process has whole, for `mapping.put_batch`."""
     count, index = jax.process_count(), jax.process_index()
@@ -136,13 +169,28 @@ def own_part(count: int) -> range:
     return range(jax.process_index(), count, jax.process_count())
 
 
+def own_range(count: int) -> range:
+    """Indices of the pieces, of `count` in all, that this process does where its pieces follow one another."""
+    processes, index = jax.process_count(), jax.process_index()
+    return range(index * count // processes, (index + 1) * count // processes)
+
+
 def add_up(tree: Tree) -> Tree:
-    """The sum of each NumPy array [n, ...] over the processes, in its dtype. All must ask together."""
+    """The sum of each NumPy array over the processes, in its dtype. All must ask together.
+
+    The processes may come minutes apart. Holds the result and CHUNK bytes.
+    """
     if jax.process_count() == 1:
         return tree
+    meet_all()
 
     def added(x: np.ndarray) -> np.ndarray:
-        parts = multihost_utils.process_allgather(x.view(np.uint8))  # as they are: JAX would make 32 bits of 64
-        return np.ascontiguousarray(parts).view(x.dtype).sum(axis=0)
+        flat, total = np.ascontiguousarray(x).reshape(-1), np.empty(x.size, x.dtype)
+        length = max(1, CHUNK // (x.itemsize * jax.process_count()))
+        for start in range(0, x.size, length):
+            part = flat[start : start + length].view(np.uint8)  # as they are: JAX would make 32 bits of 64
+            parts = np.ascontiguousarray(multihost_utils.process_allgather(part))
+            total[start : start + length] = parts.view(x.dtype).sum(axis=0)
+        return total.reshape(x.shape)
 
     return jax.tree.map(added, tree)

@@ -85,6 +85,11 @@ def make_mesh(wanted: int) -> Mesh:
     return data_mesh(devices[: wanted or None])
 
 
+def own_devices(mesh: Mesh) -> Mesh:
+    """The devices of this process, for what each process does by itself; in one process all of the mesh."""
+    return data_mesh(list(mesh.devices.flat) if jax.process_count() == 1 else jax.local_devices())
+
+
 def map_step(
     fn: Callable[..., Any],
     mesh: Mesh,

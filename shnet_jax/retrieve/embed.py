@@ -8,8 +8,11 @@ same bytes as one that was never killed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from shnet_jax.evaluation.prefix import prefix
 from shnet_jax.evaluation.tiles import prefetch_one, show_progress
 from shnet_jax.experiment import Experiment
 from shnet_jax.observe.files import atomic_path, disk_faults, sole_writer, write_json
+from shnet_jax.parallel import hosts
 from shnet_jax.retrieve import tensors
 from shnet_jax.retrieve.embeddings import FORMAT, IDS, SOURCE, Embeddings, make_ids, open_embeddings, read_source
 
@@ -34,6 +38,8 @@ def embed(
     experiment: Experiment, variables: dict[str, Any], split: str, mesh: Mesh, folder: str | Path, source: dict
 ) -> Embeddings:
     """Writes the embeddings of a split to `folder`, or goes on writing them; a complete folder stays as it is.
+
+    Several processes call this together, each with a mesh of its own devices, and share the batches.
 
     Args:
       variables: {"params", "batch_stats"}.
@@ -50,24 +56,25 @@ def embed(
     if rows < 1:
         raise ValueError(f"config.eval.batch_size is {experiment.config.eval.batch_size}; it must be at least 1")
     source = {"format": FORMAT} | source | {"batch_rows": rows}
-    if (stored := read_source(folder)) is not None:
-        check_source(folder / SOURCE, stored, source)
-        shutil.rmtree(folder / PARTS, ignore_errors=True)  # of a run that was killed just before it removed them
-        return open_embeddings(folder)
-    with sole_writer(folder), disk_faults(folder, SafetensorError):
-        _write(experiment, variables, split, mesh, folder, source)
+    with ExitStack() as held:
+
+        def begin() -> None:
+            if (stored := read_source(folder)) is not None:
+                check_source(folder / SOURCE, stored, source)
+                shutil.rmtree(folder / PARTS, ignore_errors=True)  # of a run that was killed just before it did
+                return
+            held.enter_context(sole_writer(folder))
+            _open_parts(folder / PARTS, source)
+
+        hosts.by_first(begin)
+        if not (folder / SOURCE).exists():
+            with disk_faults(folder, SafetensorError):
+                _write(experiment, variables, split, mesh, folder, source)
     return open_embeddings(folder)
 
 
-def _write(
-    experiment: Experiment, variables: dict[str, Any], split: str, mesh: Mesh, folder: Path, source: dict[str, Any]
-) -> None:
-    rows = source["batch_rows"]
-    gallery = open_gallery(
-        *(experiment.config, experiment.dataset, split, experiment.tokenizer),
-        *(experiment.fields, experiment.text_fields),
-    )
-    parts = folder / PARTS
+def _open_parts(parts: Path, source: dict[str, Any]) -> None:
+    """Makes the folder of the batches that are done, or checks it; ValueError for one that holds something else."""
     stored = read_source(parts)
     if stored is None:
         parts.mkdir(parents=True, exist_ok=True)
@@ -79,21 +86,39 @@ def _write(
         write_json(parts / SOURCE, source)
     else:
         check_source(parts / SOURCE, stored, source)
+
+
+def _write(
+    experiment: Experiment, variables: dict[str, Any], split: str, mesh: Mesh, folder: Path, source: dict[str, Any]
+) -> None:
+    parts, rows, dims = folder / PARTS, source["batch_rows"], source.get("dims", 0)
+    gallery = open_gallery(
+        *(experiment.config, experiment.dataset, split, experiment.tokenizer),
+        *(experiment.fields, experiment.text_fields),
+    )
     image, text = Towers(experiment, mesh, mesh).place(variables)
-    for side, tower, count, batches in (
+    sides = (
         ("images", image, gallery.images, gallery.image_batches),
         ("texts", text, len(gallery.captions), gallery.text_batches),
-    ):
-        if (folder / f"{side}.safetensors").exists():
+    )
+    written = hosts.of_first([(folder / f"{side}.safetensors").exists() for side, *_ in sides])
+    for done, (side, tower, count, batches) in zip(written, sides, strict=True):
+        path = folder / f"{side}.safetensors"
+        if done:
             continue
         if count:
-            _encode(parts, side, tower, count, rows, batches, source.get("dims", 0))
-            assemble(parts, side, count, folder / f"{side}.safetensors")
+            with hosts.ending_together():
+                _encode(parts, side, tower, count, rows, batches, dims)
+            hosts.by_first(partial(assemble, parts, side, count, path))
         else:
-            _write_none(folder / f"{side}.safetensors", folder / "images.safetensors")
-    write_json(folder / IDS, dataclasses.asdict(make_ids(experiment.dataset, split)))
-    write_json(folder / SOURCE, source)
-    shutil.rmtree(parts)
+            hosts.by_first(partial(_write_none, path, folder / "images.safetensors"))
+
+    def end() -> None:
+        write_json(folder / IDS, dataclasses.asdict(make_ids(experiment.dataset, split)))
+        write_json(folder / SOURCE, source)
+        shutil.rmtree(parts)
+
+    hosts.by_first(end)
 
 
 def _write_none(path: Path, like: Path) -> None:
@@ -132,13 +157,15 @@ def _encode(
     batches: Callable[[int, int], Iterator[Part]],
     dims: int,
 ) -> None:
-    """Encodes and writes the missing parts, each atomically. dims: numbers of a vector that are kept; 0: all."""
-    total = -(-count // rows)
-    first = next((i for i in range(total) if not _part(parts, side, i).exists()), total)
-    dispatched = (
-        (number, part, tower.apply(tower.put(part.batch))) for number, part in enumerate(batches(rows, first), first)
-    )
-    with show_progress(total, f"{side}: batch", side, done=first) as advance:
+    """Encodes and writes the missing parts of this process, each atomically.
+
+    dims: numbers of a vector that are kept; 0: all.
+    """
+    own = hosts.own_range(-(-count // rows))
+    first = next((i for i in own if not _part(parts, side, i).exists()), own.stop)
+    own_batches = itertools.islice(batches(rows, first), own.stop - first)
+    dispatched = ((number, part, tower.apply(tower.put(part.batch))) for number, part in enumerate(own_batches, first))
+    with show_progress(len(own), f"{side}: batch", side, done=first - own.start) as advance:
         for number, part, embedding in prefetch_one(dispatched):
             kept = prefix(embedding, dims) if dims else embedding
             arrays = host_fields(kept, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 from contextlib import ExitStack
@@ -12,7 +13,9 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
+from shnet_jax.modes.embed import embed
 from shnet_jax.modes.evaluate import evaluate
+from shnet_jax.modes.mine import mine
 from shnet_jax.scaling.processes import virtual_devices
 from shnet_jax.training.loop import train_and_evaluate
 from tests.processes import Program
@@ -130,6 +133,47 @@ def test_two_processes_train_and_evaluate_like_one(undisturbed, tmp_path):
     evaluate(config, undisturbed)  # the same checkpoint; its gallery ranked by one process
     alone = json.loads(path.read_text("utf-8"))["arms"]
     assert {name: arm["metrics"] for name, arm in alone.items()} == {n: arm["metrics"] for n, arm in shared.items()}
+
+
+def files(folder):
+    """Bytes of the files of a folder by name, without those that say how it was made."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".npy", ".safetensors")}
+
+
+def test_two_processes_embed_mine_and_rerank_like_one(undisturbed, tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    for folder in (alone, shared):
+        shutil.copytree(undisturbed, folder, ignore=shutil.ignore_patterns("embeddings", "negatives"))
+    config = tiny.config()
+    config.update_from_flattened_dict(CHANGES | {"parallel.devices": 2, "eval.tile": 1, "eval.batch_size": 2})
+    config.search.split, config.eval.two_stage = "val", 3
+    small = SMALL_TILES, "--config.eval.batch_size=2"
+    with tiny.quick():
+        embed(config, alone)
+        mine(config, alone)
+        evaluate(config, alone)
+    together(shared, "--mode=embed", "--config.search.split=val", *small)
+    (embedded,), (expected,) = shared.glob("embeddings/*val*"), alone.glob("embeddings/*val*")
+    assert files(embedded) == files(expected) and len(files(embedded)) == 2
+    printed = together(shared, "--mode=mine", *small)
+    assert "hard negatives of" in printed[0] and "hard negatives of" not in printed[1]
+    (mined,), (expected,) = shared.glob("negatives/*"), alone.glob("negatives/*")
+    assert files(mined) == files(expected) and len(files(mined)) == 2
+    together(shared, "--mode=eval", "--config.eval.two_stage=3", *small)
+    ours, theirs = (json.loads(next(f.glob("results_*.json")).read_text("utf-8"))["arms"] for f in (shared, alone))
+    assert len(ours) == 3 and {n: arm["metrics"] for n, arm in ours.items()} == {
+        n: arm["metrics"] for n, arm in theirs.items()
+    }
+    assert not (shared / "scores").exists()
+
+
+def test_two_processes_train_the_runs_of_a_study_in_turn(tmp_path):
+    short = "--config.train.steps=12", "--config.study.only=('full','none')", WITHOUT_QUEUES
+    printed = together(tmp_path / "study", "--mode=study", *short)
+    assert "| full " in printed[0] and "| full " not in printed[1]
+    assert (tmp_path / "study" / "study.html").exists()
+    again = together(tmp_path / "study", "--mode=study", *short)
+    assert again[0].count("finished: rSum") == 2 and "step 1/" not in again[0]
 
 
 def test_a_process_that_dies_or_falls_silent_ends_the_other_and_the_job_goes_on(undisturbed, tmp_path):
