@@ -93,6 +93,29 @@ def test_blocks_and_lists_give_the_score_of_every_pair(devices, tile):
     assert_same(ranks_of(found, owner, 8, data_mesh(jax.devices()[:1])), exact())
 
 
+def test_processes_share_the_blocks(monkeypatch, tmp_path):
+    """Each computes its part alone, with zeros for the others, which add up to all scores."""
+    images, texts = gallery()[:2]
+    pairs = np.arange(0, N * T, 3)
+    jobs = {
+        "all": functools.partial(score_matrix, images, texts),
+        "listed": functools.partial(listed_scores, images, texts, pairs // T, pairs % T),
+    }
+    for name, job in jobs.items():
+        whole, parts = job(made(1, 8)), []
+        folder = open_folder(tmp_path / name, {})
+        for process in range(2):
+            with monkeypatch.context() as patch:
+                patch.setattr(pair_scores.hosts, "own_part", lambda count, i=process: range(i, count, 2))
+                parts.append(job(made(1, 8)))
+                patch.setattr(pair_scores.hosts, "is_first", lambda i=process: i == 0)
+                patch.setattr(pair_scores.hosts, "of_first", lambda flags: [False] * len(flags))
+                job(made(1, 8), folder)
+        np.testing.assert_array_equal(parts[0] + parts[1], whole)
+        assert ((parts[0] == 0) | (parts[1] == 0)).all() and all(part.any() for part in parts)
+        np.testing.assert_array_equal(job(made(1, 8), folder), whole)  # from the files of both
+
+
 @functools.cache
 def exact():
     images, texts, owner = gallery()
