@@ -89,6 +89,8 @@ _FREE = {
     "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done", "domain",
 }  # fmt: skip
 _IN_WARM_UP = re.compile(rf'op_name="[^"]*\b{WARM_UP}\)*/cond"')  # gradients add "transpose(jvp(...))" around the scope
+_ALIASES = re.compile(r"output_to_operand_aliasing=\{(.*?\))\}")
+_DONE = "async-collective-done"
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _CALLS = {"while", "conditional", "fusion", "call", "async-start", "custom-call"}
 _PRODUCTS = {"dot", "convolution", "custom-call"}
@@ -129,10 +131,8 @@ class _Counter:
                     return branches[self._warm_up]  # the branch for false is the first one of a `lax.cond`
                 return max(branches, key=lambda w: (w.flops, w.bytes))
             case "fusion":  # its inner values never reach main memory
-                return sum(
-                    (_scattered(name, replace(self.total(name), bytes=0.0)) for name in instruction.called("calls")),
-                    Work(),
-                )
+                fused = (replace(self.total(name), bytes=0.0) for name in instruction.called("calls"))
+                return sum((_of_fusion(instruction, work) for work in fused), Work())
         names = [*instruction.called("to_apply"), *instruction.called("calls")]
         return sum((self.total(name) for name in names), Work())
 
@@ -143,6 +143,8 @@ class _Counter:
             return 0.0
         operands = [computation.instructions[name] for name in instruction.operands]
         written = _main(instruction.shapes)
+        if _is_under_way(instruction):
+            return 0.0 if instruction.name.startswith(_DONE) else self._traffic_beside(instruction, operands)
         if opcode in _SLICES:
             return min(written, _main(operands[0].shapes)) + written
         if opcode == "dynamic-update-slice":
@@ -157,6 +159,15 @@ class _Counter:
             read = sum(self._read(fused, i, _main(operand.shapes)) for i, operand in enumerate(operands))
             return read + self._written(fused, written)
         return written + sum(_main(operand.shapes) for operand in operands)
+
+    def _traffic_beside(self, instruction: Instruction, operands: list[Instruction]) -> float:
+        """Bytes of a fusion that computes while a collective is under way, whose arrays it only passes on."""
+        aliases = _ALIASES.search(instruction.attributes)
+        passed = re.findall(r"\{(\d+)\}: \((\d+),", aliases[1]) if aliases else []
+        results, arrays = {int(result) for result, _ in passed}, {int(array) for _, array in passed}
+        fused = self._computations[instruction.called("calls")[0]]
+        read = (self._read(fused, i, _main(x.shapes)) for i, x in enumerate(operands) if i not in arrays)
+        return sum(read) + _main(tuple(shape for i, shape in enumerate(instruction.shapes) if i not in results))
 
     def _read(self, fused: Computation, number: int, size: float) -> float:
         """Bytes that a fusion reads from an operand of `size` bytes: less than all if it only takes slices."""
@@ -220,11 +231,25 @@ def _collective(computation: Computation, instruction: Instruction) -> Work:
     return Work(collectives={kind: max(operands, sum(s.bytes for s in results))})
 
 
-def _scattered(name: str, work: Work) -> Work:
-    """Work of a fusion; a TPU's reduce-scatter is one of that name, of an all-reduce and the slice that is kept."""
-    if not name.startswith("all-reduce-scatter"):
+def _of_fusion(fusion: Instruction, work: Work) -> Work:
+    """Work of a fusion. Two kinds of a TPU hold collectives.
+
+    A reduce-scatter is a fusion of that name, of an all-reduce and the slice that is kept. A collective beside other
+    work is the fusion async-collective-start; those that go on with it, perhaps in a loop, name it once more each.
+    """
+    if _is_under_way(fusion):
+        return replace(work, collectives={})
+    if not any(name.startswith("all-reduce-scatter") for name in fusion.called("calls")):
         return work
     return replace(work, collectives={"reduce-scatter": work.collectives.get("all-reduce", 0.0)})
+
+
+def _is_under_way(instruction: Instruction) -> bool:
+    """Whether the instruction goes on with, or ends, a collective that another one began."""
+    if instruction.opcode != "fusion":
+        return False
+    names = instruction.called("calls")
+    return instruction.name.startswith(_DONE) or any(name.startswith("async_collective_fusion") for name in names)
 
 
 def _uncopied(computation: Computation, name: str) -> Instruction:

@@ -346,3 +346,69 @@ def test_text_of_the_gpu_compiler():
     assert actual.flops == product + 4 * 8 * product + 3 * convolution
     assert actual.float32 == {"highest": 8 * product, "default": 8 * product + 3 * convolution}
     assert actual.hidden == 1  # the attention
+
+
+BESIDE = """HloModule m, is_scheduled=true
+
+%start (p0: f32[2,4]) -> (f32[2,4], f32[8,4], u32[]) {
+  %p0 = f32[2,4]{1,0} parameter(0)
+  %all-gather.1 = f32[8,4]{1,0} all-gather(%p0), channel_id=1, dimensions={0}
+  ROOT %custom-call.1 = (f32[2,4]{1,0}, f32[8,4]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="S"
+}
+
+%async_collective_fusion.3 (q0: f32[2,4], q1: f32[8,4], q2: f32[5]) -> (f32[5], f32[2,4], f32[8,4]) {
+  %q0 = f32[2,4]{1,0} parameter(0)
+  %q1 = f32[8,4]{1,0} parameter(1)
+  %q2 = f32[5]{0} parameter(2)
+  %add.1 = f32[5]{0} add(%q2, %q2)
+  %all-gather.2 = f32[8,4]{1,0} all-gather(%q0), channel_id=1, dimensions={0}
+  ROOT %tuple.1 = (f32[5]{0}, f32[2,4]{1,0}, f32[8,4]{1,0}) tuple(%add.1, %q0, %all-gather.2)
+}
+
+%done (r0: f32[2,4], r1: f32[8,4]) -> f32[8,4] {
+  %r0 = f32[2,4]{1,0} parameter(0)
+  %r1 = f32[8,4]{1,0} parameter(1)
+  %all-gather.3 = f32[8,4]{1,0} all-gather(%r0), channel_id=1, dimensions={0}
+  ROOT %custom-call.2 = f32[8,4]{1,0} custom-call(%r0, %r1, %all-gather.3), custom_call_target="D"
+}
+
+%condition (c: (s32[], f32[5], f32[2,4], f32[8,4])) -> pred[] {
+  %c = (s32[], f32[5]{0}, f32[2,4]{1,0}, f32[8,4]{1,0}) parameter(0)
+  ROOT %pred = pred[] constant(true)
+}
+
+%body (b: (s32[], f32[5], f32[2,4], f32[8,4])) -> (s32[], f32[5], f32[2,4], f32[8,4]) {
+  %b = (s32[], f32[5]{0}, f32[2,4]{1,0}, f32[8,4]{1,0}) parameter(0)
+  %b0 = s32[] get-tuple-element(%b), index=0
+  %b1 = f32[5]{0} get-tuple-element(%b), index=1
+  %b2 = f32[2,4]{1,0} get-tuple-element(%b), index=2
+  %b3 = f32[8,4]{1,0} get-tuple-element(%b), index=3
+  %fusion.3 = (f32[5]{0}, f32[2,4]{1,0}, f32[8,4]{1,0}) fusion(%b2, %b3, %b1), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%async_collective_fusion.3
+  %f0 = f32[5]{0} get-tuple-element(%fusion.3), index=0
+  %f1 = f32[2,4]{1,0} get-tuple-element(%fusion.3), index=1
+  %f2 = f32[8,4]{1,0} get-tuple-element(%fusion.3), index=2
+  ROOT %next = (s32[], f32[5]{0}, f32[2,4]{1,0}, f32[8,4]{1,0}) tuple(%b0, %f0, %f1, %f2)
+}
+
+ENTRY %main (x: f32[2,4], y: f32[5]) -> f32[8,4] {
+  %x = f32[2,4]{1,0} parameter(0)
+  %y = f32[5]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %async-collective-start = (f32[2,4]{1,0}, f32[8,4]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, calls=%start
+  %s0 = f32[2,4]{1,0} get-tuple-element(%async-collective-start), index=0
+  %s1 = f32[8,4]{1,0} get-tuple-element(%async-collective-start), index=1
+  %first = (s32[], f32[5]{0}, f32[2,4]{1,0}, f32[8,4]{1,0}) tuple(%zero, %y, %s0, %s1)
+  %while.1 = (s32[], f32[5]{0}, f32[2,4]{1,0}, f32[8,4]{1,0}) while(%first), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  %w2 = f32[2,4]{1,0} get-tuple-element(%while.1), index=2
+  %w3 = f32[8,4]{1,0} get-tuple-element(%while.1), index=3
+  ROOT %async-collective-done = f32[8,4]{1,0} fusion(%w2, %w3), kind=kCustom, calls=%done
+}
+"""  # noqa: E501
+
+
+def test_a_collective_beside_the_work_of_a_loop_counts_once():
+    """A TPU's program names it in the fusion that starts it, in each that goes on with it, and in the last one."""
+    counted = program.work(BESIDE)
+    assert counted.collectives == {"all-gather": 8 * 4 * 4}
+    start = (2 * 4 + 2 * 4 + 8 * 4) * 4  # reads what is sent; its results are that and the whole
+    assert counted.bytes == start + 10 * (5 + 5) * 4
