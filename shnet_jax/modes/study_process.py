@@ -13,9 +13,12 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from shnet_jax.observe.terminal import make_output_safe
+
 
 def main(arguments: Sequence[str]) -> int:
     """Trains and evaluates the run, or continues it; returns the exit status. CORES: as "0,1"; "" for all."""
+    make_output_safe()
     config_file, arm, seed, folder, cores = arguments
     if cores:
         os.sched_setaffinity(0, map(int, cores.split(",")))  # before JAX counts the cores

@@ -26,6 +26,7 @@ from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
 from tests.evaluate.test_person_search import brute_force
 from tests.evaluate.test_ranks import assert_same
+from tests.parallel.test_hosts import as_processes
 
 N, T, K, L, D = 21, 50, 3, 6, 4
 
@@ -102,17 +103,10 @@ def test_processes_share_the_blocks(monkeypatch, tmp_path):
         "listed": functools.partial(listed_scores, images, texts, pairs // T, pairs % T),
     }
     for name, job in jobs.items():
-        whole, parts = job(made(1, 8)), []
-        folder = open_folder(tmp_path / name, {})
-        for process in range(2):
-            with monkeypatch.context() as patch:
-                patch.setattr(pair_scores.hosts, "own_part", lambda count, i=process: range(i, count, 2))
-                parts.append(job(made(1, 8)))
-                patch.setattr(pair_scores.hosts, "is_first", lambda i=process: i == 0)
-                patch.setattr(pair_scores.hosts, "of_first", lambda flags: [False] * len(flags))
-                job(made(1, 8), folder)
-        np.testing.assert_array_equal(parts[0] + parts[1], whole)
-        assert ((parts[0] == 0) | (parts[1] == 0)).all() and all(part.any() for part in parts)
+        whole, folder = job(made(1, 8)), open_folder(tmp_path / name, {})
+        one, two = as_processes(monkeypatch, 2, lambda job=job, folder=folder: job(made(1, 8), folder))
+        np.testing.assert_array_equal(one + two, whole)
+        assert ((one == 0) | (two == 0)).all() and one.any() and two.any()
         np.testing.assert_array_equal(job(made(1, 8), folder), whole)  # from the files of both
 
 
