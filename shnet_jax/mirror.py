@@ -600,7 +600,8 @@ def working_in(place: str | Path, *, alone: bool = False) -> Iterator[Path]:
     """Context with the local path of a folder that may be in object storage, to which changes go back.
 
     place: a path, a URL, or the copy that `local` gave for one. alone: for a run, which no other may continue.
-    All processes of a job call it; the first one uploads. Raises FolderInUse and StorageError, in all of them.
+    All processes of a job call it; the first one uploads. Raises FolderInUse and StorageError; the
+    other processes ValueError for what the first one raises.
     """
     folder = local(str(place)) if storage.is_url(place) else to_path(place)
     mirror = next((one for one in _fetched.values() if one.folder == folder), None)
@@ -616,18 +617,16 @@ def working_in(place: str | Path, *, alone: bool = False) -> Iterator[Path]:
 @contextmanager
 def _in_job(mirror: Mirror, alone: bool) -> Iterator[None]:
     """Context in which the first process of a job uploads, and all of them see its copy."""
-    refused: Exception | None = None
     token, sign = 0.0, mirror.base / JOB
     with ExitStack() as stack:
-        try:
-            if hosts.is_first():
-                stack.enter_context(mirror.held() if alone else mirror.shared())
-                token = float(random.randrange(1, 1 << 20))  # exact in float32
-                sign.write_text(str(token), encoding="utf-8")
-        except (FolderInUse, OSError) as error:
-            refused = error
-        if hosts.anywhere(refused is not None):
-            raise refused or storage.StorageError(f"{mirror.url}: refused by process 0, whose message says why")
+
+        def claim() -> None:
+            nonlocal token
+            stack.enter_context(mirror.held() if alone else mirror.shared())
+            token = float(random.randrange(1, 1 << 20))  # exact in float32
+            sign.write_text(str(token), encoding="utf-8")
+
+        hosts.by_first(claim)
         [token] = hosts.largest(token)
         if hosts.anywhere(not sign.exists() or sign.read_text(encoding="utf-8") != str(token)):
             raise storage.StorageError(

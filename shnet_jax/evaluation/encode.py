@@ -39,7 +39,7 @@ from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel.hosts import own_rows
 from shnet_jax.parallel.mapping import data_mesh, map_encode, put_batch, replicate
 from shnet_jax.parallel.rules import step_mesh, variable_specs
-from shnet_jax.types import DATA, MODEL, Array, Batch, Embedding
+from shnet_jax.types import DATA, Array, Batch, Embedding
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Tower:
     @property
     def parts(self) -> int:
         """Parts that the rows of a batch are split into: devices, or groups of them (parallel/rules.py)."""
-        return self.mesh.size // self.mesh.shape.get(MODEL, 1)
+        return self.mesh.shape[DATA]
 
 
 class Towers:

@@ -129,7 +129,7 @@ def evaluate(
         # The whole gallery is not copied: it may be gigabytes.
         sides = (images, texts) if folds == 1 else (take(images, rows), take(texts, captions))
         if method is None:
-            ranked += [Ranked(ranks(*sides, fold_owner, score, tile, mesh, score_dtype, shared=True), 0)]
+            ranked += [Ranked(ranks(*sides, fold_owner, score, tile, mesh, score_dtype), 0)]
         else:
             ranked += [method.rank(*sides, fold_owner, fold)]
         queries.i2t[rows], queries.t2i[captions] = ranked[-1].ranks.i2t, ranked[-1].ranks.t2i

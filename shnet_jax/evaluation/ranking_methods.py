@@ -106,7 +106,7 @@ class RankingMethods:
 
         def streamed(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranked:
             dtype = evaluation.score_dtype
-            ranked = ranks(images, texts, owner, self._model.score, self._tile, self._mesh, dtype, shared=True)
+            ranked = ranks(images, texts, owner, self._model.score, self._tile, self._mesh, dtype)
             return Ranked(ranked, len(images.vector) * len(texts.vector))
 
         def in_blocks(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranked:
@@ -138,7 +138,7 @@ class RankingMethods:
     def _by_vectors(self, first: StageOne) -> RankingMethod:
         def function(images: Embedding, texts: Embedding, owner: np.ndarray, fold: int) -> Ranked:
             vectors = first(images, "images"), first(texts, "texts")
-            return Ranked(ranks(*vectors, owner, RetrievalModel.score, self._tile, self._mesh, shared=True), 0)
+            return Ranked(ranks(*vectors, owner, RetrievalModel.score, self._tile, self._mesh), 0)
 
         return RankingMethod(first.name, function, f"by the product of {first.description} alone", stage_one=first)
 
@@ -262,7 +262,7 @@ def rerank(
         raise ValueError(f"config.eval.two_stage is {k}; at least 1 candidate is needed")
     vectors, dot = (stage_one(images, "images"), stage_one(texts, "texts")), RetrievalModel.score
     tile, mesh = scorer.tile, scorer.mesh
-    by_vectors = ranks(*vectors, owner, dot, tile, mesh, shared=True)
+    by_vectors = ranks(*vectors, owner, dot, tile, mesh)
     captions = top_k(*vectors, k, dot, tile, mesh).index
     pictures = top_k(*vectors[::-1], k, dot, tile, mesh).index
     n, t = len(images.vector), len(texts.vector)

@@ -51,9 +51,11 @@ def ranks(
     tile: int = 512,
     mesh: Mesh | None = None,
     score_dtype: str = "float32",
-    shared: bool = False,
 ) -> Ranks:
     """Ranks every gallery item for every query.
+
+    Several processes call this together, with the same gallery, each with a mesh of its own devices. They share the
+    tiles of captions, and all of them get all ranks.
 
     The rank of an item is the number of items that score strictly higher plus the number of those that score
     the same and have a smaller index, so a constant score ranks by index and gives chance, never 100 %. Infinite scores
@@ -68,8 +70,6 @@ def ranks(
       mesh: devices that share the work (`mapping.data_mesh`); None: the first one. The ranks are the same.
       score_dtype: "float32", or "bfloat16": scored in bfloat16, and in float32 where the order is in doubt (see
         `bf16_screening`); the ranks are the same. For the default score only.
-      shared: several processes call this together, with the same gallery, each with a mesh of its own devices, and
-        share the tiles of captions; all of them get all ranks.
 
     Raises:
       ValueError: a caption of an image that is not there, an image without caption, NaN among the scores, a score_dtype
@@ -83,13 +83,11 @@ def ranks(
     tiling = make_tiling(images, texts, tile, mesh, owner, order)
     positive = match_scores(tiling, score)
     best = best_captions(positive, owner)
-    tiles = hosts.own_part(tiling.caption_tiles) if shared else range(tiling.caption_tiles)
+    tiles = hosts.own_part(tiling.caption_tiles)
     counts = (count if score_dtype == "float32" else count_screened)(tiling, score, positive, best, tiles)
-    if shared:
-        i2t, t2i, nans = hosts.add_up((counts.i2t, counts.t2i, np.array([counts.nans])))
-        counts = Counts(i2t, t2i, int(nans[0]))
-    check_no_nan(counts.nans, n, t)
-    return Ranks(counts.i2t, counts.t2i)
+    i2t, t2i, nans = hosts.add_up((counts.i2t, counts.t2i, np.array([counts.nans])))
+    check_no_nan(int(nans[0]), n, t)
+    return Ranks(i2t, t2i)
 
 
 def check_captions(caption_image: np.ndarray, n: int, t: int) -> np.ndarray:

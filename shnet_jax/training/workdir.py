@@ -20,12 +20,12 @@ from shnet_jax.data.negatives import SOURCE as NEGATIVES
 from shnet_jax.data.tokenise import kept_vocabulary, vocabulary_file
 from shnet_jax.experiment import Experiment, automatic
 from shnet_jax.models.text import VECTORS
-from shnet_jax.observe.files import LOCK, FolderInUse, sole_writer, write_text
+from shnet_jax.observe.files import LOCK, sole_writer, write_text
 from shnet_jax.observe.machine import fast_dtype
 from shnet_jax.parallel import hosts
 from shnet_jax.paths import to_path
 from shnet_jax.training.extend import LENGTH, refused_extension
-from shnet_jax.training.integrity import CheckpointError, set_damaged_aside
+from shnet_jax.training.integrity import set_damaged_aside
 
 CONFIG = "config.json"
 
@@ -98,19 +98,17 @@ def claimed(workdir: Path, experiment: Experiment) -> Iterator[None]:
 def sole_job(folder: Path, name: str, check: Callable[[], None] | None = None) -> Iterator[None]:
     """`sole_writer(folder, name)` for all processes of a job: process 0 takes the lock, then calls `check`.
 
-    Raises what process 0 finds against it, in all processes: FolderInUse, WorkdirError, CheckpointError or OSError.
+    Raises what process 0 finds against it: FolderInUse, WorkdirError, CheckpointError or OSError. The other processes
+    raise ValueError then.
     """
-    refused: Exception | None = None
     with ExitStack() as held:
-        try:
-            if hosts.is_first():
-                held.enter_context(sole_writer(folder, name))
-                if check is not None:
-                    check()
-        except (FolderInUse, WorkdirError, CheckpointError, OSError) as error:
-            refused = error
-        if hosts.anywhere(refused is not None):  # all end, none waits for the others
-            raise refused or WorkdirError(f"{folder}: refused by process 0, whose message says why")
+
+        def claim() -> None:
+            held.enter_context(sole_writer(folder, name))
+            if check is not None:
+                check()
+
+        hosts.by_first(claim)  # all end, none waits for the others
         yield
 
 

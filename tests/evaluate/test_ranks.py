@@ -81,7 +81,7 @@ def test_processes_share_the_tiles(score_dtype, monkeypatch):
     images, texts = (Embedding(rng.standard_normal((count, 8)).astype(np.float32)) for count in (6, 12))
     given = images, texts, np.arange(12) // 2, RetrievalModel.score, 1, None, score_dtype
     whole = ranks(*given)
-    parts = list(as_processes(monkeypatch, 3, lambda: ranks(*given, shared=True)))
+    parts = list(as_processes(monkeypatch, 3, lambda: ranks(*given)))
     for side in ("i2t", "t2i"):
         own = [getattr(part, side) for part in parts]
         np.testing.assert_array_equal(sum(own), getattr(whole, side))

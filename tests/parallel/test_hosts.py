@@ -88,3 +88,35 @@ def test_processes_meet_by_the_coordination_service(monkeypatch):
     monkeypatch.setattr(hosts.distributed.global_state, "client", client)
     hosts.meet("compiled", seconds=3)
     assert met == [("compiled", 3000)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_each_piece_is_of_one_process(count, monkeypatch):
+    for share in (hosts.own_range, hosts.own_part):
+        shares = list(as_processes(monkeypatch, 3, lambda share=share: [*share(count)]))
+        assert sorted(piece for own in shares for piece in own) == [*range(count)] and max(map(len, shares)) <= -(
+            -count // 3
+        )
+
+
+def test_what_process_0_does_and_raises(monkeypatch):
+    done = []
+    list(as_processes(monkeypatch, 2, lambda: hosts.by_first(lambda: done.append(jax.process_index()))))
+    assert done == [0]
+
+    def fails():
+        raise OSError("disk 7")
+
+    with pytest.raises(OSError, match="disk 7"):
+        next(as_processes(monkeypatch, 2, lambda: hosts.by_first(fails)))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="process 0 ended with an error"):
+        patch.setattr(jax, "process_index", lambda: 1)
+        patch.setattr(hosts, "anywhere", lambda flag: True)
+        hosts.by_first(fails)
+
+
+def test_sums_in_chunks(monkeypatch):
+    monkeypatch.setattr(hosts, "CHUNK", 48)
+    values = np.arange(35, dtype=np.int64).reshape(5, 7)
+    for summed in as_processes(monkeypatch, 2, lambda: hosts.add_up(values)):
+        np.testing.assert_array_equal(summed, values)

@@ -15,7 +15,7 @@ from shnet_jax import registry
 from shnet_jax.evaluation.encode import Towers, check
 from shnet_jax.evaluation.evaluator import Evaluator
 from shnet_jax.experiment import assemble, init_variables
-from shnet_jax.parallel import rules, sharding
+from shnet_jax.parallel import rules
 from shnet_jax.parallel.mapping import data_mesh, make_mesh, put_batch
 from shnet_jax.training.checkpoint import Checkpoints
 from shnet_jax.training.load import load
@@ -27,17 +27,12 @@ from tests.train import test_built_step, tiny
 from tests.train import test_parallel_step as whole_model
 
 GROUPS = 2, 4
-
 """Parts of a batch, and devices that share each."""
 
 STEPS = 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_arrays_are_split():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "SMALLEST", 8)
-        yield
+small_arrays_are_split = test_built_step.small_arrays_are_split
 
 
 def configuration(*, model=1, split=False, microbatch=0, strategy="gathered"):
