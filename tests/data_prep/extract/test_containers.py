@@ -86,8 +86,7 @@ def test_img2dataset_with_its_sidecars(tmp_path, extract, capsys):
 
 def test_a_stopped_run_over_tars_goes_on(tmp_path, extract):
     _img2dataset(tmp_path / "in", 0, 8)
-    with pytest.raises(KeyboardInterrupt):
-        extract(tmp_path / "in", "--split=train", limit=5)
+    assert extract(tmp_path / "in", "--split=train", limit=5)[0] == 130
     status, seen = extract(tmp_path / "in", "--split=train")
     assert status == 0 and [name.rpartition("/")[2] for name in seen] == [f"{n:09d}.jpg" for n in (3, 4, 5, 6, 7)]
     assert _colours(_records(tmp_path)) == list(range(8))
