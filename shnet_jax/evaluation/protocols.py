@@ -29,7 +29,7 @@ from shnet_jax.evaluation.ranks import check_captions, ranks
 from shnet_jax.evaluation.tiles import Items, ItemScore, size, take
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.observe import html
-from shnet_jax.types import DIRECTIONS
+from shnet_jax.types import DIRECTIONS, Embedding
 
 TIE_RULE = "rank = items that score strictly higher + items that score the same and have a smaller index"
 UNKNOWN = "not stated"
@@ -135,7 +135,7 @@ def evaluate(
         queries.i2t[rows], queries.t2i[captions] = ranked[-1].ranks.i2t, ranked[-1].ranks.t2i
         metrics.append(recalls(ranked[-1].ranks))
         chance_metrics.append(chance(np.bincount(fold_owner)))
-    card = _card(protocol, provenance or Provenance(), n, t, jax.tree.leaves(images)[0].dtype)
+    card = _card(protocol, provenance or Provenance(), images, n, t)
     if method is not None:
         card |= {"pairs_scored": sum(r.pairs for r in ranked)}
         card |= {"ranking_seconds": round(sum(r.seconds for r in ranked), 1)}  # type: ignore[dict-item]
@@ -173,8 +173,10 @@ def _folds(owner: np.ndarray, n: int, folds: int) -> Iterator[tuple[np.ndarray, 
         yield rows, np.flatnonzero((owner >= rows[0]) & (owner <= rows[-1]))
 
 
-def _card(protocol: str, provenance: Provenance, n: int, t: int, dtype: np.dtype) -> dict[str, str | int]:
+def _card(protocol: str, provenance: Provenance, images: Items, n: int, t: int) -> dict[str, str | int]:
     folds = count_folds(protocol)
+    members = jax.tree.leaves(images, is_leaf=lambda item: isinstance(item, Embedding))  # several of an ensemble
+    vectors = [getattr(member, "vector", member) for member in members]
     gallery = (
         f"all {n} images and {t} captions together"
         if folds == 1
@@ -191,7 +193,8 @@ def _card(protocol: str, provenance: Provenance, n: int, t: int, dtype: np.dtype
         "ranking": "each image once; image to text counts the best-ranked own caption",
         "ties": TIE_RULE,
         "median_rank": "floor(median of 0-based ranks) + 1",
-        "embedding_dtype": str(dtype),
+        "embedding_size": ", ".join(str(each.shape[-1]) for each in vectors),
+        "embedding_dtype": str(vectors[0].dtype),
         "device": f"{device.device_kind} ({device.platform})",
         "jax": jax.__version__,
         "flax": version("flax"),

@@ -75,6 +75,7 @@ def test_evaluation_has_a_row_for_each_size(run):
     found = json.loads((run / "results_tiny_test_whole_best_dims_4_16.json").read_text())["arms"]
     name = gallery.toy().name
     assert list(found) == [f"{name}, 4 numbers", f"{name}, 16 numbers", name]
+    assert [arm["card"]["embedding_size"] for arm in found.values()] == ["4", "16", "16"]
     assert found[f"{name}, 16 numbers"]["metrics"] == found[name]["metrics"]
     model = shnet_jax.load(run, config=gallery.toy())
     images = cut(model.encode_images("test").vector, 4)
