@@ -160,7 +160,7 @@ def jobs_of(models: Iterable[str], batches: Iterable[int]) -> dict[str, Callable
         for batch in batches:
             jobs[f"step_{model}_{batch}"] = partial(compiled, TARGET, model, batch)
     for loss in LOSSES:
-        for strategy in ("gathered", "streamed"):
+        for strategy in ("gathered", "streamed", "ring"):
             jobs[f"loss_{loss}_{strategy}"] = partial(compiled_loss, LOSS_TARGET, loss, strategy, BATCHES[0], 1024)
     return jobs
 

@@ -2,7 +2,7 @@
 
 XLA's `cost_analysis` counts the body of a loop once, however often it runs, and a step in microbatches is nearly all
 loop. So every instruction is counted here, times the trip counts of the loops around it. The jaxpr is not what runs:
-XLA merges equal products. It has up to 5 % more FLOPs (configs/demo.py in microbatches with exact statistics), and a
+XLA merges equal products. It has up to 5 % more FLOPs (configs/scenes.py in microbatches with exact statistics), and a
 third of the memory traffic at most.
 
 The most expensive branch of a conditional counts. A conditional in the scope `types.WARM_UP` is different: it counts
