@@ -115,7 +115,7 @@ def _by_number(path: Path) -> list[tuple[int, str]]:
 
 
 MODELS = {"segmenter": "facebook/mask2former-swin-large-coco-panoptic", "backbone": "openai/clip-vit-large-patch14-336"}
-"""Models that docs/extract.md uses; smaller ones, or folders, will do."""
+"""Models that docs/data.md names; smaller ones, or folders, will do."""
 
 
 def recognise(place: Place) -> Iterator[Recognised]:
