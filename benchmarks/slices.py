@@ -260,7 +260,7 @@ def stores_table(steps: list[dict[str, Any]]) -> Table:
 
 
 def losses_table(losses: list[dict[str, Any]]) -> Table:
-    """A loss and its gradient alone, scored once (gathered) or twice (streamed)."""
+    """Work and bounds of a loss and its gradient alone, by strategy."""
     rows = []
     for each in losses:
         times = seconds_of(each, CHIPS[f"TPU {each['target'].split(':')[1]}"])
