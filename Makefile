@@ -85,7 +85,7 @@ setup: environment
 		echo "$$from" > "$(STAMP)"; \
 	fi
 
-# What one of these commands has compiled, the others load. Huge pages (glibc 2.35 and later) save a tenth of the CPU time.
+# What one of these commands has compiled, the others load. Huge pages (glibc 2.35 and later) save a sixth of the CPU time.
 demo: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/runs/compiled
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 demo: setup
