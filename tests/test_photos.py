@@ -54,6 +54,9 @@ def colours(pictures, names):
     return [{"image_embedding": (np.asarray(p).mean((0, 1)) @ mix).astype(np.float32)} for p in pictures]
 
 
+colours.models = {}
+
+
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     monkeypatch.setattr(run, "load_extractor", lambda settings, device: colours)
@@ -241,6 +244,38 @@ def test_a_run_has_its_encoder_noted_even_when_it_is_killed(made, folder, model,
     with pytest.raises(ValueError, match="killed"):
         photos(stored(made), run_there, folder=str(folder), model=str(model))
     assert (run_there / "encoder.json").read_bytes() == note
+
+
+def test_other_files_of_the_encoder_are_refused(folder, model, tmp_path):
+    """Vectors of one encoder beside the text tower, or the photographs, of another would be compared in vain."""
+    run_there, clip = tmp_path / "run", shutil.copytree(model, tmp_path / "clip")
+    for _ in range(2):
+        photos(config(), run_there, folder=str(folder), model=str(clip))
+    (clip / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}')
+    before = files(run_there)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: sha256: expected .* again with --overwrite$"):
+        photos(stored(run_there), run_there, folder=str(folder))
+    assert files(run_there) == before
+    photos(stored(run_there), run_there, query="a red star")  # by the text tower that is part of the run
+    photos(stored(run_there), run_there, folder=str(folder), overwrite=True)
+    assert check_encoder(stored(run_there), run_there) == clip
+
+
+def test_the_encoder_of_a_stopped_extraction_is_noted(folder, model, tmp_path, monkeypatch):
+    clip = shutil.copytree(model, tmp_path / "clip")
+    flags = {"folder": str(folder), "model": str(clip)}
+    with monkeypatch.context() as patch:
+        patch.setattr(own_photos, "files_below", lambda folder: fails("no photographs"))
+        with pytest.raises(ValueError, match="no photographs"):
+            photos(config(), tmp_path / "run", **flags)
+    (clip / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}')  # nothing was begun yet
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "load_extractor", lambda settings, device: fails("stopped"))
+        with pytest.raises(ValueError, match="stopped"):
+            photos(config(), tmp_path / "run", **flags)
+    (clip / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: sha256: expected .* again with --overwrite$"):
+        photos(config(), tmp_path / "run", **flags)
 
 
 def test_a_head_has_its_encoder_noted_before_it_is_trained(model, tmp_path, monkeypatch):

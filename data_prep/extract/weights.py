@@ -9,20 +9,29 @@ from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
+from data_prep.extract.encoders import DESCRIBED
 from data_prep.schema import DataError
 from shnet_jax.data.checksums import sha256
 
 
-def check(what: str, name: str, expected: str) -> None:
+def check(what: str, name: str, expected: str) -> str:
     """Fetches the weights of the model `name` and compares them with `expected`; "" says what they have.
 
-    what: of which flag, as "backbone". Raises DataError before anything of them is loaded.
+    what: of which flag, as "backbone". Returns their SHA-256. Raises DataError before anything of them is loaded.
     """
     sha = digest(name)
     if not expected:
         print(f"{what} {name}: sha256 of its weights {sha}; --{what}_sha256 demands it", file=sys.stderr, flush=True)
     elif sha != expected.lower():
         raise DataError(f"{what} {name}: sha256 of its weights: expected {expected} (--{what}_sha256), found {sha}")
+    return sha
+
+
+def described(name: str) -> dict[str, str]:
+    """SHA-256 of each file of a loaded model that says how it is built and how it sees pictures."""
+    config = found(name, "config.json")
+    folder = Path(name) if config is None else config.parent
+    return {file: sha256(folder / file) for file in DESCRIBED if (folder / file).is_file()}
 
 
 def digest(name: str) -> str:
