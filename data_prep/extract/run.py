@@ -222,9 +222,14 @@ def extract_here(work: Work, args: argparse.Namespace) -> None:
         blocks.check_models(work.folder, begun, extractor.models)
     progress = Progress(left, what="extract", unit="records")
 
-    for block in pending:
-        policy = on_broken(args.broken)
-        blocks.extract(block, work.photographs, extractor, args.batch_size, policy, progress.count)
+    try:
+        for block in pending:
+            policy = on_broken(args.broken)
+            blocks.extract(block, work.photographs, extractor, args.batch_size, policy, progress.count)
+    except KeyboardInterrupt:
+        done = total - sum(len(block.items) for block in work.pending())
+        print(f"extract: {done} of {total} photographs are done; the same command goes on", file=sys.stderr)
+        raise
     progress.close()
 
 

@@ -21,7 +21,7 @@ def check(what: str, name: str, expected: str) -> str:
     """
     sha = digest(name)
     if not expected:
-        print(f"{what} {name}: sha256 of its weights {sha}; --{what}_sha256 demands it", file=sys.stderr, flush=True)
+        print(f"{what} {name}: sha256 of its weights {sha}", file=sys.stderr, flush=True)
     elif sha != expected.lower():
         raise DataError(f"{what} {name}: sha256 of its weights: expected {expected} (--{what}_sha256), found {sha}")
     return sha

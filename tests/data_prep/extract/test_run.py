@@ -90,6 +90,9 @@ def test_a_stopped_run_goes_on(tmp_path, flags, models, capsys):
     first = models(limit=5)
     assert command.main(flags) == 130
     assert len(first.seen) > 2 and not (tmp_path / "sets" / "cats").exists()
+    assert capsys.readouterr().err.endswith(
+        "extract: 6 of 10 photographs are done; the same command goes on\ninterrupted\n"
+    )
     second = models()
     assert command.main(flags) == 0
     assert "going on after 6 of 10 photographs" in capsys.readouterr().err
