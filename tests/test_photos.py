@@ -379,6 +379,8 @@ def test_the_same_command_makes_nothing_again(made, folder, model, monkeypatch, 
     streams = capsys.readouterr()
     assert "made of these photographs before" in streams.err
     assert f"6 photographs can be searched in {made}" in streams.out
+    photos(stored(made), made)
+    assert capsys.readouterr().out == streams.out  # what can be asked now
 
 
 def test_other_photographs_or_another_model_are_an_error(made, folder, model, tmp_path):
@@ -662,7 +664,9 @@ def test_mistakes_in_flags(tmp_path, monkeypatch, arguments, message):
 
 def test_too_few_captions_and_splits_that_are_not_whole(folder, model, tmp_path):
     (tmp_path / "c.csv").write_text("image,caption\n0.png,a dog\n")
-    with pytest.raises(DataError, match=r"expected captions of at least 50 photographs of .*, found 1"):
+    with pytest.raises(
+        DataError, match=r"expected captions of at least 50 photographs of .*, found 1; .* such as 'below/"
+    ):
         own_photos.extract(folder, model, tmp_path, str(tmp_path / "c.csv"))
     many = draw(tmp_path / "many", 50)
     names = [path.relative_to(many).as_posix() for path in sorted(many.rglob("*.png"))]
@@ -728,4 +732,5 @@ def test_the_command_line(tmp_path):
     assert cli._of_photos(["--mode=photos", "--out", "r"]) == ["--mode=photos", "--workdir", "r"]
     argv = cli._with_config(["shnet", "--mode=photos", f"--workdir={tmp_path}", "--folder=mine"])
     assert argv[1] == f"--config={bundled.CONFIGS / 'dual.py'}"
+    assert "  --out  " in cli.mode_help("photos") and "--workdir  " not in cli.mode_help("photos")
     assert "openai/clip-vit-base-patch32" in cli.mode_help("photos") and encoders.DEFAULT in cli.mode_help("photos")

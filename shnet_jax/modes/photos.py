@@ -84,7 +84,7 @@ def photos(
             _compare(config, workdir, folder, captions, head)
     if query or photo:
         _answer(config, workdir, query, photo, top_k, device)
-    elif folder:
+    else:
         _say_what_now(config, workdir)
 
 
