@@ -31,13 +31,14 @@ class Extractor:
         self._segmenter = None
         if settings.segmenter:
             sha = weights.check("segmenter", settings.segmenter, settings.segmenter_sha256)
-            self._segmenter = Segmenter(
-                settings.segmenter,
-                place,
-                regions=settings.regions,
-                region_score=settings.region_score,
-                seg_map=settings.seg_map,
-            )
+            with weights.no_bar():
+                self._segmenter = Segmenter(
+                    settings.segmenter,
+                    place,
+                    regions=settings.regions,
+                    region_score=settings.region_score,
+                    seg_map=settings.seg_map,
+                )
             self._note("segmenter", settings.segmenter, {"weights": sha} | weights.described(settings.segmenter))
         self._backbone: Backbone | convolutional.ConvNet | None = None
         if settings.backbone.startswith(TIMM):
@@ -50,7 +51,8 @@ class Extractor:
         elif settings.backbone:
             sha = weights.check("backbone", settings.backbone, settings.backbone_sha256)
             projected = settings.tokens == "projected"
-            self._backbone = Backbone(settings.backbone, place, settings.image_size, projected=projected)
+            with weights.no_bar():
+                self._backbone = Backbone(settings.backbone, place, settings.image_size, projected=projected)
             self._note("backbone", settings.backbone, {"weights": sha} | weights.described(settings.backbone))
 
     def _note(self, what: str, name: str, files: Mapping[str, str]) -> None:

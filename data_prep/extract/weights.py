@@ -5,9 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
 from data_prep.extract.encoders import DESCRIBED
 from data_prep.schema import DataError
@@ -32,6 +41,16 @@ def described(name: str) -> dict[str, str]:
     config = found(name, "config.json")
     folder = Path(name) if config is None else config.parent
     return {file: sha256(folder / file) for file in DESCRIBED if (folder / file).is_file()}
+
+
+@contextmanager
+def no_bar() -> Iterator[None]:
+    """Without the bar that transformers draws while it loads weights, which are here already."""
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def digest(name: str) -> str:
