@@ -28,7 +28,7 @@ from data_prep.names import EXTENSIONS
 from data_prep.parquet import open_parquet
 from data_prep.places import ends, first_object, has_keys
 from data_prep.rows import Columns, Row, columns, is_list, needed, parse
-from data_prep.schema import DataError
+from data_prep.schema import DataError, is_text
 from shnet_jax import untrusted
 
 _DELIMITERS = ",\t;|"
@@ -48,6 +48,10 @@ def read_captions(path: Path) -> Iterator[Row]:
         if not _is_below(row.file):
             raise DataError(
                 f"{row.where}: expected the name of an image below the folder of photographs, found {row.file!r:.200}"
+            )
+        if not is_text(row.file):
+            raise DataError(
+                f"{row.where}: expected the name of an image in UTF-8, found {row.file!r:.200}; save the file as UTF-8"
             )
         yield row
 

@@ -16,9 +16,10 @@ from data_prep.files import text_lines
 from data_prep.names import EXTENSIONS
 from data_prep.parts import PARTS
 from data_prep.places import MOST, Place, Recognised, ends, has_keys, look, missing, split_of
-from data_prep.schema import DataError, Record
+from data_prep.schema import DataError, Record, split_flags
 from data_prep.sources.boxes import HEIGHTS, MAX_SIDE, WIDTHS
 from data_prep.sources.detections import Reading
+from shnet_jax.data.records import open_dataset
 from shnet_jax.observe.files import describe
 
 RECOGNISERS: tuple[Callable[[Place], Iterable[Recognised]], ...] = (
@@ -269,12 +270,22 @@ def _data_set(path: Path) -> str:
     """Commands that check a data set of this project and train on it."""
     fields = {feature.name for feature in path.glob("features.json") if has_keys(ends(feature), "seg_semantic")}
     name = path.resolve().parent.name
+    try:
+        splits = [*open_dataset(path).splits]
+    except (ValueError, OSError):  # `verify` says more
+        splits = []
     train = ["train", f"--config={'base' if fields else 'vse'}"]
     return "\n".join(
         [
             f"{path}: a data set of this project, to be checked and trained on",
             _line("data", "verify", str(path)),
-            _line(*train, f"--workdir=runs/{name}", f"--config.data.dir={path}", "--config.text.weights=BERT_FOLDER"),
+            _line(
+                *train,
+                f"--workdir=runs/{name}",
+                f"--config.data.dir={path}",
+                *(flag for flag in split_flags(splits) if flag.startswith("--config.data")),
+                "--config.text.weights=BERT_FOLDER",
+            ),
         ]
     )
 

@@ -7,7 +7,7 @@ have the fields, shapes and dtypes of the first.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -252,6 +252,25 @@ def check_predicates(
 def leaks(*splits: str) -> bool:
     """Whether an image may not be in all of `splits`: those for evaluation may overlap (COCO's test and testall)."""
     return any(split.startswith("train") for split in splits)
+
+
+def split_flags(splits: Collection[str]) -> list[str]:
+    """Flags for splits that are not called train, val and test, which training, evaluation and search expect.
+
+    A name that starts with val or dev is taken for val, one that starts with test for test, else any that is left.
+    """
+    train = [split for split in splits if split.startswith("train")]
+    others = [split for split in splits if split not in (*train, "val", "test")]
+    flags = [f"--config.data.train_split={train[0]}"] if train and "train" not in splits else []
+    selecting = ""
+    if train and "val" not in splits and others:
+        selecting = next((split for split in others if split.startswith(("val", "dev"))), others[0])
+        others.remove(selecting)
+        flags.append(f"--config.data.val_split={selecting}")
+    if "test" not in splits and (others or selecting):
+        last = next((split for split in others if split.startswith("test")), (*others, selecting)[0])
+        flags += [f"--config.eval.split={last}", f"--config.search.split={last}"]
+    return flags
 
 
 def check_new(

@@ -242,6 +242,9 @@ def _check_ids(report: Report, indices: Mapping[str, Index]) -> None:
         if without := int((index.caption_counts == 0).sum()):
             text = f"split {split}: {without} of {len(index)} images have no caption: they are searched, not trained on"
             report.notes.append(text)
+    captioned = [split for split, index in indices.items() if index.caption_counts.any()]
+    if flags := schema.split_flags(captioned):
+        report.notes.append(f"splits are called otherwise than train, val and test: name them by {' '.join(flags)}")
     for names, same in shared.items():
         line = f"{len(same)} images in {' and '.join(names)}, such as {same[0]!r}"
         serious = len(set(names)) < len(names) or schema.leaks(*names)
@@ -268,9 +271,10 @@ def text(report: Report) -> str:
         else:
             numbers = (values.mean, values.std, values.least, values.most)
             fields.append((*cells, *(f"{number:.4g}" for number in numbers), f"{100 * values.zero_share:.1f}%"))
+    known = "" if dataset.num_classes is None else f"classes: {dataset.num_classes}   "
     parts = [
         f"{dataset.path}",
-        f"classes: {dataset.num_classes}   source: {dataset.metadata.get('source', '?')}",
+        f"{known}source: {dataset.metadata.get('source', '?')}",
         Table("Splits", ("split", "records", "read", "captions", "an image"), splits).plain(),
         Table("Fields", ("field", "shape", "dtype", "mean", "std", "min", "max", "zeros"), fields).plain(),
         _listed("note", report.notes),

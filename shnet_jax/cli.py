@@ -271,6 +271,8 @@ def mode_help(name: str) -> str:
             "start_seconds",
         ]
     lines = [f"  --{flag:21}{flags.FLAGS[flag].help}" for flag in shown]
+    if name == "photos":  # see `_of_photos`; it takes no URL
+        lines[1] = f"  --{'out':21}Folder of the run."
     needed = "needed" if mode.configured else "by default the configuration of the run in --workdir"
     return "\n".join(
         [
@@ -291,7 +293,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         argv = _with_config([_with_paths(argument) for argument in _joined(argv)])
         rest = flags.FLAGS(argv)
         if not WORKDIR.value:
-            _fail("--workdir is missing or empty: give the folder of the run", 2)
+            _fail(
+                f"--{'out' if MODE.value == 'photos' else 'workdir'} is missing or empty: give the folder of the run", 2
+            )
         for name, mode in MODES.items():
             for flag in mode.own_flags:
                 if flags.FLAGS[flag].present and flag not in MODES[MODE.value].own_flags:

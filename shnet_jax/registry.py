@@ -8,13 +8,14 @@ model outside this package needs no edit here. The configuration in somebody's f
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import sys
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from types import ModuleType
 
 
-def _find(package: str, name: str, kind: str) -> ModuleType:
+def _find(package: str, name: str, kind: str, function: str) -> ModuleType:
+    """The module of a model or loss. function: that every one of them defines, for the message that lists them."""
     path = name if "." in name else f"{package}.{name}"
     try:
         if not all(part.isidentifier() for part in path.split(".")):
@@ -23,18 +24,19 @@ def _find(package: str, name: str, kind: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != path:  # the module exists but one of its own imports does not
             raise
-        known = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
+        files = (file for folder in importlib.import_module(package).__path__ for file in Path(folder).glob("*.py"))
+        known = sorted(file.stem for file in files if f"\ndef {function}(" in file.read_text(encoding="utf-8"))
         raise ValueError(f"unknown {kind} {name!r}: no module {path}; {package} has {', '.join(known)}") from None
 
 
 def model(name: str) -> ModuleType:
     """The module of a model: has `build(config) -> flax.linen.Module` and `image_fields(config) -> tuple[str, ...]`."""
-    return _find("shnet_jax.models", name, "model")
+    return _find("shnet_jax.models", name, "model", "image_fields")
 
 
 def loss(name: str) -> ModuleType:
     """The module of a loss: `loss(images, texts, ids, ctx, **options) -> dict`, `init_params` where it learns."""
-    return _find("shnet_jax.losses", name, "loss")
+    return _find("shnet_jax.losses", name, "loss", "loss")
 
 
 def check_known(names: Iterable[str], where: str, own: Collection[str] = ()) -> None:

@@ -58,6 +58,7 @@ def test_mistakes_in_flags(flags, message, tmp_path):
     ("flags", "message"),
     [
         ([DEMO], "--workdir is missing or empty: give the folder of the run"),
+        (["photos", "MY_PHOTOS"], "--out is missing or empty: give the folder of the run"),
         (["--workdir=runs/x"], "--config is missing: a bundled name or a file, as in: shnet train --config=demo"),
         (["--workdir=runs/x", "--config=configs/dmo.py"], "configs/dmo.py: no such file, and no bundled configuration"),
         (["--workdir", "runs/x", "--config", "dmo", "--config.seed=1"], "did you mean demo?"),

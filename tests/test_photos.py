@@ -54,6 +54,9 @@ def colours(pictures, names):
     return [{"image_embedding": (np.asarray(p).mean((0, 1)) @ mix).astype(np.float32)} for p in pictures]
 
 
+colours.models = {}
+
+
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     monkeypatch.setattr(run, "load_extractor", lambda settings, device: colours)
@@ -243,6 +246,38 @@ def test_a_run_has_its_encoder_noted_even_when_it_is_killed(made, folder, model,
     assert (run_there / "encoder.json").read_bytes() == note
 
 
+def test_other_files_of_the_encoder_are_refused(folder, model, tmp_path):
+    """Vectors of one encoder beside the text tower, or the photographs, of another would be compared in vain."""
+    run_there, clip = tmp_path / "run", shutil.copytree(model, tmp_path / "clip")
+    for _ in range(2):
+        photos(config(), run_there, folder=str(folder), model=str(clip))
+    (clip / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}')
+    before = files(run_there)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: sha256: expected .* again with --overwrite$"):
+        photos(stored(run_there), run_there, folder=str(folder))
+    assert files(run_there) == before
+    photos(stored(run_there), run_there, query="a red star")  # by the text tower that is part of the run
+    photos(stored(run_there), run_there, folder=str(folder), overwrite=True)
+    assert check_encoder(stored(run_there), run_there) == clip
+
+
+def test_the_encoder_of_a_stopped_extraction_is_noted(folder, model, tmp_path, monkeypatch):
+    clip = shutil.copytree(model, tmp_path / "clip")
+    flags = {"folder": str(folder), "model": str(clip)}
+    with monkeypatch.context() as patch:
+        patch.setattr(own_photos, "files_below", lambda folder: fails("no photographs"))
+        with pytest.raises(ValueError, match="no photographs"):
+            photos(config(), tmp_path / "run", **flags)
+    (clip / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}')  # nothing was begun yet
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "load_extractor", lambda settings, device: fails("stopped"))
+        with pytest.raises(ValueError, match="stopped"):
+            photos(config(), tmp_path / "run", **flags)
+    (clip / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: sha256: expected .* again with --overwrite$"):
+        photos(config(), tmp_path / "run", **flags)
+
+
 def test_a_head_has_its_encoder_noted_before_it_is_trained(model, tmp_path, monkeypatch):
     monkeypatch.setattr(modes_photos, "load_config", lambda path: config())
     monkeypatch.setattr(modes_photos, "_fit_encoder", lambda c: None)
@@ -344,6 +379,8 @@ def test_the_same_command_makes_nothing_again(made, folder, model, monkeypatch, 
     streams = capsys.readouterr()
     assert "made of these photographs before" in streams.err
     assert f"6 photographs can be searched in {made}" in streams.out
+    photos(stored(made), made)
+    assert capsys.readouterr().out == streams.out  # what can be asked now
 
 
 def test_other_photographs_or_another_model_are_an_error(made, folder, model, tmp_path):
@@ -627,7 +664,9 @@ def test_mistakes_in_flags(tmp_path, monkeypatch, arguments, message):
 
 def test_too_few_captions_and_splits_that_are_not_whole(folder, model, tmp_path):
     (tmp_path / "c.csv").write_text("image,caption\n0.png,a dog\n")
-    with pytest.raises(DataError, match=r"expected captions of at least 50 photographs of .*, found 1"):
+    with pytest.raises(
+        DataError, match=r"expected captions of at least 50 photographs of .*, found 1; .* such as 'below/"
+    ):
         own_photos.extract(folder, model, tmp_path, str(tmp_path / "c.csv"))
     many = draw(tmp_path / "many", 50)
     names = [path.relative_to(many).as_posix() for path in sorted(many.rglob("*.png"))]
@@ -693,4 +732,5 @@ def test_the_command_line(tmp_path):
     assert cli._of_photos(["--mode=photos", "--out", "r"]) == ["--mode=photos", "--workdir", "r"]
     argv = cli._with_config(["shnet", "--mode=photos", f"--workdir={tmp_path}", "--folder=mine"])
     assert argv[1] == f"--config={bundled.CONFIGS / 'dual.py'}"
+    assert "  --out  " in cli.mode_help("photos") and "--workdir  " not in cli.mode_help("photos")
     assert "openai/clip-vit-base-patch32" in cli.mode_help("photos") and encoders.DEFAULT in cli.mode_help("photos")

@@ -16,21 +16,23 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from data_prep import command
 from data_prep.extract import blocks, run
-from data_prep.extract.settings import Settings
 from shnet_jax.observe.files import sole_writer
 
 
 class ExtractBlock(beam.DoFn):
     """Writes the file of each block that it is given and yields its name."""
 
-    def __init__(self, settings: Settings, device: str, batch_size: int, broken: str):
-        """See the flags of `run.add_arguments`."""
-        self._settings, self._device, self._batch_size, self._broken = settings, device, batch_size, broken
+    def __init__(self, work: run.Work, device: str, batch_size: int, broken: str):
+        """device, batch_size, broken: see the flags of `run.add_arguments`."""
+        self._settings, self._device, self._batch_size, self._broken = work.settings, device, batch_size, broken
+        self._folder, self._begun = work.folder, work.begun()
 
     def setup(self) -> None:
         """Loads the models and lists the photographs, once a worker."""
         self._photographs = run.open_photographs(self._settings.images)
         self._extractor = run.load_extractor(self._settings, self._device)
+        if self._begun is not None:
+            blocks.check_models(self._folder, self._begun, self._extractor.models)
 
     def process(self, block: blocks.Block) -> Iterator[str]:
         """Does a block; done again, after a worker was lost, it writes the same file."""
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pipeline
                 | beam.Create(pending)
                 | beam.Reshuffle()
-                | beam.ParDo(ExtractBlock(work.settings, args.device, args.batch_size, args.broken))
+                | beam.ParDo(ExtractBlock(work, args.device, args.batch_size, args.broken))
             )
     print(run.build(work, args))
     return 0

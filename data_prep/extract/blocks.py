@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -23,11 +24,21 @@ from data_prep.extract.settings import Settings
 from data_prep.schema import DataError, Record
 
 SIZE = 64  # photographs of a block: as many are lost when a run is killed
-_ROWS = "rows"
+_ROWS, _MODELS = "rows", "models"
 _BUILT = "built"  # file that says that the data set was written from the blocks, which are gone
 _THREADS = 4
 
-Extract = Callable[[Sequence[Image.Image], Sequence[str]], list[Record]]
+
+class Extract(Protocol):
+    """Visual fields of photographs, called by their names.
+
+    models: SHA-256 of each file that the models were loaded from.
+    """
+
+    models: Mapping[str, str]
+
+    def __call__(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[Record]:
+        """The fields of each photograph."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ def plan(folder: Path, settings: Settings, splits: Splits) -> list[Block]:
             if begun.get(key) != wanted[key]:
                 raise DataError(
                     f"{path}: an extraction with {key} = {begun.get(key)!r} was begun here, now it is {wanted[key]!r}; "
-                    "finish that one, use another --name, or delete this folder"
+                    f"finish that one, or begin anew: rm -r {shlex.quote(str(folder))}"
                 )
     else:
         _write(path, lambda file: file.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8"))
@@ -73,7 +84,7 @@ def extract(
     on_broken: Callable[[str], None],
     on_done: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the file of a block.
+    """Write the file of a block, which says with which models it was made.
 
     on_broken: called with name and reason of each photograph that cannot be read, which is left out if that returns.
     on_done: called after each photograph.
@@ -94,7 +105,7 @@ def extract(
             rows += [row for row, _ in good]
         for _ in loaded:
             on_done()
-    fields: dict[str, Any] = {_ROWS: np.array(rows, np.int64)}
+    fields: dict[str, Any] = {_ROWS: np.array(rows, np.int64), _MODELS: np.array(json.dumps(dict(extractor.models)))}
     for name in records[0] if records else ():
         fields[name] = np.stack([record[name] for record in records])
 
@@ -140,6 +151,7 @@ def records(blocks: Sequence[Block], feature_dtype: str) -> Iterator[Record | Ba
         with np.load(block.path, allow_pickle=False) as arrays:
             fields = {name: arrays[name] for name in arrays.files}
         rows = fields.pop(_ROWS)
+        fields.pop(_MODELS, None)
         for place, row in enumerate(rows.tolist()):
             item = block.items[row]
             visual = {
@@ -148,6 +160,23 @@ def records(blocks: Sequence[Block], feature_dtype: str) -> Iterator[Record | Ba
             }
             record = item.record()
             yield record if isinstance(record, Bad) else record | visual
+
+
+def models(block: Block) -> dict[str, str]:
+    """The models that a block was extracted with; see `Extract`. Empty for one of a version that did not note them."""
+    with np.load(block.path, allow_pickle=False) as arrays:
+        return json.loads(arrays[_MODELS].item()) if _MODELS in arrays.files else {}
+
+
+def check_models(folder: Path, begun: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises DataError where two blocks in `folder` are, or would be, made with different models."""
+    for name in sorted({*begun, *now}):
+        if begun.get(name) != now.get(name):
+            raise DataError(
+                f"{folder}: begun with another {name}: sha256: expected {begun.get(name, 'no such file')}, found "
+                f"{now.get(name, 'no such file')}; put that file back, or begin anew: "
+                f"rm -r {shlex.quote(str(folder))}"
+            )
 
 
 def skipped(blocks: Sequence[Block]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +29,13 @@ class ConvNet:
         """size: S, side of the square in pixels. mean, deviation: of the colours in 0..1 that it was trained with."""
         self._network, self._device, self._size, self._resample = network.eval().to(device), device, size, resample
         self._mean, self._deviation = np.asarray(mean, np.float32), np.asarray(deviation, np.float32)
+
+    def sha256(self) -> str:
+        """SHA-256 of the names and values of its weights, which are float32 or whole numbers."""
+        digest = hashlib.sha256()
+        for name, values in self._network.state_dict().items():
+            digest.update(name.encode() + values.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def __call__(self, images: Sequence[Image.Image]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Computes the tokens [h, w, D], the last features, and their mean [D] of each image, both float32."""

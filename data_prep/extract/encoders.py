@@ -26,6 +26,8 @@ FILES = (
 """Files of a dual encoder's folder, as Hugging Face saves it."""
 KINDS = ("clip", "siglip")
 """Values of model_type in config.json: CLIP, and SigLIP or SigLIP 2 for pictures of a fixed size."""
+DESCRIBED = ("config.json", "preprocessor_config.json", "processor_config.json")
+"""Files that say how a model is built and how it sees pictures."""
 _SMALL = ("*.json", "merges.txt", "spiece.model")
 
 
@@ -104,12 +106,11 @@ def files_sha256(model: Path) -> dict[str, str]:
     Of several forms of the weights, transformers loads one: safetensors before PyTorch's.
     """
     weights = next((found for form in _WEIGHTS if (found := _fitting(model, form))), [])
-    return {path.name: sha256(path) for path in (*_fitting(model, _DESCRIBED), *weights)}
+    return {path.name: sha256(path) for path in (*_fitting(model, DESCRIBED), *weights)}
 
 
 def _fitting(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
-_DESCRIBED = ("config.json", "preprocessor_config.json", "processor_config.json")
 _WEIGHTS = (WEIGHTS[:1], ("model.safetensors.index.json", "model-*-of-*.safetensors"), WEIGHTS[1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,22 +18,28 @@ from data_prep.schema import DataError, Record
 
 
 class Extractor:
-    """The models of an extraction, loaded once."""
+    """The models of an extraction, loaded once.
+
+    models: SHA-256 of each file that they were loaded from, as "backbone NAME: weights".
+    """
 
     def __init__(self, settings: Settings, device: str = ""):
         """device: cpu, cuda, cuda:1, ...; "" is the first GPU if there is one."""
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._settings = settings
+        self.models: Mapping[str, str] = {}
         self._segmenter = None
         if settings.segmenter:
-            weights.check("segmenter", settings.segmenter, settings.segmenter_sha256)
-            self._segmenter = Segmenter(
-                settings.segmenter,
-                place,
-                regions=settings.regions,
-                region_score=settings.region_score,
-                seg_map=settings.seg_map,
-            )
+            sha = weights.check("segmenter", settings.segmenter, settings.segmenter_sha256)
+            with weights.no_bar():
+                self._segmenter = Segmenter(
+                    settings.segmenter,
+                    place,
+                    regions=settings.regions,
+                    region_score=settings.region_score,
+                    seg_map=settings.seg_map,
+                )
+            self._note("segmenter", settings.segmenter, {"weights": sha} | weights.described(settings.segmenter))
         self._backbone: Backbone | convolutional.ConvNet | None = None
         if settings.backbone.startswith(TIMM):
             if settings.tokens == "projected" or settings.backbone_sha256:
@@ -41,10 +47,16 @@ class Extractor:
                     f"backbone {settings.backbone}: --tokens=projected and --backbone_sha256 are not for timm"
                 )
             self._backbone = convolutional.load(settings.backbone, place, settings.image_size)
+            self._note("backbone", settings.backbone, {"weights": self._backbone.sha256()})
         elif settings.backbone:
-            weights.check("backbone", settings.backbone, settings.backbone_sha256)
+            sha = weights.check("backbone", settings.backbone, settings.backbone_sha256)
             projected = settings.tokens == "projected"
-            self._backbone = Backbone(settings.backbone, place, settings.image_size, projected=projected)
+            with weights.no_bar():
+                self._backbone = Backbone(settings.backbone, place, settings.image_size, projected=projected)
+            self._note("backbone", settings.backbone, {"weights": sha} | weights.described(settings.backbone))
+
+    def _note(self, what: str, name: str, files: Mapping[str, str]) -> None:
+        self.models = {**self.models, **{f"{what} {name}: {file}": sha for file, sha in files.items()}}
 
     def __call__(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[Record]:
         """Visual fields of each image, as they are stored. names: for error messages."""

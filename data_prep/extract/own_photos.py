@@ -146,7 +146,8 @@ def _captions(folder: Path, files: Sequence[str], caption_files: str) -> Splits:
     captioned = {row.file for row in rows if any(row.captions)}
     if len(captioned) < LEAST:
         raise DataError(
-            f"{caption_files}: expected captions of at least {LEAST} photographs of {folder}, found {len(captioned)}"
+            f"{caption_files}: expected captions of at least {LEAST} photographs of {folder}, found {len(captioned)}; "
+            f"its image column has paths below that folder, such as {max(files, key=lambda file: file.count('/'))!r}"
         )
     if not any(row.split for row in rows):
         split_of = _split_by_hash(captioned)

@@ -49,6 +49,10 @@ class Work:
         """The blocks that are not done."""
         return [block for block in self.blocks if not block.path.is_file()]
 
+    def begun(self) -> dict[str, str] | None:
+        """The models of the blocks that are done, see `blocks.models`; None without any."""
+        return next((blocks.models(block) for block in self.blocks if block.path.is_file()), None)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of an extraction."""
@@ -214,19 +218,29 @@ def extract_here(work: Work, args: argparse.Namespace) -> None:
     if left < total:
         print(f"extract: going on after {total - left} of {total} photographs", file=sys.stderr)
     extractor = load_extractor(work.settings, args.device)
+    if (begun := work.begun()) is not None:
+        blocks.check_models(work.folder, begun, extractor.models)
     progress = Progress(left, what="extract", unit="records")
 
-    for block in pending:
-        policy = on_broken(args.broken)
-        blocks.extract(block, work.photographs, extractor, args.batch_size, policy, progress.count)
+    try:
+        for block in pending:
+            policy = on_broken(args.broken)
+            blocks.extract(block, work.photographs, extractor, args.batch_size, policy, progress.count)
+    except KeyboardInterrupt:
+        done = total - sum(len(block.items) for block in work.pending())
+        print(f"extract: {done} of {total} photographs are done; the same command goes on", file=sys.stderr)
+        raise
     progress.close()
 
 
 def build(work: Work, args: argparse.Namespace, *, keep_settings: bool = False) -> Path:
     """Write the data set from the blocks, all done, and delete them; returns the version folder.
 
-    keep_settings: see `blocks.remove`.
+    keep_settings: see `blocks.remove`. Raises DataError where machines of Beam had other models than others.
     """
+    first = blocks.models(work.blocks[0])
+    for block in work.blocks[1:]:
+        blocks.check_models(work.folder, first, blocks.models(block))
     skipped = blocks.skipped(work.blocks)
     if skipped:
         print(

@@ -5,24 +5,52 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
+from data_prep.extract.encoders import DESCRIBED
 from data_prep.schema import DataError
 from shnet_jax.data.checksums import sha256
 
 
-def check(what: str, name: str, expected: str) -> None:
+def check(what: str, name: str, expected: str) -> str:
     """Fetches the weights of the model `name` and compares them with `expected`; "" says what they have.
 
-    what: of which flag, as "backbone". Raises DataError before anything of them is loaded.
+    what: of which flag, as "backbone". Returns their SHA-256. Raises DataError before anything of them is loaded.
     """
     sha = digest(name)
     if not expected:
-        print(f"{what} {name}: sha256 of its weights {sha}; --{what}_sha256 demands it", file=sys.stderr, flush=True)
+        print(f"{what} {name}: sha256 of its weights {sha}", file=sys.stderr, flush=True)
     elif sha != expected.lower():
         raise DataError(f"{what} {name}: sha256 of its weights: expected {expected} (--{what}_sha256), found {sha}")
+    return sha
+
+
+def described(name: str) -> dict[str, str]:
+    """SHA-256 of each file of a loaded model that says how it is built and how it sees pictures."""
+    config = found(name, "config.json")
+    folder = Path(name) if config is None else config.parent
+    return {file: sha256(folder / file) for file in DESCRIBED if (folder / file).is_file()}
+
+
+@contextmanager
+def no_bar() -> Iterator[None]:
+    """Without the bar that transformers draws while it loads weights, which are here already."""
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def digest(name: str) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import numpy as np
@@ -176,7 +177,7 @@ def _folds(owner: np.ndarray, n: int, folds: int) -> Iterator[tuple[np.ndarray, 
 def _card(protocol: str, provenance: Provenance, images: Items, n: int, t: int) -> dict[str, str | int]:
     folds = count_folds(protocol)
     members = jax.tree.leaves(images, is_leaf=lambda item: isinstance(item, Embedding))  # several of an ensemble
-    vectors = [getattr(member, "vector", member) for member in members]
+    vectors: list[Any] = [getattr(member, "vector", member) for member in members]
     gallery = (
         f"all {n} images and {t} captions together"
         if folds == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -49,8 +49,6 @@ def check_encoder(config: ConfigDict, workdir: Path) -> Path:
     Raises ValueError for a run that no encoder of photographs made, or whose encoder has other weights or prepares
     pictures otherwise now; FileNotFoundError where it is gone. A run without ENCODER gets a warning.
     """
-    from data_prep.extract import encoders
-
     if not sees_photographs(config):
         raise ValueError(
             f"--photo is for runs of shnet photos; {workdir} has the model {config.model.name!r}, which reads features "
@@ -64,16 +62,22 @@ def check_encoder(config: ConfigDict, workdir: Path) -> Path:
     expected = noted_encoder(workdir)
     if expected is None:
         log.warning("%s has no %s with sha256: files of %s are taken unchecked", workdir, ENCODER, folder)
-        return folder
+    else:
+        check_files(workdir, folder, expected, "give the folder of that encoder with --config.text.weights=FOLDER")
+    return folder
+
+
+def check_files(workdir: Path, folder: Path, expected: Mapping[str, str], remedy: str) -> None:
+    """Raises ValueError, which ends with `remedy`, where files of an encoder are not those of `noted_encoder`."""
+    from data_prep.extract import encoders
+
     found = encoders.files_sha256(folder)
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             raise ValueError(
                 f"{folder / name}: sha256: expected {expected.get(name, 'no such file')}, with which {workdir} was "
-                f"made, found {found.get(name, 'no such file')}; give the folder of that encoder with "
-                "--config.text.weights=FOLDER"
+                f"made, found {found.get(name, 'no such file')}; {remedy}"
             )
-    return folder
 
 
 def open_sight(loaded: Loaded, config: ConfigDict, folder: Path, device: str = "") -> Sight:

@@ -27,7 +27,7 @@ from shnet_jax.interop import clip_weights, siglip_weights
 from shnet_jax.interop.bert_weights import read_config
 from shnet_jax.modes.convert import Model, write_run
 from shnet_jax.modes.embed import one_process_mesh
-from shnet_jax.modes.photo_query import ENCODER, check_encoder, note_encoder, noted_encoder, open_sight
+from shnet_jax.modes.photo_query import ENCODER, check_encoder, check_files, note_encoder, noted_encoder, open_sight
 from shnet_jax.modes.search import open_search, show
 from shnet_jax.observe.files import write_text
 from shnet_jax.observe.progress import waiting
@@ -84,7 +84,7 @@ def photos(
             _compare(config, workdir, folder, captions, head)
     if query or photo:
         _answer(config, workdir, query, photo, top_k, device)
-    elif folder:
+    else:
         _say_what_now(config, workdir)
 
 
@@ -115,6 +115,12 @@ def _make(
     encoder = encoders.folder_of(model or config.text.weights or before or encoders.DEFAULT).resolve()
     if before not in ("", str(encoder)) and not overwrite:
         raise ValueError(f"{workdir} was made with the model {before}, now it is {encoder}; --overwrite makes it again")
+    if not overwrite:
+        noted = noted_encoder(workdir) if any((workdir / DATA_SETS).glob("*")) else None
+        if noted is None:
+            note_encoder(workdir, encoder)  # first: later, other files might lie there
+        else:
+            check_files(workdir, encoder, noted, "put that file back, or make the run again with --overwrite")
     sets = workdir / (AGAIN if overwrite else DATA_SETS)
     trained = workdir / HEAD if any((workdir / HEAD / "checkpoints").glob("*")) else None
     dataset, _ = own_photos.extract(
@@ -124,8 +130,6 @@ def _make(
     config.search.split, config.page.pictures = own_photos.ALL, str(folder.resolve())
     _fit_encoder(config)
     if not overwrite and any((workdir / "checkpoints").glob("*")):
-        if noted_encoder(workdir) is None:
-            note_encoder(workdir, encoder)
         return  # with config.json as it is: embeddings are of this very file
     experiment = assemble(config)
     with waiting("reading the text tower"):
@@ -134,7 +138,7 @@ def _make(
     if overwrite:  # not before: up to here a mistake costs nothing of the run that is there
         _put_in_place(workdir)
         complete.data.dir = config.data.dir = str((workdir / DATA_SETS / dataset.relative_to(sets)).resolve())
-    note_encoder(workdir, encoder)  # first: of a run that is there nothing more is written
+        note_encoder(workdir, encoder)  # first: of a run that is there nothing more is written
     write_run(workdir, Model(complete, variables, 0))
 
 

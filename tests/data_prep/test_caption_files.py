@@ -232,6 +232,12 @@ def test_quotation_marks_of_a_plain_table_are_text(tmp_path):
     assert _flat(path) == {"1.jpg": ['"a dog'], "2.jpg": ['"cat"'], "3.jpg": ['cow "']}
 
 
+@pytest.mark.parametrize("text", ["image,caption\nSüd.jpg,a dog\n", "Süd.jpg#0\ta dog\n"])
+def test_the_name_of_an_image_in_another_encoding_is_refused(tmp_path, text):
+    with pytest.raises(DataError, match=r"expected the name of an image in UTF-8, found 'S.*d\.jpg'; save the file as"):
+        list(caption_files.read_captions(_write(tmp_path / "captions.txt", text.encode("latin-1"))))
+
+
 def test_results_of_flickr_as_they_are_downloaded(tmp_path, capsys):
     head = 'image_name| comment_number| comment\n1.jpg| 0| A "dog .\n'
     path = _write(tmp_path / "results.csv", head + "2.jpg| 4   A dog runs across the grass .\n")

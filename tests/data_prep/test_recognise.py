@@ -19,6 +19,7 @@ from pyarrow import parquet as pq
 from data_prep import __main__ as command
 from data_prep import from_npz, from_scan, parts, places
 from data_prep import recognise as recognition
+from data_prep.builder import write_dataset
 from data_prep.extract import run as extract
 from data_prep.recognise import recognise
 from data_prep.schema import DataError
@@ -32,6 +33,7 @@ from tests.data_prep import (
     test_sources,
     test_vinvl,
 )
+from tests.data_prep.example import record
 from tests.data_prep.extract import conftest, test_containers
 from tests.interop import torch_writer
 
@@ -369,6 +371,14 @@ def test_the_command_imports_the_folder(make, tmp_path, monkeypatch):
     assert known and "shnet data verify " in text and "shnet train --config=" in text
     assert sum(open_dataset(tmp_path / "data_sets").splits.values()) > 1
     assert "a_folder_of_mine/1.0.0" in text
+
+
+def test_the_command_names_the_splits_of_a_data_set(tmp_path):
+    write_dataset(tmp_path, "toy", {"train": [record(0)], "dev": [record(1)]}, {})
+    assert " --config.data.val_split=dev --config.text.weights=" in recognise(tmp_path)[0]
+    (tmp_path / "toy/1.0.0/dataset_info.json").write_text("{")
+    text, known = recognise(tmp_path)
+    assert known and "val_split" not in text
 
 
 # ------------------------------------------------------------------------------------------------ what is not complete

@@ -51,6 +51,35 @@ def test_evaluation_splits_may_overlap(tmp_path, records):
     assert report.notes == ["4 images in test and testall, such as 'image 0'"]
 
 
+@pytest.mark.parametrize(
+    ("splits", "flags"),
+    [
+        (["train", "val", "test"], ""),
+        (["train", "test"], ""),  # to choose a checkpoint on test is no advice
+        (["test", "testall"], ""),
+        (["train", "dev", "final"], "data.val_split=dev eval.split=final search.split=final"),
+        (["train", "final", "valid"], "data.val_split=valid eval.split=final search.split=final"),
+        (["train_0", "a", "val", "test1"], "data.train_split=train_0 eval.split=test1 search.split=test1"),
+        (["train", "dev"], "data.val_split=dev eval.split=dev search.split=dev"),
+        (["dev"], "eval.split=dev search.split=dev"),
+    ],
+)
+def test_flags_of_splits_with_other_names(splits, flags):
+    assert schema.split_flags(splits) == [f"--config.{flag}" for flag in flags.split()]
+
+
+def test_splits_with_other_names_are_noted_with_their_flags(tmp_path, records, capsys):
+    report = _report(tmp_path, {"train": records[:4], "dev": records[4:]})
+    assert report.notes == [
+        "splits are called otherwise than train, val and test: name them by --config.data.val_split=dev "
+        "--config.eval.split=dev --config.search.split=dev"
+    ]
+    assert verify.main([str(tmp_path)]) == 0
+    alone = [{name: record[name] for name in ("image_id", "grid")} | {"captions": []} for record in records]
+    path = write_dataset(tmp_path, "alone", {"photos": alone}, {}, least_captions=0)
+    assert not [note for note in verify.verify(path).notes if "--config" in note]  # nothing to train on or evaluate
+
+
 def test_identical_features_under_two_names_are_noted(tmp_path, records):
     copy = records[1] | {"image_id": "other name"}
     report = _report(tmp_path, {"train": records, "test": [copy]})
@@ -94,15 +123,15 @@ def test_an_index_of_other_records_is_a_problem(tmp_path, records):
 
 
 def test_a_set_without_sidecars_is_usable(tmp_path, records):
-    path = write_dataset(tmp_path, "toy", {"a": records}, {})
-    for name in ("index_a.npz", "sentencepiece.model", "checksums.json"):
+    path = write_dataset(tmp_path, "toy", {"test": records}, {})
+    for name in ("index_test.npz", "sentencepiece.model", "checksums.json"):
         (path / name).unlink()
     report = verify.verify(path)
-    assert not report.problems and report.captions["a"].tolist() == [2] * 6
+    assert not report.problems and report.captions["test"].tolist() == [2] * 6
     assert report.notes == [
         "no sentencepiece.model",
         "no checksums.json: files not compared",
-        "no captions in index_a.npz: found by reading the records",
+        "no captions in index_test.npz: found by reading the records",
     ]
 
 

@@ -266,7 +266,7 @@ def test_a_folder_without_a_checkpoint_can_be_claimed_anew(tmp_path):
             {"model__num_classes": 5, "model__name": "shnet"},
             "22 classes and config.model.num_classes is 5: add --config.model.num_classes=22",
         ),
-        ({"model__name": "shnett"}, "unknown model 'shnett'"),
+        ({"model__name": "shnett"}, "unknown model 'shnett': .* has align, cmsei, dual, esa, shnet, user$"),
         ({"text__vocab_size": 5}, "the text tower has 5 tokens, the tokenizer"),
         ({"momentum__queue": 19}, "config.momentum.queue is 19; it must hold a whole batch"),
     ],

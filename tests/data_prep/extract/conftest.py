@@ -9,7 +9,7 @@ class Colours:
     """In place of the models: the mean colour of each photograph. `limit` photographs, then the power fails."""
 
     def __init__(self, limit=1000):
-        self.seen, self.limit = [], limit
+        self.seen, self.limit, self.models = [], limit, {"backbone none: weights": "a"}
 
     def __call__(self, photographs, names):
         if len(self.seen) + len(photographs) > self.limit:

@@ -7,8 +7,9 @@ from PIL import Image
 
 from data_prep import encode_captions
 from data_prep.extract import __main__ as command
-from data_prep.extract import images
+from data_prep.extract import images, run
 from shnet_jax.data.records import open_dataset
+from tests.data_prep.extract.conftest import Colours
 from tests.interop.test_sentence_vectors import bert
 
 
@@ -89,6 +90,9 @@ def test_a_stopped_run_goes_on(tmp_path, flags, models, capsys):
     first = models(limit=5)
     assert command.main(flags) == 130
     assert len(first.seen) > 2 and not (tmp_path / "sets" / "cats").exists()
+    assert capsys.readouterr().err.endswith(
+        "extract: 6 of 10 photographs are done; the same command goes on\ninterrupted\n"
+    )
     second = models()
     assert command.main(flags) == 0
     assert "going on after 6 of 10 photographs" in capsys.readouterr().err
@@ -101,6 +105,55 @@ def test_other_settings_do_not_mix_with_what_was_begun(flags, models, capsys):
     assert command.main(flags) == 130
     assert command.main([*flags, "--image_size=14"]) == 1
     assert "an extraction with image_size = None was begun here, now it is 14" in capsys.readouterr().err
+
+
+def test_other_weights_do_not_mix_with_what_was_begun(tmp_path, flags, models, capsys):
+    """Weights of the same name may be replaced between two runs: half of the features would be of each."""
+    models(limit=5)
+    assert command.main(flags) == 130
+    other = models()
+    other.models = {"backbone none: weights": "b"}
+    capsys.readouterr()
+    assert command.main(flags) == 1 and not other.seen
+    folder = tmp_path / "sets" / ".cats.extract"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {folder}: begun with another backbone none: weights: sha256: expected a, found b; put that file back, "
+        f"or begin anew: rm -r {folder}"
+    )
+    other.models = {"backbone none: weights": "a", "backbone none: preprocessor_config.json": "c"}
+    assert command.main(flags) == 1 and not other.seen
+    assert "preprocessor_config.json: sha256: expected no such file, found c; " in capsys.readouterr().err
+    models()
+    assert command.main(flags) == 0
+
+
+def test_blocks_of_different_models_are_no_data_set(tmp_path, flags, models, monkeypatch, capsys):
+    """Machines that work on one extraction may have other weights under one name."""
+
+    class Another(Colours):
+        def __call__(self, photographs, names):
+            if len(self.seen) > 3:
+                self.models = {"backbone none: weights": "b"}
+            return super().__call__(photographs, names)
+
+    models()
+    monkeypatch.setattr(run, "load_extractor", lambda settings, device: Another())
+    assert command.main(flags) == 1
+    assert "begun with another backbone none: weights: sha256: expected a, found b; " in capsys.readouterr().err
+    assert not (tmp_path / "sets" / "cats").exists()
+
+
+def test_blocks_of_a_version_that_noted_no_models(tmp_path, flags, models, capsys):
+    """They are taken where all are done, and not gone on with."""
+    models(limit=5)
+    assert command.main(flags) == 130
+    for path in (tmp_path / "sets" / ".cats.extract").glob("*.npz"):
+        with np.load(path) as arrays:
+            fields = {name: arrays[name] for name in arrays.files if name != "models"}
+        np.savez(path, **fields)
+    models()
+    assert command.main(flags) == 1
+    assert "begun with another backbone none: weights: sha256: expected no such file" in capsys.readouterr().err
 
 
 def test_a_broken_photograph_may_be_an_error(flags, models, capsys):

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="needs the extra `extract`: make tes
 transformers = pytest.importorskip("transformers", reason="needs the extra `extract`: make test-extract")
 weights = pytest.importorskip("data_prep.extract.weights")
 fields = pytest.importorskip("data_prep.extract.fields")
+convolutional = pytest.importorskip("data_prep.extract.convolutional")
 
 
 def test_other_weights_are_refused_before_they_are_loaded(made, tmp_path, monkeypatch, capsys):
@@ -18,7 +19,8 @@ def test_other_weights_are_refused_before_they_are_loaded(made, tmp_path, monkey
     expected = hashlib.sha256((Path(models["clip"]) / "model.safetensors").read_bytes()).hexdigest()
     fields.Extractor(Settings(folder, "", models["clip"], backbone_sha256=expected.upper()), "cpu")
     fields.Extractor(Settings(folder, "", models["clip"]), "cpu")
-    assert f"sha256 of its weights {expected}; --backbone_sha256 demands it" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"sha256 of its weights {expected}\n" in err and "Loading weights" not in err
     changed = shutil.copytree(models["clip"], tmp_path / "changed")
     with (changed / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
@@ -30,6 +32,32 @@ def test_other_weights_are_refused_before_they_are_loaded(made, tmp_path, monkey
             DataError, match=f"^{what} .*changed: sha256 of its weights: expected {expected} .*, found "
         ):
             fields.Extractor(Settings(images=folder, **names), "cpu")
+
+
+def test_models_are_told_by_their_files(made, tmp_path):
+    folder, _, models = made
+    clip = shutil.copytree(models["clip"], tmp_path / "clip")
+    before = fields.Extractor(Settings(folder, models["maskformer"], str(clip)), "cpu").models
+    assert before[f"backbone {clip}: weights"] == hashlib.sha256((clip / "model.safetensors").read_bytes()).hexdigest()
+    described = clip / "preprocessor_config.json"
+    described.write_text(described.read_text() + "\n")
+    after = fields.Extractor(Settings(folder, models["maskformer"], str(clip)), "cpu").models
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == [f"backbone {clip}: preprocessor_config.json"]
+    names = (f"segmenter {models['maskformer']}", f"backbone {clip}")
+    assert set(before) == {
+        f"{name}: {part}" for name in names for part in ("weights", "config.json", "preprocessor_config.json")
+    }
+
+
+def test_a_convolutional_network_is_told_by_its_weights():
+    network = torch.nn.Conv2d(3, 4, 2)
+    whole = convolutional.ConvNet(network, torch.device("cpu"), 8, [0] * 3, [1] * 3)
+    before = whole.sha256()
+    assert whole.sha256() == before
+    with torch.no_grad():
+        network.bias[0] += 1
+    assert whole.sha256() != before
 
 
 def test_shards_count_all(made, tmp_path):
