@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from configs import align
 
 LR, DECAY, BETAS, SCALE, BIAS = 1e-5, 1e-4, (0.9, 0.99), 20.0, -10.0
 WIDTH = 8  # of star
-SAME = 2e-4
-"""Relative difference of the losses of both that is taken for rounding."""
+SAME = {"float32": 2e-4, "bfloat16": 2e-2}
+"""Relative difference from the losses of float32 PyTorch that is taken for rounding, by our operands."""
+AIM = {"float32": 2.0, "bfloat16": 4.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,8 @@ def weights(sizes: Sizes) -> dict[str, dict[str, np.ndarray]]:
     return {side: {name: drawn(shape) for name, shape in shapes.items()} for side in ("image", "text")}
 
 
-def ours(sizes: Sizes) -> Callable[[np.ndarray, np.ndarray], float]:
-    """The step of this project, of two blocks of rows -> the loss."""
+def ours(sizes: Sizes, dtype: str = "float32") -> Callable[[np.ndarray, np.ndarray], float]:
+    """The step of this project, of two blocks of rows -> the loss. dtype: operands of products."""
     import jax
 
     from shnet_jax import registry
@@ -79,7 +81,7 @@ def ours(sizes: Sizes) -> Callable[[np.ndarray, np.ndarray], float]:
     from shnet_jax.training.setup import build_step
 
     c = align.get_config("sail")
-    c.model.dim, c.model.dtype, c.text.dtype = sizes.dim, "float32", "float32"
+    c.model.dim, c.model.dtype, c.text.dtype, c.loss.pairs.dtype = sizes.dim, dtype, dtype, dtype
     c.train.batch_size, c.train.microbatch, c.loss.pairs.tile = sizes.batch, sizes.microbatch, sizes.tile
     model, mesh = registry.model("align").build(c), make_mesh(1)
     one = np.zeros((1, sizes.width), np.float32)
@@ -144,7 +146,11 @@ def plain(sizes: Sizes) -> Callable[[np.ndarray, np.ndarray], float]:
     return step
 
 
-STEPS: dict[str, Callable[[Sizes], Callable[[np.ndarray, np.ndarray], float]]] = {"ours": ours, "plain": plain}
+STEPS: dict[str, Callable[[Sizes], Callable[[np.ndarray, np.ndarray], float]]] = {
+    "float32": ours,
+    "bfloat16": partial(ours, dtype="bfloat16"),
+    "plain": plain,
+}
 
 
 def child(name: str, sizes: Sizes) -> dict[str, Any]:
@@ -163,36 +169,39 @@ def child(name: str, sizes: Sizes) -> dict[str, Any]:
 
 
 def run(sizes: Sizes) -> list[Row]:
-    """One row; without PyTorch it says so. RuntimeError where the two do not compute the same losses."""
-    what = f"step of {sizes.batch} pairs, {sizes.width} -> {sizes.dim}, star heads, float32"
+    """A row for each dtype; without PyTorch they say so. RuntimeError where a loss is not that of PyTorch."""
+    what = f"step of {sizes.batch} pairs, {sizes.width} -> {sizes.dim}, star heads, "
     if importlib.util.find_spec("torch") is None:
-        return [Row("align", what, "plain PyTorch", note="no PyTorch here: pip install torch")]
+        return [Row("align", what + dtype, "plain PyTorch", note="no PyTorch here: pip install torch") for dtype in AIM]
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in STEPS}
     for _ in range(sizes.rounds):
         for name in STEPS:
             measured[name].append(_process(name, sizes))
-    one, other = (np.array(measured[name][0]["losses"]) for name in STEPS)
-    if not np.allclose(one, other, rtol=SAME):
-        raise RuntimeError(f"losses differ: {one.tolist()} and {other.tolist()}")
     times = {name: Timing(tuple(s for each in runs for s in each["seconds"])) for name, runs in measured.items()}
     peaks = {name: max(each["peak"] for each in runs) for name, runs in measured.items()}
     rates = {name: sizes.batch / timing.median for name, timing in times.items()}
-    return [
-        compare(
-            "align",
-            what,
-            times["ours"],
-            "plain PyTorch",
-            times["plain"],
-            work=sizes.batch,
-            unit="pairs",
-            aim=2.0,
-            memory_bytes=peaks["ours"],
-            reference_memory_bytes=peaks["plain"],
-            memory="peak of the process above its data",
-            note=f"{rates['ours']:.4g} against {rates['plain']:.4g} pairs/s; {sizes.pairs} made pairs",
+    rows = []
+    for dtype, aim in AIM.items():
+        one, other = (np.array(measured[name][0]["losses"]) for name in (dtype, "plain"))
+        if not np.allclose(one, other, rtol=SAME[dtype]):
+            raise RuntimeError(f"{dtype}: losses differ: {one.tolist()} and {other.tolist()}")
+        rows.append(
+            compare(
+                "align",
+                what + dtype,
+                times[dtype],
+                "plain PyTorch, float32",
+                times["plain"],
+                work=sizes.batch,
+                unit="pairs",
+                aim=aim,
+                memory_bytes=peaks[dtype],
+                reference_memory_bytes=peaks["plain"],
+                memory="peak of the process above its data",
+                note=f"{rates[dtype]:.4g} against {rates['plain']:.4g} pairs/s; {sizes.pairs} made pairs",
+            )
         )
-    ]
+    return rows
 
 
 def _process(name: str, sizes: Sizes) -> dict[str, Any]:
