@@ -1,6 +1,6 @@
 # Everything runs in a virtual environment that the first command makes: all it takes is Python, make and a package index.
-#   make demo | test | test-fast | test-pythons | test-extract | test-trackers | test-storage | lint |
-#   bench | bench-gpu | setup | minilm | tpu-compiler | lock | clean
+#   make demo | test | test-fast | test-pythons | test-extract | test-trackers | test-storage | test-onnx |
+#   lint | bench | bench-gpu | setup | minilm | tpu-compiler | lock | clean
 # Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
 #   make setup EXTRAS=cuda12 | cuda13 | tpu    JAX for the accelerator of this machine, which is looked at first
 # What is installed: exactly the files of requirements/*.txt, by sha256. Other extras than dev and these, and `make setup
@@ -33,7 +33,7 @@ FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2]
 VERSION = import sys; print(*sys.version_info[:2], sep='.')
 
 .PHONY: environment setup demo minilm tpu-compiler lock test test-fast test-slow test-pythons test-extract test-trackers \
-	test-storage lint bench bench-gpu clean
+	test-storage test-onnx lint bench bench-gpu clean
 .DEFAULT_GOAL := setup
 
 # The environment is made again when it does not run, has another Python than the one asked for, or was not finished;
@@ -193,6 +193,11 @@ test-trackers:
 test-storage:
 	@$(MAKE) --no-print-directory setup VENV=.venv-storage EXTRAS=dev,s3,gcs,emulators
 	.venv-storage/bin/python -m pytest -q tests/storage
+
+# shnet export --onnx with jax2onnx and ONNX Runtime, in an environment of its own.
+test-onnx:
+	@$(MAKE) --no-print-directory setup VENV=.venv-onnx EXTRAS=dev,onnx
+	.venv-onnx/bin/python -m pytest -q tests/test_export_onnx.py
 
 # Ratios of this machine, to runs/bench/results.json; some of them: make bench BENCH="--only=pool,ranking"
 bench: setup

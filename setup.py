@@ -73,6 +73,7 @@ EXTRAS = FORMATS | {
     "gcs": ["gcsfs>=2025.9"],  # gs:// work folders and data sets
     "milvus": ["pymilvus>=2.5,<4", "milvus-lite>=2.5,<4"],  # config.search.index="milvus"
     "mlflow": ["mlflow>=3.10,<4"],  # config.train.log_to
+    "onnx": [*EXPORT, "jax2onnx==0.13.0", "onnxruntime>=1.24.1,<2"],  # later jax2onnx refuses orbax-checkpoint 0.12
     "s3": ["s3fs>=2025.9"],  # s3:// work folders and data sets
     "serve": SERVE,  # shnet serve
     "timm": ["timm>=1.0.20,<2"],  # data_prep.extract --backbone=timm/NAME; brings torchvision, built for the same torch

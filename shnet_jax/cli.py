@@ -120,9 +120,9 @@ MODES = {
     ),
     "export": Mode(
         "shnet_jax.modes.export:export_run",
-        "write a folder to publish: weights, StableHLO, model card",
+        "write a folder to publish: weights, StableHLO, ONNX, model card",
         "--workdir=runs/one --to=published",
-        own_flags=("to", "license"),
+        own_flags=("to", "license", "onnx"),
     ),
 }
 DATA = ("data", "import features and captions, check a data set", "photos_or_features")
@@ -158,6 +158,7 @@ flags.DEFINE_string("to", "", "Folder that export makes; it may not exist yet.")
 flags.DEFINE_string(
     "license", "", "Licence of the weights for the card of export, such as apache-2.0; else to fill in."
 )
+flags.DEFINE_bool("onnx", False, "Whether export also writes the text and image sides as ONNX; extra: onnx.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,

@@ -16,7 +16,7 @@ from shnet_jax.data.schema import FIELDS
 from shnet_jax.data.tokenise import load_tokenizer
 from shnet_jax.interop.weights_file import WEIGHTS
 from shnet_jax.models.text import text_fields
-from shnet_jax.modes import model_card
+from shnet_jax.modes import export_onnx, model_card
 from shnet_jax.modes.convert import Model, describe, load_run, write_folder
 from shnet_jax.modes.export_programs import PLATFORMS, SUFFIX, flatten, programs, signature, to_stablehlo
 from shnet_jax.observe.files import write_json, write_text
@@ -46,7 +46,7 @@ PRIVATE = (
 """Fields that are paths or addresses of this machine: they are empty in what is published."""
 
 
-def export_run(config: ConfigDict, workdir: str | Path, to: str, license: str = "") -> None:
+def export_run(config: ConfigDict, workdir: str | Path, to: str, license: str = "", onnx: bool = False) -> None:
     """Writes the folder `to` from the run in `workdir`: all of it, or nothing.
 
     Args:
@@ -54,14 +54,17 @@ def export_run(config: ConfigDict, workdir: str | Path, to: str, license: str = 
         where there is no data set.
       to: the folder, which may not exist yet.
       license: of the weights, an identifier of the hub; "": a field of the card that is left to fill in.
+      onnx: also writes the text side, and the image side where it can be, as ONNX.
 
     Raises:
-      ValueError: no `to`, a data set that does not fit the run, a program that cannot be exported.
+      ValueError: no `to`, a data set that does not fit the run, a program or a text side that cannot be exported.
       WorkdirError, CheckpointError, FolderInUse: as `convert.load_run` and `convert.write_folder`.
     """
     if not to:
         raise ValueError("give the folder to be made: --to=FOLDER")
     check_serialisation()
+    if onnx:
+        export_onnx.check_packages()
     workdir, folder = Path(workdir), Path(to)
     if folder.exists():
         raise WorkdirError(f"{folder} exists already; choose another --to")
@@ -75,13 +78,16 @@ def export_run(config: ConfigDict, workdir: str | Path, to: str, license: str = 
             exported = to_stablehlo(run, program, weights)
             serialised[name + SUFFIX] = bytes(exported.serialize())
             signatures[name] = {"file": name + SUFFIX, **signature(program, exported)}
-    about = model_card.About(model, run, workdir, license, _tokens(run))
+    files = export_onnx.onnx_files(run, weights) if onnx else {}
+    serialised |= {name + export_onnx.SUFFIX: file.content for name, file in files.items()}
+    of_onnx = {name: {"file": name + export_onnx.SUFFIX, **file.signature} for name, file in files.items()}
+    about = model_card.About(model, run, workdir, license, _tokens(run), of_onnx)
 
     def add(temporary: Path) -> None:
         save_config(_public(model.config), temporary / CONFIG)
         for name, blob in serialised.items():
             (temporary / name).write_bytes(blob)
-        write_json(temporary / PROGRAMS, _programs(run, signatures, about.tokens))
+        write_json(temporary / PROGRAMS, _programs(run, signatures, about))
         write_text(temporary / model_card.CARD, model_card.render(about, _sums(temporary), signatures))
         lines = [f"{digest}  {name}\n" for name, (_, digest) in _sums(temporary).items()]
         write_text(temporary / SUMS, "".join(lines))
@@ -145,7 +151,7 @@ def _tokens(run: planned_run.PlannedRun) -> dict[str, Any]:
     }
 
 
-def _programs(run: planned_run.PlannedRun, signatures: Mapping[str, Any], tokens: Mapping[str, Any]) -> dict[str, Any]:
+def _programs(run: planned_run.PlannedRun, signatures: Mapping[str, Any], about: model_card.About) -> dict[str, Any]:
     """Contents of PROGRAMS: everything that a caller needs who has neither this package nor the data set."""
     features = run.dataset.features
     fields = [name for side in ("image", "text") for name in signatures[side]["inputs"][0] if name in FIELDS]
@@ -155,7 +161,8 @@ def _programs(run: planned_run.PlannedRun, signatures: Mapping[str, Any], tokens
         "platforms": list(PLATFORMS),
         "weights": WEIGHTS,
         "programs": signatures,
-        "tokens": dict(tokens),
+        "onnx": dict(about.onnx),
+        "tokens": dict(about.tokens),
         "fields": {name: {"shape": features[name].shape, "dtype": str(features[name].dtype)} for name in fields},
         "text_encoder": run.dataset.metadata.get("text_encoder", ""),
     }

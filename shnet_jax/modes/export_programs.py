@@ -80,12 +80,13 @@ def signature(program: Program, exported: export.Exported) -> dict[str, Any]:
     """Inputs and outputs of a program as JSON: shapes, where open axes are letters, and dtypes by name."""
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     return {
-        "inputs": [{name: _described(like) for name, like in given.items()} for given in program.inputs],
-        "outputs": {name: _described(like) for name, like in outputs.items()},
+        "inputs": [{name: described(like) for name, like in given.items()} for given in program.inputs],
+        "outputs": {name: described(like) for name, like in outputs.items()},
     }
 
 
-def _described(like: Any) -> dict[str, Any]:
+def described(like: Any) -> dict[str, Any]:
+    """Shape, in which open axes are letters, and dtype of an array as JSON."""
     return {"shape": [size if isinstance(size, int) else str(size) for size in like.shape], "dtype": str(like.dtype)}
 
 

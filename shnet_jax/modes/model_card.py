@@ -33,19 +33,23 @@ RECIPE = (
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """The subject of a card. run: the model with its data set. license: of the weights, or "". tokens: see PROGRAMS."""
+    """The subject of a card.
+
+    run: the model with its data set. license: of the weights, or "". tokens, onnx: as in programs.json.
+    """
 
     model: Model
     run: PlannedRun
     workdir: Path
     license: str
     tokens: Mapping[str, Any]
+    onnx: Mapping[str, Any]
 
 
 def render(about: About, files: Mapping[str, tuple[int, str]], signatures: Mapping[str, Any]) -> str:
     """The card as Markdown. files: bytes and sha256 by name. signatures: of the programs, as in programs.json."""
     sections = [_front_matter(about), _model(about), _licences(about), _data(about), _recipe(about)]
-    sections += [_evaluation(about), _use(about, signatures), _files(files)]
+    sections += [_evaluation(about), _use(about, signatures), *([_onnx(about)] if about.onnx else []), _files(files)]
     return "\n".join(sections)
 
 
@@ -55,6 +59,7 @@ def _front_matter(about: About) -> str:
     lines = [f"license: {licence}", "library_name: shnet_jax", "pipeline_tag: feature-extraction"]
     lines += [f"# language: {FILL_IN}: languages of the captions"]
     lines += ["tags:", *(f"- {tag}" for tag in ("image-text-retrieval", "jax", "flax", "stablehlo", "safetensors"))]
+    lines += ["- onnx"] if about.onnx else []
     lines += [f"- {json.dumps(about.model.config.model.name)}"]
     lines += ["datasets:", f"- {json.dumps(_dataset(about))}  # name of the imported set; its name on the hub, if any"]
     return "\n".join(["---", *lines, "---", ""])
@@ -170,6 +175,25 @@ vectors = text.call(weights, inputs)["vector"]
 
 `inputs` is a dictionary: {arrays}. programs.json has names, shapes and dtypes of all programs, and how captions become
 tokens.
+"""
+
+
+def _onnx(about: About) -> str:
+    def arrays(given: Mapping[str, Any]) -> str:
+        return "; ".join(f"`{name}` [{', '.join(map(str, a['shape']))}] {a['dtype']}" for name, a in given.items())
+
+    rows = [[entry["file"], arrays(entry["inputs"]), arrays(entry["outputs"])] for entry in about.onnx.values()]
+    return f"""With ONNX Runtime, without JAX; the files hold the weights and compute in float32:
+
+```python
+import onnxruntime
+
+text = onnxruntime.InferenceSession("FOLDER/text.onnx")
+(vectors,) = text.run(["vector"], inputs)
+```
+
+{Table("ONNX", ["file", "inputs", "outputs"], rows, words=True)}
+Vectors have unit length. Numbers of images n and of texts t are free.
 """
 
 

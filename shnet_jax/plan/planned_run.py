@@ -107,7 +107,7 @@ def train_batch_shapes(run: PlannedRun, pairs: int) -> dict[str, jax.ShapeDtypeS
 def random_batch(run: PlannedRun, pairs: int, seed: int) -> dict[str, np.ndarray]:
     """A random batch in the shapes of `train_batch_shapes`, nothing masked."""
     rng = np.random.default_rng(seed)
-    limits = {"tokens": run.config.text.vocab_size, "seg_map": run.config.model.num_classes}
+    limits = {"tokens": run.config.text.vocab_size, "seg_map": run.config.model.num_classes, "image": 256}
 
     def values(name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
         if name in ("image_index", "caption_index"):
