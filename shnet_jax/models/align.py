@@ -155,7 +155,8 @@ def image_fields(config: ConfigDict) -> tuple[str, ...]:
 def build(config: ConfigDict) -> Align:
     """Builds the model of a configuration.
 
-    Raises ValueError for a field that is none of its choices, or for vectors beside what is no pooled unit.
+    Raises ValueError for a field that is none of its choices, for vectors beside what is no pooled unit, or for a
+    feature_dropout.
     """
     m, align = config.model, config.model.align
     check_choices(config, {"align.source": SOURCES, "align.pool": POOLS, "dtype": DTYPES, "units": UNIT_MASKS})
@@ -164,6 +165,11 @@ def build(config: ConfigDict) -> Align:
         raise ValueError(
             f"config.model.align.vectors is {tuple(align.vectors)}: vectors join units that are pooled first, which "
             f"needs source 'units' and pool_first True; found {align.source!r} and {align.pool_first}"
+        )
+    if m.feature_dropout:
+        raise ValueError(
+            f"config.model.feature_dropout is {m.feature_dropout}: align has none on its features; set it to 0 and use "
+            "config.model.align.head.dropout"
         )
     head = build_head(align.head, "config.model.align.head", dim=m.dim, dtype=m.dtype, bn_sync=m.bn_sync)
     if align.source == "vector":

@@ -252,6 +252,7 @@ def test_every_model_takes_stored_vectors_as_its_text_side(name):
         ),
         ("align", {"model__align__head__kind": "cube"}, "config.model.align.head.kind is 'cube'; choose from star"),
         ("align", {"text__head__dropout": 1.0}, "config.text.head.dropout is 1.0"),
+        ("align", UNITS | {"model__feature_dropout": 0.2}, "feature_dropout is 0.2: align has none on its features"),
         ("align", {"text__source": "captions"}, "config.text.source is 'captions'; choose from caption_embeddings"),
         ("cmsei", {}, "one vector a caption, and config.model.cmsei.attend needs words"),
         ("esa", {}, "config.model.esa.text_size is 4: a set is made of tokens"),
