@@ -170,9 +170,12 @@ def child(name: str, sizes: Sizes) -> dict[str, Any]:
 
 def run(sizes: Sizes) -> list[Row]:
     """A row for each dtype; without PyTorch they say so. RuntimeError where a loss is not that of PyTorch."""
-    what = f"step of {sizes.batch} pairs, {sizes.width} -> {sizes.dim}, star heads, "
+    description = f"step of {sizes.batch} pairs, {sizes.width} -> {sizes.dim}, star heads, "
     if importlib.util.find_spec("torch") is None:
-        return [Row("align", what + dtype, "plain PyTorch", note="no PyTorch here: pip install torch") for dtype in AIM]
+        return [
+            Row("align", description + dtype, "plain PyTorch", note="no PyTorch here: pip install torch")
+            for dtype in AIM
+        ]
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in STEPS}
     for _ in range(sizes.rounds):
         for name in STEPS:
@@ -188,7 +191,7 @@ def run(sizes: Sizes) -> list[Row]:
         rows.append(
             compare(
                 "align",
-                what + dtype,
+                description + dtype,
                 times[dtype],
                 "plain PyTorch, float32",
                 times["plain"],

@@ -114,7 +114,7 @@ def _measure(config: ConfigDict, sizes: Sizes, name: str) -> list[Row]:
     training.step(1)  # compiles
     times = interleave(calls, sizes.rounds, before={"fed": training.drain, "read": training.drain})
     images = sizes.batch_size // config.data.captions_per_image
-    supply, appetite = (sizes.steps * images / times[what].median for what in ("read", "step"))
+    supply, appetite = (sizes.steps * images / times[call].median for call in ("read", "step"))
     return [
         compare(
             "input",

@@ -177,18 +177,20 @@ def measure(sizes: Sizes, strategies: tuple[str, ...], devices: int) -> list[Row
             if reference is not None and running:
                 times = interleave({**calls, "dense": reference.call}, sizes.rounds, budget=sizes.budget)
             for name, program in programs.items():
-                what = f"{loss}, {name}, {pairs} pairs, D {sizes.dim}"
+                description = f"{loss}, {name}, {pairs} pairs, D {sizes.dim}"
                 if devices > 1:
-                    what += f", {devices} virtual CPU devices"
+                    description += f", {devices} virtual CPU devices"
                 if name not in running or reference is None:
                     label = name if name not in running else "plain jnp"
                     lacking = program if name not in running else dense
-                    rows.append(Row("losses", what, "plain jnp", note=f"{label} does not fit: {_needs(lacking)}"))
+                    rows.append(
+                        Row("losses", description, "plain jnp", note=f"{label} does not fit: {_needs(lacking)}")
+                    )
                     continue
                 rows.append(
                     compare(
                         "losses",
-                        what,
+                        description,
                         times[name],
                         f"plain jnp on one device, {reference.pairs} pairs",
                         times["dense"],

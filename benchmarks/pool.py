@@ -69,13 +69,13 @@ def run(sizes: Sizes) -> list[Row]:
     calls["numpy"] = lambda: numpy_pool(*host)
     times = interleave(calls, sizes.rounds)
 
-    def row(what: str, reference: str, label: str) -> Row:
+    def row(contender: str, reference: str, label: str) -> Row:
         memory: dict[str, Any] = {}
         if reference in compiled:
-            of, other = (program_bytes(compiled[name]) for name in (what, reference))
+            of, other = (program_bytes(compiled[name]) for name in (contender, reference))
             memory = {"memory_bytes": of, "reference_memory_bytes": other, "memory": "results and temporaries"}
         dims = " x ".join(map(str, shape))
-        return compare("pool", f"{what}, {dims}", times[what], label, times[reference], **memory)
+        return compare("pool", f"{contender}, {dims}", times[contender], label, times[reference], **memory)
 
     return [
         row("set_pool", "jnp.sort", "jnp.sort, weighted sum"),

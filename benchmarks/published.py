@@ -48,10 +48,10 @@ def torch_loss(name: str, images: Any, texts: Any) -> Any:
     from torch.nn import functional
 
     scores = images @ texts.T
-    own = scores.diagonal()
+    matches = scores.diagonal()
     if name == "triplet":
         others = scores.masked_fill(torch.eye(len(scores), dtype=torch.bool, device=scores.device), -torch.inf)
-        return sum(functional.relu(losses.MARGIN + others.amax(axis) - own).sum() for axis in (0, 1))
+        return sum(functional.relu(losses.MARGIN + others.amax(axis) - matches).sum() for axis in (0, 1))
     if name == "infonce":
         logits, number = scores / losses.TEMPERATURE, torch.arange(len(scores), device=scores.device)
         return (functional.cross_entropy(logits, number) + functional.cross_entropy(logits.T, number)) / 2
@@ -93,16 +93,18 @@ def _losses(sizes: Sizes, pairs: int) -> list[Row]:
     rows = []
     vectors = losses.embeddings(pairs, sizes.dim)
     for name in losses.LOSSES:
-        what = f"{name}, gathered, {pairs} pairs, D {sizes.dim}"
+        description = f"{name}, gathered, {pairs} pairs, D {sizes.dim}"
         program = losses.loss_program(name, "gathered", pairs, sizes.dim, 1)
         if not program.fits:
-            rows.append(Row("published", what, "PyTorch", note=f"it needs {program.memory / 2**30:.1f} GiB"))
+            rows.append(Row("published", description, "PyTorch", note=f"it needs {program.memory / 2**30:.1f} GiB"))
             continue
         reference = torch_call(partial(torch_loss, name), *vectors)
         _, (terms, _) = program.call()
-        _check(what, float(np.sum(terms[f"{name}_loss"])), float(reference()[0]))
+        _check(description, float(np.sum(terms[f"{name}_loss"])), float(reference()[0]))
         times = interleave({"ours": program.call, "torch": reference}, sizes.rounds, budget=sizes.budget)
-        rows.append(compare("published", what, times["ours"], _label(), times["torch"], work=pairs**2, unit="scores"))
+        rows.append(
+            compare("published", description, times["ours"], _label(), times["torch"], work=pairs**2, unit="scores")
+        )
     return rows
 
 
@@ -116,15 +118,15 @@ def _pooling(sizes: Sizes) -> Row:
         partial(ours, *jax.device_put((features, weights))),
         torch_call(lambda f, w: torch_pool(f, w).square().mean(), features, weights),
     )
-    what = f"set pooling of {' x '.join(map(str, features.shape))}, gradient"
-    _check(what, float(call()[0]), float(reference()[0]))
+    description = f"set pooling of {' x '.join(map(str, features.shape))}, gradient"
+    _check(description, float(call()[0]), float(reference()[0]))
     times = interleave({"ours": call, "torch": reference}, sizes.rounds, budget=sizes.budget)
-    return compare("published", what, times["ours"], _label(), times["torch"])
+    return compare("published", description, times["ours"], _label(), times["torch"])
 
 
-def _check(what: str, ours: float, other: float) -> None:
+def _check(description: str, ours: float, other: float) -> None:
     if not np.isclose(ours, other, rtol=SAME):
-        raise RuntimeError(f"{what}: {ours} here, {other} in PyTorch")
+        raise RuntimeError(f"{description}: {ours} here, {other} in PyTorch")
 
 
 def _label() -> str:

@@ -86,7 +86,7 @@ def owners(sizes: Sizes) -> np.ndarray:
     return np.arange(sizes.captions) % sizes.images
 
 
-def check_ranks(found: Ranks, scores: np.ndarray | SampledScores, owner: np.ndarray) -> None:
+def check_ranks(ranks: Ranks, scores: np.ndarray | SampledScores, owner: np.ndarray) -> None:
     """Compares the ranks of SAMPLED images and captions, spread evenly, with those of scores [images, captions].
 
     They are equal, or differ by no more items than score within ROUNDING of the match. Raises RuntimeError otherwise.
@@ -94,19 +94,19 @@ def check_ranks(found: Ranks, scores: np.ndarray | SampledScores, owner: np.ndar
     n, t = scores.shape
     for image in _sample(n):
         row = scores[image]
-        _check(f"image {image}", int(found.i2t[image]), row, row[owner == image].max())
+        _check(f"image {image}", int(ranks.i2t[image]), row, row[owner == image].max())
     for caption in _sample(t):
         column = scores[:, caption]
-        _check(f"caption {caption}", int(found.t2i[caption]), column, column[owner[caption]])
+        _check(f"caption {caption}", int(ranks.t2i[caption]), column, column[owner[caption]])
 
 
 def _sample(count: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, SAMPLED)).astype(np.int64)).tolist()
 
 
-def _check(query: str, rank: int, scores: np.ndarray, own: np.floating) -> None:
-    before = int((scores > own + ROUNDING).sum())
-    near = int((np.abs(scores - own) <= ROUNDING).sum()) - 1  # but the match itself
+def _check(query: str, rank: int, scores: np.ndarray, match_score: np.floating) -> None:
+    before = int((scores > match_score + ROUNDING).sum())
+    near = int((np.abs(scores - match_score) <= ROUNDING).sum()) - 1  # but the match itself
     if not before <= rank <= before + near:
         raise RuntimeError(f"{query} has rank {rank}; by NumPy's scores {before}, or up to {near} more by near ties")
 
@@ -123,12 +123,12 @@ def peak_increase(sizes: Sizes, name: str) -> int | None:
 
 def run(sizes: Sizes) -> list[Row]:
     """Both directions of all recalls against the product of the scores alone; raises RuntimeError for wrong ranks."""
-    whole = not sizes.product
-    peaks = {name: peak_increase(sizes, name) if whole else None for name in ("ranks", "product")}
+    full_product = not sizes.product
+    peaks = {name: peak_increase(sizes, name) if full_product else None for name in ("ranks", "product")}
     calls = contenders(sizes)
     times = interleave({name: calls[name] for name in peaks}, sizes.rounds)
-    check_ranks(calls["ranks"](), calls["product" if whole else "scores"](), owners(sizes))
-    part = "" if whole else f", of {sizes.product} images"
+    check_ranks(calls["ranks"](), calls["product" if full_product else "scores"](), owners(sizes))
+    part = "" if full_product else f", of {sizes.product} images"
     return [
         compare(
             "ranking",
@@ -141,7 +141,7 @@ def run(sizes: Sizes) -> list[Row]:
             unit="scores",
             memory_bytes=peaks["ranks"],
             reference_memory_bytes=peaks["product"],
-            memory="rise of the host's peak, the embeddings not counted" if whole else "",
+            memory="rise of the host's peak, the embeddings not counted" if full_product else "",
         )
     ]
 

@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(Row(name, "not begun", "", note=f"{GPU_SECONDS:.0f} s were spent; run it alone: --only={name}"))
         else:
             print(f"{name} ...", flush=True)
-            found, message = _measure(name, quick=args.quick, gpu=args.gpu)
-            rows += found
+            measured, message = _measure(name, quick=args.quick, gpu=args.gpu)
+            rows += measured
             failed += [name] if message else []
         document["seconds"][name] = time.perf_counter() - start
         document["rows"] = [dataclasses.asdict(row) for row in rows]
@@ -105,10 +105,10 @@ def _measure(name: str, *, quick: bool, gpu: bool) -> tuple[list[Row], str]:
     return rows, ""
 
 
-def _headline(found: dict) -> str:
-    accelerator = "" if found["platform"] == "cpu" else f", {found['devices']} x {found['device_kind']}"
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+def _headline(facts: dict) -> str:
+    accelerator = "" if facts["platform"] == "cpu" else f", {facts['devices']} x {facts['device_kind']}"
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return (
-        f"{found['cpu']}, {found['cores']} cores, {found['memory_bytes'] / 2**30:.0f} GiB{accelerator}; "
-        f"Python {found['python']}, {versions}; load {found['load_average']:.1f} at the start"
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.0f} GiB{accelerator}; "
+        f"Python {facts['python']}, {versions}; load {facts['load_average']:.1f} at the start"
     )

@@ -66,9 +66,9 @@ def run(sizes: Sizes) -> list[Row]:
     compiled = {name: (fn.lower(*args).compile(), args) for name, (fn, args) in programs.items()}
     times = interleave({name: partial(fn, *args) for name, (fn, args) in compiled.items()}, sizes.rounds)
 
-    def row(what: str, reference: str) -> Row:
-        images, texts = (len(side.vector) for side in compiled[what][1])
-        of, other = (program_bytes(compiled[name][0]) for name in (what, reference))
+    def row(contender: str, reference: str) -> Row:
+        images, texts = (len(side.vector) for side in compiled[contender][1])
+        of, other = (program_bytes(compiled[name][0]) for name in (contender, reference))
         dims = f"{images} x {texts} pairs, {sizes.elements} x {sizes.elements} elements, D {sizes.dim}"
         memory: dict[str, Any] = {
             "memory_bytes": of,
@@ -77,8 +77,8 @@ def run(sizes: Sizes) -> list[Row]:
         }
         return compare(
             "sets",
-            f"{what}, {dims}",
-            times[what],
+            f"{contender}, {dims}",
+            times[contender],
             reference,
             times[reference],
             work=images * texts,

@@ -111,9 +111,9 @@ def compiled(target: str, model: str, batch: int) -> dict[str, Any]:
     run, mesh = describe(configuration(model, batch)), data_mesh(devices)
     pairs = batch // mesh.size
     program = compile_program(lambda: lower_train(run, mesh, pairs), pairs, peaks.memory, run.config.plan.effort)
-    found = {"target": target, "model": model, "batch": batch, "chips": mesh.size, "record_bytes": record_bytes(run)}
-    found |= {"needed": program.needed, "fits": program.fits, "effort": run.config.plan.effort}
-    return found | _figures(program)
+    figures = {"target": target, "model": model, "batch": batch, "chips": mesh.size, "record_bytes": record_bytes(run)}
+    figures |= {"needed": program.needed, "fits": program.fits, "effort": run.config.plan.effort}
+    return figures | _figures(program)
 
 
 def _figures(program: Program) -> dict[str, Any]:
@@ -135,10 +135,10 @@ def compiled_loss(target: str, loss: str, strategy: str, pairs: int, dim: int) -
     devices = target_devices(target)
     peaks, mesh = chip(devices[0].device_kind), data_mesh(devices)
     assert peaks is not None
-    split, whole = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
+    split, replicated = NamedSharding(mesh, P(DATA)), NamedSharding(mesh, P())
     vectors = jax.ShapeDtypeStruct((pairs, dim), jnp.float32, sharding=split)
     batch = {"images": vectors, "texts": vectors, "ids": jax.ShapeDtypeStruct((pairs,), jnp.int32, sharding=split)}
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     program = compile_program(lambda: lower_loss(loss, strategy, mesh, step, batch), pairs // mesh.size, peaks.memory)
     return {"target": target, "loss": loss, "strategy": strategy, "batch": pairs, "dim": dim} | _figures(program)
 
@@ -167,10 +167,10 @@ def jobs_of(models: Iterable[str], batches: Iterable[int]) -> dict[str, Callable
 
 def collected(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """All figures in a folder of `compile_all`, of steps by model and batch."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    by_name = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
     order = list(jobs_of(MODELS, BATCHES))
-    names = sorted(found, key=order.index)
-    return {kind: [found[name] for name in names if name.startswith(kind)] for kind in ("step", "loss")}
+    names = sorted(by_name, key=order.index)
+    return {kind: [by_name[name] for name in names if name.startswith(kind)] for kind in ("step", "loss")}
 
 
 def work_of(figures: dict[str, Any]) -> Work:
@@ -219,17 +219,17 @@ def largest(steps: list[dict[str, Any]], memory: float, chips: int) -> int:
 
 def by_model(steps: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """The figures of each model that has some, under its label."""
-    found = [(label, [each for each in steps if each["model"] == model]) for model, (label, _) in MODELS.items()]
-    return [(label, own) for label, own in found if own]
+    grouped = [(label, [each for each in steps if each["model"] == model]) for model, (label, _) in MODELS.items()]
+    return [(label, model_steps) for label, model_steps in grouped if model_steps]
 
 
 def largest_table(steps: list[dict[str, Any]]) -> Table:
     """The largest batch by memory, and the pairs a second of the best bound."""
     rows = []
-    for label, own in by_model(steps):
+    for label, model_steps in by_model(steps):
         row = [label]
-        row += [f"{largest(own, peaks.memory, own[0]['chips']):,}" for peaks in CHIPS_SHOWN.values()]
-        row += [f"{best_rate(own, peaks) / 1e6:.2f} million" for peaks in CHIPS_SHOWN.values()]
+        row += [f"{largest(model_steps, peaks.memory, model_steps[0]['chips']):,}" for peaks in CHIPS_SHOWN.values()]
+        row += [f"{best_rate(model_steps, peaks) / 1e6:.2f} million" for peaks in CHIPS_SHOWN.values()]
         rows.append(row)
     heading = ["model", *(f"{c}: largest batch" for c in CHIPS_SHOWN), *(f"{c}: pairs/s at most" for c in CHIPS_SHOWN)]
     return Table("Largest batches", heading, rows)
@@ -244,15 +244,15 @@ def best_rate(steps: list[dict[str, Any]], peaks: Chip, *, traffic: bool = False
 def stores_table(steps: list[dict[str, Any]]) -> Table:
     """Disk, the read rate that keeps a slice busy, and the time of an epoch."""
     rows = []
-    for label, own in by_model(steps):
-        each_pair, machines = own[0]["record_bytes"], own[0]["chips"] // CHIPS_OF_MACHINE
+    for label, model_steps in by_model(steps):
+        each_pair, machines = model_steps[0]["record_bytes"], model_steps[0]["chips"] // CHIPS_OF_MACHINE
         for store, pairs in STORES.items():
             size = pairs * each_pair
             row = [label, store, _bytes(size), _bytes(size / machines), _time(size / machines / GIGABYTE)]
             for name, peaks in CHIPS_SHOWN.items():
-                rate, network = best_rate(own, peaks), NIC[name] * machines / each_pair
+                rate, network = best_rate(model_steps, peaks), NIC[name] * machines / each_pair
                 row += [f"{rate * each_pair / machines / GIGABYTE:.2f} GB/s", _time(pairs / min(rate, network))]
-                row += [_time(pairs / best_rate(own, peaks, traffic=True))]
+                row += [_time(pairs / best_rate(model_steps, peaks, traffic=True))]
             rows.append(row)
     heading = ["model", "pairs", "disk", "of a machine", "epoch at 1 GB/s a machine"]
     heading += [f"{c}: {x}" for c in CHIPS_SHOWN for x in ("read a machine", "epoch, bound", "epoch, with HBM")]

@@ -86,8 +86,8 @@ def measure(case: Case, sizes: Sizes) -> list[Row]:
     best, notes = calls["exact"]().index, {}
     for way in ways:
         vectors = way(images, "images")
-        found = top_k(way(queries, "texts"), vectors, sizes.candidates, RetrievalModel.score, tile, mesh)
-        held = np.mean([np.isin(b, f).mean() for b, f in zip(best, found.index, strict=True)])
+        candidates = top_k(way(queries, "texts"), vectors, sizes.candidates, RetrievalModel.score, tile, mesh)
+        held = np.mean([np.isin(b, f).mean() for b, f in zip(best, candidates.index, strict=True)])
         sizes_of = f"{way.width(images):,} numbers"
         notes[way.description] = (
             f"{sizes_of}; the {sizes.candidates} candidates hold {held:.1%} of the exact first {DEPTH}"
@@ -100,15 +100,15 @@ def measure(case: Case, sizes: Sizes) -> list[Row]:
     return [
         compare(
             "stage_one",
-            f"{sizes.queries} queries of {sizes.images:,} sets ({shape}), two stages by {what}",
-            times[what],
+            f"{sizes.queries} queries of {sizes.images:,} sets ({shape}), two stages by {first_stage}",
+            times[first_stage],
             "every pair scored",
             times["exact"],
             work=float(sizes.queries),
             unit="queries",
             note=note,
         )
-        for what, note in notes.items()
+        for first_stage, note in notes.items()
     ]
 
 

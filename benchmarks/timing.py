@@ -57,13 +57,13 @@ def interleave(
         return {name: Timing((seconds,)) for name, seconds in first.items()}
     # Not from the warm-up, which may include a compilation.
     counts = {name: math.ceil(SHORTEST / max(measure(name, 1), 1e-6)) for name in calls}
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    measured: dict[str, list[float]] = {name: [] for name in calls}
     for at in range(rounds):
         if at and time.perf_counter() - start > budget:
             break
         for name in calls:
-            found[name].append(measure(name, counts[name]))
-    return {name: Timing(tuple(seconds)) for name, seconds in found.items()}
+            measured[name].append(measure(name, counts[name]))
+    return {name: Timing(tuple(seconds)) for name, seconds in measured.items()}
 
 
 def _seconds(call: Callable[[], Any], count: int) -> float:

@@ -111,7 +111,7 @@ def file_rows(captions: str, listed: bool = False) -> Iterator[Row]:
 def gather(
     rows: Iterable[Row],
     split_lists: str | None,
-    what: object,
+    source: object,
     *,
     strict: bool = True,
     flag: str = "--split=NAME",
@@ -120,9 +120,9 @@ def gather(
     """The images of all rows by split, in their order; rows of one image become its captions.
 
     split_lists: the flag of `add_arguments`; images in none of the lists are left out, and so are those without
-    captions; `found` of the result says both. what: the flag or folder, and flag: the one that would say the split, for
-    messages. strict: see `read`. uncaptioned: where no row has a caption, all images are kept, in this split unless a
-    row names another; "": that is an error.
+    captions; `found` of the result says both. source: the flag or folder of the rows, and flag: the one that would say
+    the split, for messages. strict: see `read`. uncaptioned: where no row has a caption, all images are kept, in this
+    split unless a row names another; "": that is an error.
 
     Raises DataError as `read`.
     """
@@ -146,7 +146,7 @@ def gather(
     left_out = {reason: names for reason, names in ((WITHOUT, without), (OUTSIDE, outside)) if names}
     if not kept:
         why = "".join(f"; {len(names)} images {reason}" for reason, names in left_out.items())
-        raise DataError(f"{what}: expected captions, found none in {count} rows{why}")
+        raise DataError(f"{source}: expected captions, found none in {count} rows{why}")
     if lists is not None:
         lists.note_unused()
     splits = Splits()
@@ -155,7 +155,7 @@ def gather(
     names_differ = len({Path(file).name for file in kept}) == len(kept)
     for file, group in kept.items():
         if group.split is None:
-            raise DataError(f"{what}: image {file!r}: expected a row that says its split; {group.fault}")
+            raise DataError(f"{source}: image {file!r}: expected a row that says its split; {group.fault}")
         image_id = Path(file).name if names_differ else file
         item = Captioned(image_id, file, tuple(group.captions), tuple(group.numbers), group.fault)
         splits.setdefault(group.split, []).append(item)

@@ -99,8 +99,8 @@ def encode_captions(
         for split in dataset.splits:
             _encode_split(folder, dataset, split, encode, dtype, progress, max(_SLICE, batch_size))
         progress.close()
-        with sole_writer(target.parent), whole_or_nothing(target) as whole:
-            _assemble(folder, dataset, name, whole, described)
+        with sole_writer(target.parent), whole_or_nothing(target) as staging:
+            _assemble(folder, dataset, name, staging, described)
     shutil.rmtree(folder)
     return target
 
@@ -183,8 +183,8 @@ def _encode_split(
                 np.save(file, cast.view(np.uint16) if dtype == "bfloat16" else cast)
 
 
-def _assemble(folder: Path, dataset: DataSet, name: str, whole: Path, described: Description) -> None:
-    """Links the files of the data set into the folder `whole`, writes new columns, metadata and checksums there.
+def _assemble(folder: Path, dataset: DataSet, name: str, staging: Path, described: Description) -> None:
+    """Links the files of the data set into the folder `staging`, writes new columns, metadata and checksums there.
 
     Raises DataError for a copy that cannot be read.
     """
@@ -194,11 +194,11 @@ def _assemble(folder: Path, dataset: DataSet, name: str, whole: Path, described:
         if path.name in (CHECKSUMS, _INFO, "metadata.json") or path.name.startswith(f"{FIELD}_"):
             continue
         renamed = path.name.startswith(before)
-        link(path, whole / (f"{name}-{path.name.removeprefix(before)}" if renamed else path.name))
-    write_json(whole / _INFO, info | {"name": name})
+        link(path, staging / (f"{name}-{path.name.removeprefix(before)}" if renamed else path.name))
+    write_json(staging / _INFO, info | {"name": name})
     columns: dict[str, Any] = {}
     for split in dataset.splits:
-        writer = ColumnWriter(whole, FIELD, split)
+        writer = ColumnWriter(staging, FIELD, split)
         for number, captions in enumerate(_blocks(dataset, split)):
             path = _block(folder, split, number)
             rows = open_array(path)
@@ -209,15 +209,15 @@ def _assemble(folder: Path, dataset: DataSet, name: str, whole: Path, described:
         writer.close()
     kept = dict(dataset.metadata.get("columns", {})) | columns
     metadata = dict(dataset.metadata) | {"columns": kept, "text_encoder": dataclasses.asdict(described)}
-    write_json(whole / "metadata.json", metadata)
-    write_checksums(whole)
-    _check_copy(dataset, whole)
+    write_json(staging / "metadata.json", metadata)
+    write_checksums(staging)
+    _check_copy(dataset, staging)
 
 
-def _check_copy(dataset: DataSet, whole: Path) -> None:
+def _check_copy(dataset: DataSet, staging: Path) -> None:
     """Reads the first and the last record of each split. Raises DataError where they are not those of the original."""
-    copy = open_dataset(whole)
-    refuse(copy.splits != dataset.splits, whole, dict(dataset.splits), dict(copy.splits))
+    copy = open_dataset(staging)
+    refuse(copy.splits != dataset.splits, staging, dict(dataset.splits), dict(copy.splits))
     for split, count in copy.splits.items():
         fields = ("image_id", "captions")
         old, new = dataset.open_split(split, fields), copy.open_split(split, (*fields, FIELD))
@@ -225,9 +225,9 @@ def _check_copy(dataset: DataSet, whole: Path) -> None:
             try:
                 record = new[number]
             except (ValueError, OSError) as error:
-                raise DataError(f"{whole}: the copy cannot be read: {error}") from error
+                raise DataError(f"{staging}: the copy cannot be read: {error}") from error
             same = all(record[name] == old[number][name] for name in fields)
-            refuse(not same, f"{whole}: split {split!r}, record {number}", "that of the original", record["image_id"])
+            refuse(not same, f"{staging}: split {split!r}, record {number}", "that of the original", record["image_id"])
 
 
 def link(source: Path, target: Path) -> None:

@@ -194,12 +194,12 @@ def _caption_ids(path: Path, captions: int) -> tuple[int, ...]:
 
 def _caption_arrays(src: Path, split: str, captions: int) -> dict[str, Path]:
     """The files with a row a caption, by field. Raises DataError for one of another shape."""
-    found = {name: path for name in CAPTION_ARRAYS if (path := _array_file(src, split, name)) is not None}
-    for name, path in found.items():
+    paths = {name: path for name in CAPTION_ARRAYS if (path := _array_file(src, split, name)) is not None}
+    for name, path in paths.items():
         shape, axes = open_array(path).shape, FIELDS[name].shape
         expected = f"[{', '.join([str(captions), *axes[1:]])}], a row a caption"
         refuse(len(shape) != len(axes) or shape[0] != captions, path, expected, list(shape))
-    return found
+    return paths
 
 
 def _captions_per_image(

@@ -52,9 +52,9 @@ class Rows:
         files = []
         for folder in self.folders:
             refuse(not folder.is_dir(), folder, "a folder of vectors", "none")
-            found = sorted((path for path in folder.iterdir() if path.suffix in SUFFIXES), key=natural)
-            refuse(not found, folder, f"files {' or '.join(SUFFIXES)}", "none")
-            files += [(path, _shape(path)) for path in found]
+            vector_files = sorted((path for path in folder.iterdir() if path.suffix in SUFFIXES), key=natural)
+            refuse(not vector_files, folder, f"files {' or '.join(SUFFIXES)}", "none")
+            files += [(path, _shape(path)) for path in vector_files]
         first_path, (_, width) = files[0]
         for path, shape in files:
             refuse(shape[1] != width, path, f"as wide as {first_path.name}, {width}", shape[1])
@@ -173,9 +173,9 @@ def import_vectors(
         refuse(split == "val", "--split", "another than val, which --val makes", split)
         splits["val"] = Split(images, texts, sentences, middle, len(images))
     source = f"data_prep.from_vectors of {image_vectors[0].name} and {text_vectors[0].name}"
-    found = Found(len(texts), len(images), len(texts))
+    source_counts = Found(len(texts), len(images), len(texts))
     metadata = {"source": source, ONE_MODEL: one_model}
-    return write_dataset(out, name, splits, metadata, total=len(images), found=found, overwrite=overwrite)
+    return write_dataset(out, name, splits, metadata, total=len(images), found=source_counts, overwrite=overwrite)
 
 
 @command.reports_errors

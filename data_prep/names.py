@@ -126,16 +126,16 @@ class Names(Generic[T]):
             )
         return entry
 
-    def need(self, image_id: str, what: str) -> T:
+    def need(self, image_id: str, expected: str) -> T:
         """The entry of an image, as `find`. Raises Absent, which says what was expected, where there is none."""
         entry = self.find(image_id)
         if entry is None:
-            raise self.absent(image_id, what)
+            raise self.absent(image_id, expected)
         return entry
 
-    def absent(self, image_id: str, what: str) -> Absent:
+    def absent(self, image_id: str, expected: str) -> Absent:
         """The error about an image without an entry."""
-        return Absent(f"{self._where}: image {image_id!r}: expected {what}, found {self.none_found}")
+        return Absent(f"{self._where}: image {image_id!r}: expected {expected}, found {self.none_found}")
 
 
 class FileNames:
@@ -154,11 +154,11 @@ class FileNames:
             inside(self._folder, image_id)
         return None if file is None else inside(self._folder, file)
 
-    def need(self, image_id: str, what: str) -> Path:
+    def need(self, image_id: str, expected: str) -> Path:
         """The file of an image, as `find`. Raises Absent, which says what was expected, where there is none."""
         path = self.find(image_id)
         if path is None:
-            raise self.names.absent(image_id, what)
+            raise self.names.absent(image_id, expected)
         return path
 
     @cached_property

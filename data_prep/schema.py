@@ -41,10 +41,10 @@ def refuse(wrong: Any, where: object, expected: object, found: object) -> None:
         raise DataError(f"{where}: expected {expected}, found {found}")
 
 
-def _error(where: str, files: Mapping[str, str], field: str, expected: str, found: str) -> DataError:
+def _error(where: str, files: Mapping[str, str], field: str, expected: str, actual: str) -> DataError:
     place = f"{where}, {files[field]}" if field in files else where
     return DataError(
-        f"{place}: field {field!r}: expected {expected}, found {found}", file=files.get(field), field=field
+        f"{place}: field {field!r}: expected {expected}, found {actual}", file=files.get(field), field=field
     )
 
 

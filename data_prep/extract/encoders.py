@@ -105,7 +105,7 @@ def files_sha256(model: Path) -> dict[str, str]:
 
     Of several forms of the weights, transformers loads one: safetensors before PyTorch's.
     """
-    weights = next((found for form in _WEIGHTS if (found := _fitting(model, form))), [])
+    weights = next((files for form in _WEIGHTS if (files := _fitting(model, form))), [])
     return {path.name: sha256(path) for path in (*_fitting(model, DESCRIBED), *weights)}
 
 

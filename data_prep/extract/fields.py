@@ -55,8 +55,8 @@ class Extractor:
                 self._backbone = Backbone(settings.backbone, place, settings.image_size, projected=projected)
             self._note("backbone", settings.backbone, {"weights": sha} | weights.described(settings.backbone))
 
-    def _note(self, what: str, name: str, files: Mapping[str, str]) -> None:
-        self.models = {**self.models, **{f"{what} {name}: {file}": sha for file, sha in files.items()}}
+    def _note(self, role: str, name: str, files: Mapping[str, str]) -> None:
+        self.models = {**self.models, **{f"{role} {name}: {file}": sha for file, sha in files.items()}}
 
     def __call__(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[Record]:
         """Visual fields of each image, as they are stored. names: for error messages."""

@@ -112,10 +112,10 @@ class Folder:
 
 def files_below(folder: Path) -> list[str]:
     """The photographs in and below a folder, by name: paths below it, without hidden ones. DataError without any."""
-    found = sorted(
+    photographs = sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS
     )
-    files = [file for file in found if not any(part.startswith(".") for part in PurePosixPath(file).parts)]
+    files = [file for file in photographs if not any(part.startswith(".") for part in PurePosixPath(file).parts)]
     if not files:
         raise DataError(f"{folder}: expected photographs ({', '.join(EXTENSIONS)}), found none in or below it")
     return files

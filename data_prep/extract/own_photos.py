@@ -100,10 +100,10 @@ def _made(target: Path, source: str) -> bool:
     """Whether the data set ALL is there already. Raises FileExistsError when it was made of something else."""
     if not target.exists():
         return False
-    if (found := open_dataset(target).metadata.get("source")) != source:
+    if (stored_source := open_dataset(target).metadata.get("source")) != source:
         raise FileExistsError(
-            f"{target} was made otherwise: expected {source}, found {found}; --overwrite makes it again, or choose "
-            "another --out"
+            f"{target} was made otherwise: expected {source}, found {stored_source}; --overwrite makes it again, or "
+            "choose another --out"
         )
     print(f"{target}: made of these photographs before", file=sys.stderr)
     return True

@@ -82,15 +82,15 @@ def open_photographs(path: Path, caption_from: str | None = None) -> Photographs
         raise DataError(f"{path}: no such folder or file")
     if path.is_dir() and any(entry.suffix.lower() in EXTENSIONS for entry in path.iterdir()):
         return Folder(path)
-    found: dict[str, list[Path]] = {suffix: [] for suffix in (".tar", ".parquet", *_PACKED)}
+    by_suffix: dict[str, list[Path]] = {suffix: [] for suffix in (".tar", ".parquet", *_PACKED)}
     photographs = False
     for entry in [path] if path.is_file() else path.rglob("*"):
         photographs = photographs or entry.suffix.lower() in EXTENSIONS
-        if entry.suffix.lower() in found:
-            found[entry.suffix.lower()].append(entry)
-    tars, tables = (sorted(found[suffix], key=_by_number) for suffix in (".tar", ".parquet"))
+        if entry.suffix.lower() in by_suffix:
+            by_suffix[entry.suffix.lower()].append(entry)
+    tars, tables = (sorted(by_suffix[suffix], key=_by_number) for suffix in (".tar", ".parquet"))
     packed = [
-        entry for suffix in _PACKED for entry in found[suffix] if suffix == ".tgz" or ".tar." in entry.name.lower()
+        entry for suffix in _PACKED for entry in by_suffix[suffix] if suffix == ".tgz" or ".tar." in entry.name.lower()
     ]
     if packed and (tars or tables or not photographs):
         raise DataError(
@@ -129,23 +129,23 @@ def recognise(place: Place) -> Iterator[Recognised]:
     photographs = photographs if any(map(_is_photograph, photographs[:1])) else []
     inner = [look(folder) for folder in place.folders[:_FOLDERS]] if not photographs and not place.files else []
     if photographs or (len(inner) > 1 and all(any(map(_is_photograph, one.files[:_FOLDERS])) for one in inner)):
-        what = f"{len(photographs)} photographs" if photographs else f"{len(inner)} folders of photographs"
-        yield Recognised(what, "extract", flags, extra=extra)
+        layout = f"{len(photographs)} photographs" if photographs else f"{len(inner)} folders of photographs"
+        yield Recognised(layout, "extract", flags, extra=extra)
     elif files := place.of(".tar"):
         endings, split = tars.holds(files[0])
         if set(endings) & set(EXTENSIONS):
             captioned = bool(set(endings) & set(tars.TEXTS))
             split = split or rows.split_of_name(files[0], place.path)
             flags |= {"split": "train"} if captioned and not split else {}
-            what = f"{len(files)} tars with {', '.join(endings)}"
-            yield Recognised(what, "extract", flags, captions=not captioned, extra=extra)
+            layout = f"{len(files)} tars with {', '.join(endings)}"
+            yield Recognised(layout, "extract", flags, captions=not captioned, extra=extra)
     elif (files := place.of(".parquet")) and not missing("parquet") and (texts := tables.holds(files[0])) is not None:
         known = rows.columns(texts)
         captioned = bool(known.captions)
         told = known.split is not None or all(rows.split_of_name(file, place.path) for file in files)
         flags |= {"split": split_of(place.path) or "train"} if captioned and not told else {}
-        what = f"{len(files)} Parquet files with pictures{' and captions' if captioned else ''}"
-        yield Recognised(what, "extract", flags, captions=not captioned, extra=extra)
+        layout = f"{len(files)} Parquet files with pictures{' and captions' if captioned else ''}"
+        yield Recognised(layout, "extract", flags, captions=not captioned, extra=extra)
 
 
 _FOLDERS = 100
@@ -256,14 +256,14 @@ def build(work: Work, args: argparse.Namespace, *, keep_settings: bool = False) 
         for split, group in itertools.groupby(work.blocks, lambda block: block.split)
     }
     left_out = {**work.found.left_out, **({"broken photographs": skipped} if skipped else {})}
-    found = replace(work.found, left_out=left_out)
+    source_counts = replace(work.found, left_out=left_out)
     path = write_dataset(
         args.out,
         args.name,
         splits,
         metadata,
-        total=found.records,
-        found=found,
+        total=source_counts.records,
+        found=source_counts,
         overwrite=args.overwrite,
         on_bad_record=args.on_bad_record,
         least_captions=work.least_captions,

@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="CLIP, SigLIP, DINOv2, DINOv3: folder or name; a convolutional network of timm: timm/NAME",
     )
-    for what in ("segmenter", "backbone"):
-        parser.add_argument(f"--{what}_sha256", default="", help="of its weights: an error where they are others")
+    for model in ("segmenter", "backbone"):
+        parser.add_argument(f"--{model}_sha256", default="", help="of its weights: an error where they are others")
     parser.add_argument("--image_size", type=count, help="side of the square that the backbone sees; default: its own")
     parser.add_argument(
         "--tokens",

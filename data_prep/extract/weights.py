@@ -23,16 +23,17 @@ from data_prep.schema import DataError
 from shnet_jax.data.checksums import sha256
 
 
-def check(what: str, name: str, expected: str) -> str:
+def check(flag: str, name: str, expected: str) -> str:
     """Fetches the weights of the model `name` and compares them with `expected`; "" says what they have.
 
-    what: of which flag, as "backbone". Returns their SHA-256. Raises DataError before anything of them is loaded.
+    flag: the flag that names the model, without dashes, as "backbone". Returns their SHA-256. Raises DataError before
+    anything of them is loaded.
     """
     sha = digest(name)
     if not expected:
-        print(f"{what} {name}: sha256 of its weights {sha}", file=sys.stderr, flush=True)
+        print(f"{flag} {name}: sha256 of its weights {sha}", file=sys.stderr, flush=True)
     elif sha != expected.lower():
-        raise DataError(f"{what} {name}: sha256 of its weights: expected {expected} (--{what}_sha256), found {sha}")
+        raise DataError(f"{flag} {name}: sha256 of its weights: expected {expected} (--{flag}_sha256), found {sha}")
     return sha
 
 

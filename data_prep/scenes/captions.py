@@ -229,11 +229,11 @@ def captions(scene: Scene, rng: random.Random, count: int = 5, unlike: Scene | N
     a picture apart from its neighbour.
     """
     forms = rng.sample(range(len(FORMS)), len(FORMS))
-    found: dict[str, Facts] = {}
-    while len(found) < count:
+    drawn: dict[str, Facts] = {}
+    while len(drawn) < count:
         for _ in range(12):
-            text, facts = caption(scene, rng, forms[len(found) % len(FORMS)])
-            if text not in found and (unlike is None or not holds(unlike, facts)):
+            text, facts = caption(scene, rng, forms[len(drawn) % len(FORMS)])
+            if text not in drawn and (unlike is None or not holds(unlike, facts)):
                 break
-        found.setdefault(text, facts)
-    return list(found.items())
+        drawn.setdefault(text, facts)
+    return list(drawn.items())
