@@ -6,7 +6,6 @@ in docs/data.md are made of it.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -24,11 +23,11 @@ SIZES = {
     "G, Dg": "grid cells and their width",
     "C": "classes",
     "h, w": "rows and columns of the map of a class",
-    "H, W": "of the label map",
+    "H, W": "rows and columns of the label map",
     "R": "relations",
     "E, F, Fw": "numbers of the vector of an image, a caption, a token",
     "L": "tokens",
-    "Y, X": "pixels of the picture",
+    "Y, X": "rows and columns of pixels of the picture",
 }
 """The letters of sizes, by what they count."""
 MAP_VOID = 255
@@ -131,9 +130,10 @@ FIELDS: dict[str, Field] = {
 
 def markdown_table() -> str:
     """The sizes and the table of all fields in docs/data.md."""
-    sizes = "; ".join(f"{letters}: {counted}" for letters, counted in SIZES.items())
     lines = [
-        *textwrap.wrap(f"Sizes: {sizes}.", 120),
+        "The letters in the shapes are these sizes:",
+        "",
+        *(f"- {letters}: {counted}" for letters, counted in SIZES.items()),
         "",
         "| field | shape, dtype | meaning | read by |",
         "|---|---|---|---|",
