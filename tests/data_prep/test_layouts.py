@@ -140,8 +140,8 @@ SIZE = (200, 100)
 SHARES = np.array([[0.1, 0.2, 0.5, 0.9], [0.0, 0.0, 1.0, 1.0], [0.55, 0.1, 0.6, 0.2]])
 
 
-def _xywh(found):
-    return np.concatenate([found[:, :2], found[:, 2:] - found[:, :2]], 1)
+def _xywh(corners):
+    return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
 
 
 @pytest.mark.parametrize("form", boxes.FORMS[:-1])

@@ -32,10 +32,10 @@ def test_statistics(tmp_path, records):
     values = _report(tmp_path, {"a": records[:4], "b": records[4:]}).values
     for name in schema.FIELDS:
         stacked = np.stack([r[name] for r in records]).astype(np.float64)
-        found = values[name]
-        assert found.count == stacked.size, name
+        statistics = values[name]
+        assert statistics.count == stacked.size, name
         expected = (stacked.mean(), stacked.std(), stacked.min(), stacked.max(), (stacked == 0).mean())
-        actual = (found.mean, found.std, found.least, found.most, found.zero_share)
+        actual = (statistics.mean, statistics.std, statistics.least, statistics.most, statistics.zero_share)
         np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9, err_msg=name)
 
 

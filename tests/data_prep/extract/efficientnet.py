@@ -32,8 +32,8 @@ STAGES = (
 
 def weights() -> Path | None:
     """The file of the weights; None without the package."""
-    found = importlib.util.find_spec(PACKAGE)
-    return Path(found.origin).parent / FILE if found and found.origin else None
+    spec = importlib.util.find_spec(PACKAGE)
+    return Path(spec.origin).parent / FILE if spec and spec.origin else None
 
 
 class Convolution(nn.Conv2d):

@@ -17,12 +17,12 @@ def test_box_average_is_the_integral_over_the_box():
     boxes = np.sort(rng.random((20, 2, 2)), 1).reshape(20, 4)
     fine = 2000  # sample points an axis
     at = (np.arange(fine) + 0.5) / fine
-    for box, found in zip(boxes, box_average(grid, boxes), strict=True):
+    for box, average in zip(boxes, box_average(grid, boxes), strict=True):
         rows = at[(at > box[1]) & (at < box[3])]
         columns = at[(at > box[0]) & (at < box[2])]
         weights_y = np.bincount((rows * 3).astype(int), minlength=3) / len(rows)
         weights_x = np.bincount((columns * 5).astype(int), minlength=5) / len(columns)
-        np.testing.assert_allclose(found, np.einsum("h,w,hwd->d", weights_y, weights_x, grid), atol=0.02)
+        np.testing.assert_allclose(average, np.einsum("h,w,hwd->d", weights_y, weights_x, grid), atol=0.02)
 
 
 def test_boxes_at_the_border_and_without_area():

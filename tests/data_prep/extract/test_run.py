@@ -46,13 +46,13 @@ def test_broken_photographs_are_named_and_left_out(tmp_path, flags, models, caps
     assert "left out 2 photographs that cannot be read: 2.jpg, 4.jpg\n" in err
     dataset = open_dataset(tmp_path / "sets")
     assert dataset.metadata["skipped"] == ["2.jpg", "4.jpg"]
-    found = {
+    stored = {
         record["image_id"]: record
         for split in ("train", "val")
         for record in dataset.open_split(split, ["image_id", "captions", "image_embedding"])
     }
-    assert list(found) == [f"{n}.jpg" for n in (0, 1, 3, 5, 6, 7, 8, 9)]
-    for name, record in found.items():
+    assert list(stored) == [f"{n}.jpg" for n in (0, 1, 3, 5, 6, 7, 8, 9)]
+    for name, record in stored.items():
         assert record["captions"] == [f"a cat {name[0]}"]
         expected = np.asarray(Image.open(tmp_path / "photographs" / name)).mean((0, 1))
         np.testing.assert_allclose(record["image_embedding"], expected, rtol=1e-5)

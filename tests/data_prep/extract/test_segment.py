@@ -99,8 +99,8 @@ def test_a_query_that_others_hide_is_left_out():
     classes[0, DOG], classes[1, SKY], classes[2, PERSON] = 0.99, 0.9, 0.95
     masks = torch.full((3, 10, 10), -9.0)
     masks[0, :5] = masks[1, 3:] = masks[2, 0:1, 0:1] = 9.0  # the dog hides 2 of the sky's 7 rows, and the person
-    found = segment.panoptic_labels(classes, masks)
-    assert found.unique().tolist() == [DOG, 255] and (found[:5] == DOG).all()
+    labels = segment.panoptic_labels(classes, masks)
+    assert labels.unique().tolist() == [DOG, 255] and (labels[:5] == DOG).all()
     masks[1, 3:4] = -9.0  # now 1 of 6
     assert (segment.panoptic_labels(classes, masks)[5:] == SKY).all()
 
@@ -111,8 +111,8 @@ def test_models_of_other_classes_are_refused():
     swapped = names | {0: "bicycle", 1: "person"}
     assert segment.classes_of_labels(swapped, "")[:3].tolist() == [1, 0, 2]
     mixed = {n: "N/A" if n < 1 else f"LABEL_{n}" for n in range(250)} | {1: "person"}
-    found = segment.classes_of_labels(mixed, "")
-    assert found[0] == -1 and found[1] == 0 and found[200] == 132 and found[201] == -1
+    classes = segment.classes_of_labels(mixed, "")
+    assert classes[0] == -1 and classes[1] == 0 and classes[200] == 132 and classes[201] == -1
     with pytest.raises(DataError, match=r"segmenter x: expected the 133 classes .*150 labels, found 133 missing"):
         segment.classes_of_labels({n: f"ade {n}" for n in range(150)}, "x")
 
@@ -120,9 +120,9 @@ def test_models_of_other_classes_are_refused():
 def test_probabilities_of_labels_of_one_class_add_up():
     logits = torch.tensor([[1.0, 2.0, 3.0, 0.5]])
     expected = np.exp([1, 2, 3, 0.5]) / np.exp([1, 2, 3, 0.5]).sum()
-    found = segment.class_probabilities(logits, np.array([7, -1, 7]))[0].numpy()
-    np.testing.assert_allclose(found[7], expected[0] + expected[2], rtol=1e-6)
-    assert np.count_nonzero(found) == 1
+    probabilities = segment.class_probabilities(logits, np.array([7, -1, 7]))[0].numpy()
+    np.testing.assert_allclose(probabilities[7], expected[0] + expected[2], rtol=1e-6)
+    assert np.count_nonzero(probabilities) == 1
 
 
 @pytest.mark.parametrize(
