@@ -193,20 +193,7 @@ def application(engine: Engine) -> Starlette:
             return HTMLResponse(await run_in_threadpool(_image_page, engine, name, answers))
 
     async def photo(request: Request) -> Response:
-        if engine.sight is None:
-            raise HTTPException(404, "photo: this server has no encoder of photographs, see its first lines")
-        count, kind = _count(request.query_params.get("k", "10")), request.headers.get("content-type", "")
-        name, of_form = "photo", kind.lower().startswith("multipart/")
-        async with uploads:
-            data = await _body(request, MAX_PHOTO)
-            if of_form:
-                data, name = await run_in_threadpool(file_in, kind, data, "photo")
-            async with batches.device:  # one at a time: a picture may take 200 MB
-                picture = await run_in_threadpool(parse_picture, data, name)
-                answer = await run_in_threadpool(engine.by_photo, picture, name)
-                if of_form:
-                    return HTMLResponse(await run_in_threadpool(_search_page, engine, "", answer, picture))
-        return JSONResponse(_document(answer, count))
+        return await _answer_photo(request, engine, uploads, batches.device)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -222,6 +209,27 @@ def application(engine: Engine) -> Starlette:
     ]
     faults: dict[Any, Any] = {HTTPException: _refused, ValueError: _invalid}
     return Starlette(routes=routes, exception_handlers=faults, lifespan=lifespan)
+
+
+async def _answer_photo(request: Request, engine: Engine, uploads: asyncio.Semaphore, device: asyncio.Lock) -> Response:
+    """The answer to a request with a photograph: a page where the form of the page sent it, JSON otherwise.
+
+    uploads: limits the photographs in memory. device: held while the devices work. Raises HTTPException or ValueError.
+    """
+    if engine.sight is None:
+        raise HTTPException(404, "photo: this server has no encoder of photographs, see its first lines")
+    count, kind = _count(request.query_params.get("k", "10")), request.headers.get("content-type", "")
+    name, of_form = "photo", kind.lower().startswith("multipart/")
+    async with uploads:
+        data = await _body(request, MAX_PHOTO)
+        if of_form:
+            data, name = await run_in_threadpool(file_in, kind, data, "photo")
+        async with device:  # one at a time: a picture may take 200 MB
+            picture = await run_in_threadpool(parse_picture, data, name)
+            answer = await run_in_threadpool(engine.by_photo, picture, name)
+            if of_form:
+                return HTMLResponse(await run_in_threadpool(_search_page, engine, "", answer, picture))
+    return JSONResponse(_document(answer, count))
 
 
 def warm_up(engine: Engine) -> None:
