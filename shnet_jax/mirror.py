@@ -122,8 +122,8 @@ class Mirror:
             if self.is_held_here():
                 self._as_last_owner = True
                 return True
-            if "" in (found := storage.find(self.url)):
-                self._fetch_single(found[""])
+            if "" in (objects := storage.find(self.url)):
+                self._fetch_single(objects[""])
                 return False
             ours = self._is_ours(self._read_owner())
             with self._without_others() as alone:
@@ -240,8 +240,8 @@ class Mirror:
             ordered = sorted(changed, key=lambda name: (bool(_MARKER.fullmatch(name)), here[name]))  # by time
             checkpoints: dict[str, list[str]] = {}
             for name in ordered:
-                if found := _CHECKPOINT.fullmatch(name):
-                    checkpoints.setdefault(found[1], []).append(name)
+                if match := _CHECKPOINT.fullmatch(name):
+                    checkpoints.setdefault(match[1], []).append(name)
                 else:
                     self._upload(name, here[name])
             for folder, names in checkpoints.items():
@@ -253,7 +253,7 @@ class Mirror:
     def _gone(self, here: dict[str, tuple[int, int]], synced: dict[str, _Both]) -> set[str]:
         """Files that the bucket has and the copy no more; all of a checkpoint that was removed while it was listed."""
         gone = synced.keys() - here.keys()
-        cut = {found[1] for name in gone if (found := _CHECKPOINT.fullmatch(name))}
+        cut = {match[1] for name in gone if (match := _CHECKPOINT.fullmatch(name))}
         removed = tuple(f"{folder}/" for folder in cut if not (self.folder / folder / MARKER).exists())
         return gone | {name for name in synced if name.startswith(removed)}
 
@@ -439,10 +439,10 @@ class Mirror:
 
     def _remove_orphans(self) -> None:
         """Removes what killed writers left in the bucket of checkpoints without checksums."""
-        found = storage.find(self.url)
-        for name in found:
+        objects = storage.find(self.url)
+        for name in objects:
             checkpoint = _CHECKPOINT.fullmatch(name)
-            if checkpoint and f"{checkpoint[1]}/{MARKER}" not in found:
+            if checkpoint and f"{checkpoint[1]}/{MARKER}" not in objects:
                 self._remove(name)
 
     def _wait_for_its_end(self, owner: dict[str, Any]) -> None:
@@ -546,15 +546,15 @@ def _lock(file: IO[Any], how: int) -> bool:
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
     """Time of the last change in ns and bytes of each file that both sides have; no checkpoint without checksums."""
-    found = {}
+    files = {}
     for place, _, names in os.walk(folder):  # which passes over folders that are removed meanwhile
         for path in map(Path(place).joinpath, names):
             name = path.relative_to(folder).as_posix()
             with suppress(FileNotFoundError):
                 if not _LOCAL_ALONE.fullmatch(name):
                     stat = path.stat()
-                    found[name] = stat.st_mtime_ns, stat.st_size
-    return _whole(found)
+                    files[name] = stat.st_mtime_ns, stat.st_size
+    return _whole(files)
 
 
 def _whole(files: dict[str, Any]) -> dict[str, Any]:
@@ -573,8 +573,8 @@ def _covers(name: str, names: Iterable[str]) -> set[str]:
     """Those of `names` which say that the folder of a file is complete."""
     if _MARKER.fullmatch(name):
         return set()
-    if found := _CHECKPOINT.fullmatch(name):
-        return {f"{found[1]}/{MARKER}"} & set(names)
+    if match := _CHECKPOINT.fullmatch(name):
+        return {f"{match[1]}/{MARKER}"} & set(names)
     folder = name.rpartition("/")[0]
     return {other for other in names if _MARKER.fullmatch(other) and other.rpartition("/")[0] == folder}
 

@@ -66,8 +66,8 @@ def is_url(text: object) -> bool:
     text = str(text)
     if _MANGLED.match(text):
         raise StorageError(f"{text}: expected SCHEME://BUCKET/FOLDER, with two slashes; found one")
-    found = _URL.fullmatch(text)
-    return found is not None and found[1] not in ("http", "https")
+    match = _URL.fullmatch(text)
+    return match is not None and match[1] not in ("http", "https")
 
 
 def cache_folder() -> Path:
@@ -106,7 +106,7 @@ def find(url: str, depth: int | None = None) -> dict[str, Stat]:
         return {name: _stat(entry) for name, entry in fs.find(path, detail=True).items()}
 
     try:
-        found = _retried(url, "list", listed)
+        objects = _retried(url, "list", listed)
     except FileNotFoundError as error:
         if "bucket" in str(error.__cause__).lower():
             raise
@@ -114,7 +114,7 @@ def find(url: str, depth: int | None = None) -> dict[str, Stat]:
     start = fs._strip_protocol(path).strip("/")  # what fsspec's own names begin with
     named = {
         key.removeprefix("/").removeprefix(start).removeprefix("/"): stat
-        for key, stat in found.items()
+        for key, stat in objects.items()
         if not key.endswith("/")
     }
     for name in named:
@@ -253,7 +253,7 @@ def _stat(entry: dict[str, Any]) -> Stat:
     return Stat(int(entry.get("size") or 0), str(version).strip('"'))
 
 
-def _retried(url: str, what: str, call: Callable[[], T], attempts: int = 0) -> T:
+def _retried(url: str, action: str, call: Callable[[], T], attempts: int = 0) -> T:
     """Calls until it succeeds; raises FileNotFoundError and FileExistsError at once, as StorageError what stays.
 
     attempts: 0 means ATTEMPTS.
@@ -274,16 +274,16 @@ def _retried(url: str, what: str, call: Callable[[], T], attempts: int = 0) -> T
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no word from the server'}"[:300]
             if refusal := _refusal(url, error):
-                raise StorageError(f"{url}: cannot {what} it: {refusal} ({reason})") from error
+                raise StorageError(f"{url}: cannot {action} it: {refusal} ({reason})") from error
             if attempt == attempts:
                 passed = time.monotonic() - started
                 raise StorageError(
-                    f"{url}: could not {what} it in {attempts} attempts and {passed:.0f} s, the last one ended with "
+                    f"{url}: could not {action} it in {attempts} attempts and {passed:.0f} s, the last one ended with "
                     f"{reason}. Give the same command again when the storage answers"
                 ) from error
             pause = min(wait, LONGEST_WAIT) * random.uniform(1.0, 1.5)
             log.warning(
-                "%s: could not %s it: %s; attempt %d of %d in %.1f s", url, what, reason, attempt + 1, attempts, pause
+                "%s: could not %s it: %s; attempt %d of %d in %.1f s", url, action, reason, attempt + 1, attempts, pause
             )
             time.sleep(pause)
             wait *= 2

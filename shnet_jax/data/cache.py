@@ -66,11 +66,11 @@ def fetch_description(url: str) -> Path:
     StorageError, or DataError for a file unlike its checksum.
     """
     url = url.rstrip("/")
-    found = storage.find(url, depth=3)
-    versions = [name for name in found if name.rpartition("/")[2] == _INFO and not _hidden(name)]
+    objects = storage.find(url, depth=3)
+    versions = [name for name in objects if name.rpartition("/")[2] == _INFO and not _hidden(name)]
     versions = [_INFO] if _INFO in versions else versions
     if len(versions) != 1:
-        listed = ", ".join(sorted({name.partition("/")[0] for name in found})[:20]) or "nothing"
+        listed = ", ".join(sorted({name.partition("/")[0] for name in objects})[:20]) or "nothing"
         several = ", ".join(storage.join(url, name.rpartition("/")[0]) for name in sorted(versions))
         raise FileNotFoundError(
             f"data set {url}: holds several: {several}"
@@ -97,8 +97,8 @@ def _hidden(name: str) -> bool:
 
 def _listed(source: str) -> dict[str, Stat]:
     """The files of a version folder in storage that are of use here."""
-    found = storage.find(source, depth=1)
-    return {name: stat for name, stat in found.items() if _DESCRIPTION.fullmatch(name) or _SHARD.fullmatch(name)}
+    objects = storage.find(source, depth=1)
+    return {name: stat for name, stat in objects.items() if _DESCRIPTION.fullmatch(name) or _SHARD.fullmatch(name)}
 
 
 def _names(checksums: bytes | None) -> set[str]:
@@ -225,8 +225,8 @@ class Shards(Generic[T]):
         if self._warned:
             return
         self._warned = True
-        found = _listed(read_object(path.parent / ORIGIN)["url"])
-        total = sum(found[other.name].size for other in self._paths if other.name in found)
+        files = _listed(read_object(path.parent / ORIGIN)["url"])
+        total = sum(files[other.name].size for other in self._paths if other.name in files)
         if total > limit():
             log.warning(
                 "%s: its shards have %.1f GB and the cache %.1f: what is read in random order is fetched again and "
@@ -357,13 +357,13 @@ def _download(path: Path, file: BinaryIO) -> None:
 
 def _now(source: str, name: str) -> Stat:
     """Size and version that a file of a set has now. Raises DataError where it is not there."""
-    found = _listed(source)
-    if name not in found:
+    files = _listed(source)
+    if name not in files:
         raise DataError(
             f"{storage.join(source, name)}: expected this file of the data set, found none; copy the set there again",
             file=name,
         )
-    return found[name]
+    return files[name]
 
 
 def _copy(url: str, file: BinaryIO, size: int) -> str:
@@ -458,9 +458,9 @@ def _evict(missing: int) -> int:
 
     That is halves of killed processes and shards, the least recently used first, then descriptions.
     """
-    found = [(path, stat) for path, stat in _files() if _is_shard(path) or path.name == ORIGIN]
+    candidates = [(path, stat) for path, stat in _files() if _is_shard(path) or path.name == ORIGIN]
     removed = 0
-    for path, _ in sorted(found, key=lambda entry: (entry[0].name == ORIGIN, entry[1].st_mtime)):
+    for path, _ in sorted(candidates, key=lambda entry: (entry[0].name == ORIGIN, entry[1].st_mtime)):
         with suppress(FileNotFoundError):
             if file := _is_free(path):
                 with file:

@@ -164,7 +164,7 @@ def column_description(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, 
 
 def parse_description(value: Any, where: object) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of a row of each column, from metadata. Raises DataError for anything that is none."""
-    found = {}
+    columns = {}
     for name, entry in (value if isinstance(value, dict) else {"": value}).items():
         match entry:
             case {"shape": list(shape), "dtype": str(dtype)} if (
@@ -173,10 +173,10 @@ def parse_description(value: Any, where: object) -> dict[str, tuple[tuple[int, .
                 and dtype in ("float16", "bfloat16", "float32", "bool")
                 and math.prod(shape) * dtype_of(dtype).itemsize <= MAX_IMAGE_BYTES
             ):
-                found[name] = tuple(shape), dtype_of(dtype)
+                columns[name] = tuple(shape), dtype_of(dtype)
             case _:
                 raise DataError(
                     f"{where}: columns: expected shape and dtype of {' or '.join(COLUMNS)}, a row of at most "
                     f"{MAX_IMAGE_BYTES} bytes, found {name!r:.80}: {entry!r:.200}"
                 )
-    return found
+    return columns

@@ -184,5 +184,5 @@ def read_counts(folder: Path, split: str) -> np.ndarray | None:
     return counts
 
 
-def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"{path}: {what}; {REMEDY}", file=path.name)
+def _damaged(path: Path, fault: str) -> DataError:
+    return DataError(f"{path}: {fault}; {REMEDY}", file=path.name)

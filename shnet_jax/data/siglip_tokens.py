@@ -101,8 +101,8 @@ def _of_json(path: Path) -> tuple[FolderVocabulary, Roles]:
     tokenizer = parse_tokenizer(path, described, "SigLIP 2's")
     if not isinstance(tokenizer.model, models.BPE) or tokenizer.model.end_of_word_suffix:
         raise ValueError(f"{path}: expected a BPE whose words begin with {WORD}, as Gemma's, which SigLIP 2 has")
-    own = [normalizers.Lowercase()] + ([tokenizer.normalizer] if tokenizer.normalizer else [])
-    tokenizer.normalizer = normalizers.Sequence(own)
+    steps = [normalizers.Lowercase()] + ([tokenizer.normalizer] if tokenizer.normalizer else [])
+    tokenizer.normalizer = normalizers.Sequence(steps)
     if WORD not in tokenizer.normalizer.normalize_str("a dog"):
         raise ValueError(f"{path}: expected a normalizer that puts {WORD} for a space, as Gemma's")
     ids = tokenizer.get_vocab()

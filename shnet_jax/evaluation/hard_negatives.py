@@ -76,11 +76,11 @@ class Mining:
             nans += int(bad)
             advance(int(tile.images.real.sum() * queries.real.sum()))
         check_no_nan(nans, size(tiling.images), int(queries.real.sum()))
-        found = merge_devices(best, queries.real, k)
-        none = np.isneginf(found.score)
+        merged = merge_devices(best, queries.real, k)
+        none = np.isneginf(merged.score)
         missing = ((0, 0), (0, self.k - k))
-        index = np.pad(np.where(none, -1, found.index), missing, constant_values=-1)
-        return TopK(index, np.pad(found.score, missing, constant_values=-np.inf))
+        index = np.pad(np.where(none, -1, merged.index), missing, constant_values=-1)
+        return TopK(index, np.pad(merged.score, missing, constant_values=-np.inf))
 
 
 def make_mining(

@@ -77,10 +77,10 @@ class Encodings:
 
     def __call__(self, items: Embedding, side: str) -> Embedding:
         """The vectors [n, width] of a side, on the host. Raises ValueError for embeddings without elements."""
-        found = np.empty((size(items), self.width(items)), np.float32)
+        vectors = np.empty((size(items), self.width(items)), np.float32)
         for rows, block in self.blocks(items, side):
-            found[rows] = block
-        return Embedding(found)  # type: ignore[arg-type]  # on the host
+            vectors[rows] = block
+        return Embedding(vectors)  # type: ignore[arg-type]  # on the host
 
     def blocks(self, items: Embedding, side: str) -> Iterator[tuple[slice, np.ndarray]]:
         """Iterates over the rows of a side and their vectors [rows, width], block by block; shows progress."""

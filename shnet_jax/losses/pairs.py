@@ -244,8 +244,8 @@ def _negatives(direction: Direction, block: Block) -> Array:
     if direction.in_queue:
         return jnp.broadcast_to(counted, (direction.ids.shape[0], *counted.shape))
     queries = direction.ids.shape[0]
-    own = axis.axis_index(direction.candidates.axis) * queries + jnp.arange(queries, dtype=jnp.int32)
-    return (own[:, None] // direction.sharing != block.rows) & counted
+    query_rows = axis.axis_index(direction.candidates.axis) * queries + jnp.arange(queries, dtype=jnp.int32)
+    return (query_rows[:, None] // direction.sharing != block.rows) & counted
 
 
 class _Reduced(NamedTuple):

@@ -110,9 +110,9 @@ def load_run(workdir: str | Path, checkpoint: str = "best", own: ConfigDict | No
     return Model(config, variables, step)
 
 
-def _trained(folder: Path, own: ConfigDict | None) -> ConfigDict:
-    config = trained_config(folder, own)
-    return config if own is None else complete(config, own)
+def _trained(folder: Path, user_config: ConfigDict | None) -> ConfigDict:
+    config = trained_config(folder, user_config)
+    return config if user_config is None else complete(config, user_config)
 
 
 def load_folder(folder: str | Path, own: ConfigDict | None = None) -> Model:

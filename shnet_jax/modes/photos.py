@@ -152,8 +152,8 @@ def _check_run(workdir: Path) -> None:
     model = load_config(path).get("model")
     name = model.get("name") if isinstance(model, ConfigDict) else None
     if not isinstance(model, ConfigDict) or name != "dual" or model.get("dual", {}).get("head") != "none":
-        what = "a head that was trained" if name == "dual" else f"a run of the model {name!r}"
-        raise ValueError(f"{workdir} holds {what}, which shnet photos did not make there; choose another --out")
+        contents = "a head that was trained" if name == "dual" else f"a run of the model {name!r}"
+        raise ValueError(f"{workdir} holds {contents}, which shnet photos did not make there; choose another --out")
 
 
 def _put_in_place(workdir: Path) -> None:

@@ -130,8 +130,8 @@ def _members(cells: Array, valid: Array, projections: Projections) -> Array:
 
 def _flatten(blocks: Array, projections: Projections, d_final: int) -> Array:
     """Blocks [n, r, b, p] as one vector, whose products are means over the partitions; sketched where asked for."""
-    whole = blocks.reshape(blocks.shape[0], -1) / math.sqrt(blocks.shape[1])
+    flat = blocks.reshape(blocks.shape[0], -1) / math.sqrt(blocks.shape[1])
     if projections.place is None or projections.sign is None:
-        return whole
-    signed = (whole * projections.sign).T
+        return flat
+    signed = (flat * projections.sign).T
     return jax.ops.segment_sum(signed, projections.place, num_segments=d_final).T

@@ -66,10 +66,10 @@ class _CodeIndex(abc.ABC):
         if not path.is_file():
             return None
         codes = tensors.open_mapped(path)
-        found = {name: (array.shape, array.dtype) for name, array in codes.items()}
-        if found != cls._layout(rows, dim):
+        layout = {name: (array.shape, array.dtype) for name, array in codes.items()}
+        if layout != cls._layout(rows, dim):
             raise ValueError(
-                f"{path}: expected {cls._layout(rows, dim)}, found {found}; delete it, and it is made again"
+                f"{path}: expected {cls._layout(rows, dim)}, found {layout}; delete it, and it is made again"
             )
         return cls(codes, dim, search)
 

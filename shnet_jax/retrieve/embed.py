@@ -161,11 +161,13 @@ def _encode(
 
     dims: numbers of a vector that are kept; 0: all.
     """
-    own = hosts.own_range(-(-count // rows))
-    first = next((i for i in own if not _part(parts, side, i).exists()), own.stop)
-    own_batches = itertools.islice(batches(rows, first), own.stop - first)
-    dispatched = ((number, part, tower.apply(tower.put(part.batch))) for number, part in enumerate(own_batches, first))
-    with show_progress(len(own), f"{side}: batch", side, done=first - own.start) as advance:
+    local_parts = hosts.own_range(-(-count // rows))
+    first = next((i for i in local_parts if not _part(parts, side, i).exists()), local_parts.stop)
+    local_batches = itertools.islice(batches(rows, first), local_parts.stop - first)
+    dispatched = (
+        (number, part, tower.apply(tower.put(part.batch))) for number, part in enumerate(local_batches, first)
+    )
+    with show_progress(len(local_parts), f"{side}: batch", side, done=first - local_parts.start) as advance:
         for number, part, embedding in prefetch_one(dispatched):
             kept = prefix(embedding, dims) if dims else embedding
             arrays = host_fields(kept, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}

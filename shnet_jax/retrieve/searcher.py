@@ -189,10 +189,10 @@ class Searcher:
         index, wanted = self.indexes[side].index, min(max(k, self._candidates), len(vectors))
         tile, mesh = self._options
         asking = np.asarray(first[0].vector, np.float32)
-        found = find(index, asking, wanted, vectors, self._search.rescore, tile, mesh)
+        nearest = find(index, asking, wanted, vectors, self._search.rescore, tile, mesh)
         if self._candidates:
-            return best_candidates(queries, gallery, found.index, k, score, mesh)
-        return found
+            return best_candidates(queries, gallery, nearest.index, k, score, mesh)
+        return nearest
 
     def _hits(self, target: str, best: TopK, query: int, k: int, without: int = -1) -> tuple[Hit, ...]:
         """The first k results of a query, but the row `without`; places without a result have a negative row."""
