@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://.*", re.DOTALL)
-_MANGLED = re.compile(r"(s3a?|gcs|gs):/[^/]")  # what pathlib makes of a URL
+_MANGLED = re.compile(r"(s3a?|gcs|gs):/[^/]")  # a URL after pathlib has removed a slash
 _OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
 _OF_CLIENTS = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "requests", "urllib3")  # kinds of errors
 
 
 class StorageError(OSError):
-    """Object storage refused, is out of reach, or has no package or credentials here."""
+    """Object storage refused a request or cannot be reached, or its package or credentials are missing."""
 
 
 class ObjectChanged(StorageError):
@@ -215,13 +215,13 @@ def _limit(fs: Any, within: float | None) -> dict[str, Any]:
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    """fsspec's file system and its path of a URL. Raises StorageError for a scheme or a package that is not here."""
-    import fsspec  # late: nothing else of a command needs it
+    """fsspec's file system and its path of a URL. Raises StorageError for an unknown scheme or a missing package."""
+    import fsspec  # imported late: most commands do not need it
     from fsspec.registry import known_implementations
 
     scheme, patience = _scheme(url), seconds(TIMEOUT, 60)
     options: dict[str, Any] = {"use_listings_cache": False}
-    if EXTRAS.get(scheme) == "s3":  # a single attempt: those of here are logged
+    if EXTRAS.get(scheme) == "s3":  # without its own retries: ours are logged
         options["config_kwargs"] = {
             "connect_timeout": min(patience, 10), "read_timeout": patience, "retries": {"max_attempts": 0},
         }  # fmt: skip
@@ -254,9 +254,9 @@ def _stat(entry: dict[str, Any]) -> Stat:
 
 
 def _retried(url: str, action: str, call: Callable[[], T], attempts: int = 0) -> T:
-    """Calls until it succeeds; raises FileNotFoundError and FileExistsError at once, as StorageError what stays.
+    """Calls until it succeeds. Raises FileNotFoundError and FileExistsError at once, StorageError in the end.
 
-    attempts: 0 means ATTEMPTS.
+    action: verb for messages. attempts: at most so many calls; 0: ATTEMPTS.
     """
     attempts = attempts or ATTEMPTS
     started, wait = time.monotonic(), FIRST_WAIT
@@ -295,7 +295,7 @@ def _package(error: Exception) -> str:
 
 
 def _refusal(url: str, error: Exception) -> str:
-    """Why another attempt is of no use; "" for what may pass."""
+    """The reason why another attempt is useless; "" for a fault that may be temporary."""
     name, text = type(error).__name__, str(error)
     code = str(getattr(error, "code", "") or getattr(error, "status", ""))
     hint = CREDENTIALS.get(EXTRAS.get(_scheme(url), ""), "")

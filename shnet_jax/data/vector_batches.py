@@ -20,7 +20,7 @@ from shnet_jax.data.pictures import Views
 from shnet_jax.data.records import DataSet, RandomAccess
 
 ENDLESS = 2**48
-"""Length of the stream, in steps: grain counts them, nobody comes to the end."""
+"""Length of the stream in steps; grain needs one, and no training reaches it."""
 WINDOW = 16
 """Blocks of `data.shuffle_block` whose examples are mixed."""
 _DRAWS = 1  # folded into the seed of what is drawn in a batch, as 0 is into that of the order
@@ -88,7 +88,7 @@ class VectorBatches:
     first: [N + 1], first caption of each image.
     per_image: captions of an image in a batch.
     images: of a batch of all hosts together, those of hard negatives included.
-    host, hosts: this one and their number.
+    host, hosts: number of this host, and of all hosts.
     block: see `Order`.
     units: regions and cells of an image, which augmentation drops, by field.
     views: how pictures are altered, None without.
@@ -214,13 +214,13 @@ def _permutation(seed: int, number: int, examples: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _mixed_window(seed: int, number: int, window: int, examples: int, block: int) -> np.ndarray:
-    """Examples of a window of a pass. The partial block stands last, so that a window begins where it is expected."""
+    """Examples of a window of a pass. The partial block is last, so that all windows before it have the same size."""
     full_blocks = examples // block
     blocks = np.append(np.random.default_rng((seed, 0, number)).permutation(full_blocks), full_blocks)
     chosen = blocks[window * WINDOW : (window + 1) * WINDOW]
     rows = (chosen[:, None] * block + np.arange(block)).reshape(-1)
     rows = rows[rows < examples]
-    # Not `window`: NumPy fills up seeds with zeros, and window 0 would be mixed as the blocks were.
+    # `window + 1`: NumPy pads seeds with zeros, so window 0 would have the seed of the order of the blocks.
     return np.random.default_rng((seed, 0, number, window + 1)).permutation(rows)
 
 

@@ -46,9 +46,9 @@ class Mining:
         return self.tiling.caption_tiles
 
     def block(self, number: int, advance: Callable[[int], None] = lambda pairs: None) -> TopK:
-        """The hardest negatives of the queries of a block, in their order; -1 and -inf where there are fewer than k.
+        """The hardest negatives of the queries of a block, in query order; -1 and -inf where there are fewer than k.
 
-        advance: told of the pairs of each tile when it is done. Raises ValueError for NaN among the scores.
+        advance: called after each tile with its number of pairs. Raises ValueError for NaN among the scores.
         """
         tiling, k = self.tiling, min(self.k, size(self.tiling.images))
         scores, allowed = programs(RetrievalModel.score, tiling.mesh).scores, _allowed(tiling.mesh)

@@ -1,6 +1,6 @@
-"""Stage one of two-stage ranking: the vectors whose dot product finds the candidates that the score re-ranks.
+"""Stage one of two-stage ranking: vectors whose dot products select the candidates that the score re-ranks.
 
-They are the global vectors, or for a model that scores sets the encodings of its whole score (`models.encodings`).
+They are the global vectors or, for a model that scores sets, encodings of its whole score (`models.encodings`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class GlobalVectors:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """None: nothing but the embeddings."""
+        """JSON values that the vectors depend on, beside the embeddings; always empty."""
         return {}
 
     def __call__(self, items: Embedding, side: str) -> Embedding:
@@ -47,7 +47,7 @@ class GlobalVectors:
         return vectors_of(items)
 
     def width(self, items: Embedding) -> int:
-        """Numbers in such a vector, of embeddings or of their shapes."""
+        """Length of a vector. items: embeddings, or their shapes."""
         return items.vector.shape[1]
 
 
@@ -103,7 +103,7 @@ class Encodings:
                 advance(rows.stop - rows.start)
 
     def width(self, items: Embedding) -> int:
-        """Numbers in a vector, of embeddings or of their shapes."""
+        """Length of a vector. items: embeddings, or their shapes."""
         return self.encoding.width(items)
 
 

@@ -38,7 +38,7 @@ _SIZES = {
 def sizes(folder: Path) -> dict[str, Any]:
     """Sizes of the text tower by their names in `config.text`.
 
-    Raises FileNotFoundError without a folder or config.json, ValueError when it is no SigLIP of our kind.
+    Raises FileNotFoundError without a folder or config.json, ValueError for a model that the tower cannot compute.
     """
     path, config = read_config(folder, "SigLIP")
     if config.get("model_type") != "siglip":

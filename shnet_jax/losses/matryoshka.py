@@ -20,7 +20,7 @@ Compute = Callable[[Embedding, Embedding, Array, Context], Terms]
 Q = TypeVar("Q", bound=Queue)
 
 TINY = 1e-24
-"""Squared length up to which a prefix counts as zeros: it stays zeros, with a gradient of 0."""
+"""Squared length up to which a prefix counts as zero: it is returned as zeros, with a gradient of 0."""
 
 
 def check(dims: Sequence[int]) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ class ScoreEncoding:
         return f"fixed-dimensional encodings ({sizes}, seed {self.seed})"
 
     def width(self, items: Embedding) -> int:
-        """Numbers in a vector, of embeddings or of their shapes."""
+        """Length of a vector. items: embeddings, or their shapes."""
         roles = sum(factor > 0 for factor in LIKE_CHAMFER[self.score.similarity])
         return items.vector.shape[1] + roles * self.options.width(_elements(items).shape[-1])
 

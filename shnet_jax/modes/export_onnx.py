@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 ROWS = (1, 5)
 """Rows of the batches that are compared."""
 CALLS = ("jit", "checkpoint", "custom_jvp_call", "custom_vjp_call")
-"""Primitives that compute what the function in them does."""
+"""Primitives that call the function that they hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _in_float32(run: planned_run.PlannedRun) -> planned_run.PlannedRun:
 def _convert(program: Program, weights: Mapping[str, Any]) -> OnnxFile:
     import jax2onnx
 
-    for library in ("jax2onnx", "onnx_ir"):  # they warn of what the comparison shows to be harmless
+    for library in ("jax2onnx", "onnx_ir"):  # their warnings are harmless, as the comparison shows
         logging.getLogger(library).setLevel(logging.ERROR)
     (fields,) = program.inputs
     constants = {name: jnp.asarray(array) for name, array in weights.items()}
@@ -126,7 +126,7 @@ def _compare(run: planned_run.PlannedRun, program: Program, weights: Mapping[str
 
 
 def examples(run: planned_run.PlannedRun, program: Program, rows: int) -> dict[str, np.ndarray]:
-    """Random inputs of a program, of which the masks leave out ever more. run: of one caption for each image."""
+    """Random inputs of a program, whose masks exclude more units row by row. run: of one caption for each image."""
     batch = planned_run.random_batch(run, rows, 0)
     fields = {name: np.asarray(batch[name], like.dtype) for name, like in program.inputs[0].items()}
     for name in fields:

@@ -1,6 +1,6 @@
 """--mode=mine: lists of hard negatives of the training split, by a trained run, for `config.data.negatives`.
 
-Each block of queries becomes a file, so that a killed run goes on where it was and ends with the same bytes.
+Each block of queries becomes a file, so that a killed run resumes where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations

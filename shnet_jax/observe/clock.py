@@ -78,7 +78,7 @@ class Clock:
 
     def __enter__(self) -> Clock:
         self._since = self._now()
-        if self._started is not None:  # one start-up is needed, any other one is the price of an interruption
+        if self._started is not None:  # only the first start-up is necessary; later ones are due to interruptions
             self._spent["lost" if self._spent["startup"] else "startup"] += self._since - self._started
             self._started = None
         return self
@@ -205,7 +205,7 @@ def _spent(state: Mapping[str, Any] | None, latest: Mapping[str, Any] | None) ->
     if state is None:
         spent: Mapping[str, float] = {}
         kept = 0.0
-    else:  # a checkpoint from before there were kinds knows the seconds of training
+    else:  # an old checkpoint has only the seconds of training, not the seconds by kind
         spent = state.get("spent", {"step": float(state.get("seconds", 0.0))})
         kept = sum(spent.values())
     resumed = {kind: float(spent.get(kind, 0.0)) for kind in KINDS}

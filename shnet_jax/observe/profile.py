@@ -18,7 +18,7 @@ STEP = "train"
 
 
 def check(steps: Sequence[int], total_steps: int) -> None:
-    """Raises ValueError for config.train.profile_steps that are no two steps of the training, first and last."""
+    """Raises ValueError unless config.train.profile_steps are () or a first and a last step of the training."""
     if not steps:
         return
     two_integers = len(steps) == 2 and all(isinstance(step, int) for step in steps)

@@ -21,9 +21,9 @@ PLAIN_SECONDS = 10.0
 
 @contextmanager
 def waiting(what: str, seconds: float = PLAIN_SECONDS) -> Iterator[None]:
-    """Logs that the block is at work every `seconds`, as a compilation says nothing by itself, and how long it took.
+    """Context that logs every `seconds` that the block is still running, and at its end how long it took.
 
-    A block that is done earlier logs nothing.
+    For compilations, which log nothing themselves. A block that ends sooner logs nothing. what: name of the block.
     """
     done, start = threading.Event(), time.monotonic()
 

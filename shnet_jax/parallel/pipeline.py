@@ -65,7 +65,7 @@ def pipeline(
         return lax.scan(one, x, (stage * places + jnp.arange(places), params))[0]
 
     def tick(arrived: Array, time: Array) -> tuple[Array, Array]:
-        # In the bubble some microbatch is computed whose result nobody takes: a branch would save no time.
+        # In the bubble a stage computes a microbatch whose result is not used: a branch would save no time.
         m = jnp.clip(time - stage, 0, microbatches - 1)
         out = through(jnp.where(stage == 0, x[m], arrived), jax.tree.map(lambda e: e[m], extra))
         return ring_shift(out, axis), out

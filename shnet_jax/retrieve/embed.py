@@ -1,4 +1,4 @@
-"""Embeds a split part by part, so that a killed run goes on where it was.
+"""Embeds a split part by part, so that a killed run resumes where it stopped.
 
 Each batch becomes a file; in the end all of them become one file for the images and one for the captions. Neither step
 holds more than a batch. A batch has the same rows and shapes whenever it is encoded, so a resumed run ends with the
@@ -61,7 +61,7 @@ def embed(
         def begin() -> None:
             if (stored := read_source(folder)) is not None:
                 check_source(folder / SOURCE, stored, source)
-                shutil.rmtree(folder / PARTS, ignore_errors=True)  # of a run that was killed just before it did
+                shutil.rmtree(folder / PARTS, ignore_errors=True)  # left by a killed run
                 return
             held.enter_context(sole_writer(folder))
             _open_parts(folder / PARTS, source)

@@ -215,7 +215,7 @@ def encode_texts(experiment: Experiment, tower: Tower, texts: Sequence[str]) -> 
         query = f"query {number} of {len(texts)}"
         if not isinstance(text, str):
             raise ValueError(f"{query}: expected text, found {text!r:.80}")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # what a terminal of another encoding sent
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # surrogates, from a terminal of another encoding
             raise ValueError(f"{query}: expected text in UTF-8, found {text!r:.80}")
         if not text.strip():
             raise ValueError(f"{query} has no words")

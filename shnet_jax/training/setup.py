@@ -36,7 +36,7 @@ from shnet_jax.types import DATA, MODEL
 log = logging.getLogger(__name__)
 
 MUCH_UNKNOWN = 0.01
-"""Share of unknown pieces in the training captions above which there is a warning."""
+"""Share of unknown pieces in the training captions above which a warning is logged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class StepIntervals:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSetup:
-    """The mapped step of a configuration and what belongs to it; nothing of it is read from data or compiled yet.
+    """The mapped step of a configuration and what belongs to it, before data is read or anything is compiled.
 
     options: the constants of the step, with which its parts can be run alone. like: shapes, dtypes and shardings of the
     state. create: initial variables -> the state before step 1, on the host's default device. sharded: the state is
@@ -72,7 +72,7 @@ class TrainSetup:
         if not self.sharded:
             return replicate(self.create(variables), self.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.like)
-        # Nowhere but on the host are the arrays whole.
+        # The complete arrays exist on the host only.
         return jax.jit(self.create, out_shardings=shardings)(jax.device_get(variables))
 
 
