@@ -367,7 +367,7 @@ class _Total(_Blockwise):
     """
 
     def fold(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> _Reduced:
-        """The sum alone, where nobody asks for a gradient."""
+        """The sum alone, for calls without a gradient."""
         return _Reduced(super().fold(inputs, items, fixed).value.sum())
 
     def forward(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> tuple[_Reduced, Any]:

@@ -154,7 +154,7 @@ def write_folder(
 
     option: the flag that named the folder, for messages. add: writes more files into it, before it has its name.
     """
-    temporary = folder.with_name(f".{folder.name}.incomplete")  # hidden, as nobody else's
+    temporary = folder.with_name(f".{folder.name}.incomplete")  # hidden, so that no file of a user has this name
     with sole_writer(folder.parent, f".{folder.name}.lock"), disk_faults(folder, SafetensorError):
         if folder.exists():
             raise WorkdirError(f"{folder} exists already; choose another {option}")
