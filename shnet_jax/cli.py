@@ -301,7 +301,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             for flag in mode.own_flags:
                 if flags.FLAGS[flag].present and flag not in MODES[MODE.value].own_flags:
                     _fail(f"--{flag} belongs to --mode={name}, not to --mode={MODE.value}", 2)
-        _expand_paths(CONFIG.value)  # ml_collections tells of a file that it could not open when a field is read
+        _expand_paths(CONFIG.value)  # ml_collections reports a file that it could not open only when a field is read
     except (flags.Error, OSError, ValueError) as error:
         _fail(" ".join(str(error).split()), 2)
     except (AttributeError, KeyError, TypeError):
@@ -336,7 +336,7 @@ def _with_config(argv: list[str]) -> list[str]:
     if "config" in given:
         path = bundled.config_path(given["config"])
         if ":" in path:
-            bundled.get_config(given["config"])  # an unknown variant is told of here: ml_collections adds its stack
+            bundled.get_config(given["config"])  # raises for an unknown variant; ml_collections would add its stack
     elif given.get("config.convert.source"):  # its file or folder says what the model is
         path = bundled.config_path("base")
     elif name == "photos" and (_overwrites(rest) or not (Path(given.get("workdir", "")) / "config.json").is_file()):
@@ -352,13 +352,13 @@ def _with_config(argv: list[str]) -> list[str]:
         several = given.get("config.eval.ensemble") or given.get("config.cross.runs")
         workdir = _first_path(several) if several else given["workdir"]
         workdir = _local(workdir) if is_url(workdir) else workdir
-        stored_config.get_config(workdir)  # a folder without a run is told of here
+        stored_config.get_config(workdir)  # raises for a folder without a run
         path = f"{stored_config.__file__}:{workdir}"
     return [argv[0], f"--config={path}", *rest]
 
 
 def _overwrites(arguments: Sequence[str]) -> bool:
-    """Whether --overwrite is on: photos then begins anew, with nothing of the run that is there."""
+    """Whether --overwrite is on: photos then starts again and keeps nothing of the existing run."""
     given = [re.fullmatch("--?(no)?overwrite(?:=(.*))?", argument) for argument in arguments]
     matches = [match for match in given if match]
     return bool(matches) and not matches[-1][1] and (matches[-1][2] or "true").lower() in ("true", "t", "1")

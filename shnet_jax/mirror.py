@@ -1,7 +1,7 @@
 """Work folders in object storage: a local copy that is fetched first and written back while a command works in it.
 
     $SHNET_CACHE/work/NAME-HASH/FOLDER    the copy of one URL; everything that reads or writes a run sees a local folder
-    $SHNET_CACHE/work/NAME-HASH/.*        its locks, and what both sides had when they were last equal
+    $SHNET_CACHE/work/NAME-HASH/.*        its locks, and a list of the files when both sides were last equal
 
 JAX's checkpoint library writes to gs:// alone and needs a file system's rename for the rest, so all checkpoints are
 written locally. A file that says that a folder is complete, such as checksums.json of a checkpoint, is uploaded last
@@ -41,24 +41,24 @@ from shnet_jax.parallel import hosts
 from shnet_jax.paths import to_path
 
 OWNER = ".shnet_owner.json"
-"""In the bucket: who writes there, and a number that rises while it lives."""
+"""In the bucket: who writes there, and a heartbeat counter."""
 PLACE, MIRROR = ".url", ".id"
-"""Beside the copy: what it is one of; its name, by which the bucket's owner is known."""
+"""Beside the copy: its URL, and its unique name, which the bucket's owner file records."""
 STATE = ".synced.jsonl"
-"""Beside the copy: a line for each file when both sides became equal, or when it was removed on both."""
+"""Beside the copy: a line each time that a file became equal on both sides, or was removed on both."""
 RESET = ".reset"
-"""Beside the copy, until it is like the bucket that another copy owned before."""
+"""Beside the copy: present until the copy has been made equal to a bucket that another copy wrote to."""
 WRITER, SYNC, USERS = ".lock_mirror", ".lock_sync", ".lock_users"
 JOB = ".job"
-"""Beside the copy: a number of the job, by which its processes see whether they share the copy."""
+"""Beside the copy: a random number of the job, by which its processes check that they share the copy."""
 MARKER = "checksums.json"
 SYNC_SECONDS = "SHNET_SYNC_SECONDS"
 PATIENCE = 3
-"""Signs of life that a writer on another machine may miss before it counts as dead."""
+"""Heartbeats that a writer on another machine may miss before it counts as dead."""
 AT_ONCE = 8
-"""Files that travel at the same time."""
+"""Files that are uploaded or downloaded at the same time."""
 ROUNDS = 5
-"""Listings of a folder that changes while it is fetched."""
+"""Attempts to fetch a folder that changes meanwhile."""
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +67,18 @@ _LOCAL_ALONE = re.compile(
     r"(.*/)?(\.lock[^/]*|\.shnet_[^/]*|[^/]*\.tmp|.*\.orbax-checkpoint-tmp.*|checkpoints/removed/.*)"
 )
 _CHECKPOINT = re.compile(r"((?:.*/)?checkpoints/\d+)/.+")
-_MARKER = re.compile(  # not that of parts of embeddings, which is written before them
+_MARKER = re.compile(  # not of folders of parts, where it is written first
     rf"(?:.*/)?checkpoints/\d+/{re.escape(MARKER)}|(?!(?:.*/)?parts/)(?:.*/)?(?:embeddings|index_[^/]*)\.json"
 )
 
 
 def every() -> float:
-    """Seconds between two uploads of what has changed, and between two signs of life; the same on all machines."""
+    """Seconds between two uploads of changes, and between two heartbeats; the same on all machines."""
     return storage.seconds(SYNC_SECONDS, 20)
 
 
 def patience() -> float:
-    """Seconds without a sign of life after which a writer on another machine counts as dead."""
+    """Seconds without a heartbeat after which a writer on another machine counts as dead."""
     return PATIENCE * every()
 
 
@@ -122,8 +122,8 @@ class Mirror:
             if self.is_held_here():
                 self._as_last_owner = True
                 return True
-            if "" in (found := storage.find(self.url)):
-                self._fetch_single(found[""])
+            if "" in (objects := storage.find(self.url)):
+                self._fetch_single(objects[""])
                 return False
             ours = self._is_ours(self._read_owner())
             with self._without_others() as alone:
@@ -132,10 +132,10 @@ class Mirror:
             return True
 
     def fetch(self, *, reset: bool = False) -> None:
-        """Makes the copy like the bucket, without checkpoints that are not whole there.
+        """Makes the copy equal to the bucket, without checkpoints that are incomplete there.
 
-        What was changed here and not yet uploaded stays. reset: it does not, as another copy was the last to write.
-        Raises StorageError, also where objects change in each of several listings.
+        Local changes that were not yet uploaded stay. reset: they are dropped, as another copy was the last to write.
+        Raises StorageError, also where objects change during each of ROUNDS attempts.
         """
         with self._alone():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -158,15 +158,15 @@ class Mirror:
         changed = {name for name in here if name not in synced or here[name] != synced[name][2:]}
         wanted = set()
         for name, stat in there.items():
-            if not reset and _CHECKPOINT.fullmatch(name) and _covers(name, changed):  # of a checkpoint that is older
+            if not reset and _CHECKPOINT.fullmatch(name) and _covers(name, changed):  # the local checkpoint is newer
                 if name not in here:
                     self._note(name, _Both(stat.version, stat.size, 0, 0))
             elif not reset and name not in here and any(name in _covers(other, [name]) for other in changed):
-                self._note(name, _Both(stat.version, stat.size, 0, 0))  # withdrawn here, and so there at the next push
+                self._note(name, _Both(stat.version, stat.size, 0, 0))  # removed here; the next push removes it there
             elif not self._is_current(stat, here.get(name), synced.get(name), reset):
                 wanted.add(name)
         for name in set().union(*(_covers(name, there) for name in wanted)) - (set() if reset else changed):
-            self._unlink(name)  # until all that it speaks of has come
+            self._unlink(name)  # fetched again after the files that it covers
             wanted.add(name)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for last in (False, True):
@@ -205,7 +205,7 @@ class Mirror:
         raise storage.StorageError(f"{self.url}: it changed while it was read, {ROUNDS} times; try again later")
 
     def _remove_cut(self) -> None:
-        """Removes local checkpoints without checksums, of a fetch or a removal that was cut short."""
+        """Removes local checkpoints without checksums, which an interrupted fetch or removal left."""
         for path in list(self.folder.rglob("checkpoints/*")):
             if path.name.isdecimal() and path.is_dir() and not (path / MARKER).exists():
                 shutil.rmtree(path, ignore_errors=True)
@@ -240,8 +240,8 @@ class Mirror:
             ordered = sorted(changed, key=lambda name: (bool(_MARKER.fullmatch(name)), here[name]))  # by time
             checkpoints: dict[str, list[str]] = {}
             for name in ordered:
-                if found := _CHECKPOINT.fullmatch(name):
-                    checkpoints.setdefault(found[1], []).append(name)
+                if match := _CHECKPOINT.fullmatch(name):
+                    checkpoints.setdefault(match[1], []).append(name)
                 else:
                     self._upload(name, here[name])
             for folder, names in checkpoints.items():
@@ -251,9 +251,9 @@ class Mirror:
                     self._remove(name)
 
     def _gone(self, here: dict[str, tuple[int, int]], synced: dict[str, _Both]) -> set[str]:
-        """Files that the bucket has and the copy no more; all of a checkpoint that was removed while it was listed."""
+        """Files that were removed here; all files of a checkpoint that was removed while it was listed."""
         gone = synced.keys() - here.keys()
-        cut = {found[1] for name in gone if (found := _CHECKPOINT.fullmatch(name))}
+        cut = {match[1] for name in gone if (match := _CHECKPOINT.fullmatch(name))}
         removed = tuple(f"{folder}/" for folder in cut if not (self.folder / folder / MARKER).exists())
         return gone | {name for name in synced if name.startswith(removed)}
 
@@ -272,7 +272,7 @@ class Mirror:
         self._note(name, None)
 
     def _upload_checkpoint(self, folder: str, names: list[str], here: dict[str, tuple[int, int]]) -> None:
-        """Uploads a checkpoint, its checksums last, only if it is still whole here, and without strangers there."""
+        """Uploads a checkpoint. If it is still complete here, removes unknown files there and uploads its checksums."""
         marker = f"{folder}/{MARKER}"
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(lambda name: self._upload(name, here[name]), [name for name in names if name != marker]))
@@ -292,7 +292,7 @@ class Mirror:
         with ExitStack() as stack:
             self._enter_writer(stack)
             self._refuse_nested()
-            stack.callback(self._release)  # behind the last sign of life
+            stack.callback(self._release)  # after the last heartbeat
             with self._without_others() as alone:
                 self._take(alone)
                 stack.enter_context(self._repeated(self._beat))
@@ -303,7 +303,7 @@ class Mirror:
                 yield
 
     def _release(self) -> None:
-        """Lets other machines write at once, unless files of this copy are not in the bucket, or it was taken over."""
+        """Lets other machines write at once, unless files are not uploaded yet or another machine has taken over."""
         if self._owner is not None and not self._has_news():
             with suppress(FolderInUse):
                 self._check_owner()
@@ -349,7 +349,7 @@ class Mirror:
 
     @contextmanager
     def _without_others(self) -> Iterator[bool]:
-        """Context that commands of this machine wait for before they work in the copy; whether none does now."""
+        """Context that other commands of this machine wait for; yields whether none of them works in the copy now."""
         with (self.base / USERS).open("a") as users:
             yield _lock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -394,9 +394,9 @@ class Mirror:
                 log.warning("%s: %s; tried again in %.0f s", type(error).__name__, error, seconds)
 
     def _take(self, alone: bool) -> None:
-        """Makes this copy the one that writes; notes in RESET that another one did before, so that it is older.
+        """Makes this copy the writer; creates RESET where another copy wrote last, so that this one is outdated.
 
-        Raises FolderInUse for a live one, and, where the copy must be reset, for commands that work in it.
+        Raises FolderInUse for a live writer, and, where the copy must be reset, for commands that work in it.
         """
         asked = time.monotonic()
         before = self._read_owner()
@@ -418,9 +418,10 @@ class Mirror:
             "command": shlex.join(sys.argv),
         }
         self._owner |= {"session": uuid.uuid4().hex, "beat": 0}
-        with suppress(FileExistsError):  # another's, or ours, whose answer was lost
+        with suppress(FileExistsError):  # written by another machine, or by us in an attempt whose reply was lost
             self._write_owner(new=before is None)
-        time.sleep(max(every() / 10, time.monotonic() - asked))  # one that read the same has written by then
+        # A competitor that read the same owner has written by then.
+        time.sleep(max(every() / 10, time.monotonic() - asked))
         if (self._read_owner() or {}).get("session") != self._owner["session"]:
             self._owner = None
             raise FolderInUse(f"{self.url}: another machine began to write there a moment ago")
@@ -438,11 +439,11 @@ class Mirror:
         return path.read_text(encoding="utf-8")
 
     def _remove_orphans(self) -> None:
-        """Removes what killed writers left in the bucket of checkpoints without checksums."""
-        found = storage.find(self.url)
-        for name in found:
+        """Removes incomplete checkpoints, which killed writers left in the bucket: those without checksums."""
+        objects = storage.find(self.url)
+        for name in objects:
             checkpoint = _CHECKPOINT.fullmatch(name)
-            if checkpoint and f"{checkpoint[1]}/{MARKER}" not in found:
+            if checkpoint and f"{checkpoint[1]}/{MARKER}" not in objects:
                 self._remove(name)
 
     def _wait_for_its_end(self, owner: dict[str, Any]) -> None:
@@ -461,7 +462,7 @@ class Mirror:
                 )
 
     def _beat(self) -> None:
-        """Gives a sign of life in less than `every()` seconds, or fails."""
+        """Writes a heartbeat in less than `every()` seconds, or fails."""
         self._check_owner(within=every() / 2)
         assert self._owner is not None
         self._owner["beat"] += 1
@@ -496,7 +497,7 @@ class Mirror:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One thread of one process at a time compares the copy with the bucket."""
+        """Context that one thread of one process at a time enters, to compare the copy with the bucket."""
         with self._in_process, ExitStack() as stack:
             if self._depth == 0:
                 if not (self.base / PLACE).exists():
@@ -536,7 +537,7 @@ def _root() -> Path:
 
 
 def _lock(file: IO[Any], how: int) -> bool:
-    """Locks a file; whether that was possible. A file system without locks, of which `sole_writer` warns, says yes."""
+    """Locks a file; returns whether it could, True on a file system without locks, of which `sole_writer` warns."""
     try:
         lock(file, how)
     except BlockingIOError:
@@ -545,20 +546,20 @@ def _lock(file: IO[Any], how: int) -> bool:
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Time of the last change in ns and bytes of each file that both sides have; no checkpoint without checksums."""
-    found = {}
-    for place, _, names in os.walk(folder):  # which passes over folders that are removed meanwhile
+    """(time of the last change in ns, bytes) of each file that is kept on both sides; see `_whole`."""
+    files = {}
+    for place, _, names in os.walk(folder):  # skips folders that are removed meanwhile
         for path in map(Path(place).joinpath, names):
             name = path.relative_to(folder).as_posix()
             with suppress(FileNotFoundError):
                 if not _LOCAL_ALONE.fullmatch(name):
                     stat = path.stat()
-                    found[name] = stat.st_mtime_ns, stat.st_size
-    return _whole(found)
+                    files[name] = stat.st_mtime_ns, stat.st_size
+    return _whole(files)
 
 
 def _whole(files: dict[str, Any]) -> dict[str, Any]:
-    """The files without those of this module and of checkpoints that are not whole."""
+    """The files without those of this module and of incomplete checkpoints, which have no checksums."""
 
     def belongs(name: str) -> bool:
         checkpoint = _CHECKPOINT.fullmatch(name)
@@ -570,11 +571,11 @@ def _whole(files: dict[str, Any]) -> dict[str, Any]:
 
 
 def _covers(name: str, names: Iterable[str]) -> set[str]:
-    """Those of `names` which say that the folder of a file is complete."""
+    """Those of `names` that mark the folder of the file `name` as complete."""
     if _MARKER.fullmatch(name):
         return set()
-    if found := _CHECKPOINT.fullmatch(name):
-        return {f"{found[1]}/{MARKER}"} & set(names)
+    if match := _CHECKPOINT.fullmatch(name):
+        return {f"{match[1]}/{MARKER}"} & set(names)
     folder = name.rpartition("/")[0]
     return {other for other in names if _MARKER.fullmatch(other) and other.rpartition("/")[0] == folder}
 

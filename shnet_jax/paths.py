@@ -1,4 +1,4 @@
-"""Paths as people type them: `~`, and `=` and `,` in names. A path that exists is a path, whatever is in it."""
+"""Paths as users type them: `~`, and `=` and `,` in names. A path that exists is a path, whatever is in it."""
 
 from __future__ import annotations
 

@@ -40,10 +40,10 @@ def loss(name: str) -> ModuleType:
 
 
 def check_known(names: Iterable[str], where: str, own: Collection[str] = ()) -> None:
-    """Raises ValueError for a dotted name that neither `own`, the user's configuration, has nor the program imported.
+    """Raises ValueError for a dotted name that is neither in `own`, the user's configuration, nor imported already.
 
-    To import a module runs it: who opens a model of somebody else must not run what its folder names. `where`: the
-    file that has the names, for the message.
+    Importing a module runs it: opening a model of somebody else must not run modules that its folder names.
+    where: the file that has the names, for the message.
     """
     for name in names:
         if "." in name and name not in own and name not in sys.modules:

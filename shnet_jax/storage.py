@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://.*", re.DOTALL)
-_MANGLED = re.compile(r"(s3a?|gcs|gs):/[^/]")  # what pathlib makes of a URL
+_MANGLED = re.compile(r"(s3a?|gcs|gs):/[^/]")  # a URL after pathlib has removed a slash
 _OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
 _OF_CLIENTS = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "requests", "urllib3")  # kinds of errors
 
 
 class StorageError(OSError):
-    """Object storage refused, is out of reach, or has no package or credentials here."""
+    """Object storage refused a request or cannot be reached, or its package or credentials are missing."""
 
 
 class ObjectChanged(StorageError):
@@ -66,8 +66,8 @@ def is_url(text: object) -> bool:
     text = str(text)
     if _MANGLED.match(text):
         raise StorageError(f"{text}: expected SCHEME://BUCKET/FOLDER, with two slashes; found one")
-    found = _URL.fullmatch(text)
-    return found is not None and found[1] not in ("http", "https")
+    match = _URL.fullmatch(text)
+    return match is not None and match[1] not in ("http", "https")
 
 
 def cache_folder() -> Path:
@@ -106,7 +106,7 @@ def find(url: str, depth: int | None = None) -> dict[str, Stat]:
         return {name: _stat(entry) for name, entry in fs.find(path, detail=True).items()}
 
     try:
-        found = _retried(url, "list", listed)
+        objects = _retried(url, "list", listed)
     except FileNotFoundError as error:
         if "bucket" in str(error.__cause__).lower():
             raise
@@ -114,7 +114,7 @@ def find(url: str, depth: int | None = None) -> dict[str, Stat]:
     start = fs._strip_protocol(path).strip("/")  # what fsspec's own names begin with
     named = {
         key.removeprefix("/").removeprefix(start).removeprefix("/"): stat
-        for key, stat in found.items()
+        for key, stat in objects.items()
         if not key.endswith("/")
     }
     for name in named:
@@ -215,13 +215,13 @@ def _limit(fs: Any, within: float | None) -> dict[str, Any]:
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    """fsspec's file system and its path of a URL. Raises StorageError for a scheme or a package that is not here."""
-    import fsspec  # late: nothing else of a command needs it
+    """fsspec's file system and its path of a URL. Raises StorageError for an unknown scheme or a missing package."""
+    import fsspec  # imported late: most commands do not need it
     from fsspec.registry import known_implementations
 
     scheme, patience = _scheme(url), seconds(TIMEOUT, 60)
     options: dict[str, Any] = {"use_listings_cache": False}
-    if EXTRAS.get(scheme) == "s3":  # a single attempt: those of here are logged
+    if EXTRAS.get(scheme) == "s3":  # without its own retries: ours are logged
         options["config_kwargs"] = {
             "connect_timeout": min(patience, 10), "read_timeout": patience, "retries": {"max_attempts": 0},
         }  # fmt: skip
@@ -253,10 +253,10 @@ def _stat(entry: dict[str, Any]) -> Stat:
     return Stat(int(entry.get("size") or 0), str(version).strip('"'))
 
 
-def _retried(url: str, what: str, call: Callable[[], T], attempts: int = 0) -> T:
-    """Calls until it succeeds; raises FileNotFoundError and FileExistsError at once, as StorageError what stays.
+def _retried(url: str, action: str, call: Callable[[], T], attempts: int = 0) -> T:
+    """Calls until it succeeds. Raises FileNotFoundError and FileExistsError at once, StorageError in the end.
 
-    attempts: 0 means ATTEMPTS.
+    action: verb for messages. attempts: at most so many calls; 0: ATTEMPTS.
     """
     attempts = attempts or ATTEMPTS
     started, wait = time.monotonic(), FIRST_WAIT
@@ -274,16 +274,16 @@ def _retried(url: str, what: str, call: Callable[[], T], attempts: int = 0) -> T
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no word from the server'}"[:300]
             if refusal := _refusal(url, error):
-                raise StorageError(f"{url}: cannot {what} it: {refusal} ({reason})") from error
+                raise StorageError(f"{url}: cannot {action} it: {refusal} ({reason})") from error
             if attempt == attempts:
                 passed = time.monotonic() - started
                 raise StorageError(
-                    f"{url}: could not {what} it in {attempts} attempts and {passed:.0f} s, the last one ended with "
+                    f"{url}: could not {action} it in {attempts} attempts and {passed:.0f} s, the last one ended with "
                     f"{reason}. Give the same command again when the storage answers"
                 ) from error
             pause = min(wait, LONGEST_WAIT) * random.uniform(1.0, 1.5)
             log.warning(
-                "%s: could not %s it: %s; attempt %d of %d in %.1f s", url, what, reason, attempt + 1, attempts, pause
+                "%s: could not %s it: %s; attempt %d of %d in %.1f s", url, action, reason, attempt + 1, attempts, pause
             )
             time.sleep(pause)
             wait *= 2
@@ -295,7 +295,7 @@ def _package(error: Exception) -> str:
 
 
 def _refusal(url: str, error: Exception) -> str:
-    """Why another attempt is of no use; "" for what may pass."""
+    """The reason why another attempt is useless; "" for a fault that may be temporary."""
     name, text = type(error).__name__, str(error)
     code = str(getattr(error, "code", "") or getattr(error, "status", ""))
     hint = CREDENTIALS.get(EXTRAS.get(_scheme(url), ""), "")

@@ -16,10 +16,10 @@ TOOLS = ("eval", "search", "page", "cross", "convert", "plan", "scale", "study",
 
 
 def get_config(workdir: str) -> ConfigDict:
-    """The configuration that trained the run in `workdir`, with the fields that are younger than it.
+    """The configuration that trained the run in `workdir`, with the fields that were added to the program since.
 
-    Younger fields of the model and of training are off, as they were then. Younger fields of the tools have their
-    defaults. Raises ValueError when there is no run, with what lies there instead.
+    Later fields of the model and of training are off, as they were then. Later fields of the tools have their
+    defaults. Raises ValueError where there is no run; the message names runs in folders below it.
     """
     folder = Path(workdir)
     try:

@@ -159,7 +159,7 @@ def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
         return parse_npy(member.read(entry.file_size), entry.filename)
 
 
-_START = 256  # bytes of a file that tell what it is
+_START = 256  # bytes of a file that identify its format
 _KINDS = (
     (b"\x1f\x8b", "a gzip archive (unpack it first)"),
     (b"BZh", "a bzip2 archive (unpack it first)"),
@@ -188,7 +188,7 @@ def open_npy(path: Path) -> np.ndarray:
     """
     check_kind(path)
     with path.open("rb") as file:
-        # NumPy takes the memory for a header, of up to 4 GB by its own account, before it looks at the file's length.
+        # NumPy takes the memory for a header, up to 4 GB as the header says, before it checks the length of the file.
         start = file.read(_START)
         length = int.from_bytes(start[8:12] if start[6:7] > b"\1" else start[8:10], "little")
         if not start.startswith(_NPY) or 12 + length > path.stat().st_size + 2:

@@ -39,13 +39,13 @@ from shnet_jax.untrusted import read_object
 LIMIT = "SHNET_CACHE_GB"
 DEFAULT_GB = 100.0
 SHARE = 0.8
-"""Part of what the cache has and what is free on its disk that it takes at most, unless $SHNET_CACHE_GB is set."""
+"""Largest share that the cache takes of its own and the free bytes of its disk, unless $SHNET_CACHE_GB is set."""
 LARGE = 200_000_000
-"""Bytes of a file whose download is logged."""
+"""The download of a file of at least this many bytes is logged."""
 PAUSE = 0.1
-"""Seconds between two looks for room in a full cache."""
+"""Seconds between two attempts to make room in a full cache."""
 TRIES = 10
-"""Looks in vain, while nothing is being fetched, after which there is no room."""
+"""Failed attempts to make room, while no file is being downloaded, before an error is raised."""
 ORIGIN, _INFO = ".origin.json", "dataset_info.json"
 _SHARD = re.compile(r".*\.(array_record|tfrecord)[^/]*|.*-\d{5}\.npy")
 _DESCRIPTION = re.compile(
@@ -66,11 +66,11 @@ def fetch_description(url: str) -> Path:
     StorageError, or DataError for a file unlike its checksum.
     """
     url = url.rstrip("/")
-    found = storage.find(url, depth=3)
-    versions = [name for name in found if name.rpartition("/")[2] == _INFO and not _hidden(name)]
+    objects = storage.find(url, depth=3)
+    versions = [name for name in objects if name.rpartition("/")[2] == _INFO and not _hidden(name)]
     versions = [_INFO] if _INFO in versions else versions
     if len(versions) != 1:
-        listed = ", ".join(sorted({name.partition("/")[0] for name in found})[:20]) or "nothing"
+        listed = ", ".join(sorted({name.partition("/")[0] for name in objects})[:20]) or "nothing"
         several = ", ".join(storage.join(url, name.rpartition("/")[0]) for name in sorted(versions))
         raise FileNotFoundError(
             f"data set {url}: holds several: {several}"
@@ -97,8 +97,8 @@ def _hidden(name: str) -> bool:
 
 def _listed(source: str) -> dict[str, Stat]:
     """The files of a version folder in storage that are of use here."""
-    found = storage.find(source, depth=1)
-    return {name: stat for name, stat in found.items() if _DESCRIPTION.fullmatch(name) or _SHARD.fullmatch(name)}
+    objects = storage.find(source, depth=1)
+    return {name: stat for name, stat in objects.items() if _DESCRIPTION.fullmatch(name) or _SHARD.fullmatch(name)}
 
 
 def _names(checksums: bytes | None) -> set[str]:
@@ -152,7 +152,7 @@ def is_cached(folder: Path) -> bool:
 def limit() -> int:
     """Bytes that the cache may take: $SHNET_CACHE_GB in GB.
 
-    Unless that is set, 100 GB or, where it is less, 80% of what the cache has and what is free on its disk.
+    Unless that is set: 100 GB, or 80% of the bytes of the cache and the free bytes of its disk if that is less.
     """
     text = os.environ.get(LIMIT, "")
     if text:
@@ -164,7 +164,7 @@ def limit() -> int:
             raise ValueError(f"${LIMIT} is {text!r}; expected gigabytes, a number above 0")
         return int(gigabytes * 1e9)
     usage = shutil.disk_usage(_root())
-    # By blocks: a file that is being fetched has its size already, and not yet the space.
+    # Counts blocks: a file that is being downloaded already has its full size, but not yet the disk space.
     taken = sum(stat.st_blocks * 512 for _, stat in _files())
     return int(min(DEFAULT_GB * 1e9, SHARE * (usage.free + taken)))
 
@@ -186,7 +186,7 @@ os.register_at_fork(after_in_child=_taking.clear)
 class Shards(Generic[T]):
     """The shards of one split or column in the cache: fetched and opened when they are first used.
 
-    opened: makes of a shard's number and local path what `self[number]` gives. Threads may share it.
+    opened: (number of a shard, its local path) -> the value of `self[number]`. Threads may share an instance.
     """
 
     def __init__(self, paths: Sequence[Path], opened: Callable[[int, Path], T]):
@@ -225,8 +225,8 @@ class Shards(Generic[T]):
         if self._warned:
             return
         self._warned = True
-        found = _listed(read_object(path.parent / ORIGIN)["url"])
-        total = sum(found[other.name].size for other in self._paths if other.name in found)
+        files = _listed(read_object(path.parent / ORIGIN)["url"])
+        total = sum(files[other.name].size for other in self._paths if other.name in files)
         if total > limit():
             log.warning(
                 "%s: its shards have %.1f GB and the cache %.1f: what is read in random order is fetched again and "
@@ -298,15 +298,15 @@ def _same(file: BinaryIO, path: Path) -> bool:
 
 
 def _fetch(path: Path) -> BinaryIO | None:
-    """Downloads a file of the cache; of several threads and processes one does, and the others wait.
+    """Downloads a file into the cache; one thread of one process downloads, and the others wait for it.
 
-    Returns it as `_held` does; None where it may have come, or gone, meanwhile. Raises StorageError, or DataError for
-    one that is not in the bucket or unlike its checksum.
+    Returns the file as `_held` does; None where another process may have added or removed it meanwhile. Raises
+    StorageError, or DataError for a file that is not in the bucket or does not match its checksum.
     """
     part, file = _part_of(path)
     held = None
     try:
-        if _same(file, part) and not path.exists():  # else another one had it, and is done
+        if _same(file, part) and not path.exists():  # else another process has completed it
             _download(path, file)
             part.replace(path)
             _lock(file, fcntl.LOCK_SH)
@@ -320,7 +320,7 @@ def _fetch(path: Path) -> BinaryIO | None:
 
 
 def _part_of(path: Path) -> tuple[Path, BinaryIO]:
-    """The name of a file while it is fetched, and that file, locked; of this thread alone where there are no locks."""
+    """The path and the locked file of a partial download; without locks, a path that only this thread uses."""
     part = path.with_name(path.name + _PART)
     file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     if _lock(file, fcntl.LOCK_EX):
@@ -357,13 +357,13 @@ def _download(path: Path, file: BinaryIO) -> None:
 
 def _now(source: str, name: str) -> Stat:
     """Size and version that a file of a set has now. Raises DataError where it is not there."""
-    found = _listed(source)
-    if name not in found:
+    files = _listed(source)
+    if name not in files:
         raise DataError(
             f"{storage.join(source, name)}: expected this file of the data set, found none; copy the set there again",
             file=name,
         )
-    return found[name]
+    return files[name]
 
 
 def _copy(url: str, file: BinaryIO, size: int) -> str:
@@ -375,12 +375,12 @@ def _copy(url: str, file: BinaryIO, size: int) -> str:
         digest.update(piece)
         file.write(piece)
     file.flush()
-    os.fsync(file.fileno())  # before its name says that it is whole
+    os.fsync(file.fileno())  # before the file gets its final name
     return digest.hexdigest()
 
 
 def _files() -> Iterator[tuple[Path, os.stat_result]]:
-    """Every file of the cache; those that are being fetched with the size that they will have."""
+    """Every file of the cache; a file that is being downloaded has its final size."""
     for place, _, names in os.walk(_root()):
         for path in map(Path(place).joinpath, names):
             with suppress(FileNotFoundError):
@@ -395,9 +395,10 @@ def _alone() -> Iterator[None]:
 
 
 def _reserve(file: BinaryIO, url: str, size: int) -> None:
-    """Gives a file that is to be fetched its size, once there is room.
+    """Sets a file that will be downloaded to its final size, once there is room.
 
-    Waits while other files are being fetched, which can go when they have been read. Raises StorageError for no room.
+    Waits while other files are being downloaded, as they can be removed once they are read. Raises StorageError where
+    there is no room.
     """
     most, this = limit(), threading.get_ident()
     if size > most:
@@ -409,7 +410,7 @@ def _reserve(file: BinaryIO, url: str, size: int) -> None:
     while left:
         with _alone():
             file.truncate(0)
-            fetched_now = bool(_taking - {this}) or _are_fetched()  # before the look for room: what ends in between
+            fetched_now = bool(_taking - {this}) or _are_fetched()  # read first: a download may end during _make_room
             if _make_room(size - most):
                 file.truncate(size)
                 _taking.add(this)
@@ -441,7 +442,7 @@ def _are_fetched() -> bool:
 
 
 def _make_room(more: int) -> bool:
-    """Whether the files of the cache and `more` bytes sum up to 0 at most, once all is removed that may be."""
+    """Removes files until the bytes left plus `more`, negative or 0, are at most 0; returns whether it could."""
     while (missing := sum(stat.st_size for _, stat in _files()) + more) > 0:
         if _evict(missing):
             continue
@@ -449,18 +450,18 @@ def _make_room(more: int) -> bool:
             if not _open:
                 return False
             _, oldest = _open.popitem(last=False)
-        oldest.held.close()  # who reads it now has its own open file, or map
+        oldest.held.close()  # a thread that reads it has its own open file or mapping
     return True
 
 
 def _evict(missing: int) -> int:
-    """Removes what nobody uses until `missing` bytes are free; returns the bytes removed.
+    """Removes files that no process uses until `missing` bytes are free; returns the bytes removed.
 
-    That is halves of killed processes and shards, the least recently used first, then descriptions.
+    Partial downloads of killed processes and shards go first, the least recently used before others; then descriptions.
     """
-    found = [(path, stat) for path, stat in _files() if _is_shard(path) or path.name == ORIGIN]
+    candidates = [(path, stat) for path, stat in _files() if _is_shard(path) or path.name == ORIGIN]
     removed = 0
-    for path, _ in sorted(found, key=lambda entry: (entry[0].name == ORIGIN, entry[1].st_mtime)):
+    for path, _ in sorted(candidates, key=lambda entry: (entry[0].name == ORIGIN, entry[1].st_mtime)):
         with suppress(FileNotFoundError):
             if file := _is_free(path):
                 with file:
@@ -485,7 +486,8 @@ def _remove_description(folder: Path) -> int:
     files = [path for path in folder.iterdir() if path.is_file()]
     if any(map(_is_shard, files)):
         return 0
-    removed = sum(map(_remove, sorted(files, key=lambda path: path.name == ORIGIN)))  # that last: it may be killed
+    # ORIGIN last: this process may be killed.
+    removed = sum(map(_remove, sorted(files, key=lambda path: path.name == ORIGIN)))
     for path in (folder, folder.parent, folder.parent.parent):
         with suppress(OSError):
             path.rmdir()

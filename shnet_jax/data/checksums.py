@@ -1,4 +1,4 @@
-"""checksums.json: the SHA-256 of every file of a data set, so that damage is told from what was meant."""
+"""checksums.json: the SHA-256 of every file of a data set, so that damaged files are recognised."""
 
 from __future__ import annotations
 

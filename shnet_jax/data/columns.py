@@ -23,7 +23,7 @@ from shnet_jax.data.schema import COLUMNS, dtype_of
 from shnet_jax.untrusted import MAX_IMAGE_BYTES
 
 SHARD_BYTES = 1 << 30
-"""Bytes of a file, at most, unless a single row is larger."""
+"""Maximal bytes of a file, unless a single row is larger."""
 _HEADER = "vectors as data_prep writes them"
 
 
@@ -141,7 +141,7 @@ class Column:
         """Copies of rows [n] by number, [n, ...]; files are read in order."""
         rows = np.asarray(rows, np.int64)
         order = np.argsort(rows, kind="stable")
-        per_shard, maps = rows_per_shard(self._row_bytes), self._maps  # files are compared with the shape first
+        per_shard, maps = rows_per_shard(self._row_bytes), self._maps  # opening a file compares it with the shape
         out = np.empty((len(rows), *self.shape), _stored(self.dtype))
         bounds = np.searchsorted(rows[order], np.arange(len(maps) + 1) * per_shard)
         for shard in range(len(maps)):
@@ -149,7 +149,7 @@ class Column:
             if len(place):
                 mapped, array = maps[shard]
                 out[place] = array[rows[place] - shard * per_shard]
-                mapped.madvise(mmap.MADV_DONTNEED)  # else every page once read would count as memory of this process
+                mapped.madvise(mmap.MADV_DONTNEED)  # otherwise all pages read would count as memory of this process
         return out.view(self.dtype)
 
     def block(self, start: int, stop: int) -> np.ndarray:
@@ -163,8 +163,8 @@ def column_description(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, 
 
 
 def parse_description(value: Any, where: object) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of a row of each column, from metadata. Raises DataError for anything that is none."""
-    found = {}
+    """Shape and dtype of a row of each column, from metadata. Raises DataError for a malformed description."""
+    columns = {}
     for name, entry in (value if isinstance(value, dict) else {"": value}).items():
         match entry:
             case {"shape": list(shape), "dtype": str(dtype)} if (
@@ -173,10 +173,10 @@ def parse_description(value: Any, where: object) -> dict[str, tuple[tuple[int, .
                 and dtype in ("float16", "bfloat16", "float32", "bool")
                 and math.prod(shape) * dtype_of(dtype).itemsize <= MAX_IMAGE_BYTES
             ):
-                found[name] = tuple(shape), dtype_of(dtype)
+                columns[name] = tuple(shape), dtype_of(dtype)
             case _:
                 raise DataError(
                     f"{where}: columns: expected shape and dtype of {' or '.join(COLUMNS)}, a row of at most "
                     f"{MAX_IMAGE_BYTES} bytes, found {name!r:.80}: {entry!r:.200}"
                 )
-    return found
+    return columns

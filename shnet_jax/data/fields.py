@@ -62,7 +62,7 @@ def _checked(name: str, values: np.ndarray, dataset: DataSet) -> np.ndarray:
     return values
 
 
-def _refuse(name: str, wrong: Any, expected: str, found: str) -> None:
-    """Raises ValueError for the first image that is wrong, [n] bool."""
+def _refuse(name: str, wrong: Any, expected: str, actual: str) -> None:
+    """Raises ValueError naming the first image where `wrong`, [n] bool, is True."""
     if wrong.any():
-        raise ValueError(f"{name} of image {int(np.argmax(wrong))}: expected {expected}, found {found}")
+        raise ValueError(f"{name} of image {int(np.argmax(wrong))}: expected {expected}, found {actual}")

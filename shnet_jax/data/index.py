@@ -67,7 +67,7 @@ class IndexBuilder:
     def __init__(self, folder: Path | None = None) -> None:
         """Starts an empty index. folder: holds the text meanwhile, in an unnamed file; None: it stays in memory."""
         self._ids: list[str] = []
-        self._text = tempfile.TemporaryFile(dir=folder) if folder else io.BytesIO()  # noqa: SIM115  # as long as we live
+        self._text = tempfile.TemporaryFile(dir=folder) if folder else io.BytesIO()  # noqa: SIM115  # closed with the builder
         self._counts, self._ends, self._size = array("i"), array("q"), 0
         self._identities = array("q")
 
@@ -90,7 +90,7 @@ class IndexBuilder:
     def _whole_text(self) -> bytes | mmap.mmap:
         if isinstance(self._text, io.BytesIO):
             return self._text.getvalue()
-        with self._text:  # the map has the file open for itself
+        with self._text:  # the mapping keeps the file open
             self._text.flush()
             return mmap.mmap(self._text.fileno(), self._size, access=mmap.ACCESS_READ) if self._size else b""
 
@@ -184,5 +184,5 @@ def read_counts(folder: Path, split: str) -> np.ndarray | None:
     return counts
 
 
-def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"{path}: {what}; {REMEDY}", file=path.name)
+def _damaged(path: Path, fault: str) -> DataError:
+    return DataError(f"{path}: {fault}; {REMEDY}", file=path.name)

@@ -179,7 +179,7 @@ def below(folder: Path) -> str:
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a vocabulary, without empty ones at its end. Raises ValueError for a file that is none."""
+    """The lines of a vocabulary, without empty ones at its end. Raises ValueError for a file of another kind."""
     check_kind(path)
     try:
         return path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")

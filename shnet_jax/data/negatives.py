@@ -53,12 +53,12 @@ class Negatives:
         for place in range(self.count):
             if place % 2:
                 chosen = _one_of(self.captions[images], rng)
-                found = chosen
+                hard_captions = chosen
             else:
                 chosen = _one_of(self.images[captions], rng)
-                found = self.first[chosen] + _below(self.first[chosen + 1] - self.first[chosen], rng)
+                hard_captions = self.first[chosen] + _below(self.first[chosen + 1] - self.first[chosen], rng)
             anything = rng.integers(int(self.first[-1]), size=len(captions))
-            drawn[:, place] = np.where(chosen == NONE, anything, found)
+            drawn[:, place] = np.where(chosen == NONE, anything, hard_captions)
         return drawn
 
 
@@ -125,9 +125,9 @@ def _check_source(path: Path, source: Mapping[str, Any], dataset: DataSet, split
         "dataset_sha256": sha256(dataset.path / CHECKSUMS) if (dataset.path / CHECKSUMS).is_file() else None,
     }
     for name, expected in here.items():
-        if (found := source.get(name)) != expected:
+        if (stored := source.get(name)) != expected:
             raise DataError(
-                f"{path}: {name}: expected {expected!r} of {dataset.path}, found {found!r:.80}: these hard negatives "
+                f"{path}: {name}: expected {expected!r} of {dataset.path}, found {stored!r:.80}: these hard negatives "
                 "are of another data set or split; make them anew with shnet mine --workdir=RUN",
                 file=path.name,
                 field=name,
@@ -139,11 +139,11 @@ def _read(folder: Path, name: str, source: Mapping[str, Any], sizes: tuple[int, 
     path, (rows, others) = folder / name, sizes
     sums = source.get("files")
     expected = sums.get(name) if isinstance(sums, dict) else None
-    if not path.is_file() or (found := sha256(path)) != expected:
-        found = found if path.is_file() else "no file"
+    if not path.is_file() or (actual := sha256(path)) != expected:
+        actual = actual if path.is_file() else "no file"
         raise DataError(
-            f"{path}: expected sha256 {expected!r:.80}, found {found}; copy the folder again, or delete it and make it "
-            "anew with shnet mine --workdir=RUN",
+            f"{path}: expected sha256 {expected!r:.80}, found {actual}; copy the folder again, or delete it and make "
+            "it anew with shnet mine --workdir=RUN",
             file=name,
         )
     lists = open_npy(path)

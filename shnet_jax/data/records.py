@@ -360,7 +360,7 @@ class RandomAccess:
                 raise
             raise self._damaged(number, f"{type(error).__name__}: {error}") from error
 
-    def _damaged(self, number: int, found: str) -> DataError:
+    def _damaged(self, number: int, fault: str) -> DataError:
         split = self._source[2]
         ends = list(accumulate(split.shard_lengths))
         shard = bisect_right(ends, number)
@@ -368,7 +368,7 @@ class RandomAccess:
         place = number - (ends[shard - 1] if shard else 0)
         return DataError(
             f"{file}: record {place} of this file (split {self.split!r} row {number}): expected a record as it was "
-            f"written, found: {found}; `shnet data verify {self.dataset.path}` tells which files are damaged: "
+            f"written, found: {fault}; `shnet data verify {self.dataset.path}` tells which files are damaged: "
             "copy them again, or import the set again",
             file=file.name,
         )

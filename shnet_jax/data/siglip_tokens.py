@@ -30,9 +30,9 @@ _GEMMA = {"eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}  # o
 
 @dataclass(frozen=True)
 class Roles:
-    """Ids and marks that a tokenizer needs beside the pieces. begins_word: [vocab_size] bool, pieces that begin a word.
+    """Ids and flags that a tokenizer needs beside the pieces. begins_word: [vocab_size] bool, pieces that begin a word.
 
-    max_length: tokens that the model takes, by its own account; None: not known.
+    max_length: tokens that the model takes, as its folder says; None: not known.
     """
 
     begins_word: np.ndarray
@@ -54,7 +54,7 @@ class SentencePieces:
         "</s>" and "<unk>" in a text are text.
         """
         unknown = _PIECES["unk_token"]
-        before = len(self.processor.encode(unknown))  # so that the first word begins as every other one
+        before = len(self.processor.encode(unknown))  # so that the first word also begins with the mark
         lists = self.processor.encode([unknown + canonical(f"{WORD}{text.replace(WORD, ' ')}") for text in texts])
         return [ids[before:] for ids in lists]
 
@@ -101,8 +101,8 @@ def _of_json(path: Path) -> tuple[FolderVocabulary, Roles]:
     tokenizer = parse_tokenizer(path, described, "SigLIP 2's")
     if not isinstance(tokenizer.model, models.BPE) or tokenizer.model.end_of_word_suffix:
         raise ValueError(f"{path}: expected a BPE whose words begin with {WORD}, as Gemma's, which SigLIP 2 has")
-    own = [normalizers.Lowercase()] + ([tokenizer.normalizer] if tokenizer.normalizer else [])
-    tokenizer.normalizer = normalizers.Sequence(own)
+    steps = [normalizers.Lowercase()] + ([tokenizer.normalizer] if tokenizer.normalizer else [])
+    tokenizer.normalizer = normalizers.Sequence(steps)
     if WORD not in tokenizer.normalizer.normalize_str("a dog"):
         raise ValueError(f"{path}: expected a normalizer that puts {WORD} for a space, as Gemma's")
     ids = tokenizer.get_vocab()

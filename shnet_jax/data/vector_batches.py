@@ -20,7 +20,7 @@ from shnet_jax.data.pictures import Views
 from shnet_jax.data.records import DataSet, RandomAccess
 
 ENDLESS = 2**48
-"""Length of the stream, in steps: grain counts them, nobody comes to the end."""
+"""Length of the stream in steps; grain needs one, and no training reaches it."""
 WINDOW = 16
 """Blocks of `data.shuffle_block` whose examples are mixed."""
 _DRAWS = 1  # folded into the seed of what is drawn in a batch, as 0 is into that of the order
@@ -45,8 +45,10 @@ class RecordRows:
     def take(self, rows: np.ndarray) -> np.ndarray:
         """See `CaptionRows`."""
         images = images_of(self.first, rows)
-        found = [self.records[int(image)][self.field] for image in images]
-        return np.stack([of_image[row] for of_image, row in zip(found, rows - self.first[images], strict=True)])
+        vectors_by_image = [self.records[int(image)][self.field] for image in images]
+        return np.stack(
+            [of_image[row] for of_image, row in zip(vectors_by_image, rows - self.first[images], strict=True)]
+        )
 
 
 def images_of(first: np.ndarray, captions: np.ndarray) -> np.ndarray:
@@ -65,12 +67,12 @@ def with_first(captions: np.ndarray, hard: np.ndarray) -> np.ndarray:
 
 def caption_rows(dataset: DataSet, split: str, fields: Sequence[str]) -> dict[str, CaptionRows]:
     """The stored vectors of captions, by field, and their masks where the data set has any."""
-    found: dict[str, CaptionRows] = {}
+    rows_by_field: dict[str, CaptionRows] = {}
     for field in with_masks(dataset, fields):
         column = dataset.column(split, field)
         records = dataset.open_split(split, (field,))
-        found[field] = RecordRows(records, field, dataset.first_captions(split)) if column is None else column
-    return found
+        rows_by_field[field] = RecordRows(records, field, dataset.first_captions(split)) if column is None else column
+    return rows_by_field
 
 
 def with_masks(dataset: DataSet, fields: Sequence[str]) -> tuple[str, ...]:
@@ -86,7 +88,7 @@ class VectorBatches:
     first: [N + 1], first caption of each image.
     per_image: captions of an image in a batch.
     images: of a batch of all hosts together, those of hard negatives included.
-    host, hosts: this one and their number.
+    host, hosts: number of this host, and of all hosts.
     block: see `Order`.
     units: regions and cells of an image, which augmentation drops, by field.
     views: how pictures are altered, None without.
@@ -131,10 +133,10 @@ class VectorBatches:
         if self.negatives is not None:
             captions, images = self._with_negatives(self.negatives, captions, images, step)
         kept = self._augment(rng)
-        own = slice(self.host * (self.images // self.hosts), (self.host + 1) * (self.images // self.hosts))
-        images, captions = images[own], captions.reshape(self.images, -1)[own].reshape(-1)
+        host_rows = slice(self.host * (self.images // self.hosts), (self.host + 1) * (self.images // self.hosts))
+        images, captions = images[host_rows], captions.reshape(self.images, -1)[host_rows].reshape(-1)
         batch = {"image_index": images.astype(np.int32), "caption_index": captions.astype(np.int32)}
-        batch |= {name: values[own] for name, values in kept.items()}
+        batch |= {name: values[host_rows] for name, values in kept.items()}
         if self.persons is not None:
             batch["identity"] = self.persons[images]
         if self.records is not None:
@@ -154,12 +156,12 @@ class VectorBatches:
         self, negatives: Negatives, captions: np.ndarray, images: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Captions and images of the batch, each example followed by its hard negatives."""
-        rng, own = np.random.default_rng((self.seed, _NEGATIVES, step)), captions.reshape(len(images), -1)
-        hard = negatives.draw(own[:, 0], images, rng)
+        rng, example_captions = np.random.default_rng((self.seed, _NEGATIVES, step)), captions.reshape(len(images), -1)
+        hard = negatives.draw(example_captions[:, 0], images, rng)
         of_hard = images_of(self.first, hard.reshape(-1))
         others = self._choose(of_hard, rng) if self.per_image > 1 else hard.reshape(-1, 1)
         others = with_first(others, hard.reshape(-1)).reshape(*hard.shape, -1)
-        both = np.concatenate([own[:, None], others], axis=1)
+        both = np.concatenate([example_captions[:, None], others], axis=1)
         return both.reshape(-1), np.column_stack([images, of_hard.reshape(hard.shape)]).reshape(-1)
 
     def _augment(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -212,13 +214,13 @@ def _permutation(seed: int, number: int, examples: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _mixed_window(seed: int, number: int, window: int, examples: int, block: int) -> np.ndarray:
-    """Examples of a window of a pass. The partial block stands last, so that a window begins where it is expected."""
-    whole = examples // block
-    blocks = np.append(np.random.default_rng((seed, 0, number)).permutation(whole), whole)
+    """Examples of a window of a pass. The partial block is last, so that all windows before it have the same size."""
+    full_blocks = examples // block
+    blocks = np.append(np.random.default_rng((seed, 0, number)).permutation(full_blocks), full_blocks)
     chosen = blocks[window * WINDOW : (window + 1) * WINDOW]
     rows = (chosen[:, None] * block + np.arange(block)).reshape(-1)
     rows = rows[rows < examples]
-    # Not `window`: NumPy fills up seeds with zeros, and window 0 would be mixed as the blocks were.
+    # `window + 1`: NumPy pads seeds with zeros, so window 0 would have the seed of the order of the blocks.
     return np.random.default_rng((seed, 0, number, window + 1)).permutation(rows)
 
 

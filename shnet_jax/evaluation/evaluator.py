@@ -147,7 +147,7 @@ def choose_ranking_methods(
 
 
 def _identity(experiment: Experiment, variables: dict[str, Any], provenance: Provenance, mesh: Mesh) -> dict[str, Any]:
-    """JSON values that tell which scores a folder of blocks holds."""
+    """JSON values that identify the scores in a folder of blocks."""
     config = experiment.config
     return {
         "subject": dataclasses.asdict(provenance),

@@ -46,9 +46,9 @@ class Mining:
         return self.tiling.caption_tiles
 
     def block(self, number: int, advance: Callable[[int], None] = lambda pairs: None) -> TopK:
-        """The hardest negatives of the queries of a block, in their order; -1 and -inf where there are fewer than k.
+        """The hardest negatives of the queries of a block, in query order; -1 and -inf where there are fewer than k.
 
-        advance: told of the pairs of each tile when it is done. Raises ValueError for NaN among the scores.
+        advance: called after each tile with its number of pairs. Raises ValueError for NaN among the scores.
         """
         tiling, k = self.tiling, min(self.k, size(self.tiling.images))
         scores, allowed = programs(RetrievalModel.score, tiling.mesh).scores, _allowed(tiling.mesh)
@@ -76,11 +76,11 @@ class Mining:
             nans += int(bad)
             advance(int(tile.images.real.sum() * queries.real.sum()))
         check_no_nan(nans, size(tiling.images), int(queries.real.sum()))
-        found = merge_devices(best, queries.real, k)
-        none = np.isneginf(found.score)
+        merged = merge_devices(best, queries.real, k)
+        none = np.isneginf(merged.score)
         missing = ((0, 0), (0, self.k - k))
-        index = np.pad(np.where(none, -1, found.index), missing, constant_values=-1)
-        return TopK(index, np.pad(found.score, missing, constant_values=-np.inf))
+        index = np.pad(np.where(none, -1, merged.index), missing, constant_values=-1)
+        return TopK(index, np.pad(merged.score, missing, constant_values=-np.inf))
 
 
 def make_mining(

@@ -160,8 +160,8 @@ def score_matrix(images: Embedding, texts: Embedding, scorer: PairScorer, folder
 class ListedPairs:
     """A list of pairs laid out over the blocks of a tiling, in groups of GROUP captions with one image.
 
-    The last group of an image is filled up with captions that nobody asked for. The groups of a block lie side by side,
-    in it those of one device.
+    The last group of an image is filled up with captions whose scores are not used. The groups of a block lie side by
+    side, in it those of one device.
 
     rows: [p] image of each pair. place: [p] position of each pair's caption in the order of the tiling.
     groups: [g, GROUP] number of each pair in the list, -1 for padding.

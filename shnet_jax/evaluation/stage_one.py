@@ -1,6 +1,6 @@
-"""Stage one of two-stage ranking: the vectors whose dot product finds the candidates that the score re-ranks.
+"""Stage one of two-stage ranking: vectors whose dot products select the candidates that the score re-ranks.
 
-They are the global vectors, or for a model that scores sets the encodings of its whole score (`models.encodings`).
+They are the global vectors or, for a model that scores sets, encodings of its whole score (`models.encodings`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class GlobalVectors:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """None: nothing but the embeddings."""
+        """JSON values that the vectors depend on, beside the embeddings; always empty."""
         return {}
 
     def __call__(self, items: Embedding, side: str) -> Embedding:
@@ -47,7 +47,7 @@ class GlobalVectors:
         return vectors_of(items)
 
     def width(self, items: Embedding) -> int:
-        """Numbers in such a vector, of embeddings or of their shapes."""
+        """Length of a vector. items: embeddings, or their shapes."""
         return items.vector.shape[1]
 
 
@@ -77,10 +77,10 @@ class Encodings:
 
     def __call__(self, items: Embedding, side: str) -> Embedding:
         """The vectors [n, width] of a side, on the host. Raises ValueError for embeddings without elements."""
-        found = np.empty((size(items), self.width(items)), np.float32)
+        vectors = np.empty((size(items), self.width(items)), np.float32)
         for rows, block in self.blocks(items, side):
-            found[rows] = block
-        return Embedding(found)  # type: ignore[arg-type]  # on the host
+            vectors[rows] = block
+        return Embedding(vectors)  # type: ignore[arg-type]  # on the host
 
     def blocks(self, items: Embedding, side: str) -> Iterator[tuple[slice, np.ndarray]]:
         """Iterates over the rows of a side and their vectors [rows, width], block by block; shows progress."""
@@ -103,7 +103,7 @@ class Encodings:
                 advance(rows.stop - rows.start)
 
     def width(self, items: Embedding) -> int:
-        """Numbers in a vector, of embeddings or of their shapes."""
+        """Length of a vector. items: embeddings, or their shapes."""
         return self.encoding.width(items)
 
 

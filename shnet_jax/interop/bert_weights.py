@@ -65,7 +65,7 @@ def find_folder(weights: str) -> Path:
 def sizes(folder: Path) -> dict[str, Any]:
     """Sizes of the tower in `folder`, by their names in `config.text`.
 
-    Raises FileNotFoundError without a folder or config.json, ValueError when it is no BERT of our kind.
+    Raises FileNotFoundError without a folder or config.json, ValueError for a model that the tower cannot compute.
     """
     path, config = read_config(folder, "BERT")
     for name, expected in _REQUIRED.items():

@@ -46,7 +46,7 @@ _VISION = {
 def sizes(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sizes of the text tower by their names in `config.text`, and of the vision tower in `config.model.clip`.
 
-    Raises FileNotFoundError without a folder or config.json, ValueError when it is no CLIP of our kind.
+    Raises FileNotFoundError without a folder or config.json, ValueError for a model that the towers cannot compute.
     """
     path, config = read_config(folder, "CLIP")
     if config.get("model_type") != "clip":

@@ -96,7 +96,7 @@ def read_modules(folder: Path, asked: str = "") -> tuple[str, bool]:
 
 def weights_sha256(folder: Path) -> str:
     """SHA-256 of the weights in a folder: of the file, or, of several, of the lines of `sha256sum`."""
-    files = next((found for pattern in _WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
+    files = next((matches for pattern in _WEIGHTS if (matches := sorted(folder.glob(pattern)))), [])
     if not files:
         raise FileNotFoundError(f"{folder}: no {' or '.join(_WEIGHTS)}")
     sums = {}

@@ -38,7 +38,7 @@ _SIZES = {
 def sizes(folder: Path) -> dict[str, Any]:
     """Sizes of the text tower by their names in `config.text`.
 
-    Raises FileNotFoundError without a folder or config.json, ValueError when it is no SigLIP of our kind.
+    Raises FileNotFoundError without a folder or config.json, ValueError for a model that the tower cannot compute.
     """
     path, config = read_config(folder, "SigLIP")
     if config.get("model_type") != "siglip":
@@ -51,10 +51,10 @@ def sizes(folder: Path) -> dict[str, Any]:
     activation = given.get("hidden_act", "gelu_pytorch_tanh")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{path}: text_config.hidden_act is {activation!r}; the tower knows {', '.join(ACTIVATIONS)}")
-    found = {ours: check_size(path, name, given.get(name, default)) for ours, (name, default) in _SIZES.items()}
+    tower_sizes = {ours: check_size(path, name, given.get(name, default)) for ours, (name, default) in _SIZES.items()}
     projection = given.get("projection_size")
-    width = found["width"] if projection is None else check_size(path, "projection_size", projection)
-    return found | {"projection": width, "activation": activation}
+    width = tower_sizes["width"] if projection is None else check_size(path, "projection_size", projection)
+    return tower_sizes | {"projection": width, "activation": activation}
 
 
 def load_siglip(folder: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class TorchFile:
         return np.memmap(self.path, np.uint8, "r")
 
     def state(self, value: Any, what: str) -> dict[str, Tensor]:
-        """State dict that a value of the content is. Raises ValueError, which calls the value `what`, for another."""
+        """The value as a state dict. Raises ValueError, which names the value by `what`, if it is none."""
         if isinstance(value, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in value.items()):
             return value
         raise ValueError(f"{self.path}: {what} is not a dict of tensors by their names")

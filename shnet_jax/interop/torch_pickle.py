@@ -141,7 +141,7 @@ class Unpickler:
                 else:
                     self._execute(opcode.name, argument)
             return self._stack.pop()
-        except _FAULTS as error:  # whatever the bytes are, only these can come of them
+        except _FAULTS as error:  # all that malformed bytes can raise
             raise ValueError(f"{self._where}: not a {self._what} that can be read safely: {error}") from None
 
     def _spend(self, steps: int) -> None:

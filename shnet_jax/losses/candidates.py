@@ -80,7 +80,7 @@ class Candidates:
             return carry, axis.sum_scatter(gradients, self.axis)
 
         def add(state: tuple[Carry, Embedding], block: Block) -> tuple[Carry, Embedding]:
-            # The sums travel a visit behind their block, so that they and the next block travel during the products.
+            # The sums are sent one step after their block, so that both are sent while the products are computed.
             carry, sums = state
             sums = axis.ring_shift(sums, self.axis)
             carry, gradient = visit(carry, block)
@@ -113,7 +113,7 @@ class Candidates:
     def _around(self, visit: Callable[[Carry, Block], Carry], carry: Carry) -> Carry:
         """Folds `visit` over the blocks of all devices, which travel around the ring.
 
-        The last shift brings each block home, where nobody needs it. Leaving it out takes a visit outside the loop,
+        The last shift brings each block home, where it is not needed. Leaving it out takes a visit outside the loop,
         whose memory the compiler does not share with the visits inside: 288 MB of temporaries, beyond the bound of
         tests/parallel/test_loss_memory.py. One more block on the way is cheaper.
         """

@@ -29,7 +29,7 @@ def loss(
 ) -> dict[str, Array]:
     """Triplet loss on dot products of global vectors: `triplet.loss` and its options; values are global_triplet_*."""
     values = triplet.loss(
-        Embedding(images.vector),  # the elements do not travel
+        Embedding(images.vector),  # elements are not sent
         Embedding(texts.vector),
         ids,
         dataclasses.replace(ctx, score=product),

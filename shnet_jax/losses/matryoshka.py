@@ -20,14 +20,14 @@ Compute = Callable[[Embedding, Embedding, Array, Context], Terms]
 Q = TypeVar("Q", bound=Queue)
 
 TINY = 1e-24
-"""Squared length up to which a prefix counts as zeros: it stays zeros, with a gradient of 0."""
+"""Squared length up to which a prefix counts as zero: it is returned as zeros, with a gradient of 0."""
 
 
 def check(dims: Sequence[int]) -> tuple[int, ...]:
     """The sizes of `config.loss.matryoshka`. Raises ValueError unless they are whole numbers that rise from 1 on."""
     sizes = tuple(dims)
-    whole = all(type(size) is int for size in sizes)
-    if not whole or any(a >= b for a, b in zip((0, *sizes), sizes, strict=False)):
+    all_integers = all(type(size) is int for size in sizes)
+    if not all_integers or any(a >= b for a, b in zip((0, *sizes), sizes, strict=False)):
         raise ValueError(f"config.loss.matryoshka is {sizes}; expected rising sizes, as (64, 128, 256, 512), or ()")
     return sizes
 

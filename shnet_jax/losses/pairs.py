@@ -13,9 +13,9 @@ how much of the score matrix exists at a time, is the strategy, `ctx.pairs.strat
   ring      each device's candidates travel once around the ring of devices, scored where they are. Memory b^2, and no
             device ever holds more than two devices' embeddings.
 
-Streamed and ring score each tile once more in the backward pass instead of keeping it; only a `total`, the sum over all
-queries, has its gradient from the walk that sums. What a metric needs of the scores is found in the walk that the loss
-makes anyway: one of its own would score, and send, all candidates again.
+Streamed and ring score each tile once more in the backward pass instead of keeping it. Only a `total`, the sum over all
+queries, computes its gradient in the forward pass over the tiles. Metrics take what they need of the scores from the
+pass that the loss makes anyway: a pass of their own would score, and send, all candidates again.
 
 With momentum encoders (`ctx.keys`) a loss has a second part, `over_queues`: the same queries against the other
 modality's queue, with the key of their partner as the positive. Every device has the whole queue, scored at once or,
@@ -23,8 +23,8 @@ with streamed and ring, in tiles.
 
 The gradient convention of all losses: a loss returns this device's share of the global loss. Shares add up (`psum`) to
 the global loss; a mean divides by the global count, which is a constant. Each device scores its own images against all
-texts and its own texts against all images, and differentiates through the gathering or the ring, whose gradient brings
-to each embedding what all devices' shares say about it: so the gradient of an embedding is complete on the device that
+texts and its own texts against all images, and differentiates through the gathering or the ring, which adds up in
+each embedding the gradients of all devices' shares. So the gradient of an embedding is complete on the device that
 computed it, and gradients of replicated parameters become complete by one explicit `psum`. Never differentiate a `psum`
 or `pmean` of the loss itself.
 """
@@ -244,8 +244,8 @@ def _negatives(direction: Direction, block: Block) -> Array:
     if direction.in_queue:
         return jnp.broadcast_to(counted, (direction.ids.shape[0], *counted.shape))
     queries = direction.ids.shape[0]
-    own = axis.axis_index(direction.candidates.axis) * queries + jnp.arange(queries, dtype=jnp.int32)
-    return (own[:, None] // direction.sharing != block.rows) & counted
+    query_rows = axis.axis_index(direction.candidates.axis) * queries + jnp.arange(queries, dtype=jnp.int32)
+    return (query_rows[:, None] // direction.sharing != block.rows) & counted
 
 
 class _Reduced(NamedTuple):
@@ -367,7 +367,7 @@ class _Total(_Blockwise):
     """
 
     def fold(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> _Reduced:
-        """The sum alone, where nobody asks for a gradient."""
+        """The sum alone, for calls without a gradient."""
         return _Reduced(super().fold(inputs, items, fixed).value.sum())
 
     def forward(self, inputs: _Differentiated, items: Embedding, fixed: _Fixed) -> tuple[_Reduced, Any]:

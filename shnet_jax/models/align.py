@@ -124,9 +124,9 @@ class ImageHead(nn.Module):
         given = [given_unit(batch, unit, self.activation_dtype) for unit in self.units]
         widths = {unit: x.shape[-1] for unit, (x, _) in zip(self.units, given, strict=True)}
         if len(set(widths.values())) > 1:
-            found = ", ".join(f"{unit} of {width}" for unit, width in widths.items())
+            listed = ", ".join(f"{unit} of {width}" for unit, width in widths.items())
             raise ValueError(
-                f"one head maps tokens of one width, found {found}: choose one kind in config.model.units, or "
+                f"one head maps tokens of one width, found {listed}: choose one kind in config.model.units, or "
                 "config.model.align.pool_first=True"
             )
         tokens, masks = zip(*given, strict=True)

@@ -124,7 +124,7 @@ class ImageEncoder(nn.Module):
 
 
 class Globals(TwoTowers):
-    """Both towers; the score is the dot product of their global vectors, as nobody attends to anything."""
+    """Both towers; the score is the dot product of their global vectors, as there is no cross-attention."""
 
     def encode_image(self, batch: Batch, *, train: bool) -> Embedding:
         """See `RetrievalModel.encode_image`."""

@@ -47,7 +47,7 @@ class ScoreEncoding:
         return f"fixed-dimensional encodings ({sizes}, seed {self.seed})"
 
     def width(self, items: Embedding) -> int:
-        """Numbers in a vector, of embeddings or of their shapes."""
+        """Length of a vector. items: embeddings, or their shapes."""
         roles = sum(factor > 0 for factor in LIKE_CHAMFER[self.score.similarity])
         return items.vector.shape[1] + roles * self.options.width(_elements(items).shape[-1])
 
@@ -79,10 +79,10 @@ def score_encoding(score: Score, sizes: Mapping[str, int], seed: int) -> ScoreEn
     Raises ValueError for a score that is no set similarity of LIKE_CHAMFER, and for sizes that do not exist.
     """
     if not isinstance(score, SetScore) or score.similarity not in LIKE_CHAMFER:
-        found = score.similarity if isinstance(score, SetScore) else getattr(score, "__qualname__", repr(score))
+        score_name = score.similarity if isinstance(score, SetScore) else getattr(score, "__qualname__", repr(score))
         raise ValueError(
             f"config.eval.stage_one is 'fde', which approximates the set similarities {', '.join(LIKE_CHAMFER)}; this "
-            f"model scores by {found}: set it to 'vectors'"
+            f"model scores by {score_name}: set it to 'vectors'"
         )
     return ScoreEncoding(score, EncodingOptions(**sizes), seed)
 

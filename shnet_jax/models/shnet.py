@@ -62,7 +62,7 @@ class ImageEncoder(UnitEncoder, kw_only=True):
         pooled = GPO(name="pool")(pooled_set, pooled_mask)
         self.sow("intermediates", "pooled", pooled)
         if self.global_residual:
-            # Both of unit length first: neither drowns the other, whatever model the vector comes from.
+            # Normalise both first, so that neither dominates the other, whatever model the vector comes from.
             vector = l2norm(batch["image_embedding"].astype(jnp.float32))
             pooled = l2norm(pooled) + Dense(self.dim, dtype=self.dtype, name="global_linear")(vector)
         return l2norm(pooled)

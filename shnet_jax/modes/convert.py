@@ -92,9 +92,9 @@ def load_published(config: ConfigDict, path: str | Path) -> Model:
 
 
 def load_run(workdir: str | Path, checkpoint: str = "best", own: ConfigDict | None = None) -> Model:
-    """The model in a work folder; checkpoint: best | last. Where averages were kept, these are it.
+    """The model in a work folder; checkpoint: best | last. Where averaged weights were kept, they are returned.
 
-    own: the user's configuration; see `workdir.trained_config`. It has the fields that are younger than the run.
+    own: the user's configuration; see `workdir.trained_config`. It supplies fields that were added after the run.
     """
     workdir = Path(workdir)
     config = _trained(workdir, own)
@@ -106,19 +106,19 @@ def load_run(workdir: str | Path, checkpoint: str = "best", own: ConfigDict | No
     like = checkpoints.abstract_variables(step, averaged=averaged)
     variables = checkpoints.restore_variables(step, like, averaged=averaged, on_host=True)
     checkpoints.close()
-    config.optim.ema, config.text.weights = 0.0, ""  # what the weights were is in them
+    config.optim.ema, config.text.weights = 0.0, ""  # already part of the restored weights
     return Model(config, variables, step)
 
 
-def _trained(folder: Path, own: ConfigDict | None) -> ConfigDict:
-    config = trained_config(folder, own)
-    return config if own is None else complete(config, own)
+def _trained(folder: Path, user_config: ConfigDict | None) -> ConfigDict:
+    config = trained_config(folder, user_config)
+    return config if user_config is None else complete(config, user_config)
 
 
 def load_folder(folder: str | Path, own: ConfigDict | None = None) -> Model:
     """The model in a folder of `write_folder`; own as for `load_run`.
 
-    Raises ValueError naming each array that its configuration has no place for, or the other way round.
+    Raises ValueError naming each array that the weights have and the configuration has not, or the other way round.
     """
     folder = Path(folder)
     config = _trained(folder, own)
@@ -154,7 +154,7 @@ def write_folder(
 
     option: the flag that named the folder, for messages. add: writes more files into it, before it has its name.
     """
-    temporary = folder.with_name(f".{folder.name}.incomplete")  # hidden, as nobody else's
+    temporary = folder.with_name(f".{folder.name}.incomplete")  # hidden, so that no file of a user has this name
     with sole_writer(folder.parent, f".{folder.name}.lock"), disk_faults(folder, SafetensorError):
         if folder.exists():
             raise WorkdirError(f"{folder} exists already; choose another {option}")
@@ -188,7 +188,7 @@ def _expected(config: ConfigDict) -> dict[str, Any]:
 
 
 def _ranks(tree: dict[str, Any]) -> dict[str, int]:
-    """Number of axes by name: their lengths also depend on the features, which a data set brings."""
+    """Number of axes of each array by name; lengths also depend on the features of a data set."""
     return {name: len(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 

@@ -119,7 +119,7 @@ def _evaluate(config: ConfigDict, workdir: Path, card: bool) -> None:
 
 
 def _stem(config: ConfigDict, dataset: DataSet) -> str:
-    """The part of the results' file names that tells one evaluation from another."""
+    """The part of a results file's name that distinguishes evaluations."""
     evaluation, protocols = config.eval, "+".join(config.eval.protocols)
     stem = f"{dataset.path.parent.name}_{evaluation.split}_{protocols}_{evaluation.checkpoint}"
     if evaluation.two_stage and not evaluation.exact:  # beside the results of an exact ranking

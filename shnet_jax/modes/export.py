@@ -111,9 +111,9 @@ def _described(model: Model, config: ConfigDict) -> planned_run.PlannedRun:
     complete.plan = config.plan
     complete.model.cmsei.block = complete.model.cmsei.block or default_block("tpu")  # programs for all platforms
     run = planned_run.describe(complete)
-    found, expected = flatten(model.variables), flatten(planned_run.variable_shapes(run))
-    for name in sorted(found.keys() | expected.keys()):
-        pair = [list(side[name].shape) if name in side else "absent" for side in (found, expected)]
+    actual, expected = flatten(model.variables), flatten(planned_run.variable_shapes(run))
+    for name in sorted(actual.keys() | expected.keys()):
+        pair = [list(side[name].shape) if name in side else "absent" for side in (actual, expected)]
         if pair[0] != pair[1]:
             where = config.data.dir or "config.plan"
             raise ValueError(

@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 ROWS = (1, 5)
 """Rows of the batches that are compared."""
 CALLS = ("jit", "checkpoint", "custom_jvp_call", "custom_vjp_call")
-"""Primitives that compute what the function in them does."""
+"""Primitives that call the function that they hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _in_float32(run: planned_run.PlannedRun) -> planned_run.PlannedRun:
 def _convert(program: Program, weights: Mapping[str, Any]) -> OnnxFile:
     import jax2onnx
 
-    for library in ("jax2onnx", "onnx_ir"):  # they warn of what the comparison shows to be harmless
+    for library in ("jax2onnx", "onnx_ir"):  # their warnings are harmless, as the comparison shows
         logging.getLogger(library).setLevel(logging.ERROR)
     (fields,) = program.inputs
     constants = {name: jnp.asarray(array) for name, array in weights.items()}
@@ -119,14 +119,14 @@ def _compare(run: planned_run.PlannedRun, program: Program, weights: Mapping[str
     for rows in ROWS:
         given = examples(run, program, rows)
         expected = np.asarray(jax.jit(program.apply)(dict(weights), given)["vector"])
-        (found,) = session.run(["vector"], {taken.name: given[taken.name] for taken in session.get_inputs()})
-        difference = np.max(np.abs(found - expected)) if found.shape == expected.shape else np.inf
+        (vectors,) = session.run(["vector"], {taken.name: given[taken.name] for taken in session.get_inputs()})
+        difference = np.max(np.abs(vectors - expected)) if vectors.shape == expected.shape else np.inf
         if not difference <= TOLERANCE:  # of NaN, too
             raise ValueError(f"ONNX Runtime's vectors differ from JAX's by {difference:.1e}, more than {TOLERANCE}")
 
 
 def examples(run: planned_run.PlannedRun, program: Program, rows: int) -> dict[str, np.ndarray]:
-    """Random inputs of a program, of which the masks leave out ever more. run: of one caption for each image."""
+    """Random inputs of a program, whose masks exclude more units row by row. run: of one caption for each image."""
     batch = planned_run.random_batch(run, rows, 0)
     fields = {name: np.asarray(batch[name], like.dtype) for name, like in program.inputs[0].items()}
     for name in fields:
@@ -175,17 +175,17 @@ def _compute(equation: Any, given: list[Any]) -> Sequence[Any]:
     bind = functools.partial(equation.primitive.bind, *given, **equation.primitive.get_bind_params(params))
     if not any(traced) and name != "dim_as_value" and all(isinstance(size, int) for shape in shapes for size in shape):
         with jax.ensure_compile_time_eval():
-            found = bind()
+            outputs = bind()
     elif name == "scan":
         return _unrolled(equation, given)
     elif name == "select_n" and given[1].dtype == bool:  # ONNX Runtime's Where has no booleans
         which, otherwise, chosen = given
-        found = (which & chosen) | (~which & otherwise)
+        outputs = (which & chosen) | (~which & otherwise)
     elif name == "pad" and all(low >= 0 <= high and not between for low, high, between in params["padding_config"]):
-        found = _padded(given[0], given[1], [(low, high) for low, high, _ in params["padding_config"]])
+        outputs = _padded(given[0], given[1], [(low, high) for low, high, _ in params["padding_config"]])
     else:
-        found = bind()
-    return found if equation.primitive.multiple_results else [found]
+        outputs = bind()
+    return outputs if equation.primitive.multiple_results else [outputs]
 
 
 def _inner(jaxpr: Any) -> Callable[..., list[Any]]:
@@ -211,7 +211,7 @@ def _unrolled(equation: Any, given: list[Any]) -> list[Any]:
     steps: list[list[Any]] = [[]] * length
     for i in reversed(range(length)) if equation.params["reverse"] else range(length):
         slices = [lax.index_in_dim(array, i, keepdims=False) for array in given[first:]]
-        found = _inner(step)(*constants, *carried, *slices)
-        carried, steps[i] = found[:carries], found[carries:]
+        outputs = _inner(step)(*constants, *carried, *slices)
+        carried, steps[i] = outputs[:carries], outputs[carries:]
     rows = ([array[None] for array in arrays] for arrays in zip(*steps, strict=True))
     return [*carried, *(lax.concatenate(arrays, 0) for arrays in rows)]

@@ -1,6 +1,6 @@
 """--mode=mine: lists of hard negatives of the training split, by a trained run, for `config.data.negatives`.
 
-Each block of queries becomes a file, so that a killed run goes on where it was and ends with the same bytes.
+Each block of queries becomes a file, so that a killed run resumes where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -146,16 +146,16 @@ def _write(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh, folder
     parts = folder / PARTS
     directions = _directions(_open_gallery(loaded, config, workdir, mesh), config, mesh)
     blocks = [(name, number) for name, mining in directions.items() for number in range(mining.blocks)]
-    own = [blocks[place] for place in hosts.own_part(len(blocks))]
-    missing = [(name, number) for name, number in own if not _part(parts, name, number).exists()]
+    local_blocks = [blocks[place] for place in hosts.own_part(len(blocks))]
+    missing = [(name, number) for name, number in local_blocks if not _part(parts, name, number).exists()]
     rounds = sum(directions[name].tiling.rounds for name, _ in missing)
-    done = sum(directions[name].tiling.rounds for name, _ in own) - rounds
+    done = sum(directions[name].tiling.rounds for name, _ in local_blocks) - rounds
     progress = show_progress(rounds + done, "tile of scores", "pairs", done=done)
     with hosts.ending_together(), progress as advance:
         for name, number in missing:
-            found = directions[name].block(number, advance).index.astype(np.int32)
+            hardest = directions[name].block(number, advance).index.astype(np.int32)
             with atomic_path(_part(parts, name, number)) as temporary, temporary.open("wb") as file:
-                np.save(file, found, allow_pickle=False)
+                np.save(file, hardest, allow_pickle=False)
 
     def end() -> None:
         for name, mining in directions.items():
@@ -171,16 +171,16 @@ def _write(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh, folder
 
 def _open_gallery(loaded: Loaded, config: ConfigDict, workdir: Path, mesh: Mesh) -> _Gallery:
     """The embeddings of the training split, which are made unless they are there, and its ids."""
-    whole = ConfigDict(config.to_dict())
-    split = whole.search.split = config.data.train_split
-    whole.search.dims, whole.search.embeddings = 0, ""
+    gallery_config = ConfigDict(config.to_dict())
+    split = gallery_config.search.split = config.data.train_split
+    gallery_config.search.dims, gallery_config.search.embeddings = 0, ""
     dataset = loaded.experiment.dataset
     first = dataset.first_captions(split)
     ids = np.arange(len(first) - 1)
     persons = dataset.identities(split) if _by_person(config, loaded) else None
     if persons is not None:
         ids = np.unique(persons, return_inverse=True)[1]
-    embeddings = split_embeddings(loaded, whole, workdir, mesh)
+    embeddings = split_embeddings(loaded, gallery_config, workdir, mesh)
     return _Gallery(
         embeddings, np.repeat(np.arange(len(ids)), np.diff(first)), first, ids, config.mine.max_relative_score
     )
@@ -224,10 +224,10 @@ def _summary(lists: np.ndarray) -> dict[str, float | int]:
 
 
 def _say(folder: Path, summary: Any) -> None:
-    for name, what in ((IMAGES, "captions"), (CAPTIONS, "images")):
+    for name, items in ((IMAGES, "captions"), (CAPTIONS, "images")):
         about = summary[name]
         print(
-            f"{folder / name}: hard negatives of {about['lists']} {what}; {about['full']:.1%} of the lists are full, "
+            f"{folder / name}: hard negatives of {about['lists']} {items}; {about['full']:.1%} of the lists are full, "
             f"{about['empty']} are empty"
         )
     print(f"train with them: --config.data.negatives.folder={folder} --config.data.negatives.count=1")

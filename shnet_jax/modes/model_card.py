@@ -133,7 +133,7 @@ def _evaluation(about: About) -> str:
 
 def _results(about: About) -> dict[str, Results]:
     """Results of this checkpoint alone in the work folder, by the data set, split and protocol."""
-    found = {}
+    results_by_title = {}
     for path in sorted(about.workdir.glob("results_*.json")):
         try:
             arms = {name: from_dict(fields) for name, fields in read_object(path)["arms"].items()}
@@ -144,8 +144,8 @@ def _results(about: About) -> dict[str, Results]:
             card = results.card
             if card.get("checkpoint_step") == about.model.step and card.get("ensemble") == SINGLE:
                 title = [str(card[key]) for key in ("dataset", "split", "protocol", "ranking") if key in card]
-                found[", ".join(title)] = results
-    return found
+                results_by_title[", ".join(title)] = results
+    return results_by_title
 
 
 def _use(about: About, signatures: Mapping[str, Any]) -> str:

@@ -71,12 +71,12 @@ def check_files(workdir: Path, folder: Path, expected: Mapping[str, str], remedy
     """Raises ValueError, which ends with `remedy`, where files of an encoder are not those of `noted_encoder`."""
     from data_prep.extract import encoders
 
-    found = encoders.files_sha256(folder)
-    for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
+    actual = encoders.files_sha256(folder)
+    for name in sorted({*expected, *actual}):
+        if expected.get(name) != actual.get(name):
             raise ValueError(
                 f"{folder / name}: sha256: expected {expected.get(name, 'no such file')}, with which {workdir} was "
-                f"made, found {found.get(name, 'no such file')}; {remedy}"
+                f"made, found {actual.get(name, 'no such file')}; {remedy}"
             )
 
 

@@ -118,7 +118,7 @@ def _make(
     if not overwrite:
         noted = noted_encoder(workdir) if any((workdir / DATA_SETS).glob("*")) else None
         if noted is None:
-            note_encoder(workdir, encoder)  # first: later, other files might lie there
+            note_encoder(workdir, encoder)  # first, as the files of the encoder may be replaced later
         else:
             check_files(workdir, encoder, noted, "put that file back, or make the run again with --overwrite")
     sets = workdir / (AGAIN if overwrite else DATA_SETS)
@@ -130,15 +130,15 @@ def _make(
     config.search.split, config.page.pictures = own_photos.ALL, str(folder.resolve())
     _fit_encoder(config)
     if not overwrite and any((workdir / "checkpoints").glob("*")):
-        return  # with config.json as it is: embeddings are of this very file
+        return  # config.json stays as it is, as embeddings are tied to its content
     experiment = assemble(config)
     with waiting("reading the text tower"):
         variables = init_variables(experiment, config.seed)
     complete = ConfigDict(experiment.config.to_dict())
-    if overwrite:  # not before: up to here a mistake costs nothing of the run that is there
+    if overwrite:  # not earlier: up to here an error leaves the existing run as it was
         _put_in_place(workdir)
         complete.data.dir = config.data.dir = str((workdir / DATA_SETS / dataset.relative_to(sets)).resolve())
-        note_encoder(workdir, encoder)  # first: of a run that is there nothing more is written
+        note_encoder(workdir, encoder)  # before write_run: nothing is added to a run that exists
     write_run(workdir, Model(complete, variables, 0))
 
 
@@ -152,8 +152,8 @@ def _check_run(workdir: Path) -> None:
     model = load_config(path).get("model")
     name = model.get("name") if isinstance(model, ConfigDict) else None
     if not isinstance(model, ConfigDict) or name != "dual" or model.get("dual", {}).get("head") != "none":
-        what = "a head that was trained" if name == "dual" else f"a run of the model {name!r}"
-        raise ValueError(f"{workdir} holds {what}, which shnet photos did not make there; choose another --out")
+        contents = "a head that was trained" if name == "dual" else f"a run of the model {name!r}"
+        raise ValueError(f"{workdir} holds {contents}, which shnet photos did not make there; choose another --out")
 
 
 def _put_in_place(workdir: Path) -> None:

@@ -126,7 +126,7 @@ def read_queries(query: str, query_file: str) -> list[str]:
     if query_file:
         path = Path(query_file)
         try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 and the like are text
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 and similar separators are text
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: expected queries in UTF-8: {error}") from None
         queries += [line.strip() for line in lines if line.strip()]

@@ -66,6 +66,6 @@ def validation_curve(history: Sequence[Mapping[str, Any]]) -> Curve:
 
 
 def _looks(arms: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """(arm, colour, marker); where there are more arms than colours, the markers tell them apart."""
+    """(arm, colour, marker); where there are more arms than colours, markers distinguish them."""
     for number, arm in enumerate(arms):
         yield arm, SERIES[number % len(SERIES)], [*SYMBOLS][number % len(SYMBOLS)]

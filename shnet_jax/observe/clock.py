@@ -78,7 +78,7 @@ class Clock:
 
     def __enter__(self) -> Clock:
         self._since = self._now()
-        if self._started is not None:  # one start-up is needed, any other one is the price of an interruption
+        if self._started is not None:  # only the first start-up is necessary; later ones are due to interruptions
             self._spent["lost" if self._spent["startup"] else "startup"] += self._since - self._started
             self._started = None
         return self
@@ -193,9 +193,9 @@ def read_wall_time(workdir: str | Path) -> dict[str, Any] | None:
     None also for a file that is damaged or of something else: the times are only told, nothing is computed from them.
     """
     try:
-        found = json.loads((Path(workdir) / WALL_TIME).read_text("utf-8"))
-        spent = {kind: float(found["spent"][kind]) for kind in KINDS}
-        return {"step": int(found["step"]), "spent": spent} | {k: float(found[k]) for k in ("seconds", "examples")}
+        record = json.loads((Path(workdir) / WALL_TIME).read_text("utf-8"))
+        spent = {kind: float(record["spent"][kind]) for kind in KINDS}
+        return {"step": int(record["step"]), "spent": spent} | {k: float(record[k]) for k in ("seconds", "examples")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -205,7 +205,7 @@ def _spent(state: Mapping[str, Any] | None, latest: Mapping[str, Any] | None) ->
     if state is None:
         spent: Mapping[str, float] = {}
         kept = 0.0
-    else:  # a checkpoint from before there were kinds knows the seconds of training
+    else:  # an old checkpoint has only the seconds of training, not the seconds by kind
         spent = state.get("spent", {"step": float(state.get("seconds", 0.0))})
         kept = sum(spent.values())
     resumed = {kind: float(spent.get(kind, 0.0)) for kind in KINDS}
@@ -216,8 +216,8 @@ def _spent(state: Mapping[str, Any] | None, latest: Mapping[str, Any] | None) ->
 
 def shares(spent: Mapping[str, float]) -> dict[str, float]:
     """Shares, 0..1, of seconds by kind; empty where they add up to nothing."""
-    whole = sum(spent.values())
-    return {kind: seconds / whole for kind, seconds in spent.items()} if whole else {}
+    total = sum(spent.values())
+    return {kind: seconds / total for kind, seconds in spent.items()} if total else {}
 
 
 def shares_line(spent: Mapping[str, float]) -> str:
@@ -227,5 +227,5 @@ def shares_line(spent: Mapping[str, float]) -> str:
     return f"wall time {minutes:.1f} min, in per cent: {parts}" if parts else "no wall time yet"
 
 
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _share(part: float, total: float) -> float:
+    return part / total if total else 0.0

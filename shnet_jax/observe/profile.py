@@ -18,11 +18,11 @@ STEP = "train"
 
 
 def check(steps: Sequence[int], total_steps: int) -> None:
-    """Raises ValueError for config.train.profile_steps that are no two steps of the training, first and last."""
+    """Raises ValueError unless config.train.profile_steps are () or a first and a last step of the training."""
     if not steps:
         return
-    whole = len(steps) == 2 and all(isinstance(step, int) for step in steps)
-    if not whole or not 1 <= steps[0] <= steps[1] <= total_steps:
+    two_integers = len(steps) == 2 and all(isinstance(step, int) for step in steps)
+    if not two_integers or not 1 <= steps[0] <= steps[1] <= total_steps:
         raise ValueError(
             f"config.train.profile_steps is {tuple(steps)}; expected the first and the last step of the trace, between "
             f"1 and the {total_steps} steps of the training, as (10, 13), or ()"

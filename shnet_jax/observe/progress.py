@@ -21,9 +21,9 @@ PLAIN_SECONDS = 10.0
 
 @contextmanager
 def waiting(what: str, seconds: float = PLAIN_SECONDS) -> Iterator[None]:
-    """Logs that the block is at work every `seconds`, as a compilation says nothing by itself, and how long it took.
+    """Context that logs every `seconds` that the block is still running, and at its end how long it took.
 
-    A block that is done earlier logs nothing.
+    For compilations, which log nothing themselves. A block that ends sooner logs nothing. what: name of the block.
     """
     done, start = threading.Event(), time.monotonic()
 
@@ -46,10 +46,10 @@ class Progress:
     """Shows how far a loop has come, its speed and, when the total is known, the time left.
 
     A loop with a `Clock` calls `update` after each step. A loop over records calls `count` for each record. It gets
-    plain lines even on a terminal, as other messages come between them, and `close` adds a line with the totals.
+    plain lines even on a terminal, as other messages would interrupt a progress line. `close` adds a line with totals.
 
     Args:
-      total: steps of the loop, or records; None when nobody knows.
+      total: steps of the loop, or records; None when not known.
       stream: where lines go; None: standard error.
       now: a clock in seconds.
       shown: False in all processes of a job but the first.

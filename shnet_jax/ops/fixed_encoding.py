@@ -1,4 +1,4 @@
-"""Fixed-dimensional encodings: one vector of a set, so that dot products approximate the Chamfer similarity of sets.
+"""Fixed-dimensional encodings: one vector per set, so that dot products approximate Chamfer similarities of sets.
 
 Source: Dhulipala et al., "MUVERA: Multi-Vector Retrieval via Fixed Dimensional Encodings" (arXiv 2405.19504). SimHash
 cuts space into 2^k_sim cells. A query's encoding has the sum of its elements in each cell, a document's their mean. The
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from shnet_jax.ops.matmul import einsum
 from shnet_jax.types import Array
 
-STREAM = 0x4D55  # of the seed: other draws of a run have others
+STREAM = 0x4D55  # folded into the seed, so that these draws differ from others of the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _cells(elements: Array, mask: Array | None, projections: Projections) -> tup
     planes, inner = projections.planes, projections.inner
     bits = planes.shape[1]
     valid = jnp.ones(elements.shape[:2], bool) if mask is None else mask
-    elements = jnp.where(valid[..., None], elements, 0.0)  # whatever lies in masked places
+    elements = jnp.where(valid[..., None], elements, 0.0)  # masked places may hold any value
     above = einsum("nmd,rkd->nmrk", elements, planes, "float32") > 0
     cells = jnp.sum(above * (1 << jnp.arange(bits)), axis=-1, dtype=jnp.int32)
     if inner is None:
@@ -130,8 +130,8 @@ def _members(cells: Array, valid: Array, projections: Projections) -> Array:
 
 def _flatten(blocks: Array, projections: Projections, d_final: int) -> Array:
     """Blocks [n, r, b, p] as one vector, whose products are means over the partitions; sketched where asked for."""
-    whole = blocks.reshape(blocks.shape[0], -1) / math.sqrt(blocks.shape[1])
+    flat = blocks.reshape(blocks.shape[0], -1) / math.sqrt(blocks.shape[1])
     if projections.place is None or projections.sign is None:
-        return whole
-    signed = (whole * projections.sign).T
+        return flat
+    signed = (flat * projections.sign).T
     return jax.ops.segment_sum(signed, projections.place, num_segments=d_final).T

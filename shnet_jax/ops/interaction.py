@@ -132,24 +132,24 @@ def _block(images: _Items, texts: _Items, how: Interaction) -> Array:
     return score
 
 
-def _attend(own: _Items, other: _Items, positive: Array, sharpness: float, how: Interaction) -> Array:
-    """Score term [t, n] of the side `own` [n, K, c] when its elements attend to those of `other` [t, L, c].
+def _attend(attending: _Items, other: _Items, positive: Array, sharpness: float, how: Interaction) -> Array:
+    """Score term [t, n] of the side `attending` [n, K, c] when its elements attend to those of `other` [t, L, c].
 
-    positive: [t, n, K, L], the cosines of their elements, 0 where negative or masked. The other side comes first: then
-    the large product is one of contiguous matrices for each of its items.
+    positive: [t, n, K, L], the cosines of their elements, 0 where negative or masked. The axis t of the other
+    side comes first, so that the large product is one of contiguous matrices for each of its items.
     """
-    d = own.vector.shape[-1]
-    logits = sharpness * l2norm(positive, axis=2)  # each element of `other` shares its attention among `own`'s
+    d = attending.vector.shape[-1]
+    logits = sharpness * l2norm(positive, axis=2)  # each element of `other` shares its attention among `attending`'s
     weights = masked_softmax(logits, other.mask[:, None, None, :])
     seen = einsum("tnkl,tlc->tnkc", weights, other.elements[..., : 2 * d], how.dtype)  # [U, B U]
     context = seen[..., :d]
-    refined = jnp.broadcast_to(own.elements[None, ..., :d], context.shape)
+    refined = jnp.broadcast_to(attending.elements[None, ..., :d], context.shape)
     if how.refine:
-        refined = refined + jax.nn.sigmoid(own.elements[None, ..., 2 * d :] + seen[..., d:]) * context
-    # The pairs side by side: sums over arrays with an axis of 1, for one item on a side, are slow on a CPU.
+        refined = refined + jax.nn.sigmoid(attending.elements[None, ..., 2 * d :] + seen[..., d:]) * context
+    # Merge the axes of the pairs: sums over arrays with an axis of length 1 are slow on a CPU.
     t, n = weights.shape[:2]
     context, refined = _pairs(context), _pairs(refined)
-    mask = _pairs(jnp.broadcast_to(own.mask, (t, *own.mask.shape)))
+    mask = _pairs(jnp.broadcast_to(attending.mask, (t, *attending.mask.shape)))
     score = jnp.zeros((), jnp.float32)
     if how.local:
         aligned = jnp.where(mask, cosine(refined, context), 0.0)

@@ -58,14 +58,14 @@ def pipeline(
 
     def through(x: Array, extra: Any) -> Array:
         def one(x: Array, at: tuple[Array, Any]) -> tuple[Array, None]:
-            number, own = at
-            out = layer(own, x, extra)
+            number, layer_params = at
+            out = layer(layer_params, x, extra)
             return (jnp.where(number < layers, out, x) if padded else out), None
 
         return lax.scan(one, x, (stage * places + jnp.arange(places), params))[0]
 
     def tick(arrived: Array, time: Array) -> tuple[Array, Array]:
-        # In the bubble some microbatch is computed whose result nobody takes: a branch would save no time.
+        # In the bubble a stage computes a microbatch whose result is not used: a branch would save no time.
         m = jnp.clip(time - stage, 0, microbatches - 1)
         out = through(jnp.where(stage == 0, x[m], arrived), jax.tree.map(lambda e: e[m], extra))
         return ring_shift(out, axis), out
@@ -99,8 +99,8 @@ def place_layers(layers: Sequence[Tree], mesh: Mesh, axis: str = STAGE) -> Tree:
 
         def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(stages * places)
-            own = [np.asarray(leaf) for leaf in leaves[first:last]]
-            return np.stack(own + [np.zeros(like.shape, like.dtype)] * (last - first - len(own)))
+            arrays = [np.asarray(leaf) for leaf in leaves[first:last]]
+            return np.stack(arrays + [np.zeros(like.shape, like.dtype)] * (last - first - len(arrays)))
 
         return jax.make_array_from_callback((stages * places, *like.shape), sharding, part)
 

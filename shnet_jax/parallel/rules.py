@@ -103,8 +103,8 @@ def param_specs(params: Any, rules: Sequence[str], mesh: Mesh) -> Any:
 
 def variable_specs(variables: dict[str, Any], rules: Sequence[str], mesh: Mesh) -> dict[str, Any]:
     """The partition spec of each array of {"params", "batch_stats"}; statistics are whole. Raises as `param_specs`."""
-    whole = {name: jax.tree.map(lambda _: P(), tree) for name, tree in variables.items()}
-    return whole | {"params": param_specs(variables["params"], rules, mesh)}
+    replicated = {name: jax.tree.map(lambda _: P(), tree) for name, tree in variables.items()}
+    return replicated | {"params": param_specs(variables["params"], rules, mesh)}
 
 
 def like_params(tree: Any, params: Any, specs: Any) -> Any:

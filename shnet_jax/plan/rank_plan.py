@@ -144,7 +144,7 @@ def _compile_round(
 def measure_round(items: Items, mesh: Mesh, tile: int, score: Score, repeats: int = 3) -> float:
     """Seconds of a round on this mesh with tiles of full size: the fastest of `repeats`, after one that compiles.
 
-    Of random numbers; includes what travels: the images, their queries and the counts.
+    Of random numbers; includes the transfers: the images, their queries and the counts.
     """
     rows, columns = tile_shape(tile * mesh.size, tile * 2**16, tile)
     sizes = zip(items, (rows * mesh.size, columns), strict=True)

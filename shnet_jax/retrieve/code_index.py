@@ -66,10 +66,10 @@ class _CodeIndex(abc.ABC):
         if not path.is_file():
             return None
         codes = tensors.open_mapped(path)
-        found = {name: (array.shape, array.dtype) for name, array in codes.items()}
-        if found != cls._layout(rows, dim):
+        layout = {name: (array.shape, array.dtype) for name, array in codes.items()}
+        if layout != cls._layout(rows, dim):
             raise ValueError(
-                f"{path}: expected {cls._layout(rows, dim)}, found {found}; delete it, and it is made again"
+                f"{path}: expected {cls._layout(rows, dim)}, found {layout}; delete it, and it is made again"
             )
         return cls(codes, dim, search)
 
@@ -143,7 +143,9 @@ class BinaryIndex(_CodeIndex):
         """Searches the codes; see `VectorIndex`."""
         if self._queries == "hamming":
             return top_k({"signs": to_signs(queries)}, self._codes, k, hamming_score, tile, mesh)
-        padding = self._codes["signs"].shape[1] * WORD - self._dim  # of the last word; it adds 0 to every score
+        padding = (
+            self._codes["signs"].shape[1] * WORD - self._dim
+        )  # numbers that fill the last word; they add 0 to every score
         padded = np.pad(queries / np.float32(math.sqrt(self._dim)), ((0, 0), (0, padding)))
         return top_k(_on_host(padded), self._codes, k, sign_score, tile, mesh)
 

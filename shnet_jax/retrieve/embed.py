@@ -1,4 +1,4 @@
-"""Embeds a split part by part, so that a killed run goes on where it was.
+"""Embeds a split part by part, so that a killed run resumes where it stopped.
 
 Each batch becomes a file; in the end all of them become one file for the images and one for the captions. Neither step
 holds more than a batch. A batch has the same rows and shapes whenever it is encoded, so a resumed run ends with the
@@ -61,7 +61,7 @@ def embed(
         def begin() -> None:
             if (stored := read_source(folder)) is not None:
                 check_source(folder / SOURCE, stored, source)
-                shutil.rmtree(folder / PARTS, ignore_errors=True)  # of a run that was killed just before it did
+                shutil.rmtree(folder / PARTS, ignore_errors=True)  # left by a killed run
                 return
             held.enter_context(sole_writer(folder))
             _open_parts(folder / PARTS, source)
@@ -161,11 +161,13 @@ def _encode(
 
     dims: numbers of a vector that are kept; 0: all.
     """
-    own = hosts.own_range(-(-count // rows))
-    first = next((i for i in own if not _part(parts, side, i).exists()), own.stop)
-    own_batches = itertools.islice(batches(rows, first), own.stop - first)
-    dispatched = ((number, part, tower.apply(tower.put(part.batch))) for number, part in enumerate(own_batches, first))
-    with show_progress(len(own), f"{side}: batch", side, done=first - own.start) as advance:
+    local_parts = hosts.own_range(-(-count // rows))
+    first = next((i for i in local_parts if not _part(parts, side, i).exists()), local_parts.stop)
+    local_batches = itertools.islice(batches(rows, first), local_parts.stop - first)
+    dispatched = (
+        (number, part, tower.apply(tower.put(part.batch))) for number, part in enumerate(local_batches, first)
+    )
+    with show_progress(len(local_parts), f"{side}: batch", side, done=first - local_parts.start) as advance:
         for number, part, embedding in prefetch_one(dispatched):
             kept = prefix(embedding, dims) if dims else embedding
             arrays = host_fields(kept, part.valid) | {"rows": part.numbers[: part.valid].astype(np.int64)}

@@ -58,5 +58,5 @@ def _parts(body: bytes, delimiter: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _names(head: bytes) -> dict[str, str]:
     """The parameters name and filename in the headers of a part."""
     line = _DISPOSITION.search(head.decode("utf-8", "replace"))
-    found = _PARAMETER.finditer(line[1]) if line else ()
-    return {match[1].lower(): match[2] if match[3] is None else match[3] for match in found}
+    matches = _PARAMETER.finditer(line[1]) if line else ()
+    return {match[1].lower(): match[2] if match[3] is None else match[3] for match in matches}

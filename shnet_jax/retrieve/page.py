@@ -127,7 +127,7 @@ def render_likeness(contents: Likeness, album: Album) -> str:
         return tag("div", album.scene(row).picture(), words, class_="card")
 
     ids = contents.ids
-    found = [
+    query_cards = [
         tag(
             "div",
             tag(
@@ -144,7 +144,7 @@ def render_likeness(contents: Likeness, album: Album) -> str:
         "Recalls need captions of every image; an image and those most like it are shown instead, with their scores."
     )
     sections = [
-        ("likes", "Images like it", found),
+        ("likes", "Images like it", query_cards),
         ("highlights", "What it looks at", _highlights(contents.highlights, ids, album)),
     ]
     run = f", {contents.run}" if contents.run else ""

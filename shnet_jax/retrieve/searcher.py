@@ -189,10 +189,10 @@ class Searcher:
         index, wanted = self.indexes[side].index, min(max(k, self._candidates), len(vectors))
         tile, mesh = self._options
         asking = np.asarray(first[0].vector, np.float32)
-        found = find(index, asking, wanted, vectors, self._search.rescore, tile, mesh)
+        nearest = find(index, asking, wanted, vectors, self._search.rescore, tile, mesh)
         if self._candidates:
-            return best_candidates(queries, gallery, found.index, k, score, mesh)
-        return found
+            return best_candidates(queries, gallery, nearest.index, k, score, mesh)
+        return nearest
 
     def _hits(self, target: str, best: TopK, query: int, k: int, without: int = -1) -> tuple[Hit, ...]:
         """The first k results of a query, but the row `without`; places without a result have a negative row."""
@@ -215,7 +215,7 @@ def encode_texts(experiment: Experiment, tower: Tower, texts: Sequence[str]) -> 
         query = f"query {number} of {len(texts)}"
         if not isinstance(text, str):
             raise ValueError(f"{query}: expected text, found {text!r:.80}")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # what a terminal of another encoding sent
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # surrogates, from a terminal of another encoding
             raise ValueError(f"{query}: expected text in UTF-8, found {text!r:.80}")
         if not text.strip():
             raise ValueError(f"{query} has no words")

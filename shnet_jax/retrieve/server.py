@@ -47,7 +47,7 @@ MAX_QUERIES = 64  # of a request, and of a batch
 MAX_LETTERS = 2000  # of a query
 MAX_BODY = 2**20
 MAX_PHOTO = 2**24
-MAX_READ = 2 * MAX_PHOTO  # a client that still sends when it is refused may not read why
+MAX_READ = 2 * MAX_PHOTO  # more is read than accepted, as a client that is still sending may not read the error
 MAX_UPLOADS = 4  # photographs that are in memory at once, from their first byte to their answer; others wait unread
 READ_SECONDS = 60.0  # for the body of a request, so that a slow client does not keep others waiting for good
 SHOWN = 20  # results on the page
@@ -100,14 +100,14 @@ class Engine:
         return self.searcher.images_like([name], images, min(MAX_RESULTS, self.images))[0]
 
     def album(self) -> Album:
-        """Album of the split's pictures, empty as yet."""
+        """A new album of the split's pictures, still empty."""
         dataset = self.experiment.dataset
         split = self.searcher.embeddings.source["split"]
         return Album(dataset, split, self.pictures, dataset.metadata.get("class_names", ()))
 
 
 class Batches:
-    """Answers queries that wait at the same time together; use it inside `async with running()`."""
+    """Answers queries that wait at the same time in one batch; use it inside `async with running()`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -147,7 +147,7 @@ class Batches:
             together = [query for queries, _ in batch for query in queries]
             answers = iter(await run_in_threadpool(self._engine.by_words, together))
         except Exception as error:
-            if len(batch) > 1:  # a query that cannot be answered spoils no other one
+            if len(batch) > 1:  # one invalid query must not fail the others: answer each request alone
                 for request in batch:
                     await self._answer([request])
             elif not batch[0][1].done():
@@ -160,7 +160,7 @@ class Batches:
 
 
 def application(engine: Engine) -> Starlette:
-    """The application; it answers from its start on, with programs compiled for one query and for many."""
+    """The web application of an engine; call `warm_up` first, so that no request waits for a compiler."""
     batches = Batches(engine)
     uploads = asyncio.Semaphore(MAX_UPLOADS)
 
@@ -193,20 +193,7 @@ def application(engine: Engine) -> Starlette:
             return HTMLResponse(await run_in_threadpool(_image_page, engine, name, answers))
 
     async def photo(request: Request) -> Response:
-        if engine.sight is None:
-            raise HTTPException(404, "photo: this server has no encoder of photographs, see its first lines")
-        count, kind = _count(request.query_params.get("k", "10")), request.headers.get("content-type", "")
-        name, of_form = "photo", kind.lower().startswith("multipart/")
-        async with uploads:
-            data = await _body(request, MAX_PHOTO)
-            if of_form:
-                data, name = await run_in_threadpool(file_in, kind, data, "photo")
-            async with batches.device:  # one at a time: a picture may take 200 MB
-                picture = await run_in_threadpool(parse_picture, data, name)
-                answer = await run_in_threadpool(engine.by_photo, picture, name)
-                if of_form:
-                    return HTMLResponse(await run_in_threadpool(_search_page, engine, "", answer, picture))
-        return JSONResponse(_document(answer, count))
+        return await _answer_photo(request, engine, uploads, batches.device)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -222,6 +209,27 @@ def application(engine: Engine) -> Starlette:
     ]
     faults: dict[Any, Any] = {HTTPException: _refused, ValueError: _invalid}
     return Starlette(routes=routes, exception_handlers=faults, lifespan=lifespan)
+
+
+async def _answer_photo(request: Request, engine: Engine, uploads: asyncio.Semaphore, device: asyncio.Lock) -> Response:
+    """The answer to a request with a photograph: a page where the form of the page sent it, JSON otherwise.
+
+    uploads: limits the photographs in memory. device: held while the devices work. Raises HTTPException or ValueError.
+    """
+    if engine.sight is None:
+        raise HTTPException(404, "photo: this server has no encoder of photographs, see its first lines")
+    count, kind = _count(request.query_params.get("k", "10")), request.headers.get("content-type", "")
+    name, of_form = "photo", kind.lower().startswith("multipart/")
+    async with uploads:
+        data = await _body(request, MAX_PHOTO)
+        if of_form:
+            data, name = await run_in_threadpool(file_in, kind, data, "photo")
+        async with device:  # one at a time: a picture may take 200 MB
+            picture = await run_in_threadpool(parse_picture, data, name)
+            answer = await run_in_threadpool(engine.by_photo, picture, name)
+            if of_form:
+                return HTMLResponse(await run_in_threadpool(_search_page, engine, "", answer, picture))
+    return JSONResponse(_document(answer, count))
 
 
 def warm_up(engine: Engine) -> None:
@@ -262,7 +270,7 @@ def _count(value: object) -> int:
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """The body of a request. Raises HTTPException for more than `most` bytes, or when it is not whole in time."""
+    """The body of a request. Raises HTTPException for more than `most` bytes, or a timeout."""
     body, received = bytearray(), 0
     try:
         async with asyncio.timeout(READ_SECONDS):
@@ -274,7 +282,7 @@ async def _body(request: Request, most: int) -> bytes:
                     body += part
     except TimeoutError:
         raise HTTPException(408, f"expected the whole body within {READ_SECONDS:g} seconds") from None
-    except ClientDisconnect:  # nobody reads this answer
+    except ClientDisconnect:  # the client has left: no one reads this response
         raise HTTPException(400, "expected the whole body, found a part") from None
     if received > most:
         raise HTTPException(413, f"expected at most {most} bytes")
@@ -341,7 +349,7 @@ def _card(album: Album, engine: Engine, image_id: str, head: str, text: str) -> 
 
 
 def _search_page(engine: Engine, words: str, answer: Answer | None, photo: Image.Image | None = None) -> str:
-    """The page of an answer, to words or to a photograph; without one, of none."""
+    """The page of an answer to words or to a photograph; without an answer, the start page."""
     album = engine.album()
     if answer is None:
         about = f"{engine.images} images. Words find images; a click on one shows its captions and images like it."

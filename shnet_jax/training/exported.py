@@ -30,14 +30,14 @@ def restore_exported(folder: Path, experiment: Experiment) -> tuple[dict[str, An
     Raises ValueError naming each array that the model of `experiment` does not have, or has in another shape.
     """
     variables, step = read_weights(folder / WEIGHTS)
-    found, expected = (
+    stored, expected = (
         {name: list(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
         for tree in (variables, abstract_variables(experiment))
     )
     wrong = [
-        f"{name}: {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
-        for name in sorted(found.keys() | expected.keys())
-        if found.get(name) != expected.get(name)
+        f"{name}: {stored.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+        for name in sorted(stored.keys() | expected.keys())
+        if stored.get(name) != expected.get(name)
     ]
     if wrong:
         raise ValueError(

@@ -36,7 +36,7 @@ from shnet_jax.types import DATA, MODEL
 log = logging.getLogger(__name__)
 
 MUCH_UNKNOWN = 0.01
-"""Share of unknown pieces in the training captions above which there is a warning."""
+"""Share of unknown pieces in the training captions above which a warning is logged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class StepIntervals:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSetup:
-    """The mapped step of a configuration and what belongs to it; nothing of it is read from data or compiled yet.
+    """The mapped step of a configuration and what belongs to it, before data is read or anything is compiled.
 
     options: the constants of the step, with which its parts can be run alone. like: shapes, dtypes and shardings of the
     state. create: initial variables -> the state before step 1, on the host's default device. sharded: the state is
@@ -72,7 +72,7 @@ class TrainSetup:
         if not self.sharded:
             return replicate(self.create(variables), self.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.like)
-        # Nowhere but on the host are the arrays whole.
+        # The complete arrays exist on the host only.
         return jax.jit(self.create, out_shardings=shardings)(jax.device_get(variables))
 
 
@@ -133,8 +133,10 @@ def build_step(
     if config.loss.get("matryoshka", ()):
         check_prefixes(model, "loss.matryoshka")
     devices = mesh.shape[DATA] if config.parallel.shard_params else 1
-    whole = jax.tree.map(lambda _: PartitionSpec(), loss_params)
-    axes = split_axes({"model": variables["params"], "loss": loss_params}, devices, {"model": across, "loss": whole})
+    replicated = jax.tree.map(lambda _: PartitionSpec(), loss_params)
+    axes = split_axes(
+        {"model": variables["params"], "loss": loss_params}, devices, {"model": across, "loss": replicated}
+    )
     tx = make_optimiser(config, rate, norm=partial(global_norm, axes=axes, name=DATA))
     options = StepOptions(
         model,
@@ -154,14 +156,7 @@ def build_step(
     create = partial(
         create_state, loss_params=loss_params, tx=tx, ema=config.optim.ema > 0, seed=config.seed, momentum=key_options
     )
-    shapes = jax.eval_shape(create, variables)
-    state_across = like_params(shapes, variables["params"], across)
-    partition = specs(_state_axes(shapes, devices, state_across), state_across)
-
-    def placed(leaf: jax.ShapeDtypeStruct, spec: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    like = jax.tree.map(placed, shapes, partition)
+    like, partition = _state_layout(jax.eval_shape(create, variables), variables["params"], across, devices, mesh)
     step = partial(train_step, options)
     mapped = map_step(step, mesh, config.parallel.mapping, state_specs=partition if sharded else None)
     intervals = step_intervals(config, steps_per_epoch, total_steps)
@@ -182,6 +177,23 @@ def step_intervals(config: FrozenConfigDict, steps_per_epoch: float, total_steps
             )
     evaluate = total_steps if given(config.train, "eval", "config.train") is None else steps["eval"]
     return StepIntervals(log=max(1, steps["log"]), evaluate=max(1, evaluate), save=max(1, steps["checkpoint"]))
+
+
+def _state_layout(
+    shapes: TrainState, params: Any, across: Any, devices: int, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """Shapes, dtypes and shardings of the state, and its partition specs.
+
+    shapes: shapes and dtypes of the state. params: those of the model's parameters. across: partition specs of the
+    model's parameters over `MODEL`. devices: number of devices that the state is split over along `DATA`.
+    """
+    state_across = like_params(shapes, params, across)
+    partition = specs(_state_axes(shapes, devices, state_across), state_across)
+
+    def placed(leaf: jax.ShapeDtypeStruct, spec: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, shapes, partition), partition
 
 
 def _state_axes(shapes: TrainState, devices: int, across: TrainState) -> TrainState:
