@@ -73,6 +73,7 @@ def case(name, dtype):
         small(
             **fixed
             | {"text__mlp_dim": 256, "text__width": 64, "model__dim": WIDTH, "data__region_drop": 0.0}
+            | {"model__dtype": "float32", "text__dtype": "float32"}  # auto would depend on the CPU
             | MODELS[name]
         )
     )
@@ -150,8 +151,8 @@ def kept(name, dtype):
     """Shapes and dtypes of what the forward pass keeps for the backward one, without parameters."""
     params = case(name, dtype)[2]["params"]
     saved = jax.eval_shape(lambda p: jax.vjp(lambda p: objective(name, dtype, p)[0], p)[1], params)
-    own = {leaf.shape for leaf in jax.tree.leaves(params)}
-    return [leaf for leaf in jax.tree.leaves(saved) if leaf.shape not in own]
+    parameters = {leaf.shape for leaf in jax.tree.leaves(params)}
+    return [leaf for leaf in jax.tree.leaves(saved) if leaf.shape not in parameters]
 
 
 def size(leaves):
