@@ -94,7 +94,7 @@ demo: setup
 	$(VENV)/bin/shnet page --workdir=runs/demo/full/seed_0
 	@echo "Tables: runs/demo/study.html; curves: runs/demo/*/seed_0/curves.png; logs: runs/demo/*/seed_0/metrics.jsonl"
 	@echo "What it finds and looks at: open runs/demo/full/seed_0/page_scenes_test.html"
-	@echo "Search it:           $(VENV)/bin/shnet search --workdir=runs/demo/full/seed_0 --query='a red star above the sea'"
+	@echo "Search it:           $(VENV)/bin/shnet search --workdir=runs/demo/full/seed_0 --query='a large green crescent on the sand'"
 	@echo "  in the browser:    $(VENV)/bin/shnet serve --workdir=runs/demo/full/seed_0"
 	@echo "A longer run:        $(VENV)/bin/shnet train --config=scenes --workdir=runs/longer --config.train.epochs=30"
 	@echo "Your features instead of rendered scenes: docs/data.md"
