@@ -308,7 +308,8 @@ def _fetch(path: Path) -> BinaryIO | None:
     try:
         if _same(file, part) and not path.exists():  # else another process has completed it
             _download(path, file)
-            part.replace(path)
+            with _alone():  # who makes room counts the file by one name or the other
+                part.replace(path)
             _lock(file, fcntl.LOCK_SH)
             held = file if _same(file, path) else None
         return held

@@ -287,6 +287,21 @@ def test_threads_wait_for_room_while_others_fetch(url, monkeypatch, slow):
     assert sum(path.exists() for path in paths) <= 2
 
 
+def test_a_shard_is_not_completed_while_another_thread_makes_room(url, monkeypatch):
+    """Its new name may come after the listing of the cache, which would miss it."""
+    _, paths = four_shards()
+    downloaded = threading.Event()
+    monkeypatch.setattr(cache, "_download", lambda path, file: downloaded.set())
+    fetch = threading.Thread(target=cache._fetch, args=(paths[0],))
+    with cache._alone():
+        fetch.start()
+        assert downloaded.wait(PATIENCE)
+        fetch.join(0.2)
+        assert fetch.is_alive() and not paths[0].exists()
+    fetch.join(PATIENCE)
+    assert paths[0].exists()
+
+
 def test_other_processes_are_named_only_where_they_read(url, monkeypatch):
     folder, paths = four_shards()
     monkeypatch.setattr(cache, "PAUSE", 0.0)
