@@ -262,7 +262,7 @@ def mode_help(name: str) -> str:
     """The flags of a mode, with its example."""
     mode = MODES[name]
     shown = ["config", "workdir", *mode.own_flags]
-    if name in ("train", "eval"):
+    if name in SHARED:
         shown += [
             "distributed",
             "coordinator_address",

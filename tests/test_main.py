@@ -127,6 +127,10 @@ def test_a_fault_in_the_configuration_file_shows_where(tmp_path):
     assert done.returncode == 1 and f'File "{path}", line 5' in done.stderr
 
 
+def test_help_names_the_flags_of_several_processes_where_they_serve():
+    assert {name for name in cli.MODES if "--process_count" in cli.mode_help(name)} == set(cli.SHARED)
+
+
 def test_help():
     done = main("--help")
     assert all(f"\n  {name:9}" in done.stdout for name in cli.MODES) and not done.stderr
