@@ -500,10 +500,10 @@ class Mirror:
         """Context that one thread of one process at a time enters, to compare the copy with the bucket."""
         with self._in_process, ExitStack() as stack:
             if self._depth == 0:
-                if not (self.base / PLACE).exists():
-                    self.base.mkdir(parents=True, exist_ok=True)
-                    write_text(self.base / PLACE, self.url)
+                self.base.mkdir(parents=True, exist_ok=True)
                 _lock(stack.enter_context((self.base / SYNC).open("a")), fcntl.LOCK_EX)
+                if not (self.base / PLACE).exists():
+                    write_text(self.base / PLACE, self.url)
             self._depth += 1
             try:
                 yield

@@ -94,20 +94,22 @@ Score = Callable[[Embedding, Embedding], Array]
 class Pairs:
     """Strategy by which a loss reaches all pairs of a global batch: `config.loss.pairs`.
 
-    strategy: one of PAIR_STRATEGIES. tile: candidates scored at once by "streamed". dtype: of the operands of the
-    scores; the step gives losses a score function of it (`models.contract.scorer`).
+    strategy: one of PAIR_STRATEGIES. tile: candidates scored at once by "streamed"; 0: a size by the device's memory
+    (`losses.candidates.tile_size`). dtype: of the operands of the scores; the step gives losses a score function of it
+    (`models.contract.scorer`). memory: bytes of a device; 0 where that is not known.
     """
 
     strategy: str = "gathered"
-    tile: int = 1024
+    tile: int = 0
     dtype: str = "float32"
+    memory: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an unknown strategy or a tile below 1."""
+        """Raises ValueError for an unknown strategy or a tile below 0."""
         if self.strategy not in PAIR_STRATEGIES:
             raise ValueError(f"loss.pairs.strategy is {self.strategy!r}; choose from {', '.join(PAIR_STRATEGIES)}")
-        if self.tile < 1:
-            raise ValueError(f"loss.pairs.tile is {self.tile}; it must be at least 1")
+        if self.tile < 0:
+            raise ValueError(f"loss.pairs.tile is {self.tile}; it must be at least 1, or 0 for a size by memory")
 
 
 @struct.dataclass

@@ -97,7 +97,7 @@ def _recalls(sums: np.ndarray) -> np.ndarray:
 
 def save_queries(path: Path, queries: QueryRanks) -> None:
     """Writes the ranks of a run's queries, whole or not at all."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path, shared=True) as temporary, temporary.open("wb") as file:
         arrays = zip((*RANKS, *PERSONS), dataclasses.astuple(queries), strict=True)
         np.savez(file, **{name: array for name, array in arrays if array is not None})
 

@@ -88,7 +88,7 @@ def read_extra_metrics(dataset: DataSet, split: str, evaluation: ConfigDict) -> 
 
 
 def extra_metrics(embedded: Embedded, extra: ExtraMetrics, tile: int, mesh: Mesh) -> Metrics:
-    """Values by name, {} when nothing is asked for.
+    """Values by name, {} when nothing is asked for; the processes of a job share the work.
 
     hubness_i2t, hubness_t2i: skewness of how often captions (images) are among the first 10 of an image (caption).
     eccv_i2t_map_at_r, _rprecision, _r1 and the same for t2i: ECCV Caption, percent.
@@ -98,7 +98,7 @@ def extra_metrics(embedded: Embedded, extra: ExtraMetrics, tile: int, mesh: Mesh
     metrics: Metrics = {}
     if extra.between or extra.hubness:
         most = max([OCCURRENCE, CUTS[-1], *(side.most for sides in extra.between.values() for side in sides)])
-        top = top_k_both(embedded.images, embedded.texts, embedded.score, most, tile, mesh)
+        top = top_k_both(embedded.images, embedded.texts, embedded.score, most, tile, mesh, shared=True)
         if extra.hubness:
             metrics |= {
                 "hubness_i2t": hubness(top.i2t.index[:, :OCCURRENCE], size(embedded.texts)),
@@ -137,7 +137,7 @@ def top_within(items: Items, score: ItemScore, k: int, tile: int, mesh: Mesh) ->
     if isinstance(score, MeanScore):
         product = dataclasses.replace(score, scores=(RetrievalModel.score,) * len(score.scores))
     numbered = (vectors, np.arange(size(vectors), dtype=np.int32))
-    return top_k_both(numbered, numbered, _Others(product), k, tile, mesh).i2t.index
+    return top_k_both(numbered, numbered, _Others(product), k, tile, mesh, shared=True).i2t.index
 
 
 @dataclasses.dataclass(frozen=True)

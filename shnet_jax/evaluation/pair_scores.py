@@ -339,7 +339,8 @@ def remove_folder(folder: Path) -> list[str]:
             if fold.is_dir() and not any(fold.iterdir()):
                 fold.rmdir()
         (folder / IDENTITY).unlink()  # the last to go: a killed removal can go on
-    (folder / f"{IDENTITY}.tmp").unlink(missing_ok=True)
+    for path in folder.glob(f"{IDENTITY}*.tmp"):
+        path.unlink()
     left = sorted(path.name for path in folder.iterdir())
     if not left and not folder.is_symlink():
         folder.rmdir()

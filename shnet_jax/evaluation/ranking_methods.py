@@ -252,7 +252,7 @@ def rerank(
     folder: Path | None = None,
     stage_one: StageOne = GLOBAL_VECTORS,
 ) -> Ranked:
-    """Ranks a gallery by re-ranking k candidates of each query.
+    """Ranks a gallery by re-ranking k candidates of each query; the processes of a job share the work.
 
     owner: [t], the image of each caption. folder: for finished scores, see `pair_scores.listed_scores`. stage_one:
     finds the candidates.
@@ -263,8 +263,8 @@ def rerank(
     vectors, dot = (stage_one(images, "images"), stage_one(texts, "texts")), RetrievalModel.score
     tile, mesh = scorer.tile, scorer.mesh
     by_vectors = ranks(*vectors, owner, dot, tile, mesh)
-    captions = top_k(*vectors, k, dot, tile, mesh).index
-    pictures = top_k(*vectors[::-1], k, dot, tile, mesh).index
+    captions = top_k(*vectors, k, dot, tile, mesh, shared=True).index
+    pictures = top_k(*vectors[::-1], k, dot, tile, mesh, shared=True).index
     n, t = len(images.vector), len(texts.vector)
     image_pairs = np.arange(n)[:, None] * t + captions
     caption_pairs = pictures * t + np.arange(t)[:, None]
@@ -281,7 +281,7 @@ def caption_candidates(
 ) -> TopK:
     """`Ranked.candidates` alone. Raises ValueError for NaN among the scores."""
     vectors, t = (stage_one(texts, "texts"), stage_one(images, "images")), len(texts.vector)
-    pictures = top_k(*vectors, k, RetrievalModel.score, scorer.tile, scorer.mesh).index
+    pictures = top_k(*vectors, k, RetrievalModel.score, scorer.tile, scorer.mesh, shared=True).index
     scores = _scores(images, texts, (pictures * t + np.arange(t)[:, None]).ravel(), scorer)
     return TopK(pictures, scores.reshape(pictures.shape))
 

@@ -30,7 +30,7 @@ from shnet_jax.evaluation.tiles import (
     size,
 )
 from shnet_jax.models.contract import RetrievalModel
-from shnet_jax.parallel import axis
+from shnet_jax.parallel import axis, hosts
 from shnet_jax.parallel.mapping import Mapped, map_specs
 from shnet_jax.types import DATA, Array, Embedding, Score
 
@@ -67,7 +67,16 @@ def transpose_score(score: Score) -> Score:
     return captions_first
 
 
-def top_k(queries: Items, gallery: Items, k: int, score: ItemScore, tile: int = 512, mesh: Mesh | None = None) -> TopK:
+def top_k(
+    queries: Items,
+    gallery: Items,
+    k: int,
+    score: ItemScore,
+    tile: int = 512,
+    mesh: Mesh | None = None,
+    *,
+    shared: bool = False,
+) -> TopK:
     """The k best-scoring items of a gallery of n for each of q queries; all n of them where k is larger.
 
     Args:
@@ -76,6 +85,8 @@ def top_k(queries: Items, gallery: Items, k: int, score: ItemScore, tile: int = 
       score: (some of the gallery, some queries) -> scores; for images as queries of captions `transpose_score(score)`.
       tile: items of the gallery that a device scores at once.
       mesh: devices that share the gallery; None: the first one. The result is the same.
+      shared: all processes call this together, with the same items, each with a mesh of its own devices. They share the
+        tiles of queries, and all of them get the same result.
 
     Raises:
       ValueError: k below 1, an empty gallery, NaN among the scores.
@@ -88,22 +99,30 @@ def top_k(queries: Items, gallery: Items, k: int, score: ItemScore, tile: int = 
     if not q:
         return TopK(np.empty((0, min(k, n)), np.int64), np.empty((0, min(k, n)), np.float32))
     tiling = make_tiling(gallery, _pad_queries(queries), tile, mesh)
-    best = _stream(tiling, score, min(k, n), 0).t2i
+    best = _stream(tiling, score, min(k, n), 0, shared).t2i
     return TopK(best.index[:q], best.score[:q])
 
 
 def top_k_both(
-    images: Items, texts: Items, score: ItemScore, k: int, tile: int = 512, mesh: Mesh | None = None
+    images: Items,
+    texts: Items,
+    score: ItemScore,
+    k: int,
+    tile: int = 512,
+    mesh: Mesh | None = None,
+    *,
+    shared: bool = False,
 ) -> BothTopK:
     """The first k captions of every image and the first k images of every caption, at most the whole gallery.
 
     The arguments are those of `ranks.ranks`; each score is computed once, for both directions. The host keeps k numbers
-    and scores a query. Raises ValueError for k below 1, and for NaN among the scores.
+    and scores a query, and with `shared` (see `top_k`) those of the images once for each process. Raises ValueError for
+    k below 1, and for NaN among the scores.
     """
     if k < 1:
         raise ValueError(f"the first {k} items were asked for; expected at least 1")
     n, t = size(images), size(texts)
-    return _stream(make_tiling(images, texts, tile, mesh), score, min(k, n), min(k, t))
+    return _stream(make_tiling(images, texts, tile, mesh), score, min(k, n), min(k, t), shared)
 
 
 def _pad_queries(queries: Items) -> Items:
@@ -113,10 +132,11 @@ def _pad_queries(queries: Items) -> Items:
     return jax.tree.map(lambda a: np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]), queries)
 
 
-def _stream(tiling: Tiling, score: ItemScore, k: int, k_captions: int) -> BothTopK:
+def _stream(tiling: Tiling, score: ItemScore, k: int, k_captions: int, shared: bool) -> BothTopK:
     """The best k images of each caption and k_captions captions of each image.
 
     The devices keep the best images of a tile of captions; the host merges those of all devices, and the captions.
+    shared: the processes share the tiles of captions.
     """
     n, t, devices = size(tiling.images), size(tiling.texts), tiling.mesh.size
     scores, keep = programs(score, tiling.mesh).scores, keep_best(tiling.mesh, k, k_captions)
@@ -126,7 +146,7 @@ def _stream(tiling: Tiling, score: ItemScore, k: int, k_captions: int) -> BothTo
         np.full((devices, tiling.columns, k), NONE, np.int32),
     )
     best: Any = None
-    nans = 0
+    nans, here = 0, np.zeros(t, bool)
 
     def update(tile: Tile) -> tuple[Tile, Any, Any, Any]:
         nonlocal best
@@ -137,7 +157,8 @@ def _stream(tiling: Tiling, score: ItemScore, k: int, k_captions: int) -> BothTo
         best, bad, of_images = keep(best, tile_scores, rows, tile.extra)
         return tile, best, bad, of_images
 
-    walk = tiling.walk(place_extra=lambda side: tiling.put_whole(side.real))
+    tiles = hosts.own_part(tiling.caption_tiles) if shared else None
+    walk = tiling.walk(tiles, place_extra=lambda side: tiling.put_whole(side.real))
     for tile, best_images, bad, of_images in prefetch_one(map(update, walk)):
         nans += int(bad)  # waits: else a fast host would fill the devices with tiles that wait
         columns, real = tile.captions
@@ -147,13 +168,26 @@ def _stream(tiling: Tiling, score: ItemScore, k: int, k_captions: int) -> BothTo
         if tile.round == tiling.rounds - 1:
             merged = merge_devices(best_images, real, k)
             by_caption.index[columns[real]], by_caption.score[columns[real]] = merged.index, merged.score
+            here[columns[real]] = True
+    if shared and jax.process_count() > 1:
+        by_image, by_caption, nans = _merge_processes(by_image, by_caption, here, nans)
     check_no_nan(nans, n, t)
     for side in (by_image, by_caption):
         _fill_lowest(side)
     return BothTopK(by_image, by_caption)
 
 
-def merge_devices(best: tuple[Array, Array], real: np.ndarray, k: int) -> TopK:
+def _merge_processes(by_image: TopK, by_caption: TopK, here: np.ndarray, nans: int) -> tuple[TopK, TopK, int]:
+    """The lists of all processes, and all NaN scores. here: [t], whether this process has the list of a caption."""
+    lists = np.zeros((jax.process_count(), *by_image.score.shape), np.float32)
+    items = np.zeros(lists.shape, np.int64)
+    lists[jax.process_index()], items[jax.process_index()] = by_image.score, by_image.index
+    captions = [np.where(here[:, None], a, 0) for a in (by_caption.index, by_caption.score)]
+    best, captions, total = hosts.add_up(((lists, items), captions, np.array(nans)))
+    return merge_devices(best, np.ones(len(by_image.index), bool), by_image.index.shape[1]), TopK(*captions), int(total)
+
+
+def merge_devices(best: tuple[Any, Any], real: np.ndarray, k: int) -> TopK:
     """The best k of the lists [devices, columns, k] of scores and items, of the columns that are real."""
     values, index = (np.moveaxis(np.asarray(a), 0, 1).reshape(len(real), -1)[real] for a in best)
     order = np.lexsort((index, -values), axis=1)[:, :k]

@@ -7,6 +7,7 @@ the gradient of its own candidates.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,6 +20,27 @@ from shnet_jax.parallel import axis
 from shnet_jax.types import Array, Embedding, Pairs
 
 Carry = TypeVar("Carry")
+
+TILE, TILES = 1024, (128, 8192)
+"""Size of a tile on a device whose memory is not known, as a CPU's, and the limits of a size by memory."""
+
+PART, ARRAYS = 1 / 8, 8
+"""Part of a device's memory that the scores of a tile may take, and float32 arrays of a loss and its gradient that have
+the shape of these scores. The bound of tests/parallel/test_loss_memory.py is ARRAYS."""
+
+
+def tile_size(pairs: Pairs, queries: Embedding, items: Embedding) -> int:
+    """Candidates of a tile: `pairs.tile`, or where it is 0 the largest power of two in TILES that PART holds.
+
+    A large tile makes fewer and wider products. queries: of one device, as arrays or as their shapes. A score of
+    elements is taken to need an array of all pairs of elements.
+    """
+    if pairs.tile or not pairs.memory:
+        return pairs.tile or TILE
+    sets = (side.elements.shape[1] for side in (queries, items) if side.elements is not None)
+    bytes_per_candidate = ARRAYS * 4 * queries.vector.shape[0] * math.prod(sets)
+    fits = math.floor(math.log2(max(1.0, PART * pairs.memory / bytes_per_candidate)))
+    return min(max(2**fits, TILES[0]), TILES[1])
 
 
 @struct.dataclass

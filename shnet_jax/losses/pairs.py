@@ -40,9 +40,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shnet_jax.losses.candidates import Block, Candidates, merge_best
+from shnet_jax.losses.candidates import Block, Candidates, merge_best, tile_size
 from shnet_jax.parallel import axis
-from shnet_jax.types import Array, Context, Embedding, Queue, Score
+from shnet_jax.types import Array, Context, Embedding, Pairs, Queue, Score
 
 OfScore = Callable[..., Array]
 """Elementwise function (scores [b, t], *args) -> [b, t]; args are [b, 1] or []. It closes over no traced value."""
@@ -147,7 +147,7 @@ def directions(
     known = ctx.score(images, texts) if local and images.elements is not None else None
 
     def direction(queries: Embedding, items: Embedding, score: Score, known: Array | None) -> Direction:
-        candidates = Candidates(items, ids, ctx.pairs, ctx.axis)
+        candidates = Candidates(items, ids, _with_tile(ctx.pairs, queries, items), ctx.axis)
         return Direction(queries, candidates, positive, score, mask_same_image, ids, known=known)
 
     return (
@@ -166,7 +166,7 @@ def each_image_once(
     """
     _, sides = directions(images, texts, ids, ctx, mask_same_image=mask_same_image)
     items = jax.tree.map(lambda x: x[:: ctx.captions], images)
-    candidates = Candidates(items, ids[:: ctx.captions], ctx.pairs, ctx.axis)
+    candidates = Candidates(items, ids[:: ctx.captions], sides.candidates.pairs, ctx.axis)
     return dataclasses.replace(sides, candidates=candidates, known=None, sharing=ctx.captions)
 
 
@@ -194,6 +194,10 @@ def _against(queue: Queue, keys: Embedding, direction: Direction) -> Direction:
     candidates = Candidates(lax.stop_gradient(queue.items), queue.ids, pairs, None)
     positive = _paired(direction.score, direction.queries, keys)
     return dataclasses.replace(direction, candidates=candidates, positive=positive, in_queue=True, known=None)
+
+
+def _with_tile(pairs: Pairs, queries: Embedding, items: Embedding) -> Pairs:
+    return dataclasses.replace(pairs, tile=tile_size(pairs, queries, items))
 
 
 def _paired(score: Score, queries: Embedding, candidates: Embedding) -> Array:

@@ -28,7 +28,7 @@ WARMUP = tuple(f"warmup_{unit}" for unit in UNITS)
 
 
 def build(
-    loss_config: ConfigDict, steps_per_epoch: float, total_steps: int = 0, *, queues: bool = False
+    loss_config: ConfigDict, steps_per_epoch: float, total_steps: int = 0, *, queues: bool = False, memory: float = 0.0
 ) -> tuple[dict[str, dict[str, Array]], Total]:
     """Builds the losses of `loss_config.weights` with their options `loss_config[name]`; those of weight 0 are left
     out. How they meet the pairs of other devices is `loss_config.pairs` (gathered when there is none). With sizes in
@@ -38,6 +38,7 @@ def build(
       `warmup_epochs` or `warmup_percent` reaches its loss as `warmup_steps`.
     queues: momentum encoders will give the queues of `ctx.keys`. The module of a loss that has a part for them
       (`pairs.over_queues`) says so by `TAKES_QUEUES = True`; others do not get to see them.
+    memory: bytes of a device, for tiles of a size by memory; 0 where that is not known.
     Returns (initial parameters {loss name: its params}, the total). Raises ValueError for a weight that is
     negative or not finite, when no loss is left, for an option that a loss does not have or lacks, and for queues that
     no loss takes.
@@ -60,7 +61,7 @@ def build(
         for name, module in modules.items()
     }
     params = {name: _init_params(module)(**options[name]) for name, module in modules.items()}
-    pairs = Pairs(**loss_config.get("pairs", {}))
+    pairs = Pairs(**loss_config.get("pairs", {}), memory=memory)
     sizes = matryoshka.check(loss_config.get("matryoshka", ()))
     if sizes and "identity" in modules:
         raise ValueError(

@@ -133,7 +133,7 @@ def _open_parts(parts: Path, source: dict[str, Any]) -> None:
     parts.mkdir(exist_ok=True)
     if (parts / SOURCE).is_file():
         check_source(parts / SOURCE, read_object(parts / SOURCE), source, "config.mine.folder")
-    elif others := sorted(path.name for path in parts.iterdir() if path.name != f"{SOURCE}.tmp"):
+    elif others := sorted(path.name for path in parts.iterdir() if not path.match(f"{SOURCE}*.tmp")):
         raise ValueError(
             f"{parts} is where parts of hard negatives are kept, and holds {', '.join(others[:3])}, which --mode=mine "
             "did not write: move it, or choose another config.mine.folder"

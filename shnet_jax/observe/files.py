@@ -12,6 +12,7 @@ import shlex
 import shutil
 import socket
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,12 +31,13 @@ class FolderInUse(RuntimeError):
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yields the temporary name PATH.tmp to write to; it is renamed to `path` when the block ends without an error.
 
-    An interrupted block leaves the previous file as it was; the folder must exist.
+    An interrupted block leaves the previous file as it was; the folder must exist. shared: several threads or processes
+    may write `path` at the same time. Each then has a temporary name of its own, PATH.ID.tmp, and the last one wins.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     try:
         yield temporary
         temporary.replace(path)
@@ -45,8 +47,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    with atomic_path(path) as temporary:
+    """Writes a text file atomically, also where others write it at the same time."""
+    with atomic_path(path, shared=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -78,7 +78,7 @@ def _open_parts(parts: Path, source: dict[str, Any]) -> None:
     stored = read_source(parts)
     if stored is None:
         parts.mkdir(parents=True, exist_ok=True)
-        if others := sorted(path.name for path in parts.iterdir() if path.name != f"{SOURCE}.tmp"):
+        if others := sorted(path.name for path in parts.iterdir() if not path.match(f"{SOURCE}*.tmp")):
             raise ValueError(
                 f"{parts} is where parts of embeddings are kept, and holds {', '.join(others[:3])}, which --mode=embed "
                 "did not write: move it, or choose another config.search.embeddings"

@@ -22,7 +22,8 @@ from shnet_jax.evaluation.encode import check as check_evaluation
 from shnet_jax.experiment import Experiment, abstract_variables, vector_size
 from shnet_jax.losses import matryoshka, total
 from shnet_jax.models.contract import RetrievalModel, check_pairs_dtype, check_prefixes
-from shnet_jax.observe import profile, trackers
+from shnet_jax.observe import hardware, profile, trackers
+from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
 from shnet_jax.parallel.rules import like_params, param_specs, step_mesh
 from shnet_jax.parallel.sharding import WHOLE, global_norm, specs, split_axes
@@ -127,7 +128,9 @@ def build_step(
     accumulate, sharded = config.optim.accumulate, config.parallel.shard_params or MODEL in mesh.shape
     rate = schedule(config, steps_per_epoch / accumulate, math.ceil(total_steps / accumulate))
     key_options = momentum.options(config, model, steps_per_epoch, total_steps)
-    loss_params, total_loss = total.build(config.loss, steps_per_epoch, total_steps, queues=key_options is not None)
+    loss_params, total_loss = total.build(
+        config.loss, steps_per_epoch, total_steps, queues=key_options is not None, memory=_device_memory(mesh)
+    )
     score_dtype = config.loss.pairs.get("dtype", "float32")
     check_pairs_dtype(model, score_dtype)
     if config.loss.get("matryoshka", ()):
@@ -161,6 +164,14 @@ def build_step(
     mapped = map_step(step, mesh, config.parallel.mapping, state_specs=partition if sharded else None)
     intervals = step_intervals(config, steps_per_epoch, total_steps)
     return TrainSetup(mesh, mapped, options, like, create, sharded, rate, intervals, total_steps)
+
+
+def _device_memory(mesh: Mesh) -> float:
+    """Bytes of memory of a device of the mesh, the same in all processes; 0 where it is not known, as on a CPU."""
+    if peaks := hardware.chip(mesh.devices.flat[0].device_kind):
+        return peaks.memory  # of the data sheet: what an allocator has left differs between devices and runs
+    [least] = hosts.largest(*(-(hardware.memory_limit(device, None)[0] or 0.0) for device in mesh.local_devices[:1]))
+    return -least
 
 
 def step_intervals(config: FrozenConfigDict, steps_per_epoch: float, total_steps: int) -> StepIntervals:

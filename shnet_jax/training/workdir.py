@@ -44,6 +44,7 @@ FREE_TO_CHANGE = (
     "config.data.prefetch",
     "config.data.read_threads",
     "config.eval.",
+    "config.loss.pairs.tile",  # candidates scored at once: the loss is the same
     "config.mine.",
     BLOCK,
     "config.name",

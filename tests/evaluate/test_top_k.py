@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from shnet_jax.evaluation.top_k import is_dot_product, top_k, top_k_both, transpose_score
 from shnet_jax.models.contract import RetrievalModel
+from shnet_jax.parallel import hosts
 from shnet_jax.parallel.mapping import data_mesh
 from shnet_jax.types import Embedding
 from tests.evaluate.test_ranks import recorded
@@ -67,6 +71,57 @@ def test_a_gallery_in_a_file_and_many_queries_at_a_small_tile(tmp_path):
     queries = rng.integers(-2, 3, (40, 6)).astype(np.float32)  # 40 queries, 16 at a time
     found = top_k(Embedding(queries), Embedding(vectors), 5, DOT, 2)
     np.testing.assert_array_equal(found.index, oracle(queries, np.asarray(vectors), 5)[0])
+
+
+class Collected(Exception):
+    """The arrays that a process would add to those of the others."""
+
+
+def in_processes(monkeypatch, count, search):
+    """The results of all processes: each runs until it meets the others, then once more with the sums."""
+
+    def run(process, add_up):
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        monkeypatch.setattr(hosts, "add_up", add_up)
+        return search()
+
+    def collect(tree):
+        raise Collected(tree)
+
+    parts = []
+    for process in range(count):
+        with pytest.raises(Collected) as met:
+            run(process, collect)
+        parts.append(met.value.args[0])
+    return [run(process, lambda tree: jax.tree.map(lambda *a: sum(a), *parts)) for process in range(count)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_processes_share_the_tiles_and_get_the_same(monkeypatch, count):
+    """Some captions score -inf with every image, some images with every caption; some processes have no tile."""
+    rng = np.random.default_rng(count)
+    table = rng.integers(-2, 3, (13, 27)).astype(np.float32)
+    table[:, 4], table[6], table[2, ::2] = -np.inf, -np.inf, -0.0
+
+    def score(images, texts):
+        return jnp.asarray(table)[images[:, None], texts[None, :]]
+
+    images, texts = np.arange(13), np.arange(27)
+    whole = top_k_both(images, texts, score, 6, 1)
+    for shared in in_processes(monkeypatch, count, lambda: top_k_both(images, texts, score, 6, 1, shared=True)):
+        for ours, theirs in zip(shared, whole, strict=True):
+            np.testing.assert_array_equal(ours.index, theirs.index)
+            np.testing.assert_array_equal(ours.score, theirs.score)
+    for found in in_processes(monkeypatch, count, lambda: top_k(texts, images, 4, score, 1, shared=True)):
+        np.testing.assert_array_equal(found.index, whole.t2i.index[:, :4])
+    with pytest.raises(ValueError, match="27 of 351 scores are NaN"):
+        in_processes(monkeypatch, count, lambda: top_k_both(images, texts, _nan_row(score), 2, 1, shared=True))
+
+
+@functools.cache
+def _nan_row(score):
+    return lambda images, texts: jnp.where(images[:, None] == 3, jnp.nan, score(images, texts))
 
 
 def test_what_cannot_be_searched():

@@ -1,5 +1,6 @@
 """What a loss and its gradient hold beside the embeddings, by the compiler's own account of the program."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,9 +10,10 @@ from ml_collections import ConfigDict
 
 from configs import base
 from shnet_jax.losses import total
+from shnet_jax.losses.candidates import PART, tile_size
 from shnet_jax.models.contract import RetrievalModel
 from shnet_jax.parallel import axis, mapping
-from shnet_jax.types import DATA, PAIR_STRATEGIES, Context, Embedding, Keys, Queue
+from shnet_jax.types import DATA, PAIR_STRATEGIES, Context, Embedding, Keys, Pairs, Queue
 
 SIZE = 32768
 DIM, TILE, FLOAT = 64, 512, 4
@@ -21,12 +23,12 @@ WARM += [("global_triplet", {})]
 
 
 @functools.cache
-def temporary_bytes(loss, strategy, size, devices, queue=0, **options):
+def temporary_bytes(loss, strategy, size, devices, queue=0, memory=0, **options):
     """Per device, at a global batch of `size`; the default options of the loss but for these, its warm-up included."""
-    pairs = {"strategy": strategy, "tile": TILE}
+    pairs = {"strategy": strategy, "tile": 0 if memory else TILE}
     default = base.get_config().loss[loss].to_dict()
     config = ConfigDict({"weights": {loss: 1.0}, loss: default | options, "pairs": pairs})
-    params, compute = total.build(config, steps_per_epoch=4)
+    params, compute = total.build(config, steps_per_epoch=4, memory=memory)
 
     def step(step, batch):
         held = Queue(jnp.zeros((queue, DIM)), jnp.zeros(queue, jnp.int32), jnp.int32(0))
@@ -52,6 +54,27 @@ def test_streamed_grows_with_the_batch_only(loss):
     tiles = 8 * SIZE / 8 * TILE * FLOAT
     gathered = 8 * SIZE * DIM * FLOAT
     assert temporary_bytes(loss, "streamed", SIZE, devices=8) < tiles + gathered
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_tile_by_memory_takes_its_part_of_the_memory(loss):
+    """A device of 512 MiB: tiles of 512. Those for 8 GiB would not do, so the bound means something."""
+    gathered = 8 * SIZE * DIM * FLOAT
+    for memory, fits in ((2**29, True), (2**33, False)):
+        taken = temporary_bytes(loss, "streamed", SIZE, devices=8, memory=memory)
+        assert (taken < PART * 2**29 + gathered) is fits
+
+
+def test_the_size_of_a_tile():
+    vectors = Embedding(jax.ShapeDtypeStruct((4096, DIM), jnp.float32))
+    sets = dataclasses.replace(vectors, elements=jax.ShapeDtypeStruct((4096, 4, DIM), jnp.float32))
+    assert tile_size(Pairs("streamed"), vectors, vectors) == 1024
+    assert tile_size(Pairs("streamed", 300, memory=2**34), vectors, vectors) == 300
+    sizes = [tile_size(Pairs("streamed", memory=gib * 2**30), vectors, vectors) for gib in (0.01, 1, 1.9, 4, 16)]
+    assert sizes == [128, 1024, 1024, 4096, 8192]
+    assert tile_size(Pairs("streamed", memory=2**34), sets, sets) == 1024
+    with pytest.raises(ValueError, match=r"loss\.pairs\.tile is -1; it must be at least 1, or 0 for a size by memory"):
+        Pairs("streamed", -1)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -146,7 +146,7 @@ def test_two_processes_embed_mine_and_rerank_like_one(undisturbed, tmp_path):
         shutil.copytree(undisturbed, folder, ignore=shutil.ignore_patterns("embeddings", "negatives"))
     config = tiny.config()
     config.update_from_flattened_dict(CHANGES | {"parallel.devices": 2, "eval.tile": 1, "eval.batch_size": 2})
-    config.search.split, config.eval.two_stage = "val", 3
+    config.search.split, config.eval.two_stage, config.eval.hubness = "val", 3, True
     small = SMALL_TILES, "--config.eval.batch_size=2"
     with tiny.quick():
         embed(config, alone)
@@ -159,11 +159,10 @@ def test_two_processes_embed_mine_and_rerank_like_one(undisturbed, tmp_path):
     assert "hard negatives of" in printed[0] and "hard negatives of" not in printed[1]
     (mined,), (expected,) = shared.glob("negatives/*"), alone.glob("negatives/*")
     assert files(mined) == files(expected) and len(files(mined)) == 2
-    together(shared, "--mode=eval", "--config.eval.two_stage=3", *small)
+    together(shared, "--mode=eval", "--config.eval.two_stage=3", "--config.eval.hubness", *small)
     ours, theirs = (json.loads(next(f.glob("results_*.json")).read_text("utf-8"))["arms"] for f in (shared, alone))
-    assert len(ours) == 3 and {n: arm["metrics"] for n, arm in ours.items()} == {
-        n: arm["metrics"] for n, arm in theirs.items()
-    }
+    ours, theirs = ({n: (arm["metrics"], arm["extra"]) for n, arm in arms.items()} for arms in (ours, theirs))
+    assert len(ours) == 3 and ours == theirs and any("hubness_t2i" in extra for _, extra in ours.values())
     assert not (shared / "scores").exists()
 
 
