@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment that the first command makes: all it takes is Python, make and a package index.
-#   make demo | test | test-fast | test-pythons | test-extract | test-trackers | test-storage | test-onnx |
+#   make demo | test | test-fast | test-pythons | test-extract | test-trackers | test-onnx |
 #   lint | bench | bench-gpu | setup | minilm | tpu-compiler | lock | clean
 # Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
 #   make setup EXTRAS=cuda12 | cuda13 | tpu    JAX for the accelerator of this machine, which is looked at first
@@ -33,7 +33,7 @@ FITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2]
 VERSION = import sys; print(*sys.version_info[:2], sep='.')
 
 .PHONY: environment setup demo minilm tpu-compiler lock test test-fast test-slow test-pythons test-extract test-trackers \
-	test-storage test-onnx lint bench bench-gpu clean
+	test-onnx lint bench bench-gpu clean
 .DEFAULT_GOAL := setup
 
 # The environment is made again when it does not run, has another Python than the one asked for, or was not finished;
@@ -188,11 +188,6 @@ test-extract:
 test-trackers:
 	@$(MAKE) --no-print-directory setup VENV=.venv-trackers EXTRAS=dev,wandb,mlflow,trackio
 	.venv-trackers/bin/python -m pytest -q tests/observe/test_trackers.py
-
-# Object storage against emulators of S3 and Google's storage on this machine, in an environment of its own.
-test-storage:
-	@$(MAKE) --no-print-directory setup VENV=.venv-storage EXTRAS=dev,s3,gcs,emulators
-	.venv-storage/bin/python -m pytest -q tests/storage
 
 # shnet export --onnx with jax2onnx and ONNX Runtime, in an environment of its own.
 test-onnx:

@@ -40,6 +40,7 @@ FORMATS = {
 ALL_FORMATS = [requirement for reader in FORMATS.values() for requirement in reader]
 
 EXPORT = ["flatbuffers>=24,<26"]  # jax.export writes with it
+GCS, S3 = ["gcsfs>=2025.9"], ["s3fs>=2025.9"]
 SERVE = ["starlette>=1,<2", "uvicorn>=0.40,<1"]
 
 EXTRAS = FORMATS | {
@@ -50,6 +51,12 @@ EXTRAS = FORMATS | {
     "dev": [
         *ALL_FORMATS,
         *EXPORT,
+        *GCS,
+        *S3,
+        "flask>=3,<4",  # of moto's server
+        "flask-cors>=6,<7",
+        "gcp-storage-emulator>=2026.7",  # Google's storage for tests/storage
+        "moto[s3]>=5.1,<6",  # and S3
         "eccv_caption==0.1.0",  # ECCV Caption's own scoring, which ours is compared with; also its judgements
         "faiss-cpu>=1.9,<2",  # the tests of config.search.index="faiss"
         "hypothesis>=6.100,<7",
@@ -67,14 +74,13 @@ EXTRAS = FORMATS | {
     "export": EXPORT,  # shnet export
     "extract": ["torch>=2.13,<3", "transformers>=5.23,<6"],  # data_prep.extract: features from photographs
     "faiss": ["faiss-cpu>=1.9,<2"],  # config.search.index="faiss"
-    "emulators": ["moto[server]>=5.1,<6", "gcp-storage-emulator>=2026.7"],  # make test-storage
     "formats": ALL_FORMATS,
     "fuzz": ["atheris>=3,<4"],  # python -m tests.fuzz --engine=atheris; on Linux
-    "gcs": ["gcsfs>=2025.9"],  # gs:// work folders and data sets
+    "gcs": GCS,  # gs:// work folders and data sets
     "milvus": ["pymilvus>=2.5,<4", "milvus-lite>=2.5,<4"],  # config.search.index="milvus"
     "mlflow": ["mlflow>=3.10,<4"],  # config.train.log_to
     "onnx": [*EXPORT, "jax2onnx==0.13.0", "onnxruntime>=1.24.1,<2"],  # later jax2onnx refuses orbax-checkpoint 0.12
-    "s3": ["s3fs>=2025.9"],  # s3:// work folders and data sets
+    "s3": S3,  # s3:// work folders and data sets
     "serve": SERVE,  # shnet serve
     "timm": ["timm>=1.0.20,<2"],  # data_prep.extract --backbone=timm/NAME; brings torchvision, built for the same torch
     "tpu": [f"jax[tpu]{JAX}"],  # also the compiler of --mode=plan, which needs no TPU

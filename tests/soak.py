@@ -141,7 +141,7 @@ def subjects(place: Path) -> tuple[list[Subject], list[str]]:
     ]
     skipped = []
     if emulators.missing("s3"):
-        skipped.append(f"bucket: not killed, since {emulators.missing('s3')} is not installed (make test-storage)")
+        skipped.append(f"bucket: not killed, since {emulators.missing('s3')} is not installed (make setup)")
     else:
         found.append(Subject("bucket", in_bucket(data), lambda folder: parameters(fetched(folder)), 0.2))
     if importlib.util.find_spec("faiss") is None:

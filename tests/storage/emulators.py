@@ -29,7 +29,7 @@ def missing(scheme: str) -> str:
 
 def needs(scheme: str) -> pytest.MarkDecorator:
     """Skips a test where a package for the scheme, or its emulator, is not installed."""
-    return pytest.mark.skipif(bool(missing(scheme)), reason=f"{missing(scheme)} not installed: make test-storage")
+    return pytest.mark.skipif(bool(missing(scheme)), reason=f"{missing(scheme)} not installed: make setup")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Runs in emulated S3 and Google storage: trained, killed, resumed elsewhere, evaluated, embedded and searched.
 
-s3fs, gcsfs and the emulators are no part of `make setup`; `make test-storage` installs them and runs this file.
+Without s3fs, gcsfs or an emulator, which `make setup` installs, its tests are skipped.
 """
 
 from __future__ import annotations
