@@ -64,7 +64,7 @@ class OpenIndex:
 
     report: kind, settings, vectors, nprobe, ef_search, rescore, binary, bytes_per_vector (of the index, None: not
       known), vector_bytes (of a stored vector), recall (share of the exact first `depth` that a search finds), queries
-      (number of those that measured it).
+      (number of those that measured it), queries_of (their side: "texts", or "images" of a gallery without captions).
     """
 
     index: VectorIndex
@@ -114,16 +114,18 @@ def find(
 
 def _measured(
     index: VectorIndex, rescore: int, embeddings: Embeddings, side: str, tile: int, mesh: Mesh
-) -> dict[str, float]:
-    """Recall of an index against the exact search: {"recall", "depth", "queries"}."""
+) -> dict[str, Any]:
+    """Recall of an index against the exact search: {"recall", "depth", "queries", "queries_of"}."""
     # A gallery without captions is asked by its images.
-    other = embeddings.texts if side == "images" and embeddings.ids.captions else embeddings.images
+    asking = "texts" if side == "images" and embeddings.ids.captions else "images"
+    other = getattr(embeddings, asking)
     sample = np.linspace(0, len(other.vector) - 1, min(SAMPLE, len(other.vector))).astype(np.int64)
     queries = np.asarray(other.vector[sample])
     gallery = Embedding(getattr(embeddings, side).vector)
     exact = top_k(Embedding(queries), gallery, DEPTH, RetrievalModel.score, tile, mesh)  # type: ignore[arg-type]
     approximate = find(index, queries, exact.index.shape[1], gallery.vector, rescore, tile, mesh)  # type: ignore[arg-type]
-    return {"recall": overlap(approximate.index, exact.index), "depth": DEPTH, "queries": len(sample)}
+    recall = overlap(approximate.index, exact.index)
+    return {"recall": recall, "depth": DEPTH, "queries": len(sample), "queries_of": asking}
 
 
 def overlap(approximate: np.ndarray, exact: np.ndarray) -> float:

@@ -43,6 +43,7 @@ def check(search, embeddings, at_least):
         found = approximate.find(opened.index, other.vector, 10, gallery.vector, search.rescore, 64, MESH)
         assert approximate.overlap(found.index, exact.index) >= at_least
         assert opened.report["recall"] >= at_least and opened.report["queries"] == 256
+        assert opened.report["queries_of"] == ("texts" if side == "images" else "images")
         same = found.index == exact.index
         np.testing.assert_allclose(found.score[same], exact.score[same], atol=1e-5)
         assert (np.diff(found.score, axis=1) <= 0).all()

@@ -83,7 +83,7 @@ def test_an_index_finds_them_too(capsys):
     document = json.loads((gallery.toy_run() / "search.json").read_text())
     found, about = document["results"][0]["hits"], document["index"]["sides"]["images"]
     search(config(), gallery.toy_run(), query="a red star", top_k=3)
-    assert about["recall"] == 1 and about["queries"] == 10
+    assert (about["recall"], about["queries"], about["queries_of"]) == (1, 10, "images")
     exact = json.loads((gallery.toy_run() / "search.json").read_text())["results"][0]["hits"]
     assert [hit["image_id"] for hit in found] == [hit["image_id"] for hit in exact]
     np.testing.assert_allclose([hit["score"] for hit in found], [hit["score"] for hit in exact], atol=1e-6)
