@@ -111,6 +111,10 @@ def plain(sizes: Sizes) -> Callable[[np.ndarray, np.ndarray], float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     class Star(torch.nn.Module):
+        f1: torch.nn.Linear
+        f2: torch.nn.Linear
+        g: torch.nn.Linear
+
         def __init__(self, layers: dict[str, np.ndarray]):
             super().__init__()
             self.norm = torch.nn.LayerNorm(sizes.width)

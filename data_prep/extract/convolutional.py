@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ class ConvNet:
         resample: Image.Resampling = Image.Resampling.BICUBIC,
     ):
         """size: S, side of the square in pixels. mean, deviation: of the colours in 0..1 that it was trained with."""
-        self._network, self._device, self._size, self._resample = network.eval().to(device), device, size, resample
+        self._network: Any = network.eval().to(device)  # torch knows no method forward_features
+        self._device, self._size, self._resample = device, size, resample
         self._mean, self._deviation = np.asarray(mean, np.float32), np.asarray(deviation, np.float32)
 
     def sha256(self) -> str:
