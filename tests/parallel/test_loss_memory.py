@@ -73,8 +73,6 @@ def test_the_size_of_a_tile():
     sizes = [tile_size(Pairs("streamed", memory=gib * 2**30), vectors, vectors) for gib in (0.01, 1, 1.9, 4, 16)]
     assert sizes == [128, 1024, 1024, 4096, 8192]
     assert tile_size(Pairs("streamed", memory=2**34), sets, sets) == 1024
-    with pytest.raises(ValueError, match=r"loss\.pairs\.tile is -1; it must be at least 1, or 0 for a size by memory"):
-        Pairs("streamed", -1)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

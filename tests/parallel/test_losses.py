@@ -325,7 +325,7 @@ def test_queues_of_sets(strategy, devices):
         np.testing.assert_allclose(grads[name], wanted, rtol=0, atol=2e-4 * np.abs(wanted).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("pairs, message", [({"strategy": "ringed"}, "ringed"), ({"tile": 0}, "tile is 0")])
+@pytest.mark.parametrize("pairs, message", [({"strategy": "ringed"}, "ringed"), ({"tile": -1}, "tile is -1")])
 def test_unknown_strategies_are_errors(pairs, message):
     with pytest.raises(ValueError, match=message):
         total.build(ConfigDict(OBJECTIVES["triplet and infonce"] | {"pairs": pairs}), 1)
