@@ -230,7 +230,7 @@ def _loss() -> ConfigDict:
     weights.diversity = 0.0  # elements of a set repel each other, both modalities lie alike (DivE 0.01)
     loss.pairs = pairs = ConfigDict()  # how the pairs of a global batch meet; see shnet_jax/losses/pairs.py
     pairs.strategy = "gathered"  # gathered | streamed | ring | local (local: each device's pairs only)
-    pairs.tile = 0  # candidates scored at once by "streamed"; 0: CPU 1024, else by memory, at most 8192
+    pairs.tile = 0  # candidates scored at once by "streamed"; 0: CPU 1024, else by memory, 128 to 8192
     pairs.dtype = "float32"  # operands of training scores, sums are float32: float32 | bfloat16 (dot products alone)
     loss.matryoshka = ()  # sizes of prefixes over which the loss is averaged, as (64, 128, 256, 512); (): whole vectors
     loss.triplet = triplet = ConfigDict()

@@ -109,7 +109,7 @@ def subjects(place: Path) -> tuple[list[Subject], list[str]]:
 
     def results(folder: Path) -> Any:
         found = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("results_*.json")}
-        assert found and not list(folder.glob("*.tmp"))
+        assert found
         return found, contents(folder, "queries_*")
 
     def importing(folder: Path) -> list[str]:
@@ -194,8 +194,9 @@ def write_features(folder: Path, images: int = 300) -> None:
 
 
 def contents(folder: Path, pattern: str) -> dict[str, bytes]:
-    """Of every file; fails when there is none."""
-    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.glob(pattern)) if p.is_file()}
+    """Of every file but temporary ones; fails when there is none."""
+    paths = [p for p in sorted(folder.glob(pattern)) if p.is_file() and p.suffix != ".tmp"]
+    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
     assert found, f"nothing in {folder}"
     return found
 

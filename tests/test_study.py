@@ -49,6 +49,11 @@ def results(rsum, queries=None):
     return Results(metrics=metrics, folds=(), chance=dict.fromkeys(NAMES, 1.0), card={}, queries=queries)
 
 
+def test_the_tile_of_a_loss_makes_no_other_run():
+    configs = [configuration(loss__pairs__tile=tile) for tile in (0, 1024)]
+    assert module._identity(configs[0]) == module._identity(configs[1]) != module._identity(configuration(seed=7))
+
+
 def test_the_wall_time_of_the_arms():
     spent = dict.fromkeys(KINDS, 0.0)
     seeds = [spent | {"step": 90.0, "lost": 30.0}, spent | {"step": 90.0, "compile": 150.0}, None]

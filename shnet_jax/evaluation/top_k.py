@@ -116,8 +116,7 @@ def top_k_both(
     """The first k captions of every image and the first k images of every caption, at most the whole gallery.
 
     The arguments are those of `ranks.ranks`; each score is computed once, for both directions. The host keeps k numbers
-    and scores a query, and with `shared` (see `top_k`) those of the images once for each process. Raises ValueError for
-    k below 1, and for NaN among the scores.
+    and scores a query. shared: see `top_k`. Raises ValueError for k below 1, and for NaN among the scores.
     """
     if k < 1:
         raise ValueError(f"the first {k} items were asked for; expected at least 1")
@@ -179,12 +178,15 @@ def _stream(tiling: Tiling, score: ItemScore, k: int, k_captions: int, shared: b
 
 def _merge_processes(by_image: TopK, by_caption: TopK, here: np.ndarray, nans: int) -> tuple[TopK, TopK, int]:
     """The lists of all processes, and all NaN scores. here: [t], whether this process has the list of a caption."""
-    lists = np.zeros((jax.process_count(), *by_image.score.shape), np.float32)
-    items = np.zeros(lists.shape, np.int64)
-    lists[jax.process_index()], items[jax.process_index()] = by_image.score, by_image.index
     captions = [np.where(here[:, None], a, 0) for a in (by_caption.index, by_caption.score)]
-    best, captions, total = hosts.add_up(((lists, items), captions, np.array(nans)))
-    return merge_devices(best, np.ones(len(by_image.index), bool), by_image.index.shape[1]), TopK(*captions), int(total)
+    captions, total = hosts.add_up((captions, np.array(nans)))
+    n, k = by_image.index.shape
+    rows = max(1, hosts.CHUNK // (12 * max(1, k) * jax.process_count()))
+    for part in (slice(start, start + rows) for start in range(0, n if k else 0, rows)):
+        best = hosts.from_all(by_image.score[part]), hosts.from_all(by_image.index[part])
+        merged = merge_devices(best, np.ones(best[0].shape[1], bool), k)
+        by_image.index[part], by_image.score[part] = merged.index, merged.score
+    return by_image, TopK(*captions), int(total)
 
 
 def merge_devices(best: tuple[Any, Any], real: np.ndarray, k: int) -> TopK:

@@ -199,12 +199,13 @@ def _finished(config: ConfigDict, workdir: Path) -> Run | None:
         document = json.loads(path.read_text("utf-8"))
         queries = load_queries(workdir / QUERIES)
         run = Run(**document["run"] | {"results": from_dict(document["run"]["results"], queries)})
+        same_config = _identity(ConfigDict(document["config"])) == _identity(config)
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return None
     kept, now = workdir / CHECKSUMS, find_dataset(config.data.dir) / CHECKSUMS
     same_data = not kept.exists() or not now.exists() or kept.read_bytes() == now.read_bytes()
     checkpoint = workdir / "checkpoints" / str(run.results.card["checkpoint_step"])
-    return run if document["config"] == _identity(config) and same_data and checkpoint.is_dir() else None
+    return run if same_config and same_data and checkpoint.is_dir() else None
 
 
 def _keep(run: Run, config: ConfigDict, workdir: Path) -> None:
@@ -215,8 +216,10 @@ def _keep(run: Run, config: ConfigDict, workdir: Path) -> None:
 
 
 def _identity(config: ConfigDict) -> dict[str, Any]:
-    """A configuration as JSON values, without TOOLS."""
-    return json.loads(json.dumps({name: value for name, value in config.to_dict().items() if name not in TOOLS}))
+    """A configuration as JSON values, without TOOLS and the tile of a loss, which changes nothing."""
+    values = json.loads(json.dumps({name: value for name, value in config.to_dict().items() if name not in TOOLS}))
+    values["loss"].get("pairs", {}).pop("tile", None)
+    return values
 
 
 def run_one(config: ConfigDict, arm: str, seed: int, workdir: Path) -> Run:

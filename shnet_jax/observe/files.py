@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import errno
 import fcntl
+import glob
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,8 @@ from typing import Any
 from shnet_jax.locks import lock
 
 LOCK = ".lock"
+STALE = 3600
+"""Seconds after which a temporary file that several processes may write belongs to none of them any more."""
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 log = logging.getLogger(__name__)
@@ -36,7 +40,10 @@ def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
     An interrupted block leaves the previous file as it was; the folder must exist. shared: several threads or processes
     may write `path` at the same time. Each then has a temporary name of its own, PATH.ID.tmp, and the last one wins.
+    What a killed one left is removed after STALE seconds.
     """
+    if shared:
+        _remove_stale(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     try:
         yield temporary
@@ -44,6 +51,13 @@ def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _remove_stale(path: Path) -> None:
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):  # another process removes it too
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -175,6 +175,15 @@ def own_range(count: int) -> range:
     return range(index * count // processes, (index + 1) * count // processes)
 
 
+def from_all(x: np.ndarray) -> np.ndarray:
+    """The NumPy array of each process, of one shape and dtype, as [processes, ...]. All must ask together."""
+    if jax.process_count() == 1:
+        return x[None]
+    # As bytes: JAX would make 32 bits of 64.
+    parts = multihost_utils.process_allgather(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(parts).view(x.dtype).reshape(jax.process_count(), *x.shape)
+
+
 def add_up(tree: Tree) -> Tree:
     """The sum of each NumPy array over the processes, in its dtype. All must ask together.
 
@@ -188,9 +197,7 @@ def add_up(tree: Tree) -> Tree:
         flat, total = np.ascontiguousarray(x).reshape(-1), np.empty(x.size, x.dtype)
         length = max(1, CHUNK // (x.itemsize * jax.process_count()))
         for start in range(0, x.size, length):
-            part = flat[start : start + length].view(np.uint8)  # as they are: JAX would make 32 bits of 64
-            parts = np.ascontiguousarray(multihost_utils.process_allgather(part))
-            total[start : start + length] = parts.view(x.dtype).sum(axis=0)
+            total[start : start + length] = from_all(flat[start : start + length]).sum(axis=0)
         return total.reshape(x.shape)
 
     return jax.tree.map(added, tree)

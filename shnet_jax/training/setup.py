@@ -24,7 +24,7 @@ from shnet_jax.losses import matryoshka, total
 from shnet_jax.models.contract import RetrievalModel, check_pairs_dtype, check_prefixes
 from shnet_jax.observe import hardware, profile, trackers
 from shnet_jax.parallel import hosts
-from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, replicate
+from shnet_jax.parallel.mapping import Mapped, make_mesh, map_step, on_cpu, replicate
 from shnet_jax.parallel.rules import like_params, param_specs, step_mesh
 from shnet_jax.parallel.sharding import WHOLE, global_norm, specs, split_axes
 from shnet_jax.training import momentum
@@ -168,8 +168,11 @@ def build_step(
 
 def _device_memory(mesh: Mesh) -> float:
     """Bytes of memory of a device of the mesh, the same in all processes; 0 where it is not known, as on a CPU."""
+    if on_cpu(mesh):
+        return 0.0
     if peaks := hardware.chip(mesh.devices.flat[0].device_kind):
         return peaks.memory  # of the data sheet: what an allocator has left differs between devices and runs
+    hosts.meet_all()
     [least] = hosts.largest(*(-(hardware.memory_limit(device, None)[0] or 0.0) for device in mesh.local_devices[:1]))
     return -least
 

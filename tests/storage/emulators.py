@@ -19,7 +19,7 @@ BUCKET = "emulated"
 S3 = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 # gcsfs asks for the kind of a bucket by gRPC, which the emulator lacks; it reads the switch when it is imported.
 GS = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
-PACKAGES = {"s3": ("s3fs", "moto"), "gs": ("gcsfs", "gcp_storage_emulator")}
+PACKAGES = {"s3": ("s3fs", "moto", "flask", "flask_cors"), "gs": ("gcsfs", "gcp_storage_emulator")}
 
 
 def missing(scheme: str) -> str:

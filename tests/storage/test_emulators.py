@@ -98,6 +98,7 @@ def test_objects_are_written_found_read_and_removed(bucket, tmp_path):
         storage.read(f"{place}/x/a")
 
 
+@pytest.mark.slow
 def test_records_are_read_through_failures(emulator, bucket, monkeypatch, caplog):
     scheme, address, _ = emulator
     place, _ = bucket
