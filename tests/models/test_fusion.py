@@ -174,7 +174,7 @@ def test_variance_of_constant_maps_is_that_of_the_positions():
 
 
 def test_variance_of_a_whole_batch_is_summed_in_parts():
-    """131,072 positions: one running float32 sum over them would be off by 1e-5 of the variance and more."""
+    """131,072 positions: one running float32 sum over them is off by 5e-4 of the variance, these sums by 1e-6 to 7e-6."""
     rng = np.random.default_rng(5)
     maps = rng.integers(0, 133, (32, 8, 8)).repeat(8, axis=1).repeat(8, axis=2).astype(np.float32)
     patches = np.asarray(fusion._neighbourhoods(maps[..., None]))
@@ -182,7 +182,7 @@ def test_variance_of_a_whole_batch_is_summed_in_parts():
     found = jax.jit(lambda *x: fusion._moments(*x, None).var)(patches, kernel.astype(np.float32), position)
     rows = patches.reshape(-1, 9).astype(np.float64)
     expected = (kernel.astype(np.float32) * (np.cov(rows.T, bias=True) @ kernel.astype(np.float32))).sum(axis=0)
-    np.testing.assert_allclose(found, expected, rtol=6e-6)
+    np.testing.assert_allclose(found, expected, rtol=3e-5)
 
 
 def test_map_statistics_of_eight_devices_equal_one():
