@@ -174,7 +174,7 @@ def test_variance_of_constant_maps_is_that_of_the_positions():
 
 
 def test_variance_of_a_whole_batch_is_summed_in_parts():
-    """131,072 positions: one running float32 sum over them is off by 5e-4 of the variance, these sums by 1e-6 to 7e-6."""
+    """131,072 positions: one running float32 sum over them is off by 5e-4 of the variance, these sums by up to 7e-6."""
     rng = np.random.default_rng(5)
     maps = rng.integers(0, 133, (32, 8, 8)).repeat(8, axis=1).repeat(8, axis=2).astype(np.float32)
     patches = np.asarray(fusion._neighbourhoods(maps[..., None]))
