@@ -77,14 +77,15 @@ def put_dataset(place: str) -> str:
 def test_objects_are_written_found_read_and_removed(bucket, tmp_path):
     place, _ = bucket
     assert storage.find(place) == {}
-    for name, data in {"a": b"1", "b/c": b"22", "b/d/e": b"", "aa": b"3"}.items():
+    for name, data in {"a": b"1", "b/c": b"22", "b/d/e": b"", "aa": b"3\r"}.items():
         storage.write(f"{place}/x/{name}", data)
     assert {name: stat.size for name, stat in storage.find(f"{place}/x").items()} == {
         "a": 1,
         "b/c": 2,
         "b/d/e": 0,
-        "aa": 1,
+        "aa": 2,
     }
+    assert storage.read(f"{place}/x/aa") == b"3\r"
     assert set(storage.find(f"{place}/x", depth=1)) == {"a", "aa"} and set(storage.find(f"{place}/x/a")) == {""}
     before = storage.find(f"{place}/x")
     (tmp_path / "file").write_bytes(b"4")
