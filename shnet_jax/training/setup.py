@@ -173,7 +173,8 @@ def _device_memory(mesh: Mesh) -> float:
     if peaks := hardware.chip(mesh.devices.flat[0].device_kind):
         return peaks.memory  # of the data sheet: what an allocator has left differs between devices and runs
     hosts.meet_all()
-    [least] = hosts.largest(*(-(hardware.memory_limit(device, None)[0] or 0.0) for device in mesh.local_devices[:1]))
+    limit, _ = hardware.memory_limit(mesh.local_devices[0], None)
+    [least] = hosts.largest(-(limit or 0.0))
     return -least
 
 

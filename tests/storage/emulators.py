@@ -11,10 +11,12 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -55,25 +57,23 @@ def gs() -> Iterator[tuple[str, dict[str, str]]]:
     """Google's storage with one bucket, as `s3`."""
     from gcp_storage_emulator import server as emulator
 
-    if emulator._read_data is not _read_data:
-        _read_data.others = emulator._read_data
-        emulator._read_data = _read_data
-    server = emulator.create_server("127.0.0.1", _free_port(), in_memory=True, default_bucket=BUCKET)
-    server.start()
-    try:
-        address = f"http://127.0.0.1:{server._api._httpd.server_address[1]}"
-        yield address, GS | {"STORAGE_EMULATOR_HOST": address}
-    finally:
-        server.stop()
+    with mock.patch.object(emulator, "_read_data", partial(_read_data, emulator._read_data)):
+        server = emulator.create_server("127.0.0.1", _free_port(), in_memory=True, default_bucket=BUCKET)
+        server.start()
+        try:
+            address = f"http://127.0.0.1:{server._api._httpd.server_address[1]}"
+            yield address, GS | {"STORAGE_EMULATOR_HOST": address}
+        finally:
+            server.stop()
 
 
-def _read_data(handler: Any, query: Any) -> Any:
+def _read_data(of_others: Callable[..., Any], handler: Any, query: Any) -> Any:
     """The body of a request. The emulator alone would read an upload as mail, and drop a carriage return at its end."""
     from gcp_storage_emulator import server as emulator
 
     kind = handler.headers.get("Content-Type") or ""
     if not kind.startswith("multipart/related"):
-        return _read_data.others(handler, query)  # type: ignore[attr-defined]
+        return of_others(handler, query)
     boundary = re.search(r"boundary=['\"]?([^'\";]+)", kind)[1].encode()  # type: ignore[index]
     _, about, content, _ = emulator._read_raw_data(handler).split(b"--" + boundary)
     line = b"\r\n" if about.startswith(b"\r\n") else b"\n"

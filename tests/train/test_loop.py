@@ -224,6 +224,7 @@ def test_claim_leaves_free_what_does_not_change_the_parameters(undisturbed):
     config.data.dir = str(moved)
     config.name = "another name"
     config.eval.batch_size = 3
+    config.loss.pairs.tile = 77
     config.study.seeds = (1, 2)
     config.train.keep = 5
     config.train.on_nonfinite = "skip"
