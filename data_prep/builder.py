@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from data_prep import notes, schema, vocabulary
 from data_prep.bad_records import FIRST, SKIPPED, Bad, BadRecords, Policy
@@ -285,9 +286,18 @@ class _Writer:
             metadata=tfds.core.MetadataDict(self._metadata),
             disable_shuffling=True,
         )
-        return tfds.core.SequentialWriter(
+        writer = tfds.core.SequentialWriter(
             info, max_examples_per_shard=max(1, SHARD_BYTES // size), file_format="array_record"
         )
+        writer._serializer = _SortedSerializer(features.get_serialized_info())  # TFDS has no public way to choose it
+        return writer
+
+
+class _SortedSerializer(ExampleSerializer):
+    """Writes the fields of a record in sorted order, so that the same records give the same files in every process."""
+
+    def serialize_example(self, example: Any) -> bytes:
+        return self.get_tf_example(example).SerializeToString(deterministic=True)
 
 
 def write_checksums(folder: Path) -> None:

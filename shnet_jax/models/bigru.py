@@ -41,11 +41,16 @@ class BiGRU(nn.Module):
         if self.width % 2:
             raise ValueError(f"width {self.width} of the bidirectional GRU is odd: each direction has half of it")
         words = self.param("words", _table, (self.vocab_size, EMBEDDING))
+        # More tokens than words: what the gates read of a word is computed once. An export leaves t open.
+        repeated = isinstance(tokens.size, int) and tokens.size > self.vocab_size
+        rows = tokens if repeated and not (train and self.dropout > 0) else None
         # take, not words[tokens]: a token id outside the vocabulary gives NaN instead of the last row.
-        x = jnp.take(words, tokens, axis=0).astype(self.activation_dtype)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        forward = GRU(self.width // 2, False, self.dtype, name="forward")(x, mask)
-        backward = GRU(self.width // 2, True, self.dtype, name="backward")(x, mask)
+        x = words if rows is not None else jnp.take(words, tokens, axis=0)
+        x = x.astype(self.activation_dtype)
+        if rows is None:
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        forward = GRU(self.width // 2, False, self.dtype, name="forward")(x, mask, rows)
+        backward = GRU(self.width // 2, True, self.dtype, name="backward")(x, mask, rows)
         return jnp.concatenate([forward, backward], axis=-1)
 
 

@@ -127,9 +127,10 @@ class GRU(nn.Module):
     dtype: DType = "float32"
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
+    def __call__(self, x: Array, mask: Array, rows: Array | None = None) -> Array:
         """x [t, L, i], or [L, i] for all sequences; mask [t, L] bool, valid steps first -> states [t, L, hidden].
 
+        rows [t, L] int: the row of x [v, i] that each step reads; the product with a row is taken once for all steps.
         States are 0 where masked. They pass from step to step in float32.
         """
         init = torch_uniform(self.hidden)
@@ -149,7 +150,10 @@ class GRU(nn.Module):
             return state, state
 
         # The inputs of all steps in one large product; only the recurrent one has to wait for its turn.
-        inputs = jnp.moveaxis((matmul(x, w_input, self.dtype) + b_input).astype(x.dtype), -2, 0)
+        inputs = matmul(x, w_input, self.dtype) + b_input
+        if rows is not None:
+            inputs = jnp.take(inputs, rows, axis=0)  # in float32, as is the sum of its gradients; NaN outside x
+        inputs = jnp.moveaxis(inputs.astype(x.dtype), -2, 0)
         start = jnp.zeros((mask.shape[0], self.hidden), jnp.float32)
         # As in `rounded`: of a bfloat16 x, the gates of a step are computed again and not kept.
         run = step if x.dtype == jnp.float32 else jax.checkpoint(step, prevent_cse=False)

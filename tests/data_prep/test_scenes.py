@@ -368,3 +368,7 @@ def test_command_line_writes_once(tmp_path, capsys):
     assert write.main([*flags, "--train=71"]) == 1
     error = capsys.readouterr().err
     assert "--name" in error and '"train": 70' in error
+    again = tmp_path / "again"
+    assert write.main([f"--out={again}", *flags[1:], "--train=70"]) == 0
+    sums = [(folder / "scenes/1.0.0/checksums.json").read_text() for folder in (tmp_path, again)]
+    assert sums[0] == sums[1], "another process wrote other bytes, and a run would refuse to go on with them"

@@ -81,6 +81,43 @@ def test_equals_numpy_caption_by_caption(model, reference):
             assert not out[i, length:].any()
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_a_gru_reads_a_small_vocabulary_once(train):
+    """Fewer words than tokens: a product over the words, not over the tokens, with the same states and gradient."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, 9, (4, 7)).astype(np.int32)
+    mask = np.arange(7) < np.array((7, 2, 1, 4))[:, None]
+    small, large = (BiGRU(vocab_size=size, width=10, dropout=0.0) for size in (9, 30))
+    params = random_params(small, 7)
+    padded = params | {"words": jnp.pad(params["words"], ((0, 21), (0, 0)))}
+
+    def states(model, params):
+        return model.apply({"params": params}, tokens, mask, train=train)
+
+    def gradient_of(model, params):
+        return jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(states(model, params)))))(params)
+
+    np.testing.assert_allclose(states(small, params), states(large, padded), rtol=1e-5, atol=1e-5)
+    once, each = gradient_of(small, params), gradient_of(large, padded)
+    each["words"] = each["words"][:9]
+    for name, value in jax.tree.leaves_with_path(once):
+        expected = dict(jax.tree.leaves_with_path(each))[name]
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4, err_msg=str(name))
+    rows = {
+        model: f"f32[{model.vocab_size},15]" in str(jax.make_jaxpr(partial(states, model))(tree))
+        for model, tree in ((small, params), (large, padded))
+    }
+    assert rows == {small: True, large: False}
+
+
+def test_dropout_of_a_gru_is_drawn_for_each_token():
+    tokens = jnp.ones((2, 7), jnp.int32)
+    model = BiGRU(vocab_size=9, width=10, dropout=0.5)
+    params = random_params(model, 7)
+    first, second = model.apply({"params": params}, tokens, tokens > 0, train=True, rngs={"dropout": jax.random.key(0)})
+    assert np.abs(np.asarray(first[0] - second[0])).max() > 1e-3
+
+
 @pytest.mark.parametrize("tower", [BERT, Transformer])
 def test_captions_longer_than_the_positions_are_refused(tower):
     tokens = jnp.ones((1, 13), jnp.int32)
