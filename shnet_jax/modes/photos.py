@@ -256,8 +256,9 @@ def _answer(config: ConfigDict, workdir: Path, query: str, photo: str, top_k: in
 
 def _say_what_now(config: ConfigDict, workdir: Path) -> None:
     sizes: Mapping[str, int] = open_dataset(config.data.dir).splits
+    count = sum(sizes.values())
     print(
-        f"{sum(sizes.values())} photographs can be searched in {workdir}\n"
+        f"{count} {'photograph' if count == 1 else 'photographs'} can be searched in {workdir}\n"
         f"  by words:       shnet photos --out={workdir} --query='a dog on a beach'\n"
         f"  by a photo:     shnet photos --out={workdir} --photo=FILE\n"
         f"  in the browser: shnet serve --workdir={workdir}"
