@@ -46,9 +46,7 @@ class BiGRU(nn.Module):
         rows = tokens if repeated and not (train and self.dropout > 0) else None
         # take, not words[tokens]: a token id outside the vocabulary gives NaN instead of the last row.
         x = words if rows is not None else jnp.take(words, tokens, axis=0)
-        x = x.astype(self.activation_dtype)
-        if rows is None:
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x.astype(self.activation_dtype))
         forward = GRU(self.width // 2, False, self.dtype, name="forward")(x, mask, rows)
         backward = GRU(self.width // 2, True, self.dtype, name="backward")(x, mask, rows)
         return jnp.concatenate([forward, backward], axis=-1)
