@@ -253,8 +253,10 @@ def dummy_batch(experiment: Experiment) -> Batch:
 def init_variables(experiment: Experiment, seed: int) -> dict[str, Any]:
     """Initial {"params", "batch_stats"}: random from `seed`, the text tower from `config.text.weights` if given."""
     batch = dummy_batch(experiment)
+    # It runs once, for milliseconds; with LLVM's optimisation it compiles twice as long.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=quick)
     def init(key: jax.Array) -> dict[str, Any]:
         # Without what the model sows: the forward pass that makes it would be compiled, which takes many seconds.
         made = experiment.model.init(key, batch, train=False)

@@ -63,7 +63,8 @@ def make_optimiser(
 ) -> optax.GradientTransformation:
     """Clip by global norm, the direction of AdamW or Lion, decoupled decay, then the rate of each group (as torch's).
 
-    norm: of the whole gradient, where a device holds a part of it (`parallel.sharding.global_norm`).
+    norm: of the whole gradient, where a device holds a part of it (`parallel.sharding.global_norm`). Not computed by an
+      `update` that is told it, as `grad_norm=`.
 
     With `optim.accumulate` > 1 the gradients of that many batches are averaged before each update.
 
@@ -73,10 +74,12 @@ def make_optimiser(
     if o.name not in OPTIMISERS:
         raise ValueError(f"config.optim.name is {o.name!r}; choose from {', '.join(OPTIMISERS)}")
 
-    def clip(updates: Any, params: Any) -> Any:
+    def clip(updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any) -> tuple[Any, Any]:
         del params
-        factor = jnp.minimum(1.0, o.clip_norm / jnp.maximum(norm(updates), 1e-30))
-        return jax.tree.map(lambda u: u * factor, updates)
+        # That of a batch is not that of the mean of several.
+        length = norm(updates) if grad_norm is None or o.accumulate > 1 else grad_norm
+        factor = jnp.minimum(1.0, o.clip_norm / jnp.maximum(length, 1e-30))
+        return jax.tree.map(lambda u: u * factor, updates), state
 
     def decayed(params: Any) -> Any:
         return jax.tree.map(lambda p: o.decay_all or p.ndim > 1, params)
@@ -88,7 +91,7 @@ def make_optimiser(
         return jax.tree_util.tree_map_with_path(lambda path, _: is_frozen(path, config.text.frozen_layers), params)
 
     optimiser = optax.chain(
-        optax.stateless(clip) if o.clip_norm else optax.identity(),
+        optax.GradientTransformationExtraArgs(optax.init_empty_state, clip) if o.clip_norm else optax.identity(),
         OPTIMISERS[o.name](b1=o.b1, b2=o.b2),
         optax.add_decayed_weights(o.weight_decay, mask=decayed),
         optax.masked(optax.scale(o.text_lr_factor), text_tower),

@@ -242,7 +242,8 @@ def _updated(
     options: StepOptions, state: TrainState, reduced: Gradients, next_momentum: MomentumState | None
 ) -> TrainState:
     """The state with the optimiser's update and its averages; the counters are as they were."""
-    updates, opt_state = options.tx.update(reduced.params, state.opt_state, state.params)
+    tx, norm = optax.with_extra_args_support(options.tx), reduced.metrics["grad_norm"]
+    updates, opt_state = tx.update(reduced.params, state.opt_state, state.params, grad_norm=norm)
     params = optax.apply_updates(state.params, updates)
     if options.project is not None:
         params = params | {"loss": options.project(params["loss"])}

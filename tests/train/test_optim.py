@@ -122,6 +122,20 @@ def test_accumulated_gradients_are_averaged():
         np.testing.assert_array_equal(halfway[name], start)
 
 
+def test_a_norm_that_is_known_is_taken_unless_several_batches_make_an_update():
+    gradient, params = tree(draw(1)), tree(draw(0))
+    twice = 2 * optax.global_norm(gradient)
+    for accumulate, factor in ((1, 0.5), (2, 1.0)):
+        config = configuration(accumulate=accumulate, weight_decay=0.0, b1=0.0)
+        tx = make_optimiser(config, schedule(config, 10, 100))
+        state = tx.init(params)
+        for _ in range(accumulate):
+            _, state = tx.update(gradient, state, params, grad_norm=twice)
+        clipped = state.inner_opt_state[1].mu if accumulate > 1 else state[1].mu
+        expected = factor * config.optim.clip_norm
+        np.testing.assert_allclose(optax.global_norm(clipped), expected, rtol=1e-5)
+
+
 def rates(steps, **changes):
     rate = schedule(configuration(lr=0.5, **changes), 10, 40)
     return jax.jit(jax.vmap(rate))(np.array([*steps]))

@@ -98,6 +98,17 @@ def test_metrics_are_those_of_the_gradient(averaged):
     assert metrics["loss"] == metrics["infonce_loss"] > 0
 
 
+def test_the_optimiser_is_told_the_norm_of_the_gradient():
+    def update(gradient, state, params=None, *, grad_norm):
+        return jax.tree.map(lambda g: -g / grad_norm, gradient), state
+
+    run = Run(tx=optax.GradientTransformationExtraArgs(optax.init_empty_state, update))
+    before = jax.tree.map(np.asarray, run.state.params)
+    run.step(batch())
+    way = optax.global_norm(jax.tree.map(jnp.subtract, run.state.params, before))
+    np.testing.assert_allclose(way, 1.0, rtol=1e-5)
+
+
 @pytest.mark.parametrize("stop", [True, False])
 def test_a_batch_that_is_not_finite_changes_nothing(stop):
     run = Run(stop=stop, ema=0.5, tx=optax.adam(RATE))
