@@ -20,7 +20,6 @@ from shnet_jax.evaluation.report import PERSON, as_dict, card_table, from_dict, 
 from shnet_jax.evaluation.zero_shot import NAME as ZERO_SHOT
 from shnet_jax.experiment import assemble
 from shnet_jax.modes.evaluate import TWO_STAGE_ENSEMBLE, evaluate_checkpoint, evaluate_loaded, evaluate_zero_shot
-from shnet_jax.modes.study_charts import study_charts, validation_curve
 from shnet_jax.modes.study_jobs import started, usable_jobs
 from shnet_jax.observe.clock import KINDS, read_wall_time, shares
 from shnet_jax.observe.files import write_json, write_text
@@ -132,6 +131,8 @@ def _write(config: ConfigDict, runs: Mapping[str, list[Run]], pretrained: Result
     text = "\n".join(map(str, tables))
     if not hosts.is_first():
         return text
+    from shnet_jax.modes.study_charts import study_charts, validation_curve  # matplotlib is slow to import
+
     document: dict[str, Any] = {arm: [_as_dict(run) for run in arm_runs] for arm, arm_runs in runs.items()}
     if pretrained is not None:
         document[ZERO_SHOT] = [{"results": as_dict(pretrained)}]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shnet_jax.observe.files import atomic_path
-from shnet_jax.observe.sinks import JsonLines, Line, Sink, TensorBoard
+from shnet_jax.observe.sinks import JsonLines, Line, Sink
 
 FILE = "metrics.jsonl"
 KINDS = ("train", "eval")
@@ -34,6 +34,8 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str | Path, resume_step: int = 0, more: Sequence[Sink] = ()):
+        from shnet_jax.observe.tensorboard import TensorBoard  # slow to import, and readers of metrics do without
+
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / FILE

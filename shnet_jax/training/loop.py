@@ -23,7 +23,6 @@ from shnet_jax.experiment import Experiment, assemble, init_variables
 from shnet_jax.observe import cost
 from shnet_jax.observe.banner import parameter_count
 from shnet_jax.observe.clock import TimeRecord, shares_line
-from shnet_jax.observe.curves import write_curves
 from shnet_jax.observe.profile import Profile
 from shnet_jax.observe.progress import Progress, waiting
 from shnet_jax.observe.trackers import open_trackers
@@ -225,6 +224,8 @@ class Training:
             self.progress.message(f"step {step}/{self.setup.total_steps}  {split}: {recall_line(results.metrics)}")
             self.save(results.metrics)
             if hosts.is_first():
+                from shnet_jax.observe.curves import write_curves  # matplotlib is slow to import; most modes do without
+
                 write_curves(self.workdir)
         return results
 

@@ -52,6 +52,12 @@ def test_importing_the_package_is_light():
     assert "AttributeError: module 'shnet_jax' has no attribute 'loda'" in done.stderr
 
 
+def test_a_search_imports_nothing_to_draw_or_log_with():
+    code = "import sys, shnet_jax.modes.search; print({'matplotlib', 'tensorboardX', 'tensorflow'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_vectors_do_not_depend_on_how_they_are_asked_for(model):
     records = model.dataset.open_split("test", ["regions", "region_mask"])
     fields = {name: np.stack([record[name] for record in records]) for name in records.fields}

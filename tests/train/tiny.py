@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from configs import scenes as recipe
 from data_prep import scenes
 from data_prep.builder import write_dataset
+from shnet_jax.observe import curves
 from shnet_jax.observe.writer import read_metrics
 from shnet_jax.training import loop
 
@@ -81,7 +82,7 @@ CHANGES: Mapping[str, Any] = {
 def quick() -> Iterator[None]:
     """Training without what costs time and is not looked at: no picture is drawn, no product is timed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "write_curves", lambda workdir: None)
+        patch.setattr(curves, "write_curves", lambda workdir: None)
         patch.setattr(loop.cost, "measured_flops", lambda device, dtype: 1e9)
         yield
 
