@@ -81,11 +81,12 @@ class Checkpoints:
             access = {"cleanup_tmp_directories": True, "preservation_policy": kept, "todelete_subdir": _REMOVED}
         for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
             logger.addFilter(_is_of_use)
-        arrays = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+        self._arrays = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
         self._manager = ocp.CheckpointManager(
             self.folder,
             # Named here, since a manager that has not yet saved would not know how to read them.
-            item_handlers=arrays | {"notes": ocp.JsonCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()},
+            item_handlers=self._arrays
+            | {"notes": ocp.JsonCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 best_fn=_selection,
                 best_mode="max",
@@ -143,8 +144,8 @@ class Checkpoints:
 
         Raises CheckpointError for a damaged file.
         """
-        saved = self._saved(step)
-        trees = dict(saved["ema"]) if averaged else {"params": saved["model"], "batch_stats": saved.get("batch_stats")}
+        names = {"params": "model", "batch_stats": "batch_stats"}
+        trees = (self._saved(step, "ema") or {}) if averaged else {n: self._saved(step, item) for n, item in names.items()}
         return {
             name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(trees.get(name) or {}))
             for name in ("params", "batch_stats")
@@ -227,10 +228,11 @@ class Checkpoints:
         with self._reading(step):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-    def _saved(self, step: int) -> Any:
-        """Shapes and dtypes of the items of a step."""
+    def _saved(self, step: int, name: str) -> Any:
+        """Shapes and dtypes of an item of a step, None where it has none. Each array's file is opened for them."""
         with self._reading(step):
-            return self._manager.item_metadata(step)
+            folder = self.folder / str(step)
+            return self._arrays[name].metadata(folder / name) if name in os.listdir(folder) else None
 
     @contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -243,7 +245,7 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {step} in {self.folder} cannot be read: {_reason(error)}") from error
 
     def _request(self, step: int, name: str, tree: Any, sharding: Any = None) -> ocp.args.CheckpointArgs:
-        saved = self._saved(step).get(name)
+        saved = self._saved(step, name)
         if saved is None and name == "trainer":
             raise CheckpointError(
                 f"checkpoint {step} in {self.folder} holds weights alone, as --mode=convert writes them: it can be "
