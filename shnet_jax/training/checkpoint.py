@@ -145,7 +145,9 @@ class Checkpoints:
         Raises CheckpointError for a damaged file.
         """
         names = {"params": "model", "batch_stats": "batch_stats"}
-        trees = (self._saved(step, "ema") or {}) if averaged else {n: self._saved(step, item) for n, item in names.items()}
+        trees = (
+            (self._saved(step, "ema") or {}) if averaged else {n: self._saved(step, item) for n, item in names.items()}
+        )
         return {
             name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(trees.get(name) or {}))
             for name in ("params", "batch_stats")
