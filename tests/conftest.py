@@ -4,12 +4,14 @@ Programs here run once or twice, so they are compiled fast and badly, and each o
 start: LLVM optimises nothing, and XLA's emitters of fusions, which take two thirds of a compilation, are off. XLA's own
 passes are those of users: a program has the same operations, collectives and, within 0.1 %, temporaries. All as users
 have it: `JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test`.
+The garbage collector runs seldom: while JAX traces it looks at millions of objects, and finds nothing.
 A program that a killed process left half written among those that are kept is a warning, and compiled again.
 Property tests try the same examples in every run: a test fails where somebody changed something, and nowhere else.
 """
 
 import atexit
 import ctypes
+import gc
 import os
 import shutil
 import sys
@@ -20,7 +22,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.compiling import xla_flags
+from tests.compiling import COLLECT_AFTER, xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -32,6 +34,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers share it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+gc.set_threshold(*COLLECT_AFTER)
 
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
 settings.load_profile("same")

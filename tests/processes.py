@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
+from tests.compiling import COLLECT_AFTER
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +92,7 @@ def _become(command: list[str], log: str, environment: dict[str, str]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= environment
+    gc.set_threshold(*COLLECT_AFTER)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     try:
