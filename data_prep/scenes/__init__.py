@@ -173,25 +173,28 @@ def _chunk(seed: int, start: int, stop: int, options: dict[str, Any]) -> list[di
     return [scene(seed, index, **options) for index in range(start, stop)]
 
 
-def records(
-    seed: int, start: int, stop: int, *, workers: int | None = None, **options: Any
-) -> Iterator[dict[str, Any]]:
-    """Records start..stop-1 in order, made by `workers` processes (default: one a core) a few chunks ahead.
+def renderers(count: int | None = None) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that make records, `count` of them (default: one a core). They start when the first is asked for."""
+    spawn = multiprocessing.get_context("spawn")  # fork is unsafe once JAX or TFDS have started threads
+    return concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn)
 
-    `options` are those of `scene`. With 0 workers they are made in this process.
+
+def records(
+    seed: int, start: int, stop: int, *, pool: concurrent.futures.Executor | None = None, **options: Any
+) -> Iterator[dict[str, Any]]:
+    """Records start..stop-1 in order, made a few chunks ahead by the `renderers` of a pool; None: in this process.
+
+    `options` are those of `scene`.
     """
     bounds = [(a, min(a + _CHUNK, stop)) for a in range(start, stop, _CHUNK)]
-    workers = (os.cpu_count() or 1) if workers is None else workers
-    if not workers:
+    if pool is None:
         for a, b in bounds:
             yield from _chunk(seed, a, b, options)
         return
-    spawn = multiprocessing.get_context("spawn")  # fork is unsafe once JAX or TFDS have started threads
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        ahead: collections.deque[concurrent.futures.Future[list[dict[str, Any]]]] = collections.deque()
-        for a, b in bounds:
-            ahead.append(pool.submit(_chunk, seed, a, b, options))
-            if len(ahead) > 4 * workers:  # bounds the memory when the reader is slower
-                yield from ahead.popleft().result()
-        while ahead:
+    ahead: collections.deque[concurrent.futures.Future[list[dict[str, Any]]]] = collections.deque()
+    for a, b in bounds:
+        ahead.append(pool.submit(_chunk, seed, a, b, options))
+        if len(ahead) > 4 * (os.cpu_count() or 1):  # bounds the memory when the reader is slower
             yield from ahead.popleft().result()
+    while ahead:
+        yield from ahead.popleft().result()

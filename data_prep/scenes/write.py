@@ -45,11 +45,13 @@ def write(out: Path, name: str, seed: int, sizes: dict[str, int], options: dict[
     """
     sizes = {split: size for split, size in sizes.items() if size}
     settings = {"generator": "data_prep.scenes", "version": scenes.VERSION, "seed": seed, **options, **sizes}
-    splits = {
-        split: scenes.records(seed, FIRST[split], FIRST[split] + size, **options) for split, size in sizes.items()
-    }
     metadata = {"class_names": list(scenes.CLASS_NAMES), "predicates": list(scenes.PREDICATES)}
-    return write_once(out, name, settings, splits, metadata, sum(sizes.values()))
+    with scenes.renderers() as pool:
+        splits = {
+            split: scenes.records(seed, FIRST[split], FIRST[split] + size, pool=pool, **options)
+            for split, size in sizes.items()
+        }
+        return write_once(out, name, settings, splits, metadata, sum(sizes.values()))
 
 
 def write_once(

@@ -62,21 +62,22 @@ def same(a, b):
 def test_a_record_depends_on_seed_and_index_only():
     alone = scenes.scene(3, 41)
     world.sample.cache_clear()
-    in_order = list(scenes.records(3, 38, 43, workers=0))
+    in_order = list(scenes.records(3, 38, 43))
     same(in_order[3], alone)
     assert not np.array_equal(scenes.scene(4, 41)["seg_map"], alone["seg_map"])
 
 
 def test_processes_give_the_same_records_in_order():
-    for made, index in zip(scenes.records(1, 7, 75, workers=2, regions=10), range(7, 75), strict=True):
-        assert made["image_id"] == f"scene-1-{index:010d}"
-        if index in (7, 74):
-            same(made, scenes.scene(1, index, regions=10))
+    with scenes.renderers(2) as pool:
+        for made, index in zip(scenes.records(1, 7, 75, pool=pool, regions=10), range(7, 75), strict=True):
+            assert made["image_id"] == f"scene-1-{index:010d}"
+            if index in (7, 74):
+                same(made, scenes.scene(1, index, regions=10))
 
 
 def test_records_have_the_fields_of_the_schema():
     first = schema.signature(scenes.scene(0, 0))
-    for record in scenes.records(0, 1, 12, workers=0):
+    for record in scenes.records(0, 1, 12):
         schema.check_record(record, "scene")
         schema.check_like(record, first, "scene")
         assert len(set(record["captions"])) == 5
@@ -87,7 +88,7 @@ def test_records_have_the_fields_of_the_schema():
 
 
 def test_relations_are_true_of_the_boxes_they_name():
-    for record in scenes.records(5, 0, 20, workers=0, label_noise=0.0):
+    for record in scenes.records(5, 0, 20, label_noise=0.0):
         centre = (record["boxes"][:, :2] + record["boxes"][:, 2:]) / 2
         for i, predicate, j in record["relations"][record["relations"][:, 0] >= 0]:
             dx, dy = centre[j] - centre[i]
@@ -221,7 +222,7 @@ def test_region_features_do_not_tell_the_position(shape, texture):
 
 
 def test_features_have_unit_mean_square_and_their_sizes():
-    made = list(scenes.records(0, 0, 40, workers=0))
+    made = list(scenes.records(0, 0, 40))
     regions = np.concatenate([r["regions"][r["region_mask"]] for r in made]).astype(float)
     grid = np.concatenate([r["grid"] for r in made]).astype(float)
     assert regions.shape[1] == features.REGION_SIZE == 200 and grid.shape[1] == features.GRID_SIZE == 64
@@ -298,7 +299,8 @@ def test_categories_are_the_classes_of_the_scene():
 
 @pytest.mark.slow
 def test_a_linear_probe_retrieves_far_above_chance():
-    made = [*scenes.records(0, 0, 600), *scenes.records(0, 10_000, 10_100)]
+    with scenes.renderers() as pool:
+        made = [*scenes.records(0, 0, 600, pool=pool), *scenes.records(0, 10_000, 10_100, pool=pool)]
     text = [re.findall("[a-z]+", " ".join(r["captions"]).lower()) for r in made]
     vocabulary = sorted({word for words in text for word in words})
     bags = np.array([[word in words for word in vocabulary] for words in map(set, text)], float)
