@@ -286,7 +286,8 @@ def test_resident_reading_changes_no_example():
     np.testing.assert_allclose(first[0]["loss"], first[1]["loss"], rtol=1e-5)
     for name, array in expected.items():
         if "['linear']['bias']" not in name:
-            np.testing.assert_allclose(arrays[name], array, rtol=1e-3, atol=5e-4, err_msg=name)
+            follows = "['norm']['mean']" in name or "['mu']" in name
+            np.testing.assert_allclose(arrays[name], array, rtol=1e-3, atol=5e-4 if follows else 1e-5, err_msg=name)
 
 
 @pytest.mark.slow
